@@ -1,0 +1,144 @@
+"""A market's token file as this key sees it: a token, nothing, or something that is not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from datetime import UTC, datetime
+
+from tokencore import store, tokens
+from tokencore.market import fingerprint
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokencore.store import Signature
+    from tokencore.tokens import Token
+
+_kept: dict[str, Token] = {}  # by fingerprint: tokens that could not be saved, for this process only
+
+
+class Cache:
+    """The token files of one key: read for one market, searched over all, written together.
+
+    Attributes:
+        folder: the token directory, absolute.
+        fingerprint: names the key in its environment, without telling it.
+
+    """
+
+    def __init__(self, folder: str, base_url: str, environment: str, app_key: str, prefixes: Sequence[str]) -> None:
+        """Serve the markets with `prefixes`, all of the key `app_key` at `base_url`; the first one is read first."""
+        self.folder = folder
+        self.fingerprint = fingerprint(app_key, base_url)
+        self.paths = [store.token_file(folder, prefix) for prefix in prefixes]
+        self._environment = environment
+        self._app_key = app_key
+        self._known: dict[str, tuple[Signature, Token | None, str]] = {}
+
+    def __repr__(self) -> str:
+        return f"Cache({self.folder!r}, {self.fingerprint!r})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Cache knows its key and is not pickled")
+
+    def read(self, path: str | None = None) -> tuple[Token | None, str]:
+        """The token in the file (the first market's by default), and what is wrong where there is none.
+
+        The second item is empty when there is a token or simply no file. A file is parsed again only when
+        its inode, size or time differs, so that another process's renewal is seen by one `stat`.
+        """
+        path = path or self.paths[0]
+        seen = store.signature(path)
+        kept = _kept.get(self.fingerprint)
+        if kept is not None or seen is None:
+            return kept, ""
+        if path not in self._known or self._known[path][0] != seen:
+            self._known[path] = (seen, *self._parse(path))
+        return self._known[path][1:]
+
+    def newest(self) -> Token | None:
+        """The token of the key that lasts longest, whichever of its markets has it; one rejected comes last."""
+        found = [token for path in self.paths if (token := self.read(path)[0])]
+        return max(found, key=lambda token: (token.rejected_at is None, token.expires_at), default=None)
+
+    def save(self, token: Token, now: datetime) -> None:
+        """Write `token` for every market of the key; the caller holds the key's lock.
+
+        What stands there and is no token of this key is set aside first.
+
+        Raises:
+            OSError: a file could not be written; those before it have the new token, the others the old one.
+
+        """
+        content = tokens.to_cache(token, now=now, environment=self._environment, key_fingerprint=self.fingerprint)
+        text = json.dumps(content, indent=2) + "\n"
+        for path in self.paths:
+            if self.read(path)[1]:
+                store.set_aside(path)
+            store.write_text(path, text, temporary=self.fingerprint)
+        _kept.pop(self.fingerprint, None)
+
+    def delete(self) -> bool:
+        """Remove the first market's token file; whether there was one. The caller holds the key's lock.
+
+        Raises:
+            OSError: it cannot be removed.
+
+        """
+        _kept.pop(self.fingerprint, None)
+        try:
+            os.unlink(self.paths[0])
+        except FileNotFoundError:
+            return False
+        store.sync_folder(self.folder)
+        return True
+
+    def keep(self, token: Token) -> None:
+        """Serve `token` to this process although it could not be saved."""
+        _kept[self.fingerprint] = token
+
+    def issued_mark(self) -> datetime | None:
+        """When the key last issued, by the marks that survive a lost record and a deleted token file."""
+        marks = []
+        for path in map(_mark_file, self.paths):
+            with contextlib.suppress(ValueError, OverflowError, OSError):
+                marks.append(datetime.fromtimestamp(float(store.read_text(path) or "nan"), UTC))
+        return max(marks, default=None)
+
+    def mark_issued(self, now: datetime) -> None:
+        """Note the issue, in whole epoch seconds, beside every market's token file.
+
+        Raises:
+            OSError: a mark could not be written; the record knows all the same.
+
+        """
+        for path in map(_mark_file, self.paths):
+            store.write_text(path, f"{int(now.timestamp())}\n", temporary=self.fingerprint)
+
+    def _parse(self, path: str) -> tuple[Token | None, str]:
+        try:
+            text = store.read_text(path)
+            if text is None:
+                return None, ""
+            content = json.loads(text)
+            if not isinstance(content, dict):
+                return None, "not a JSON object"
+            token = tokens.from_cache(content)
+        except (ValueError, RecursionError) as error:
+            return None, str(error).splitlines()[0][:80] or "unreadable"
+        # Caches of earlier tools name no key; then the JWT's `jti`, where there is one, has to be ours.
+        bound = content.get("key_fingerprint")
+        if bound is None:
+            bound_elsewhere = tokens.jwt_claims(token.access_token).get("jti", self._app_key) != self._app_key
+        else:
+            bound_elsewhere = bound != self.fingerprint
+        if bound_elsewhere or content.get("environment", self._environment) != self._environment:
+            return None, "of another key or environment"
+        return token, ""
+
+
+def _mark_file(path: str) -> str:
+    return path.removesuffix("api_token.json") + "token_issued_at.dat"

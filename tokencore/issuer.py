@@ -1,0 +1,338 @@
+"""KIS over HTTP: one request to tokenP, its answer as a token, its refusals told apart by code.
+
+Nothing here retries a refusal, follows a redirect or reads without bound. Texts of KIS are kept for
+people with everything that looks like a token or equals a credential removed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError
+
+from tokencore.errors import (
+    AccessDeniedError,
+    AppKeyError,
+    AppSecretError,
+    IssuanceLimitError,
+    IssuerAnswerError,
+    IssuerRefusedError,
+    IssuerServerError,
+    IssuerUnavailableError,
+    TokenError,
+)
+from tokencore.record import Outcome
+from tokencore.tokens import Token, from_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ANSWER_LIMIT = 65_536  # bytes; KIS's answers have about 700
+CONNECT_TRIES = 4  # the first and three more, only while the request cannot have reached KIS
+FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
+TEXT_LIMIT = 160  # characters of KIS's own words in a message
+OK, FORBIDDEN, SERVER_FAULT, REDIRECT = 200, 403, 500, 300
+DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired, on a business call
+_JWT = re.compile(r"[\w-]{6,}\.[\w-]{6,}\.[\w-]{6,}")
+
+
+class Refusal(NamedTuple):
+    """Why there is no token: for the record (`outcome`, `code`), for people (`what`, `cure`), for `except` (`error`)."""
+
+    outcome: Outcome
+    code: str | None
+    what: str
+    cure: str
+    error: type[TokenError]
+
+
+_CODES: dict[str, tuple[Outcome, type[TokenError], str, str]] = {
+    "EGW00133": (
+        Outcome.LIMIT,
+        IssuanceLimitError,
+        "KIS refused to issue: one request a minute per app key (EGW00133)",
+        "another program issues with this key: let it use tokencore too, and wait a minute",
+    ),
+    "EGW00103": (
+        Outcome.BAD_KEY,
+        AppKeyError,
+        "KIS does not know the app key (EGW00103)",
+        "check KIS_APP_KEY and that KIS_ENVIRONMENT (real or paper) is the key's; then run `tokencore refresh`",
+    ),
+    "EGW00105": (
+        Outcome.BAD_SECRET,
+        AppSecretError,
+        "KIS refused the app secret (EGW00105)",
+        "copy KIS_APP_SECRET again, all 180 characters of it; then run `tokencore refresh`",
+    ),
+    "EGW00206": (
+        Outcome.DENIED,
+        AccessDeniedError,
+        "KIS says this key has no right to the API (EGW00206)",
+        "apply for the service on the KIS Developers portal; then run `tokencore refresh`",
+    ),
+    "EGW00207": (
+        Outcome.DENIED,
+        AccessDeniedError,
+        "KIS does not allow this IP address (EGW00207)",
+        "register the address on the KIS Developers portal; then run `tokencore refresh`",
+    ),
+    "EGW00002": (
+        Outcome.SERVER_ERROR,
+        IssuerServerError,
+        "KIS reported a fault of its own (EGW00002)",
+        "wait: the next attempt is automatic",
+    ),
+}
+
+
+class Answer(NamedTuple):
+    """An HTTP answer of KIS: status, JSON body (empty when it is none), and its text, cut."""
+
+    status: int
+    body: Mapping[str, Any]
+    text: str
+
+
+class NotAskedError(Exception):
+    """The request cannot have reached KIS (name lookup, refused connection, certificate)."""
+
+
+class NoAnswerError(Exception):
+    """The request may have reached KIS, but no whole answer came back."""
+
+
+class Issuer:
+    """KIS's gateway at `base_url` for one pair of credentials."""
+
+    def __init__(self, base_url: str, app_key: str, app_secret: str, *, timeout: float) -> None:
+        """Keep what a request needs; `timeout` in seconds, to connect and for each wait for data."""
+        self._base_url = base_url
+        self._app_key = app_key
+        self._app_secret = app_secret
+        self._timeout = timeout
+
+    def __repr__(self) -> str:
+        return f"Issuer({self._base_url!r})"
+
+    def issue(self) -> Token | Refusal:
+        """One request to tokenP; only a request that cannot have reached KIS is repeated, three times at most."""
+        body = {
+            "grant_type": "client_credentials",
+            "appkey": self._app_key,
+            "appsecret": self._app_secret,
+        }
+        try:
+            answer = self._asked_once("/oauth2/tokenP", body)
+        except NotAskedError as error:
+            return _unreachable(str(error))
+        except NoAnswerError as error:
+            return _no_answer(str(error))
+        received_at = datetime.now(UTC)
+        if answer.status != OK or answer.body.get("error_code"):
+            return self._refusal(answer)
+        try:
+            token = from_answer(answer.body, received_at)
+        except ValueError as error:
+            return _bad_answer(str(error))
+        if token.expires_at <= received_at:
+            return _bad_answer("its token has already expired")
+        return token
+
+    def revoke(self, access_token: str) -> None:
+        """Make KIS forget the token; every program that uses it is then without one.
+
+        Raises:
+            IssuerUnavailableError: KIS could not be asked or declined; the token stays valid.
+
+        """
+        body = {"appkey": self._app_key, "appsecret": self._app_secret, "token": access_token}
+        try:
+            answer = self._send("POST", "/oauth2/revokeP", json=body)
+        except (NotAskedError, NoAnswerError) as error:
+            raise IssuerUnavailableError(f"KIS could not be asked to revoke the token: {error}.") from None
+        if answer.status != OK:
+            raise IssuerRefusedError(f"KIS did not revoke the token ({self._told(answer)}); it stays valid.")
+
+    def probe(self, access_token: str, *, domestic: bool) -> tuple[bool | None, str]:
+        """Whether KIS accepts the token on a quote call: True, False, or None when the call tells nothing; and why.
+
+        Judged on the status and `msg_cd`, never on rows: an empty answer with `rt_cd` 0 means it works.
+        """
+        headers = {
+            "authorization": f"Bearer {access_token}",
+            "appkey": self._app_key,
+            "appsecret": self._app_secret,
+            "custtype": "P",
+        }
+        try:
+            if domestic:
+                answer = self._send(
+                    "GET",
+                    "/uapi/domestic-stock/v1/quotations/inquire-price",
+                    headers={**headers, "tr_id": "FHKST01010100"},
+                    params={"FID_COND_MRKT_DIV_CODE": "J", "FID_INPUT_ISCD": "005930"},
+                )
+            else:
+                answer = self._send(
+                    "GET",
+                    "/uapi/overseas-price/v1/quotations/price",
+                    headers={**headers, "tr_id": "HHDFS00000300"},
+                    params={"AUTH": "", "EXCD": "NAS", "SYMB": "AAPL"},
+                )
+        except (NotAskedError, NoAnswerError) as error:
+            return None, f"KIS could not be asked: {error}"
+        if answer.body.get("msg_cd") in DEAD_TOKEN:
+            return False, self._told(answer)
+        if answer.status == OK and answer.body.get("rt_cd") == "0":
+            return True, "rt_cd 0"
+        return None, self._told(answer)
+
+    def _asked_once(self, path: str, body: Mapping[str, str]) -> Answer:
+        for attempt in range(1, CONNECT_TRIES + 1):
+            try:
+                return self._send("POST", path, json=body)
+            except NotAskedError:
+                if attempt == CONNECT_TRIES:
+                    raise
+                time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+        raise AssertionError("unreachable")
+
+    def _send(self, method: str, path: str, **kwargs: Any) -> Answer:  # noqa: ANN401 - requests' own keywords
+        with requests.Session() as session:
+            # A developer's HTTP_PROXY is not for the sandbox, and no .netrc may add a header to a request to KIS.
+            session.trust_env = urlsplit(self._base_url).hostname not in (
+                "127.0.0.1",
+                "localhost",
+                "::1",
+            )
+            session.auth = _no_netrc
+            try:
+                with session.request(
+                    method,
+                    self._base_url + path,
+                    timeout=self._timeout,
+                    allow_redirects=False,
+                    stream=True,
+                    **kwargs,
+                ) as response:
+                    return _answer(response, time.monotonic() + 2 * self._timeout)
+            except (
+                requests.ConnectTimeout,
+                requests.exceptions.ProxyError,
+                requests.exceptions.SSLError,
+            ) as error:
+                raise NotAskedError(_fault(error)) from None
+            except requests.ConnectionError as error:
+                raise (NotAskedError if _never_sent(error) else NoAnswerError)(_fault(error)) from None
+            except (requests.RequestException, HTTPError) as error:
+                raise NoAnswerError(_fault(error)) from None
+
+    def _refusal(self, answer: Answer) -> Refusal:
+        code = answer.body.get("error_code") or answer.body.get("msg_cd")
+        if isinstance(code, str) and code in _CODES:
+            outcome, error, what, cure = _CODES[code]
+            return Refusal(outcome, code, what, cure, error)
+        told = self._told(answer)
+        known = code if isinstance(code, str) and re.fullmatch(r"\w{1,12}", code) else f"HTTP {answer.status}"
+        if answer.status >= SERVER_FAULT:
+            return Refusal(
+                Outcome.SERVER_ERROR,
+                known,
+                f"KIS reported a fault of its own ({told})",
+                "wait: the next attempt is automatic",
+                IssuerServerError,
+            )
+        return Refusal(
+            Outcome.REFUSED,
+            known,
+            f"The request for a token was refused without a known reason ({told})",
+            "look for a proxy between here and KIS, and at KIS's notices of maintenance",
+            IssuerRefusedError,
+        )
+
+    def _told(self, answer: Answer) -> str:
+        """The status and KIS's own words, on one line, without anything secret."""
+        body = answer.body
+        words = [body.get(key) for key in ("error_code", "msg_cd", "error_description", "msg1")]
+        said = " ".join(str(word) for word in words if word) or answer.text
+        for secret in (self._app_secret, self._app_key):
+            said = said.replace(secret, "***")
+        said = " ".join(_JWT.sub("***", said).split())
+        return f"HTTP {answer.status}: {said[:TEXT_LIMIT]}" if said else f"HTTP {answer.status}"
+
+
+def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def _answer(response: requests.Response, deadline: float) -> Answer:
+    """Read at most `ANSWER_LIMIT` bytes, not past `deadline` (monotonic), and parse what is there."""
+    content = bytearray()
+    for piece in response.iter_content(1):
+        content += piece
+        if len(content) > ANSWER_LIMIT:
+            raise NoAnswerError(f"the answer is larger than {ANSWER_LIMIT} bytes")
+        if time.monotonic() > deadline:
+            raise NoAnswerError("the answer came too slowly")
+    text = content.decode("utf-8", errors="replace")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        body = {}
+    return Answer(response.status_code, body if isinstance(body, dict) else {}, re.sub(r"<[^>]*>", " ", text))
+
+
+def _never_sent(error: requests.ConnectionError) -> bool:
+    cause = error.args[0] if error.args else None
+    return isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
+
+
+def _fault(error: Exception) -> str:
+    """What failed, without the address and headers that the libraries' own texts repeat."""
+    names = {
+        "ConnectTimeout": "no connection within the time-out (KIS_TIMEOUT)",
+        "ReadTimeout": "no answer within the time-out (KIS_TIMEOUT)",
+        "SSLError": "the server's certificate was not accepted",
+        "ProxyError": "the proxy could not be reached",
+    }
+    if isinstance(error, requests.ConnectionError) and _never_sent(error):
+        return "the connection was refused or the name not found"
+    return names.get(type(error).__name__, "the connection broke off")
+
+
+def _unreachable(why: str) -> Refusal:
+    return Refusal(
+        Outcome.UNREACHABLE,
+        None,
+        f"KIS cannot be reached: {why}",
+        "check the network and KIS_BASE_URL; the next attempt is automatic",
+        IssuerUnavailableError,
+    )
+
+
+def _no_answer(why: str) -> Refusal:
+    return Refusal(
+        Outcome.NO_ANSWER,
+        None,
+        f"KIS gave no whole answer: {why}",
+        "wait: the request may have counted, so the next attempt comes after the cool-down",
+        IssuerUnavailableError,
+    )
+
+
+def _bad_answer(why: str) -> Refusal:
+    return Refusal(
+        Outcome.BAD_ANSWER,
+        None,
+        f"KIS answered, but {why}",
+        "wait: the request may have counted, so the next attempt comes after the cool-down",
+        IssuerAnswerError,
+    )

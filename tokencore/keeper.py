@@ -1,0 +1,310 @@
+"""One key's renewal: check, lock, check again, ask the record, issue, save, for every market of the key.
+
+The old token is never given up before its successor is on disk, and no refusal is answered with
+another request: a call makes two requests at most, with a whole cool-down between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from tokencore import limits, record, store
+from tokencore.errors import IssuanceLimitError, TokenError, TokenStoreError, TokenUnavailableError
+from tokencore.issuer import Issuer, Refusal
+from tokencore.limits import Intent, Standing
+from tokencore.market import digest
+from tokencore.record import Attempt, IssuanceRecord, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tokencore.cache import Cache
+    from tokencore.market import Market
+    from tokencore.tokens import Token
+
+_log = logging.getLogger("tokencore")
+LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
+POLL = 0.01  # seconds between looks at the cache while a cool-down runs
+_gates: dict[str, threading.Lock] = {}  # of a process's threads, one at a time queues for a key's file lock
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_gates.clear)  # a gate may be held by a thread that the child does not have
+
+
+class Keeper:
+    """Renews the token of one key for all its markets; any number of them, in any process, act as one."""
+
+    def __init__(self, market: Market, cache: Cache, credentials: tuple[str, str], base_url: str) -> None:
+        """Serve the key of `cache`; `market` gives the numbers of the rules."""
+        self._market = market
+        self._cache = cache
+        self._issuer = Issuer(base_url, *credentials, timeout=market.timeout)
+        self._credentials = digest(*credentials, length=8)
+        self._lock = store.KeyLock(cache.folder, cache.fingerprint)
+        self.record = IssuanceRecord(cache.folder, cache.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Keeper({self._cache.fingerprint!r})"
+
+    def obtain(self, serves: Callable[[Token], bool], reason: str) -> Token:
+        """A token that `serves`, renewed if it must be; inside a cool-down it waits, once, for the winner's or its turn.
+
+        Raises:
+            IssuanceLimitError: a rule forbids a request until `retry_at`, also after the wait.
+            CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met.
+            TokenUnavailableError: another process holds the key's lock for too long, or even a new token would not serve.
+                In every case the present token stays where it is.
+
+        """
+        try:
+            return self._renew(Intent.REQUIRED, serves, reason)
+        except IssuanceLimitError as limit:
+            if limit.cause != "minute":
+                raise
+            last = record.latest(self._attempts())
+        if token := self._await(serves):
+            return token
+        return self._renew(Intent.REQUIRED, serves, reason, waited_out=last.at if last else None)
+
+    def renew_ahead(self, serves: Callable[[Token], bool], reason: str) -> Token | None:
+        """Try to have a token that `serves` while the present one still does; None when it is not to be had now.
+
+        It waits for nobody and raises nothing: who calls goes on with the present token.
+        """
+        try:
+            return self._renew(Intent.AHEAD, serves, reason, wait=0)
+        except IssuanceLimitError as limit:
+            _log.debug("No renewal ahead: %s", limit)
+        except TokenError as error:
+            _log.warning("The renewal ahead failed: %s", error)
+        return None
+
+    def renew_due(self, reason: str) -> bool:
+        """Renew at once, without waiting for lock or cool-down; True for a new token, False where another was quicker.
+
+        Raises:
+            TokenError: a rule or a pause forbids it, or the request failed; the present token is untouched.
+
+        """
+        before = self._cache.newest()
+        token = self._renew(Intent.AHEAD, lambda found: _newer(found, before), reason, wait=0)
+        return _newer(token, before)
+
+    def refresh(self, *, force: bool, reason: str) -> bool:
+        """Renew now; True for a new token, False where KIS handed back the present one.
+
+        Raises:
+            TokenError: a rule forbids it, or the request failed; the present token is untouched.
+
+        """
+        before = self._cache.newest()
+        intent = Intent.FORCE if force else Intent.REFRESH
+        token = self._renew(intent, lambda token: before is None or token.expires_at > before.expires_at, reason)
+        return before is None or token.access_token != before.access_token
+
+    def save(self, token: Token) -> None:
+        """Save `token` for every market of the key.
+
+        Raises:
+            TokenStoreError: it could not be written; what was there before still is.
+
+        """
+        with self._owning():
+            self._cache.save(token, datetime.now(UTC))
+
+    def delete(self) -> bool:
+        """Remove the token file of the first market; whether there was one.
+
+        Raises:
+            TokenStoreError: it cannot be removed.
+
+        """
+        with self._owning():
+            return self._cache.delete()
+
+    def mark_rejected(self, access_token: str, now: datetime) -> None:
+        """Note in every file of the key that KIS rejected this token, so that no process serves it again.
+
+        Raises:
+            TokenStoreError: the note could not be written.
+
+        """
+        with self._owning():
+            token = self._cache.newest()
+            if token and token.access_token == access_token and token.rejected_at is None:
+                token.rejected_at = now
+                self._cache.save(token, now)
+                _log.error("KIS rejected the token. %s", limits.what_serves(token, now, self._market.buffer))
+
+    def revoke(self, access_token: str) -> None:
+        """Make KIS forget the token, see `Issuer.revoke`."""
+        self._issuer.revoke(access_token)
+
+    def probe(self, access_token: str, *, domestic: bool) -> tuple[bool | None, str]:
+        """Whether KIS accepts the token, see `Issuer.probe`."""
+        return self._issuer.probe(access_token, domestic=domestic)
+
+    def _renew(
+        self,
+        intent: Intent,
+        serves: Callable[[Token], bool],
+        reason: str,
+        *,
+        waited_out: datetime | None = None,
+        wait: float | None = None,
+    ) -> Token:
+        wait = LOCK_WAIT * self._market.timeout if wait is None else wait
+        with self._holding(wait, lambda: self._serving(serves) is not None) as held:
+            if token := self._serving(serves):
+                self._adopt(token, held=held)
+                return token
+            if not held:
+                raise TokenUnavailableError(self._busy(wait))
+            now, present = datetime.now(UTC), self._cache.newest()
+            standing = Standing(now, self._attempts(), present, self._credentials, waited_out)
+            limits.check(intent, standing, self._market)
+            token = self._issue(reason, present)
+        if token.rejected_at is not None:  # KIS handed the dead one back: only the six hours speak now
+            limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()), self._market)
+        if intent is Intent.REQUIRED and not serves(token):
+            raise TokenUnavailableError(
+                f"KIS's token expires too early for what was asked, at {limits.tell(token.expires_at)} "
+                f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for less, or later.",
+            )
+        return token
+
+    def _serving(self, serves: Callable[[Token], bool]) -> Token | None:
+        token = self._cache.newest()
+        return token if token and serves(token) else None
+
+    @contextlib.contextmanager
+    def _holding(self, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """The gate among threads, then the lock among processes; yields whether both were had."""
+        store.private_folder(self._cache.folder)
+        gate = _gates.setdefault(self._cache.fingerprint, threading.Lock())
+        if not gate.acquire(timeout=wait):
+            yield False
+            return
+        try:
+            with self._lock.hold(wait=wait, give_up=give_up) as held:
+                yield held
+        finally:
+            gate.release()
+
+    @contextlib.contextmanager
+    def _owning(self) -> Iterator[None]:
+        """The lock for a change of files; what the system refuses becomes one error."""
+        wait = LOCK_WAIT * self._market.timeout
+        with self._holding(wait) as held:
+            if not held:
+                raise TokenStoreError(self._busy(wait))
+            try:
+                yield
+            except OSError as error:
+                raise store.unusable(self._cache.folder, error) from None
+
+    def _busy(self, wait: float) -> str:
+        return (
+            f"Another process has held the key's lock for {wait:.0f} s. Nothing was changed; "
+            f"look for a hanging process that uses {self._lock.path}."
+        )
+
+    def _adopt(self, token: Token, *, held: bool) -> None:
+        """Give a token that only a sibling market has to this one as well."""
+        if held and self._cache.read()[0] is not token:
+            with contextlib.suppress(OSError):
+                self._cache.save(token, datetime.now(UTC))
+
+    def _attempts(self) -> list[Attempt]:
+        """The record, with what is known besides it where the record was lost or could not be written."""
+        attempts = self.record.attempts()
+        known = attempts[-1].at if attempts else datetime.min.replace(tzinfo=UTC)
+        marks = sorted(mark for mark in (self._cache.issued_mark(), self._lock.unrecorded()) if mark and mark > known)
+        return attempts + [Attempt(at, Outcome.ISSUED) for at in marks]
+
+    def _await(self, serves: Callable[[Token], bool]) -> Token | None:
+        """Poll the cache for the winner's token until the cool-down is over, by the monotonic clock."""
+        until = limits.cooldown_until(self._attempts(), datetime.now(UTC), self._market.issue_interval)
+        left = (until - datetime.now(UTC)).total_seconds() if until else 0.0
+        if left > 1:
+            _log.warning("Waiting %.0f s: KIS allows one request a minute.", left)
+        end = time.monotonic() + min(left, self._market.issue_interval)
+        while not (token := self._serving(serves)) and time.monotonic() < end:
+            time.sleep(POLL)
+        return token
+
+    def _issue(self, reason: str, present: Token | None) -> Token:
+        if not self._lock.intact():
+            raise TokenStoreError(f"{self._lock.path} was replaced while held. Nothing was issued; try again.")
+        attempt = Attempt(
+            datetime.now(UTC),
+            Outcome.SENT,
+            reason=reason,
+            credentials=self._credentials,
+            pid=os.getpid(),
+        )
+        position = self._begin(attempt)
+        answer = self._issuer.issue()
+        now = datetime.now(UTC)
+        if isinstance(answer, Refusal):
+            self._complete(position, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
+            raise self._refused(answer, present, now)
+        same = present is not None and present.expires_at == answer.expires_at
+        if same and present is not None:
+            answer.rejected_at = present.rejected_at
+        self._save(answer, now, fresh=not same)
+        outcome = Outcome.SAME if same else Outcome.ISSUED
+        self._complete(position, attempt._replace(at=now, outcome=outcome, expires_at=answer.expires_at))
+        return answer
+
+    def _begin(self, attempt: Attempt) -> int | None:
+        try:
+            return self.record.begin(attempt)
+        except OSError as error:
+            _log.error(
+                "The issuance record cannot be written: %s. The lock file keeps the time.",
+                error.strerror,
+            )
+            self._lock.mark_unrecorded(attempt.at)
+            return None
+
+    def _complete(self, position: int | None, attempt: Attempt) -> None:
+        if position is None:
+            self._lock.mark_unrecorded(attempt.at)
+            return
+        try:
+            self.record.complete(position, attempt)
+        except OSError as error:
+            _log.error("The outcome %s could not be recorded: %s", attempt.outcome, error.strerror)
+
+    def _save(self, token: Token, now: datetime, *, fresh: bool) -> None:
+        """Save for every market; a token that was paid for goes to its caller even where that fails."""
+        try:
+            self._cache.save(token, now)
+            if fresh:
+                self._cache.mark_issued(now)
+        except OSError as error:
+            self._cache.keep(token)
+            _log.critical(
+                "A token was issued but could not be saved (%s); only this process has it. Free space or mend "
+                "the permissions of %s: the next process would issue again.",
+                error.strerror,
+                self._cache.folder,
+            )
+
+    def _refused(self, refusal: Refusal, present: Token | None, now: datetime) -> TokenError:
+        serves = limits.what_serves(present, now, self._market.buffer)
+        text = f"{refusal.what}. {serves} To do: {refusal.cure}."
+        if refusal.error is IssuanceLimitError:
+            retry_at = now + timedelta(seconds=self._market.issue_interval)
+            return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
+        return refusal.error(text)
+
+
+def _newer(token: Token, before: Token | None) -> bool:
+    return token.rejected_at is None and (before is None or token.expires_at > before.expires_at)

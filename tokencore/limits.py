@@ -1,0 +1,164 @@
+"""May this key issue now? The rules of KIS and of caution, judged from the record and the present token.
+
+Pure: the record's attempts, the token and `now` go in, an error that says why not comes out.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokencore import record
+from tokencore.errors import CredentialsError, IssuanceLimitError
+from tokencore.market import ISSUE_INTERVAL
+from tokencore.policy import retry_delay
+from tokencore.record import CREDENTIALS
+from tokencore.tokens import KST
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokencore.market import Market
+    from tokencore.record import Attempt
+    from tokencore.tokens import Token
+
+
+SELDOM = 1000  # failures, as it were: enough for the longest pause
+
+
+class Intent(Enum):
+    """Why someone wants to issue: the more it is a person's will, the fewer rules forbid it."""
+
+    REQUIRED = "required"  # there is no token that serves
+    AHEAD = "ahead"  # the present token still serves
+    REFRESH = "refresh"  # a person asked
+    FORCE = "force"  # a person insisted: only the minute is left
+
+
+class Standing(NamedTuple):
+    """What the rules are judged on; `waited_out` is the time of an attempt whose cool-down the caller sat out."""
+
+    now: datetime
+    attempts: Sequence[Attempt]
+    token: Token | None
+    credentials: str
+    waited_out: datetime | None = None
+
+
+def check(intent: Intent, standing: Standing, market: Market) -> None:
+    """Return where a request is allowed now.
+
+    Raises:
+        CredentialsError: KIS refused these very credentials before; a person has to act.
+        IssuanceLimitError: the minute, the pause after failures, the six hours or the ceiling forbids it until `retry_at`.
+            The present token, if any, is untouched.
+
+    """
+    _check_credentials(intent, standing, market)
+    _check_pauses(intent, standing, market)
+    if intent is not Intent.FORCE:
+        _check_same_token(standing, market)
+        _check_ceiling(standing, market)
+
+
+def cooldown_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
+    """When the next request of the key is allowed; None when it is now.
+
+    An attempt that seems to lie ahead (the clock was set back) counts as one of this moment.
+    """
+    last = record.latest(attempts)
+    if last is None:
+        return None
+    until = min(last.at, now) + timedelta(seconds=interval)
+    return until if until > now else None
+
+
+def pause(failures: int, interval: float) -> timedelta:
+    """How long to leave KIS alone after so many failures in a row: 65 s three times, then 5 min.
+
+    They stretch and shrink with the issue interval, of which KIS's is 60 s.
+    """
+    return retry_delay(failures) * (interval / ISSUE_INTERVAL)
+
+
+def tell(at: datetime) -> str:
+    """A time for people, in KST, which is the time of KIS's own notices."""
+    return at.astimezone(KST).strftime("%Y-%m-%d %H:%M:%S KST")
+
+
+def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
+    """The sentence that says what still works, and until when."""
+    if token is None:
+        return "There is no token."
+    if token.serves(now, buffer):
+        return f"The present token goes on serving until {tell(token.expires_at - timedelta(seconds=buffer))}."
+    if token.rejected_at is not None:
+        return f"KIS has rejected the present token (issued {tell(token.issued_at or token.rejected_at)})."
+    return f"The last token expired at {tell(token.expires_at)}."
+
+
+def _check_credentials(intent: Intent, standing: Standing, market: Market) -> None:
+    last = record.latest(standing.attempts)
+    if last is None or last.outcome not in CREDENTIALS or last.credentials != standing.credentials:
+        return
+    # A key that still has a valid token was right until lately: KIS answers so to a locked key too. It is
+    # tried again, seldom; without a token, nobody but a person tries again.
+    if intent is Intent.REQUIRED:
+        raise CredentialsError(
+            f"KIS refused these credentials at {tell(last.at)} ({last.code}), so they are not tried again by "
+            f"themselves. {what_serves(standing.token, standing.now, market.buffer)} Correct them, or run "
+            f"`tokencore refresh {market.name}` when KIS has restored them.",
+        )
+
+
+def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
+    now, attempts = standing.now, standing.attempts
+    last = record.latest(attempts)
+    until = cooldown_until(attempts, now, market.issue_interval)
+    if last and until and standing.waited_out != last.at:
+        raise IssuanceLimitError(
+            f"The last request of this key was at {tell(last.at)} ({last.outcome}); KIS allows one a minute. "
+            f"{what_serves(standing.token, now, market.buffer)} The next is allowed at {tell(until)}.",
+            retry_at=until,
+            cause="minute",
+        )
+    failed = record.failures(attempts)
+    if intent is not Intent.AHEAD or not last or not failed:
+        return
+    lasting = last.outcome in CREDENTIALS
+    until = min(last.at, now) + pause(SELDOM if lasting else failed, market.issue_interval)
+    if until > now:
+        raise IssuanceLimitError(
+            f"The last {failed} attempts failed ({last.outcome}). "
+            f"{what_serves(standing.token, now, market.buffer)} The next attempt is at {tell(until)}.",
+            retry_at=until,
+            cause="backoff",
+        )
+
+
+def _check_same_token(standing: Standing, market: Market) -> None:
+    token, now = standing.token, standing.now
+    until = token.same_until() if token else None
+    if token is None or until is None or not now < until < token.expires_at:
+        return
+    raise IssuanceLimitError(
+        f"KIS would hand back the present token until {tell(until)}, six hours after its issue. "
+        f"{what_serves(token, now, market.buffer)} A new one can be had from {tell(until)}.",
+        retry_at=until.astimezone(UTC),
+        cause="same_token",
+    )
+
+
+def _check_ceiling(standing: Standing, market: Market) -> None:
+    issued = record.issued_within(standing.attempts, standing.now)
+    if len(issued) < market.max_issues_per_day:
+        return
+    until = issued[-market.max_issues_per_day].at + record.DAY
+    raise IssuanceLimitError(
+        f"This key has issued {len(issued)} tokens in 24 hours, and KIS_MAX_ISSUES_PER_DAY is "
+        f"{market.max_issues_per_day}. {what_serves(standing.token, standing.now, market.buffer)} The next is allowed at "
+        f"{tell(until)}; `tokencore refresh {market.name} --force` passes the ceiling.",
+        retry_at=until,
+        cause="ceiling",
+    )

@@ -1,0 +1,359 @@
+"""The managers: one market's token, from memory, then its file, then renewal under the key's lock.
+
+A cached token costs an attribute and a look at the clock; once a second a `stat` tells whether
+another process renewed. Everything heavy (HTTP, locking, validation of settings) is imported when a
+renewal is due, and one thread renews while the others go on with the token that still serves.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+from tokencore import sources
+from tokencore.cache import Cache
+from tokencore.errors import TokenUnavailableError
+from tokencore.market import Market, fingerprint, market_names
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from tokencore.keeper import Keeper
+    from tokencore.record import Attempt
+    from tokencore.status import TokenStatus
+    from tokencore.tokens import Token
+
+FRESH = 0.9  # seconds for which the token in memory is served without a look at its file
+AHEAD_PAUSE = 1.0  # seconds between two looks at whether a renewal ahead is due; the record decides
+
+
+class BaseTokenManager:
+    """Serves one market's token; thread-safe, fork-safe, and at one with every other process of the machine.
+
+    A subclass states what is its own: `get_api_url`, `get_app_credentials` and `get_token_file_prefix`;
+    everything else comes from the settings. It is not pickled: make one where it is needed.
+    """
+
+    def __init__(self) -> None:
+        """Read the settings; neither a token file nor KIS is touched yet.
+
+        Raises:
+            ConfigurationError: the settings cannot be read, or the market is not configured.
+
+        """
+        self._values = sources.gather().values
+        self.market = self._read_market()
+        self._text = ""
+        self._fresh_until = 0.0  # monotonic seconds
+        self._next_try = 0.0  # monotonic seconds
+        self._cache_made: Cache | None = None
+        self._keeper_made: Keeper | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.market.name!r}, {self.market.environment!r})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a token manager knows credentials and is not pickled; make it anew where it is needed")
+
+    def get_api_url(self) -> str:
+        """Where KIS is asked: a base URL without a trailing slash."""
+        raise NotImplementedError
+
+    def get_app_credentials(self) -> tuple[str, str]:
+        """The app key and the app secret."""
+        raise NotImplementedError
+
+    def get_token_file_prefix(self) -> str:
+        """What the names of the market's files begin with, such as `us_`."""
+        raise NotImplementedError
+
+    def get_valid_token(self, valid_until: datetime | None = None) -> str:
+        """A token that is valid now, and until `valid_until` (aware) if that is given; renewed if it must be.
+
+        While the present token is valid it is served whatever fails. Without one, the call waits for KIS
+        and, inside the cool-down of an earlier request, up to a minute for its turn.
+
+        Raises:
+            IssuanceLimitError: a limit forbids a request until its `retry_at`.
+            CredentialsError: KIS refused the key or the secret; a person has to act.
+            IssuerUnavailableError: KIS is down or unreachable.
+            TokenUnavailableError: no token that KIS would issue now lasts to `valid_until`.
+            TokenStoreError: the token directory cannot be used.
+            ConfigurationError: the settings are incomplete.
+                Whatever is raised, a token that is still valid stays where it is.
+
+        """
+        if valid_until is None and time.monotonic() < self._fresh_until:
+            return self._text
+        return self._consult(valid_until).access_token
+
+    def load_token(self) -> Token | None:
+        """The token in the market's file, valid or not; None where there is none of this key."""
+        return self._cache.read()[0]
+
+    def save_token(self, token: Token) -> None:
+        """Save `token` for every market of the key.
+
+        Raises:
+            TokenStoreError: it could not be written; what was there before still is.
+
+        """
+        self._keeper.save(token)
+        self._fresh_until = 0.0
+
+    def delete_token(self) -> bool:
+        """Remove the market's token file; whether there was one. The issuance record stays.
+
+        Raises:
+            TokenStoreError: it cannot be removed.
+
+        """
+        self._fresh_until = 0.0
+        return self._keeper.delete()
+
+    def is_token_expired(self) -> bool:
+        """Whether there is no token that counts as valid now."""
+        token = self.load_token()
+        return token is None or not token.serves(datetime.now(UTC), self.market.buffer)
+
+    def get_token_status(self) -> TokenStatus:
+        """What is known of the market's token, as `tokencore check --json` prints it. Writes and asks nothing."""
+        from tokencore.status import token_status  # not on the path of a cached token
+
+        return token_status(self.market, self._cache, datetime.now(UTC))
+
+    def get_token_info(self) -> str:
+        """The same for people: a few aligned lines, times in KST and in this machine's zone."""
+        from tokencore.view import info_text
+
+        return info_text(self.get_token_status())
+
+    def refresh(self, *, force: bool = False, reason: str = "") -> bool:
+        """Renew now; True for a new token, False where KIS handed back the present one.
+
+        Without `force` it declines while KIS would hand back the same token or the ceiling is reached.
+        `reason` (80 characters) goes into the issuance record.
+
+        Raises:
+            IssuanceLimitError: declined; `retry_at` tells until when. The minute limit holds for `force` too.
+            CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met.
+                The present token is untouched.
+
+        """
+        self._fresh_until = 0.0
+        return self._keeper.refresh(force=force, reason=reason or "refresh")
+
+    def report_rejected(self, token: str) -> str:
+        """Tell that KIS rejected `token` on a business call (EGW00121, EGW00123); the token to use instead.
+
+        Where another process has renewed already, its token is returned. Otherwise the token is marked
+        dead for all processes and renewed, as soon as KIS would issue another one.
+
+        Raises:
+            IssuanceLimitError: it is younger than six hours, in which KIS hands the dead token back;
+                `retry_at` tells when a new one can be had.
+            TokenError: the renewal failed; see `get_valid_token`.
+
+        """
+        self._fresh_until = 0.0
+        cached = self.load_token()
+        if cached is not None and cached.access_token == token:
+            self._keeper.mark_rejected(token, datetime.now(UTC))
+        return self._consult(None).access_token
+
+    def revoke(self) -> bool:
+        """Make KIS forget the present token and mark it dead for every market of the key; whether there was one.
+
+        Raises:
+            IssuerUnavailableError: KIS did not revoke it; it stays valid.
+
+        """
+        token = self._cache.newest()
+        if token is None:
+            return False
+        self._fresh_until = 0.0
+        self._keeper.revoke(token.access_token)
+        self._keeper.mark_rejected(token.access_token, datetime.now(UTC))
+        return True
+
+    def probe(self) -> tuple[bool | None, str]:
+        """Whether KIS accepts the cached token on a quote call: True, False, or None where the call told nothing; and why.
+
+        Raises:
+            TokenUnavailableError: there is no token to try.
+
+        """
+        token = self.load_token()
+        if token is None:
+            raise TokenUnavailableError(f"There is no token for {self.market.name!r} to try.")
+        domestic = not self.market.exchanges or bool({"KRX", "NXT", "XKRX"} & set(self.market.exchanges))
+        return self._keeper.probe(token.access_token, domestic=domestic)
+
+    def newest_token(self) -> Token | None:
+        """The token of the key that lasts longest, whichever of its markets has it."""
+        return self._cache.newest()
+
+    def renew_due(self, reason: str) -> bool:
+        """Renew because the rule says so, waiting for nobody; True for a new token, False where someone else was quicker.
+
+        Raises:
+            TokenError: a limit or a pause after failures forbids it, or the request failed; the present
+                token is untouched.
+
+        """
+        self._fresh_until = 0.0
+        return self._keeper.renew_due(reason)
+
+    def history(self) -> list[Attempt]:
+        """The key's issuance record, oldest attempt first; reading changes nothing."""
+        from tokencore.record import IssuanceRecord  # not on the path of a cached token
+
+        return IssuanceRecord(self._cache.folder, self._cache.fingerprint).attempts()
+
+    def sharing(self) -> list[str]:
+        """The configured markets with this key, in the settings' order: they share one token and one issuance."""
+        return _sharing(self._cache.fingerprint, self._values)
+
+    def key_exchanges(self) -> list[str]:
+        """The exchanges of all markets with this key, as the user wrote them."""
+        found = [_market(name, self._values).exchanges for name in self.sharing()]
+        return list(dict.fromkeys(code for codes in found for code in codes))
+
+    def _consult(self, valid_until: datetime | None) -> Token:
+        now = datetime.now(UTC)
+        until = now if valid_until is None else max(now, valid_until)
+        buffer, token = self.market.buffer, self.load_token()
+        if token is None or not token.serves(until, buffer):
+            self._refuse_hopeless(token, now, until)
+            token = self._keeper.obtain(
+                lambda found: found.serves(max(until, datetime.now(UTC)), buffer),
+                f"get {self.market.name}",
+            )
+        self._remember(token, now)
+        if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:
+            token = self._renew_ahead(token, now)
+        return token
+
+    def _remember(self, token: Token, now: datetime) -> None:
+        left = (token.expires_at - now).total_seconds() - self.market.buffer
+        self._text = token.access_token
+        self._fresh_until = time.monotonic() + min(FRESH, left)
+
+    def _renew_ahead(self, token: Token, now: datetime) -> Token:
+        if time.monotonic() < self._next_try:
+            return token
+        self._next_try = time.monotonic() + AHEAD_PAUSE
+        newer = self._keeper.renew_ahead(
+            lambda found: found.rejected_at is None and found.expires_at > token.expires_at,
+            f"ahead {self.market.name}",
+        )
+        if newer is None:
+            return token
+        self._remember(newer, now)
+        return newer
+
+    def _refuse_hopeless(self, token: Token | None, now: datetime, until: datetime) -> None:
+        """Spend no issuance on a token that, living as long as the last one, would not serve either."""
+        if token is None or token.issued_at is None or not token.serves(now, self.market.buffer):
+            return
+        reach = now + (token.expires_at - token.issued_at) - timedelta(seconds=self.market.buffer)
+        if until >= reach:
+            raise TokenUnavailableError(
+                f"Even a new token would last only until {reach.isoformat(timespec='seconds')}, not until "
+                f"{until.isoformat(timespec='seconds')}. Nothing was issued and the present token still serves; "
+                "ask again nearer to that time.",
+            )
+
+    def _read_market(self) -> Market:
+        """The market that the file prefix names, configured or not: a subclass brings what is its own."""
+        name = self.get_token_file_prefix().rstrip("_")
+        self._values.setdefault("markets", {}).setdefault(name, {})
+        return _market(name, self._values)
+
+    @property
+    def _cache(self) -> Cache:
+        if self._cache_made is None:
+            app_key, url = self.get_app_credentials()[0], self.get_api_url()
+            own = self.get_token_file_prefix()
+            siblings = [f"{name}_" for name in _sharing(fingerprint(app_key, url), self._values)]
+            prefixes = [own, *(prefix for prefix in siblings if prefix != own)]
+            self._cache_made = Cache(self.market.token_dir, url, self.market.environment, app_key, prefixes)
+        return self._cache_made
+
+    @property
+    def _keeper(self) -> Keeper:
+        if self._keeper_made is None:
+            from tokencore.keeper import Keeper  # requests, pydantic and filelock come with it
+            from tokencore.settings import Settings
+
+            Settings.load()  # whatever may talk to KIS is validated first
+            credentials = self.get_app_credentials()
+            self._keeper_made = Keeper(self.market, self._cache, credentials, self.get_api_url())
+        return self._keeper_made
+
+
+class TokenManager(BaseTokenManager):
+    """The token of a configured market, by its name: `us`, `kr`, or one of the user's own."""
+
+    def __init__(self, market: str) -> None:
+        """Read the settings of `market`.
+
+        Raises:
+            ConfigurationError: the settings cannot be read, or the market is not configured.
+
+        """
+        self._name = market
+        super().__init__()
+
+    def get_api_url(self) -> str:
+        """The market's base URL, or its environment's."""
+        return self.market.base_url
+
+    def get_app_credentials(self) -> tuple[str, str]:
+        """The market's own credentials, or those for all markets.
+
+        Raises:
+            ConfigurationError: one of them is not set.
+
+        """
+        return self.market.credentials()
+
+    def get_token_file_prefix(self) -> str:
+        """The market's name and an underscore."""
+        return f"{self._name}_"
+
+    def _read_market(self) -> Market:
+        return _market(self._name, self._values)
+
+
+class USTokenManager(TokenManager):
+    """The token for the US exchanges."""
+
+    def __init__(self) -> None:
+        """Read the settings of `us`, see `TokenManager`."""
+        super().__init__("us")
+
+
+class KRTokenManager(TokenManager):
+    """The token for the Korean exchanges."""
+
+    def __init__(self) -> None:
+        """Read the settings of `kr`, see `TokenManager`."""
+        super().__init__("kr")
+
+
+def _market(name: str, values: dict[str, Any]) -> Market:
+    try:
+        return Market(name, values)
+    except (ValueError, TypeError):
+        from tokencore.settings import Settings  # only a mistake needs its words
+
+        Settings.load()
+        raise
+
+
+def _sharing(key_fingerprint: str, values: dict[str, Any]) -> list[str]:
+    """The configured markets whose key it is."""
+    found = [_market(name, values) for name in market_names(values)]
+    return [m.name for m in found if m.app_key and fingerprint(m.app_key, m.base_url) == key_fingerprint]

@@ -1,0 +1,150 @@
+"""A market: the scope that a token file serves, with its key, its environment and its rules in numbers."""
+
+from __future__ import annotations
+
+import os
+
+from tokencore.errors import ConfigurationError
+from tokencore.sources import CONFIG_FILE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from hashlib import sha256
+    from typing import Any
+else:
+    try:  # OpenSSL's hashlib costs a cached `get` 3 ms; the interpreter's own SHA-256 costs nothing
+        from _sha2 import sha256
+    except ImportError:
+        from _sha256 import sha256
+
+HOSTS = {
+    "real": "https://openapi.koreainvestment.com:9443",
+    "paper": "https://openapivts.koreainvestment.com:29443",
+}
+TOKEN_DIR = "~/.tokencore"
+ISSUE_INTERVAL = 60.0  # seconds between issue requests of a key: KIS's EGW00133
+BUFFER = 300.0  # seconds before expiry in which a token no longer counts as valid
+PROACTIVE_WINDOW = 1800.0  # seconds before expiry in which a renewal is tried ahead
+TIMEOUT = 10.0  # seconds to connect, and to wait for an answer
+MAX_ISSUES_PER_DAY = 2  # in any 24 hours; KIS asks for one
+DEFAULT_EXCHANGES = {"us": ("NASD", "NYSE", "AMEX"), "kr": ("KRX",)}
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+
+
+class Market:
+    """One market's settings, converted but not validated: plain enough for the path of a cached token.
+
+    Attributes:
+        name: the market, in lower case, such as `us`.
+        app_key, app_secret: the credentials; None when not set.
+        environment: `real` or `paper`.
+        base_url: where KIS is asked, without a trailing slash.
+        token_dir: absolute folder of the token files.
+        exchanges: what the market trades, as the user wrote it.
+        issue_interval, buffer, proactive_window, timeout: seconds.
+        max_issues_per_day: the ceiling of issuances in any 24 hours.
+
+    """
+
+    __slots__ = (
+        "app_key", "app_secret", "base_url", "buffer", "environment", "exchanges", "issue_interval",
+        "max_issues_per_day", "name", "proactive_window", "timeout", "token_dir",
+    )  # fmt: skip
+
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        """Convert the merged settings `values` (see `sources.Gathered`) for the market `name`.
+
+        Raises:
+            ConfigurationError: the name is no market's, or it is not configured.
+            ValueError: a value does not convert; `settings.load()` then says which and why.
+
+        """
+        own = _own_values(name, values)
+        both = {**values, **own}
+        self.name = name
+        self.app_key: str | None = _stripped(both.get("app_key"))
+        self.app_secret: str | None = _stripped(both.get("app_secret"))
+        self.environment = str(both.get("environment", "real"))
+        self.base_url = _base_url(values, own, self.environment)
+        self.token_dir = os.path.abspath(os.path.expanduser(str(values.get("token_dir", TOKEN_DIR))))
+        self.exchanges = listed(own.get("exchanges", DEFAULT_EXCHANGES.get(name, ())))
+        self.issue_interval = float(values.get("issue_interval", ISSUE_INTERVAL))
+        self.buffer = float(values.get("buffer", BUFFER))
+        self.proactive_window = float(values.get("proactive_window", PROACTIVE_WINDOW))
+        self.timeout = float(values.get("timeout", TIMEOUT))
+        self.max_issues_per_day = int(values.get("max_issues_per_day", MAX_ISSUES_PER_DAY))
+
+    def credentials(self) -> tuple[str, str]:
+        """The app key and app secret.
+
+        Raises:
+            ConfigurationError: one of them is not set; the sentence names the variable.
+
+        """
+        for value, field in ((self.app_key, "APP_KEY"), (self.app_secret, "APP_SECRET")):
+            if not value:
+                raise ConfigurationError(
+                    f"KIS_{field} is not set for the market {self.name!r}; set KIS_{field} (or "
+                    f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or {CONFIG_FILE}.",
+                )
+        return str(self.app_key), str(self.app_secret)
+
+    def __repr__(self) -> str:
+        return f"Market({self.name!r}, {self.environment!r}, {self.base_url!r})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Market holds credentials and is not pickled; make it anew where it is needed")
+
+
+def market_names(values: Mapping[str, Any]) -> list[str]:
+    """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
+    return [*DEFAULT_EXCHANGES, *sorted(set(values.get("markets", {})) - set(DEFAULT_EXCHANGES))]
+
+
+def digest(*parts: str, length: int) -> str:
+    """So many hex digits that change with any of the parts and tell none of them."""
+    return sha256("\0".join(parts).encode()).hexdigest()[:length]
+
+
+def fingerprint(app_key: str, base_url: str) -> str:
+    """16 hex digits that name a key in an environment without telling the key."""
+    return digest("tokencore", base_url, app_key, length=16)
+
+
+def listed(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - text with commas, or a TOML list
+    """The upper-case items of `A, B`, `["A", "B"]` as text, or of a list; other types stay for the validator."""
+    if isinstance(value, str):
+        value = value.strip().strip("[]").replace('"', "").split(",")
+    if not isinstance(value, list | tuple):
+        raise ValueError("must be names separated by commas")  # noqa: TRY004 - pydantic words ValueError
+    return tuple(str(item).strip().upper() for item in value if str(item).strip())
+
+
+def _own_values(name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not name or not _NAME_CHARACTERS.issuperset(name):
+        raise ConfigurationError(f"{name!r} is no market's name: use letters, digits, - and _ in lower case.")
+    known = market_names(values)
+    if name not in known:
+        raise ConfigurationError(
+            f"The market {name!r} is not configured (known: {', '.join(known)}); "
+            f"set KIS_MARKETS__{name.upper()}__EXCHANGES to the exchanges it trades, such as SEHK.",
+        )
+    own = values.get("markets", {}).get(name, {})
+    if not isinstance(own, dict):
+        raise ValueError(name)  # noqa: TRY004 - settings.load() says it better
+    return own
+
+
+def _base_url(values: Mapping[str, Any], own: Mapping[str, Any], environment: str) -> str:
+    """The market's own URL, else its own environment's host, else what is set for all."""
+    url = own.get("base_url") or (None if "environment" in own else values.get("base_url"))
+    return str(url or HOSTS.get(environment, "")).rstrip("/")
+
+
+def _stripped(value: Any) -> str | None:  # noqa: ANN401 - text, or a TOML type that settings will refuse
+    if isinstance(value, str):
+        return value.strip() or None
+    if value is None:
+        return None
+    raise ValueError(type(value).__name__)

@@ -1,0 +1,178 @@
+"""The issuance record of a key: one line per attempt, written before the request and completed after it.
+
+It outlives tokens, processes and reboots: the minute limit, the daily ceiling and the pauses after
+failures are judged from it, so that a restarted bot knows what the last one did. It never holds a
+token or a key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokencore import store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from io import BufferedRandom
+
+LINE = 512  # bytes of a line with its newline: one disk sector, so that completing it in place cannot tear it
+KEEP, TRIM_AT = 1024, 2048  # lines: years of daily renewals, or four days of KIS being down
+REASON_LENGTH = 80  # characters; what is longer is cut, so that the line stays a line
+DAY = timedelta(hours=24)
+
+
+class Outcome(StrEnum):
+    """What became of an attempt."""
+
+    SENT = "sent"  # written before the request; it stays when the process died in between
+    ISSUED = "issued"
+    SAME = "same"  # KIS handed back the token we had: its six hours
+    LIMIT = "limit"
+    BAD_KEY = "bad_key"
+    BAD_SECRET = "bad_secret"  # noqa: S105 - a word, no secret
+    DENIED = "denied"
+    SERVER_ERROR = "server_error"
+    REFUSED = "refused"  # no known code
+    BAD_ANSWER = "bad_answer"
+    NO_ANSWER = "no_answer"  # it may have reached KIS
+    UNREACHABLE = "unreachable"  # it cannot have reached KIS
+
+
+GRANTED = frozenset({Outcome.ISSUED, Outcome.SAME})
+CREDENTIALS = frozenset({Outcome.BAD_KEY, Outcome.BAD_SECRET, Outcome.DENIED})
+
+
+class Attempt(NamedTuple):
+    """One line of the record; times are aware UTC."""
+
+    at: datetime
+    outcome: Outcome
+    code: str | None = None
+    expires_at: datetime | None = None
+    reason: str = ""
+    credentials: str = ""  # eight hex digits that change with the key or the secret
+    pid: int = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether KIS may have seen it, so that the cool-down runs from it."""
+        return self.outcome is not Outcome.UNREACHABLE
+
+
+class IssuanceRecord:
+    """The record of one key. Reading takes no lock; writing is for the holder of the key's lock."""
+
+    def __init__(self, folder: str, key_fingerprint: str) -> None:
+        """Name the file; nothing is opened yet."""
+        self.path = os.path.join(folder, f"key-{key_fingerprint}.jsonl")
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, oldest first; lines that cannot be read are passed over, a missing file is empty."""
+        try:
+            text = store.read_text(self.path, limit=2 * TRIM_AT * LINE) or ""
+        except ValueError:
+            return []
+        return [attempt for line in text.splitlines() if (attempt := _parse(line))]
+
+    def begin(self, attempt: Attempt) -> int:
+        """Append `attempt` durably and return where its line stands, for `complete`.
+
+        Raises:
+            OSError: it could not be written; nothing may be issued on the strength of it.
+
+        """
+        self._trim()
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            position = file.seek(0, os.SEEK_END)
+            # After a torn or foreign line, start on a sector of our own.
+            gap = -position % LINE
+            file.write(b" " * (gap - 1) + b"\n" if gap else b"")
+            file.write(_line(attempt))
+            _sync(file)
+        return position + gap
+
+    def complete(self, position: int, attempt: Attempt) -> None:
+        """Write the outcome over the line that `begin` wrote.
+
+        Raises:
+            OSError: it could not be written; the attempt stays recorded as `sent`.
+
+        """
+        with open(self.path, "r+b") as file:
+            file.seek(position)
+            file.write(_line(attempt))
+            _sync(file)
+
+    def _trim(self) -> None:
+        try:
+            too_long = os.path.getsize(self.path) > TRIM_AT * LINE
+        except FileNotFoundError:
+            return
+        if too_long:
+            kept = b"".join(_line(attempt) for attempt in self.attempts()[-KEEP:])
+            store.write_text(self.path, kept.decode(), temporary="trim")
+
+
+def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:
+    """The attempts that brought a new token in the `span` before `now`; the answer KIS repeated is none."""
+    return [a for a in attempts if a.outcome is Outcome.ISSUED and now - span < a.at]
+
+
+def latest(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The last attempt that KIS may have seen, from which the cool-down runs."""
+    return next((a for a in reversed(attempts) if a.counts), None)
+
+
+def failures(attempts: Sequence[Attempt]) -> int:
+    """How many attempts have failed since the last one that brought a token."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.outcome in GRANTED:
+            break
+        count += 1
+    return count
+
+
+def _sync(file: BufferedRandom) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _line(attempt: Attempt) -> bytes:
+    content = {
+        "at": attempt.at.isoformat(timespec="milliseconds"),
+        "outcome": attempt.outcome.value,
+        "code": attempt.code,
+        "expires_at": attempt.expires_at.isoformat() if attempt.expires_at else None,
+        "reason": attempt.reason[:REASON_LENGTH],
+        "credentials": attempt.credentials,
+        "pid": attempt.pid,
+    }
+    text = json.dumps(content, ensure_ascii=False).encode()
+    if len(text) >= LINE:
+        text = json.dumps({**content, "reason": ""}).encode()
+    return text.ljust(LINE - 1) + b"\n"
+
+
+def _parse(line: str) -> Attempt | None:
+    try:
+        content = json.loads(line)
+        return Attempt(
+            at=_aware(content["at"]),
+            outcome=Outcome(content["outcome"]),
+            code=content.get("code"),
+            expires_at=_aware(content["expires_at"]) if content.get("expires_at") else None,
+            reason=str(content.get("reason", "")),
+            credentials=str(content.get("credentials", "")),
+            pid=int(content.get("pid", 0)),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _aware(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)

@@ -1,0 +1,170 @@
+"""The settings, validated: every value has a type, every mistake a sentence that names its variable."""
+
+from __future__ import annotations
+
+import logging
+from datetime import date, time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tokencore import market as defaults
+from tokencore.errors import ConfigurationError
+from tokencore.market import Market, listed
+from tokencore.sessions import Override, exchange
+from tokencore.sources import CONFIG_FILE, Gathered, gather
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_log = logging.getLogger(__name__)
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_DAY = 86_400
+
+
+def _https(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("must be a plain address without user, query or fragment")
+    if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK)):
+        raise ValueError("must start with https:// (http:// only on loopback)")
+    return url.rstrip("/")
+
+
+def _hours(value: object) -> object:
+    if isinstance(value, str):
+        opens, _, closes = value.partition("-")
+        return opens.strip(), closes.strip()
+    return value
+
+
+Url = Annotated[str, AfterValidator(_https)]
+Names = Annotated[list[str], BeforeValidator(listed)]
+Days = Annotated[list[date], BeforeValidator(listed)]
+Hours = Annotated[tuple[time, time], BeforeValidator(_hours)]
+Seconds = Annotated[float, Field(ge=0, le=_DAY, allow_inf_nan=False)]
+
+
+class MarketSettings(BaseModel):
+    """What one market has of its own; everything else it takes from the settings for all."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    app_key: SecretStr | None = None
+    app_secret: SecretStr | None = None
+    environment: Literal["real", "paper"] | None = None
+    base_url: Url | None = None
+    exchanges: Names | None = None
+
+
+class ExchangeSettings(BaseModel):
+    """What the user knows better than the calendar: closed days, other hours, extended hours."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    closed: Days = []
+    hours: dict[date, Hours] = {}
+    extended: bool = False
+
+
+class Settings(BaseSettings):
+    """All settings, as `sources.gather` merged them; unknown `KIS_` variables are other programs' affair."""
+
+    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    app_key: SecretStr | None = None
+    app_secret: SecretStr | None = None
+    environment: Literal["real", "paper"] = "real"
+    base_url: Url | None = None
+    token_dir: Path = Path(defaults.TOKEN_DIR)
+    markets: dict[str, MarketSettings] = {}
+    exchanges: dict[str, ExchangeSettings] = {}
+    issue_interval: Seconds = defaults.ISSUE_INTERVAL
+    buffer: Seconds = defaults.BUFFER
+    proactive_window: Seconds = defaults.PROACTIVE_WINDOW
+    timeout: Annotated[float, Field(gt=0, le=300, allow_inf_nan=False)] = defaults.TIMEOUT
+    max_issues_per_day: Annotated[int, Field(ge=1, le=24)] = defaults.MAX_ISSUES_PER_DAY
+    hts_id: str | None = None
+    slack_webhook_url: SecretStr | None = None
+    slack_bot_token: SecretStr | None = None
+    slack_channel: str | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` hands over counts: `sources.gather` has the one precedence for every caller."""
+        return (init_settings,)
+
+    @classmethod
+    def load(cls) -> Self:
+        """The validated settings of this process.
+
+        Raises:
+            ConfigurationError: a value is malformed or a source unreadable; cached tokens stay usable.
+
+        """
+        found = gather()
+        _warn_of_spaces(found.values, "KIS_")
+        _refuse_unknown(found)
+        try:
+            return cls(**found.values)
+        except ValidationError as error:
+            raise ConfigurationError(_sentence(error.errors(include_input=False)[0])) from None
+
+
+def overrides() -> dict[str, Override]:
+    """What the user's settings say about exchanges, by order code.
+
+    Raises:
+        ConfigurationError: an exchange is unknown, or the settings are malformed.
+
+    """
+    return {
+        exchange(name).code: Override(frozenset(own.closed), own.hours, own.extended)
+        for name, own in Settings.load().exchanges.items()
+    }
+
+
+def _variable(path: tuple[int | str, ...]) -> str:
+    name = "__".join(str(step) for step in path if not isinstance(step, int)).upper()
+    return name if name.startswith("SLACK_") else f"KIS_{name}"
+
+
+def _sentence(error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"{_variable(error['loc'])} is no setting; see the README for their names, and remove or correct it."
+    told = error["msg"].removeprefix("Value error, ")
+    return f"{_variable(error['loc'])} cannot be used: {told[:1].lower()}{told[1:]}. Correct or remove it."
+
+
+def _warn_of_spaces(values: dict[str, Any], above: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _warn_of_spaces(value, f"{above}{key.upper()}__")
+        elif key in ("app_key", "app_secret") and isinstance(value, str) and value != value.strip():
+            _log.warning("%s%s has spaces or a newline around it; they were removed.", above, key.upper())
+
+
+def _refuse_unknown(found: Gathered) -> None:
+    """In our own file an unknown name is a misspelt one; in the environment it may be another program's."""
+    for name, origin in found.origins.items():
+        top = name.lower().removeprefix("kis_").partition("__")[0]
+        if origin == CONFIG_FILE and top not in Settings.model_fields:
+            raise ConfigurationError(f"{CONFIG_FILE} sets {top!r}, which is no setting; correct or remove it.")

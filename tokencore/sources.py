@@ -1,0 +1,141 @@
+"""Where settings come from: the environment, `.env`, a secrets folder, `~/.tokencore/config.toml`.
+
+The first source that knows a name wins. This room only reads and merges text; what the values mean
+is `market`'s and `settings`' affair. It stays light because every cached `get` passes through it:
+the parsers of `.env` and TOML are imported only where such a file exists.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tokencore.errors import ConfigurationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+CONFIG_FILE = "~/.tokencore/config.toml"
+DOTENV_FILE = ".env"
+SECRET_FILE_LIMIT = 65_536  # bytes; a mounted secret is one short line
+_PREFIXES = ("kis_", "slack_")
+_ALIEN = ("kis_secrets_dir",)  # says where to read, is no value itself
+
+
+class Gathered:
+    """The merged settings as text, and which source each came from.
+
+    Attributes:
+        values: nested mapping, keys in lower case without the `kis_` prefix, such as
+            `{"app_key": "…", "markets": {"us": {"app_key": "…"}}}`; values of files may be typed.
+        origins: the source of each value by its variable name in upper case, such as
+            `{"KIS_APP_KEY": "environment"}`.
+
+    """
+
+    __slots__ = ("origins", "values")
+
+    def __init__(self) -> None:
+        """Start with nothing known."""
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"Gathered({sorted(self.origins)})"
+
+    def add(self, name: str, value: Any, origin: str) -> None:  # noqa: ANN401 - text, or TOML's types
+        """Take a value unless an earlier source gave it; empty text counts as not given."""
+        if value == "" or name.upper() in self.origins:
+            return
+        *path, last = name.lower().removeprefix("kis_").split("__")
+        branch = self.values
+        for step in path:
+            branch = branch.setdefault(step, {})
+            if not isinstance(branch, dict):
+                raise ConfigurationError(f"{name.upper()} contradicts another setting above it; remove one.")
+        branch[last] = value
+        self.origins[name.upper()] = origin
+
+
+def gather() -> Gathered:
+    """All settings of this process, the environment before `.env`, secrets folder and config file.
+
+    Raises:
+        ConfigurationError: a source exists but cannot be read; the sentence names it.
+
+    """
+    found = Gathered()
+    environment = [(k.lower(), v) for k, v in os.environ.items()]
+    dotenv = list(_dotenv())
+    secrets_dir = dict([*dotenv, *environment]).get("kis_secrets_dir")
+    _take(found, environment, "environment")
+    _take(found, dotenv, DOTENV_FILE)
+    if secrets_dir:
+        _take(found, _secrets(os.path.expanduser(secrets_dir)), secrets_dir)
+    for name, value in _config():
+        found.add(name, value, CONFIG_FILE)
+    return found
+
+
+def _take(found: Gathered, pairs: Iterable[tuple[str, str]], origin: str) -> None:
+    for name, value in pairs:
+        if name.startswith(_PREFIXES) and name not in _ALIEN:
+            found.add(name, value, origin)
+
+
+def _dotenv() -> Iterable[tuple[str, str]]:
+    if not os.path.exists(DOTENV_FILE):
+        return
+    from dotenv import dotenv_values  # only who has a .env pays for its parser
+
+    try:
+        values = dotenv_values(DOTENV_FILE, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{DOTENV_FILE} cannot be read ({_why(error)}); mend or remove it.") from None
+    for name, value in values.items():
+        yield name.lower(), value or ""
+
+
+def _secrets(folder: str) -> Iterable[tuple[str, str]]:
+    try:
+        with os.scandir(folder) as entries:
+            files = sorted((e.name, e.path) for e in entries if e.is_file())
+        for name, path in files:
+            if name.lower().startswith(_PREFIXES):
+                with open(path, encoding="utf-8") as file:
+                    yield name.lower(), file.read(SECRET_FILE_LIMIT).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"KIS_SECRETS_DIR={folder} cannot be read ({_why(error)}); point it at a folder with one file per variable.",
+        ) from None
+
+
+def _config() -> Iterable[tuple[str, Any]]:
+    path = os.path.expanduser(CONFIG_FILE)
+    if not os.path.exists(path):
+        return
+    import tomllib  # only who has a config file pays for its parser
+
+    try:
+        with open(path, "rb") as file:
+            tree = tomllib.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{CONFIG_FILE} cannot be read ({_why(error)}); mend or remove it.") from None
+    yield from _leaves(tree, "")
+
+
+def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
+    """Flatten tables into variable names, so that every source speaks of a setting in one way."""
+    for key, value in tree.items():
+        name = f"{above}__{key}" if above else key.lower()
+        if not above and not name.startswith(_PREFIXES):
+            name = f"kis_{name}"
+        if isinstance(value, dict):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]

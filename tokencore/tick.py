@@ -1,0 +1,140 @@
+"""The renewal rule applied to a key: what its exchanges need, what is planned, and one decision at a time.
+
+`policy` decides, from the needs of all exchanges of the key's markets; a renewal goes through the same
+lock and record as every other. Nothing here waits: who calls often enough follows the rule.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, time, timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokencore import policy, sessions
+from tokencore.errors import TokenError
+from tokencore.policy import Renewal
+from tokencore.settings import overrides
+from tokencore.status import CLOCK_SLACK
+
+if TYPE_CHECKING:
+    from tokencore.manager import TokenManager
+    from tokencore.tokens import Token
+
+PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # of the needs that are looked at: the anchor wants two weeks
+ALERT = timedelta(minutes=30)  # before the need: the last moment for a person to act
+
+
+class Outlook(NamedTuple):
+    """What lies ahead of a key; times are aware UTC.
+
+    Attributes:
+        token: the present token, valid or not; None without one.
+        needs: merged needs of all exchanges of the key, from the present one on.
+        anchor: the KST minute of the daily renewal; None without exchanges or without a common quiet time.
+        unserved: the first need that the present token does not serve; None when it serves all.
+        next: the next renewal; its `at` is `now` where it is due.
+
+    """
+
+    token: Token | None
+    needs: list[tuple[datetime, datetime]]
+    anchor: time | None
+    unserved: tuple[datetime, datetime] | None
+    next: Renewal | None
+
+
+class Decision(NamedTuple):
+    """What a tick did.
+
+    Attributes:
+        renewed: whether a new token was issued.
+        trouble: why a renewal that was due did not come about; the present token goes on.
+        level: how pressing that is: empty, `warn` (half of the lead is gone) or `alert` (30 min before the need).
+        outlook: what lies ahead now.
+
+    """
+
+    renewed: bool
+    trouble: TokenError | None
+    level: str
+    outlook: Outlook
+
+
+def look(manager: TokenManager, now: datetime) -> Outlook:
+    """What lies ahead of the manager's key at `now` (aware). Reads only; asks KIS for nothing.
+
+    Raises:
+        ConfigurationError: an exchange of a market is unknown, or the settings are malformed.
+
+    """
+    token = manager.newest_token()
+    codes = manager.key_exchanges()
+    buffer = timedelta(seconds=manager.market.buffer)
+    if not codes:
+        return Outlook(token, [], None, None, _plain(token, manager, now))
+    every = sessions.needs(codes, now - PAST, now + FUTURE, overrides())
+    anchor = policy.daily_anchor(every, buffer=buffer)
+    usable = token if token and token.serves(now, manager.market.buffer) else None
+    expires_at = usable.expires_at + CLOCK_SLACK if usable else None
+    issued_at = token.issued_at if token else None
+    planned = policy.next_renewal(now, every, issued_at=issued_at, expires_at=expires_at, anchor=anchor, buffer=buffer)
+    if planned is None and anchor is None and usable and every:
+        planned = Renewal(max(now, usable.expires_at - policy.LEAD), "no quiet time is common to all days", None)
+    needs = [need for need in every if need[1] > now]
+    reach = expires_at - buffer if expires_at else now
+    unserved = next((need for need in needs if need[1] > reach), None)
+    return Outlook(token, needs, anchor, unserved, planned)
+
+
+def tick(manager: TokenManager, now: datetime) -> Decision:
+    """Follow the rule at `now` (aware) for the manager's key: renew if it is due and the record allows it.
+
+    After a failure the record keeps the pauses (65 s three times, then 5 min), so that any number of
+    callers, however often they call, ask KIS no more than the rule does.
+
+    Raises:
+        ConfigurationError: an exchange of a market is unknown, or the settings are malformed.
+
+    """
+    ahead = look(manager, now)
+    if ahead.next is None or ahead.next.at > now:
+        return Decision(renewed=False, trouble=None, level="", outlook=ahead)
+    reason = f"rule: {ahead.next.exception or ahead.next.reason}"
+    try:
+        renewed = manager.renew_due(reason)
+    except TokenError as error:
+        return Decision(renewed=False, trouble=error, level=_level(ahead, now), outlook=ahead)
+    return Decision(renewed=renewed, trouble=None, level="", outlook=look(manager, now))
+
+
+def _plain(token: Token | None, manager: TokenManager, now: datetime) -> Renewal:
+    """Without any exchange configured: renew in the proactive window before the expiry."""
+    if token is None or not token.serves(now, manager.market.buffer):
+        return Renewal(now, "there is no valid token", None)
+    at = token.expires_at - timedelta(seconds=manager.market.proactive_window)
+    return Renewal(max(now, at), "no exchange is configured: shortly before the expiry", None)
+
+
+def _level(ahead: Outlook, now: datetime) -> str:
+    """The lead is the time from the token's last quiet moment, its issue plus a day at the latest, to the need."""
+    if ahead.unserved is None:
+        return "alert" if ahead.token is None else "warn"
+    start = ahead.unserved[0]
+    if now >= start - ALERT:
+        return "alert"
+    due = _due_since(ahead, now)
+    return "warn" if now - due > (start - due) / 2 else ""
+
+
+def _due_since(ahead: Outlook, now: datetime) -> datetime:
+    """When the renewal that is due now became due: what the rule would have planned at the last issue."""
+    if ahead.token is None or ahead.token.issued_at is None:
+        return now
+    issued_at = ahead.token.issued_at
+    planned = policy.next_renewal(
+        issued_at,
+        ahead.needs,
+        issued_at=issued_at,
+        expires_at=ahead.token.expires_at + CLOCK_SLACK,
+        anchor=ahead.anchor,
+    )
+    return min(now, planned.at) if planned else now
