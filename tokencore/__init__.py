@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokencore.fleet import managers, trading
     from tokencore.manager import BaseTokenManager, KRTokenManager, TokenManager, USTokenManager
     from tokencore.settings import Settings, overrides
-    from tokencore.tick import Decision, Outlook, look, tick
+    from tokencore.rule import Decision, Outlook, look, tick
 
 __all__ = [
     "BaseTokenManager",
@@ -56,7 +56,7 @@ _ROOMS = {
     "auth": ("KISAuth",),
     "fleet": ("managers", "trading"),
     "settings": ("Settings", "overrides"),
-    "tick": ("Decision", "Outlook", "look", "tick"),
+    "rule": ("Decision", "Outlook", "look", "tick"),
 }
 
 

@@ -14,7 +14,7 @@ from tokencore import sandbox, view
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
 from tokencore.fleet import managers
 from tokencore.manager import TokenManager
-from tokencore.tick import tick
+from tokencore.rule import tick
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -105,7 +105,7 @@ def _word(token: Token | None, problem: str, market: Market, now: datetime) -> s
 
 
 def _covers(token: Token | None, need: tuple[datetime, datetime], market: Market) -> bool:
-    """Whether it serves until the end of the need; our clock and KIS's may differ by a little (see `tick`)."""
+    """Whether it serves until the end of the need; our clock and KIS's may differ by a little (see `rule`)."""
     return token is not None and token.serves(need[1] - CLOCK_SLACK, market.buffer)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from tokencore.status import TokenStatus
-    from tokencore.tick import Decision
+    from tokencore.rule import Decision
 
 _COLOURS = {"VALID": "green", "EXPIRING_SOON": "yellow"}  # everything else is red
 _WIDE = 140  # characters, where no terminal says how wide it is: a pipe must not wrap a table
