@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NoReturn
 
 from tokencore import __doc__ as about
-from tokencore import sandbox, view
+from tokencore import picture, plan, sandbox, view
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
 from tokencore.fleet import managers
 from tokencore.manager import TokenManager
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NOT_VALID, UNREACHABLE = 3, 6
+LONGEST_PLAN = 31  # days: beyond it, the picture is a smear
 EXIT_CODES = (
     "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
     "4 issuance limit, 5 credentials refused, 6 KIS unreachable, 7 store unusable"
@@ -70,10 +71,15 @@ def parser() -> argparse.ArgumentParser:
     delete = command("delete", _delete, "remove the market's token file; the issuance record stays")
     market(delete)
     delete.add_argument("--revoke", action="store_true", help="also make KIS forget the token, for all who use it")
+    planned = command(
+        "plan", _plan, "the sessions ahead, the token's life, the daily anchor, and the next renewals and why"
+    )
+    planned.add_argument("--days", type=_days, default=plan.DAYS, metavar="N", help="1 to 31 (%(default)s)")
+    planned.add_argument("--svg", metavar="FILE", help="write the picture there; - for standard output")
     history = command("history", _history, "the issuance record: every attempt, and what became of it")
     market(history, many="?")
     command("tick", _tick, "one decision of the renewal rule for every key, for cron")
-    for with_json in (get, check, history):
+    for with_json in (get, check, planned, history):
         with_json.add_argument("--json", action="store_true", help="for programs")
     gateway = command("sandbox", sandbox.run, "a KIS gateway on loopback, to try things out")
     sandbox.add_arguments(gateway)
@@ -93,8 +99,9 @@ def _get(options: argparse.Namespace) -> int:
         print(text)
         return 0
     status = manager.get_token_status()
-    fields = ("market", "environment", "expires_at", "issued_at", "remaining_seconds")
-    _print_json({"access_token": text, "token_type": "Bearer", **{field: status[field] for field in fields}})
+    told = {"market", "environment", "expires_at", "issued_at", "remaining_seconds"}
+    fields = {name: value for name, value in status.items() if name in told}
+    _print_json({"access_token": text, "token_type": "Bearer"} | fields)
     return 0
 
 
@@ -134,6 +141,36 @@ def _delete(options: argparse.Namespace) -> int:
         print("Revoked at KIS, for every market of the key." if manager.revoke() else "There is no token to revoke.")
     print("Deleted." if manager.delete_token() else f"There was no token file for {options.market!r}.")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    now = datetime.now(UTC)
+    plans = [plan.make_plan(manager, now, options.days) for manager in managers(one_per_key=True)]
+    if options.svg:
+        _write(options.svg, picture.draw(plans))
+    if options.json:
+        _print_json([plan.as_json(one) for one in plans])
+    elif not options.svg:
+        for one in plans:
+            view.print_plan(one)
+    return 0
+
+
+def _days(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= LONGEST_PLAN:
+        raise argparse.ArgumentTypeError(f"must be a number of days from 1 to {LONGEST_PLAN}")
+    return int(text)
+
+
+def _write(target: str, text: str) -> None:
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        with open(target, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigurationError(f"{target} cannot be written: {error.strerror}.") from None
 
 
 def _history(options: argparse.Namespace) -> int:

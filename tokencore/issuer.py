@@ -44,7 +44,7 @@ _JWT = re.compile(r"[\w-]{6,}\.[\w-]{6,}\.[\w-]{6,}")
 
 
 class Refusal(NamedTuple):
-    """Why there is no token: for the record (`outcome`, `code`), for people (`what`, `cure`), for `except` (`error`)."""
+    """Why there is no token: for the record (`outcome`, `code`), people (`what`, `cure`) and `except` (`error`)."""
 
     outcome: Outcome
     code: str | None

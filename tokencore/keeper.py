@@ -52,12 +52,12 @@ class Keeper:
         return f"Keeper({self._cache.fingerprint!r})"
 
     def obtain(self, serves: Callable[[Token], bool], reason: str) -> Token:
-        """A token that `serves`, renewed if it must be; inside a cool-down it waits, once, for the winner's or its turn.
+        """A token that `serves`, renewed if it must be; in a cool-down it waits, once, for the winner's or its turn.
 
         Raises:
             IssuanceLimitError: a rule forbids a request until `retry_at`, also after the wait.
             CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met.
-            TokenUnavailableError: another process holds the key's lock for too long, or even a new token would not serve.
+            TokenUnavailableError: another process holds the key's lock for too long, or KIS's token does not serve.
                 In every case the present token stays where it is.
 
         """

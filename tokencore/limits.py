@@ -51,8 +51,8 @@ def check(intent: Intent, standing: Standing, market: Market) -> None:
 
     Raises:
         CredentialsError: KIS refused these very credentials before; a person has to act.
-        IssuanceLimitError: the minute, the pause after failures, the six hours or the ceiling forbids it until `retry_at`.
-            The present token, if any, is untouched.
+        IssuanceLimitError: the minute, the pause after failures, the six hours or the ceiling forbids it until
+            `retry_at`. The present token, if any, is untouched.
 
     """
     _check_credentials(intent, standing, market)

@@ -178,7 +178,7 @@ class BaseTokenManager:
         return True
 
     def probe(self) -> tuple[bool | None, str]:
-        """Whether KIS accepts the cached token on a quote call: True, False, or None where the call told nothing; and why.
+        """Whether KIS accepts the cached token on a quote call (None: the call told nothing), and why.
 
         Raises:
             TokenUnavailableError: there is no token to try.
@@ -195,7 +195,7 @@ class BaseTokenManager:
         return self._cache.newest()
 
     def renew_due(self, reason: str) -> bool:
-        """Renew because the rule says so, waiting for nobody; True for a new token, False where someone else was quicker.
+        """Renew because the rule says so, waiting for nobody; True for a new token, False where another was quicker.
 
         Raises:
             TokenError: a limit or a pause after failures forbids it, or the request failed; the present

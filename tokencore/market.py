@@ -22,7 +22,7 @@ HOSTS = {
     "real": "https://openapi.koreainvestment.com:9443",
     "paper": "https://openapivts.koreainvestment.com:29443",
 }
-TOKEN_DIR = "~/.tokencore"
+TOKEN_DIR = "~/.tokencore"  # noqa: S105 - a folder
 ISSUE_INTERVAL = 60.0  # seconds between issue requests of a key: KIS's EGW00133
 BUFFER = 300.0  # seconds before expiry in which a token no longer counts as valid
 PROACTIVE_WINDOW = 1800.0  # seconds before expiry in which a renewal is tried ahead

@@ -77,8 +77,6 @@ def look(manager: TokenManager, now: datetime) -> Outlook:
     expires_at = usable.expires_at + CLOCK_SLACK if usable else None
     issued_at = token.issued_at if token else None
     planned = policy.next_renewal(now, every, issued_at=issued_at, expires_at=expires_at, anchor=anchor, buffer=buffer)
-    if planned is None and anchor is None and usable and every:
-        planned = Renewal(max(now, usable.expires_at - policy.LEAD), "no quiet time is common to all days", None)
     needs = [need for need in every if need[1] > now]
     reach = expires_at - buffer if expires_at else now
     unserved = next((need for need in needs if need[1] > reach), None)

@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from tokencore import market as defaults
 from tokencore.errors import ConfigurationError
-from tokencore.market import Market, listed
+from tokencore.market import listed
 from tokencore.sessions import Override, exchange
 from tokencore.sources import CONFIG_FILE, Gathered, gather
 

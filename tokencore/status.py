@@ -51,7 +51,7 @@ class TokenStatus(TypedDict):
 
 
 def token_status(market: Market, cache: Cache, now: datetime) -> TokenStatus:
-    """The status of `market` at `now` (aware): `VALID`, `EXPIRING_SOON`, `EXPIRED`, `NO_TOKEN`, `REJECTED`, `UNREADABLE`.
+    """The status of `market` at `now` (aware): one of the contract's six words, and the facts behind it.
 
     `next_need` is the present or next time in which one of the market's exchanges needs a token.
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from tokencore.policy import LIFE
 from tokencore.record import GRANTED, Outcome
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from tokencore.status import TokenStatus
+    from tokencore.plan import Plan
     from tokencore.rule import Decision
+    from tokencore.status import TokenStatus
 
 _COLOURS = {"VALID": "green", "EXPIRING_SOON": "yellow"}  # everything else is red
+LABEL = 7  # characters of an order code and space, before a plan's line
 _WIDE = 140  # characters, where no terminal says how wide it is: a pipe must not wrap a table
 
 
@@ -74,6 +78,53 @@ def print_decision(markets: str, decision: Decision) -> None:
     done = "renewed" if decision.renewed else "due, but not renewed" if decision.trouble else "nothing due"
     coming = f"next {moment(ahead.next.at, KST)} KST ({ahead.next.reason})" if ahead.next else "no need ahead"
     print(f"{markets}: {done}; {coming}")
+
+
+def print_plan(plan: Plan) -> None:
+    """Why and when the key renews, then a line per exchange over the days ahead."""
+    console = _console()
+    console.print(f"[bold]{' + '.join(plan.markets)}[/]  {plan.why}")
+    table = _table("next renewal (KST)", f"local ({plan.now.astimezone().tzname()})", "why")
+    for renewal in plan.renewals:
+        why = renewal.reason + (f" [yellow]({renewal.exception})[/]" if renewal.exception else "")
+        table.add_row(moment(renewal.at, KST), moment(renewal.at, None), why)
+    console.print(table if plan.renewals else "No renewal is needed in these days.")
+    width = max(40, console.width - LABEL - 1)
+    console.print(" " * LABEL + _ruler(plan, width), style="dim")
+    for row in plan.rows:
+        cells = _cells(plan, width, row.needs, "[blue]▒[/]", "[dim]·[/]")
+        strong = _cells(plan, width, row.sessions, "[bold blue]█[/]", "")
+        console.print(f"{row.code:<{LABEL}}" + "".join(s or c for s, c in zip(strong, cells, strict=True)))
+    console.print(f"{'token':<{LABEL}}" + "".join(_token_cells(plan, width)))
+    console.print("█ session  ▒ need  ━ token  ┄ tokens planned  ▲ renewal  │ now\n", style="dim")
+
+
+def _cells(plan: Plan, width: int, spans: Iterable[tuple[datetime, datetime]], inside: str, outside: str) -> list[str]:
+    """One cell for each stretch of the plan's time: `inside` where a span touches its middle."""
+    step = (plan.until - plan.start) / width
+    middles = [plan.start + step * (n + 0.5) for n in range(width)]
+    kept = list(spans)
+    return [inside if any(begin <= at < end for begin, end in kept) else outside for at in middles]
+
+
+def _token_cells(plan: Plan, width: int) -> list[str]:
+    token, step = plan.outlook.token, (plan.until - plan.start) / width
+    life = [(token.issued_at or plan.start, token.expires_at)] if token and token.rejected_at is None else []
+    planned = [(renewal.at, renewal.at + LIFE) for renewal in plan.renewals]
+    future = _cells(plan, width, planned, "[green]┄[/]", " ")
+    cells = [now or later for now, later in zip(_cells(plan, width, life, "[green]━[/]", ""), future, strict=True)]
+    for at, mark in [*((renewal.at, "[red]▲[/]") for renewal in plan.renewals), (plan.now, "[bold]│[/]")]:
+        cells[min(width - 1, max(0, int((at - plan.start) / step)))] = mark
+    return cells
+
+
+def _ruler(plan: Plan, width: int) -> str:
+    count = (plan.until - plan.start).days
+    edges = [round(width * n / count) for n in range(count + 1)]
+    names = [(plan.start + timedelta(days=n)).astimezone(KST).strftime("%a %d") for n in range(count)]
+    return "".join(
+        name[: right - left].ljust(right - left) for name, (left, right) in zip(names, pairwise(edges), strict=True)
+    )
 
 
 def info_text(status: TokenStatus) -> str:
