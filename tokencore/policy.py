@@ -1,0 +1,281 @@
+"""When to renew a key's token: once a day, in the quiet time of its exchanges.
+
+The rule as pure functions, so that anyone can simulate it: no clock, no files, no network. All
+datetimes that go in must be aware, in any zone; those that come out are aware UTC. A need is a
+time in which a token must be valid. `needs` is a sorted sequence of merged (start, end) pairs,
+from the present one, or earlier, to 14 days ahead or more; whatever lies outside them is quiet.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from datetime import UTC, datetime, time, timedelta
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokencore.tokens import KST, SAME_TOKEN
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Needs = Sequence[tuple[datetime, datetime]]
+
+__all__ = ["Renewal", "daily_anchor", "next_renewal", "quiet_time", "renewals", "retry_delay", "serves_until"]
+
+BUFFER = timedelta(seconds=300)  # before its expiry a token no longer counts as valid
+LIFE = timedelta(hours=24)  # of a token still to be issued; of the present one its own expiry counts
+LEAD = timedelta(minutes=60)  # before a need or an expiry: time for a fault of KIS to pass
+ONE_A_DAY = LIFE + timedelta(seconds=2)  # between issues; two more, as KIS cuts times to the second
+SETTLE = timedelta(minutes=5)  # after a need; the buffer's length, so that the next day is served whole
+CLOCK_SLACK = timedelta(seconds=30)  # an issue this little ahead of `now` is another clock's, not a wrong one's
+
+_DAY = timedelta(days=1)
+_MINUTE = timedelta(minutes=1)
+_MINUTES_A_DAY = 1440
+_EPOCH = datetime(1970, 1, 1, tzinfo=KST)
+_start, _end = itemgetter(0), itemgetter(1)
+
+
+class Renewal(NamedTuple):
+    """One issue that is planned or due.
+
+    Attributes:
+        at: when, aware UTC; not before the `now` that was asked about, and equal to it when due.
+        reason: for people, one line.
+        exception: None if `at` is 24 hours or more after the last issue and outside all needs, and
+            the new token lasts through the next one. Otherwise one line on what is not so, and why.
+
+    """
+
+    at: datetime
+    reason: str
+    exception: str | None
+
+
+def daily_anchor(needs: Needs, *, buffer: timedelta = BUFFER) -> time | None:
+    """The minute of the day, in KST, at which a renewal disturbs no need on any day of the horizon.
+
+    It lies five minutes (or the buffer, if that is longer) after the start of the longest time of
+    day that is quiet on all days. None if there is no such time, or no need at all.
+    """
+    delay = -(-max(SETTLE, buffer) // _MINUTE)
+    length, begins = _longest_gap(needs)
+    return _of_day(begins + delay) if length > delay else None
+
+
+def quiet_time(needs: Needs) -> tuple[time, time] | None:
+    """The longest time of day, from and to in KST, that is quiet on all days; None if there is none, or no need."""
+    length, begins = _longest_gap(needs)
+    return (_of_day(begins), _of_day(begins + length)) if length else None
+
+
+def serves_until(expires_at: datetime, *, buffer: timedelta = BUFFER) -> datetime:
+    """The latest end of a need that a token serves: its expiry less the buffer."""
+    return expires_at - buffer
+
+
+def retry_delay(failures: int) -> timedelta:
+    """How long to wait after so many failures in a row: 65 seconds three times, then 5 minutes."""
+    return timedelta(seconds=65 if failures <= 3 else 300)  # noqa: PLR2004
+
+
+def next_renewal(
+    now: datetime,
+    needs: Needs,
+    *,
+    issued_at: datetime | None,
+    expires_at: datetime | None,
+    anchor: time | None = None,
+    buffer: timedelta = BUFFER,
+) -> Renewal | None:
+    """The next issue for a key; None if the present token serves every need that is known.
+
+    Args:
+        now: the moment of the decision.
+        needs: when a token must be valid.
+        issued_at: the key's last issue, even if its token is lost; None if unknown.
+        expires_at: the end of the present token; None without a usable one.
+        anchor: from `daily_anchor`, for callers that keep it; None derives it.
+        buffer: time before the expiry in which the token no longer counts, less than an hour.
+
+    Raises:
+        TypeError: a datetime without a zone met one of `needs`.
+
+    """
+    if anchor is None:
+        anchor = daily_anchor(needs, buffer=buffer)
+    served = now if expires_at is None else max(now, serves_until(expires_at, buffer=buffer))
+    past = _Past.of(now, issued_at, expires_at)
+    for index in range(bisect_right(needs, served, key=_end), len(needs)):
+        window = _Window.of(needs, index, buffer)
+        at, why = _moment(past, window, needs[:index], anchor)
+        if at < window.end:  # else the six hours last longer than this need: it is lost
+            return Renewal(at, f"{why}: no token lasts through {window}", _exception(at, past, window))
+    return None
+
+
+def renewals(
+    now: datetime,
+    needs: Needs,
+    *,
+    until: datetime,
+    issued_at: datetime | None,
+    expires_at: datetime | None,
+    anchor: time | None = None,
+    buffer: timedelta = BUFFER,
+) -> list[Renewal]:
+    """All renewals to `until`, provided that each succeeds at its moment and brings 24 hours."""
+    if anchor is None:
+        anchor = daily_anchor(needs, buffer=buffer)
+    found: list[Renewal] = []
+    while planned := next_renewal(now, needs, issued_at=issued_at, expires_at=expires_at, anchor=anchor, buffer=buffer):
+        if planned.at > until:
+            break
+        found.append(planned)
+        now = issued_at = planned.at
+        expires_at = planned.at + LIFE
+    return found
+
+
+class _Past(NamedTuple):
+    """The present and what was before it, in UTC."""
+
+    now: datetime
+    issued: datetime | None
+    expires: datetime | None
+    allowed: datetime
+    regular: datetime
+
+    @classmethod
+    def of(cls, now: datetime, issued: datetime | None, expires: datetime | None) -> _Past:
+        now = now.astimezone(UTC)
+        expires = expires and expires.astimezone(UTC)
+        # An issue in the future is a wrong clock's: believing it could stop all renewals for long.
+        if issued is None or issued > now + CLOCK_SLACK:
+            return cls(now, None, expires, now, now)
+        issued = issued.astimezone(UTC)
+        return cls(now, issued, expires, max(now, issued + SAME_TOKEN), max(now, issued + ONE_A_DAY))
+
+
+class _Window(NamedTuple):
+    """One need, in UTC, and when an issue for it comes neither too early nor too late.
+
+    A token issued before `earliest` does not last through it; after `latest` there is too little
+    time for a fault to pass. If `latest` cannot wait for the 24 hours, the issue comes at `early`:
+    a bit sooner than it must, so that the days after, each some seconds later, need no exception.
+    A need that is too long for one token has its `earliest` after its start.
+    """
+
+    start: datetime
+    end: datetime
+    quiet: datetime
+    earliest: datetime
+    latest: datetime
+    early: datetime
+
+    @classmethod
+    def of(cls, needs: Needs, index: int, buffer: timedelta) -> _Window:
+        start, end = (moment.astimezone(UTC) for moment in needs[index])
+        quiet = needs[index - 1][1].astimezone(UTC) if index else start - _DAY
+        earliest = end + buffer - LIFE
+        lead = min(LEAD, (start - quiet) / 2)
+        latest, early = start - lead, start - lead - lead / 12
+        if earliest <= start:
+            latest, early = max(earliest, latest), max(earliest, early)
+        return cls(start, end, quiet, earliest, latest, early)
+
+    @property
+    def too_long(self) -> bool:
+        return self.earliest > self.start
+
+    def __str__(self) -> str:
+        start, end = self.start.astimezone(KST), self.end.astimezone(KST)
+        return f"{start:%m-%d %H:%M} to {end:%m-%d %H:%M} KST"
+
+
+def _moment(past: _Past, window: _Window, earlier: Needs, anchor: time | None) -> tuple[datetime, str]:
+    """When to issue for the first need that the present token does not serve, and by which clause."""
+    at_once = past.now, "now"
+    allowed = past.allowed, "6 h after the last issue"
+    if window.too_long and past.expires and past.expires - LEAD > window.latest:
+        return max((past.expires - LEAD, "an hour before the expiry"), allowed, at_once)
+    at, why = max(_ideal(window, anchor), (past.regular, "24 h after the last issue"), at_once)
+    if (quiet := _quiet(at, earlier, window)) != at:
+        at, why = quiet, "in the quiet after a need"
+    if at > window.latest:
+        return max((window.early, "ahead of the need"), allowed, at_once)
+    return at, why
+
+
+def _ideal(window: _Window, anchor: time | None) -> tuple[datetime, str]:
+    """The moment if no issue had come before: the anchor, if its token lasts, or the quiet's start."""
+    if anchor is not None:
+        at = _last(anchor, window.latest)
+        if at >= window.earliest:
+            return at, "at the daily anchor"
+    return min(max(window.earliest, window.quiet + SETTLE), window.latest), "in the quiet before"
+
+
+def _last(anchor: time, moment: datetime) -> datetime:
+    """The last anchor at or before a moment."""
+    moment = moment.astimezone(KST)
+    at = datetime.combine(moment, anchor, KST)
+    return (at if at <= moment else at - _DAY).astimezone(UTC)
+
+
+def _quiet(at: datetime, earlier: Needs, window: _Window) -> datetime:
+    """The moment itself, or the quiet after the earlier need that an issue would disturb."""
+    index = bisect_right(earlier, at, key=_end)
+    if index == len(earlier) or at < earlier[index][0]:
+        return at
+    end = earlier[index][1].astimezone(UTC)
+    follows = earlier[index + 1][0] if index + 1 < len(earlier) else window.start
+    return end + min(SETTLE, (follows - end) / 2)
+
+
+def _exception(at: datetime, past: _Past, window: _Window) -> str | None:
+    found = []
+    if window.too_long:
+        found.append(f"the need lasts {_hours(window.end - window.start)}, longer than one token")
+    if past.issued and at < past.issued + _DAY:
+        age = _hours(at - past.issued)
+        found.append(f"{age} after the last issue, because 24 h would be too late for the need")
+    if at >= window.start:
+        found.append("inside the need, because no token serves it to its end")
+    return "; ".join(found) or None
+
+
+def _hours(span: timedelta) -> str:
+    hours, minutes = divmod(span // _MINUTE, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def _longest_gap(needs: Needs) -> tuple[int, int]:
+    return max(_common_gaps(needs), key=_start, default=(0, 0))
+
+
+def _of_day(minute: int) -> time:
+    return time(*divmod(minute % _MINUTES_A_DAY, 60))
+
+
+def _common_gaps(needs: Needs) -> list[tuple[int, int]]:
+    """(length, begin) in minutes of the KST day, of all times of day that no need ever touches."""
+    busy = sorted({_minutes(start, end) for start, end in needs})
+    if not busy:
+        return []
+    first = busy[0][0] + _MINUTES_A_DAY
+    covered = max(busy[0][0], max(end for _, end in busy) - _MINUTES_A_DAY)
+    gaps = []
+    for start, end in [*busy, (first, first)]:
+        if start > covered:
+            gaps.append((start - covered, covered))
+        covered = max(covered, end)
+    return gaps
+
+
+def _minutes(start: datetime, end: datetime) -> tuple[int, int]:
+    """A need as whole minutes from KST midnight; the end goes on past 1440 instead of wrapping."""
+    begins = (start - _EPOCH) // _MINUTE
+    length = -((_EPOCH - end) // _MINUTE) - begins
+    begins %= _MINUTES_A_DAY
+    return begins, begins + length
