@@ -6,6 +6,7 @@ the reader's light or dark setting. It holds no token, key or secret.
 
 from __future__ import annotations
 
+import textwrap
 from datetime import datetime, timedelta
 from html import escape
 from itertools import pairwise
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 WIDTH, MARGIN, LABEL = 420, 10, 46  # units; the label column holds an order code
 ROW, BAR = 22, 12  # units: a row's height, a session's
-HEAD, FOOT = 52, 34
+HEAD, FOOT = 62, 34
+TITLE = 52  # characters that fit in the width
+TIP = 1.5  # units: five minutes would be invisible
 _LEGEND = {
     "session": "session",
     "need": "need",
@@ -55,7 +58,8 @@ def draw(plans: Sequence[Plan]) -> str:
 
 def _panel(plan: Plan) -> Iterable[str]:
     bottom = _bottom(plan)
-    yield _text(MARGIN, 19, _title(plan), "title")
+    yield _text(MARGIN, 18, textwrap.shorten(" + ".join(plan.markets), TITLE, placeholder=" …"), "title")
+    yield _text(MARGIN, 31, f"{_rule(plan)}; days and times in KST", "small")
     yield from _quiet(plan, bottom)
     yield from _days(plan, bottom)
     for number, row in enumerate(plan.rows):
@@ -76,9 +80,12 @@ def _bottom(plan: Plan) -> int:
 
 
 def _title(plan: Plan) -> str:
+    return f"{' + '.join(plan.markets)}: {_rule(plan)}"
+
+
+def _rule(plan: Plan) -> str:
     anchor = plan.outlook.anchor
-    rule = f"renewed at {anchor:%H:%M} KST" if anchor else "renewed before it expires"
-    return f"{' + '.join(plan.markets)}: one token, {rule}"
+    return f"one token, renewed at {anchor:%H:%M} KST" if anchor else "one token, renewed before it expires"
 
 
 def _x(plan: Plan, at: datetime) -> float:
@@ -133,7 +140,9 @@ def _token(plan: Plan, top: float) -> Iterable[str]:
     if token and token.rejected_at is None:
         begin = token.issued_at or plan.start
         yield _bar(plan, (begin, token.expires_at - tip), top + 5, BAR, "token")
-        yield _bar(plan, (token.expires_at - tip, token.expires_at), top + 5, BAR, "buffer")
+        if plan.start < token.expires_at < plan.until:
+            x = _x(plan, token.expires_at)
+            yield f'<rect x="{x - TIP}" y="{top + 5}" width="{TIP}" height="{BAR}" fill="var(--buffer)"/>'
     for renewal, following in pairwise([*[r.at for r in plan.renewals], plan.until + LIFE]):
         end = min(renewal + LIFE, following)
         left, right = _x(plan, renewal), _x(plan, end)
