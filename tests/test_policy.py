@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tokencore import sessions
-from tokencore.policy import Renewal, daily_anchor, next_renewal, renewals, retry_delay, serves_until
+from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals, retry_delay, serves_until
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 LIFE = timedelta(hours=24)
-COUNTS = LIFE - timedelta(seconds=270)  # less the buffer; half a minute of it is allowed to clocks
+COUNTS = LIFE - timedelta(seconds=300)  # how long a token serves: its life less the buffer
 ALL_BUT_NXT = [code for code in sessions.EXCHANGES if code != "NXT"]
 ZONES = ["Asia/Seoul", "America/New_York", "Europe/London", "Australia/Lord_Howe", "UTC"]
 
@@ -308,6 +308,9 @@ CASES = {
     "a plain day: 24 hours and two seconds after the last": Case(
         now="06-01 12:00", issued="05-31 16:35", at="06-01 16:35:02"
     ),
+    "a token that ends a second before the need does: not served": Case(
+        now="06-01 06:00", issued="05-31 16:34:59", at="06-01 07:25", exception=f"14 h 50 min {TOO_LATE}"
+    ),
     "the machine slept over the anchor: now": Case(now="06-01 22:00", issued="05-31 16:35", at="06-01 22:00"),
     "issued late: a day after that all the same": Case(now="06-02 12:00", issued="06-01 21:00", at="06-02 21:00:02"),
     "issued by hand at noon: an hour before the need that it fails": Case(
@@ -337,12 +340,29 @@ def test_decisions(case: Case) -> None:
     assert (case.exception or "") in (planned.exception or "")
 
 
+def test_an_overdue_renewal_waits_for_the_end_of_a_served_need() -> None:
+    """Inside a need that the token serves there is no hurry: half of the three quiet minutes after it will do."""
+    pairs = [(5 * HOUR, 7 * HOUR), (3 * MINUTE, 1 * HOUR), (147 * MINUTE, 8 * HOUR)]
+    needs = spans(kst("06-01 17:00"), pairs)
+    planned = next_renewal(
+        kst("06-01 23:00"), needs, issued_at=None, expires_at=kst("06-02 12:00"), anchor=time(16, 35)
+    )
+    assert planned
+    assert (planned.at, planned.exception) == (kst("06-02 05:01:30"), None)
+
+
 def test_nothing_to_renew_for() -> None:
     """Without a need, or with a token that serves them all, there is no renewal and no anchor."""
     now, later = kst("06-01 12:00"), kst("07-01 12:00")
     assert next_renewal(now, [], issued_at=None, expires_at=None) is None
     assert next_renewal(now, WEEKDAYS, issued_at=now, expires_at=later) is None
-    assert daily_anchor([]) is None
+    assert daily_anchor([]) is quiet_time([]) is None
+
+
+def test_the_quiet_time_that_the_anchor_lies_in() -> None:
+    """From the end of the needs to their start, in KST, over midnight too; none if a need outlasts a day."""
+    assert quiet_time(WEEKDAYS) == (time(16, 30), time(8, 30))
+    assert quiet_time([(kst("06-01 08:30"), kst("06-02 08:30"))]) is None
 
 
 def test_a_need_longer_than_a_token_is_chained_and_says_so() -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     )
     from tokencore.fleet import managers, trading
     from tokencore.manager import BaseTokenManager, KRTokenManager, TokenManager, USTokenManager
+    from tokencore.rule import Decision, Outlook, look, next_attempt, tick
     from tokencore.settings import Settings, overrides
-    from tokencore.rule import Decision, Outlook, look, tick
 
 __all__ = [
     "BaseTokenManager",
@@ -45,6 +45,7 @@ __all__ = [
     "USTokenManager",
     "look",
     "managers",
+    "next_attempt",
     "overrides",
     "sessions",
     "tick",
@@ -56,7 +57,7 @@ _ROOMS = {
     "auth": ("KISAuth",),
     "fleet": ("managers", "trading"),
     "settings": ("Settings", "overrides"),
-    "rule": ("Decision", "Outlook", "look", "tick"),
+    "rule": ("Decision", "Outlook", "look", "next_attempt", "tick"),
 }
 
 

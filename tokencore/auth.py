@@ -58,16 +58,18 @@ class KISAuth(AuthBase):
         return request
 
     def _retry_rejected(self, response: Response, **sending: Any) -> Response:  # noqa: ANN401 - requests' own keywords
-        if _code(response) not in DEAD_TOKEN:
+        if response.is_redirect:  # KIS never redirects: whoever does shall not see the secret as well
+            for name in ("authorization", "appkey", "appsecret"):
+                response.request.headers.pop(name, None)
+        used = response.request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not used or _code(response) not in DEAD_TOKEN:
             return response
-        used = response.request.headers["authorization"].removeprefix("Bearer ")
         try:
             token = self._manager.report_rejected(used)
         except TokenError:
             return response
         again = response.request.copy()
         again.headers["authorization"] = f"Bearer {token}"
-        again.hooks["response"].remove(self._retry_rejected)
         response.close()
         retried = response.connection.send(again, **sending)
         retried.history.append(response)
@@ -76,7 +78,7 @@ class KISAuth(AuthBase):
 
 
 def _code(response: Response) -> object:
-    if response.is_redirect or "json" not in response.headers.get("content-type", ""):
+    if "json" not in response.headers.get("content-type", ""):
         return None
     try:
         body = response.json()

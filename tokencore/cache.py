@@ -50,14 +50,11 @@ class Cache:
         The second item is empty when there is a token or simply no file. A file is parsed again only when
         its inode, size or time differs, so that another process's renewal is seen by one `stat`.
         """
-        path = path or self.paths[0]
-        seen = store.signature(path)
+        token, problem = self._on_file(path or self.paths[0])
         kept = _kept.get(self.fingerprint)
-        if kept is not None or seen is None:
+        if kept is not None and (token is None or token.expires_at < kept.expires_at):
             return kept, ""
-        if path not in self._known or self._known[path][0] != seen:
-            self._known[path] = (seen, *self._parse(path))
-        return self._known[path][1:]
+        return token, problem
 
     def newest(self) -> Token | None:
         """The token of the key that lasts longest, whichever of its markets has it; one rejected comes last."""
@@ -76,7 +73,7 @@ class Cache:
         content = tokens.to_cache(token, now=now, environment=self._environment, key_fingerprint=self.fingerprint)
         text = json.dumps(content, indent=2) + "\n"
         for path in self.paths:
-            if self.read(path)[1]:
+            if self._on_file(path)[1]:
                 store.set_aside(path)
             store.write_text(path, text, temporary=self.fingerprint)
         _kept.pop(self.fingerprint, None)
@@ -117,6 +114,14 @@ class Cache:
         """
         for path in map(_mark_file, self.paths):
             store.write_text(path, f"{int(now.timestamp())}\n", temporary=self.fingerprint)
+
+    def _on_file(self, path: str) -> tuple[Token | None, str]:
+        seen = store.signature(path)
+        if seen is None:
+            return None, ""
+        if path not in self._known or self._known[path][0] != seen:
+            self._known[path] = (seen, *self._parse(path))
+        return self._known[path][1:]
 
     def _parse(self, path: str) -> tuple[Token | None, str]:
         try:

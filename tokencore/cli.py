@@ -57,7 +57,9 @@ def _unexpected(error: Exception) -> str:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     place = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else "an unknown place"
-    return f"Unexpected {type(error).__name__} at {place}. Cached tokens are untouched; please report this line."
+    number = error.errno if isinstance(error, OSError) else None
+    told = f"{type(error).__name__} ({os.strerror(number)})" if number else type(error).__name__
+    return f"Unexpected {told} at {place}. Cached tokens are untouched; please report this line."
 
 
 if __name__ == "__main__":

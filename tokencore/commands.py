@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -40,6 +41,8 @@ def run(arguments: Sequence[str]) -> int:
 
     """
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Korean or block characters shows question marks
     options = parser().parse_args(arguments)
     code: int = options.run(options)
     return code
@@ -47,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    top = _Parser(prog="tokencore", description=(about or "").splitlines()[0], epilog=EXIT_CODES)
+    top = _Parser(prog="tokencore", description=(about or "").partition("\n")[0], epilog=EXIT_CODES)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
@@ -67,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     refresh = command("refresh", _refresh, "renew now")
     market(refresh)
     refresh.add_argument("--force", action="store_true", help="also within six hours and past the daily ceiling")
-    refresh.add_argument("--reason", default="", help="kept in the issuance record")
+    refresh.add_argument("--reason", type=_text, default="", help="kept in the issuance record")
     delete = command("delete", _delete, "remove the market's token file; the issuance record stays")
     market(delete)
     delete.add_argument("--revoke", action="store_true", help="also make KIS forget the token, for all who use it")
@@ -88,13 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _get(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
-    if options.no_renew and manager.is_token_expired():
-        raise TokenUnavailableError(
-            f"There is no valid token for {options.market!r} in the cache ({manager.get_token_status()['status']}), "
-            "and --no-renew forbids to ask for one.",
-        )
-    token = manager.load_token() if options.no_renew else None
-    text = token.access_token if token else manager.get_valid_token()
+    text = _cached(manager) if options.no_renew else manager.get_valid_token()
     if not options.json:
         print(text)
         return 0
@@ -103,6 +100,16 @@ def _get(options: argparse.Namespace) -> int:
     fields = {name: value for name, value in status.items() if name in told}
     _print_json({"access_token": text, "token_type": "Bearer"} | fields)
     return 0
+
+
+def _cached(manager: TokenManager) -> str:
+    token = manager.load_token()
+    if token is None or not token.serves(datetime.now(UTC), manager.market.buffer):
+        raise TokenUnavailableError(
+            f"There is no valid token for {manager.market.name!r} in the cache "
+            f"({manager.get_token_status()['status']}), and --no-renew forbids to ask for one.",
+        )
+    return token.access_token
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -133,6 +140,11 @@ def _refresh(options: argparse.Namespace) -> int:
     told = "Renewed." if renewed else "KIS handed back the present token (its six-hour rule); nothing has changed."
     print(f"{told}\n{manager.get_token_info()}")
     return 0
+
+
+def _text(argument: str) -> str:
+    """What a terminal of another encoding sent may not be text at all."""
+    return argument.encode(errors="replace").decode()
 
 
 def _delete(options: argparse.Namespace) -> int:
@@ -201,7 +213,7 @@ def _tick(_options: argparse.Namespace) -> int:
 
 
 def _print_json(content: object) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False, default=_iso))
+    print(json.dumps(content, indent=2, default=_iso))  # ASCII: it passes through every pipe unharmed
 
 
 def _iso(value: object) -> str:

@@ -11,11 +11,12 @@ import random
 import re
 import time
 from datetime import UTC, datetime
+from ssl import SSLCertVerificationError
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
-from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError
+from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
 
 from tokencore.errors import (
     AccessDeniedError,
@@ -38,9 +39,9 @@ ANSWER_LIMIT = 65_536  # bytes; KIS's answers have about 700
 CONNECT_TRIES = 4  # the first and three more, only while the request cannot have reached KIS
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
-OK, FORBIDDEN, SERVER_FAULT, REDIRECT = 200, 403, 500, 300
+OK, SERVER_FAULT = 200, 500
 DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired, on a business call
-_JWT = re.compile(r"[\w-]{6,}\.[\w-]{6,}\.[\w-]{6,}")
+_SECRETIVE = re.compile(r"[\w+/=.%&#;-]{20,}", re.ASCII)  # no word of KIS is so long, but every token and key
 
 
 class Refusal(NamedTuple):
@@ -100,6 +101,12 @@ class Answer(NamedTuple):
     body: Mapping[str, Any]
     text: str
 
+    @property
+    def code(self) -> str:
+        """KIS's code, in whichever of its two shapes; empty where there is none."""
+        code = self.body.get("error_code") or self.body.get("msg_cd")
+        return code if isinstance(code, str) else ""
+
 
 class NotAskedError(Exception):
     """The request cannot have reached KIS (name lookup, refused connection, certificate)."""
@@ -122,6 +129,9 @@ class Issuer:
     def __repr__(self) -> str:
         return f"Issuer({self._base_url!r})"
 
+    def __reduce__(self) -> str:
+        raise TypeError("an Issuer holds credentials and is not pickled; make it anew where it is needed")
+
     def issue(self) -> Token | Refusal:
         """One request to tokenP; only a request that cannot have reached KIS is repeated, three times at most."""
         body = {
@@ -136,7 +146,7 @@ class Issuer:
         except NoAnswerError as error:
             return _no_answer(str(error))
         received_at = datetime.now(UTC)
-        if answer.status != OK or answer.body.get("error_code"):
+        if answer.status != OK or answer.body.get("error_code") or answer.code in _CODES:
             return self._refusal(answer)
         try:
             token = from_answer(answer.body, received_at)
@@ -158,7 +168,8 @@ class Issuer:
             answer = self._send("POST", "/oauth2/revokeP", json=body)
         except (NotAskedError, NoAnswerError) as error:
             raise IssuerUnavailableError(f"KIS could not be asked to revoke the token: {error}.") from None
-        if answer.status != OK:
+        done = answer.status == OK and answer.body.get("code") in (OK, str(OK))
+        if not done and answer.code not in DEAD_TOKEN:
             raise IssuerRefusedError(f"KIS did not revoke the token ({self._told(answer)}); it stays valid.")
 
     def probe(self, access_token: str, *, domestic: bool) -> tuple[bool | None, str]:
@@ -189,7 +200,7 @@ class Issuer:
                 )
         except (NotAskedError, NoAnswerError) as error:
             return None, f"KIS could not be asked: {error}"
-        if answer.body.get("msg_cd") in DEAD_TOKEN:
+        if answer.code in DEAD_TOKEN:
             return False, self._told(answer)
         if answer.status == OK and answer.body.get("rt_cd") == "0":
             return True, "rt_cd 0"
@@ -214,6 +225,7 @@ class Issuer:
                 "::1",
             )
             session.auth = _no_netrc
+            session.headers["Content-Type"] = "application/json; charset=UTF-8"
             try:
                 with session.request(
                     method,
@@ -224,24 +236,18 @@ class Issuer:
                     **kwargs,
                 ) as response:
                     return _answer(response, time.monotonic() + 2 * self._timeout)
-            except (
-                requests.ConnectTimeout,
-                requests.exceptions.ProxyError,
-                requests.exceptions.SSLError,
-            ) as error:
-                raise NotAskedError(_fault(error)) from None
-            except requests.ConnectionError as error:
-                raise (NotAskedError if _never_sent(error) else NoAnswerError)(_fault(error)) from None
             except (requests.RequestException, HTTPError) as error:
-                raise NoAnswerError(_fault(error)) from None
+                raise (NotAskedError if _never_sent(error) else NoAnswerError)(_fault(error)) from None
+            except OSError:  # requests' own checks, before anything is sent
+                raise NotAskedError("its certificates cannot be checked (REQUESTS_CA_BUNDLE)") from None
 
     def _refusal(self, answer: Answer) -> Refusal:
-        code = answer.body.get("error_code") or answer.body.get("msg_cd")
-        if isinstance(code, str) and code in _CODES:
+        code = answer.code
+        if code in _CODES:
             outcome, error, what, cure = _CODES[code]
             return Refusal(outcome, code, what, cure, error)
         told = self._told(answer)
-        known = code if isinstance(code, str) and re.fullmatch(r"\w{1,12}", code) else f"HTTP {answer.status}"
+        known = code if re.fullmatch(r"\w{1,12}", code, re.ASCII) else f"HTTP {answer.status}"
         if answer.status >= SERVER_FAULT:
             return Refusal(
                 Outcome.SERVER_ERROR,
@@ -265,7 +271,8 @@ class Issuer:
         said = " ".join(str(word) for word in words if word) or answer.text
         for secret in (self._app_secret, self._app_key):
             said = said.replace(secret, "***")
-        said = " ".join(_JWT.sub("***", said).split())
+        said = _SECRETIVE.sub("***", "".join(sign if sign.isprintable() else " " for sign in said))
+        said = " ".join(said.split())
         return f"HTTP {answer.status}: {said[:TEXT_LIMIT]}" if said else f"HTTP {answer.status}"
 
 
@@ -287,12 +294,18 @@ def _answer(response: requests.Response, deadline: float) -> Answer:
         body = json.loads(text)
     except (ValueError, RecursionError):
         body = {}
-    return Answer(response.status_code, body if isinstance(body, dict) else {}, re.sub(r"<[^>]*>", " ", text))
+    return Answer(response.status_code, body if isinstance(body, dict) else {}, re.sub(r"<[^<>]*>", " ", text))
 
 
-def _never_sent(error: requests.ConnectionError) -> bool:
+def _never_sent(error: Exception) -> bool:
+    """Whether the request cannot have left: no connection, a certificate refused, or an address that is none."""
+    if isinstance(error, ValueError | requests.ConnectTimeout | requests.exceptions.ProxyError):
+        return True
     cause = error.args[0] if error.args else None
-    return isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
+    reason = cause.reason if isinstance(cause, MaxRetryError) else None
+    # Other faults of TLS can come after the request: only a certificate is always judged before it.
+    refused = isinstance(reason, SSLError) and any(isinstance(arg, SSLCertVerificationError) for arg in reason.args)
+    return refused or isinstance(reason, NewConnectionError)
 
 
 def _fault(error: Exception) -> str:
@@ -300,12 +313,14 @@ def _fault(error: Exception) -> str:
     names = {
         "ConnectTimeout": "no connection within the time-out (KIS_TIMEOUT)",
         "ReadTimeout": "no answer within the time-out (KIS_TIMEOUT)",
-        "SSLError": "the server's certificate was not accepted",
+        "SSLError": "the encrypted connection failed; look at the certificate",
         "ProxyError": "the proxy could not be reached",
     }
-    if isinstance(error, requests.ConnectionError) and _never_sent(error):
-        return "the connection was refused or the name not found"
-    return names.get(type(error).__name__, "the connection broke off")
+    if type(error).__name__ in names:
+        return names[type(error).__name__]
+    if isinstance(error, ValueError):
+        return "KIS_BASE_URL is no address"
+    return "the connection was refused or the name not found" if _never_sent(error) else "the connection broke off"
 
 
 def _unreachable(why: str) -> Refusal:

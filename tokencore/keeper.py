@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 from tokencore import limits, record, store
 from tokencore.errors import IssuanceLimitError, TokenError, TokenStoreError, TokenUnavailableError
-from tokencore.issuer import Issuer, Refusal
 from tokencore.limits import Intent, Standing
 from tokencore.market import digest
 from tokencore.record import Attempt, IssuanceRecord, Outcome
+from tokencore.tokens import Token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tokencore.cache import Cache
+    from tokencore.issuer import Issuer, Refusal
     from tokencore.market import Market
-    from tokencore.tokens import Token
 
 _log = logging.getLogger("tokencore")
 LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
@@ -43,13 +43,18 @@ class Keeper:
         """Serve the key of `cache`; `market` gives the numbers of the rules."""
         self._market = market
         self._cache = cache
-        self._issuer = Issuer(base_url, *credentials, timeout=market.timeout)
+        self._secrets = credentials
+        self._base_url = base_url
+        self._issuer_made: Issuer | None = None
         self._credentials = digest(*credentials, length=8)
         self._lock = store.KeyLock(cache.folder, cache.fingerprint)
         self.record = IssuanceRecord(cache.folder, cache.fingerprint)
 
     def __repr__(self) -> str:
         return f"Keeper({self._cache.fingerprint!r})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Keeper knows credentials and is not pickled; make it anew where it is needed")
 
     def obtain(self, serves: Callable[[Token], bool], reason: str) -> Token:
         """A token that `serves`, renewed if it must be; in a cool-down it waits, once, for the winner's or its turn.
@@ -62,38 +67,40 @@ class Keeper:
 
         """
         try:
-            return self._renew(Intent.REQUIRED, serves, reason)
+            return self._renew(Intent.REQUIRED, serves, reason)[0]
         except IssuanceLimitError as limit:
             if limit.cause != "minute":
                 raise
             last = record.latest(self._attempts())
         if token := self._await(serves):
             return token
-        return self._renew(Intent.REQUIRED, serves, reason, waited_out=last.at if last else None)
+        return self._renew(Intent.REQUIRED, serves, reason, waited_out=last.at if last else None)[0]
 
-    def renew_ahead(self, serves: Callable[[Token], bool], reason: str) -> Token | None:
-        """Try to have a token that `serves` while the present one still does; None when it is not to be had now.
+    def renew_ahead(self, present: Token, reason: str) -> Token | None:
+        """Try to have a successor of `present` while that still serves; None when it is not to be had now.
 
-        It waits for nobody and raises nothing: who calls goes on with the present token.
+        It waits for nobody: while another thread or process renews, it answers None.
+
+        Raises:
+            CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met.
+                The present token goes on serving.
+
         """
         try:
-            return self._renew(Intent.AHEAD, serves, reason, wait=0)
-        except IssuanceLimitError as limit:
-            _log.debug("No renewal ahead: %s", limit)
-        except TokenError as error:
-            _log.warning("The renewal ahead failed: %s", error)
+            return self._renew(Intent.AHEAD, lambda found: _newer(found, present), reason, wait=0)[0]
+        except (IssuanceLimitError, TokenUnavailableError) as pause:
+            _log.debug("No renewal ahead: %s", pause)
         return None
 
-    def renew_due(self, reason: str) -> bool:
-        """Renew at once, without waiting for lock or cool-down; True for a new token, False where another was quicker.
+    def renew_due(self, present: Token | None, reason: str) -> bool:
+        """Have a successor of `present`, waiting for the lock but for no cool-down; False where another was quicker.
 
         Raises:
             TokenError: a rule or a pause forbids it, or the request failed; the present token is untouched.
 
         """
-        before = self._cache.newest()
-        token = self._renew(Intent.AHEAD, lambda found: _newer(found, before), reason, wait=0)
-        return _newer(token, before)
+        token, issued = self._renew(Intent.DUE, lambda found: _newer(found, present), reason)
+        return issued and _newer(token, present)
 
     def refresh(self, *, force: bool, reason: str) -> bool:
         """Renew now; True for a new token, False where KIS handed back the present one.
@@ -104,7 +111,7 @@ class Keeper:
         """
         before = self._cache.newest()
         intent = Intent.FORCE if force else Intent.REFRESH
-        token = self._renew(intent, lambda token: before is None or token.expires_at > before.expires_at, reason)
+        token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, reason)
         return before is None or token.access_token != before.access_token
 
     def save(self, token: Token) -> None:
@@ -130,13 +137,17 @@ class Keeper:
     def mark_rejected(self, access_token: str, now: datetime) -> None:
         """Note in every file of the key that KIS rejected this token, so that no process serves it again.
 
+        Where another market of the key has a newer token already, all of them get that one.
+
         Raises:
             TokenStoreError: the note could not be written.
 
         """
         with self._owning():
             token = self._cache.newest()
-            if token and token.access_token == access_token and token.rejected_at is None:
+            if token and token.access_token != access_token:
+                self._adopt(token, held=True)
+            elif token and token.rejected_at is None:
                 token.rejected_at = now
                 self._cache.save(token, now)
                 _log.error("KIS rejected the token. %s", limits.what_serves(token, now, self._market.buffer))
@@ -149,6 +160,17 @@ class Keeper:
         """Whether KIS accepts the token, see `Issuer.probe`."""
         return self._issuer.probe(access_token, domestic=domestic)
 
+    @property
+    def _issuer(self) -> Issuer:
+        """Made by the one who asks KIS: HTTP and the validation of settings cost more than all the rest."""
+        if self._issuer_made is None:
+            from tokencore.issuer import Issuer
+            from tokencore.settings import Settings
+
+            Settings.load()
+            self._issuer_made = Issuer(self._base_url, *self._secrets, timeout=self._market.timeout)
+        return self._issuer_made
+
     def _renew(
         self,
         intent: Intent,
@@ -157,26 +179,35 @@ class Keeper:
         *,
         waited_out: datetime | None = None,
         wait: float | None = None,
-    ) -> Token:
+    ) -> tuple[Token, bool]:
+        """A token that `serves`, and whether it was issued here rather than by someone quicker."""
         wait = LOCK_WAIT * self._market.timeout if wait is None else wait
         with self._holding(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves):
                 self._adopt(token, held=held)
-                return token
+                return token, False
             if not held:
                 raise TokenUnavailableError(self._busy(wait))
             now, present = datetime.now(UTC), self._cache.newest()
             standing = Standing(now, self._attempts(), present, self._credentials, waited_out)
             limits.check(intent, standing, self._market)
-            token = self._issue(reason, present)
+            token = self._issue(reason, standing)
         if token.rejected_at is not None:  # KIS handed the dead one back: only the six hours speak now
             limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()), self._market)
         if intent is Intent.REQUIRED and not serves(token):
-            raise TokenUnavailableError(
-                f"KIS's token expires too early for what was asked, at {limits.tell(token.expires_at)} "
-                f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for less, or later.",
+            raise TokenUnavailableError(self._useless(token))
+        return token, True
+
+    def _useless(self, token: Token) -> str:
+        if token.rejected_at is not None:
+            return (
+                f"KIS handed back the token that it has rejected since {limits.tell(token.rejected_at)}. "
+                "Look at KIS's notices of maintenance, and try again later."
             )
-        return token
+        return (
+            f"KIS's token expires too early for what was asked, at {limits.tell(token.expires_at)} "
+            f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for less, or later."
+        )
 
     def _serving(self, serves: Callable[[Token], bool]) -> Token | None:
         token = self._cache.newest()
@@ -238,7 +269,8 @@ class Keeper:
             time.sleep(POLL)
         return token
 
-    def _issue(self, reason: str, present: Token | None) -> Token:
+    def _issue(self, reason: str, standing: Standing) -> Token:
+        issuer = self._issuer
         if not self._lock.intact():
             raise TokenStoreError(f"{self._lock.path} was replaced while held. Nothing was issued; try again.")
         attempt = Attempt(
@@ -249,14 +281,12 @@ class Keeper:
             pid=os.getpid(),
         )
         position = self._begin(attempt)
-        answer = self._issuer.issue()
+        answer = issuer.issue()
         now = datetime.now(UTC)
-        if isinstance(answer, Refusal):
+        if not isinstance(answer, Token):
             self._complete(position, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
-            raise self._refused(answer, present, now)
-        same = present is not None and present.expires_at == answer.expires_at
-        if same and present is not None:
-            answer.rejected_at = present.rejected_at
+            raise self._refused(answer, standing.token, now)
+        same = _handed_back(answer, standing)
         self._save(answer, now, fresh=not same)
         outcome = Outcome.SAME if same else Outcome.ISSUED
         self._complete(position, attempt._replace(at=now, outcome=outcome, expires_at=answer.expires_at))
@@ -304,6 +334,18 @@ class Keeper:
             retry_at = now + timedelta(seconds=self._market.issue_interval)
             return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
         return refusal.error(text)
+
+
+def _handed_back(answer: Token, standing: Standing) -> bool:
+    """Whether KIS repeated a token of ours: its expiry is known. What else is known of it holds for the answer then."""
+    present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
+    # The record also knows a token whose file was deleted.
+    earlier = [attempt.at for attempt in standing.attempts if attempt.expires_at == answer.expires_at]
+    if present:
+        answer.rejected_at = present.rejected_at
+    issues = [answer.issued_at, present and present.issued_at, *earlier]
+    answer.issued_at = min((at for at in issues if at), default=None)
+    return bool(present or earlier)
 
 
 def _newer(token: Token, before: Token | None) -> bool:

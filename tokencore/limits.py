@@ -10,10 +10,10 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import record
-from tokencore.errors import CredentialsError, IssuanceLimitError
+from tokencore.errors import AccessDeniedError, AppKeyError, AppSecretError, IssuanceLimitError
 from tokencore.market import ISSUE_INTERVAL
 from tokencore.policy import retry_delay
-from tokencore.record import CREDENTIALS
+from tokencore.record import CREDENTIALS, Outcome
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 
 
 SELDOM = 1000  # failures, as it were: enough for the longest pause
+CLOCK_ERROR = timedelta(days=2)  # an attempt further ahead of now was written by a clock that was wrong
+_REFUSED = {Outcome.BAD_KEY: AppKeyError, Outcome.BAD_SECRET: AppSecretError, Outcome.DENIED: AccessDeniedError}
 
 
 class Intent(Enum):
     """Why someone wants to issue: the more it is a person's will, the fewer rules forbid it."""
 
     REQUIRED = "required"  # there is no token that serves
-    AHEAD = "ahead"  # the present token still serves
+    DUE = "due"  # the renewal rule says so
+    AHEAD = "ahead"  # the present token is about to expire, and still serves
     REFRESH = "refresh"  # a person asked
     FORCE = "force"  # a person insisted: only the minute is left
 
@@ -65,12 +68,23 @@ def check(intent: Intent, standing: Standing, market: Market) -> None:
 def cooldown_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
     """When the next request of the key is allowed; None when it is now.
 
-    An attempt that seems to lie ahead (the clock was set back) counts as one of this moment.
+    An attempt that seems to lie ahead (the clock was set back) counts as one of this moment, for `CLOCK_ERROR` at most.
     """
     last = record.latest(attempts)
-    if last is None:
+    if last is None or last.at > now + CLOCK_ERROR:
         return None
     until = min(last.at, now) + timedelta(seconds=interval)
+    return until if until > now else None
+
+
+def paused_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
+    """When the pause after failed attempts is over; None when it is, or when the last attempt brought a token."""
+    failed = record.failures(attempts)
+    if not failed or attempts[-1].at > now + CLOCK_ERROR:
+        return None
+    final = attempts[-1]  # also one that never left: who cannot be reached is left alone as long
+    lasting = record.latest(attempts)
+    until = min(final.at, now) + pause(SELDOM if lasting and lasting.outcome in CREDENTIALS else failed, interval)
     return until if until > now else None
 
 
@@ -102,10 +116,10 @@ def _check_credentials(intent: Intent, standing: Standing, market: Market) -> No
     last = record.latest(standing.attempts)
     if last is None or last.outcome not in CREDENTIALS or last.credentials != standing.credentials:
         return
-    # A key that still has a valid token was right until lately: KIS answers so to a locked key too. It is
-    # tried again, seldom; without a token, nobody but a person tries again.
-    if intent is Intent.REQUIRED:
-        raise CredentialsError(
+    # A key whose token is about to expire was right until lately: KIS answers so to a locked key too. It is
+    # tried again, a few times; otherwise nobody but a person tries again.
+    if intent in (Intent.REQUIRED, Intent.DUE):
+        raise _REFUSED[last.outcome](
             f"KIS refused these credentials at {tell(last.at)} ({last.code}), so they are not tried again by "
             f"themselves. {what_serves(standing.token, standing.now, market.buffer)} Correct them, or run "
             f"`tokencore refresh {market.name}` when KIS has restored them.",
@@ -123,14 +137,10 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
             retry_at=until,
             cause="minute",
         )
-    failed = record.failures(attempts)
-    if intent is not Intent.AHEAD or not last or not failed:
-        return
-    lasting = last.outcome in CREDENTIALS
-    until = min(last.at, now) + pause(SELDOM if lasting else failed, market.issue_interval)
-    if until > now:
+    until = paused_until(attempts, now, market.issue_interval)
+    if until and intent in (Intent.DUE, Intent.AHEAD):
         raise IssuanceLimitError(
-            f"The last {failed} attempts failed ({last.outcome}). "
+            f"Failed attempts in a row: {record.failures(attempts)} (the last one: {attempts[-1].outcome}). "
             f"{what_serves(standing.token, now, market.buffer)} The next attempt is at {tell(until)}.",
             retry_at=until,
             cause="backoff",
@@ -157,8 +167,8 @@ def _check_ceiling(standing: Standing, market: Market) -> None:
     until = issued[-market.max_issues_per_day].at + record.DAY
     raise IssuanceLimitError(
         f"This key has issued {len(issued)} tokens in 24 hours, and KIS_MAX_ISSUES_PER_DAY is "
-        f"{market.max_issues_per_day}. {what_serves(standing.token, standing.now, market.buffer)} The next is allowed at "
-        f"{tell(until)}; `tokencore refresh {market.name} --force` passes the ceiling.",
+        f"{market.max_issues_per_day}. {what_serves(standing.token, standing.now, market.buffer)} "
+        f"The next is allowed at {tell(until)}; `tokencore refresh {market.name} --force` passes the ceiling.",
         retry_at=until,
         cause="ceiling",
     )

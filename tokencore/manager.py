@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 from tokencore import sources
 from tokencore.cache import Cache
-from tokencore.errors import TokenUnavailableError
+from tokencore.errors import TokenError, TokenUnavailableError
 from tokencore.market import Market, fingerprint, market_names
 
 TYPE_CHECKING = False
@@ -194,8 +194,10 @@ class BaseTokenManager:
         """The token of the key that lasts longest, whichever of its markets has it."""
         return self._cache.newest()
 
-    def renew_due(self, reason: str) -> bool:
-        """Renew because the rule says so, waiting for nobody; True for a new token, False where another was quicker.
+    def renew_due(self, present: Token | None, reason: str) -> bool:
+        """Have a successor of `present`, on which the rule was judged; False where another was quicker.
+
+        It waits while another process renews, but for no cool-down.
 
         Raises:
             TokenError: a limit or a pause after failures forbids it, or the request failed; the present
@@ -203,7 +205,7 @@ class BaseTokenManager:
 
         """
         self._fresh_until = 0.0
-        return self._keeper.renew_due(reason)
+        return self._keeper.renew_due(present, reason)
 
     def history(self) -> list[Attempt]:
         """The key's issuance record, oldest attempt first; reading changes nothing."""
@@ -244,10 +246,12 @@ class BaseTokenManager:
         if time.monotonic() < self._next_try:
             return token
         self._next_try = time.monotonic() + AHEAD_PAUSE
-        newer = self._keeper.renew_ahead(
-            lambda found: found.rejected_at is None and found.expires_at > token.expires_at,
-            f"ahead {self.market.name}",
-        )
+        try:
+            newer = self._keeper.renew_ahead(token, f"ahead {self.market.name}")
+        except Exception as error:  # noqa: BLE001 - whatever fails, settings and imports too, the present token is served
+            self._next_try = time.monotonic() + max(AHEAD_PAUSE, self.market.issue_interval)
+            _warn(error)
+            return token
         if newer is None:
             return token
         self._remember(newer, now)
@@ -284,10 +288,8 @@ class BaseTokenManager:
     @property
     def _keeper(self) -> Keeper:
         if self._keeper_made is None:
-            from tokencore.keeper import Keeper  # requests, pydantic and filelock come with it
-            from tokencore.settings import Settings
+            from tokencore.keeper import Keeper  # not on the path of a cached token
 
-            Settings.load()  # whatever may talk to KIS is validated first
             credentials = self.get_app_credentials()
             self._keeper_made = Keeper(self.market, self._cache, credentials, self.get_api_url())
         return self._keeper_made
@@ -297,7 +299,7 @@ class TokenManager(BaseTokenManager):
     """The token of a configured market, by its name: `us`, `kr`, or one of the user's own."""
 
     def __init__(self, market: str) -> None:
-        """Read the settings of `market`.
+        """Read the settings of `market`, and see whether its file holds a valid token; KIS is not asked yet.
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
@@ -305,6 +307,8 @@ class TokenManager(BaseTokenManager):
         """
         self._name = market
         super().__init__()
+        if self.market.app_key and self.is_token_expired():
+            _import_ahead()
 
     def get_api_url(self) -> str:
         """The market's base URL, or its environment's."""
@@ -341,6 +345,21 @@ class KRTokenManager(TokenManager):
     def __init__(self) -> None:
         """Read the settings of `kr`, see `TokenManager`."""
         super().__init__("kr")
+
+
+def _import_ahead() -> None:
+    """Where a renewal will be due at once, its imports are done before anyone waits for the token."""
+    from importlib import import_module
+
+    for room in ("filelock", "tokencore.issuer", "tokencore.keeper", "tokencore.settings"):
+        import_module(room)
+
+
+def _warn(error: Exception) -> None:
+    import logging  # not on the path of a cached token
+
+    told = error if isinstance(error, TokenError) else type(error).__name__  # an unknown error's text may hold anything
+    logging.getLogger("tokencore").warning("The renewal ahead failed: %s", told)
 
 
 def _market(name: str, values: dict[str, Any]) -> Market:

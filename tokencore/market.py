@@ -28,6 +28,7 @@ BUFFER = 300.0  # seconds before expiry in which a token no longer counts as val
 PROACTIVE_WINDOW = 1800.0  # seconds before expiry in which a renewal is tried ahead
 TIMEOUT = 10.0  # seconds to connect, and to wait for an answer
 MAX_ISSUES_PER_DAY = 2  # in any 24 hours; KIS asks for one
+SECONDS, TIMEOUTS, ISSUES = (0, 86_400), (0.001, 300), (1, 24)  # lowest and highest that make sense
 DEFAULT_EXCHANGES = {"us": ("NASD", "NYSE", "AMEX"), "kr": ("KRX",)}
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
@@ -57,23 +58,23 @@ class Market:
 
         Raises:
             ConfigurationError: the name is no market's, or it is not configured.
-            ValueError: a value does not convert; `settings.load()` then says which and why.
+            ValueError: a value cannot be used; `Settings.load()` then says which and why.
 
         """
         own = _own_values(name, values)
-        both = {**values, **own}
         self.name = name
-        self.app_key: str | None = _stripped(both.get("app_key"))
-        self.app_secret: str | None = _stripped(both.get("app_secret"))
-        self.environment = str(both.get("environment", "real"))
-        self.base_url = _base_url(values, own, self.environment)
-        self.token_dir = os.path.abspath(os.path.expanduser(str(values.get("token_dir", TOKEN_DIR))))
+        self.app_key = credential(own.get("app_key")) or credential(values.get("app_key"))
+        self.app_secret = credential(own.get("app_secret")) or credential(values.get("app_secret"))
+        common = _environment(values.get("environment", "real"))
+        self.environment = _environment(own.get("environment", common))
+        self.base_url = _base_url(own, values if self.environment == common else {}, self.environment)
+        self.token_dir = folder(values.get("token_dir", TOKEN_DIR))
         self.exchanges = listed(own.get("exchanges", DEFAULT_EXCHANGES.get(name, ())))
-        self.issue_interval = float(values.get("issue_interval", ISSUE_INTERVAL))
-        self.buffer = float(values.get("buffer", BUFFER))
-        self.proactive_window = float(values.get("proactive_window", PROACTIVE_WINDOW))
-        self.timeout = float(values.get("timeout", TIMEOUT))
-        self.max_issues_per_day = int(values.get("max_issues_per_day", MAX_ISSUES_PER_DAY))
+        self.issue_interval = number(values.get("issue_interval", ISSUE_INTERVAL), *SECONDS)
+        self.buffer = number(values.get("buffer", BUFFER), *SECONDS)
+        self.proactive_window = number(values.get("proactive_window", PROACTIVE_WINDOW), *SECONDS)
+        self.timeout = number(values.get("timeout", TIMEOUT), *TIMEOUTS)
+        self.max_issues_per_day = int(number(values.get("max_issues_per_day", MAX_ISSUES_PER_DAY), *ISSUES, whole=True))
 
     def credentials(self) -> tuple[str, str]:
         """The app key and app secret.
@@ -112,6 +113,40 @@ def fingerprint(app_key: str, base_url: str) -> str:
     return digest("tokencore", base_url, app_key, length=16)
 
 
+def credential(value: Any) -> str | None:  # noqa: ANN401 - text, or a TOML type
+    """An app key or secret without the white space around it; None for nothing.
+
+    Raises:
+        ValueError: it cannot be one; the words do not repeat it.
+
+    """
+    text = "" if value is None else _text(value).strip()
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("must be one word of letters, digits and signs, as KIS shows it")
+    return text or None
+
+
+def folder(value: Any) -> str:  # noqa: ANN401 - text, or a TOML type
+    """An absolute path from one that may begin with `~`."""
+    return os.path.abspath(os.path.expanduser(_text(value)))
+
+
+def number(value: Any, lowest: float, highest: float, *, whole: bool = False) -> float:  # noqa: ANN401 - text or number
+    """`value` as a number between two others.
+
+    Raises:
+        ValueError: it is none, or not between them; the words name both.
+
+    """
+    try:
+        found = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if not lowest <= found <= highest or (whole and not found.is_integer()):
+        raise ValueError(f"must be a {'whole ' if whole else ''}number from {lowest:g} to {highest:g}")
+    return found
+
+
 def listed(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - text with commas, or a TOML list
     """The upper-case items of `A, B`, `["A", "B"]` as text, or of a list; other types stay for the validator."""
     if isinstance(value, str):
@@ -121,9 +156,23 @@ def listed(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - text with commas, o
     return tuple(str(item).strip().upper() for item in value if str(item).strip())
 
 
-def _own_values(name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+def named(name: str) -> str:
+    """`name`, if files and variables can bear it.
+
+    Raises:
+        ValueError: they cannot.
+
+    """
     if not name or not _NAME_CHARACTERS.issuperset(name):
-        raise ConfigurationError(f"{name!r} is no market's name: use letters, digits, - and _ in lower case.")
+        raise ValueError(f"{name!r} is no market's name: use letters, digits, - and _ in lower case")
+    return name
+
+
+def _own_values(name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        named(name)
+    except ValueError as error:
+        raise ConfigurationError(f"{error}.") from None
     known = market_names(values)
     if name not in known:
         raise ConfigurationError(
@@ -136,15 +185,18 @@ def _own_values(name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
     return own
 
 
-def _base_url(values: Mapping[str, Any], own: Mapping[str, Any], environment: str) -> str:
-    """The market's own URL, else its own environment's host, else what is set for all."""
-    url = own.get("base_url") or (None if "environment" in own else values.get("base_url"))
-    return str(url or HOSTS.get(environment, "")).rstrip("/")
+def _base_url(own: Mapping[str, Any], common: Mapping[str, Any], environment: str) -> str:
+    """The market's own URL, else the one for all markets of its environment, else the environment's host."""
+    return _text(own.get("base_url") or common.get("base_url") or HOSTS[environment]).rstrip("/")
 
 
-def _stripped(value: Any) -> str | None:  # noqa: ANN401 - text, or a TOML type that settings will refuse
+def _environment(value: Any) -> str:  # noqa: ANN401 - text, or a TOML type
+    if value not in tuple(HOSTS):
+        raise ValueError("environment")
+    return str(value)
+
+
+def _text(value: Any) -> str:  # noqa: ANN401 - text, or a TOML type that settings will refuse
     if isinstance(value, str):
-        return value.strip() or None
-    if value is None:
-        return None
+        return value
     raise ValueError(type(value).__name__)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokencore import store
+from tokencore import store, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,10 +73,10 @@ class IssuanceRecord:
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first; lines that cannot be read are passed over, a missing file is empty."""
         try:
-            text = store.read_text(self.path, limit=2 * TRIM_AT * LINE) or ""
+            content = store.read_bytes(self.path, limit=2 * TRIM_AT * LINE) or b""
         except ValueError:
             return []
-        return [attempt for line in text.splitlines() if (attempt := _parse(line))]
+        return [attempt for line in content.split(b"\n") if (attempt := _parse(line))]
 
     def begin(self, attempt: Attempt) -> int:
         """Append `attempt` durably and return where its line stands, for `complete`.
@@ -86,13 +86,15 @@ class IssuanceRecord:
 
         """
         self._trim()
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT | store.NO_FOLLOW, 0o600), "r+b") as file:
             position = file.seek(0, os.SEEK_END)
             # After a torn or foreign line, start on a sector of our own.
             gap = -position % LINE
             file.write(b" " * (gap - 1) + b"\n" if gap else b"")
             file.write(_line(attempt))
             _sync(file)
+        if position == 0:
+            store.sync_folder(os.path.dirname(self.path))
         return position + gap
 
     def complete(self, position: int, attempt: Attempt) -> None:
@@ -118,8 +120,12 @@ class IssuanceRecord:
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:
-    """The attempts that brought a new token in the `span` before `now`; the answer KIS repeated is none."""
-    return [a for a in attempts if a.outcome is Outcome.ISSUED and now - span < a.at]
+    """The attempts that brought a new token in the `span` before `now`; the answer KIS repeated is none.
+
+    Those that seem to lie ahead count too, as the clock may have been set back, but no further than the
+    `span`: a clock that was wrong by a year must not forbid a year's issues.
+    """
+    return [a for a in attempts if a.outcome is Outcome.ISSUED and now - span < a.at < now + span]
 
 
 def latest(attempts: Sequence[Attempt]) -> Attempt | None:
@@ -152,15 +158,15 @@ def _line(attempt: Attempt) -> bytes:
         "credentials": attempt.credentials,
         "pid": attempt.pid,
     }
-    text = json.dumps(content, ensure_ascii=False).encode()
+    text = json.dumps(content, ensure_ascii=False).encode(errors="replace")
     if len(text) >= LINE:
         text = json.dumps({**content, "reason": ""}).encode()
     return text.ljust(LINE - 1) + b"\n"
 
 
-def _parse(line: str) -> Attempt | None:
+def _parse(line: bytes) -> Attempt | None:
     try:
-        content = json.loads(line)
+        content = json.loads(line.decode())
         return Attempt(
             at=_aware(content["at"]),
             outcome=Outcome(content["outcome"]),
@@ -170,9 +176,12 @@ def _parse(line: str) -> Attempt | None:
             credentials=str(content.get("credentials", "")),
             pid=int(content.get("pid", 0)),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError):
         return None
 
 
 def _aware(text: str) -> datetime:
-    return datetime.fromisoformat(text).astimezone(UTC)
+    at = datetime.fromisoformat(text).astimezone(UTC)
+    if not tokens.sane(at):
+        raise ValueError(at)
+    return at

@@ -9,9 +9,10 @@ from __future__ import annotations
 from datetime import datetime, time, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokencore import policy, sessions
+from tokencore import limits, policy, sessions
 from tokencore.errors import TokenError
 from tokencore.policy import Renewal
+from tokencore.record import CREDENTIALS
 from tokencore.settings import overrides
 from tokencore.status import CLOCK_SLACK
 
@@ -98,10 +99,29 @@ def tick(manager: TokenManager, now: datetime) -> Decision:
         return Decision(renewed=False, trouble=None, level="", outlook=ahead)
     reason = f"rule: {ahead.next.exception or ahead.next.reason}"
     try:
-        renewed = manager.renew_due(reason)
+        renewed = manager.renew_due(ahead.token, reason)
     except TokenError as error:
-        return Decision(renewed=False, trouble=error, level=_level(ahead, now), outlook=ahead)
+        return Decision(renewed=False, trouble=error, level=_level(ahead, now, manager.market.buffer), outlook=ahead)
     return Decision(renewed=renewed, trouble=None, level="", outlook=look(manager, now))
+
+
+def next_attempt(manager: TokenManager, now: datetime) -> datetime | None:
+    """When the next `tick` of the manager's key will have something to do, after `now` (aware); None if nothing is due.
+
+    That is the planned renewal or, after a failure, the end of the pause. A limit that forbids a renewal
+    for longer, or refused credentials, leave it to the hourly check.
+
+    Raises:
+        ConfigurationError: an exchange of a market is unknown, or the settings are malformed.
+
+    """
+    planned = look(manager, now).next
+    if planned is None or planned.at > now:
+        return planned.at if planned else None
+    attempts = manager.history()
+    if attempts and attempts[-1].outcome in CREDENTIALS:
+        return None
+    return limits.paused_until(attempts, now, manager.market.issue_interval)
 
 
 def _plain(token: Token | None, manager: TokenManager, now: datetime) -> Renewal:
@@ -112,18 +132,18 @@ def _plain(token: Token | None, manager: TokenManager, now: datetime) -> Renewal
     return Renewal(max(now, at), "no exchange is configured: shortly before the expiry", None)
 
 
-def _level(ahead: Outlook, now: datetime) -> str:
+def _level(ahead: Outlook, now: datetime, buffer: float) -> str:
     """The lead is the time from the token's last quiet moment, its issue plus a day at the latest, to the need."""
     if ahead.unserved is None:
-        return "alert" if ahead.token is None else "warn"
+        return "warn" if ahead.token and ahead.token.serves(now, buffer) else "alert"
     start = ahead.unserved[0]
     if now >= start - ALERT:
         return "alert"
-    due = _due_since(ahead, now)
+    due = _due_since(ahead, now, buffer)
     return "warn" if now - due > (start - due) / 2 else ""
 
 
-def _due_since(ahead: Outlook, now: datetime) -> datetime:
+def _due_since(ahead: Outlook, now: datetime, buffer: float) -> datetime:
     """When the renewal that is due now became due: what the rule would have planned at the last issue."""
     if ahead.token is None or ahead.token.issued_at is None:
         return now
@@ -134,5 +154,6 @@ def _due_since(ahead: Outlook, now: datetime) -> datetime:
         issued_at=issued_at,
         expires_at=ahead.token.expires_at + CLOCK_SLACK,
         anchor=ahead.anchor,
+        buffer=timedelta(seconds=buffer),
     )
     return min(now, planned.at) if planned else now

@@ -13,7 +13,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     SecretStr,
     ValidationError,
 )
@@ -21,7 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from tokencore import market as defaults
 from tokencore.errors import ConfigurationError
-from tokencore.market import listed
+from tokencore.market import ISSUES, SECONDS, TIMEOUTS, credential, folder, listed, named, number
 from tokencore.sessions import Override, exchange
 from tokencore.sources import CONFIG_FILE, Gathered, gather
 
@@ -30,11 +29,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-_DAY = 86_400
+_warned: set[str] = set()  # variables; one line a process is enough
 
 
 def _https(url: str) -> str:
     parts = urlsplit(url)
+    if not url.isascii() or not url.isprintable() or " " in url or parts.port == 0:
+        raise ValueError("must be an address without spaces or other signs that none has")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("must be a plain address without user, query or fragment")
     if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK)):
@@ -49,11 +50,33 @@ def _hours(value: object) -> object:
     return value
 
 
+def _in_order(hours: tuple[time, time]) -> tuple[time, time]:
+    if hours[0] >= hours[1]:
+        raise ValueError("must open before it closes")
+    return hours
+
+
+def _traded(name: str) -> str:
+    try:
+        exchange(name)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+def _between(lowest: float, highest: float, *, whole: bool = False) -> BeforeValidator:
+    return BeforeValidator(lambda value: number(value, lowest, highest, whole=whole))
+
+
+# What `Market` converts on the path of a cached token is converted here by the same functions, so that both agree.
 Url = Annotated[str, AfterValidator(_https)]
-Names = Annotated[list[str], BeforeValidator(listed)]
+Credential = Annotated[SecretStr | None, BeforeValidator(credential)]
+Exchange = Annotated[str, AfterValidator(_traded)]
+Names = Annotated[list[Exchange], BeforeValidator(listed)]
 Days = Annotated[list[date], BeforeValidator(listed)]
-Hours = Annotated[tuple[time, time], BeforeValidator(_hours)]
-Seconds = Annotated[float, Field(ge=0, le=_DAY, allow_inf_nan=False)]
+Hours = Annotated[tuple[time, time], BeforeValidator(_hours), AfterValidator(_in_order)]
+Folder = Annotated[Path, AfterValidator(lambda path: Path(folder(str(path))))]
+Seconds = Annotated[float, _between(*SECONDS)]
 
 
 class MarketSettings(BaseModel):
@@ -61,8 +84,8 @@ class MarketSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    app_key: SecretStr | None = None
-    app_secret: SecretStr | None = None
+    app_key: Credential = None
+    app_secret: Credential = None
     environment: Literal["real", "paper"] | None = None
     base_url: Url | None = None
     exchanges: Names | None = None
@@ -83,18 +106,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True)
 
-    app_key: SecretStr | None = None
-    app_secret: SecretStr | None = None
+    app_key: Credential = None
+    app_secret: Credential = None
     environment: Literal["real", "paper"] = "real"
     base_url: Url | None = None
-    token_dir: Path = Path(defaults.TOKEN_DIR)
-    markets: dict[str, MarketSettings] = {}
-    exchanges: dict[str, ExchangeSettings] = {}
+    token_dir: Folder = Path(defaults.TOKEN_DIR)
+    markets: dict[Annotated[str, AfterValidator(named)], MarketSettings] = {}
+    exchanges: dict[Exchange, ExchangeSettings] = {}
     issue_interval: Seconds = defaults.ISSUE_INTERVAL
     buffer: Seconds = defaults.BUFFER
     proactive_window: Seconds = defaults.PROACTIVE_WINDOW
-    timeout: Annotated[float, Field(gt=0, le=300, allow_inf_nan=False)] = defaults.TIMEOUT
-    max_issues_per_day: Annotated[int, Field(ge=1, le=24)] = defaults.MAX_ISSUES_PER_DAY
+    timeout: Annotated[float, _between(*TIMEOUTS)] = defaults.TIMEOUT
+    max_issues_per_day: Annotated[int, _between(*ISSUES, whole=True)] = defaults.MAX_ISSUES_PER_DAY
     hts_id: str | None = None
     slack_webhook_url: SecretStr | None = None
     slack_bot_token: SecretStr | None = None
@@ -111,6 +134,9 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what `load` hands over counts: `sources.gather` has the one precedence for every caller."""
         return (init_settings,)
+
+    def __reduce__(self) -> str:
+        raise TypeError("Settings hold credentials and are not pickled; load them where they are needed")
 
     @classmethod
     def load(cls) -> Self:
@@ -143,7 +169,7 @@ def overrides() -> dict[str, Override]:
 
 
 def _variable(path: tuple[int | str, ...]) -> str:
-    name = "__".join(str(step) for step in path if not isinstance(step, int)).upper()
+    name = "__".join(step for step in path if isinstance(step, str) and step != "[key]").upper()
     return name if name.startswith("SLACK_") else f"KIS_{name}"
 
 
@@ -151,7 +177,7 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"{_variable(error['loc'])} is no setting; see the README for their names, and remove or correct it."
     told = error["msg"].removeprefix("Value error, ")
-    return f"{_variable(error['loc'])} cannot be used: {told[:1].lower()}{told[1:]}. Correct or remove it."
+    return f"{_variable(error['loc'])} cannot be used: {told[:1].lower()}{told[1:].rstrip('.')}. Correct or remove it."
 
 
 def _warn_of_spaces(values: dict[str, Any], above: str) -> None:
@@ -159,7 +185,10 @@ def _warn_of_spaces(values: dict[str, Any], above: str) -> None:
         if isinstance(value, dict):
             _warn_of_spaces(value, f"{above}{key.upper()}__")
         elif key in ("app_key", "app_secret") and isinstance(value, str) and value != value.strip():
-            _log.warning("%s%s has spaces or a newline around it; they were removed.", above, key.upper())
+            name = f"{above}{key.upper()}"
+            if name not in _warned:
+                _warned.add(name)
+                _log.warning("%s has spaces or a newline around it; they were removed.", name)
 
 
 def _refuse_unknown(found: Gathered) -> None:

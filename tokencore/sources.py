@@ -21,6 +21,7 @@ DOTENV_FILE = ".env"
 SECRET_FILE_LIMIT = 65_536  # bytes; a mounted secret is one short line
 _PREFIXES = ("kis_", "slack_")
 _ALIEN = ("kis_secrets_dir",)  # says where to read, is no value itself
+_GROUPS = ("markets", "exchanges")  # names with names below them
 
 
 class Gathered:
@@ -44,18 +45,29 @@ class Gathered:
     def __repr__(self) -> str:
         return f"Gathered({sorted(self.origins)})"
 
+    def __reduce__(self) -> str:
+        raise TypeError("the settings hold credentials and are not pickled; gather them where they are needed")
+
     def add(self, name: str, value: Any, origin: str) -> None:  # noqa: ANN401 - text, or TOML's types
-        """Take a value unless an earlier source gave it; empty text counts as not given."""
-        if value == "" or name.upper() in self.origins:
+        """Take a value unless an earlier source gave it; empty text counts as not given.
+
+        Raises:
+            ConfigurationError: the name stands for a group of settings, or goes on where another one ends.
+
+        """
+        name = name.upper()
+        if value == "" or name in self.origins:
             return
         *path, last = name.lower().removeprefix("kis_").split("__")
-        branch = self.values
+        if not path and last in _GROUPS:
+            raise ConfigurationError(f"{name} alone sets nothing; set {name}__<NAME>__<FIELD>, and remove {name}.")
+        branch: Any = self.values
         for step in path:
-            branch = branch.setdefault(step, {})
-            if not isinstance(branch, dict):
-                raise ConfigurationError(f"{name.upper()} contradicts another setting above it; remove one.")
+            branch = branch.setdefault(step, {}) if isinstance(branch, dict) else branch
+        if not isinstance(branch, dict) or isinstance(branch.get(last), dict):
+            raise ConfigurationError(f"{name} contradicts a longer or shorter setting of this name; remove one.")
         branch[last] = value
-        self.origins[name.upper()] = origin
+        self.origins[name] = origin
 
 
 def gather() -> Gathered:
@@ -68,7 +80,7 @@ def gather() -> Gathered:
     found = Gathered()
     environment = [(k.lower(), v) for k, v in os.environ.items()]
     dotenv = list(_dotenv())
-    secrets_dir = dict([*dotenv, *environment]).get("kis_secrets_dir")
+    secrets_dir = dict(pair for pair in [*dotenv, *environment] if pair[1]).get("kis_secrets_dir")
     _take(found, environment, "environment")
     _take(found, dotenv, DOTENV_FILE)
     if secrets_dir:
@@ -107,7 +119,7 @@ def _secrets(folder: str) -> Iterable[tuple[str, str]]:
                     yield name.lower(), file.read(SECRET_FILE_LIMIT).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
-            f"KIS_SECRETS_DIR={folder} cannot be read ({_why(error)}); point it at a folder with one file per variable.",
+            f"KIS_SECRETS_DIR={folder} cannot be read ({_why(error)}); point it at a folder with a file per variable.",
         ) from None
 
 

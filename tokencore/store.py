@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from datetime import UTC, datetime
 
 from tokencore.errors import TokenStoreError
@@ -23,7 +24,7 @@ _UNRECORDED = 1.0  # an access time that no clock gives: the modification time i
 SIZE_LIMIT = 65_536  # bytes; a token file has about 700
 POLL = 0.008  # seconds between looks at a lock that another process holds
 _PRIVATE_FILE, _PRIVATE_FOLDER = 0o600, 0o700
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 Signature = tuple[int, int, int]  # inode, size, mtime_ns: a difference means another content
 
@@ -42,15 +43,26 @@ def signature(path: str) -> Signature | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def read_text(path: str, limit: int = SIZE_LIMIT) -> str | None:
+def read_text(path: str) -> str | None:
     """The text of a regular file, or None when there is no file.
 
     Raises:
-        ValueError: something is there, but no readable file of at most `limit` bytes of UTF-8.
+        ValueError: something is there, but no readable file of at most `SIZE_LIMIT` bytes of UTF-8.
+
+    """
+    content = read_bytes(path, SIZE_LIMIT)
+    return None if content is None else content.decode("utf-8-sig")
+
+
+def read_bytes(path: str, limit: int) -> bytes | None:
+    """The content of a regular file, or None when there is no file.
+
+    Raises:
+        ValueError: something is there, but no readable file of at most `limit` bytes.
 
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -67,7 +79,7 @@ def read_text(path: str, limit: int = SIZE_LIMIT) -> str | None:
         os.close(descriptor)
     if len(content) > limit:
         raise ValueError(f"larger than {limit} bytes")
-    return content.decode("utf-8-sig")
+    return content
 
 
 def write_text(path: str, text: str, *, temporary: str) -> None:
@@ -76,7 +88,8 @@ def write_text(path: str, text: str, *, temporary: str) -> None:
     `temporary` distinguishes writers that hold different locks; what a killed one of the same lock left is reused.
 
     Raises:
-        OSError: it could not be written; the old content is untouched and no temporary file is left.
+        OSError: it could not be written, and the old content is untouched; or it was, but a power cut could undo it.
+            No temporary file is left.
 
     """
     folder, name = os.path.split(path)
@@ -84,7 +97,7 @@ def write_text(path: str, text: str, *, temporary: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(draft)
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _PRIVATE_FILE), "wb") as file:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, _PRIVATE_FILE), "wb") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -115,11 +128,13 @@ def set_aside(path: str) -> None:
 
     The last one set aside is kept as `<name>.aside`, readable by its owner only.
     """
-    aside = f"{path}.aside"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
         if stat.S_ISREG(os.lstat(path).st_mode):
             os.chmod(path, _PRIVATE_FILE)  # it may hold another key's token
-        os.replace(path, aside)
+    for aside in (f"{path}.aside", f"{path}.{time.time_ns()}.aside"):  # a folder does not replace a file, nor a file it
+        with contextlib.suppress(OSError):
+            os.replace(path, aside)
+            return
 
 
 def private_folder(folder: str) -> None:
@@ -132,18 +147,16 @@ def private_folder(folder: str) -> None:
     try:
         os.makedirs(folder, _PRIVATE_FOLDER, exist_ok=True)
         if os.name == "posix" and os.stat(folder).st_mode & 0o077 and all(map(_ours, os.listdir(folder))):
-            os.chmod(folder, _PRIVATE_FOLDER)  # but never a folder that others use too, such as /tmp
+            with contextlib.suppress(PermissionError):  # a mounted volume's, whose mode is its owner's affair
+                os.chmod(folder, _PRIVATE_FOLDER)  # but never a folder that others use too, such as /tmp
     except OSError as error:
         raise unusable(folder, error) from None
 
 
 def _ours(name: str) -> bool:
-    return (
-        name == "config.toml"
-        or "api_token.json" in name
-        or name.startswith("key-")
-        or name.endswith("_token_issued_at.dat")
-    )
+    name = name.removeprefix(".")  # of a draft that a killed process left
+    parts = ("_api_token.json", "_token_issued_at.dat", "_krs_token.dat")
+    return name == "config.toml" or name.startswith("key-") or any(part in name for part in parts)
 
 
 def unusable(path: str, error: OSError) -> TokenStoreError:

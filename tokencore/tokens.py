@@ -46,9 +46,9 @@ class Token:
 
         """
         if not 0 < len(access_token) <= MAX_LENGTH or not (access_token.isascii() and access_token.isprintable()):
-            raise ValueError("not a token's text")
+            raise ValueError("the access_token is no word of visible ASCII")
         if " " in access_token or expires_at.tzinfo is None:
-            raise ValueError("not a token")
+            raise ValueError("the access_token has a space in it, or the expiry no zone")
         self.access_token = access_token
         self.expires_at = expires_at
         self.issued_at = issued_at
@@ -203,7 +203,11 @@ def _time(value: object) -> Iterator[datetime]:
         yield from _epoch(value)
 
 
+def sane(at: datetime) -> bool:
+    """Whether arithmetic with it cannot overflow: anything else is damage, not a time."""
+    return 2000 <= at.year < 2200  # noqa: PLR2004 - KIS began after the one and this program ends before the other
+
+
 def _sane(at: datetime) -> Iterator[datetime]:
-    """Only years in which arithmetic cannot overflow: anything else is damage, not a time."""
-    if 2000 <= at.year < 2200:  # noqa: PLR2004 - KIS began after the one and this program ends before the other
+    if sane(at):
         yield at

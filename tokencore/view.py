@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tokencore.policy import LIFE
 from tokencore.record import GRANTED, Outcome
@@ -22,21 +23,18 @@ if TYPE_CHECKING:
 
 _COLOURS = {"VALID": "green", "EXPIRING_SOON": "yellow"}  # everything else is red
 LABEL = 7  # characters of an order code and space, before a plan's line
+_BROAD = 112  # characters: from here on every column fits; below, the least important one gives way
 _WIDE = 140  # characters, where no terminal says how wide it is: a pipe must not wrap a table
 
 
 def print_statuses(
     statuses: Sequence[TokenStatus], proofs: Mapping[str, tuple[bool | None, str]], now: datetime
 ) -> None:
-    """One row a market, the sentences that explain a trouble below."""
-    table = _table(
-        "market",
-        "status",
-        "valid until (KST)",
-        f"local ({now.astimezone().tzname()})",
-        "left",
-        "next need",
-    )
+    """One row a market; below, what does not fit into a row, and what the quote calls told."""
+    console = _console()
+    broad = console.width >= _BROAD
+    columns = ["market", "status", "valid until (KST)", f"local ({now.astimezone().tzname()})", "left"]
+    table = _table(*columns, *["next need"] * broad)
     for status in statuses:
         colour = _COLOURS.get(status["status"], "red")
         expires = _parse(status["expires_at"])
@@ -46,10 +44,11 @@ def print_statuses(
             moment(expires, KST),
             moment(expires, None),
             duration(status["remaining_seconds"]) if status["valid"] else "-",
-            _need(status),
+            *[_need(status)] * broad,
         )
-    console = _console()
     console.print(table)
+    for status in [] if broad else statuses:
+        console.print(f"{status['market']}: next need {_need(status)}")
     for market, (accepted, told) in proofs.items():
         word = {True: "KIS accepts the token", False: "KIS rejects the token", None: "not known"}[accepted]
         console.print(f"{market}: {word} ({told})", markup=False, highlight=False)
@@ -57,7 +56,9 @@ def print_statuses(
 
 def print_history(lines: Sequence[Mapping[str, Any]]) -> None:
     """One row an attempt, oldest first."""
-    table = _table("when (KST)", "markets", "outcome", "code", "token expires (KST)", "reason")
+    console = _console()
+    broad = console.width >= _BROAD
+    table = _table("when (KST)", "markets", "outcome", "code", *["token expires (KST)"] * broad, "reason")
     for line in lines:
         good = line["outcome"] in GRANTED
         colour = "green" if good else "yellow" if line["outcome"] == Outcome.SENT else "red"
@@ -66,10 +67,10 @@ def print_history(lines: Sequence[Mapping[str, Any]]) -> None:
             "+".join(line["markets"]),
             f"[{colour}]{line['outcome']}[/]",
             line["code"] or "-",
-            moment(line["expires_at"], KST),
-            line["reason"].replace("[", r"\["),
+            *[moment(line["expires_at"], KST)] * broad,
+            _plain(line["reason"]),
         )
-    _console().print(table if lines else "No attempt has been recorded.")
+    console.print(table if lines else "No attempt has been recorded.")
 
 
 def print_decision(markets: str, decision: Decision) -> None:
@@ -96,7 +97,18 @@ def print_plan(plan: Plan) -> None:
         strong = _cells(plan, width, row.sessions, "[bold blue]█[/]", "")
         console.print(f"{row.code:<{LABEL}}" + "".join(s or c for s, c in zip(strong, cells, strict=True)))
     console.print(f"{'token':<{LABEL}}" + "".join(_token_cells(plan, width)))
+    for certain, codes in _soon_uncertain(plan).items():
+        console.print(f"{', '.join(codes)}: closures are certain until {certain}; later weekdays count as open.")
     console.print("█ session  ▒ need  ━ token  ┄ tokens planned  ▲ renewal  │ now\n", style="dim")
+
+
+def _soon_uncertain(plan: Plan) -> dict[str, list[str]]:
+    """The exchanges whose closures are published a year at a time, by the last day that is."""
+    found: dict[str, list[str]] = {}
+    for row in plan.rows:
+        if row.certain_until < (plan.until + timedelta(days=366)).date().isoformat():
+            found.setdefault(row.certain_until, []).append(row.code)
+    return found
 
 
 def _cells(plan: Plan, width: int, spans: Iterable[tuple[datetime, datetime]], inside: str, outside: str) -> list[str]:
@@ -156,6 +168,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{int(seconds)} s"
 
 
+def _plain(text: str) -> Text:
+    """What a person wrote, as it is: no markup, no line break, no escape sequence for the terminal."""
+    return Text("".join(sign if sign.isprintable() else " " for sign in text))
+
+
 def _need(status: TokenStatus) -> str:
     need = status["next_need"]
     if need is None:
@@ -171,13 +188,18 @@ def _parse(text: str | None) -> datetime | None:
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number < 2, overflow="fold")  # noqa: PLR2004 - what names the row stays whole
     return table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # the command's front door knows what to do; rich would exit with 1
+
+
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDE
     return console

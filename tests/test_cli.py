@@ -1,0 +1,275 @@
+"""The command's front door: what `get` prints and imports, exit codes, one line on standard error, broken pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from running import Ran, asked, cached, folder, one_line, start, tokencore, until
+
+from tokencore import KRTokenManager, TokenManager, USTokenManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokencore.sandbox import Sandbox
+
+    Command = Callable[..., Ran]
+
+HEAVY = ("requests", "urllib3", "pydantic", "pydantic_settings", "filelock", "prefect", "rich", "argparse", "json.tool")
+GET = "import sys; from tokencore.cli import main; code = main(['get', 'us']); print(*sys.modules, file=sys.stderr)"
+FAILURES = {"limit": 4, "bad-key": 5, "bad-secret": 5, "down": 6, "drop": 6, "garbage": 6, "html": 6}
+
+
+def test_get_prints_the_token_and_nothing_else(gateway: Sandbox) -> None:
+    """Standard output is the token and a newline, exit 0; the second call asks nothing."""
+    first, second = tokencore("get", "us"), tokencore("get", "kr")
+    assert (first.code, first.err, first.out.count("\n")) == (0, "", 1)
+    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", first.out)
+    assert second == first
+    assert asked(gateway) == 1
+
+
+@pytest.mark.usefixtures("gateway")
+def test_cached_get_imports_nothing_heavy() -> None:
+    """Neither HTTP, nor validation, nor locking, nor argument parsing is imported to print a cached token."""
+    token = cached(20_000)
+    child = start(GET)
+    out, modules = child.communicate(timeout=30)
+    assert out == token.access_token + "\n"
+    assert set(modules.split()).isdisjoint(HEAVY)
+    assert "tokencore.manager" in modules
+
+
+def test_get_while_another_process_renews_prints_the_old_token_without_http(gateway: Sandbox) -> None:
+    """In the proactive window only who asks KIS pays for its imports; the others print the old token at once."""
+    gateway.set_rules(latency=3)
+    token = cached(1_500)
+    renewing = threading.Thread(target=USTokenManager().get_valid_token)
+    renewing.start()
+    until(lambda: asked(gateway) == 1)
+    out, modules = start(GET).communicate(timeout=30)
+    assert renewing.is_alive()
+    gateway.set_rules(latency=0)
+    renewing.join()
+    assert out == token.access_token + "\n"
+    assert set(modules.split()).isdisjoint({"requests", "pydantic"})
+    assert asked(gateway) == 1
+
+
+@pytest.mark.parametrize("mode", ["limit", "down", "drop", "bad-key", "garbage", "html"])
+def test_get_with_25_minutes_left_prints_the_old_token_whatever_kis_answers(quick: Sandbox, mode: str) -> None:
+    """Exit 0 and the old token while KIS fails; the next success replaces it."""
+    token = cached(25 * 60)
+    quick.fail(mode)
+    ran = tokencore("get", "us")
+    assert (ran.code, ran.out) == (0, token.access_token + "\n")
+    assert "Traceback" not in ran.err
+    assert asked(quick) == 1
+    quick.clear()
+    until(lambda: tokencore("get", "us").out != token.access_token + "\n")
+    renewed = tokencore("get", "us")
+    assert (renewed.code, renewed.err) == (0, "")
+    assert asked(quick) == 2
+
+
+@pytest.mark.parametrize(("mode", "code"), FAILURES.items())
+def test_get_without_a_token_fails_with_the_contracts_code(
+    quick: Sandbox, command: Command, mode: str, code: int
+) -> None:
+    """Each refusal has its exit code and one sentence that says what still works and what to do."""
+    quick.fail(mode)
+    ran = command("get", "us")
+    assert ran.code == code
+    assert "There is no token." in one_line(ran)
+
+
+def test_bad_key_is_not_asked_again_by_get_but_by_a_persons_refresh(quick: Sandbox, command: Command) -> None:
+    """The second `get` fails with 5 without a request; `refresh` asks."""
+    quick.fail("bad-key", 1)
+    assert command("get", "us").code == 5
+    time.sleep(0.1)
+    ran = command("get", "us")
+    assert ran.code == 5
+    assert "EGW00103" in one_line(ran)
+    assert asked(quick) == 1
+    assert command("refresh", "us").code == 0
+    assert asked(quick) == 2
+
+
+@pytest.mark.usefixtures("gateway")
+def test_get_as_json_names_the_expiry_in_utc(command: Command) -> None:
+    """For programs: the token, its type, environment and times with offset."""
+    token = cached(20_000)
+    ran = command("get", "us", "--json")
+    told = json.loads(ran.out)
+    assert (ran.code, ran.err) == (0, "")
+    assert (told["access_token"], told["token_type"], told["environment"]) == (token.access_token, "Bearer", "real")
+    assert datetime.fromisoformat(told["expires_at"]).utcoffset() == timedelta(0)
+    assert 19_900 < told["remaining_seconds"] <= 20_000
+
+
+def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
+    """Only what is cached: the token while it is valid, even late in its life; exit 3 and a sentence without one."""
+    ran = command("get", "us", "--no-renew")
+    assert ran.code == 3
+    assert "NO_TOKEN" in one_line(ran)
+    token = cached(1_000)
+    assert command("get", "--no-renew", "us") == Ran(0, token.access_token + "\n", "")
+    cached(299)
+    assert "EXPIRED" in one_line(command("get", "us", "--no-renew"))
+    assert asked(gateway) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("get",),
+        ("gett", "us"),
+        ("get", "us", "kr"),
+        ("get", "us", "--force"),
+        ("get", "hk"),
+        ("get", "US"),
+        ("get", "../us"),
+        ("get", ""),
+        ("get", "\udcff"),
+        ("check", "us", "hk"),
+        ("check", "--probed"),
+        ("refresh",),
+        ("delete",),
+        ("history", "us", "kr"),
+        ("tick", "us"),
+        ("sandbox", "--port", "x"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("gateway")
+def test_wrong_usage_is_one_sentence_and_exit_2(command: Command, arguments: tuple[str, ...]) -> None:
+    """No usage text, no traceback: a sentence that says what was wrong."""
+    ran = command(*arguments)
+    assert ran.code == 2
+    assert one_line(ran)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KIS_BUFFER", "nan"),
+        ("KIS_BUFFER", "five"),
+        ("KIS_ENVIRONMENT", "prod"),
+        ("KIS_BASE_URL", "http://openapi.koreainvestment.com"),
+        ("KIS_MARKETS__US__EXCHANGE", "NASD"),
+        ("KIS_MARKETS__US__EXCHANGES", "MARS"),
+        ("KIS_APP_KEY", ""),
+        ("KIS_APP_SECRET", ""),
+    ],
+)
+def test_bad_setting_is_named_and_exit_2(
+    gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """A malformed or missing setting is one sentence with its variable, from every command that needs it."""
+    monkeypatch.setenv(variable, value)
+    for arguments in (("get", "us"), ("check",), ("refresh", "us"), ("tick",)):
+        ran = command(*arguments)
+        assert (ran.code, variable in one_line(ran)) == (2, True), arguments
+    assert asked(gateway) == 0
+
+
+@pytest.mark.parametrize("name", ["get", "check", "refresh", "delete", "history", "tick", "sandbox"])
+def test_every_command_explains_itself(command: Command, name: str) -> None:
+    """`--help` prints what the command does and the exit codes."""
+    with pytest.raises(SystemExit) as ended:
+        command(name, "--help")
+    assert ended.value.code == 0
+
+
+def test_help_lists_every_command_and_exit_code() -> None:
+    """The whole command line on one screen."""
+    ran = tokencore("--help")
+    assert ran.code == 0
+    for word in ("get", "check", "refresh", "delete", "history", "tick", "sandbox", "7 store unusable"):
+        assert word in ran.out
+
+
+@pytest.mark.parametrize("arguments", [("get", "us"), ("refresh", "us"), ("delete", "us")])
+def test_unusable_store_is_exit_7_and_costs_no_request(
+    gateway: Sandbox, command: Command, arguments: tuple[str, ...]
+) -> None:
+    """A token directory that is no directory: one sentence with its path, nothing issued."""
+    path = folder()
+    path.write_text("")
+    ran = command(*arguments)
+    assert ran.code == 7
+    assert str(path) in one_line(ran)
+    assert asked(gateway) == 0
+
+
+@pytest.mark.usefixtures("gateway")
+def test_unexpected_error_is_one_line_without_its_text(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug ends with 1 and its place, and says nothing that could be a secret."""
+
+    def bug(_: TokenManager) -> str:
+        raise RuntimeError("the secret is Canary")
+
+    monkeypatch.setattr(TokenManager, "get_valid_token", bug)
+    ran = command("get", "us")
+    assert ran.code == 1
+    assert "RuntimeError at test_cli.py" in one_line(ran)
+    assert "Canary" not in ran.err
+
+
+@pytest.mark.parametrize("arguments", [("get", "us"), ("check",), ("check", "--json"), ("history",)])
+@pytest.mark.usefixtures("gateway")
+def test_reader_that_has_gone_is_no_error(arguments: tuple[str, ...]) -> None:
+    """A closed pipe ends the command with 0 and without a word."""
+    cached(20_000)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen(
+        [sys.executable, "-m", "tokencore", *arguments], stdout=writing, stderr=subprocess.PIPE
+    ) as running:
+        os.close(writing)
+        _, err = running.communicate(timeout=30)
+    assert (running.returncode, err) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("arguments", [("get", "us"), ("check",), ("check", "--json")])
+@pytest.mark.usefixtures("gateway")
+def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...]) -> None:
+    """A full disk behind standard output: exit 1 and one sentence, no traceback at the interpreter's end."""
+    cached(20_000)
+    with open("/dev/full", "wb") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "tokencore", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ran.returncode == 1
+    assert "No space left" in one_line(Ran(1, "", ran.stderr))
+
+
+def test_interrupted_command_ends_at_once_with_one_line(gateway: Sandbox) -> None:
+    """Ctrl-C while KIS is asked: one line, no traceback; the attempt stays recorded."""
+    gateway.fail("hang")
+    running = start("import sys; from tokencore.cli import main; sys.exit(main(['get', 'us']))")
+    until(lambda: asked(gateway) == 1)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=5)
+    assert (running.returncode, out, err) == (130, "", "tokencore: Interrupted.\n")
+    assert [attempt.outcome.value for attempt in USTokenManager().history()] == ["sent"]
+
+
+@pytest.mark.usefixtures("gateway")
+def test_markets_of_one_key_are_served_by_either_command(command: Command) -> None:
+    """`get us` and `get kr` print the same token, which the managers serve too."""
+    token = command("get", "us").out.strip()
+    assert {KRTokenManager().get_valid_token(), command("get", "kr").out.strip()} == {token}

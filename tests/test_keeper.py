@@ -1,0 +1,470 @@
+"""Renewal under the key's lock, against a real gateway: what is asked of KIS, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+import requests
+from builders import SECRET, ended, in_child, make_token
+from conftest import QUICK
+from running import DAY, asked, cached, folder, issue_of, on_disk, outcomes, raised, tokencore, until
+
+from tokencore import (
+    CredentialsError,
+    IssuanceLimitError,
+    IssuerUnavailableError,
+    KRTokenManager,
+    TokenError,
+    TokenManager,
+    USTokenManager,
+    manager,
+)
+from tokencore.errors import AppKeyError, AppSecretError, IssuerAnswerError, IssuerRefusedError, IssuerServerError
+from tokencore.record import Attempt, IssuanceRecord, Outcome
+from tokencore.sandbox import APP_KEY, APP_SECRET
+
+if TYPE_CHECKING:
+    from tokencore.sandbox import Sandbox
+
+HOUR = 3600.0
+FAILURES: dict[str, type[TokenError]] = {
+    "limit": IssuanceLimitError,
+    "bad-key": AppKeyError,
+    "bad-secret": AppSecretError,
+    "server-error": IssuerServerError,
+    "down": IssuerServerError,
+    "drop": IssuerUnavailableError,
+    "hang": IssuerUnavailableError,
+    "html": IssuerRefusedError,
+    "garbage": IssuerAnswerError,
+    "half": IssuerUnavailableError,
+    "no-token": IssuerAnswerError,
+    "past": IssuerAnswerError,
+    "huge": IssuerUnavailableError,
+    "redirect": IssuerRefusedError,
+}
+
+
+def issue_elsewhere(gateway: Sandbox) -> None:
+    """Another program, which knows nothing of this package, issues with the same key."""
+    body = {"grant_type": "client_credentials", "appkey": APP_KEY, "appsecret": APP_SECRET}
+    assert requests.post(f"{gateway.url}/oauth2/tokenP", json=body, timeout=5).status_code == 200
+
+
+@pytest.mark.parametrize("mode", FAILURES)
+def test_failing_renewal_ahead_keeps_the_old_token_and_a_later_success_replaces_it(quick: Sandbox, mode: str) -> None:
+    """With 25 minutes left every failure of KIS leaves the old token served; the next success brings a new one."""
+    token = cached(25 * 60)
+    before = (folder() / "us_api_token.json").read_bytes()
+    quick.fail(mode)
+    assert USTokenManager().get_valid_token() == token.access_token
+    assert asked(quick) == 1
+    assert (folder() / "us_api_token.json").read_bytes() == before
+    quick.clear()
+    until(lambda: USTokenManager().get_valid_token() != token.access_token)
+    assert quick.stats()["granted_new"] == 1
+    assert asked(quick) == 2
+
+
+@pytest.mark.parametrize("mode", [mode for mode in FAILURES if mode != "limit"])
+def test_failing_first_issuance_raises_its_own_error_after_one_request(quick: Sandbox, mode: str) -> None:
+    """Without a token every failure has its class, and no failure is answered with another request."""
+    quick.fail(mode)
+    error = raised(USTokenManager().get_valid_token)
+    assert type(error) is FAILURES[mode]
+    assert "There is no token." in str(error)
+    assert asked(quick) == 1
+    assert len(outcomes()) == 1
+
+
+def test_gateway_that_is_gone_is_tried_four_times_and_starts_no_cool_down(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused connection cannot have reached KIS: it raises, and the next call may ask at once."""
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    url = gateway.url
+    gateway.__exit__()
+    error = raised(USTokenManager().get_valid_token)
+    assert isinstance(error, IssuerUnavailableError)
+    assert outcomes() == ["unreachable"]
+    with type(gateway)(port=int(url.rpartition(":")[2])) as back:
+        assert USTokenManager().get_valid_token()
+        assert asked(back) == 1
+
+
+def test_unreachable_kis_is_left_alone_between_attempts_ahead(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the present token serves, a KIS that cannot be reached is not dialled again before the pause is over."""
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    token = cached(25 * 60)
+    gateway.__exit__()
+    for _ in range(3):
+        assert USTokenManager().get_valid_token() == token.access_token
+    assert outcomes() == ["unreachable"]
+
+
+def test_minute_limit_is_waited_out_once_then_one_more_request_is_made(gateway: Sandbox) -> None:
+    """Refused because another program has just issued: the call waits for the cool-down, asks once more and gets it."""
+    issue_elsewhere(gateway)
+    began = time.monotonic()
+    assert USTokenManager().get_valid_token()
+    assert 0.5 <= time.monotonic() - began < 2
+    assert outcomes() == ["limit", "issued"]
+    assert asked(gateway) == 3
+
+
+def test_minute_limit_that_lasts_ends_in_an_error_that_says_when_to_retry(gateway: Sandbox) -> None:
+    """Refused again after the cool-down, the call gives up: two requests a cool-down apart, and no loop."""
+    gateway.fail("limit")
+    error = raised(USTokenManager().get_valid_token)
+    assert isinstance(error, IssuanceLimitError)
+    assert error.cause == "minute"
+    assert error.retry_at is not None
+    assert 0 < (error.retry_at - datetime.now(UTC)).total_seconds() <= 0.5
+    first, second = (request["at"] for request in gateway.stats()["requests"])
+    assert second - first >= 0.5
+    assert outcomes() == ["limit", "limit"]
+
+
+def test_attempt_that_seems_to_lie_ahead_is_waited_out_once_and_then_forgotten(gateway: Sandbox) -> None:
+    """After the clock was set back the last attempt is in the future: one cool-down is waited for, not all of it."""
+    cached(-HOUR)
+    manager = USTokenManager()
+    lock = next(folder().glob("key-*.lock"))
+    record = IssuanceRecord(str(folder()), lock.stem.removeprefix("key-"))
+    record.begin(Attempt(datetime.now(UTC) + timedelta(hours=1), Outcome.SENT))
+    began = time.monotonic()
+    assert manager.get_valid_token()
+    assert 0.5 <= time.monotonic() - began < 3
+    assert asked(gateway) == 1
+
+
+def test_waiting_for_the_cool_down_ends_as_soon_as_the_winner_has_saved(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that sits out a minute returns another process's token at once when that is saved."""
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    gateway.fail("down")
+    raised(USTokenManager().get_valid_token)
+    winner = make_token()
+    threading.Timer(0.3, lambda: KRTokenManager().save_token(winner)).start()
+    began = time.monotonic()
+    assert USTokenManager().get_valid_token() == winner.access_token
+    assert 0.2 < time.monotonic() - began < 2
+    assert asked(gateway) == 1
+
+
+def test_bad_key_is_asked_once_and_again_only_by_a_person(quick: Sandbox) -> None:
+    """KIS does not know the key: no later call asks again by itself, until `refresh` succeeds."""
+    quick.fail("bad-key")
+    for _ in range(3):
+        assert isinstance(raised(USTokenManager().get_valid_token), CredentialsError)
+        time.sleep(QUICK)
+    assert asked(quick) == 1
+    quick.clear()
+    assert isinstance(raised(KRTokenManager().get_valid_token), AppKeyError)
+    assert USTokenManager().refresh()
+    assert KRTokenManager().get_valid_token()
+    assert asked(quick) == 2
+
+
+def test_corrected_secret_is_tried_at_once(quick: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other credentials than those KIS refused need no person's `refresh`."""
+    quick.fail("bad-secret", 1)
+    raised(USTokenManager().get_valid_token)
+    monkeypatch.setenv("KIS_APP_SECRET", SECRET)
+    assert USTokenManager().get_valid_token()
+
+
+def test_ceiling_refuses_until_a_day_after_the_first_issue_and_force_passes_it(
+    quick: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that has issued as often as the settings allow issues again a day later, or by force."""
+    monkeypatch.setenv("KIS_MAX_ISSUES_PER_DAY", "1")
+    USTokenManager().get_valid_token()
+    first = USTokenManager().history()[0].at
+    cached(-HOUR, age=DAY)
+    time.sleep(QUICK)
+    error = raised(USTokenManager().get_valid_token)
+    assert isinstance(error, IssuanceLimitError)
+    assert (error.cause, error.retry_at) == ("ceiling", first + timedelta(days=1))
+    assert isinstance(raised(USTokenManager().refresh), IssuanceLimitError)
+    assert asked(quick) == 1
+    quick.set_rules(same_token=0)
+    time.sleep(1)  # KIS tells expiries to the second: two tokens of one second would look the same
+    assert USTokenManager().refresh(force=True)
+    assert USTokenManager().get_valid_token()
+    assert outcomes() == ["issued", "issued"]
+
+
+def test_refresh_declines_within_six_hours_and_a_forced_one_that_brings_the_same_token_is_no_renewal(
+    quick: Sandbox,
+) -> None:
+    """KIS hands the same token back for six hours: nothing is asked, and by force nothing is won and nothing counts."""
+    token = USTokenManager().get_valid_token()
+    error = raised(USTokenManager().refresh)
+    assert isinstance(error, IssuanceLimitError)
+    time.sleep(QUICK)
+    error = raised(USTokenManager().refresh)
+    assert isinstance(error, IssuanceLimitError)
+    assert error.cause == "same_token"
+    assert USTokenManager().refresh(force=True) is False
+    assert USTokenManager().get_valid_token() == token
+    assert outcomes() == ["issued", "same"]
+    assert USTokenManager().get_token_status()["issues_last_24h"] == 1
+    assert quick.stats()["granted_same"] == 1
+
+
+def test_refresh_after_six_hours_brings_a_new_token(gateway: Sandbox) -> None:
+    """Past the six hours a person's refresh renews and says so; the reason is kept in the record."""
+    token = cached(17 * HOUR)
+    assert USTokenManager().refresh(reason="테스트") is True
+    assert USTokenManager().get_valid_token() != token.access_token
+    assert USTokenManager().history()[0].reason == "테스트"
+    assert asked(gateway) == 1
+
+
+def test_minute_holds_for_a_forced_refresh_too(gateway: Sandbox) -> None:
+    """Inside the cool-down nobody asks, not even by force."""
+    USTokenManager().get_valid_token()
+    error = raised(lambda: USTokenManager().refresh(force=True))
+    assert isinstance(error, IssuanceLimitError)
+    assert error.cause == "minute"
+    assert asked(gateway) == 1
+
+
+def test_rejected_young_token_is_dead_for_every_process_until_six_hours_after_its_issue(quick: Sandbox) -> None:
+    """KIS would hand the dead token back: nothing is asked, nobody serves it, and `retry_at` says when that ends."""
+    token = USTokenManager().get_valid_token()
+    retry_at = issue_of(on_disk()) + timedelta(hours=6)
+    quick.kill_tokens()
+    time.sleep(QUICK)
+    error = raised(lambda: KRTokenManager().report_rejected(token))
+    assert isinstance(error, IssuanceLimitError)
+    assert (error.cause, error.retry_at) == ("same_token", retry_at)
+    assert "rejected" in str(error)
+    ran = tokencore("get", "us")
+    assert (ran.code, ran.out) == (4, "")
+    assert USTokenManager().get_token_status()["status"] == "REJECTED"
+    assert asked(quick) == 1
+
+
+def test_rejected_old_token_is_renewed_at_once(gateway: Sandbox) -> None:
+    """After six hours KIS has another token: the report returns it, and the dead one is never served again."""
+    token = cached(17 * HOUR)
+    renewed = USTokenManager().report_rejected(token.access_token)
+    assert renewed != token.access_token
+    assert KRTokenManager().get_valid_token() == renewed
+    assert asked(gateway) == 1
+
+
+def test_rejected_token_that_was_already_replaced_costs_nothing(gateway: Sandbox) -> None:
+    """Who reports a token that another process has renewed since gets the present one, without a request."""
+    old, new = cached(17 * HOUR), cached(23 * HOUR)
+    assert USTokenManager().report_rejected(old.access_token) == new.access_token
+    assert USTokenManager().get_token_status()["status"] == "VALID"
+    assert asked(gateway) == 0
+
+
+def test_rejected_token_of_one_market_gives_way_to_a_newer_one_of_another(gateway: Sandbox) -> None:
+    """Where only one market got the successor, as when a disk filled up in between, the report brings it to the other."""
+    old = cached(16 * HOUR)
+    content = (folder() / "us_api_token.json").read_bytes()
+    new = cached(17 * HOUR)
+    (folder() / "us_api_token.json").write_bytes(content)
+    assert USTokenManager().get_valid_token() == old.access_token
+    assert USTokenManager().report_rejected(old.access_token) == new.access_token
+    assert on_disk().access_token == new.access_token
+    assert asked(gateway) == 0
+
+
+def test_dead_token_that_kis_hands_back_stays_dead(quick: Sandbox) -> None:
+    """A forced refresh inside the six hours brings the dead token again: the error says until when it will."""
+    token = USTokenManager().get_valid_token()
+    time.sleep(QUICK)
+    raised(lambda: USTokenManager().report_rejected(token))
+    error = raised(lambda: USTokenManager().refresh(force=True))
+    assert isinstance(error, IssuanceLimitError)
+    assert error.cause == "same_token"
+    assert KRTokenManager().get_token_status()["status"] == "REJECTED"
+    assert asked(quick) == 2
+
+
+def test_disk_that_fills_up_after_the_issue_does_not_cost_the_token(
+    quick: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller gets the token with a loud word, and the next process has it handed back by KIS, not issued again."""
+
+    def issue_on_a_full_disk() -> None:
+        import resource  # not on every platform
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))  # a line of the record fits, a token file does not
+        held = USTokenManager()
+        token = held.get_valid_token()
+        assert token == held.get_valid_token() == KRTokenManager().get_valid_token()
+        assert caplog.records[-1].levelno == logging.CRITICAL
+        assert "could not be saved" in caplog.records[-1].getMessage()
+
+    assert ended(in_child(issue_on_a_full_disk)) == 0
+    assert not (folder() / "us_api_token.json").exists()
+    assert asked(quick) == 1
+    assert USTokenManager().get_valid_token()
+    assert quick.stats()["granted_same"] == 1
+    assert outcomes() == ["issued", "same"]
+
+
+def test_disk_so_full_that_the_attempt_cannot_be_recorded_still_keeps_the_minute(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing at all can be written: the token is served, and the lock file tells other processes that one asked."""
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "30")
+    USTokenManager().save_token(make_token(-HOUR, age=DAY))
+
+    def issue_where_nothing_can_be_written() -> None:
+        import resource  # not on every platform
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        assert USTokenManager().get_valid_token()
+
+    assert ended(in_child(issue_where_nothing_can_be_written)) == 0
+    error = raised(USTokenManager().refresh)
+    assert isinstance(error, IssuanceLimitError)
+    assert error.cause == "minute"
+    assert asked(gateway) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"access_token": "x"}'])
+def test_corrupt_cache_is_set_aside_and_not_fatal(gateway: Sandbox, content: bytes) -> None:
+    """What is no token file counts as a miss; it is kept beside the new one."""
+    folder().mkdir()
+    path = folder() / "us_api_token.json"
+    path.write_bytes(content)
+    token = USTokenManager().get_valid_token()
+    assert json.loads(path.read_text())["access_token"] == token
+    assert (folder() / "us_api_token.json.aside").read_bytes() == content
+    assert asked(gateway) == 1
+
+
+def test_corrupt_cache_of_one_market_is_healed_by_the_other_without_a_request(gateway: Sandbox) -> None:
+    """Markets of one key lend each other their token."""
+    token = cached()
+    (folder() / "us_api_token.json").write_text("garbage")
+    assert USTokenManager().get_valid_token() == token.access_token
+    assert json.loads((folder() / "us_api_token.json").read_text())["access_token"] == token.access_token
+    assert asked(gateway) == 0
+
+
+def test_deleting_keeps_the_record_and_the_token_that_kis_repeats_is_no_new_one(
+    quick: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `delete` KIS hands the same token back: the record knows it; neither ceiling nor six hours move."""
+    monkeypatch.setenv("KIS_MAX_ISSUES_PER_DAY", "1")
+    quick.set_rules(issue_interval=0)
+    token = USTokenManager().get_valid_token()
+    issued_at = on_disk().issued_at
+    assert USTokenManager().delete_token()
+    assert KRTokenManager().delete_token()
+    assert not USTokenManager().delete_token()
+    assert outcomes() == ["issued"]
+    error = raised(lambda: USTokenManager().get_valid_token(datetime.now(UTC)))
+    assert isinstance(error, IssuanceLimitError)
+    monkeypatch.setenv("KIS_MAX_ISSUES_PER_DAY", "2")
+    assert USTokenManager().get_valid_token() == token
+    assert on_disk().issued_at == issued_at
+    assert outcomes() == ["issued", "same"]
+
+
+def test_revoked_token_is_dead_for_every_market(gateway: Sandbox) -> None:
+    """After `revoke` neither market serves the token that KIS has forgotten."""
+    USTokenManager().get_valid_token()
+    assert USTokenManager().revoke()
+    assert gateway.stats()["revokes"] == 1
+    assert {TokenManager(name).get_token_status()["status"] for name in ("us", "kr")} == {"REJECTED"}
+    assert USTokenManager().is_token_expired()
+
+
+def test_revoke_that_kis_does_not_do_changes_nothing(gateway: Sandbox) -> None:
+    """KIS cannot be asked to revoke: an error, and the token is served on."""
+    token = USTokenManager().get_valid_token()
+    gateway.__exit__()
+    assert isinstance(raised(USTokenManager().revoke), IssuerUnavailableError)
+    assert USTokenManager().get_valid_token() == token
+
+
+def test_renewal_ahead_keeps_one_caller_busy_and_the_others_at_full_speed(gateway: Sandbox) -> None:
+    """While one thread waits for KIS, seven others go on with the old token; then all have the new one."""
+    gateway.set_rules(latency=0.6)
+    token = cached(25 * 60)
+    shared = USTokenManager()
+    slow: list[float] = []
+
+    def call_for_a_while() -> None:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            began = time.monotonic()
+            assert shared.get_valid_token()
+            if time.monotonic() - began > 0.3:
+                slow.append(time.monotonic() - began)
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=call_for_a_while) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(slow) == 1
+    assert asked(gateway) == 1
+    assert shared.get_valid_token() != token.access_token
+
+
+def test_misspelt_setting_does_not_stop_a_token_that_still_serves(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the proactive window settings that forbid a renewal are told in the log; the token is served all the same."""
+    token = cached(25 * 60)
+    monkeypatch.setenv("KIS_MARKETS__US__EXCHANGE", "NASD")
+    assert USTokenManager().get_valid_token() == token.access_token
+    assert "KIS_MARKETS__US__EXCHANGE" in caplog.text
+    cached_until = (folder() / "us_api_token.json").read_text()
+    assert asked(gateway) == 0
+    monkeypatch.setenv("KIS_PROACTIVE_WINDOW", "0")
+    assert USTokenManager().get_valid_token() == token.access_token
+    assert (folder() / "us_api_token.json").read_text() == cached_until
+
+
+def test_unusable_directory_is_told_once_and_the_token_served_on(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A renewal ahead that cannot lock says so once in a cool-down, not at every call."""
+    monkeypatch.setattr(manager, "FRESH", 0.0)
+    monkeypatch.setattr(manager, "AHEAD_PAUSE", 0.0)
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    token = cached(25 * 60)
+    lock = next(folder().glob("*.lock"))
+    lock.unlink()
+    lock.mkdir()
+    shared = USTokenManager()
+    assert {shared.get_valid_token() for _ in range(20)} == {token.access_token}
+    assert len([line for line in caplog.records if line.levelno >= logging.WARNING]) == 1
+    assert asked(gateway) == 0
+
+
+def test_busy_lock_is_no_trouble_for_a_renewal_ahead(gateway: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    """While another process renews, the present token is served at once and without a word."""
+    gateway.set_rules(latency=0.5)
+    token = cached(25 * 60)
+    child = in_child(lambda: USTokenManager().get_valid_token())
+    until(lambda: asked(gateway) == 1)
+    began = time.monotonic()
+    assert USTokenManager().get_valid_token() == token.access_token
+    assert time.monotonic() - began < 0.4
+    assert ended(child) == 0
+    assert not caplog.records
+    assert asked(gateway) == 1

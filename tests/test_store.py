@@ -1,0 +1,503 @@
+"""Files that no crash tears and nobody else reads, and a lock that its holder's death frees."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from builders import ended, in_child, killed
+
+from tokencore import store
+from tokencore.errors import TokenStoreError
+from tokencore.store import KeyLock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+OLD, NEW = "old\n" * 150, "new!\n" * 200
+STEPS = ("open", "fsync", "replace", "unlink")  # what `write_text` asks of the system
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become someone else")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A token directory."""
+    made = tmp_path / "tokens"
+    made.mkdir(0o700)
+    return made
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that everyone may enter and change, as a mounted volume often is."""
+    with tempfile.TemporaryDirectory() as made:
+        path = Path(made)
+        path.chmod(0o777)
+        yield path
+
+
+@pytest.fixture
+def lock(folder: Path) -> KeyLock:
+    """The lock of a key."""
+    return KeyLock(str(folder), "0123456789abcdef")
+
+
+def write(path: Path, text: str) -> None:
+    """Write as the holder of one key's lock does."""
+    store.write_text(str(path), text, temporary="key")
+
+
+def break_step(number: int, act: Callable[[], None], *, after: bool = False) -> list[str]:
+    """Let `act` happen at the file call with this number; for a child process. The list fills with the calls made."""
+    calls: list[str] = []
+
+    def broken(name: str) -> Callable[..., object]:
+        real = getattr(os, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            if len(calls) == number and not after:
+                act()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if len(calls) == number and after:
+                    act()
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, broken(name))
+    return calls
+
+
+def fail(number: int) -> Callable[[], None]:
+    """Raise the system's error with this number."""
+
+    def act() -> None:
+        raise OSError(number, os.strerror(number))
+
+    return act
+
+
+def die() -> None:
+    """End at once, as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def as_nobody(work: Callable[[], None]) -> int:
+    """Run `work` in a process without root's rights; its exit code."""
+
+    def changed() -> None:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        work()
+
+    return ended(in_child(changed))
+
+
+def shown(path: Path) -> str:
+    """The permissions of a file or folder itself, in octal."""
+    return f"{stat.S_IMODE(path.lstat().st_mode):o}"
+
+
+def test_files_are_private_from_the_first_byte(folder: Path) -> None:
+    """With umask 0, no file that a busy writer leaves or passes through can ever be read by others."""
+    path = folder / "us_api_token.json"
+
+    def write_on() -> None:
+        os.umask(0)
+        while True:
+            write(path, NEW * 20)
+
+    child, seen = in_child(write_on), set()
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        for entry in os.scandir(folder):
+            try:
+                seen.add((entry.name.endswith(".tmp"), stat.S_IMODE(entry.stat().st_mode)))
+            except FileNotFoundError:
+                continue  # it was renamed between two looks
+    killed(child)
+    assert seen == {(True, 0o600), (False, 0o600)}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("old", [OLD, None], ids=["replacing", "new"])
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_content(folder: Path, old: str | None, *, after: bool) -> None:
+    """Whichever file call a writer dies at, the file is whole; the next writer succeeds and nothing is left over."""
+    path = folder / "us_api_token.json"
+    found = []
+    for step in range(1, 20):
+        if old is not None:
+            path.write_text(old, encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
+
+        def work(step: int = step) -> None:
+            break_step(step, die, after=after)
+            write(path, NEW)
+
+        died = ended(in_child(work)) == -signal.SIGKILL
+        found.append(store.read_text(str(path)))
+        write(path, NEW)
+        assert os.listdir(folder) == [path.name]
+        if not died:
+            break
+    assert len(found) > len(STEPS)
+    assert set(found) == {old, NEW}
+    assert found == sorted(found, key=lambda text: text == NEW)  # never back to the old one
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES], ids=errno.errorcode.get)
+def test_a_failing_file_call_keeps_the_content_whole(folder: Path, number: int) -> None:
+    """Whichever file call fails, the caller is told, the file is old or new, and no draft stays."""
+    path = folder / "us_api_token.json"
+    outcomes = []
+    for step in range(1, 20):
+        path.write_text(OLD, encoding="utf-8")
+
+        def work(step: int = step) -> None:
+            calls = break_step(step, fail(number))
+            try:
+                write(path, NEW)
+            except OSError as error:
+                os._exit(3 if error.errno == number else 4)
+            os._exit(0 if len(calls) < step else 5)
+
+        code, text = ended(in_child(work)), path.read_text(encoding="utf-8")
+        assert text in (OLD, NEW)
+        assert os.listdir(folder) == [path.name]
+        outcomes.append((code, text))
+        if code == 0:
+            break
+    assert outcomes[-1] == (0, NEW)
+    assert {code for code, _ in outcomes[:-1]} == {3}
+    assert (3, OLD) in outcomes
+
+
+def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it(folder: Path) -> None:
+    """A power cut cannot leave an empty file under the right name: fsync, rename, fsync of the folder."""
+
+    def work() -> None:
+        calls = break_step(0, die)
+        write(folder / "us_api_token.json", NEW)
+        assert [name for name in calls if name in ("fsync", "replace")] == ["fsync", "replace", "fsync"]
+
+    assert ended(in_child(work)) == 0
+
+
+def test_a_writer_never_follows_a_link_at_its_path(folder: Path, tmp_path: Path) -> None:
+    """A symbolic link at the file or its draft is replaced; what it points to stays as it is."""
+    victim = tmp_path / "victim"
+    victim.write_text(OLD, encoding="utf-8")
+    path = folder / "us_api_token.json"
+    path.symlink_to(victim)
+    (folder / ".us_api_token.json.key.tmp").symlink_to(victim)
+    write(path, NEW)
+    assert victim.read_text(encoding="utf-8") == OLD
+    assert (path.is_symlink(), path.read_text(encoding="utf-8")) == (False, NEW)
+
+
+def test_a_busy_writer_never_shows_a_reader_half_a_file(folder: Path) -> None:
+    """Thousands of reads beside a writer give the old content or the new one, and see each change by its signature."""
+    path = folder / "us_api_token.json"
+    write(path, OLD)
+
+    def write_on() -> None:
+        while True:
+            write(path, NEW)
+            write(path, OLD)
+
+    child, texts, signatures = in_child(write_on), set(), set()
+    end = time.monotonic() + 0.7
+    while time.monotonic() < end:
+        signatures.add(store.signature(str(path)))
+        texts.add(store.read_text(str(path)))
+    killed(child)
+    assert texts == {OLD, NEW}
+    assert None not in signatures
+    assert len(signatures) > 10
+
+
+def test_a_signature_differs_where_only_the_time_or_the_inode_does(folder: Path) -> None:
+    """A renewal of the same size is noticed, also with an older or the same modification time."""
+    path = folder / "us_api_token.json"
+    write(path, "a" * 9)
+    first, times = store.signature(str(path)), path.stat()
+    write(path, "b" * 9)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = store.signature(str(path))
+    os.utime(path, (1, 1))
+    assert len({first, second, store.signature(str(path)), store.signature(str(folder / "none"))}) == 4
+
+
+def test_text_is_read_with_and_without_a_byte_order_mark(folder: Path) -> None:
+    """What Windows' editor saved is read like the rest; no file and no folder are None."""
+    path = folder / "us_api_token.json"
+    path.write_bytes(b"\xef\xbb\xbf{}")
+    assert store.read_text(str(path)) == "{}"
+    assert store.read_text(str(folder / "none")) is None
+    assert store.read_text(str(path / "below")) is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "dangling link", "too large", "not text"])
+def test_what_is_no_text_file_is_an_error_and_never_a_wait(folder: Path, kind: str) -> None:
+    """A FIFO does not block, a link is not followed, 10 MB are not read whole: each is a `ValueError`."""
+    path = folder / "us_api_token.json"
+    make: dict[str, Callable[[], object]] = {
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "link": lambda: path.symlink_to(folder.parent),
+        "dangling link": lambda: path.symlink_to("nowhere"),
+        "too large": lambda: path.write_bytes(b" " * 10_000_000),
+        "not text": lambda: path.write_bytes(b"\xff{}"),
+    }
+    make[kind]()
+    with pytest.raises(ValueError, match=r"[a-z]"):
+        store.read_text(str(path))
+
+
+@needs_root
+def test_a_file_that_may_not_be_read_is_an_error(public: Path) -> None:
+    """Mode 000 is met as a `ValueError`, not as a missing file: it has to be set aside."""
+    path = public / "us_api_token.json"
+    path.write_text("{}", encoding="utf-8")
+    path.chmod(0)
+
+    def work() -> None:
+        with pytest.raises(ValueError, match="Permission denied"):
+            store.read_text(str(path))
+
+    assert as_nobody(work) == 0
+
+
+@pytest.mark.parametrize("before", ["nothing", "file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_set_aside_leaves_the_path_free_and_is_kept(folder: Path, kind: str, before: str) -> None:
+    """Whatever was set aside earlier, the path is free afterwards and the content still there, private if a file."""
+    path, aside = folder / "us_api_token.json", folder / "us_api_token.json.aside"
+    for place, what in ((aside, before), (path, kind)):
+        if what == "folder":
+            (place / "below").mkdir(parents=True)
+        elif what == "file":
+            place.write_text(what, encoding="utf-8")
+            place.chmod(0o644)
+        elif what == "link":
+            place.symlink_to(folder)
+    store.set_aside(str(path))
+    kept = [place for place in folder.iterdir() if place.name.endswith(".aside")]
+    assert not os.path.lexists(path)
+    assert any(place.is_symlink() == (kind == "link") and place.is_dir() == (kind != "file") for place in kept)
+    assert shown(folder) == "700"
+    if kind == "file":
+        assert "600" in [shown(place) for place in kept if place.is_file()]
+
+
+@needs_root
+def test_a_file_of_someone_else_is_set_aside_too(public: Path) -> None:
+    """Where only its owner could change the mode, the file is moved all the same instead of being lost."""
+    path = public / "us_api_token.json"
+    path.write_text("theirs", encoding="utf-8")
+    assert as_nobody(lambda: store.set_aside(str(path))) == 0
+    assert Path(f"{path}.aside").read_text(encoding="utf-8") == "theirs"
+
+
+def test_the_token_directory_is_made_private(tmp_path: Path) -> None:
+    """A new directory is 0700 whatever the umask; an open one that holds only our files is closed."""
+    made, found = tmp_path / "deep" / "made", tmp_path / "found"
+    found.mkdir(0o755)
+    for name in (
+        "us_api_token.json",
+        "us_token_issued_at.dat",
+        "us_krs_token.dat",
+        "key-0.lock",
+        ".key-0.jsonl.trim.tmp",
+    ):
+        (found / name).touch()
+    found.chmod(0o755)
+    before = os.umask(0)
+    try:
+        for folder in (made, found):
+            store.private_folder(str(folder))
+            assert shown(folder) == "700"
+    finally:
+        os.umask(before)
+
+
+def test_a_directory_that_others_use_keeps_its_mode(tmp_path: Path) -> None:
+    """`KIS_TOKEN_DIR=/tmp` locks nobody out of /tmp."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "someone's file").touch()
+    store.private_folder(str(tmp_path))
+    assert shown(tmp_path) == "755"
+
+
+def test_an_impossible_directory_is_one_sentence_with_its_cure(tmp_path: Path) -> None:
+    """A file where the directory should be is a `TokenStoreError` that names the path and what to do."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TokenStoreError, match=r"file.*Nothing was issued.*KIS_TOKEN_DIR"):
+            store.private_folder(str(path))
+
+
+@needs_root
+def test_a_mounted_volume_of_another_owner_can_be_used(public: Path) -> None:
+    """Where the mode is another owner's affair, files can be written there all the same; where not, it is told."""
+    (public / "us_api_token.json").touch()
+
+    def work() -> None:
+        store.private_folder(str(public))
+        write(public / "us_api_token.json", NEW)
+        public.joinpath("closed").mkdir(0o500)
+        with pytest.raises(TokenStoreError, match="Permission denied"):
+            store.private_folder(str(public / "closed" / "below"))
+
+    assert as_nobody(work) == 0
+
+
+def test_one_process_at_a_time_holds_the_lock(folder: Path, lock: KeyLock) -> None:
+    """Eight processes that each add to a number under the lock lose no addition."""
+    number = folder / "number"
+    number.write_text("0", encoding="utf-8")
+
+    def add() -> None:
+        for _ in range(25):
+            with lock.hold(wait=30) as held:
+                assert held
+                number.write_text(str(int(number.read_text(encoding="utf-8")) + 1), encoding="utf-8")
+
+    assert [ended(child) for child in [in_child(add) for _ in range(8)]] == [0] * 8
+    assert number.read_text(encoding="utf-8") == "200"
+
+
+def hold_in_child(lock: KeyLock) -> int:
+    """A process that holds the lock until it is killed."""
+    ready, told = os.pipe()
+
+    def work() -> None:
+        with lock.hold(wait=5) as held:
+            os.write(told, b"1" if held else b"0")
+            time.sleep(60)
+
+    child = in_child(work)
+    assert os.read(ready, 1) == b"1"
+    os.close(ready)
+    os.close(told)
+    return child
+
+
+def test_a_killed_holder_frees_the_lock(lock: KeyLock) -> None:
+    """After `kill -9` of its holder the lock is had at once, and its file was neither deleted nor replaced."""
+    child = hold_in_child(lock)
+    inode = Path(lock.path).stat().st_ino
+    with lock.hold(wait=0) as held:
+        assert not held
+    killed(child)
+    start = time.monotonic()
+    with lock.hold(wait=5) as held:
+        assert held
+        assert lock.intact()
+    assert time.monotonic() - start < 0.5
+    assert Path(lock.path).stat().st_ino == inode
+
+
+def test_waiting_ends_with_the_time_or_with_the_reason_to_wait(lock: KeyLock) -> None:
+    """A waiter gives up after its time, or within milliseconds of finding what it waits for."""
+    child = hold_in_child(lock)
+    start, found = time.monotonic(), threading.Event()
+    with lock.hold(wait=0.2) as held:
+        assert not held
+    assert 0.2 <= time.monotonic() - start < 1
+    threading.Timer(0.1, found.set).start()
+    start = time.monotonic()
+    with lock.hold(wait=30, give_up=found.is_set) as held:
+        assert not held
+    assert 0.09 <= time.monotonic() - start < 1
+    killed(child)
+
+
+def test_the_lock_survives_a_fork_of_its_holder(lock: KeyLock) -> None:
+    """A child that is forked while the lock is held neither has it, nor frees it by its end, nor keeps it."""
+    with lock.hold(wait=5):
+
+        def work() -> None:
+            with lock.hold(wait=0) as held:
+                assert not held
+
+        assert ended(in_child(work)) == 0
+        assert ended(in_child(work)) == 0  # the first one's end has freed nothing
+        survivor = in_child(lambda: time.sleep(60))
+    with lock.hold(wait=1) as held:
+        assert held
+    killed(survivor)
+
+
+def test_a_deleted_or_replaced_lock_file_is_noticed(lock: KeyLock) -> None:
+    """Whoever holds the lock learns that a second holder has become possible."""
+    with lock.hold(wait=1):
+        assert lock.intact()
+        os.unlink(lock.path)
+        assert not lock.intact()
+        Path(lock.path).touch()
+        assert not lock.intact()
+    with lock.hold(wait=1):
+        assert lock.intact()
+
+
+def test_the_lock_is_free_again_after_an_error(lock: KeyLock) -> None:
+    """An exception inside the block passes through, and the next one has the lock."""
+    with pytest.raises(KeyError), lock.hold(wait=1):
+        raise KeyError
+    with lock.hold(wait=0) as held:
+        assert held
+
+
+def test_the_lock_file_is_private_and_stays_empty(lock: KeyLock) -> None:
+    """The file is 0600 under umask 0 and holds nothing."""
+    before = os.umask(0)
+    try:
+        with lock.hold(wait=1):
+            pass
+    finally:
+        os.umask(before)
+    assert shown(Path(lock.path)) == "600"
+    assert Path(lock.path).read_bytes() == b""
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_an_impossible_lock_is_one_sentence(lock: KeyLock, folder: Path, kind: str) -> None:
+    """A lock file that cannot be opened is a `TokenStoreError`, not a wait and not a crash."""
+    if kind == "folder":
+        os.mkdir(lock.path)
+    else:
+        os.symlink(folder / "elsewhere", lock.path)
+    with pytest.raises(TokenStoreError, match=r"lock.*Nothing was issued"), lock.hold(wait=5):
+        pass
+
+
+def test_an_attempt_without_a_record_is_kept_in_the_lock_file(lock: KeyLock) -> None:
+    """The time survives further locking, also by another process, and a fresh lock file tells of none."""
+    with lock.hold(wait=1):
+        assert lock.unrecorded() is None
+        at = datetime.now(UTC).replace(microsecond=0)
+        lock.mark_unrecorded(at)
+
+    def work() -> None:
+        with lock.hold(wait=1):
+            assert lock.unrecorded() == at
+
+    assert ended(in_child(work)) == 0
+    assert lock.unrecorded() == at
+    assert KeyLock(os.path.dirname(lock.path), "another").unrecorded() is None
