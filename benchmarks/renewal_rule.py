@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
+from tokencore.exchanges import EVENING_PAD
 from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal, retry_delay
 from tokencore.sessions import EXCHANGES, need, session
 from tokencore.tokens import KST, SAME_TOKEN
@@ -92,8 +93,9 @@ def _sessions(codes: Sequence[str], *, late: bool) -> Iterator[Session]:
             if hours is None or needed is None:
                 continue
             close, padded = hours.close, needed[1]
-            if late and code == "KRX":  # extended hours have no pad
-                close = padded = datetime.combine(day, LATE_CLOSE, KST).astimezone(UTC)
+            if late and code == "KRX":
+                close = datetime.combine(day, LATE_CLOSE, KST).astimezone(UTC)
+                padded = close + EVENING_PAD
             yield Session(needed[0], hours.open, close, padded)
 
 
@@ -199,7 +201,8 @@ def without_token(issues: Sequence[datetime]) -> list[Span]:
 def sessions_hit(world: World, policy: Policy, seed: int) -> int:
     """How many sessions had a hole between 30 minutes before the open and the close."""
     bare = without_token(simulate(world, policy, weekly_outages(seed)))
-    return sum(bool(overlap(bare, one.ready, one.close)) for one in world.sessions)
+    felt = [hole for hole in bare if overlap(world.wanted, *hole)]
+    return sum(bool(overlap(felt, one.ready, one.close)) for one in world.sessions) if felt else 0
 
 
 def row(world: World, name: str, policy: Policy) -> str:

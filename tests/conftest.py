@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = ("KIS_", "SLACK_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE")
 ISSUE_INTERVAL = 0.5  # seconds: KIS's minute, on the gateway and in the settings
+LATENCY = 0.3  # seconds that a slow gateway takes to issue
 QUICK = 0.1  # seconds: a shorter one, where a test has to sit out several
 
 set_hypothesis_home_dir(ROOT / ".hypothesis")  # its tables, as every test works in a folder of its own
@@ -59,6 +60,14 @@ def quick(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     gateway.set_rules(issue_interval=QUICK)
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", str(QUICK))
     monkeypatch.setenv("KIS_TIMEOUT", "0.3")
+    return gateway
+
+
+@pytest.fixture
+def slow(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """The gateway with KIS's own minute, which takes its time to issue; the settings say the same."""
+    gateway.set_rules(issue_interval=60, latency=LATENCY)
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     return gateway
 
 

@@ -263,7 +263,7 @@ def test_interrupted_command_ends_at_once_with_one_line(gateway: Sandbox) -> Non
     running = start("import sys; from tokencore.cli import main; sys.exit(main(['get', 'us']))")
     until(lambda: asked(gateway) == 1)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=5)
+    out, err = running.communicate(timeout=30)
     assert (running.returncode, out, err) == (130, "", "tokencore: Interrupted.\n")
     assert [attempt.outcome.value for attempt in USTokenManager().history()] == ["sent"]
 

@@ -16,6 +16,7 @@ from conftest import QUICK
 from running import DAY, asked, cached, folder, issue_of, on_disk, outcomes, raised, tokencore, until
 
 from tokencore import (
+    ConfigurationError,
     CredentialsError,
     IssuanceLimitError,
     IssuerUnavailableError,
@@ -127,7 +128,7 @@ def test_minute_limit_that_lasts_ends_in_an_error_that_says_when_to_retry(gatewa
     assert isinstance(error, IssuanceLimitError)
     assert error.cause == "minute"
     assert error.retry_at is not None
-    assert 0 < (error.retry_at - datetime.now(UTC)).total_seconds() <= 0.5
+    assert abs(error.retry_at - USTokenManager().history()[-1].at - timedelta(seconds=0.5)) < timedelta(seconds=0.01)
     first, second = (request["at"] for request in gateway.stats()["requests"])
     assert second - first >= 0.5
     assert outcomes() == ["limit", "limit"]
@@ -231,13 +232,13 @@ def test_refresh_after_six_hours_brings_a_new_token(gateway: Sandbox) -> None:
     assert asked(gateway) == 1
 
 
-def test_minute_holds_for_a_forced_refresh_too(gateway: Sandbox) -> None:
+def test_minute_holds_for_a_forced_refresh_too(slow: Sandbox) -> None:
     """Inside the cool-down nobody asks, not even by force."""
     USTokenManager().get_valid_token()
     error = raised(lambda: USTokenManager().refresh(force=True))
     assert isinstance(error, IssuanceLimitError)
     assert error.cause == "minute"
-    assert asked(gateway) == 1
+    assert asked(slow) == 1
 
 
 def test_rejected_young_token_is_dead_for_every_process_until_six_hours_after_its_issue(quick: Sandbox) -> None:
@@ -274,7 +275,7 @@ def test_rejected_token_that_was_already_replaced_costs_nothing(gateway: Sandbox
 
 
 def test_rejected_token_of_one_market_gives_way_to_a_newer_one_of_another(gateway: Sandbox) -> None:
-    """Where only one market got the successor, as when a disk filled up in between, the report brings it to the other."""
+    """Only one market got the successor, as when a disk filled up in between: the report brings it to the other."""
     old = cached(16 * HOUR)
     content = (folder() / "us_api_token.json").read_bytes()
     new = cached(17 * HOUR)
@@ -400,17 +401,17 @@ def test_revoke_that_kis_does_not_do_changes_nothing(gateway: Sandbox) -> None:
 
 def test_renewal_ahead_keeps_one_caller_busy_and_the_others_at_full_speed(gateway: Sandbox) -> None:
     """While one thread waits for KIS, seven others go on with the old token; then all have the new one."""
-    gateway.set_rules(latency=0.6)
+    gateway.set_rules(latency=1.2)
     token = cached(25 * 60)
     shared = USTokenManager()
     slow: list[float] = []
 
     def call_for_a_while() -> None:
-        end = time.monotonic() + 0.5
+        end = time.monotonic() + 1
         while time.monotonic() < end:
             began = time.monotonic()
             assert shared.get_valid_token()
-            if time.monotonic() - began > 0.3:
+            if time.monotonic() - began > 0.8:
                 slow.append(time.monotonic() - began)
             time.sleep(0.001)
 
@@ -458,13 +459,25 @@ def test_unusable_directory_is_told_once_and_the_token_served_on(
 
 def test_busy_lock_is_no_trouble_for_a_renewal_ahead(gateway: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     """While another process renews, the present token is served at once and without a word."""
-    gateway.set_rules(latency=0.5)
+    gateway.set_rules(latency=1.5)
     token = cached(25 * 60)
     child = in_child(lambda: USTokenManager().get_valid_token())
     until(lambda: asked(gateway) == 1)
     began = time.monotonic()
     assert USTokenManager().get_valid_token() == token.access_token
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 1
     assert ended(child) == 0
     assert not caplog.records
     assert asked(gateway) == 1
+
+
+def test_credentials_go_to_no_plain_address_of_a_subclass(gateway: Sandbox) -> None:
+    """A manager whose own URL is http beyond loopback gets a settings error before anything is sent."""
+
+    class Careless(USTokenManager):
+        def get_api_url(self) -> str:
+            return "http://192.0.2.1:9443"
+
+    with pytest.raises(ConfigurationError, match="https"):
+        Careless().get_valid_token()
+    assert asked(gateway) == 0

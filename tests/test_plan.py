@@ -13,7 +13,7 @@ from running import tokencore
 
 from tokencore import TokenManager
 from tokencore.fleet import managers
-from tokencore.picture import draw
+from tokencore.picture import draw_plans
 from tokencore.plan import Plan, as_json, make_plan
 from tokencore.tokens import Token
 
@@ -73,7 +73,7 @@ def test_as_json_holds_what_a_program_needs() -> None:
 def test_the_picture_is_well_formed_and_complete() -> None:
     """The SVG has a bar for each session, a mark for each renewal, and no secret."""
     plan = planned()
-    text = draw([plan, plan])
+    text = draw_plans([plan, plan])
     root = ET.fromstring(text)  # noqa: S314 - our own text
     fills = [bar.get("fill") for bar in root.iter(f"{SVG}rect")]
     # Behind the bars stand the legends, one entry each.
@@ -108,7 +108,7 @@ def test_without_exchanges_the_plain_rule_is_said(monkeypatch: pytest.MonkeyPatc
     plan = make_plan(manager, SUMMER)
     assert [renewal.at for renewal in plan.renewals] == [SUMMER + timedelta(hours=4, minutes=30)]
     assert "No exchange is configured" in plan.why
-    assert draw([plan]).endswith("</svg>\n")
+    assert draw_plans([plan]).endswith("</svg>\n")
 
 
 def test_the_command_prints_writes_and_refuses(tmp_path: Path) -> None:

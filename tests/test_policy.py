@@ -351,12 +351,20 @@ def test_an_overdue_renewal_waits_for_the_end_of_a_served_need() -> None:
     assert (planned.at, planned.exception) == (kst("06-02 05:01:30"), None)
 
 
+def test_an_anchor_too_near_a_need_is_not_waited_for() -> None:
+    """An anchor kept from other hours, half an hour before the need: the quiet of the day before is better."""
+    planned = next_renewal(kst("05-31 12:00"), WEEKDAYS, issued_at=None, expires_at=None, anchor=time(8))
+    assert planned
+    assert planned.at == kst("05-31 16:35")
+
+
 def test_nothing_to_renew_for() -> None:
     """Without a need, or with a token that serves them all, there is no renewal and no anchor."""
     now, later = kst("06-01 12:00"), kst("07-01 12:00")
     assert next_renewal(now, [], issued_at=None, expires_at=None) is None
     assert next_renewal(now, WEEKDAYS, issued_at=now, expires_at=later) is None
-    assert daily_anchor([]) is quiet_time([]) is None
+    assert daily_anchor([]) is None
+    assert quiet_time([]) is None
 
 
 def test_the_quiet_time_that_the_anchor_lies_in() -> None:

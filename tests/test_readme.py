@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tokencore.commands import parser
-from tokencore.sandbox import Sandbox
 from tokencore.settings import Settings
 from tokencore.sources import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from tokencore.sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +40,7 @@ def test_shell_blocks_run(code: str, gateway: Sandbox, tmp_path: Path, monkeypat
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tokencore "$@"\n')
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(command.parent), prepend=":")
-    ran = subprocess.run(["sh", "-euc", code], capture_output=True, text=True, check=False, timeout=60)
+    ran = subprocess.run(["/bin/sh", "-euc", code], capture_output=True, text=True, check=False, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert gateway.stats()["token_requests"] <= 1
 

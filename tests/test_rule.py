@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import make_token
-from running import asked, outcomes, raised, snapshot
+from running import asked, cached, outcomes, raised, snapshot
 
-from tokencore import ConfigurationError, CredentialsError, KRTokenManager, USTokenManager, look, tick
+from tokencore import ConfigurationError, CredentialsError, KRTokenManager, USTokenManager, look, next_attempt, tick
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
@@ -211,6 +211,36 @@ def test_without_exchanges_and_token_a_failure_alerts() -> None:
     ahead = look(manager, kst("Mon 17:00"))
     assert ahead.next is not None
     assert ahead.next.at == kst("Mon 17:00")
+
+
+def test_next_attempt_is_the_planned_renewal_or_the_end_of_the_pause(
+    nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early it is the plan's; while a renewal that is due keeps failing, when the rule will ask again."""
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "1.2")
+    cached(20_000)
+    manager, now = USTokenManager(), datetime.now(UTC)
+    planned = look(manager, now).next
+    assert planned is not None
+    assert next_attempt(manager, now) == planned.at > now
+    cached(1_500)
+    nowhere.fail("down")
+    assert tick(manager, datetime.now(UTC)).trouble is not None
+    again = next_attempt(manager, datetime.now(UTC))
+    assert again is not None
+    assert again - manager.history()[-1].at == timedelta(seconds=1.3)
+    time.sleep(1.3)
+    nowhere.clear()
+    assert tick(manager, datetime.now(UTC)).renewed
+
+
+def test_next_attempt_after_refused_credentials_is_a_persons(nowhere: Sandbox) -> None:
+    """KIS does not know the key: the rule has nothing to do any more."""
+    cached(1_500)
+    nowhere.fail("bad-key")
+    manager = USTokenManager()
+    assert isinstance(tick(manager, datetime.now(UTC)).trouble, CredentialsError)
+    assert next_attempt(manager, datetime.now(UTC)) is None
 
 
 @pytest.mark.usefixtures("gateway")

@@ -215,8 +215,8 @@ def test_extended_hours_count_where_asked_for(code: str, day: str, hours: str) -
     ("code", "extended", "expected"),
     [
         pytest.param("KRX", False, ("2026-11-19T23:30", "2026-11-20T07:30"), id="KRX pads an hour"),
-        pytest.param("KRX", True, ("2026-11-19T23:30", "2026-11-20T11:00"), id="extended has no pad"),
-        pytest.param("NXT", False, ("2026-11-19T22:30", "2026-11-20T11:00"), id="NXT has no pad"),
+        pytest.param("KRX", True, ("2026-11-19T23:30", "2026-11-20T11:10"), id="extended has the evening's pad"),
+        pytest.param("NXT", False, ("2026-11-19T22:30", "2026-11-20T11:10"), id="NXT has the evening's pad"),
         pytest.param("SEHK", False, ("2026-11-20T01:00", "2026-11-20T08:10"), id="SEHK pads 10 min"),
         pytest.param("NYSE", False, ("2026-11-20T14:00", "2026-11-20T21:00"), id="NYSE has no pad"),
     ],

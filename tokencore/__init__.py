@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     )
     from tokencore.fleet import managers, trading
     from tokencore.manager import BaseTokenManager, KRTokenManager, TokenManager, USTokenManager
+    from tokencore.picture import draw_plans
+    from tokencore.plan import Plan, make_plan
     from tokencore.rule import Decision, Outlook, look, next_attempt, tick
     from tokencore.settings import Settings, overrides
 
@@ -37,13 +39,16 @@ __all__ = [
     "KISAuth",
     "KRTokenManager",
     "Outlook",
+    "Plan",
     "Settings",
     "TokenError",
     "TokenManager",
     "TokenStoreError",
     "TokenUnavailableError",
     "USTokenManager",
+    "draw_plans",
     "look",
+    "make_plan",
     "managers",
     "next_attempt",
     "overrides",
@@ -57,6 +62,8 @@ _ROOMS = {
     "auth": ("KISAuth",),
     "fleet": ("managers", "trading"),
     "settings": ("Settings", "overrides"),
+    "picture": ("draw_plans",),
+    "plan": ("Plan", "make_plan"),
     "rule": ("Decision", "Outlook", "look", "next_attempt", "tick"),
 }
 

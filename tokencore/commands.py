@@ -159,7 +159,7 @@ def _plan(options: argparse.Namespace) -> int:
     now = datetime.now(UTC)
     plans = [plan.make_plan(manager, now, options.days) for manager in managers(one_per_key=True)]
     if options.svg:
-        _write(options.svg, picture.draw(plans))
+        _write(options.svg, picture.draw_plans(plans))
     if options.json:
         _print_json([plan.as_json(one) for one in plans])
     elif not options.svg:

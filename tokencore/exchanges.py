@@ -33,6 +33,8 @@ CSAT_DAYS = frozenset(
 )
 """Days on which Korea's markets start an hour late for the college entrance test (수능)."""
 
+EVENING_PAD = timedelta(minutes=10)  # after Korea's evening sessions, for the last answers to come in
+
 
 class Extended(NamedTuple):
     """Trading around the regular session, which counts only where the settings ask for it.
@@ -42,6 +44,7 @@ class Extended(NamedTuple):
         open: its first minute; one after the regular open leaves the session's open alone.
         close: its last minute.
         half_close: its last minute on a half day, None where there are none.
+        pad: how long after the close a token is still needed, instead of the exchange's own.
 
     """
 
@@ -49,6 +52,7 @@ class Extended(NamedTuple):
     open: time
     close: time
     half_close: time | None = None
+    pad: timedelta = timedelta(0)
 
 
 class Exchange(NamedTuple):
@@ -155,7 +159,7 @@ _TABLE = (
         csat=(time(10), time(16, 30)),
         first_open=time(10),
         earlier_close=(date(2016, 8, 1), time(15)),
-        extended=Extended(date(2026, 9, 14), time(16), time(20)),
+        extended=Extended(date(2026, 9, 14), time(16), time(20), pad=EVENING_PAD),
     ),
     Exchange(
         code="NXT",
@@ -169,6 +173,7 @@ _TABLE = (
         breaks=((time(8, 50), time(9, 0, 30)), (time(15, 20), time(15, 30))),
         csat=(time(10), time(20)),  # no pre-market on late days; the after-market ends as always
         first_open=time(10),
+        pad=EVENING_PAD,
         since=date(2025, 3, 4),
     ),
     _us("NASD", "Nasdaq", "NAS", "XNAS", "NASDAQ"),

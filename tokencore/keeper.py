@@ -165,10 +165,11 @@ class Keeper:
         """Made by the one who asks KIS: HTTP and the validation of settings cost more than all the rest."""
         if self._issuer_made is None:
             from tokencore.issuer import Issuer
-            from tokencore.settings import Settings
+            from tokencore.settings import Settings, checked_url
 
             Settings.load()
-            self._issuer_made = Issuer(self._base_url, *self._secrets, timeout=self._market.timeout)
+            url = checked_url(self._base_url)
+            self._issuer_made = Issuer(url, *self._secrets, timeout=self._market.timeout)
         return self._issuer_made
 
     def _renew(
@@ -254,9 +255,12 @@ class Keeper:
     def _attempts(self) -> list[Attempt]:
         """The record, with what is known besides it where the record was lost or could not be written."""
         attempts = self.record.attempts()
+        # A mark names no key, so it only counts where the record is lost; the lock's time is this key's own.
         known = attempts[-1].at if attempts else datetime.min.replace(tzinfo=UTC)
-        marks = sorted(mark for mark in (self._cache.issued_mark(), self._lock.unrecorded()) if mark and mark > known)
-        return attempts + [Attempt(at, Outcome.ISSUED) for at in marks]
+        marks = sorted(
+            mark for mark in (None if attempts else self._cache.issued_mark(), self._lock.unrecorded()) if mark
+        )
+        return attempts + [Attempt(at, Outcome.ISSUED) for at in marks if at > known]
 
     def _await(self, serves: Callable[[Token], bool]) -> Token | None:
         """Poll the cache for the winner's token until the cool-down is over, by the monotonic clock."""

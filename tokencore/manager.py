@@ -247,6 +247,10 @@ class BaseTokenManager:
             return token
         self._next_try = time.monotonic() + AHEAD_PAUSE
         try:
+            from tokencore.status import in_served_session  # not on the path of a cached token
+
+            if in_served_session(self.key_exchanges(), token, now, self.market.buffer):
+                return token
             newer = self._keeper.renew_ahead(token, f"ahead {self.market.name}")
         except Exception as error:  # noqa: BLE001 - whatever fails, settings and imports too, the present token is served
             self._next_try = time.monotonic() + max(AHEAD_PAUSE, self.market.issue_interval)

@@ -43,7 +43,7 @@ svg{--paper:#fff;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--quiet:#eef6ee;--n
 """.replace("\n", "")
 
 
-def draw(plans: Sequence[Plan]) -> str:
+def draw_plans(plans: Sequence[Plan]) -> str:
     """The plans, one key below the other, as an SVG document; times in KST."""
     drawn, height = [], 0
     for plan in plans:
@@ -117,9 +117,9 @@ def _days(plan: Plan, bottom: float) -> Iterable[str]:
 
 def _quiet(plan: Plan, bottom: float) -> Iterable[str]:
     """The time of the day in which no exchange of the key needs a token on any day."""
-    if plan.quiet is None:
+    if plan.outlook.quiet is None:
         return
-    begin, end = plan.quiet
+    begin, end = plan.outlook.quiet
     for number in range(-1, (plan.until - plan.start).days + 1):
         day = (plan.start + timedelta(days=number)).astimezone(KST).date()
         opens = datetime.combine(day, begin, KST)

@@ -36,8 +36,7 @@ class Plan(NamedTuple):
     Attributes:
         markets: the markets that share the key.
         start, now, until: the time that is shown, and the present moment in it.
-        outlook: token, needs, anchor and next renewal.
-        quiet: the common quiet time of all days that the anchor lies in, as (begin, end) in KST, or None.
+        outlook: token, needs, quiet time, anchor and next renewal.
         rows: the key's exchanges.
         renewals: the coming ones, if each succeeds and brings a token of 24 hours.
         buffer: seconds before an expiry in which a token no longer counts.
@@ -49,7 +48,6 @@ class Plan(NamedTuple):
     now: datetime
     until: datetime
     outlook: Outlook
-    quiet: tuple[time, time] | None
     rows: list[Row]
     renewals: list[Renewal]
     buffer: float
@@ -59,9 +57,9 @@ class Plan(NamedTuple):
         """The sentence that explains the anchor."""
         if not self.rows:
             return "No exchange is configured: the token is renewed shortly before it expires."
-        if self.quiet is None or self.outlook.anchor is None:
+        if self.outlook.quiet is None or self.outlook.anchor is None:
             return "No time of the day is quiet on all days: the token is renewed an hour before it expires."
-        begin, end = (moment.strftime("%H:%M") for moment in self.quiet)
+        begin, end = (moment.strftime("%H:%M") for moment in self.outlook.quiet)
         return (
             f"Every day at {self.outlook.anchor:%H:%M} KST, when some session ahead is not served: from {begin} to "
             f"{end} KST no exchange of this key needs a token on any day."
@@ -93,8 +91,7 @@ def make_plan(manager: TokenManager, now: datetime, days: int = DAYS) -> Plan:
             anchor=ahead.anchor,
             buffer=timedelta(seconds=manager.market.buffer),
         )
-    quiet = policy.quiet_time(ahead.needs)
-    return Plan(manager.sharing(), start, now, until, ahead, quiet, rows, coming, manager.market.buffer)
+    return Plan(manager.sharing(), start, now, until, ahead, rows, coming, manager.market.buffer)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -106,7 +103,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "until": plan.until.isoformat(),
         "anchor_kst": anchor.strftime("%H:%M") if anchor else None,
         "anchor_why": plan.why,
-        "quiet_kst": [moment.strftime("%H:%M") for moment in plan.quiet] if plan.quiet else None,
+        "quiet_kst": [moment.strftime("%H:%M") for moment in plan.outlook.quiet] if plan.outlook.quiet else None,
         "issued_at": token.issued_at.isoformat() if token and token.issued_at else None,
         "expires_at": token.expires_at.isoformat() if token else None,
         "renewals": [

@@ -30,6 +30,7 @@ class Outlook(NamedTuple):
     Attributes:
         token: the present token, valid or not; None without one.
         needs: merged needs of all exchanges of the key, from the present one on.
+        quiet: the time of day, from and to in KST, that is quiet on all days and holds the anchor; None without one.
         anchor: the KST minute of the daily renewal; None without exchanges or without a common quiet time.
         unserved: the first need that the present token does not serve; None when it serves all.
         next: the next renewal; its `at` is `now` where it is due.
@@ -38,6 +39,7 @@ class Outlook(NamedTuple):
 
     token: Token | None
     needs: list[tuple[datetime, datetime]]
+    quiet: tuple[time, time] | None
     anchor: time | None
     unserved: tuple[datetime, datetime] | None
     next: Renewal | None
@@ -71,7 +73,7 @@ def look(manager: TokenManager, now: datetime) -> Outlook:
     codes = manager.key_exchanges()
     buffer = timedelta(seconds=manager.market.buffer)
     if not codes:
-        return Outlook(token, [], None, None, _plain(token, manager, now))
+        return Outlook(token, [], None, None, None, _plain(token, manager, now))
     every = sessions.needs(codes, now - PAST, now + FUTURE, overrides())
     anchor = policy.daily_anchor(every, buffer=buffer)
     usable = token if token and token.serves(now, manager.market.buffer) else None
@@ -81,7 +83,7 @@ def look(manager: TokenManager, now: datetime) -> Outlook:
     needs = [need for need in every if need[1] > now]
     reach = expires_at - buffer if expires_at else now
     unserved = next((need for need in needs if need[1] > reach), None)
-    return Outlook(token, needs, anchor, unserved, planned)
+    return Outlook(token, needs, policy.quiet_time(every), anchor, unserved, planned)
 
 
 def tick(manager: TokenManager, now: datetime) -> Decision:

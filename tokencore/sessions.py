@@ -129,15 +129,14 @@ def next_open(code: str, now: datetime, overrides: Mapping[str, Override] = {}) 
 def need(code: str, day: date, overrides: Mapping[str, Override] = {}) -> tuple[datetime, datetime] | None:
     """When a token must be valid for the session of that day, aware UTC; None on a closed day.
 
-    From 30 minutes before the open to the close and the exchange's pad. After extended hours
-    there is no pad: they are themselves what the pad stands for.
+    From 30 minutes before the open to the close and the exchange's pad, or the extended hours' own.
     """
     found = session(code, day, overrides)
     if found is None:
         return None
     place = exchange(code)
     extended = _extended(place, day, overrides.get(place.code, _NONE))
-    return found.open - place.lead, found.close + (timedelta(0) if extended else place.pad)
+    return found.open - place.lead, found.close + (extended or place).pad
 
 
 def needs(

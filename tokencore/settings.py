@@ -43,6 +43,19 @@ def _https(url: str) -> str:
     return url.rstrip("/")
 
 
+def checked_url(url: str) -> str:
+    """`url`, if credentials may be sent there; a manager's own `get_api_url` has passed no validation yet.
+
+    Raises:
+        ConfigurationError: it is no https address, nor one on loopback; nothing was sent.
+
+    """
+    try:
+        return _https(url)
+    except ValueError as error:
+        raise ConfigurationError(f"The address that get_api_url gives {error}.") from None
+
+
 def _hours(value: object) -> object:
     if isinstance(value, str):
         opens, _, closes = value.partition("-")

@@ -93,6 +93,17 @@ def next_need(market: Market, now: datetime) -> tuple[datetime, datetime] | None
     return next((need for need in coming if need[1] > now), None)
 
 
+def in_served_session(codes: list[str], token: Token, now: datetime, buffer: float) -> bool:
+    """Whether an exchange of `codes` needs a token now and this one serves that need to its end: no time for a swap.
+
+    Raises:
+        ConfigurationError: an exchange is unknown, or the settings are malformed.
+
+    """
+    running = sessions.needs(codes, now, now + timedelta(seconds=1), overrides())
+    return any(start <= now and token.serves(end - CLOCK_SLACK, buffer) for start, end in running)
+
+
 def _word(token: Token | None, problem: str, market: Market, now: datetime) -> str:
     if token is None:
         return "UNREADABLE" if problem else "NO_TOKEN"
