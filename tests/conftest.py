@@ -64,6 +64,14 @@ def quick(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 
 @pytest.fixture
+def nowhere(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """The gateway for a user without exchanges, whose renewals no session forbids, whatever the time of the test is."""
+    for market in ("US", "KR"):
+        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "[]")
+    return gateway
+
+
+@pytest.fixture
 def slow(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     """The gateway with KIS's own minute, which takes its time to issue; the settings say the same."""
     gateway.set_rules(issue_interval=60, latency=LATENCY)

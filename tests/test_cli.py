@@ -50,6 +50,7 @@ def test_cached_get_imports_nothing_heavy() -> None:
     assert "tokencore.manager" in modules
 
 
+@pytest.mark.usefixtures("nowhere")
 def test_get_while_another_process_renews_prints_the_old_token_without_http(gateway: Sandbox) -> None:
     """In the proactive window only who asks KIS pays for its imports; the others print the old token at once."""
     gateway.set_rules(latency=3)
@@ -66,6 +67,7 @@ def test_get_while_another_process_renews_prints_the_old_token_without_http(gate
     assert asked(gateway) == 1
 
 
+@pytest.mark.usefixtures("nowhere")
 @pytest.mark.parametrize("mode", ["limit", "down", "drop", "bad-key", "garbage", "html"])
 def test_get_with_25_minutes_left_prints_the_old_token_whatever_kis_answers(quick: Sandbox, mode: str) -> None:
     """Exit 0 and the old token while KIS fails; the next success replaces it."""

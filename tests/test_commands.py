@@ -264,12 +264,11 @@ def test_probe_without_a_valid_token_asks_nothing(gateway: Sandbox, command: Com
     assert gateway.stats()["quotes_refused"] == {}
 
 
+@pytest.mark.usefixtures("nowhere")
 def test_tick_without_exchanges_renews_in_the_proactive_window(
-    quick: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
+    quick: Sandbox, command: Command
 ) -> None:
     """The plain rule: nothing to do early, a renewal with 25 minutes left, and one line says what was done."""
-    for market in ("US", "KR"):
-        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "[]")
     cached(20_000)
     ran = command("tick")
     assert (ran.code, ran.out.startswith("us+kr: nothing due; next ")) == (0, True)
@@ -280,13 +279,12 @@ def test_tick_without_exchanges_renews_in_the_proactive_window(
     assert asked(quick) == 1
 
 
+@pytest.mark.usefixtures("nowhere")
 @pytest.mark.parametrize(("mode", "code", "then"), [("limit", 4, 4), ("bad-key", 5, 5), ("down", 6, 4)])
 def test_tick_that_cannot_renew_says_why_and_keeps_its_pause(
     gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, mode: str, code: int, then: int
 ) -> None:
     """A due renewal that fails is told with its market and code; the next tick leaves KIS alone and says why."""
-    for market in ("US", "KR"):
-        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "[]")
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     cached(1_500)
     gateway.fail(mode)
@@ -298,10 +296,9 @@ def test_tick_that_cannot_renew_says_why_and_keeps_its_pause(
     assert asked(gateway) == 1
 
 
+@pytest.mark.usefixtures("nowhere")
 def test_tick_gives_every_key_its_turn(gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key in trouble does not stop another one; the trouble is the exit code."""
-    for market in ("US", "KR"):
-        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "[]")
     monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
     monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", SECRET)
     gateway.fail("down", 1)

@@ -58,6 +58,7 @@ def issue_elsewhere(gateway: Sandbox) -> None:
     assert requests.post(f"{gateway.url}/oauth2/tokenP", json=body, timeout=5).status_code == 200
 
 
+@pytest.mark.usefixtures("nowhere")
 @pytest.mark.parametrize("mode", FAILURES)
 def test_failing_renewal_ahead_keeps_the_old_token_and_a_later_success_replaces_it(quick: Sandbox, mode: str) -> None:
     """With 25 minutes left every failure of KIS leaves the old token served; the next success brings a new one."""
@@ -99,6 +100,7 @@ def test_gateway_that_is_gone_is_tried_four_times_and_starts_no_cool_down(
         assert asked(back) == 1
 
 
+@pytest.mark.usefixtures("nowhere")
 def test_unreachable_kis_is_left_alone_between_attempts_ahead(
     gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +401,7 @@ def test_revoke_that_kis_does_not_do_changes_nothing(gateway: Sandbox) -> None:
     assert USTokenManager().get_valid_token() == token
 
 
+@pytest.mark.usefixtures("nowhere")
 def test_renewal_ahead_keeps_one_caller_busy_and_the_others_at_full_speed(gateway: Sandbox) -> None:
     """While one thread waits for KIS, seven others go on with the old token; then all have the new one."""
     gateway.set_rules(latency=1.2)
@@ -440,6 +443,7 @@ def test_misspelt_setting_does_not_stop_a_token_that_still_serves(
     assert (folder() / "us_api_token.json").read_text() == cached_until
 
 
+@pytest.mark.usefixtures("nowhere")
 def test_unusable_directory_is_told_once_and_the_token_served_on(
     gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -457,6 +461,7 @@ def test_unusable_directory_is_told_once_and_the_token_served_on(
     assert asked(gateway) == 0
 
 
+@pytest.mark.usefixtures("nowhere")
 def test_busy_lock_is_no_trouble_for_a_renewal_ahead(gateway: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     """While another process renews, the present token is served at once and without a word."""
     gateway.set_rules(latency=1.5)

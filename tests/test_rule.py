@@ -174,14 +174,6 @@ def test_refused_credentials_are_not_tried_again_without_a_token(quick: Sandbox)
     assert outcomes() == ["bad_key"]
 
 
-@pytest.fixture
-def nowhere(quick: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """No exchange is configured for any market of the key."""
-    for market in ("US", "KR"):
-        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "[]")
-    return quick
-
-
 def test_without_exchanges_the_token_is_renewed_in_the_proactive_window(nowhere: Sandbox) -> None:
     """The plain rule: half an hour before the expiry, and no sooner."""
     issued("Mon 16:35")

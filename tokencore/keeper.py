@@ -76,10 +76,11 @@ class Keeper:
             return token
         return self._renew(Intent.REQUIRED, serves, reason, waited_out=last.at if last else None)[0]
 
-    def renew_ahead(self, present: Token, reason: str) -> Token | None:
+    def renew_ahead(self, present: Token, reason: str, unwanted: Callable[[], bool]) -> Token | None:
         """Try to have a successor of `present` while that still serves; None when it is not to be had now.
 
-        It waits for nobody: while another thread or process renews, it answers None.
+        It waits for nobody: while another thread or process renews, it answers None. Whether a renewal is
+        `unwanted` is asked last, by the one who would issue.
 
         Raises:
             CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met.
@@ -87,7 +88,7 @@ class Keeper:
 
         """
         try:
-            return self._renew(Intent.AHEAD, lambda found: _newer(found, present), reason, wait=0)[0]
+            return self._renew(Intent.AHEAD, lambda found: _newer(found, present), reason, wait=0, unwanted=unwanted)[0]
         except (IssuanceLimitError, TokenUnavailableError) as pause:
             _log.debug("No renewal ahead: %s", pause)
         return None
@@ -180,6 +181,7 @@ class Keeper:
         *,
         waited_out: datetime | None = None,
         wait: float | None = None,
+        unwanted: Callable[[], bool] = lambda: False,
     ) -> tuple[Token, bool]:
         """A token that `serves`, and whether it was issued here rather than by someone quicker."""
         wait = LOCK_WAIT * self._market.timeout if wait is None else wait
@@ -192,6 +194,10 @@ class Keeper:
             now, present = datetime.now(UTC), self._cache.newest()
             standing = Standing(now, self._attempts(), present, self._credentials, waited_out)
             limits.check(intent, standing, self._market)
+            if unwanted():
+                raise TokenUnavailableError(
+                    "The present token serves the running session to its end: no swap inside it."
+                )
             token = self._issue(reason, standing)
         if token.rejected_at is not None:  # KIS handed the dead one back: only the six hours speak now
             limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()), self._market)

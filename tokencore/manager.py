@@ -247,11 +247,9 @@ class BaseTokenManager:
             return token
         self._next_try = time.monotonic() + AHEAD_PAUSE
         try:
-            from tokencore.status import in_served_session  # not on the path of a cached token
-
-            if in_served_session(self.key_exchanges(), token, now, self.market.buffer):
-                return token
-            newer = self._keeper.renew_ahead(token, f"ahead {self.market.name}")
+            newer = self._keeper.renew_ahead(
+                token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now)
+            )
         except Exception as error:  # noqa: BLE001 - whatever fails, settings and imports too, the present token is served
             self._next_try = time.monotonic() + max(AHEAD_PAUSE, self.market.issue_interval)
             _warn(error)
@@ -260,6 +258,11 @@ class BaseTokenManager:
             return token
         self._remember(newer, now)
         return newer
+
+    def _in_served_session(self, token: Token, now: datetime) -> bool:
+        from tokencore.status import in_served_session  # calendars and validation, for the one who would issue
+
+        return in_served_session(self.key_exchanges(), token, now, self.market.buffer)
 
     def _refuse_hopeless(self, token: Token | None, now: datetime, until: datetime) -> None:
         """Spend no issuance on a token that, living as long as the last one, would not serve either."""

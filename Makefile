@@ -1,0 +1,72 @@
+# Everything for a fresh machine with make and Python 3.11 or newer; `make` alone lists the targets.
+# Options of a program go into ARGS, such as `make demo ARGS=--once` or `make test ARGS=tests/test_policy.py`.
+
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up down status test lint pins clean
+
+help:
+	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
+	@echo 'make up      start the Prefect server, the deployments and a worker with your credentials'
+	@echo 'make status  what of it runs, and how the tokens are'
+	@echo 'make down    stop it'
+	@echo 'make test    the tests'
+	@echo 'make lint    linter, formatter, type checker, direction of imports'
+	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
+	@echo 'make clean   remove what make, the tests and the tools have built here'
+
+demo: .venv/.flows
+	@$(RUN) flows.stack demo $(ARGS)
+
+up down status: .venv/.flows
+	@$(RUN) flows.stack $@
+
+test: .venv/.dev
+	@$(RUN) pytest $(ARGS)
+
+lint: .venv/.dev
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+	@.venv/bin/lint-imports --no-cache
+
+# A virtual environment knows the absolute path of this folder: one that was moved or copied here is made anew.
+ifneq ($(shell cat .venv/.place 2>/dev/null),$(CURDIR))
+.PHONY: .venv/.flows
+CLEAR := --clear
+endif
+
+# Byte-code is compiled here, once: where PYTHONDONTWRITEBYTECODE is set (images, servers), each of Prefect's
+# processes would otherwise compile all of it again, which doubles every start.
+.venv/.flows: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed; name one, such as: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
+	@echo 'Installing into .venv (about a minute) ...'
+	@$(PYTHON) -m venv $(CLEAR) .venv
+	@$(PIP) --editable '.[flows]'
+	@$(RUN) compileall -q -j 0 .venv/lib tokencore flows
+	@printf '%s\n' "$(CURDIR)" > .venv/.place
+	@touch $@
+
+.venv/.dev: .venv/.flows
+	@echo 'Installing what the tests and linters need ...'
+	@$(PIP) --editable '.[flows,dev]'
+	@touch $@
+
+# Two interpreters, because Prefect takes another library for dates from Python 3.13 on.
+pins:
+	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; touch "$$new/pins"; \
+	for python in python3.11 python3.13; do \
+		$$python -m venv "$$new/$$python"; \
+		"$$new/$$python/bin/python" -m pip install --quiet --quiet --constraint "$$new/pins" '.[flows,dev]'; \
+		"$$new/$$python/bin/python" -m pip freeze --exclude tokencore >> "$$new/pins"; \
+	done; \
+	{ grep '^#' constraints.txt; sort --ignore-case --unique "$$new/pins"; } > "$$new/constraints.txt"; \
+	cp "$$new/constraints.txt" constraints.txt
+
+clean:
+	@rm -rf .venv .demo build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

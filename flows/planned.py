@@ -1,0 +1,68 @@
+"""The next renewal of every key, in the UI before it happens: one scheduled run of `check_tokens` at its instant.
+
+The hourly check alone would renew up to an hour late, and a day later another hour. So each check leaves a
+run for the moment at which the rule has something to do: the planned renewal or, after a failure, the next
+attempt. There is one such run per key; it moves when the plan moves and goes when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+from prefect.client.schemas.objects import StateType
+from prefect.runtime import deployment
+from prefect.states import Scheduled
+
+from flows.runs import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+TAG = "planned renewal"
+
+
+def keep(wanted: Mapping[str, datetime | None]) -> None:
+    """Have exactly one scheduled run for each key, at its moment (aware), and none where that is None.
+
+    `wanted` is by the key's markets, such as `us+kr`. Without a deployment (a flow called from Python) there is
+    nobody to run it later, and nothing is done.
+    """
+    if not deployment.id:
+        return
+    with get_client(sync_client=True) as client:
+        there = _planned(client)
+        for run in there:
+            if not any(_is_for(run, markets, at) for markets, at in wanted.items()):
+                client.delete_flow_run(run.id)
+        for markets, at in wanted.items():
+            if at and not any(_is_for(run, markets, at) for run in there):
+                _schedule(client, markets, at)
+
+
+def _planned(client: SyncPrefectClient) -> list[FlowRun]:
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[TAG]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        )
+    )
+
+
+def _is_for(run: FlowRun, markets: str, at: datetime | None) -> bool:
+    return markets in run.tags and run.expected_start_time == at
+
+
+def _schedule(client: SyncPrefectClient, markets: str, at: datetime) -> None:
+    client.create_flow_run_from_deployment(
+        deployment.id,
+        state=Scheduled(scheduled_time=at),
+        name=f"renew {markets} {clock(at)}",
+        tags=[TAG, markets],
+        idempotency_key=f"{TAG} {markets} {at.isoformat()}",
+    )

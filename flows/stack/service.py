@@ -1,0 +1,215 @@
+"""The stack in the background, with the user's credentials: start, stop and look.
+
+Everything of it is in `prefect/` of the token directory: the database, the logs, and `crew.json`, which tells
+the processes by number and birth, so that none but these is ever stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dotenv import dotenv_values
+from filelock import BaseFileLock, FileLock, Timeout
+
+from flows.stack.crew import POLL, Crew, CrewError, crew_file, told
+from flows.stack.server import Prefect, port
+from tokencore import ConfigurationError, Settings, managers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHECK = "check-tokens/check_tokens"
+MEMBERS = ("supervisor", "deploy", "worker", "server")  # in the order in which they are stopped
+PATIENCE = 100.0  # seconds for a process to end; the supervisor gives each of its members 30
+
+
+def run() -> int:
+    """Stay in the foreground until SIGINT or SIGTERM; for `up`, and for systemd or a container.
+
+    Raises:
+        ConfigurationError: a setting is missing or malformed; nothing was started.
+        CrewError: a part could not be started; nothing of it runs.
+
+    """
+    home = _home()
+    private(home)
+    with _only_one(home), Crew(home) as crew:
+        prefect = Prefect(crew, home, environment())
+        crew.tell(url=prefect.url, ready=False)
+        prefect.start()
+        crew.tell(ready=True, check=_first_check(prefect))
+        crew.watch()
+    return 0
+
+
+def up() -> int:
+    """Start it in the background, unless it runs, and tell how it is.
+
+    Raises:
+        ConfigurationError: a setting is missing or malformed; nothing was started.
+        CrewError: a part could not be started; nothing of it runs.
+
+    """
+    for manager in managers():
+        manager.get_app_credentials()  # a missing secret is said now, not by a run at night
+    address, home = port(environment()), _home()
+    private(home)
+    with _lock(home, "up"):
+        if "supervisor" in _running(home):
+            print("It runs already.")
+        else:
+            _stop_all(home)  # what a supervisor that was killed has left behind
+            _refuse_taken(address)
+            print("Starting Prefect's server, the deployments and a worker (half a minute) ...", flush=True)
+            _start(home)
+    return status()
+
+
+def down() -> int:
+    """Stop what `up` started, and only that.
+
+    Raises:
+        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+
+    """
+    home = _home()
+    if not home.is_dir():
+        print("Nothing was running.")
+        return 0
+    with _lock(home, "up"):
+        print("Stopped." if _stop_all(home) else "Nothing was running.")
+    return 0
+
+
+def status() -> int:
+    """Tell what runs, and how the tokens are.
+
+    Raises:
+        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+
+    """
+    home = _home()
+    facts, running = told(home), _running(home)
+    if not running:
+        print("Nothing is running; `make up` starts it.")
+    else:
+        print(f"{'page':<11} {facts.get('url', '-')}")
+        for name in ("supervisor", "server", "worker"):
+            print(f"{name:<11} {f'process {running[name]}' if name in running else 'NOT RUNNING'}")
+        print(f"{'first check':<11} {facts.get('check', 'not yet done')}")
+        print(f"{'logs':<11} {home}")
+    sys.stdout.flush()
+    subprocess.run([sys.executable, "-m", "tokencore", "check"], check=False)
+    return 0
+
+
+def environment() -> dict[str, str]:
+    """The worker's environment: this process's, completed from `.env`, with folders that hold anywhere.
+
+    Flow runs work in a directory of their own: there is no `.env`, and a relative folder would be another one.
+    """
+    known = dict(os.environ)
+    known |= {k: v for k, v in dotenv_values(".env", interpolate=False).items() if v and not known.get(k)}
+    known["KIS_TOKEN_DIR"] = str(_home().parent)
+    if folder := known.get("KIS_SECRETS_DIR"):
+        known["KIS_SECRETS_DIR"] = str(Path(folder).expanduser().absolute())
+    return known
+
+
+def private(folder: Path) -> None:
+    """Make `folder` and the one above, for their owner only."""
+    for step in (folder.parent, folder):
+        step.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _home() -> Path:
+    return Settings.load().token_dir / "prefect"
+
+
+def _lock(home: Path, name: str, *, wait: float = -1) -> BaseFileLock:
+    return FileLock(home / f"{name}.lock", wait, preserve_lock_file=True)
+
+
+@contextlib.contextmanager
+def _only_one(home: Path) -> Iterator[None]:
+    """Two crews in one folder would take each other's files for their own."""
+    lock = _lock(home, "run", wait=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CrewError("It runs already; `make status` tells how it is.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _running(home: Path) -> dict[str, int]:
+    processes: dict[str, int] = told(home).get("processes", {})
+    return processes
+
+
+def _first_check(prefect: Prefect) -> str:
+    """What was missed is made good now, not at the next full hour; how that ended."""
+    try:
+        state = prefect.run(CHECK)
+    except CrewError as error:
+        return str(error)
+    return f"{state['name']}: {state['message'] or 'done'}"
+
+
+def _refuse_taken(address: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
+        try:
+            probe.bind(("127.0.0.1", address))
+        except OSError:
+            raise ConfigurationError(
+                f"Port {address} is taken by another program; set PREFECT_SERVER_API_PORT to a free one.",
+            ) from None
+
+
+def _start(home: Path) -> None:
+    log = home / "supervisor.log"
+    with log.open("wb") as output:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "flows.stack", "run"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    while not told(home).get("ready"):
+        if supervisor.poll() is not None:
+            raise CrewError(log.read_text(errors="replace"))
+        time.sleep(POLL)
+
+
+def _stop_all(home: Path) -> bool:
+    """The supervisor stops the others; where it was killed, they are stopped here. Whether there were any."""
+    found = False
+    for name in MEMBERS:
+        if pid := _running(home).get(name):
+            found = True
+            _stop(home, name, pid)
+    crew_file(home).unlink(missing_ok=True)
+    return found
+
+
+def _stop(home: Path, name: str, pid: int) -> None:
+    for request in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):  # it ended in this moment
+            os.kill(pid, request)
+        give_up = time.monotonic() + PATIENCE
+        while time.monotonic() < give_up:
+            if _running(home).get(name) != pid:
+                return
+            time.sleep(POLL)

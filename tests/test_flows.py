@@ -1,0 +1,527 @@
+"""The flows on a real Prefect server, with the sandbox for KIS and a Slack on loopback.
+
+How runs end, what people are told of them, and what is kept of them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from zoneinfo import ZoneInfo
+
+import pytest
+from prefect import Flow, State, flow
+from prefect.artifacts import Artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.flow_engine import run_flow
+from prefect.logging import get_run_logger
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_HOME,
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_DATABASE_CONNECTION_URL,
+    temporary_settings,
+)
+from prefect.states import Scheduled
+from prefect.testing.utilities import prefect_test_harness
+from slack_endpoint import SlackEndpoint
+
+from flows import planned
+from flows.board import TOKENS
+from flows.check_tokens import check_tokens
+from flows.refresh_token import refresh_token
+from flows.warm_up import warm_up
+from tokencore import TokenManager, next_attempt, overrides, sessions
+from tokencore.sandbox import APP_KEY, APP_SECRET
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tokencore.sandbox import Sandbox
+
+ROOT = Path(__file__).resolve().parent.parent
+HOOK = "/services/T000/B000/canary-of-the-webhook"
+MINUTES_40 = timedelta(minutes=40)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Prefect server of our own, once for all tests here; the folder with its database."""
+    home = tmp_path_factory.mktemp("prefect")
+    with (
+        temporary_settings({PREFECT_HOME: home, PREFECT_SERVER_ANALYTICS_ENABLED: False}),
+        prefect_test_harness(server_startup_timeout=120),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield home
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlackEndpoint]:
+    """Slack behind a webhook."""
+    with SlackEndpoint() as running:
+        monkeypatch.setenv("SLACK_WEBHOOK_URL", running.url + HOOK)
+        yield running
+
+
+@pytest.fixture
+def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], str]:
+    """Make an exchange open so long from now, for an hour, and be all that the markets trade; its code."""
+    assert gateway.url
+
+    def arrange(ahead: timedelta) -> str:
+        now = datetime.now(UTC)
+        for code in ("KRX", "NASD"):  # never both are near midnight
+            zone = ZoneInfo(sessions.exchange(code).zone)
+            first, last = (now + ahead).astimezone(zone), (now + ahead + timedelta(hours=1)).astimezone(zone)
+            if first.date() == last.date() == now.astimezone(zone).date():
+                break
+        monkeypatch.setenv(f"KIS_EXCHANGES__{code}__HOURS__{first:%Y-%m-%d}", f"{first:%H:%M:%S}-{last:%H:%M:%S}")
+        monkeypatch.setenv("KIS_MARKETS__US__EXCHANGES", code)
+        monkeypatch.setenv("KIS_MARKETS__KR__EXCHANGES", code)
+        return code
+
+    return arrange
+
+
+def requests_to(gateway: Sandbox) -> int:
+    """How many token requests KIS has seen."""
+    return len(gateway.stats()["requests"])
+
+
+def run(flow: Flow[..., State], due: datetime | None = None, **parameters: object) -> State:
+    """The final state of a run that was scheduled for `due`; of one that somebody starts now without it."""
+    with get_client(sync_client=True) as client:
+        scheduled = client.create_flow_run(
+            flow, parameters=parameters, state=Scheduled(scheduled_time=due or datetime.now(UTC))
+        )
+    return cast("State", run_flow(flow, flow_run=scheduled, parameters=parameters, return_type="state"))
+
+
+def warmed(exchange: str, due: datetime | None = None) -> State:
+    """The final state of a warm-up."""
+    return run(warm_up, due, exchange=exchange)
+
+
+def told(state: State) -> tuple[str, str]:
+    """Type and name."""
+    return state.type.value, str(state.name)
+
+
+def test_a_day_without_a_session_is_market_closed(gateway: Sandbox) -> None:
+    """The scheduled day decides, in the exchange's zone, and the holiday is named; KIS is not asked."""
+    state = warmed("SEHK", due=datetime(2025, 10, 29, 0, 50, tzinfo=UTC))
+    assert told(state) == ("COMPLETED", "MarketClosed")
+    assert state.message == "SEHK closed: Chung Yeung Festival"
+    assert requests_to(gateway) == 0
+
+
+def test_the_first_warm_up_renews_and_the_next_finds_it_warm(
+    gateway: Sandbox, opens: Callable[[timedelta], str]
+) -> None:
+    """One request makes the token; a token that lasts is left alone. The run says until when."""
+    exchange = opens(MINUTES_40)
+    first, second = warmed(exchange), warmed(exchange)
+    assert told(first) == ("COMPLETED", "Renewed")
+    assert told(second) == ("COMPLETED", "Warm")
+    assert second.message
+    assert second.message.startswith("us+kr: the token serves until ")
+    assert requests_to(gateway) == 1
+
+
+def test_a_run_is_named_after_its_exchange_and_day(opens: Callable[[timedelta], str]) -> None:
+    """The day is the exchange's own."""
+    exchange = opens(MINUTES_40)
+    state = warmed(exchange)
+    day = datetime.now(ZoneInfo(sessions.exchange(exchange).zone)).date()
+    with get_client(sync_client=True) as client:
+        made = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    assert state.is_completed()
+    assert made[0].name == f"warm-up {exchange} {day}"
+
+
+def test_a_token_that_ends_a_moment_before_its_need_is_warm(
+    gateway: Sandbox, opens: Callable[[timedelta], str]
+) -> None:
+    """The token of the daily anchor lasts to the second, and KIS's clock is not ours: that costs no issuance."""
+    exchange = opens(MINUTES_40)
+    day = datetime.now(ZoneInfo(sessions.exchange(exchange).zone)).date()
+    need = sessions.need(exchange, day, overrides())
+    assert need
+    left = (need[1] - datetime.now(UTC)).total_seconds()
+    gateway.set_rules(token_life=left + TokenManager("us").market.buffer - 15)
+    TokenManager("us").get_valid_token()
+    assert told(warmed(exchange)) == ("COMPLETED", "Warm")
+    assert requests_to(gateway) == 1
+
+
+def test_a_stale_run_is_skipped_where_the_token_is_valid(gateway: Sandbox, opens: Callable[[timedelta], str]) -> None:
+    """A run from before the open that comes after it does nothing; one that a person starts then finds it warm."""
+    exchange = opens(timedelta(minutes=-5))
+    TokenManager("us").get_valid_token()
+    assert told(warmed(exchange)) == ("COMPLETED", "Warm")
+    assert told(warmed(exchange, due=datetime.now(UTC) - MINUTES_40)) == ("COMPLETED", "SkippedLate")
+    assert requests_to(gateway) == 1
+
+
+def test_a_stale_run_still_renews_where_there_is_no_token(gateway: Sandbox, opens: Callable[[timedelta], str]) -> None:
+    """While the session is open, late is better than never."""
+    exchange = opens(timedelta(minutes=-5))
+    assert told(warmed(exchange, due=datetime.now(UTC) - MINUTES_40)) == ("COMPLETED", "Renewed")
+    assert requests_to(gateway) == 1
+
+
+def test_a_run_whose_session_is_over_is_skipped(gateway: Sandbox, opens: Callable[[timedelta], str]) -> None:
+    """After the close nothing is asked of KIS, token or not."""
+    exchange = opens(timedelta(minutes=-61))
+    assert told(warmed(exchange, due=datetime.now(UTC) - timedelta(minutes=101))) == ("COMPLETED", "SkippedLate")
+    assert told(warmed(opens(MINUTES_40), due=datetime(2025, 10, 28, 23, 20, tzinfo=UTC))) == (
+        "COMPLETED",
+        "SkippedLate",
+    )
+    assert requests_to(gateway) == 0
+
+
+def test_a_refused_warm_up_fails_with_a_sentence_and_is_told_until_it_is_solved(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str]
+) -> None:
+    """A wrong key fails at once, without another try; Slack hears of it once, and once of the end."""
+    exchange = opens(MINUTES_40)
+    gateway.fail("bad-key")
+    failed = warmed(exchange)
+    assert told(failed) == ("FAILED", "Failed")
+    assert failed.message
+    assert failed.message.startswith("KIS does not know the app key (EGW00103). There is no token.")
+    assert told(warmed(exchange)) == ("FAILED", "Failed")
+    assert requests_to(gateway) == 1
+    assert endpoint.headlines == ["us+kr: KIS refuses the app key or its secret"]
+    gateway.clear()
+    time.sleep(0.6)  # the gateway's minute
+    assert told(refreshed("us", force=True)) == ("COMPLETED", "Renewed")
+    assert endpoint.headlines[1:] == ["us+kr: solved: KIS refuses the app key or its secret"]
+
+
+def test_the_issuance_limit_fails_a_warm_up_and_is_told(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str]
+) -> None:
+    """Refused twice with the minute between, it is no third time; one message, and one when a run succeeds."""
+    exchange = opens(MINUTES_40)
+    gateway.fail("limit")
+    assert told(warmed(exchange)) == ("FAILED", "Failed")
+    assert requests_to(gateway) == 2
+    gateway.clear()
+    time.sleep(0.6)
+    assert told(warmed(exchange)) == ("COMPLETED", "Renewed")
+    assert endpoint.headlines == [
+        "us+kr: KIS's issuance limit refused a token",
+        "us+kr: solved: KIS's issuance limit refused a token",
+    ]
+    assert f"{exchange}: " in endpoint.told[0]["blocks"][2]["text"]["text"]
+
+
+def test_kis_being_down_is_tried_again_after_the_cool_down(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str]
+) -> None:
+    """Prefect tries again five seconds after the cool-down, and the run ends Renewed; Slack heard of both."""
+    exchange = opens(MINUTES_40)
+    gateway.fail("server-error", 1)
+    begun = time.monotonic()
+    assert told(warmed(exchange)) == ("COMPLETED", "Renewed")
+    assert time.monotonic() - begun > 5.5
+    assert requests_to(gateway) == 2
+    assert endpoint.headlines == ["us+kr: KIS gives no token", "us+kr: solved: KIS gives no token"]
+    assert "then every few minutes" in endpoint.told[0]["blocks"][2]["text"]["text"]
+
+
+def test_ten_warm_ups_in_one_minute_make_one_request(gateway: Sandbox, opens: Callable[[timedelta], str]) -> None:
+    """Runs of one key that start together all complete, on one issuance."""
+    exchange = opens(MINUTES_40)
+    gateway.set_rules(latency=0.3)
+    with ThreadPoolExecutor(10) as pool:
+        contexts = [contextvars.copy_context() for _ in range(10)]
+        states = list(pool.map(lambda context: context.run(warmed, exchange), contexts))
+    assert {state.type.value for state in states} == {"COMPLETED"}
+    assert {state.name for state in states} <= {"Renewed", "Warm"}
+    assert requests_to(gateway) == 1
+
+
+def test_slack_being_silent_changes_no_result(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str]
+) -> None:
+    """The run ends as it would without Slack, a few seconds later at most."""
+    exchange = opens(MINUTES_40)
+    endpoint.answers = [0, 0, 0]
+    gateway.fail("bad-secret", 1)
+    begun = time.monotonic()
+    assert told(warmed(exchange)) == ("FAILED", "Failed")
+    assert time.monotonic() - begun < 8
+    assert endpoint.requests
+
+
+def test_an_exchange_that_nobody_trades_fails_with_what_to_do(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence names the setting, and Slack says to pause the deployment."""
+    exchange = opens(MINUTES_40)
+    for market in ("US", "KR"):
+        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "SEHK")
+    state = warmed(exchange)
+    assert told(state) == ("FAILED", "Failed")
+    assert state.message
+    assert state.message.startswith(f"No market of your settings trades {exchange}; add it")
+    assert "Pause the deployment" in endpoint.told[0]["blocks"][2]["text"]["text"]
+    assert requests_to(gateway) == 0
+
+
+def test_an_unforeseen_error_fails_without_its_text(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the error's kind and place are told, to Prefect and to Slack."""
+
+    def broken(_exchange: str) -> None:
+        raise LookupError(APP_SECRET)
+
+    monkeypatch.setattr("flows.warm_up.trading", broken)
+    state = warmed(opens(MINUTES_40))
+    assert told(state) == ("FAILED", "Failed")
+    assert state.message
+    assert state.message.startswith("Unexpected LookupError at test_flows.py:")
+    assert endpoint.headlines
+    assert requests_to(gateway) == 0
+
+
+def checked(due: datetime | None = None) -> State:
+    """The final state of a check."""
+    return run(check_tokens, due)
+
+
+def refreshed(market: str, *, force: bool = False, reason: str = "") -> State:
+    """The final state of a refresh."""
+    return run(refresh_token, market=market, force=force, reason=reason)
+
+
+def table() -> list[dict[str, Any]]:
+    """The table of tokens as published last."""
+    found = Artifact.get(TOKENS)
+    rows: list[dict[str, Any]] = json.loads(found.data)  # type: ignore[union-attr, arg-type]
+    return rows
+
+
+def test_a_check_renews_what_is_due_and_then_finds_it_valid(
+    gateway: Sandbox, opens: Callable[[timedelta], str]
+) -> None:
+    """It follows the rule, says when the next renewal is, and publishes a row for each market."""
+    opens(MINUTES_40)
+    first = checked()
+    assert told(first) == ("COMPLETED", "Renewed")
+    second = checked()
+    assert told(second) == ("COMPLETED", "AlreadyValid")
+    assert second.message
+    assert "next renewal" in second.message
+    assert [(row["market"], row["status"], row["covered"], row["issues in 24 h"]) for row in table()] == [
+        ("us", "VALID", "yes", 1),
+        ("kr", "VALID", "yes", 1),
+    ]
+    assert requests_to(gateway) == 1
+
+
+def test_a_check_without_a_need_issues_nothing(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Days before the next session there is no token, and that is no failure."""
+    today = datetime.now(UTC).date()
+    days = ",".join(str(today + timedelta(days=n)) for n in range(-1, 5))
+    monkeypatch.setenv("KIS_EXCHANGES__KRX__CLOSED", days)
+    monkeypatch.setenv("KIS_MARKETS__US__EXCHANGES", "KRX")
+    state = checked()
+    assert told(state) == ("COMPLETED", "Completed")
+    assert "no valid token; next renewal" in str(state.message)
+    assert requests_to(gateway) == 0
+
+
+def test_one_keys_trouble_does_not_stop_the_others(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check with two keys fails for the one that is refused and renews the other."""
+    opens(MINUTES_40)
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", "another-key")
+    gateway.fail("bad-secret", 1)
+    state = checked()
+    assert told(state) == ("FAILED", "Failed")
+    assert requests_to(gateway) == 2
+    assert sorted(row["status"] for row in table()) == ["NO_TOKEN", "VALID"]
+    broken = next(row["market"] for row in table() if row["status"] == "NO_TOKEN")
+    assert str(state.message).startswith(f"{broken}: KIS refused the app secret (EGW00105).")
+    assert endpoint.headlines == [f"{broken}: KIS refuses the app key or its secret"]
+
+
+def test_of_checks_that_were_missed_one_catches_up(opens: Callable[[timedelta], str]) -> None:
+    """After a down-time the runs that are left over find that a later one has done their work."""
+    opens(MINUTES_40)
+    checked()
+    assert told(checked(due=datetime.now(UTC) - timedelta(hours=3))) == ("COMPLETED", "SkippedLate")
+
+
+def test_without_credentials_a_check_fails_with_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence says what to set."""
+    monkeypatch.delenv("KIS_APP_KEY", raising=False)
+    state = checked()
+    assert told(state) == ("FAILED", "Failed")
+    assert str(state.message).startswith("KIS_APP_KEY is not set")
+
+
+def test_a_refresh_says_what_became_of_it(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
+    """Renewed; Declined in the six hours; AlreadyValid where KIS hands the same token back; Failed with the reason."""
+    assert told(refreshed("us", reason="a first token")) == ("COMPLETED", "Renewed")
+    assert TokenManager("kr").history()[-1].reason == "a first token"
+    time.sleep(0.6)  # the gateway's minute
+    declined = refreshed("kr")
+    assert told(declined) == ("COMPLETED", "Declined")
+    assert "KIS would hand back the present token until" in str(declined.message)
+    assert told(refreshed("us", force=True)) == ("COMPLETED", "AlreadyValid")
+    assert not endpoint.told
+    time.sleep(0.6)
+    gateway.fail("down", 1)
+    failed = refreshed("us", force=True)
+    assert told(failed) == ("FAILED", "Failed")
+    assert "The present token goes on serving" in str(failed.message)
+    assert requests_to(gateway) == 3
+
+
+def test_a_refresh_is_declined_within_the_minute_without_an_alert(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
+    """Not even force passes KIS's minute; our own is no incident, KIS's refusal of it is one."""
+    refreshed("us")
+    assert told(refreshed("us", force=True)) == ("COMPLETED", "Declined")
+    assert requests_to(gateway) == 1
+    assert not endpoint.told
+    time.sleep(0.6)
+    gateway.fail("limit", 1)
+    assert told(refreshed("us", force=True)) == ("COMPLETED", "Declined")
+    assert endpoint.headlines == ["us+kr: KIS's issuance limit refused a token"]
+
+
+@flow
+def leak(secret: str) -> None:
+    """What no flow of ours does: a secret as a parameter, in a log line and in an exception."""
+    get_run_logger().info("a line with %s", secret)
+    raise ValueError(secret)
+
+
+def found(database: Path, text: str) -> set[str]:
+    """The tables and columns in which the text stands."""
+    places = set()
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            columns = [row[1] for row in connection.execute(f"PRAGMA table_info('{name}')")]
+            for column in columns:
+                query = f"SELECT 1 FROM '{name}' WHERE instr(CAST(\"{column}\" AS TEXT), ?) LIMIT 1"  # noqa: S608 - its own names
+                if connection.execute(query, (text,)).fetchone():
+                    places.add(f"{name}.{column}")
+    return places
+
+
+def test_no_secret_gets_into_prefect(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str], prefect_home: Path
+) -> None:
+    """After runs that renewed, failed and were refused, its database has no token, key, secret or webhook."""
+    exchange = opens(MINUTES_40)
+    for mode in ("limit", "bad-key", "html", "garbage"):
+        gateway.fail(mode, 1)
+        refreshed("us", force=True, reason="canary run")
+        time.sleep(0.6)
+    warmed(exchange)
+    checked()
+    token = TokenManager("us").get_valid_token()
+    planted = "planted-canary-0f1e2d3c"
+    leak(planted, return_state=True)
+    database = Path(str(PREFECT_SERVER_DATABASE_CONNECTION_URL.value()).partition("///")[2])
+    leaks = {"flow_run.parameters", "flow_run_state.message", "log.message"}
+    give_up = time.monotonic() + 20
+    while not leaks <= found(database, planted) and time.monotonic() < give_up:  # logs are written behind
+        time.sleep(0.3)
+    assert leaks <= found(database, planted)
+    assert "flow_run.parameters" in found(database, "canary run")
+    secrets = {"key": APP_KEY, "secret": APP_SECRET, "token": token, "webhook": "canary-of-the-webhook"}
+    assert {name: found(database, secret[-40:]) for name, secret in secrets.items()} == {
+        name: set() for name in secrets
+    }
+    assert endpoint.told
+    assert not [name for name, secret in secrets.items() if secret in json.dumps(endpoint.told)]
+    files = [path for path in prefect_home.rglob("*") if path.is_file()]
+    assert not [path for path in files for secret in secrets.values() if secret.encode() in path.read_bytes()]
+
+
+def prefect(*arguments: str) -> str:
+    """Prefect's command against our server, with nobody to answer a question; what it printed."""
+    environment = os.environ | {
+        "PREFECT_API_URL": str(PREFECT_API_URL.value()),
+        "PREFECT_HOME": str(PREFECT_HOME.value()),
+    }
+    command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_everything_deploys_and_a_worker_runs_it(gateway: Sandbox, opens: Callable[[timedelta], str]) -> None:
+    """`deploy --all` asks nothing, nor when it is repeated; a worker completes a warm-up in a process of its own."""
+    exchange = opens(MINUTES_40)
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name="tokens", type="process"))
+        for _ in range(2):
+            prefect("deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"))
+        deployments = client.read_deployments()
+        assert len(deployments) == len(sessions.EXCHANGES) + 2
+        assert all(len(deployment.schedules) <= 1 for deployment in deployments)
+        made = client.create_flow_run_from_deployment(
+            next(deployment.id for deployment in deployments if deployment.name == exchange)
+        )
+        prefect("worker", "start", "--pool", "tokens", "--run-once")
+        state = client.read_flow_run(made.id).state
+        assert state
+        assert told(state) == ("COMPLETED", "Renewed")
+        check = next(deployment.id for deployment in deployments if deployment.name == "check_tokens")
+        client.create_flow_run_from_deployment(check)
+        prefect("worker", "start", "--pool", "tokens", "--run-once")
+    assert requests_to(gateway) == 1
+    ((markets, moments),) = planned_runs().items()
+    assert (markets, len(moments)) == ("us+kr", 1)
+    assert moments[0] == next_attempt(TokenManager("us"), datetime.now(UTC))
+
+
+def planned_runs() -> dict[str, list[datetime | None]]:
+    """The moments of the scheduled renewals by key."""
+    found: dict[str, list[datetime | None]] = {}
+    with get_client(sync_client=True) as client:
+        for one in client.read_flow_runs():
+            if planned.TAG in one.tags and one.state and one.state.is_scheduled():
+                (markets,) = set(one.tags) - {planned.TAG, "check"}
+                found.setdefault(markets, []).append(one.expected_start_time)
+    return found
+
+
+def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run per key stands at the planned moment: kept while the plan stays, moved with it, gone without it."""
+    soon, later = (datetime.now(UTC).replace(microsecond=0) + timedelta(hours=hours) for hours in (2, 3))
+    with get_client(sync_client=True) as client:
+        deployed = client.create_deployment(client.create_flow(check_tokens), "for the plan")
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", str(deployed))
+    for _ in range(2):
+        planned.keep({"us+kr": soon, "hk": soon})
+        assert planned_runs() == {"us+kr": [soon], "hk": [soon]}
+    planned.keep({"us+kr": later, "hk": None})
+    assert planned_runs() == {"us+kr": [later]}
+    planned.keep({"us+kr": None})
+    assert planned_runs() == {}

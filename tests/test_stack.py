@@ -1,0 +1,292 @@
+"""The running system for real: the demo from start to end, the stack in the background started, hurt and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import requests
+from running import until
+
+from flows.stack.crew import Crew, birth, crew_file, told
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "TOKENCORE_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
+SLOW = 240  # seconds; half a minute on two idle cores
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+
+
+class Place(NamedTuple):
+    """A machine's worth of folders for one system, and the environment that leads there."""
+
+    home: Path
+    work: Path
+    temporary: Path
+    environment: dict[str, str]
+
+    @classmethod
+    def made(cls, folder: Path, **settings: str) -> Place:
+        """Folders below `folder`, with more environment variables."""
+        place = cls(folder / "stack" / "home", folder / "stack" / "work", folder / "stack" / "tmp", {})
+        for one in place[:3]:
+            one.mkdir(parents=True)
+        known = {
+            name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_", "PREFECT_"))
+        }
+        own = {"HOME": str(place.home), "TMPDIR": str(place.temporary), "PYTHONPATH": str(ROOT), MARK: uuid.uuid4().hex}
+        place.environment.update(known, **own, **settings)
+        return place
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `python -m flows.stack`, its output and errors in one pipe."""
+        command = [sys.executable, "-m", "flows.stack", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=self.environment, cwd=self.work, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Run it to its end; exit code and output."""
+        started = self.start(*arguments)
+        output = started.communicate(timeout=SLOW)[0]
+        return started.returncode, output
+
+    def living(self) -> list[str]:
+        """The command lines of all processes that come from here."""
+        mark = f"{MARK}={self.environment[MARK]}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (process / "environ").read_bytes():
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue  # it has ended, or is another user's
+        return found
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, int, str]:
+    """One demo to its end, on a machine where every setting is a trap; where it ran, its exit code, what it printed."""
+    place = Place.made(
+        tmp_path_factory.mktemp("demo"),
+        KIS_APP_KEY="CanaryKey",
+        KIS_ENVIRONMENT="nonsense",
+        SLACK_WEBHOOK_URL="http://127.0.0.1:9/",
+        PREFECT_API_URL="http://127.0.0.1:9/api",
+        PREFECT_PROFILE="missing",
+    )
+    (place.work / ".env").write_text("KIS_TIMEOUT=nonsense\nPREFECT_API_KEY=CanaryKey\n")
+    (place.home / ".tokencore").mkdir()
+    (place.home / ".tokencore" / "config.toml").write_text("this is no TOML")
+    return place, *place.run("demo", "--once")
+
+
+def test_the_demo_comes_to_a_completed_warm_up_and_a_token(demo: tuple[Place, int, str]) -> None:
+    """With no setting of its own it warms up, renews, and shows where the page is and that every token is valid."""
+    _, code, output = demo
+    assert code == 0, output
+    assert re.search(r"^warm-up +Completed: (Renewed|MarketClosed|SkippedLate)\.", output, re.MULTILINE)
+    assert output.count("Completed: Renewed.") == 1
+    assert re.search(r"^The page: http://127\.0\.0\.1:\d+$", output, re.MULTILINE)
+    assert re.findall(r"^(us|kr) +VALID ", output, re.MULTILINE) == ["us", "kr"]
+
+
+def test_the_demo_leaves_nothing(demo: tuple[Place, int, str]) -> None:
+    """No process, no file in the home, the working or the temporary folder, and no real credential in its output."""
+    place, _, output = demo
+    assert place.living() == []
+    assert sorted(path.name for path in place.home.rglob("*")) == [".tokencore", "config.toml"]
+    assert [path.name for path in place.work.iterdir()] == [".env"]
+    assert list(place.temporary.iterdir()) == []
+    assert "Canary" not in output
+
+
+def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C in the middle, with server and worker up and the deployments under way, ends all of it, exit 130."""
+    place = Place.made(tmp_path)
+    running = place.start("demo")
+
+    def deploying() -> bool:
+        return any("deploy" in told(folder).get("processes", {}) for folder in place.temporary.glob("tokencore-demo-*"))
+
+    until(lambda: deploying() or running.poll() is not None, SLOW)
+    assert len(place.living()) >= 5
+    running.send_signal(signal.SIGINT)
+    output = running.communicate(timeout=SLOW)[0]
+    assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
+    assert place.living() == []
+    assert list(place.temporary.iterdir()) == []
+
+
+class Up(NamedTuple):
+    """A stack in the background: where, what `up` printed, and its folder."""
+
+    place: Place
+    output: str
+    folder: Path
+
+    def processes(self) -> dict[str, int]:
+        """Its processes that live, by name."""
+        found: dict[str, int] = told(self.folder).get("processes", {})
+        return found
+
+    def scheduled(self) -> int:
+        """How many runs wait for their time."""
+        asked = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+        return int(requests.post(f"{told(self.folder)['url']}/api/flow_runs/count", json=asked, timeout=30).text)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A stack whose credentials are in `.env` only, with a token folder that is relative; stopped in the end."""
+    place = Place.made(tmp_path_factory.mktemp("up"), PREFECT_SERVER_API_PORT=str(free_port()))
+    with Sandbox() as gateway:
+        settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
+        lines = [f"{name}={value}" for name, value in {**settings, "KIS_TOKEN_DIR": "tokens"}.items()]
+        (place.work / ".env").write_text("\n".join(lines))
+        code, output = place.run("up")
+        assert code == 0, output
+        yield Up(place, output, place.work / "tokens" / "prefect")
+        place.run("down")
+
+
+def test_up_starts_all_and_says_so(up: Up) -> None:
+    """All three processes run when `up` returns, the first check is done, and the table of tokens is shown."""
+    assert sorted(up.processes()) == ["server", "supervisor", "worker"]
+    assert re.search(r"^page +http://127\.0\.0\.1:\d+$", up.output, re.MULTILINE)
+    assert re.search(r"^first check +(Renewed|AlreadyValid|Completed): ", up.output, re.MULTILINE)
+    assert re.findall(r"^(us|kr) ", up.output, re.MULTILINE) == ["us", "kr"]
+
+
+def test_runs_are_scheduled(up: Up) -> None:
+    """Soon after the start the server has runs of the coming days: some versions of its libraries break just that."""
+    until(lambda: up.scheduled() > 0, 60)
+
+
+def test_the_server_gets_no_credentials_and_the_folder_is_private(up: Up) -> None:
+    """Only the worker's environment holds them, `.env` was enough, and nobody else can look into the folder."""
+    environments = {name: Path(f"/proc/{pid}/environ").read_bytes() for name, pid in up.processes().items()}
+    assert APP_SECRET.encode() not in environments["server"]
+    assert APP_SECRET.encode() in environments["worker"]
+    assert [oct(folder.stat().st_mode & 0o777) for folder in (up.folder.parent, up.folder)] == ["0o700", "0o700"]
+
+
+def test_up_again_changes_nothing(up: Up) -> None:
+    """A second `up` finds the first one's processes and leaves them alone."""
+    before = up.processes()
+    code, output = up.place.run("up")
+    assert (code, output.splitlines()[0]) == (0, "It runs already.")
+    assert up.processes() == before
+
+
+def test_a_second_supervisor_is_refused(up: Up) -> None:
+    """`run` beside `up`, as by a service and by hand, ends with a sentence and takes nothing from the first."""
+    before = up.processes()
+    code, output = up.place.run("run")
+    assert (code, output) == (1, "It runs already; `make status` tells how it is.\n")
+    assert up.processes() == before
+
+
+def test_a_worker_that_dies_is_started_again(up: Up) -> None:
+    """After a SIGKILL a new worker is there within seconds; `status` shows either."""
+    before = up.processes()
+    os.kill(before["worker"], signal.SIGKILL)
+    assert re.search(r"^worker +NOT RUNNING$", up.place.run("status")[1], re.MULTILINE)
+    until(lambda: up.processes().get("worker", before["worker"]) != before["worker"], 20)
+    assert re.search(r"^worker +process \d+$", up.place.run("status")[1], re.MULTILINE)
+    assert up.processes()["server"] == before["server"]
+
+
+def test_down_stops_what_a_killed_supervisor_left(up: Up) -> None:
+    """Server and worker outlive a SIGKILL of their supervisor; `down` finds and ends them; once more is no error."""
+    os.kill(up.processes()["supervisor"], signal.SIGKILL)
+    until(lambda: "supervisor" not in up.processes())
+    assert sorted(up.processes()) == ["server", "worker"]
+    assert up.place.run("down") == (0, "Stopped.\n")
+    assert up.place.living() == []
+    assert up.place.run("down") == (0, "Nothing was running.\n")
+
+
+def test_without_credentials_nothing_starts(tmp_path: Path) -> None:
+    """A missing key is one sentence that names it, exit 2; nothing is made."""
+    place = Place.made(tmp_path)
+    code, output = place.run("up")
+    assert code == 2
+    assert output.startswith("KIS_APP_KEY is not set")
+    assert output.count("\n") == 1
+    assert list(place.home.iterdir()) == []
+
+
+@pytest.mark.parametrize("port", ["taken", "70000"])
+def test_a_port_that_cannot_be_had_is_said(port: str, tmp_path: Path) -> None:
+    """Another program's port, or none at all, is one sentence that names the setting, exit 2; nothing runs."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        chosen = str(other.getsockname()[1]) if port == "taken" else port
+        place = Place.made(tmp_path, KIS_APP_KEY=APP_KEY, KIS_APP_SECRET=APP_SECRET, PREFECT_SERVER_API_PORT=chosen)
+        code, output = place.run("up")
+    assert (code, output.count("\n")) == (2, 1)
+    assert "PREFECT_SERVER_API_PORT" in output
+    assert place.living() == []
+
+
+def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:
+    """Exit 1 with the end of the server's own words, and nothing is left running."""
+    place = Place.made(
+        tmp_path,
+        KIS_APP_KEY=APP_KEY,
+        KIS_APP_SECRET=APP_SECRET,
+        PREFECT_SERVER_API_PORT=str(free_port()),
+        PREFECT_SERVER_DATABASE_CONNECTION_URL="nonsense://",
+    )
+    code, output = place.run("up")
+    assert code == 1
+    assert "server: exited with code" in output
+    assert "nonsense" in output
+    assert place.living() == []
+
+
+def test_a_process_with_a_recycled_number_is_spared(tmp_path: Path) -> None:
+    """`down` stops nobody whose number once belonged to the stack but who was born at another time."""
+    place = Place.made(tmp_path, KIS_TOKEN_DIR=str(tmp_path / "tokens"))
+    folder = tmp_path / "tokens" / "prefect"
+    folder.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as bystander:
+        processes = {"supervisor": [bystander.pid, "1"], "worker": [os.getpid(), "1"]}
+        crew_file(folder).write_text(json.dumps({"processes": processes}))
+        assert place.run("down") == (0, "Nothing was running.\n")
+        assert bystander.poll() is None
+        bystander.kill()
+    assert birth(bystander.pid) == ""
+
+
+def test_a_member_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ignores SIGTERM ends by force, with its own children."""
+    monkeypatch.setattr("flows.stack.crew.PATIENCE", 0.2)
+    monkeypatch.setenv(MARK, uuid.uuid4().hex)
+    place = Place(tmp_path, tmp_path, tmp_path, dict(os.environ))
+    with Crew(tmp_path) as crew:
+        deaf = crew.start("deaf", ["sh", "-c", "trap '' TERM; echo ready; sleep 60; sleep 60"], os.environ)
+        until(lambda: "ready" in deaf.log.read_text())
+        until(lambda: len(place.living()) == 2)
+    until(lambda: place.living() == [])
