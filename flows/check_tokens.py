@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 from flows import alerts, board, planned, runs
 from flows.causes import as_met, cause_of
 from flows.runs import SAFE, clock, kis_is_down, safe_errors
-from tokencore import TokenManager, managers, next_attempt, tick
+from tokencore import TokenManager, managers, tick
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,8 +72,7 @@ def check_tokens() -> State:
     alerts.all_clear(EVERYONE, now)
     with runs.harmless("The table of tokens and the plan could not be published"):
         board.publish(now)
-    with runs.harmless("The next renewals could not be scheduled"):
-        planned.keep({"+".join(one.sharing()): next_attempt(one, now) for one in managers(one_per_key=True)})
+    planned.update(datetime.now(UTC))
     return ended(results)
 
 

@@ -13,7 +13,7 @@ from prefect import State, flow
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows import alerts, causes, runs
+from flows import alerts, causes, planned, runs
 from flows.messages import still_works
 from flows.runs import SAFE, safe_errors
 from tokencore import IssuanceLimitError, Settings, TokenError, TokenManager, managers
@@ -83,6 +83,7 @@ def renew(manager: TokenManager, now: datetime, *, force: bool, reason: str) -> 
     except SAFE as error:
         return unrenewed(manager, error, now)
     alerts.all_clear(manager, datetime.now(UTC))
+    planned.update(datetime.now(UTC))
     who = alerts.Subject.of(manager, datetime.now(UTC))
     works = f"{who.label}: {still_works(who.reach)}."
     if renewed:

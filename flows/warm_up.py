@@ -15,7 +15,7 @@ from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
-from flows import alerts, runs
+from flows import alerts, planned, runs
 from flows.causes import as_met
 from flows.runs import CLOCK_SLACK, SAFE, clock, kis_is_down, safe_errors
 from tokencore import TokenManager, overrides, sessions, trading
@@ -97,7 +97,9 @@ def visit(exchange: str, due: datetime, now: datetime) -> State:
     keys = trading(exchange)
     if due < day.session.open <= now and all(lasts(manager, day.until) for manager in keys):
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
-    return ended(day, runs.each_key(ensure, keys, day.session.open - now, day.until))
+    results = runs.each_key(ensure, keys, day.session.open - now, day.until)
+    planned.update(datetime.now(UTC))
+    return ended(day, results)
 
 
 @task(task_run_name="token of {market}", persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)

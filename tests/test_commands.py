@@ -265,9 +265,7 @@ def test_probe_without_a_valid_token_asks_nothing(gateway: Sandbox, command: Com
 
 
 @pytest.mark.usefixtures("nowhere")
-def test_tick_without_exchanges_renews_in_the_proactive_window(
-    quick: Sandbox, command: Command
-) -> None:
+def test_tick_without_exchanges_renews_in_the_proactive_window(quick: Sandbox, command: Command) -> None:
     """The plain rule: nothing to do early, a renewal with 25 minutes left, and one line says what was done."""
     cached(20_000)
     ran = command("tick")

@@ -512,12 +512,11 @@ def planned_runs() -> dict[str, list[datetime | None]]:
     return found
 
 
-def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes() -> None:
     """One run per key stands at the planned moment: kept while the plan stays, moved with it, gone without it."""
     soon, later = (datetime.now(UTC).replace(microsecond=0) + timedelta(hours=hours) for hours in (2, 3))
     with get_client(sync_client=True) as client:
-        deployed = client.create_deployment(client.create_flow(check_tokens), "for the plan")
-    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", str(deployed))
+        client.create_deployment(client.create_flow(check_tokens), "check_tokens")
     for _ in range(2):
         planned.keep({"us+kr": soon, "hk": soon})
         assert planned_runs() == {"us+kr": [soon], "hk": [soon]}

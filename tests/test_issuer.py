@@ -25,8 +25,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tokencore import errors
-from tokencore.issuer import Issuer, Refusal
+from tokencore.issuer import Issuer
 from tokencore.record import Attempt, Outcome
+from tokencore.refusals import Refusal
 from tokencore.sandbox import Sandbox
 from tokencore.tokens import Token
 

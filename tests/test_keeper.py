@@ -8,6 +8,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
 
 import pytest
 import requests
@@ -25,6 +26,7 @@ from tokencore import (
     TokenManager,
     USTokenManager,
     manager,
+    sessions,
 )
 from tokencore.errors import AppKeyError, AppSecretError, IssuerAnswerError, IssuerRefusedError, IssuerServerError
 from tokencore.record import Attempt, IssuanceRecord, Outcome
@@ -399,6 +401,24 @@ def test_revoke_that_kis_does_not_do_changes_nothing(gateway: Sandbox) -> None:
     gateway.__exit__()
     assert isinstance(raised(USTokenManager().revoke), IssuerUnavailableError)
     assert USTokenManager().get_valid_token() == token
+
+
+@pytest.mark.usefixtures("nowhere")
+@pytest.mark.parametrize(("minutes", "issues"), [(15, 0), (40, 1)])
+def test_session_that_the_present_token_serves_to_its_end_is_free_of_swaps(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, minutes: int, issues: int
+) -> None:
+    """With 25 minutes left a renewal waits for the end of a need that is over before; a longer one wants it now."""
+    now = datetime.now(UTC)
+    local = {code: now.astimezone(ZoneInfo(sessions.exchange(code).zone)) for code in ("KRX", "NASD")}
+    code = next(code for code in local if 3 <= local[code].hour < 23)  # at any time of the day one of them is
+    close = local[code] + timedelta(minutes=minutes) - sessions.exchange(code).pad
+    hours = f"{close - timedelta(hours=1):%H:%M}-{close:%H:%M}"
+    monkeypatch.setenv("KIS_MARKETS__US__EXCHANGES", code)
+    monkeypatch.setenv(f"KIS_EXCHANGES__{code}__HOURS__{close:%Y-%m-%d}", hours)
+    token = cached(25 * 60)
+    assert (USTokenManager().get_valid_token() != token.access_token) == issues
+    assert asked(gateway) == issues
 
 
 @pytest.mark.usefixtures("nowhere")

@@ -14,10 +14,10 @@ from tokencore import KISAuth, Settings, TokenManager, USTokenManager, look
 from tokencore.cache import Cache
 from tokencore.issuer import Issuer
 from tokencore.keeper import Keeper
+from tokencore.lock import KeyLock
 from tokencore.market import Market
 from tokencore.sandbox_rules import FAILURES
 from tokencore.sources import gather
-from tokencore.store import KeyLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable

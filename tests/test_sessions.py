@@ -186,9 +186,7 @@ def test_override_closes_a_day() -> None:
 def test_override_sets_hours_even_of_a_closed_day() -> None:
     """Hours from the settings replace the table's, and open a weekend or a day closed twice over."""
     days = date(2026, 11, 19), date(2026, 11, 22)
-    overrides = {
-        "KRX": Override(frozenset(days), dict.fromkeys(days, (time(11), time(17, 15))), extended=True)
-    }
+    overrides = {"KRX": Override(frozenset(days), dict.fromkeys(days, (time(11), time(17, 15))), extended=True)}
     for day in days:
         assert session("KRX", day, overrides) == Session(utc(f"{day}T02:00"), utc(f"{day}T08:15"))
         assert need("KRX", day, overrides) == (utc(f"{day}T01:30"), utc(f"{day}T09:15"))
@@ -380,9 +378,7 @@ def test_zone_of_the_machine_changes_nothing() -> None:
 def test_importing_sessions_loads_no_heavy_package() -> None:
     """The calendar package is loaded by the first question, not by the import."""
     program = "import sys, tokencore.sessions; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     assert "tokencore.sessions" in loaded
     assert not {"holidays", "pydantic", "requests", "filelock"} & set(loaded)
 

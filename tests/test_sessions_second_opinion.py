@@ -51,19 +51,14 @@ DIFFERENCES = [
 @pytest.fixture(scope="module")
 def theirs() -> dict[str, Any]:
     """Their calendar of each exchange that they know, loaded once."""
-    loaded = {
-        name: exchange_calendars.get_calendar(name, start=FIRST, end=LAST)
-        for name in set(THEIR_NAMES.values())
-    }
+    loaded = {name: exchange_calendars.get_calendar(name, start=FIRST, end=LAST) for name in set(THEIR_NAMES.values())}
     return {code: loaded[name] for code, name in THEIR_NAMES.items()}
 
 
 def their_hours(code: str, calendar: Any) -> dict[date, str]:  # noqa: ANN401 - it ships no types
     """Open and close of all their sessions in the exchange's zone."""
     zone = ZoneInfo(EXCHANGES[code].zone)
-    opens, closes = (
-        edges.dt.tz_convert(zone).dt.strftime("%H:%M") for edges in (calendar.opens, calendar.closes)
-    )
+    opens, closes = (edges.dt.tz_convert(zone).dt.strftime("%H:%M") for edges in (calendar.opens, calendar.closes))
     return {day.date(): f"{opens[day]}-{closes[day]}" for day in calendar.sessions}
 
 

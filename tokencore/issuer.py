@@ -18,18 +18,8 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
 
-from tokencore.errors import (
-    AccessDeniedError,
-    AppKeyError,
-    AppSecretError,
-    IssuanceLimitError,
-    IssuerAnswerError,
-    IssuerRefusedError,
-    IssuerServerError,
-    IssuerUnavailableError,
-    TokenError,
-)
-from tokencore.record import Outcome
+from tokencore.errors import IssuerRefusedError, IssuerUnavailableError
+from tokencore.refusals import KNOWN, Refusal, bad_answer, no_answer, refused, unreachable
 from tokencore.tokens import Token, from_answer
 
 if TYPE_CHECKING:
@@ -39,59 +29,9 @@ ANSWER_LIMIT = 65_536  # bytes; KIS's answers have about 700
 CONNECT_TRIES = 4  # the first and three more, only while the request cannot have reached KIS
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
-OK, SERVER_FAULT = 200, 500
+OK = 200
 DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired, on a business call
 _SECRETIVE = re.compile(r"[\w+/=.%&#;-]{20,}", re.ASCII)  # no word of KIS is so long, but every token and key
-
-
-class Refusal(NamedTuple):
-    """Why there is no token: for the record (`outcome`, `code`), people (`what`, `cure`) and `except` (`error`)."""
-
-    outcome: Outcome
-    code: str | None
-    what: str
-    cure: str
-    error: type[TokenError]
-
-
-_CODES: dict[str, tuple[Outcome, type[TokenError], str, str]] = {
-    "EGW00133": (
-        Outcome.LIMIT,
-        IssuanceLimitError,
-        "KIS refused to issue: one request a minute per app key (EGW00133)",
-        "another program issues with this key: let it use tokencore too, and wait a minute",
-    ),
-    "EGW00103": (
-        Outcome.BAD_KEY,
-        AppKeyError,
-        "KIS does not know the app key (EGW00103)",
-        "check KIS_APP_KEY and that KIS_ENVIRONMENT (real or paper) is the key's; then run `tokencore refresh`",
-    ),
-    "EGW00105": (
-        Outcome.BAD_SECRET,
-        AppSecretError,
-        "KIS refused the app secret (EGW00105)",
-        "copy KIS_APP_SECRET again, all 180 characters of it; then run `tokencore refresh`",
-    ),
-    "EGW00206": (
-        Outcome.DENIED,
-        AccessDeniedError,
-        "KIS says this key has no right to the API (EGW00206)",
-        "apply for the service on the KIS Developers portal; then run `tokencore refresh`",
-    ),
-    "EGW00207": (
-        Outcome.DENIED,
-        AccessDeniedError,
-        "KIS does not allow this IP address (EGW00207)",
-        "register the address on the KIS Developers portal; then run `tokencore refresh`",
-    ),
-    "EGW00002": (
-        Outcome.SERVER_ERROR,
-        IssuerServerError,
-        "KIS reported a fault of its own (EGW00002)",
-        "wait: the next attempt is automatic",
-    ),
-}
 
 
 class Answer(NamedTuple):
@@ -142,18 +82,18 @@ class Issuer:
         try:
             answer = self._asked_once("/oauth2/tokenP", body)
         except NotAskedError as error:
-            return _unreachable(str(error))
+            return unreachable(str(error))
         except NoAnswerError as error:
-            return _no_answer(str(error))
+            return no_answer(str(error))
         received_at = datetime.now(UTC)
-        if answer.status != OK or answer.body.get("error_code") or answer.code in _CODES:
-            return self._refusal(answer)
+        if answer.status != OK or answer.body.get("error_code") or answer.code in KNOWN:
+            return refused(answer.status, answer.code, self._told(answer))
         try:
             token = from_answer(answer.body, received_at)
         except ValueError as error:
-            return _bad_answer(str(error))
+            return bad_answer(str(error))
         if token.expires_at <= received_at:
-            return _bad_answer("its token has already expired")
+            return bad_answer("its token has already expired")
         return token
 
     def revoke(self, access_token: str) -> None:
@@ -241,29 +181,6 @@ class Issuer:
             except OSError:  # requests' own checks, before anything is sent
                 raise NotAskedError("its certificates cannot be checked (REQUESTS_CA_BUNDLE)") from None
 
-    def _refusal(self, answer: Answer) -> Refusal:
-        code = answer.code
-        if code in _CODES:
-            outcome, error, what, cure = _CODES[code]
-            return Refusal(outcome, code, what, cure, error)
-        told = self._told(answer)
-        known = code if re.fullmatch(r"\w{1,12}", code, re.ASCII) else f"HTTP {answer.status}"
-        if answer.status >= SERVER_FAULT:
-            return Refusal(
-                Outcome.SERVER_ERROR,
-                known,
-                f"KIS reported a fault of its own ({told})",
-                "wait: the next attempt is automatic",
-                IssuerServerError,
-            )
-        return Refusal(
-            Outcome.REFUSED,
-            known,
-            f"The request for a token was refused without a known reason ({told})",
-            "look for a proxy between here and KIS, and at KIS's notices of maintenance",
-            IssuerRefusedError,
-        )
-
     def _told(self, answer: Answer) -> str:
         """The status and KIS's own words, on one line, without anything secret."""
         body = answer.body
@@ -321,33 +238,3 @@ def _fault(error: Exception) -> str:
     if isinstance(error, ValueError):
         return "KIS_BASE_URL is no address"
     return "the connection was refused or the name not found" if _never_sent(error) else "the connection broke off"
-
-
-def _unreachable(why: str) -> Refusal:
-    return Refusal(
-        Outcome.UNREACHABLE,
-        None,
-        f"KIS cannot be reached: {why}",
-        "check the network and KIS_BASE_URL; the next attempt is automatic",
-        IssuerUnavailableError,
-    )
-
-
-def _no_answer(why: str) -> Refusal:
-    return Refusal(
-        Outcome.NO_ANSWER,
-        None,
-        f"KIS gave no whole answer: {why}",
-        "wait: the request may have counted, so the next attempt comes after the cool-down",
-        IssuerUnavailableError,
-    )
-
-
-def _bad_answer(why: str) -> Refusal:
-    return Refusal(
-        Outcome.BAD_ANSWER,
-        None,
-        f"KIS answered, but {why}",
-        "wait: the request may have counted, so the next attempt comes after the cool-down",
-        IssuerAnswerError,
-    )

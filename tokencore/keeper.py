@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from tokencore import limits, record, store
 from tokencore.errors import IssuanceLimitError, TokenError, TokenStoreError, TokenUnavailableError
 from tokencore.limits import Intent, Standing
+from tokencore.lock import KeyLock
 from tokencore.market import digest
 from tokencore.record import Attempt, IssuanceRecord, Outcome
 from tokencore.tokens import Token
@@ -25,15 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tokencore.cache import Cache
-    from tokencore.issuer import Issuer, Refusal
+    from tokencore.issuer import Issuer
     from tokencore.market import Market
+    from tokencore.refusals import Refusal
 
 _log = logging.getLogger("tokencore")
 LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
 POLL = 0.01  # seconds between looks at the cache while a cool-down runs
-_gates: dict[str, threading.Lock] = {}  # of a process's threads, one at a time queues for a key's file lock
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_gates.clear)  # a gate may be held by a thread that the child does not have
 
 
 class Keeper:
@@ -47,7 +45,7 @@ class Keeper:
         self._base_url = base_url
         self._issuer_made: Issuer | None = None
         self._credentials = digest(*credentials, length=8)
-        self._lock = store.KeyLock(cache.folder, cache.fingerprint)
+        self._lock = KeyLock(cache.folder, cache.fingerprint)
         self.record = IssuanceRecord(cache.folder, cache.fingerprint)
 
     def __repr__(self) -> str:
@@ -222,17 +220,10 @@ class Keeper:
 
     @contextlib.contextmanager
     def _holding(self, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """The gate among threads, then the lock among processes; yields whether both were had."""
+        """The lock in a folder that is there; yields whether it was had."""
         store.private_folder(self._cache.folder)
-        gate = _gates.setdefault(self._cache.fingerprint, threading.Lock())
-        if not gate.acquire(timeout=wait):
-            yield False
-            return
-        try:
-            with self._lock.hold(wait=wait, give_up=give_up) as held:
-                yield held
-        finally:
-            gate.release()
+        with self._lock.hold(wait=wait, give_up=give_up) as held:
+            yield held
 
     @contextlib.contextmanager
     def _owning(self) -> Iterator[None]:

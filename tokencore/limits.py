@@ -59,10 +59,10 @@ def check(intent: Intent, standing: Standing, market: Market) -> None:
 
     """
     _check_credentials(intent, standing, market)
-    _check_pauses(intent, standing, market)
-    if intent is not Intent.FORCE:
+    if intent is not Intent.FORCE:  # first what lasts for hours: nobody waits a minute to hear of it
         _check_same_token(standing, market)
         _check_ceiling(standing, market)
+    _check_pauses(intent, standing, market)
 
 
 def cooldown_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
@@ -78,13 +78,13 @@ def cooldown_until(attempts: Sequence[Attempt], now: datetime, interval: float) 
 
 
 def paused_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
-    """When the pause after failed attempts is over; None when it is, or when the last attempt brought a token."""
-    failed = record.failures(attempts)
-    if not failed or attempts[-1].at > now + CLOCK_ERROR:
+    """When the pause after attempts in vain is over; None when it is, or when the last one brought a new token."""
+    if not attempts or attempts[-1].outcome is Outcome.ISSUED or attempts[-1].at > now + CLOCK_ERROR:
         return None
     final = attempts[-1]  # also one that never left: who cannot be reached is left alone as long
     lasting = record.latest(attempts)
-    until = min(final.at, now) + pause(SELDOM if lasting and lasting.outcome in CREDENTIALS else failed, interval)
+    seldom = final.outcome is Outcome.SAME or (lasting and lasting.outcome in CREDENTIALS)
+    until = min(final.at, now) + pause(SELDOM if seldom else record.failures(attempts), interval)
     return until if until > now else None
 
 
@@ -140,7 +140,7 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
     until = paused_until(attempts, now, market.issue_interval)
     if until and intent in (Intent.DUE, Intent.AHEAD):
         raise IssuanceLimitError(
-            f"Failed attempts in a row: {record.failures(attempts)} (the last one: {attempts[-1].outcome}). "
+            f"The last attempt brought no new token ({attempts[-1].outcome}). "
             f"{what_serves(standing.token, now, market.buffer)} The next attempt is at {tell(until)}.",
             retry_at=until,
             cause="backoff",

@@ -1,8 +1,7 @@
-"""The files of the token directory: token files, written so that no reader ever sees half of one, and the key's lock.
+"""The files of the token directory, written so that no reader ever sees half of one.
 
 Every write goes to a new 0600 file in the same folder, is fsynced, renamed over the old one, and the
-folder is fsynced. Every writer of a key's files holds that key's lock: check, lock, check again. The
-reading half imports nothing heavy; the lock imports `filelock` when it is first taken.
+folder is fsynced. Every writer of a key's files holds that key's lock (see `lock`).
 """
 
 from __future__ import annotations
@@ -12,18 +11,13 @@ import errno
 import os
 import stat
 import time
-from datetime import UTC, datetime
 
 from tokencore.errors import TokenStoreError
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
-_UNRECORDED = 1.0  # an access time that no clock gives: the modification time is then an attempt's
 SIZE_LIMIT = 65_536  # bytes; a token file has about 700
-POLL = 0.008  # seconds between looks at a lock that another process holds
-_PRIVATE_FILE, _PRIVATE_FOLDER = 0o600, 0o700
+PRIVATE_FILE, _PRIVATE_FOLDER = 0o600, 0o700
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 Signature = tuple[int, int, int]  # inode, size, mtime_ns: a difference means another content
@@ -97,7 +91,7 @@ def write_text(path: str, text: str, *, temporary: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(draft)
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, _PRIVATE_FILE), "wb") as file:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, PRIVATE_FILE), "wb") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -130,7 +124,7 @@ def set_aside(path: str) -> None:
     """
     with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
         if stat.S_ISREG(os.lstat(path).st_mode):
-            os.chmod(path, _PRIVATE_FILE)  # it may hold another key's token
+            os.chmod(path, PRIVATE_FILE)  # it may hold another key's token
     for aside in (f"{path}.aside", f"{path}.{time.time_ns()}.aside"):  # a folder does not replace a file, nor a file it
         with contextlib.suppress(OSError):
             os.replace(path, aside)
@@ -165,73 +159,3 @@ def unusable(path: str, error: OSError) -> TokenStoreError:
         f"The token directory cannot be used: {path}: {error.strerror or error}. Nothing was issued; "
         "mend its permissions or free space, or point KIS_TOKEN_DIR elsewhere.",
     )
-
-
-class KeyLock:
-    """The lock of one key: whoever holds it is the only one of all processes to decide, issue and write.
-
-    The file is never deleted or renamed. If someone else does, a second holder is possible; `intact`
-    tells before anything is issued, and the issuance record is the second line.
-    """
-
-    def __init__(self, folder: str, key_fingerprint: str) -> None:
-        """Name the lock file; nothing is opened yet."""
-        self.path = os.path.join(folder, f"key-{key_fingerprint}.lock")
-
-    @contextlib.contextmanager
-    def hold(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """Hold the lock inside the block; yields False where it was not had within `wait` seconds.
-
-        `give_up` is asked every few milliseconds while another process holds it: a waiter that finds
-        what it waits for need not queue for the lock.
-
-        Raises:
-            TokenStoreError: the lock file cannot be opened or locked; nothing was changed.
-
-        """
-        from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
-
-        # A new object each time: one made before a fork refuses to work in the child.
-        lock = FileLock(
-            self.path,
-            wait,
-            _PRIVATE_FILE,
-            poll_interval=POLL,
-            fallback_to_soft=False,
-            preserve_lock_file=True,
-            on_acquired=self._remember,
-        )
-        try:
-            lock.acquire(cancel_check=give_up)
-        except Timeout:
-            yield False
-            return
-        except OSError as error:
-            raise unusable(self.path, error) from None
-        try:
-            yield True
-        finally:
-            lock.release()
-
-    def _remember(self, descriptor: int) -> None:
-        self._held = os.fstat(descriptor)
-
-    def intact(self) -> bool:
-        """Whether the locked file still stands at its path, so that no second holder can exist."""
-        try:
-            return os.path.samestat(os.stat(self.path), self._held)
-        except OSError:
-            return False
-
-    def mark_unrecorded(self, at: datetime) -> None:
-        """Keep the time of an attempt in the lock file's times: all that can be written on a full disk."""
-        with contextlib.suppress(OSError):
-            os.utime(self.path, (_UNRECORDED, at.timestamp()))
-
-    def unrecorded(self) -> datetime | None:
-        """When an attempt was made that the record could not take, or None."""
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return None
-        return datetime.fromtimestamp(found.st_mtime, UTC) if found.st_atime == _UNRECORDED else None

@@ -1,0 +1,107 @@
+"""The lock of a key: check, lock, check again, so that of all threads and processes one asks KIS.
+
+`filelock` holds the native lock, which ends with its holder. Within a process one thread at a time
+queues for it, and a forked child starts with a queue of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tokencore import store
+from tokencore.store import PRIVATE_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+POLL = 0.008  # seconds between looks at a lock that another process holds
+_UNRECORDED = 1.0  # an access time that no clock gives: the modification time is then an attempt's
+_gates: dict[str, threading.Lock] = {}  # by path
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_gates.clear)  # a gate may be held by a thread that the child does not have
+
+
+class KeyLock:
+    """The lock of one key: whoever holds it is the only one of all processes to decide, issue and write.
+
+    The file is never deleted or renamed. If someone else does, a second holder is possible; `intact`
+    tells before anything is issued, and the issuance record is the second line.
+    """
+
+    def __init__(self, folder: str, key_fingerprint: str) -> None:
+        """Name the lock file; nothing is opened yet."""
+        self.path = os.path.join(folder, f"key-{key_fingerprint}.lock")
+
+    @contextlib.contextmanager
+    def hold(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Hold the lock inside the block; yields False where it was not had within `wait` seconds.
+
+        `give_up` is asked every few milliseconds while another process holds it: a waiter that finds
+        what it waits for need not queue for the lock.
+
+        Raises:
+            TokenStoreError: the lock file cannot be opened or locked; nothing was changed.
+
+        """
+        gate = _gates.setdefault(self.path, threading.Lock())
+        if not gate.acquire(timeout=wait):
+            yield False
+            return
+        try:
+            with self._among_processes(wait, give_up) as held:
+                yield held
+        finally:
+            gate.release()
+
+    @contextlib.contextmanager
+    def _among_processes(self, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
+        from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
+
+        # A new object each time: one made before a fork refuses to work in the child.
+        lock = FileLock(
+            self.path,
+            wait,
+            PRIVATE_FILE,
+            poll_interval=POLL,
+            fallback_to_soft=False,
+            preserve_lock_file=True,
+            on_acquired=self._remember,
+        )
+        try:
+            lock.acquire(cancel_check=give_up)
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise store.unusable(self.path, error) from None
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _remember(self, descriptor: int) -> None:
+        self._held = os.fstat(descriptor)
+
+    def intact(self) -> bool:
+        """Whether the locked file still stands at its path, so that no second holder can exist."""
+        try:
+            return os.path.samestat(os.stat(self.path), self._held)
+        except OSError:
+            return False
+
+    def mark_unrecorded(self, at: datetime) -> None:
+        """Keep the time of an attempt in the lock file's times: all that can be written on a full disk."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path, (_UNRECORDED, at.timestamp()))
+
+    def unrecorded(self) -> datetime | None:
+        """When an attempt was made that the record could not take, or None."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return datetime.fromtimestamp(found.st_mtime, UTC) if found.st_atime == _UNRECORDED else None
