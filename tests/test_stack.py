@@ -151,10 +151,9 @@ class Up(NamedTuple):
         found: dict[str, int] = told(self.folder).get("processes", {})
         return found
 
-    def scheduled(self) -> int:
-        """How many runs wait for their time."""
-        asked = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-        return int(requests.post(f"{told(self.folder)['url']}/api/flow_runs/count", json=asked, timeout=30).text)
+    def api(self, method: str, path: str, content: object = None) -> requests.Response:
+        """What the server answers."""
+        return requests.request(method, f"{told(self.folder)['url']}/api/{path}", json=content, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +180,16 @@ def test_up_starts_all_and_says_so(up: Up) -> None:
 
 def test_runs_are_scheduled(up: Up) -> None:
     """Soon after the start the server has runs of the coming days: some versions of its libraries break just that."""
-    until(lambda: up.scheduled() > 0, 60)
+    scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    until(lambda: up.api("POST", "flow_runs/count", scheduled).json() > 0, 60)
+
+
+def test_a_run_uses_the_folder_of_the_settings(up: Up) -> None:
+    """A refresh by hand issues with the key of `.env` and writes into the folder that it names, relative as it is."""
+    deployment = up.api("GET", "deployments/name/refresh-token/refresh_token").json()["id"]
+    asked = {"parameters": {"market": "kr", "force": True, "reason": "test"}}
+    assert up.api("POST", f"deployments/{deployment}/create_flow_run", asked).ok
+    until((up.folder.parent / "kr_api_token.json").exists, SLOW)
 
 
 def test_the_server_gets_no_credentials_and_the_folder_is_private(up: Up) -> None:
@@ -272,7 +280,7 @@ def test_a_process_with_a_recycled_number_is_spared(tmp_path: Path) -> None:
     folder = tmp_path / "tokens" / "prefect"
     folder.mkdir(parents=True)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as bystander:
-        processes = {"supervisor": [bystander.pid, "1"], "worker": [os.getpid(), "1"]}
+        processes = {"supervisor": [bystander.pid, "1"], "worker": [bystander.pid, "2"]}
         crew_file(folder).write_text(json.dumps({"processes": processes}))
         assert place.run("down") == (0, "Nothing was running.\n")
         assert bystander.poll() is None
