@@ -19,7 +19,7 @@ from flows import causes, slack
 from flows.incidents import Incidents
 from flows.messages import Message, lasted, next_check, sentence, sessions_at_risk, still_works
 from flows.runs import clock, harmless, logger
-from tokencore import Settings, TokenManager, sessions
+from tokencore import Settings, TokenManager, next_attempt, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ def report(who: TokenManager | str, error: Exception, now: datetime, again_in: f
         cause = causes.cause_of(error, [] if isinstance(who, str) else who.history())
         incidents = _incidents()
         if _is_news(incidents, subject, cause, now):
-            message = _opening(subject, cause, error, now, again_in)
+            message = _opening(subject, cause, error, now, _attempt(who, cause, error, now, again_in))
             logger().error(message.plain)
             _tell([(message, partial(incidents.opening_told, subject.name, cause.name))])
 
@@ -99,13 +99,19 @@ def _incidents() -> Incidents:
     return Incidents(Settings.load().token_dir.expanduser().absolute())
 
 
-def _opening(subject: Subject, cause: Cause, error: Exception, now: datetime, again_in: float | None) -> Message:
+def _attempt(who: TokenManager | str, cause: Cause, error: Exception, now: datetime, again_in: float | None) -> str:
+    """When something will be tried next, by itself."""
+    if cause in (causes.CREDENTIALS, causes.SETTINGS):
+        return "none by itself: a person has to act first"
     retry_at: datetime = getattr(error, "retry_at", None) or now
     if again_in and cause is causes.DOWN:
         at = max(now + timedelta(seconds=again_in), retry_at)
-        attempt = f"about {clock(at)}, then every few minutes, then with each hourly check"
-    else:
-        attempt = f"{clock(next_check(max(now, retry_at)))}, the hourly check"
+        return f"about {clock(at)}, then every few minutes, then with each hourly check"
+    planned = None if isinstance(who, str) else next_attempt(who, now)
+    return f"about {clock(planned)}" if planned else f"{clock(next_check(max(now, retry_at)))}, the hourly check"
+
+
+def _opening(subject: Subject, cause: Cause, error: Exception, now: datetime, attempt: str) -> Message:
     serves = still_works(subject.reach) if subject.exchanges else "cached tokens, until they expire"
     return Message(
         icon=":rotating_light:",

@@ -55,7 +55,7 @@ def row(manager: TokenManager) -> dict[str, Any]:
         "market": status["market"],
         "environment": status["environment"],
         "status": status["status"],
-        "valid until": _clock(status["expires_at"]),
+        "expires": _clock(status["expires_at"]),
         "left": lasted(timedelta(seconds=status["remaining_seconds"])) if status["valid"] else "-",
         "next need": f"{_clock(need['start'])} to {_clock(need['end'])}" if need else "-",
         "covered": {True: "yes", False: "not yet", None: "-"}[status["covers_next_need"]],

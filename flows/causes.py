@@ -71,7 +71,7 @@ DEAD = Cause(
 CREDENTIALS = Cause(
     "credentials",
     "KIS refuses the app key or its secret",
-    "Correct KIS_APP_KEY and KIS_APP_SECRET, restart the worker, then run refresh_token.",
+    "Correct KIS_APP_KEY and KIS_APP_SECRET, `make down` and `make up`, then run refresh_token.",
     at_once=True,
 )
 DOWN = Cause(
@@ -89,7 +89,8 @@ STORE = Cause(
 SETTINGS = Cause(
     "settings",
     "A setting is missing or wrong",
-    "Correct it, restart the worker, then run check_tokens. Pause the deployment of an exchange that you do not trade.",
+    "Correct it, `make down` and `make up`, then run check_tokens. Pause the deployment of an exchange that you "
+    "do not trade.",
     at_once=True,
 )
 UNSERVED = Cause(

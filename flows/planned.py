@@ -7,6 +7,7 @@ next attempt. There is one such run per key; it moves when the plan moves and go
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from prefect.client.orchestration import get_client
@@ -20,7 +21,6 @@ from tokencore import managers, next_attempt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from datetime import datetime
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
@@ -49,7 +49,7 @@ def keep(wanted: Mapping[str, datetime | None]) -> None:
             return
         there = _planned(client)
         for run in there:
-            if not any(_is_for(run, markets, at) for markets, at in wanted.items()):
+            if not _is_due(run) and not any(_is_for(run, markets, at) for markets, at in wanted.items()):
                 client.delete_flow_run(run.id)
         for markets, at in wanted.items():
             if at and not any(_is_for(run, markets, at) for run in there):
@@ -63,6 +63,11 @@ def _planned(client: SyncPrefectClient) -> list[FlowRun]:
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
         )
     )
+
+
+def _is_due(run: FlowRun) -> bool:
+    """Whether it is about to start: then it is not taken back, and finds out for itself what there is to do."""
+    return run.expected_start_time is not None and run.expected_start_time <= datetime.now(UTC)
 
 
 def _is_for(run: FlowRun, markets: str, at: datetime | None) -> bool:

@@ -53,11 +53,11 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "") -> S
     token go on with it until they look again, within a second.
 
     Ends as **Renewed**, **AlreadyValid** (KIS handed the same token back, as it does for six hours),
-    **Declined** (a limit forbids it; the message says until when) or **Failed** with the reason. Nothing is tried
-    twice: the present token stays as it is, and the next hourly check goes on.
+    **Declined** (a limit forbids it, and the present token serves; the message says until when) or **Failed** with
+    the reason. Nothing is tried twice: the present token stays as it is, and the next hourly check goes on.
 
-    **Triage:** *Declined* needs nothing. *Failed* with *app key* or *app secret*: correct the settings, restart
-    the worker, run it again. *KIS cannot be reached*, *a fault of its own*: run it again after a minute.
+    **Triage:** *Declined* needs nothing. *Failed* with *app key* or *app secret*: correct the settings, `make down`
+    and `make up`, run it again. *KIS cannot be reached*, *a fault of its own*: run it again after a minute.
 
     Args:
         market: Whose token. Markets with the same app key are renewed together.
@@ -66,12 +66,14 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "") -> S
         reason: Why and for whom, at most 80 characters, for the issuance record. It is stored in clear.
 
     """
-    now = datetime.now(UTC)
+    now, form = datetime.now(UTC), f"market {market}"  # trouble before there is a key to have it
     try:
         with safe_errors():
-            return renew(TokenManager(market), now, force=force, reason=reason)
+            manager = TokenManager(market)
+            alerts.all_clear(form, now)
+            return renew(manager, now, force=force, reason=reason)
     except SAFE as error:
-        alerts.report(market, error, now)
+        alerts.report(form, error, now)
         return Failed(message=str(error))
 
 
@@ -92,8 +94,12 @@ def renew(manager: TokenManager, now: datetime, *, force: bool, reason: str) -> 
 
 
 def unrenewed(manager: TokenManager, error: Exception, now: datetime) -> State:
-    """Declined where a limit forbids it, else Failed; Slack hears of what more people must know than who started it."""
+    """Declined where a limit forbids it and the present token serves, else Failed.
+
+    Slack hears of what more people must know than who started it.
+    """
     limited = isinstance(error, IssuanceLimitError)
     if not limited or causes.cause_of(error, manager.history()) is causes.LIMIT:
         alerts.report(manager, error, now)
-    return Completed(name="Declined", message=str(error)) if limited else Failed(message=str(error))
+    serves = alerts.Subject.of(manager, now).reach is not None
+    return Completed(name="Declined", message=str(error)) if limited and serves else Failed(message=str(error))

@@ -95,6 +95,7 @@ def visit(exchange: str, due: datetime, now: datetime) -> State:
     if day.session.close <= now:
         return Completed(name="SkippedLate", message=f"{exchange}'s session of {day.date} is over.")
     keys = trading(exchange)
+    alerts.all_clear(exchange, now)  # of what kept a run from coming to its keys; they have incidents of their own
     if due < day.session.open <= now and all(lasts(manager, day.until) for manager in keys):
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
     results = runs.each_key(ensure, keys, day.session.open - now, day.until)

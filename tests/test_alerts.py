@@ -85,7 +85,7 @@ def test_an_alert_answers_an_operators_questions(gateway: Sandbox, endpoint: Sla
     assert "EGW00133" in endpoint.told[0]["blocks"][1]["text"]["text"]
     assert told.splitlines()[0] == "*Still works:* nothing: there is no valid token"
     assert "• KRX: 2026-11-23 09:00 KST, in 40 min\n• NASD, NYSE, AMEX: 2026-11-23 23:30 KST (Mon 09:30 there)" in told
-    assert "*Next attempt:* 2026-11-23 09:05 KST, the hourly check" in told
+    assert "*Next attempt:* about 2026-11-23 08:20 KST" in told  # half a second later: the gateway's minute
     assert "*To do:* Find the other program" in told
     assert endpoint.told[0]["text"].startswith(LIMITED)
 

@@ -244,7 +244,7 @@ def test_a_reader_beside_a_busy_writer_always_has_a_token(folder: Path) -> None:
 
 
 def test_the_newest_token_of_the_key_lasts_longest_and_is_not_rejected(folder: Path) -> None:
-    """Over all markets' files a token that serves comes before one that lasts longer but was rejected."""
+    """Over all files of the key, named or not, a token that serves comes before a longer one that was rejected."""
     short, long = make_token(life=3600, text="short"), make_token(life=7200, text="long")
     dead = make_token(life=9999, text="dead", rejected=True)
     for prefix, token in (("us_", short), ("kr_", dead), ("hk_", long)):
@@ -252,6 +252,9 @@ def test_the_newest_token_of_the_key_lasts_longest_and_is_not_rejected(folder: P
     every = open_cache(folder, "us_", "kr_", "hk_", "jp_")
     assert [token.access_token for token in [every.newest()] if token] == ["long"]
     assert text_of(every.read(every.paths[1])) == "dead"
+    assert [token.access_token for token in [open_cache(folder, "kr_").newest()] if token] == ["long"]
+    for prefix in ("us_", "hk_"):
+        open_cache(folder, prefix).delete()
     only = open_cache(folder, "kr_").newest()
     assert only is not None
     assert only.rejected_at is not None

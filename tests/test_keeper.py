@@ -17,6 +17,7 @@ from conftest import QUICK
 from running import DAY, asked, cached, folder, issue_of, on_disk, outcomes, raised, tokencore, until
 
 from tokencore import (
+    BaseTokenManager,
     ConfigurationError,
     CredentialsError,
     IssuanceLimitError,
@@ -25,6 +26,7 @@ from tokencore import (
     TokenError,
     TokenManager,
     USTokenManager,
+    keeper,
     manager,
     sessions,
 )
@@ -505,4 +507,70 @@ def test_credentials_go_to_no_plain_address_of_a_subclass(gateway: Sandbox) -> N
 
     with pytest.raises(ConfigurationError, match="https"):
         Careless().get_valid_token()
+    assert asked(gateway) == 0
+
+
+def test_rejected_token_of_a_deleted_file_is_marked_where_another_market_has_it(gateway: Sandbox) -> None:
+    """Without a file of its own a market's report reaches the key's other files: the dead token is not handed back."""
+    token = cached(23 * HOUR, age=HOUR)
+    USTokenManager().delete_token()
+    error = raised(lambda: USTokenManager().report_rejected(token.access_token))
+    assert isinstance(error, IssuanceLimitError)
+    assert on_disk("kr").rejected_at is not None
+    assert asked(gateway) == 0
+
+
+def test_managers_of_ones_own_with_one_key_share_the_token(gateway: Sandbox) -> None:
+    """Markets that only exist as subclasses make one issue together, even where they write key or URL differently."""
+
+    class First(BaseTokenManager):
+        prefix, space = "first_", ""
+
+        def get_api_url(self) -> str:
+            return gateway.url + "/" * len(self.space)
+
+        def get_app_credentials(self) -> tuple[str, str]:
+            return APP_KEY + self.space, APP_SECRET + self.space
+
+        def get_token_file_prefix(self) -> str:
+            return self.prefix
+
+    class Second(First):
+        prefix, space = "second_", " "
+
+    assert First().get_valid_token() == Second().get_valid_token()
+    assert asked(gateway) == 1
+
+
+def test_token_that_someone_else_issued_is_no_issue_of_ours(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that was issued long before our request is recorded as handed back, with its own time as the mark."""
+    monkeypatch.setattr(keeper, "FOREIGN_AGE", timedelta(0))  # the gateway's clock cannot be set
+    issue_elsewhere(gateway)
+    time.sleep(1.1)
+    token = USTokenManager().get_valid_token()
+    assert outcomes() == ["same"]
+    issued_at = USTokenManager().get_token_status()["issued_at"]
+    assert issued_at
+    mark = int((folder() / "us_token_issued_at.dat").read_text())
+    assert mark == int(datetime.fromisoformat(issued_at).timestamp())
+    assert token
+
+
+def test_mark_beside_another_keys_token_does_not_delay_a_new_key(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a change of the key its first request does not wait out the minute of the key before."""
+    gateway.set_rules(issue_interval=60)
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    USTokenManager().get_valid_token()
+    monkeypatch.setenv("KIS_APP_KEY", "PSanother" + "k" * 27)
+    began = time.monotonic()
+    USTokenManager().get_valid_token()
+    assert time.monotonic() - began < 5
+
+
+def test_time_without_a_zone_is_refused_before_anything_is_issued(gateway: Sandbox) -> None:
+    """A naive `valid_until` gets the package's error, and no request is spent on it."""
+    naive = datetime.now(UTC).replace(tzinfo=None)
+    assert "time zone" in str(raised(lambda: USTokenManager().get_valid_token(valid_until=naive)))
     assert asked(gateway) == 0

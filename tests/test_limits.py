@@ -225,7 +225,7 @@ def test_every_refusal_says_what_still_works_until_when() -> None:
     assert "goes on serving until 2026-11-23 21:10:00 KST" in serving  # 4 h left, less the buffer of 5 min
     assert "The next is allowed at 2026-11-23 17:15:59 KST" in serving
     dead = str(verdict(Intent.REFRESH, attempts, make_token(age=3600, now=NOW, rejected=True)))
-    assert "rejected the present token (issued 2026-11-23 16:15:00 KST)" in dead
+    assert "The present token is dead, rejected by KIS (issued 2026-11-23 16:15:00 KST)" in dead
     assert "expired at 2026-11-23 16:15:00 KST" in str(
         verdict(Intent.REFRESH, attempts, make_token(3600, age=7200, now=NOW)),
     )

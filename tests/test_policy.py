@@ -475,7 +475,7 @@ def test_anchor_with_korea_until_evening() -> None:
     evening = {"KRX": sessions.Override(extended=True)}
     winter = sessions.needs(ALL_BUT_NXT, kst("12-01 00:00"), kst("12-15 00:00"), evening)
     summer = sessions.needs(ALL_BUT_NXT, kst("09-14 00:00"), kst("09-28 00:00"), evening)
-    assert (daily_anchor(winter), daily_anchor(summer)) == (time(20, 5), time(5, 5))
+    assert (daily_anchor(winter), daily_anchor(summer)) == (time(20, 15), time(5, 5))
 
 
 def on_demand(now: datetime, needs: Sequence[Span], _: object, expires: datetime | None) -> Renewal | None:

@@ -242,3 +242,18 @@ def test_unknown_exchange_is_a_setting_to_correct(monkeypatch: pytest.MonkeyPatc
     error = raised(lambda: ticked("Mon 17:00"))
     assert isinstance(error, ConfigurationError)
     assert "MARS" in str(error)
+
+
+def test_lost_token_is_fetched_again_while_kis_hands_it_back_and_planned_by_its_issue_later(gateway: Sandbox) -> None:
+    """The record remembers the issue of a token whose file is gone: first it is fetched, later the day is kept."""
+    USTokenManager().get_valid_token()
+    USTokenManager().delete_token()
+    KRTokenManager().delete_token()
+    issued_at = USTokenManager().history()[-1].at
+    soon = look(USTokenManager(), issued_at + timedelta(hours=1)).next
+    assert soon
+    assert (soon.at, soon.exception) == (issued_at + timedelta(hours=1), None)
+    later = look(USTokenManager(), issued_at + timedelta(hours=7)).next
+    assert later
+    assert later.at >= issued_at + timedelta(hours=24) or later.exception
+    assert gateway.stats()["token_requests"] == 1

@@ -439,3 +439,9 @@ def test_the_quick_and_the_validated_way_agree(variables: dict[str, str]) -> Non
         assert found.app_key == (keys[0].get_secret_value() if keys else None)
         assert found.environment == ((own and own.environment) or loaded.environment)
         assert found.token_dir == str(loaded.token_dir)
+
+
+def test_settings_read_the_environment_however_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Settings()` and `Settings.load()` see the same sources."""
+    monkeypatch.setenv("KIS_BUFFER", "123")
+    assert Settings().buffer == Settings.load().buffer == 123

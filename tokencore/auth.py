@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 from requests.auth import AuthBase
 
 from tokencore.errors import TokenError
+from tokencore.issuer import DEAD_TOKEN  # EGW00201, the call rate, is the caller's affair
 from tokencore.manager import TokenManager
 
 if TYPE_CHECKING:
     from typing import Any
 
     from requests import PreparedRequest, Response
-
-DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired; EGW00201, the call rate, is the caller's
 
 
 class KISAuth(AuthBase):

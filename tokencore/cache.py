@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokencore.store import Signature
     from tokencore.tokens import Token
 
+FOREIGN = "of another key or environment"
 _kept: dict[str, Token] = {}  # by fingerprint: tokens that could not be saved, for this process only
 
 
@@ -57,8 +58,11 @@ class Cache:
         return token, problem
 
     def newest(self) -> Token | None:
-        """The token of the key that lasts longest, whichever of its markets has it; one rejected comes last."""
-        found = [token for path in self.paths if (token := self.read(path)[0])]
+        """The token of the key that lasts longest, whichever of its markets has it; one rejected comes last.
+
+        Markets that the settings do not name (a manager of the user's own) are found by their files.
+        """
+        found = [token for path in dict.fromkeys([*self.paths, *self._files()]) if (token := self.read(path)[0])]
         return max(found, key=lambda token: (token.rejected_at is None, token.expires_at), default=None)
 
     def save(self, token: Token, now: datetime) -> None:
@@ -98,11 +102,15 @@ class Cache:
         _kept[self.fingerprint] = token
 
     def issued_mark(self) -> datetime | None:
-        """When the key last issued, by the marks that survive a lost record and a deleted token file."""
+        """When the key last issued, by the marks that survive a lost record and a deleted token file.
+
+        A mark names no key: beside another key's token file it is that one's.
+        """
         marks = []
-        for path in map(_mark_file, self.paths):
+        for path in self.paths:
             with contextlib.suppress(ValueError, OverflowError, OSError):
-                marks.append(datetime.fromtimestamp(float(store.read_text(path) or "nan"), UTC))
+                if self._on_file(path)[1] != FOREIGN:
+                    marks.append(datetime.fromtimestamp(float(store.read_text(_mark_file(path)) or "nan"), UTC))
         return max(marks, default=None)
 
     def mark_issued(self, now: datetime) -> None:
@@ -114,6 +122,11 @@ class Cache:
         """
         for path in map(_mark_file, self.paths):
             store.write_text(path, f"{int(now.timestamp())}\n", temporary=self.fingerprint)
+
+    def _files(self) -> list[str]:
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            return [entry.path for entry in entries if entry.name.endswith("api_token.json")]
+        return []
 
     def _on_file(self, path: str) -> tuple[Token | None, str]:
         seen = store.signature(path)
@@ -141,7 +154,7 @@ class Cache:
         else:
             bound_elsewhere = bound != self.fingerprint
         if bound_elsewhere or content.get("environment", self._environment) != self._environment:
-            return None, "of another key or environment"
+            return None, FOREIGN
         return token, ""
 
 

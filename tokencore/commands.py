@@ -14,6 +14,7 @@ from tokencore import __doc__ as about
 from tokencore import picture, plan, sandbox, view
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
 from tokencore.fleet import managers
+from tokencore.limits import tell
 from tokencore.manager import TokenManager
 from tokencore.rule import tick
 
@@ -73,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
     refresh.add_argument("--reason", type=_text, default="", help="kept in the issuance record")
     delete = command("delete", _delete, "remove the market's token file; the issuance record stays")
     market(delete)
-    delete.add_argument("--revoke", action="store_true", help="also make KIS forget the token, for all who use it")
+    delete.add_argument(
+        "--revoke",
+        action="store_true",
+        help="also make KIS forget the token, for all who use it; a new one can be had six hours after its issue",
+    )
     planned = command(
         "plan", _plan, "the sessions ahead, the token's life, the daily anchor, and the next renewals and why"
     )
@@ -150,9 +155,18 @@ def _text(argument: str) -> str:
 def _delete(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
     if options.revoke:
-        print("Revoked at KIS, for every market of the key." if manager.revoke() else "There is no token to revoke.")
+        print(_revoked(manager))
     print("Deleted." if manager.delete_token() else f"There was no token file for {options.market!r}.")
     return 0
+
+
+def _revoked(manager: TokenManager) -> str:
+    token = manager.newest_token()
+    if token is None or not manager.revoke():
+        return "There is no token to revoke."
+    until = token.same_until()
+    later = f" KIS issues a new one from {tell(until)}." if until and until > datetime.now(UTC) else ""
+    return f"Revoked at KIS, for every market of the key.{later}"
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -14,7 +14,14 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from tokencore import limits, record, store
-from tokencore.errors import IssuanceLimitError, TokenError, TokenStoreError, TokenUnavailableError
+from tokencore.errors import (
+    CredentialsError,
+    IssuanceLimitError,
+    IssuerUnavailableError,
+    TokenError,
+    TokenStoreError,
+    TokenUnavailableError,
+)
 from tokencore.limits import Intent, Standing
 from tokencore.lock import KeyLock
 from tokencore.market import digest
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokencore")
 LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
+FOREIGN_AGE = timedelta(minutes=10)  # of a token that answers our request: more than clocks differ, so not our issue
 POLL = 0.01  # seconds between looks at the cache while a cool-down runs
 
 
@@ -101,6 +109,19 @@ class Keeper:
         token, issued = self._renew(Intent.DUE, lambda found: _newer(found, present), reason)
         return issued and _newer(token, present)
 
+    def allowed_from(self, now: datetime) -> datetime | None:
+        """When the limits allow a renewal that is due at `now`; None where refused credentials forbid it."""
+        standing = Standing(now, self._attempts(), self._cache.newest(), self._credentials)
+        while True:  # each turn a later one of a few limits; they all end
+            try:
+                limits.check(Intent.DUE, standing, self._market)
+            except IssuanceLimitError as limit:
+                standing = standing._replace(now=limit.retry_at or now)
+            except CredentialsError:
+                return None
+            else:
+                return standing.now
+
     def refresh(self, *, force: bool, reason: str) -> bool:
         """Renew now; True for a new token, False where KIS handed back the present one.
 
@@ -134,7 +155,7 @@ class Keeper:
             return self._cache.delete()
 
     def mark_rejected(self, access_token: str, now: datetime) -> None:
-        """Note in every file of the key that KIS rejected this token, so that no process serves it again.
+        """Note in every file of the key that KIS rejected or revoked this token, so that no process serves it again.
 
         Where another market of the key has a newer token already, all of them get that one.
 
@@ -149,7 +170,7 @@ class Keeper:
             elif token and token.rejected_at is None:
                 token.rejected_at = now
                 self._cache.save(token, now)
-                _log.error("KIS rejected the token. %s", limits.what_serves(token, now, self._market.buffer))
+                _log.warning("The token is marked dead. %s", limits.what_serves(token, now, self._market.buffer))
 
     def revoke(self, access_token: str) -> None:
         """Make KIS forget the token, see `Issuer.revoke`."""
@@ -183,6 +204,7 @@ class Keeper:
     ) -> tuple[Token, bool]:
         """A token that `serves`, and whether it was issued here rather than by someone quicker."""
         wait = LOCK_WAIT * self._market.timeout if wait is None else wait
+        began = datetime.now(UTC)
         with self._holding(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves):
                 self._adopt(token, held=held)
@@ -192,6 +214,7 @@ class Keeper:
             now, present = datetime.now(UTC), self._cache.newest()
             standing = Standing(now, self._attempts(), present, self._credentials, waited_out)
             limits.check(intent, standing, self._market)
+            self._share_failure(standing, began)
             if unwanted():
                 raise TokenUnavailableError(
                     "The present token serves the running session to its end: no swap inside it."
@@ -202,6 +225,16 @@ class Keeper:
         if intent is Intent.REQUIRED and not serves(token):
             raise TokenUnavailableError(self._useless(token))
         return token, True
+
+    def _share_failure(self, standing: Standing, began: datetime) -> None:
+        """Who waited for the lock while its holder could not reach KIS need not find that out again."""
+        last = standing.attempts[-1] if standing.attempts else None
+        if last and last.outcome is Outcome.UNREACHABLE and last.at >= began:
+            serves = limits.what_serves(standing.token, standing.now, self._market.buffer)
+            raise IssuerUnavailableError(
+                f"KIS cannot be reached, as another process found at {limits.tell(last.at)}. {serves} "
+                "To do: check the network and KIS_BASE_URL; then try again."
+            )
 
     def _useless(self, token: Token) -> str:
         if token.rejected_at is not None:
@@ -288,7 +321,7 @@ class Keeper:
             self._complete(position, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
             raise self._refused(answer, standing.token, now)
         same = _handed_back(answer, standing)
-        self._save(answer, now, fresh=not same)
+        self._save(answer, now, issued_at=(answer.issued_at if same else None) or now)
         outcome = Outcome.SAME if same else Outcome.ISSUED
         self._complete(position, attempt._replace(at=now, outcome=outcome, expires_at=answer.expires_at))
         return answer
@@ -313,12 +346,11 @@ class Keeper:
         except OSError as error:
             _log.error("The outcome %s could not be recorded: %s", attempt.outcome, error.strerror)
 
-    def _save(self, token: Token, now: datetime, *, fresh: bool) -> None:
+    def _save(self, token: Token, now: datetime, *, issued_at: datetime) -> None:
         """Save for every market; a token that was paid for goes to its caller even where that fails."""
         try:
             self._cache.save(token, now)
-            if fresh:
-                self._cache.mark_issued(now)
+            self._cache.mark_issued(issued_at)
         except OSError as error:
             self._cache.keep(token)
             _log.critical(
@@ -338,7 +370,10 @@ class Keeper:
 
 
 def _handed_back(answer: Token, standing: Standing) -> bool:
-    """Whether KIS repeated a token of ours: its expiry is known. What else is known of it holds for the answer then."""
+    """Whether KIS repeated a token: its expiry is known, or it was issued long before our request, by someone else.
+
+    What else is known of it holds for the answer then.
+    """
     present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
     # The record also knows a token whose file was deleted.
     earlier = [attempt.at for attempt in standing.attempts if attempt.expires_at == answer.expires_at]
@@ -346,7 +381,8 @@ def _handed_back(answer: Token, standing: Standing) -> bool:
         answer.rejected_at = present.rejected_at
     issues = [answer.issued_at, present and present.issued_at, *earlier]
     answer.issued_at = min((at for at in issues if at), default=None)
-    return bool(present or earlier)
+    foreign = answer.issued_at is not None and answer.issued_at < standing.now - FOREIGN_AGE
+    return bool(present or earlier or foreign)
 
 
 def _newer(token: Token, before: Token | None) -> bool:

@@ -14,7 +14,7 @@ from tokencore.errors import AccessDeniedError, AppKeyError, AppSecretError, Iss
 from tokencore.market import ISSUE_INTERVAL
 from tokencore.policy import retry_delay
 from tokencore.record import CREDENTIALS, Outcome
-from tokencore.tokens import KST
+from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +108,7 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
     if token.serves(now, buffer):
         return f"The present token goes on serving until {tell(token.expires_at - timedelta(seconds=buffer))}."
     if token.rejected_at is not None:
-        return f"KIS has rejected the present token (issued {tell(token.issued_at or token.rejected_at)})."
+        return f"The present token is dead, rejected by KIS (issued {tell(token.issued_at or token.rejected_at)})."
     return f"The last token expired at {tell(token.expires_at)}."
 
 
@@ -152,6 +152,7 @@ def _check_same_token(standing: Standing, market: Market) -> None:
     until = token.same_until() if token else None
     if token is None or until is None or not now < until < token.expires_at:
         return
+    until = min(until, now + SAME_TOKEN)  # an issue that seems to lie ahead is a clock's that was set back
     raise IssuanceLimitError(
         f"KIS would hand back the present token until {tell(until)}, six hours after its issue. "
         f"{what_serves(token, now, market.buffer)} A new one can be had from {tell(until)}.",

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 from tokencore import sources
 from tokencore.cache import Cache
-from tokencore.errors import TokenError, TokenUnavailableError
+from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
 from tokencore.market import Market, fingerprint, market_names
 
 TYPE_CHECKING = False
@@ -80,12 +80,14 @@ class BaseTokenManager:
             IssuerUnavailableError: KIS is down or unreachable.
             TokenUnavailableError: no token that KIS would issue now lasts to `valid_until`.
             TokenStoreError: the token directory cannot be used.
-            ConfigurationError: the settings are incomplete.
+            ConfigurationError: the settings are incomplete, or `valid_until` has no time zone.
                 Whatever is raised, a token that is still valid stays where it is.
 
         """
         if valid_until is None and time.monotonic() < self._fresh_until:
             return self._text
+        if valid_until is not None and getattr(valid_until, "tzinfo", None) is None:
+            raise ConfigurationError("valid_until must be a datetime with a time zone. Nothing was issued; pass one.")
         return self._consult(valid_until).access_token
 
     def load_token(self) -> Token | None:
@@ -157,8 +159,8 @@ class BaseTokenManager:
 
         """
         self._fresh_until = 0.0
-        cached = self.load_token()
-        if cached is not None and cached.access_token == token:
+        cached = (self._cache.newest(), self.load_token())
+        if any(known is not None and known.access_token == token for known in cached):
             self._keeper.mark_rejected(token, datetime.now(UTC))
         return self._consult(None).access_token
 
@@ -206,6 +208,10 @@ class BaseTokenManager:
         """
         self._fresh_until = 0.0
         return self._keeper.renew_due(present, reason)
+
+    def renewal_allowed_from(self, now: datetime) -> datetime | None:
+        """When the limits allow a renewal that is due at `now` (aware); None where only a person can bring it about."""
+        return self._keeper.allowed_from(now)
 
     def history(self) -> list[Attempt]:
         """The key's issuance record, oldest attempt first; reading changes nothing."""
@@ -278,14 +284,14 @@ class BaseTokenManager:
 
     def _read_market(self) -> Market:
         """The market that the file prefix names, configured or not: a subclass brings what is its own."""
-        name = self.get_token_file_prefix().rstrip("_")
+        name = self.get_token_file_prefix().rstrip("_").lower()
         self._values.setdefault("markets", {}).setdefault(name, {})
         return _market(name, self._values)
 
     @property
     def _cache(self) -> Cache:
         if self._cache_made is None:
-            app_key, url = self.get_app_credentials()[0], self.get_api_url()
+            app_key, url = self.get_app_credentials()[0].strip(), self.get_api_url().rstrip("/")
             own = self.get_token_file_prefix()
             siblings = [f"{name}_" for name in _sharing(fingerprint(app_key, url), self._values)]
             prefixes = [own, *(prefix for prefix in siblings if prefix != own)]
@@ -297,8 +303,9 @@ class BaseTokenManager:
         if self._keeper_made is None:
             from tokencore.keeper import Keeper  # not on the path of a cached token
 
-            credentials = self.get_app_credentials()
-            self._keeper_made = Keeper(self.market, self._cache, credentials, self.get_api_url())
+            app_key, app_secret = self.get_app_credentials()
+            url = self.get_api_url().rstrip("/")
+            self._keeper_made = Keeper(self.market, self._cache, (app_key.strip(), app_secret.strip()), url)
         return self._keeper_made
 
 

@@ -85,7 +85,7 @@ def _title(plan: Plan) -> str:
 
 def _rule(plan: Plan) -> str:
     anchor = plan.outlook.anchor
-    return f"one token, renewed at {anchor:%H:%M} KST" if anchor else "one token, renewed before it expires"
+    return f"one token, renewal aimed at {anchor:%H:%M} KST" if anchor else "one token, renewed before it expires"
 
 
 def _x(plan: Plan, at: datetime) -> float:

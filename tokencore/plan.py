@@ -61,8 +61,9 @@ class Plan(NamedTuple):
             return "No time of the day is quiet on all days: the token is renewed an hour before it expires."
         begin, end = (moment.strftime("%H:%M") for moment in self.outlook.quiet)
         return (
-            f"Every day at {self.outlook.anchor:%H:%M} KST, when some session ahead is not served: from {begin} to "
-            f"{end} KST no exchange of this key needs a token on any day."
+            f"The aim is {self.outlook.anchor:%H:%M} KST on every day with a session ahead that is not served: from "
+            f"{begin} to {end} KST no exchange of this key needs a token on any day. After an issue at another time, "
+            "24 hours pass first where no session suffers from it."
         )
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from datetime import datetime, time, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokencore import limits, policy, sessions
+from tokencore import policy, sessions
 from tokencore.errors import TokenError
 from tokencore.policy import Renewal
-from tokencore.record import CREDENTIALS
+from tokencore.record import Outcome
 from tokencore.settings import overrides
 from tokencore.status import CLOCK_SLACK
+from tokencore.tokens import SAME_TOKEN
 
 if TYPE_CHECKING:
     from tokencore.manager import TokenManager
@@ -78,8 +79,10 @@ def look(manager: TokenManager, now: datetime) -> Outlook:
     anchor = policy.daily_anchor(every, buffer=buffer)
     usable = token if token and token.serves(now, manager.market.buffer) else None
     expires_at = usable.expires_at + CLOCK_SLACK if usable else None
-    issued_at = token.issued_at if token else None
+    issued_at = token.issued_at if token else _last_issue(manager)
     planned = policy.next_renewal(now, every, issued_at=issued_at, expires_at=expires_at, anchor=anchor, buffer=buffer)
+    if planned and token is None and issued_at and now < issued_at + SAME_TOKEN:
+        planned = Renewal(now, "the token is lost, and KIS still hands the same one back", None)
     needs = [need for need in every if need[1] > now]
     reach = expires_at - buffer if expires_at else now
     unserved = next((need for need in needs if need[1] > reach), None)
@@ -110,20 +113,24 @@ def tick(manager: TokenManager, now: datetime) -> Decision:
 def next_attempt(manager: TokenManager, now: datetime) -> datetime | None:
     """When the next `tick` of the manager's key will have something to do, after `now` (aware); None if nothing is due.
 
-    That is the planned renewal or, after a failure, the end of the pause. A limit that forbids a renewal
-    for longer, or refused credentials, leave it to the hourly check.
+    That is the planned renewal or, where it is due, when the limits and the pauses after failures allow it, a
+    minute from now at the soonest. Refused credentials leave it to a person.
 
     Raises:
         ConfigurationError: an exchange of a market is unknown, or the settings are malformed.
 
     """
     planned = look(manager, now).next
-    if planned is None or planned.at > now:
-        return planned.at if planned else None
-    attempts = manager.history()
-    if attempts and attempts[-1].outcome in CREDENTIALS:
+    allowed = manager.renewal_allowed_from(now) if planned else None
+    if planned is None or allowed is None:
         return None
-    return limits.paused_until(attempts, now, manager.market.issue_interval)
+    if planned.at > now:
+        return planned.at
+    return allowed if allowed > now else now + timedelta(seconds=manager.market.issue_interval)
+
+
+def _last_issue(manager: TokenManager) -> datetime | None:
+    return next((attempt.at for attempt in reversed(manager.history()) if attempt.outcome is Outcome.ISSUED), None)
 
 
 def _plain(token: Token | None, manager: TokenManager, now: datetime) -> Renewal:

@@ -25,6 +25,7 @@ from tokencore.sessions import Override, exchange
 from tokencore.sources import CONFIG_FILE, Gathered, gather
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 _log = logging.getLogger(__name__)
@@ -114,6 +115,14 @@ class ExchangeSettings(BaseModel):
     extended: bool = False
 
 
+class _Gathered(PydanticBaseSettingsSource):
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - as inherited
+        return self().get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return gather().values
+
+
 class Settings(BaseSettings):
     """All settings, as `sources.gather` merged them; unknown `KIS_` variables are other programs' affair."""
 
@@ -139,14 +148,14 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
+        settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic-settings'
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what `load` hands over counts: `sources.gather` has the one precedence for every caller."""
-        return (init_settings,)
+        """What `sources.gather` found is the one source beside arguments: one precedence for every caller."""
+        return init_settings, _Gathered(settings_cls)
 
     def __reduce__(self) -> str:
         raise TypeError("Settings hold credentials and are not pickled; load them where they are needed")
@@ -163,7 +172,7 @@ class Settings(BaseSettings):
         _warn_of_spaces(found.values, "KIS_")
         _refuse_unknown(found)
         try:
-            return cls(**found.values)
+            return cls()
         except ValidationError as error:
             raise ConfigurationError(_sentence(error.errors(include_input=False)[0])) from None
 

@@ -149,8 +149,8 @@ def private_folder(folder: str) -> None:
 
 def _ours(name: str) -> bool:
     name = name.removeprefix(".")  # of a draft that a killed process left
-    parts = ("_api_token.json", "_token_issued_at.dat", "_krs_token.dat")
-    return name == "config.toml" or name.startswith("key-") or any(part in name for part in parts)
+    parts = ("api_token.json", "token_issued_at.dat", "_krs_token.dat")
+    return name.startswith(("key-", "incidents.", "config.toml", "prefect")) or any(part in name for part in parts)
 
 
 def unusable(path: str, error: OSError) -> TokenStoreError:
