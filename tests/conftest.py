@@ -44,6 +44,14 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A token directory."""
+    made = tmp_path / "tokens"
+    made.mkdir(0o700)
+    return made
+
+
+@pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     """KIS's gateway with a minute of half a second; the settings of this process and its children point there."""
     with Sandbox(issue_interval=ISSUE_INTERVAL) as running:

@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A token directory."""
-    made = tmp_path / "tokens"
-    made.mkdir(0o700)
-    return made
-
-
-@pytest.fixture
 def kept(folder: Path) -> Iterator[Cache]:
     """A cache whose token could not be saved; what it kept is forgotten after the test."""
     cache = open_cache(folder)

@@ -17,14 +17,6 @@ from tokencore.lock import KeyLock
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A token directory."""
-    made = tmp_path / "tokens"
-    made.mkdir(0o700)
-    return made
-
-
-@pytest.fixture
 def lock(folder: Path) -> KeyLock:
     """The lock of a key."""
     return KeyLock(str(folder), "0123456789abcdef")

@@ -27,14 +27,6 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become s
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A token directory."""
-    made = tmp_path / "tokens"
-    made.mkdir(0o700)
-    return made
-
-
-@pytest.fixture
 def public() -> Iterator[Path]:
     """A folder that everyone may enter and change, as a mounted volume often is."""
     with tempfile.TemporaryDirectory() as made:
