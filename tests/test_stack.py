@@ -17,7 +17,8 @@ import pytest
 import requests
 from running import until
 
-from flows.stack.crew import Crew, birth, crew_file, told
+from flows import board
+from flows.stack.crew import Crew, CrewError, birth, crew_file, told
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 if TYPE_CHECKING:
@@ -112,6 +113,14 @@ def test_the_demo_comes_to_a_completed_warm_up_and_a_token(demo: tuple[Place, in
     assert re.findall(r"^(us|kr) +VALID ", output, re.MULTILINE) == ["us", "kr"]
 
 
+def test_the_demo_publishes_the_table_and_the_plan(demo: tuple[Place, int, str]) -> None:
+    """The check that makes both artifacts runs at once, not at the next full hour, and their addresses are shown."""
+    _, _, output = demo
+    assert re.search(r"^check-tokens +Completed: AlreadyValid\.", output, re.MULTILINE)
+    for name in (board.TOKENS, board.PLAN):
+        assert re.search(rf"^  The {name}: http://127\.0\.0\.1:\d+/artifacts/key/{name} ", output, re.MULTILINE)
+
+
 def test_the_demo_leaves_nothing(demo: tuple[Place, int, str]) -> None:
     """No process, no file in the home, the working or the temporary folder, and no real credential in its output."""
     place, _, output = demo
@@ -162,7 +171,8 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     place = Place.made(tmp_path_factory.mktemp("up"), PREFECT_SERVER_API_PORT=str(free_port()))
     with Sandbox() as gateway:
         settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
-        lines = [f"{name}={value}" for name, value in {**settings, "KIS_TOKEN_DIR": "tokens"}.items()]
+        settings |= {"KIS_TOKEN_DIR": "tokens", "KIS_MARKETS__HK__EXCHANGES": "SEHK"}
+        lines = [f"{name}={value}" for name, value in settings.items()]
         (place.work / ".env").write_text("\n".join(lines))
         code, output = place.run("up")
         assert code == 0, output
@@ -176,6 +186,19 @@ def test_up_starts_all_and_says_so(up: Up) -> None:
     assert re.search(r"^page +http://127\.0\.0\.1:\d+$", up.output, re.MULTILINE)
     assert re.search(r"^first check +(Renewed|AlreadyValid|Completed): ", up.output, re.MULTILINE)
     assert re.findall(r"^(us|kr) ", up.output, re.MULTILINE) == ["us", "kr"]
+
+
+def test_up_shows_where_the_artifacts_are(up: Up) -> None:
+    """The table and the plan are published when `up` returns, under the names in the addresses that it prints."""
+    for name in (board.TOKENS, board.PLAN):
+        assert f"{told(up.folder)['url']}/artifacts/key/{name} " in up.output
+        assert up.api("GET", f"artifacts/{name}/latest").ok
+
+
+def test_the_form_lists_the_markets_of_the_settings(up: Up) -> None:
+    """A market that only `.env` names is in refresh_token's drop-down."""
+    deployment = up.api("GET", "deployments/name/refresh-token/refresh_token").json()
+    assert sorted(deployment["parameter_openapi_schema"]["properties"]["market"]["enum"]) == ["hk", "kr", "us"]
 
 
 def test_runs_are_scheduled(up: Up) -> None:
@@ -198,6 +221,14 @@ def test_the_server_gets_no_credentials_and_the_folder_is_private(up: Up) -> Non
     assert APP_SECRET.encode() not in environments["server"]
     assert APP_SECRET.encode() in environments["worker"]
     assert [oct(folder.stat().st_mode & 0o777) for folder in (up.folder.parent, up.folder)] == ["0o700", "0o700"]
+
+
+def test_no_credential_is_stored(up: Up) -> None:
+    """After deployments, checks and a refresh none is in the database, a log, or anything else of the stack's."""
+    stored = {path: path.read_bytes() for path in up.folder.rglob("*") if path.is_file()}
+    assert "prefect.db" in {path.name for path in stored}
+    credentials = (APP_KEY.encode(), APP_SECRET.encode())
+    assert [path for path, content in stored.items() if any(one in content for one in credentials)] == []
 
 
 def test_up_again_changes_nothing(up: Up) -> None:
@@ -236,13 +267,49 @@ def test_down_stops_what_a_killed_supervisor_left(up: Up) -> None:
     assert up.place.run("down") == (0, "Nothing was running.\n")
 
 
-def test_without_credentials_nothing_starts(tmp_path: Path) -> None:
-    """A missing key is one sentence that names it, exit 2; nothing is made."""
-    place = Place.made(tmp_path)
+@pytest.mark.parametrize("member", ["server", "deploy"])
+def test_an_interrupted_up_leaves_nothing(member: str, tmp_path: Path) -> None:
+    """Ctrl-C while it starts ends the supervisor and its processes before `up` says so, exit 130."""
+    folder = tmp_path / "tokens"
+    place = Place.made(
+        tmp_path,
+        KIS_APP_KEY=APP_KEY,
+        KIS_APP_SECRET=APP_SECRET,
+        KIS_TOKEN_DIR=str(folder),
+        PREFECT_SERVER_API_PORT=str(free_port()),
+    )
+    running = place.start("up")
+    until(lambda: member in told(folder / "prefect").get("processes", {}) or running.poll() is not None, SLOW)
+    assert len(place.living()) >= 3
+    running.send_signal(signal.SIGINT)
+    output = running.communicate(timeout=SLOW)[0]
+    assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
+    assert place.living() == []
+    assert told(folder / "prefect") == {}
+
+
+@pytest.mark.parametrize("kind", ["a file", "not to be made", "a file in it"])
+def test_an_unusable_token_folder_is_said(kind: str, tmp_path: Path) -> None:
+    """One sentence that names the path, exit 7, from what has to write there."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "prefect").touch()
+    folders = {"a file": tmp_path / "file", "not to be made": Path("/proc/tokens"), "a file in it": tmp_path / "folder"}
+    folder = folders[kind]
+    place = Place.made(tmp_path, KIS_APP_KEY=APP_KEY, KIS_APP_SECRET=APP_SECRET, KIS_TOKEN_DIR=str(folder))
+    for command in ("up", "run"):
+        code, output = place.run(command)
+        assert (code, output.count("\n")) == (7, 1), output
+        assert output.startswith(f"The token directory cannot be used: {folder}")
+
+
+@pytest.mark.parametrize(("given", "missing"), [({}, "KIS_APP_KEY"), ({"KIS_APP_KEY": APP_KEY}, "KIS_APP_SECRET")])
+def test_without_credentials_nothing_starts(given: dict[str, str], missing: str, tmp_path: Path) -> None:
+    """A missing key or secret is one sentence that names it, exit 2; nothing is made."""
+    place = Place.made(tmp_path, **given)
     code, output = place.run("up")
-    assert code == 2
-    assert output.startswith("KIS_APP_KEY is not set")
-    assert output.count("\n") == 1
+    assert (code, output.count("\n")) == (2, 1)
+    assert output.startswith(f"{missing} is not set")
     assert list(place.home.iterdir()) == []
 
 
@@ -286,6 +353,17 @@ def test_a_process_with_a_recycled_number_is_spared(tmp_path: Path) -> None:
         assert bystander.poll() is None
         bystander.kill()
     assert birth(bystander.pid) == ""
+
+
+def test_what_fails_is_tried_again(tmp_path: Path) -> None:
+    """A command that succeeds at the third try fails with two, told with the end of its log, and not with three."""
+    flaky = ["sh", "-c", "echo x >> runs; echo try $(wc -l < runs); test $(wc -l < runs) -eq 3"]
+    with Crew(tmp_path) as crew:
+        with pytest.raises(CrewError, match=r"failed with code 1(.|\n)*try 2$"):
+            crew.run("flaky", flaky, os.environ, 10, tries=2)
+        (tmp_path / "runs").unlink()
+        crew.run("flaky", flaky, os.environ, 10, tries=3)
+    assert (tmp_path / "runs").read_text().count("x") == 3
 
 
 def test_a_member_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from flows.stack import demo, service
 from flows.stack.crew import CrewError, EndedError
-from tokencore import TokenError
+from tokencore import TokenError, TokenStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
 COMMANDS = {"up": service.up, "down": service.down, "status": service.status, "run": service.run, "demo": demo.demo}
@@ -20,7 +24,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="let the demo end by itself")
     options = parser.parse_args()
     try:
-        return demo.demo(once=True) if options.once else COMMANDS[options.command]()
+        return _done(demo.demo, once=True) if options.once else _done(COMMANDS[options.command])
     except TokenError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -30,6 +34,17 @@ def main() -> int:
     except (EndedError, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _done(command: Callable[..., int], **options: bool) -> int:
+    try:
+        return command(**options)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise TokenStoreError(
+            f"The token directory cannot be used: {where}{error.strerror or error}. "
+            "Mend its permissions or free space, or point KIS_TOKEN_DIR elsewhere.",
+        ) from None
 
 
 if __name__ == "__main__":

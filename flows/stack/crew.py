@@ -87,6 +87,34 @@ class Member:
         return CrewError("\n".join([f"{self.name}: {what}. The end of its log:", *(f"  {line}" for line in lines)]))
 
 
+class Asked:
+    """Whether SIGINT, SIGTERM or SIGHUP has asked to end since a `with` block began.
+
+    A flag instead of an exception: none can strike between the start of a process and the note of it.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has asked yet."""
+        self._asked = False
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> Self:
+        # A signal with a handler has its default action in a new process, where one that is ignored, as in a
+        # shell's background jobs, stays ignored: Prefect's worker could then not be stopped but by force.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+
 class Crew:
     """The members while a `with` block lasts; leaving it stops them, the last one first."""
 
@@ -95,25 +123,17 @@ class Crew:
         self._folder = folder
         self._members: list[Member] = []
         self._facts: dict[str, Any] = {}
-        self._asked = False
+        self._asked = Asked()
 
     def __enter__(self) -> Self:
-        # A flag instead of an exception: none can strike between the start of a process and the note of it.
-        # And a signal with a handler has its default action in a new process, where one that is ignored, as in a
-        # shell's background jobs, stays ignored: Prefect's worker could then not be stopped but by force.
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._ask_to_end) for number in numbers}
+        self._asked.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         for member in reversed(self._members):
             member.stop()
         crew_file(self._folder).unlink(missing_ok=True)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask_to_end(self, *_: object) -> None:
-        self._asked = True
+        self._asked.__exit__()
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> Member:
         """Start a lasting member."""
@@ -123,22 +143,31 @@ class Crew:
         self.tell()
         return member
 
-    def run(self, name: str, command: Sequence[str], environment: Mapping[str, str], patience: float) -> None:
-        """Run a member to its end, within `patience` seconds.
+    def run(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], patience: float, *, tries: int
+    ) -> None:
+        """Run a member to its end, within `patience` seconds; again if it fails, up to `tries` times in all.
 
         Raises:
-            CrewError: it failed, or took too long.
+            CrewError: it failed every time, or took too long.
             EndedError: the crew was asked to end; so was the member.
 
         """
+        for left in reversed(range(tries)):
+            member = self._run(name, command, environment, patience)
+            if not member.process.returncode:
+                return
+            if not left:
+                raise member.failure(f"failed with code {member.process.returncode}")
+
+    def _run(self, name: str, command: Sequence[str], environment: Mapping[str, str], patience: float) -> Member:
         member = self.start(name, command, environment)
         try:
             self.wait(lambda: member.process.poll() is not None, f"{name} to end", patience)
         finally:
             member.stop()
             self._members.remove(member)
-        if member.process.returncode:
-            raise member.failure(f"failed with code {member.process.returncode}")
+        return member
 
     def wait(self, ready: Callable[[], bool], what: str, patience: float, *, of: Member | None = None) -> None:
         """Wait until `ready` says so, at most `patience` seconds and as long as the member `of` lives.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.stack.crew import Crew, CrewError
-from flows.stack.server import Prefect
+from flows.stack.server import CHECK, Prefect, addresses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +25,8 @@ REFRESH = "refresh-token/refresh_token"
 PATIENCE = 30.0  # seconds for the sandbox to start
 END = """\
 The page: {page}
+  The tokens: {tokens}
+  The plan: {plan}
   Deployments shows what runs when; refresh_token > Run > Custom run renews by hand.
   Let KIS refuse the next request, then renew by hand, with force, and see what the run tells:
     curl -X POST {sandbox}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
@@ -51,13 +53,16 @@ def demo(*, once: bool = False) -> int:
         if _tokencore(environment, "check", "kr", show=False):
             _say("", "No session needs a token now, so a person asks for one:")
             _complete(prefect, REFRESH, market="kr", force=False, reason="demo")
+        _complete(prefect, CHECK)
         print(flush=True)
         _tokencore(environment, "check")
         print(flush=True)
-        print(END.format(page=prefect.url, sandbox=environment["KIS_BASE_URL"]), flush=True)
+        print(END.format(**addresses(prefect.url), sandbox=environment["KIS_BASE_URL"]), flush=True)
         if not once:
             print("Ctrl-C stops everything and leaves nothing behind.", flush=True)
             crew.watch()
+    if not once:
+        print("Stopped.")
     return 0
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
+from flows.stack.crew import CrewError
 from tokencore import ConfigurationError
 
 if TYPE_CHECKING:
@@ -17,7 +20,11 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = "4200"  # Prefect's own
 POOL = "tokens"  # as prefect.yaml names it
+CHECK = "check-tokens/check_tokens"
+ARTIFACTS = ("tokens", "plan")  # what that run publishes; flows.board has the names too, but loads all of Prefect
 PATIENCE = 180.0  # seconds for each step: the longest, the first start of the server, takes 14 s on two idle cores
+BUSY = Retry(5, connect=0, read=0, status_forcelist=[503], allowed_methods=None, backoff_factor=0.2)
+DEPLOY_TRIES = 3  # SQLite under load makes the server answer 503; Prefect's own client asks six times, then gives up
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 PREFECT_FILE = Path(__file__).resolve().parents[2] / "prefect.yaml"
 
@@ -53,6 +60,7 @@ class Prefect:
         self._crew = crew
         self._environment = _settings(home, environment)
         self._http = requests.Session()
+        self._http.mount("http://", HTTPAdapter(max_retries=BUSY))
         self._http.trust_env = False  # no proxy stands between this machine and itself
         if password := self._environment.get("PREFECT_API_AUTH_STRING"):
             user, _, secret = password.partition(":")
@@ -73,14 +81,15 @@ class Prefect:
         # The worker makes the pool where there is none, and leaves alone what people set in one that there is.
         worker = self._crew.start("worker", _command("worker", "start", "-p", POOL, "-t", "process"), self._environment)
         self._crew.wait(lambda: self._answers(f"work_pools/{POOL}"), "its work pool", PATIENCE, of=worker)
+        # Of the settings, the form of refresh_token gets the names of the markets; there are no values in it.
         deploy = _command("--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE))
-        self._crew.run("deploy", deploy, public, PATIENCE)
+        self._crew.run("deploy", deploy, self._environment, PATIENCE, tries=DEPLOY_TRIES)
 
     def run(self, deployment: str, **parameters: object) -> dict[str, Any]:
         """Run a deployment, named `flow/deployment`, to its end; the final state with `type`, `name` and `message`.
 
         Raises:
-            CrewError: it did not end in time.
+            CrewError: it did not end in time, or the server could not be asked.
             EndedError: the crew was asked to end.
 
         """
@@ -96,15 +105,24 @@ class Prefect:
         return state
 
     def _ask(self, method: str, path: str, content: object = None) -> Any:  # noqa: ANN401 - as JSON is
-        answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=30)
-        answer.raise_for_status()
-        return answer.json()
+        try:
+            answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=30)
+            answer.raise_for_status()
+            return answer.json()
+        except requests.RequestException as error:
+            raise CrewError(f"The server gave no answer to {method} {path}: {error}") from None
 
     def _answers(self, path: str) -> bool:
         try:
             return self._http.get(f"{self.url}/api/{path}", timeout=5).ok
         except requests.RequestException:
             return False
+
+
+def addresses(url: str) -> dict[str, str]:
+    """Where in the browser to look, by name, for the server at `url`."""
+    shown = {name: f"{url}/artifacts/key/{name} (click its newest entry)" for name in ARTIFACTS}
+    return {"page": url} | shown
 
 
 def port(environment: Mapping[str, str]) -> int:

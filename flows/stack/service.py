@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 from dotenv import dotenv_values
 from filelock import BaseFileLock, FileLock, Timeout
 
-from flows.stack.crew import POLL, Crew, CrewError, crew_file, told
-from flows.stack.server import Prefect, port
+from flows.stack.crew import POLL, Asked, Crew, CrewError, EndedError, crew_file, told
+from flows.stack.server import CHECK, Prefect, addresses, port
 from tokencore import ConfigurationError, Settings, managers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHECK = "check-tokens/check_tokens"
 MEMBERS = ("supervisor", "deploy", "worker", "server")  # in the order in which they are stopped
+SPACE = 4 * 1024 * 1024  # bytes; a new database and the first logs take half of it
 PATIENCE = 100.0  # seconds for a process to end; the supervisor gives each of its members 30
 
 
@@ -56,10 +56,10 @@ def up() -> int:
     Raises:
         ConfigurationError: a setting is missing or malformed; nothing was started.
         CrewError: a part could not be started; nothing of it runs.
+        EndedError: it was asked to end on the way; nothing of it runs.
 
     """
-    for manager in managers():
-        manager.get_app_credentials()  # a missing secret is said now, not by a run at night
+    managers()  # a missing key or secret is said now, not by a run at night
     address, home = port(environment()), _home()
     private(home)
     with _lock(home, "up"):
@@ -68,6 +68,7 @@ def up() -> int:
         else:
             _stop_all(home)  # what a supervisor that was killed has left behind
             _refuse_taken(address)
+            _refuse_full(home)
             print("Starting Prefect's server, the deployments and a worker (half a minute) ...", flush=True)
             _start(home)
     return status()
@@ -101,7 +102,8 @@ def status() -> int:
     if not running:
         print("Nothing is running; `make up` starts it.")
     else:
-        print(f"{'page':<11} {facts.get('url', '-')}")
+        for name, address in addresses(facts["url"]).items():
+            print(f"{name:<11} {address}")
         for name in ("supervisor", "server", "worker"):
             print(f"{name:<11} {f'process {running[name]}' if name in running else 'NOT RUNNING'}")
         print(f"{'first check':<11} {facts.get('check', 'not yet done')}")
@@ -177,20 +179,34 @@ def _refuse_taken(address: int) -> None:
             ) from None
 
 
+def _refuse_full(home: Path) -> None:
+    """On a full disk the supervisor could not even write why it ended."""
+    probe = home / "space.tmp"
+    try:
+        probe.write_bytes(bytes(SPACE))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def _start(home: Path) -> None:
     log = home / "supervisor.log"
-    with log.open("wb") as output:
-        supervisor = subprocess.Popen(
-            [sys.executable, "-m", "flows.stack", "run"],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    while not told(home).get("ready"):
-        if supervisor.poll() is not None:
-            raise CrewError(log.read_text(errors="replace"))
-        time.sleep(POLL)
+    with Asked() as asked:
+        with log.open("wb") as output:
+            supervisor = subprocess.Popen(
+                [sys.executable, "-m", "flows.stack", "run"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        while not asked and not told(home).get("ready"):
+            if supervisor.poll() is not None:
+                raise CrewError(log.read_text(errors="replace"))
+            time.sleep(POLL)
+        if asked:
+            supervisor.terminate()  # it ends what it has started
+            supervisor.wait()
+            raise EndedError
 
 
 def _stop_all(home: Path) -> bool:
