@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from flows.runs import CLOCK_SLACK, KST, clock
-from tokencore import overrides, sessions
+from flows.runs import KST, clock
+from tokencore import CLOCK_SLACK, overrides, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
@@ -18,6 +17,7 @@ from tokencore import IssuerUnavailableError, TokenError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from datetime import datetime, timedelta
 
     from prefect import State, Task
     from prefect.client.schemas.objects import TaskRun
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from tokencore import TokenManager
 
 KST = ZoneInfo("Asia/Seoul")  # the time of KIS's own notices
-CLOCK_SLACK = timedelta(
-    seconds=30
-)  # KIS's clock is not ours: a token may end a moment before a need that it was made for
 MARGIN = 5.0  # seconds after a cool-down before Prefect tries again
 QUICK, SLOW = 65 / 60, 5.0  # issue intervals between attempts: the first three, and those after
 TRIES = 20  # of Prefect in one run; enough for 45 minutes of KIS being down

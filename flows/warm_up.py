@@ -17,8 +17,8 @@ from prefect.states import Completed, Failed
 
 from flows import alerts, planned, runs
 from flows.causes import as_met
-from flows.runs import CLOCK_SLACK, SAFE, clock, kis_is_down, safe_errors
-from tokencore import TokenManager, overrides, sessions, trading
+from flows.runs import SAFE, clock, kis_is_down, safe_errors
+from tokencore import CLOCK_SLACK, TokenManager, overrides, sessions, trading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from tokencore.plan import Plan, make_plan
     from tokencore.rule import Decision, Outlook, look, next_attempt, tick
     from tokencore.settings import Settings, overrides
+    from tokencore.status import CLOCK_SLACK
 
 __all__ = [
+    "CLOCK_SLACK",
     "BaseTokenManager",
     "ConfigurationError",
     "CredentialsError",
@@ -64,6 +66,7 @@ _ROOMS = {
     "settings": ("Settings", "overrides"),
     "picture": ("draw_plans",),
     "plan": ("Plan", "make_plan"),
+    "status": ("CLOCK_SLACK",),
     "rule": ("Decision", "Outlook", "look", "next_attempt", "tick"),
 }
 
