@@ -524,3 +524,22 @@ def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes() -> None:
     assert planned_runs() == {"us+kr": [later]}
     planned.keep({"us+kr": None})
     assert planned_runs() == {}
+
+
+def test_a_renewal_that_is_about_to_start_is_not_taken_back() -> None:
+    """A planned run whose moment has come stays, whatever the plan says now: it finds out for itself what to do."""
+    past = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1)
+    with get_client(sync_client=True) as client:
+        client.create_deployment(client.create_flow(check_tokens), "check_tokens")
+        planned.keep({"late": past})
+        planned.keep({"late": None})
+        assert planned_runs() == {"late": [past]}
+        for one in client.read_flow_runs():
+            if planned.TAG in one.tags:
+                client.delete_flow_run(one.id)
+
+
+def test_a_refused_refresh_without_a_token_is_a_failure(gateway: Sandbox) -> None:
+    """Where no token serves, a limit that forbids a refresh is no `Declined`: there is nothing to go on with."""
+    gateway.fail("limit")
+    assert told(refreshed("us")) == ("FAILED", "Failed")

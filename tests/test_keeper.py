@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
@@ -574,3 +575,13 @@ def test_time_without_a_zone_is_refused_before_anything_is_issued(gateway: Sandb
     naive = datetime.now(UTC).replace(tzinfo=None)
     assert "time zone" in str(raised(lambda: USTokenManager().get_valid_token(valid_until=naive)))
     assert asked(gateway) == 0
+
+
+def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: Sandbox) -> None:
+    """Of threads that want a token at once one tries to connect; the others hear of it instead of trying in turn."""
+    managers = [USTokenManager() for _ in range(4)]
+    gateway.__exit__()
+    with ThreadPoolExecutor(len(managers)) as pool:
+        errors = list(pool.map(lambda manager: raised(manager.get_valid_token), managers))
+    assert all(isinstance(error, IssuerUnavailableError) for error in errors)
+    assert outcomes() == ["unreachable"]
