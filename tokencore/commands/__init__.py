@@ -1,0 +1,58 @@
+"""The command line: what can be asked for, and of which market; every group of commands has its own room."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from tokencore import __doc__ as about
+from tokencore import sandbox
+from tokencore.commands import ahead, tokens
+from tokencore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_CODES = (
+    "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
+    "4 issuance limit, 5 credentials refused, 6 KIS unreachable, 7 store unusable"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}; see `{self.prog} --help`.")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse and run one command line; the exit code.
+
+    Raises:
+        TokenError: what the command met; its class has the exit code.
+
+    """
+    logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Korean or block characters shows question marks
+    options = parser().parse_args(arguments)
+    code: int = options.run(options)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    top = _Parser(prog="tokencore", description=(about or "").partition("\n")[0], epilog=EXIT_CODES)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+        added.set_defaults(run=function)
+        return added
+
+    for group in (tokens, ahead):
+        group.add(command)
+    sandbox.add_arguments(command("sandbox", sandbox.run, "a KIS gateway on loopback, to try things out"))
+    return top

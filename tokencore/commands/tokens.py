@@ -1,0 +1,118 @@
+"""The commands around a token: `get`, `check`, `refresh` and `delete`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tokencore import view
+from tokencore.commands.shared import add_json, add_market, print_json
+from tokencore.errors import TokenUnavailableError
+from tokencore.fleet import managers
+from tokencore.limits import tell
+from tokencore.manager import TokenManager
+
+if TYPE_CHECKING:
+    import argparse
+
+    from tokencore.commands.shared import AddCommand
+
+NOT_VALID, UNREACHABLE = 3, 6
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands to the parser."""
+    get = command("get", _get, "print the token, and nothing else; renews if it must")
+    add_market(get)
+    get.add_argument("--no-renew", action="store_true", help="only what is cached: ask KIS for nothing")
+    add_json(get)
+    check = command("check", _check, "status of the markets; read-only, asks KIS for nothing without --probe")
+    add_market(check, many="*")
+    check.add_argument("--probe", action="store_true", help="prove each valid token with one quote call")
+    add_json(check)
+    refresh = command("refresh", _refresh, "renew now")
+    add_market(refresh)
+    refresh.add_argument("--force", action="store_true", help="also within six hours and past the daily ceiling")
+    refresh.add_argument("--reason", type=_text, default="", help="kept in the issuance record")
+    delete = command("delete", _delete, "remove the market's token file; the issuance record stays")
+    add_market(delete)
+    delete.add_argument(
+        "--revoke",
+        action="store_true",
+        help="also make KIS forget the token, for all who use it; a new one can be had six hours after its issue",
+    )
+
+
+def _get(options: argparse.Namespace) -> int:
+    manager = TokenManager(options.market)
+    text = _cached(manager) if options.no_renew else manager.get_valid_token()
+    if not options.json:
+        print(text)
+        return 0
+    status = manager.get_token_status()
+    told = {"market", "environment", "expires_at", "issued_at", "remaining_seconds"}
+    fields = {name: value for name, value in status.items() if name in told}
+    print_json({"access_token": text, "token_type": "Bearer"} | fields)
+    return 0
+
+
+def _cached(manager: TokenManager) -> str:
+    token = manager.load_token()
+    if token is None or not token.serves(datetime.now(UTC), manager.market.buffer):
+        raise TokenUnavailableError(
+            f"There is no valid token for {manager.market.name!r} in the cache "
+            f"({manager.get_token_status()['status']}), and --no-renew forbids to ask for one.",
+        )
+    return token.access_token
+
+
+def _check(options: argparse.Namespace) -> int:
+    asked = [TokenManager(name) for name in options.market] or managers()
+    statuses = [manager.get_token_status() for manager in asked]
+    code = 0 if all(status["valid"] for status in statuses) else NOT_VALID
+    proofs: dict[str, tuple[bool | None, str]] = {}
+    if options.probe:
+        proofs = {manager.market.name: manager.probe() for manager in asked if not manager.is_token_expired()}
+        if any(accepted is False for accepted, _ in proofs.values()):
+            code = NOT_VALID
+        elif any(accepted is None for accepted, _ in proofs.values()):
+            code = code or UNREACHABLE
+    if options.json:
+        print_json([{**status, **_proof(proofs, status["market"])} for status in statuses])
+    else:
+        view.print_statuses(statuses, proofs, datetime.now(UTC))
+    return code
+
+
+def _proof(proofs: dict[str, tuple[bool | None, str]], market: str) -> dict[str, object]:
+    return {"probe": {"accepted": proofs[market][0], "told": proofs[market][1]}} if market in proofs else {}
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    manager = TokenManager(options.market)
+    renewed = manager.refresh(force=options.force, reason=options.reason)
+    told = "Renewed." if renewed else "KIS handed back the present token (its six-hour rule); nothing has changed."
+    print(f"{told}\n{manager.get_token_info()}")
+    return 0
+
+
+def _text(argument: str) -> str:
+    """What a terminal of another encoding sent may not be text at all."""
+    return argument.encode(errors="replace").decode()
+
+
+def _delete(options: argparse.Namespace) -> int:
+    manager = TokenManager(options.market)
+    if options.revoke:
+        print(_revoked(manager))
+    print("Deleted." if manager.delete_token() else f"There was no token file for {options.market!r}.")
+    return 0
+
+
+def _revoked(manager: TokenManager) -> str:
+    token = manager.newest_token()
+    if token is None or not manager.revoke():
+        return "There is no token to revoke."
+    until = token.same_until()
+    later = f" KIS issues a new one from {tell(until)}." if until and until > datetime.now(UTC) else ""
+    return f"Revoked at KIS, for every market of the key.{later}"
