@@ -10,7 +10,7 @@ import contextlib
 import threading
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from flows.causes import Cause
     from flows.incidents import Incident
 
+Notice = Literal["renewed", "forced", "same", "declined", "failed"]
+NOTICES: dict[Notice, str] = {
+    "renewed": "refreshed by hand",
+    "forced": "refreshed by hand, with force",
+    "same": "a refresh by hand brought the same token",
+    "declined": "a refresh by hand was declined",
+    "failed": "a refresh by hand failed",
+}
 FAILED = "An alert could not be made"
 PATIENCE = 5.0  # seconds a run waits for Slack
 
@@ -86,6 +94,24 @@ def all_clear(who: TokenManager | str, now: datetime) -> None:
         for message, _ in messages:
             logger().info(message.plain)
         _tell(messages)
+
+
+def announce(manager: TokenManager, what: Notice, *, who: str, why: str, now: datetime) -> None:
+    """Tell that a person had a token refreshed at `now` (aware): what became of it, who asked, and why.
+
+    It is told once, as it happens; what Slack does not take is in the log and in the issuance record.
+    """
+    with harmless(FAILED):
+        subject = Subject.of(manager, now)
+        message = Message(
+            icon=":arrows_counterclockwise:",
+            headline=f"{subject.label}: {NOTICES[what]}",
+            happened=f"{who or 'Somebody'} asked for it, {clock(now)}.",
+            answers=[("Why", why or "no reason given"), ("Works now", still_works(subject.reach))],
+            run=_run(),
+        )
+        logger().info(message.plain)
+        _tell([(message, lambda: None)])
 
 
 def _is_news(incidents: Incidents, subject: Subject, cause: Cause, now: datetime) -> bool:

@@ -133,6 +133,16 @@ def test_a_recovery_is_one_message_with_its_length(gateway: Sandbox, endpoint: S
     assert "It lasted 1 h 35 min, from 2026-11-23 08:20 KST." in text_of(endpoint.told[1])
 
 
+def test_a_refresh_by_hand_is_announced(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
+    """Slack hears who had which token refreshed, when, why, and what works now."""
+    assert gateway.url
+    alerts.announce(USTokenManager(), "forced", who="Kim", why="it was revoked", now=MONDAY)
+    told = text_of(endpoint.told[0])
+    assert endpoint.headlines == ["us+kr: refreshed by hand, with force"]
+    assert "Kim asked for it, 2026-11-23 08:20 KST." in told
+    assert "*Why:* it was revoked" in told
+
+
 def test_trouble_that_returns_is_a_new_incident(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
     """After its recovery the same trouble is told again."""
     manager, error = refused(gateway)
