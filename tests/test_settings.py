@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokencore import overrides, sources
 from tokencore.errors import ConfigurationError
 from tokencore.market import HOSTS, Market, market_names
-from tokencore.settings import Settings
+from tokencore.settings import Settings, unknown_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -445,3 +445,30 @@ def test_settings_read_the_environment_however_they_are_made(monkeypatch: pytest
     """`Settings()` and `Settings.load()` see the same sources."""
     monkeypatch.setenv("KIS_BUFFER", "123")
     assert Settings().buffer == Settings.load().buffer == 123
+
+
+def test_each_setting_tells_which_source_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By variable name: the environment, `.env`, the secrets folder, `config.toml`; the first that gave it is told."""
+    secrets = secret("KIS_APP_SECRET", SECRET)
+    Path(".env").write_text(f"KIS_APP_KEY={KEY}\nKIS_TIMEOUT=7\nKIS_SECRETS_DIR={secrets}\n")
+    config("buffer = 200\n[markets.hk]\nexchanges = ['SEHK']\n")
+    monkeypatch.setenv("KIS_TIMEOUT", "5")
+    assert sources.origins() == {
+        "KIS_TIMEOUT": "environment",
+        "KIS_APP_KEY": ".env",
+        "KIS_APP_SECRET": str(secrets),
+        "KIS_BUFFER": "~/.tokencore/config.toml",
+        "KIS_MARKETS__HK__EXCHANGES": "~/.tokencore/config.toml",
+    }
+
+
+def test_names_that_are_no_settings_are_told_with_what_they_resemble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt name gets the right one, another program's none; what `get --format env` sets is no mistake."""
+    for name in ("KIS_TIMOUT", "KIS_SECRET_DIR", "KIS_MARKET__HK__APP_KEY", "KIS_ACCOUNT_NO", "KIS_ACCESS_TOKEN"):
+        monkeypatch.setenv(name, "x")
+    assert unknown_names() == {
+        "KIS_TIMOUT": "KIS_TIMEOUT",
+        "KIS_SECRET_DIR": "KIS_SECRETS_DIR",
+        "KIS_MARKET__HK__APP_KEY": "KIS_MARKETS__HK__APP_KEY",
+        "KIS_ACCOUNT_NO": "",
+    }

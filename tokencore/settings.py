@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from datetime import date, time
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_TOLD = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
+_ALIKE = 0.85  # of two names: a letter or two went wrong
 _warned: set[str] = set()  # variables; one line a process is enough
 
 
@@ -188,6 +191,25 @@ def overrides() -> dict[str, Override]:
         exchange(name).code: Override(frozenset(own.closed), own.hours, own.extended)
         for name, own in Settings.load().exchanges.items()
     }
+
+
+def unknown_names() -> dict[str, str]:
+    """The `KIS_` names of this process's sources that are no settings, each with the one it resembles, or nothing.
+
+    Another program's are among them; one that resembles a setting of ours is most likely misspelt.
+
+    Raises:
+        ConfigurationError: a source exists but cannot be read; the sentence names it.
+
+    """
+    known = [*(_variable((field,)) for field in Settings.model_fields), "KIS_SECRETS_DIR"]
+    unknown = {}
+    for name in gather().origins:
+        top, *rest = name.split("__")
+        if name.startswith("KIS_") and top not in (*known, *_TOLD):
+            alike = difflib.get_close_matches(top, known, 1, _ALIKE)
+            unknown[name] = "__".join([*alike, *rest]) if alike else ""
+    return unknown
 
 
 def _variable(path: tuple[int | str, ...]) -> str:

@@ -90,6 +90,16 @@ def gather() -> Gathered:
     return found
 
 
+def origins() -> dict[str, str]:
+    """Where each setting came from, by its variable name: the environment, or the file or folder that gave it.
+
+    Raises:
+        ConfigurationError: a source exists but cannot be read; the sentence names it.
+
+    """
+    return gather().origins
+
+
 def _take(found: Gathered, pairs: Iterable[tuple[str, str]], origin: str) -> None:
     for name, value in pairs:
         if name.startswith(_PREFIXES) and name not in _ALIEN:
