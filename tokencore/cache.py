@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-from datetime import UTC, datetime
 
-from tokencore import store, tokens
+from tokencore import flatjson, store, tokens
 from tokencore.market import fingerprint
+from tokencore.moments import UTC, datetime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,6 +72,8 @@ class Cache:
             OSError: a file could not be written; those before it have the new token, the others the old one.
 
         """
+        import json  # not on the path of a cached token
+
         content = tokens.to_cache(token, now=now, environment=self._environment, key_fingerprint=self.fingerprint)
         text = json.dumps(content, indent=2) + "\n"
         for path in self.paths:
@@ -106,12 +106,8 @@ class Cache:
 
         A mark names no key: beside another key's token file it is that one's.
         """
-        marks = []
-        for path in self.paths:
-            with contextlib.suppress(ValueError, OverflowError, OSError):
-                if self._on_file(path)[1] != FOREIGN:
-                    marks.append(datetime.fromtimestamp(float(store.read_text(_mark_file(path)) or "nan"), UTC))
-        return max(marks, default=None)
+        marks = [_mark(path) for path in self.paths if self._on_file(path)[1] != FOREIGN]
+        return max((mark for mark in marks if mark), default=None)
 
     def mark_issued(self, now: datetime) -> None:
         """Note the issue, in whole epoch seconds, beside every market's token file.
@@ -124,9 +120,11 @@ class Cache:
             store.write_text(path, f"{int(now.timestamp())}\n", temporary=self.fingerprint)
 
     def _files(self) -> list[str]:
-        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
-            return [entry.path for entry in entries if entry.name.endswith("api_token.json")]
-        return []
+        try:
+            with os.scandir(self.folder) as entries:
+                return [entry.path for entry in entries if entry.name.endswith("api_token.json")]
+        except OSError:
+            return []
 
     def _on_file(self, path: str) -> tuple[Token | None, str]:
         seen = store.signature(path)
@@ -141,7 +139,7 @@ class Cache:
             text = store.read_text(path)
             if text is None:
                 return None, ""
-            content = json.loads(text)
+            content = flatjson.loads(text)
             if not isinstance(content, dict):
                 return None, "not a JSON object"
             token = tokens.from_cache(content)
@@ -156,6 +154,13 @@ class Cache:
         if bound_elsewhere or content.get("environment", self._environment) != self._environment:
             return None, FOREIGN
         return token, ""
+
+
+def _mark(path: str) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(float(store.read_text(_mark_file(path)) or "nan"), UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _mark_file(path: str) -> str:

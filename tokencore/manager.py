@@ -8,12 +8,12 @@ renewal is due, and one thread renews while the others go on with the token that
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
 
 from tokencore import sources
 from tokencore.cache import Cache
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
 from tokencore.market import Market, fingerprint, market_names
+from tokencore.moments import UTC, datetime, timedelta
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

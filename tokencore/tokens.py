@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta, timezone
+from tokencore import flatjson
+from tokencore.moments import UTC, datetime, timedelta, timezone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -150,15 +151,14 @@ def jwt_claims(text: str) -> dict[str, Any]:
 
     KIS's tokens carry `iat`, `exp` and, as `jti`, the app key.
     """
-    import json  # a plain token must not pay for it
-    from binascii import a2b_base64
+    from binascii import a2b_base64  # a plain token must not pay for it
 
     parts = text.split(".")
     if len(parts) != 3:  # noqa: PLR2004 - header, claims, signature
         return {}
     try:
         padded = parts[1].replace("-", "+").replace("_", "/") + "=" * (-len(parts[1]) % 4)
-        claims = json.loads(a2b_base64(padded))
+        claims = flatjson.loads(a2b_base64(padded).decode())
     except (ValueError, RecursionError):
         return {}
     return claims if isinstance(claims, dict) else {}
