@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from tokencore import sessions
     from tokencore.auth import KISAuth
+    from tokencore.auth_httpx import KISHttpxAuth
     from tokencore.errors import (
         ConfigurationError,
         CredentialsError,
@@ -39,6 +40,7 @@ __all__ = [
     "IssuanceLimitError",
     "IssuerUnavailableError",
     "KISAuth",
+    "KISHttpxAuth",
     "KRTokenManager",
     "Outlook",
     "Plan",
@@ -62,6 +64,7 @@ __all__ = [
 _ROOMS = {
     "manager": ("BaseTokenManager", "KRTokenManager", "TokenManager", "USTokenManager"),
     "auth": ("KISAuth",),
+    "auth_httpx": ("KISHttpxAuth",),
     "fleet": ("managers", "trading"),
     "settings": ("Settings", "overrides"),
     "picture": ("draw_plans",),

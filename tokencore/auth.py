@@ -1,26 +1,29 @@
-"""Signs requests to KIS's business API: bearer token, app key and app secret, renewed behind the caller's back."""
+"""`KISAuth`, for requests: signs calls of KIS's business API, with the token renewed behind the caller's back."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from requests.auth import AuthBase
+from requests.exceptions import UnrewindableBodyError
+from requests.utils import rewind_body
 
-from tokencore.errors import TokenError
-from tokencore.issuer import DEAD_TOKEN  # EGW00201, the call rate, is the caller's affair
-from tokencore.manager import TokenManager
+from tokencore.signing import Signer, is_json, says_dead
 
 if TYPE_CHECKING:
     from typing import Any
 
     from requests import PreparedRequest, Response
 
+    from tokencore.signing import Signature
+
 
 class KISAuth(AuthBase):
     """`requests` authentication for a market: `requests.get(url, auth=KISAuth("us"))`.
 
     A token that KIS rejects is reported, and the request is sent once more with its successor. Where there is none
-    yet, the caller gets KIS's own answer. One object serves any number of threads and sessions.
+    yet, or the body was a stream that cannot be sent again, the caller gets KIS's own answer. One object serves any
+    number of threads and sessions.
     """
 
     def __init__(self, market: str, *, custtype: str = "P") -> None:
@@ -30,57 +33,66 @@ class KISAuth(AuthBase):
             ConfigurationError: the settings cannot be read, or the market is not configured.
 
         """
-        self._manager = TokenManager(market)
+        self._signer = Signer(market)
         self._custtype = custtype
 
     def __repr__(self) -> str:
-        return f"KISAuth({self._manager.market.name!r})"
+        return f"KISAuth({self._signer!r})"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         """Put the headers on `request`.
 
         Raises:
+            ConfigurationError: the request does not go to the market's base URL; nothing was sent.
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
-        app_key, app_secret = self._manager.get_app_credentials()
-        token = self._manager.get_valid_token()
-        request.headers.update(
-            {
-                "authorization": f"Bearer {token}",
-                "appkey": app_key,
-                "appsecret": app_secret,
-                "custtype": request.headers.get("custtype", self._custtype),
-            },
-        )
-        request.hooks["response"].append(self._retry_rejected)
+        self._signer.check_url(request.url or "")
+        signature = self._signer.signature()
+        headers = request.headers
+        if "custtype" not in headers:
+            headers["custtype"] = self._custtype
+        _sign(request, signature)
+        request.hooks["response"].append(lambda response, **sending: self._answered(response, signature, sending))
         return request
 
-    def _retry_rejected(self, response: Response, **sending: Any) -> Response:  # noqa: ANN401 - requests' own keywords
-        if response.is_redirect:  # KIS never redirects: whoever does shall not see the secret as well
-            for name in ("authorization", "appkey", "appsecret"):
-                response.request.headers.pop(name, None)
-        used = response.request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not used or _code(response) not in DEAD_TOKEN:
+    def _answered(self, response: Response, used: Signature, sending: dict[str, Any]) -> Response:
+        _hide_from_redirect(response, used)
+        if not is_json(response.headers.get("content-type")) or not says_dead(response.content):
             return response
-        try:
-            token = self._manager.report_rejected(used)
-        except TokenError:
-            return response
+        signature = self._signer.successor(used)
         again = response.request.copy()
-        again.headers["authorization"] = f"Bearer {token}"
+        if signature is None or not _replayable(again):
+            return response
+        _sign(again, signature)
         response.close()
-        retried = response.connection.send(again, **sending)
+        retried: Response = response.connection.send(again, **sending)
         retried.history.append(response)
         retried.request = again
+        _hide_from_redirect(retried, used, response.request)
         return retried
 
 
-def _code(response: Response) -> object:
-    if "json" not in response.headers.get("content-type", ""):
-        return None
+def _sign(request: PreparedRequest, signature: Signature) -> None:
+    headers = request.headers
+    for name, value in signature.headers.items():
+        headers[name] = value
+
+
+def _hide_from_redirect(response: Response, used: Signature, *requests: PreparedRequest) -> None:
+    """KIS never redirects: whoever does shall not see the secret as well. requests copies the first request for it."""
+    if response.is_redirect:
+        for request in (response.request, *requests):
+            for name in used.headers:
+                request.headers.pop(name, None)
+
+
+def _replayable(request: PreparedRequest) -> bool:
+    """Whether its body can be sent again; a stream is wound back to its start for that."""
+    if request.body is None or isinstance(request.body, str | bytes):
+        return True
     try:
-        body = response.json()
-    except ValueError:
-        return None
-    return body.get("msg_cd") if isinstance(body, dict) else None
+        rewind_body(request)
+    except UnrewindableBodyError:
+        return False
+    return True

@@ -19,7 +19,7 @@ import requests
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
 
 from tokencore.errors import IssuerRefusedError, IssuerUnavailableError
-from tokencore.refusals import KNOWN, Refusal, bad_answer, no_answer, refused, unreachable
+from tokencore.refusals import DEAD_TOKEN, KNOWN, Refusal, bad_answer, no_answer, refused, unreachable
 from tokencore.tokens import Token, from_answer
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ CONNECT_TRIES = 4  # the first and three more, only while the request cannot hav
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
 OK = 200
-DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired, on a business call
 _SECRETIVE = re.compile(r"[\w+/=.%&#;-]{20,}", re.ASCII)  # no word of KIS is so long, but every token and key
 
 

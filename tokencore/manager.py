@@ -90,6 +90,16 @@ class BaseTokenManager:
             raise ConfigurationError("valid_until must be a datetime with a time zone. Nothing was issued; pass one.")
         return self._consult(valid_until).access_token
 
+    def token_at_hand(self) -> str | None:
+        """The valid token where it is cached and no renewal is due; None where `get_valid_token` might wait for KIS."""
+        if time.monotonic() < self._fresh_until:
+            return self._text
+        now, token = datetime.now(UTC), self.load_token()
+        if token is None or not token.serves(now, max(self.market.buffer, self.market.proactive_window)):
+            return None
+        self._remember(token, now)
+        return token.access_token
+
     def load_token(self) -> Token | None:
         """The token in the market's file, valid or not; None where there is none of this key."""
         return self._cache.read()[0]

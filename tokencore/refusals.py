@@ -18,6 +18,7 @@ from tokencore.errors import (
 )
 from tokencore.record import Outcome
 
+DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired, on a business call
 SERVER_FAULT = 500
 WAIT = "wait: the next attempt is automatic"
 WAIT_LONGER = "wait: the request may have counted, so the next attempt comes after the cool-down"

@@ -1,0 +1,140 @@
+"""What KIS's business API wants of a request, whichever HTTP client sends it; `auth` and `auth_httpx` put it there.
+
+Four headers, for KIS's own address only, and what to do when an answer says that the token is dead.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tokencore.errors import ConfigurationError, TokenError
+from tokencore.manager import TokenManager
+from tokencore.refusals import DEAD_TOKEN  # EGW00201, the call rate, is the caller's affair
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    Origin = tuple[str, str, int | None]
+
+_log = logging.getLogger("tokencore")
+_PORTS = {"https": 443, "http": 80}
+_DEAD_BYTES = tuple(code.encode() for code in DEAD_TOKEN)
+
+
+class Signature:
+    """The secret headers of one token, as text and as bytes; neither shown nor pickled."""
+
+    __slots__ = ("headers", "raw", "token")
+
+    def __init__(self, token: str, app_key: str, app_secret: str) -> None:
+        """Spell them once: a token serves many thousand requests."""
+        self.token = token
+        self.headers = {"authorization": f"Bearer {token}", "appkey": app_key, "appsecret": app_secret}
+        self.raw = tuple((name.encode(), value.encode()) for name, value in self.headers.items())
+
+    def __reduce__(self) -> str:
+        raise TypeError("a signature holds credentials and is not pickled")
+
+
+class Signer:
+    """Signs for one market, from any thread.
+
+    Attributes:
+        prefix: how every address begins that may see the credentials, as clients normally spell it.
+        origin: the same as scheme, host and port.
+
+    """
+
+    __slots__ = ("_credentials", "_manager", "_present", "origin", "prefix")
+
+    def __init__(self, market: str) -> None:
+        """Sign for the configured `market`; credentials and token are asked for with the first request."""
+        self._manager = TokenManager(market)
+        url = urlsplit(self._manager.get_api_url())
+        self.prefix = f"{url.scheme}://{url.netloc}/".lower()
+        self.origin: Origin = (url.scheme, url.hostname or "", url.port or _PORTS.get(url.scheme))
+        self._credentials: tuple[str, str] | None = None
+        self._present: Signature | None = None
+
+    def __repr__(self) -> str:
+        return repr(self._manager.market.name)
+
+    def __reduce__(self) -> str:
+        raise TypeError("what signs requests knows credentials and is not pickled; make it anew where it is needed")
+
+    def signature(self) -> Signature:
+        """The headers with a valid token, which is renewed if it must be.
+
+        Raises:
+            TokenError: there is no valid token and none can be had; nothing was sent.
+
+        """
+        return self._signed(self._manager.get_valid_token())
+
+    def signature_at_hand(self) -> Signature | None:
+        """The headers where the token is there and no renewal is due; None where `signature` might wait for KIS."""
+        token = self._manager.token_at_hand()
+        return None if token is None else self._signed(token)
+
+    def successor(self, rejected: Signature) -> Signature | None:
+        """Report that KIS rejected a signature's token; one with its successor, None where there is none yet."""
+        try:
+            return self._signed(self._manager.report_rejected(rejected.token))
+        except TokenError as error:
+            _log.warning("KIS rejected the token of %r, and there is no other yet: %s", self, error)
+            return None
+
+    def check_url(self, url: str) -> None:
+        """Return where `url` is of KIS's own address: its scheme, its host and its port.
+
+        Raises:
+            ConfigurationError: it is another one's, so it gets no credentials; nothing was sent.
+
+        """
+        if not url.startswith(self.prefix) and _origin(url) != self.origin:
+            self.refuse(url)
+
+    def refuse(self, url: str) -> NoReturn:
+        """Say that `url` is not KIS's."""
+        where = url.replace("\\", "/").partition("?")[0].rpartition("@")[2]
+        raise ConfigurationError(
+            f"The credentials of {self!r} are for {self.prefix} only, and this request goes to {where}: nothing was "
+            "sent. Correct the address, or KIS_BASE_URL and KIS_ENVIRONMENT.",
+        )
+
+    def _signed(self, token: str) -> Signature:
+        present = self._present
+        if present is None or present.token != token:
+            if self._credentials is None:
+                self._credentials = self._manager.get_app_credentials()
+            self._present = present = Signature(token, *self._credentials)
+        return present
+
+
+def is_json(kind: str | None) -> bool:
+    """Whether an answer of this content type can be a refusal of KIS; what cannot is left unread."""
+    return kind is not None and "json" in kind
+
+
+def says_dead(content: bytes) -> bool:
+    """Whether this JSON says that KIS takes the token no longer; HTTP's status tells nothing about it."""
+    if not any(code in content for code in _DEAD_BYTES):
+        return False
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.get("msg_cd") in DEAD_TOKEN
+
+
+def _origin(url: str) -> Origin | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return None
+    plain = parts.username is None and "\\" not in url  # which readers of addresses understand in different ways
+    return (parts.scheme, parts.hostname or "", port) if plain else None
