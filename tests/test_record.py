@@ -263,10 +263,10 @@ def test_only_new_tokens_of_the_last_24_hours_count_for_the_ceiling() -> None:
 
 
 def test_the_cool_down_runs_from_the_last_attempt_that_kis_may_have_seen() -> None:
-    """Every outcome but `unreachable` counts, as KIS may count refused and unanswered requests too."""
+    """Every outcome but `unreachable` and `imported` counts, as KIS may count refused and unanswered requests too."""
     for outcome in Outcome:
         made = [Attempt(NOW, Outcome.ISSUED), Attempt(NOW + SECOND, outcome)]
-        assert latest(made) == made[outcome is not Outcome.UNREACHABLE]
+        assert latest(made) == made[outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)]
     assert latest([Attempt(NOW, Outcome.UNREACHABLE)]) is None
 
 

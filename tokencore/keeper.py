@@ -13,8 +13,9 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from tokencore import limits, record, store
+from tokencore import imports, limits, record, sources, store
 from tokencore.errors import (
+    ConfigurationError,
     CredentialsError,
     IssuanceLimitError,
     IssuerUnavailableError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from tokencore.cache import Cache
     from tokencore.issuer import Issuer
     from tokencore.market import Market
+    from tokencore.outlets import Outlets
     from tokencore.refusals import Refusal
 
 _log = logging.getLogger("tokencore")
@@ -144,6 +146,37 @@ class Keeper:
         with self._owning():
             self._cache.save(token, datetime.now(UTC))
 
+    def take(self, token: Token, *, force: bool, proven: bool) -> bool:
+        """Save a token that was issued elsewhere, for every market of the key; False where it is known already.
+
+        `proven` says that KIS has accepted it just now. Its issue, which the token tells, starts KIS's six hours and
+        the day of the renewal rule; as no request of ours it moves neither the cool-down nor the ceiling.
+
+        Raises:
+            ConfigurationError: the present token is the better one, and `force` is not given.
+            TokenUnavailableError: it is known to be dead.
+            TokenStoreError: it could not be written; what was there before still is.
+
+        """
+        with self._owning():
+            now, present = datetime.now(UTC), self._cache.newest()
+            imports.check_better(token, present, now, force=force, proven=proven)
+            known = present is not None and present.access_token == token.access_token and present.rejected_at is None
+            self._cache.save(token, now)
+            if known:
+                return False
+            self._note_import(token, now)
+            return True
+
+    def check_export(self, client: str, folder: str) -> None:
+        """Whether such an export can be, see `Outlets.check`."""
+        self._outlets.check(client, folder)
+
+    def export(self, client: str, folder: str) -> list[str]:
+        """Write the token for another client, see `Outlets.export`."""
+        with self._owning():
+            return self._outlets.export(client, folder)
+
     def delete(self) -> bool:
         """Remove the token file of the first market; whether there was one.
 
@@ -191,6 +224,13 @@ class Keeper:
             url = checked_url(self._base_url)
             self._issuer_made = Issuer(url, *self._secrets, timeout=self._market.timeout)
         return self._issuer_made
+
+    @property
+    def _outlets(self) -> Outlets:
+        """For those who export only: it validates the settings."""
+        from tokencore.outlets import Outlets
+
+        return Outlets(self._cache, self._secrets, self._market.environment)
 
     def _renew(
         self,
@@ -253,10 +293,24 @@ class Keeper:
 
     @contextlib.contextmanager
     def _holding(self, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """The lock in a folder that is there; yields whether it was had."""
+        """The lock in a folder that is there; yields whether it was had.
+
+        What changed under it reaches the copies for other clients before it is released.
+        """
         store.private_folder(self._cache.folder)
         with self._lock.hold(wait=wait, give_up=give_up) as held:
-            yield held
+            before = self._cache.newest()
+            try:
+                yield held
+            finally:
+                if held:
+                    self._publish(before)
+
+    def _publish(self, before: Token | None) -> None:
+        with contextlib.suppress(ConfigurationError):  # settings that cannot be read are told to who issues
+            markets = sources.gather().values.get("markets", {})
+            if any("exports" in own for own in markets.values() if isinstance(own, dict)):
+                self._outlets.publish(before)
 
     @contextlib.contextmanager
     def _owning(self) -> Iterator[None]:
@@ -336,6 +390,17 @@ class Keeper:
             )
             self._lock.mark_unrecorded(attempt.at)
             return None
+
+    def _note_import(self, token: Token, now: datetime) -> None:
+        """The record and the marks learn of an issue elsewhere; the token is saved, so their failure is only told."""
+        reason, mark = f"import {self._market.name}", self._cache.issued_mark()
+        attempt = Attempt(now, Outcome.IMPORTED, None, token.expires_at, reason, self._credentials, os.getpid())
+        try:
+            self.record.begin(attempt)
+            if token.issued_at and (mark is None or mark < token.issued_at):
+                self._cache.mark_issued(token.issued_at)
+        except OSError as error:
+            _log.error("The import could not be recorded: %s", error.strerror)
 
     def _complete(self, position: int | None, attempt: Attempt) -> None:
         if position is None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SELDOM = 1000  # failures, as it were: enough for the longest pause
 CLOCK_ERROR = timedelta(days=2)  # an attempt further ahead of now was written by a clock that was wrong
+_NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # what brought a token that was not there before
 _REFUSED = {Outcome.BAD_KEY: AppKeyError, Outcome.BAD_SECRET: AppSecretError, Outcome.DENIED: AccessDeniedError}
 
 
@@ -79,7 +80,7 @@ def cooldown_until(attempts: Sequence[Attempt], now: datetime, interval: float) 
 
 def paused_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
     """When the pause after attempts in vain is over; None when it is, or when the last one brought a new token."""
-    if not attempts or attempts[-1].outcome is Outcome.ISSUED or attempts[-1].at > now + CLOCK_ERROR:
+    if not attempts or attempts[-1].outcome in _NEW or attempts[-1].at > now + CLOCK_ERROR:
         return None
     final = attempts[-1]  # also one that never left: who cannot be reached is left alone as long
     lasting = record.latest(attempts)

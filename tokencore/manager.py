@@ -189,18 +189,43 @@ class BaseTokenManager:
         self._keeper.mark_rejected(token.access_token, datetime.now(UTC))
         return True
 
-    def probe(self) -> tuple[bool | None, str]:
-        """Whether KIS accepts the cached token on a quote call (None: the call told nothing), and why.
+    def probe(self, access_token: str | None = None) -> tuple[bool | None, str]:
+        """Whether KIS accepts the token, the cached one by default, on a quote call (None: it told nothing), and why.
 
         Raises:
             TokenUnavailableError: there is no token to try.
 
         """
-        token = self.load_token()
-        if token is None:
+        token = self.load_token() if access_token is None else None
+        access_token = token.access_token if token else access_token
+        if access_token is None:
             raise TokenUnavailableError(f"There is no token for {self.market.name!r} to try.")
         domestic = not self.market.exchanges or bool({"KRX", "NXT", "XKRX"} & set(self.market.exchanges))
-        return self._keeper.probe(token.access_token, domestic=domestic)
+        return self._keeper.probe(access_token, domestic=domestic)
+
+    def export(self, client: str, folder: str) -> list[str]:
+        """Write the token for another client (`mojito2`, `python-kis`, `kis-auth`) into `folder`; the files' paths.
+
+        Raises:
+            ConfigurationError: the place is another key's or environment's, or KIS_HTS_ID is missing.
+            TokenError: there is no token and none could be had, or the system refuses; the token is untouched.
+
+        """
+        self._keeper.check_export(client, folder)
+        self.get_valid_token()
+        return self._keeper.export(client, folder)
+
+    def take(self, token: Token, *, force: bool = False, proven: bool = False) -> bool:
+        """Save a token that was issued elsewhere for all markets of the key; False where it was known, see `Keeper`.
+
+        Raises:
+            ConfigurationError: the present token is the better one, and `force` is not given.
+            TokenUnavailableError: KIS has rejected it, and it is not `proven` to work again.
+            TokenStoreError: it could not be written; what was there before still is.
+
+        """
+        self._fresh_until = 0.0
+        return self._keeper.take(token, force=force, proven=proven)
 
     def newest_token(self) -> Token | None:
         """The token of the key that lasts longest, whichever of its markets has it."""

@@ -148,12 +148,17 @@ def number(value: Any, lowest: float, highest: float, *, whole: bool = False) ->
 
 
 def listed(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - text with commas, or a TOML list
-    """The upper-case items of `A, B`, `["A", "B"]` as text, or of a list; other types stay for the validator."""
+    """The upper-case `items`."""
+    return tuple(item.upper() for item in items(value))
+
+
+def items(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - text with commas, or a TOML list
+    """The items of `A, B`, `["A", "B"]` as text, or of a list; other types stay for the validator."""
     if isinstance(value, str):
         value = value.strip().strip("[]").replace('"', "").split(",")
     if not isinstance(value, list | tuple):
         raise ValueError("must be names separated by commas")  # noqa: TRY004 - pydantic words ValueError
-    return tuple(str(item).strip().upper() for item in value if str(item).strip())
+    return tuple(str(item).strip() for item in value if str(item).strip())
 
 
 def named(name: str) -> str:

@@ -31,6 +31,7 @@ class Outcome(StrEnum):
     SENT = "sent"  # written before the request; it stays when the process died in between
     ISSUED = "issued"
     SAME = "same"  # KIS handed back the token we had: its six hours
+    IMPORTED = "imported"  # issued elsewhere and handed over: no request of ours
     LIMIT = "limit"
     BAD_KEY = "bad_key"
     BAD_SECRET = "bad_secret"  # noqa: S105 - a word, no secret
@@ -42,7 +43,7 @@ class Outcome(StrEnum):
     UNREACHABLE = "unreachable"  # it cannot have reached KIS
 
 
-GRANTED = frozenset({Outcome.ISSUED, Outcome.SAME})
+GRANTED = frozenset({Outcome.ISSUED, Outcome.SAME, Outcome.IMPORTED})
 CREDENTIALS = frozenset({Outcome.BAD_KEY, Outcome.BAD_SECRET, Outcome.DENIED})
 
 
@@ -60,7 +61,7 @@ class Attempt(NamedTuple):
     @property
     def counts(self) -> bool:
         """Whether KIS may have seen it, so that the cool-down runs from it."""
-        return self.outcome is not Outcome.UNREACHABLE
+        return self.outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)
 
 
 class IssuanceRecord:

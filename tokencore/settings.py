@@ -21,7 +21,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from tokencore import market as defaults
 from tokencore.errors import ConfigurationError
-from tokencore.market import ISSUES, SECONDS, TIMEOUTS, credential, folder, listed, named, number
+from tokencore.exports import target
+from tokencore.market import ISSUES, SECONDS, TIMEOUTS, credential, folder, items, listed, named, number
 from tokencore.sessions import Override, exchange
 from tokencore.sources import CONFIG_FILE, Gathered, gather
 
@@ -81,6 +82,11 @@ def _traded(name: str) -> str:
     return name
 
 
+def _exported(text: str) -> str:
+    target(text, "", "")
+    return text
+
+
 def _between(lowest: float, highest: float, *, whole: bool = False) -> BeforeValidator:
     return BeforeValidator(lambda value: number(value, lowest, highest, whole=whole))
 
@@ -90,6 +96,7 @@ Url = Annotated[str, AfterValidator(_https)]
 Credential = Annotated[SecretStr | None, BeforeValidator(credential)]
 Exchange = Annotated[str, AfterValidator(_traded)]
 Names = Annotated[list[Exchange], BeforeValidator(listed)]
+Exports = Annotated[list[Annotated[str, AfterValidator(_exported)]], BeforeValidator(items)]
 Days = Annotated[list[date], BeforeValidator(listed)]
 Hours = Annotated[tuple[time, time], BeforeValidator(_hours), AfterValidator(_in_order)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(folder(str(path))))]
@@ -106,6 +113,7 @@ class MarketSettings(BaseModel):
     environment: Literal["real", "paper"] | None = None
     base_url: Url | None = None
     exchanges: Names | None = None
+    exports: Exports = []
 
 
 class ExchangeSettings(BaseModel):

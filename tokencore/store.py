@@ -76,6 +76,11 @@ def read_bytes(path: str, limit: int) -> bytes | None:
 
 
 def write_text(path: str, text: str, *, temporary: str) -> None:
+    """Replace the content of `path` durably, as `write_bytes` does."""
+    write_bytes(path, text.encode(), temporary=temporary)
+
+
+def write_bytes(path: str, content: bytes, *, temporary: str) -> None:
     """Replace the content of `path` durably; a crash at any step leaves the old or the new one whole.
 
     `temporary` distinguishes writers that hold different locks; what a killed one of the same lock left is reused.
@@ -93,7 +98,7 @@ def write_text(path: str, text: str, *, temporary: str) -> None:
         os.unlink(draft)
     try:
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, PRIVATE_FILE), "wb") as file:
-            file.write(text.encode())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
