@@ -1,4 +1,4 @@
-"""Trouble with a key, told once: in the log, and in Slack where its settings are given.
+"""Trouble with a key, told as long as it lasts and once when it is over: in the log, and in Slack.
 
 What happens here never changes what becomes of a run: nothing is raised, and a Slack that is down, slow
 or silent costs a run `PATIENCE` at most. What it did not take is told by the next run.
@@ -7,19 +7,22 @@ or silent costs a run `PATIENCE` at most. What it did not take is told by the ne
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
 from flows import causes, slack
-from flows.incidents import Incidents
-from flows.messages import Message, lasted, next_check, sentence, sessions_at_risk, still_works
+from flows.incidents import Incidents, new
+from flows.letters import Case, Pen
+from flows.life import next_telling
+from flows.messages import next_check, next_need, sentence, still_works
 from flows.runs import clock, harmless, logger
-from tokencore import Settings, TokenManager, next_attempt, sessions
+from flows.words import LANGUAGES, Words
+from tokencore import Settings, TokenManager, look, next_attempt, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,15 +30,10 @@ if TYPE_CHECKING:
 
     from flows.causes import Cause
     from flows.incidents import Incident
+    from flows.messages import Message
+    from flows.slack import Receipt, Thread
 
 Notice = Literal["renewed", "forced", "same", "declined", "failed"]
-NOTICES: dict[Notice, str] = {
-    "renewed": "refreshed by hand",
-    "forced": "refreshed by hand, with force",
-    "same": "a refresh by hand brought the same token",
-    "declined": "a refresh by hand was declined",
-    "failed": "a refresh by hand failed",
-}
 FAILED = "An alert could not be made"
 PATIENCE = 5.0  # seconds a run waits for Slack
 
@@ -72,28 +70,42 @@ class Subject(NamedTuple):
         )
 
 
+class _Post(NamedTuple):
+    """A message on its way: into which thread it goes, and what is noted when Slack has it."""
+
+    message: Message
+    note: Callable[[Thread | None], None]
+    thread: Thread | None = None
+    broadcast: bool = False
+
+
+class _Attempt(NamedTuple):
+    """What will be tried next by itself: the key of its text, and when; None where a person has to act first."""
+
+    key: str
+    at: datetime | None
+
+
 def report(who: TokenManager | str, error: Exception, now: datetime, again_in: float | None = None) -> None:
-    """Tell of trouble at `now` (aware), unless it is known; after `again_in` seconds this very run tries again."""
+    """Tell of trouble at `now` (aware), if there is news of it; after `again_in` seconds this very run tries again."""
     with harmless(FAILED):
-        subject = Subject.of(who, now)
-        cause = causes.cause_of(error, [] if isinstance(who, str) else who.history())
-        incidents = _incidents()
-        if _is_news(incidents, subject, cause, now):
-            message = _opening(subject, cause, error, now, _attempt(who, cause, error, now, again_in))
-            logger().error(message.plain)
-            _tell([(message, partial(incidents.opening_told, subject.name, cause.name))])
+        cause = _cause(who, error)
+        attempt = _next(who, cause, error, now, again_in)
+        _deliver(_trouble(who, cause, sentence(str(error)), attempt, now), now)
 
 
 def all_clear(who: TokenManager | str, now: datetime) -> None:
-    """Tell that all trouble of a key, or of an exchange, is over, if there was any."""
+    """Tell that the trouble of a key, or of an exchange, is over, if there was any; but not of a foreign token."""
     with harmless(FAILED):
-        incidents = _incidents()
-        subject = Subject.of(who, now)
-        over = incidents.close(subject.name, now)
-        messages = [(_end(subject, one, now), partial(incidents.end_told, one)) for one in over]
-        for message, _ in messages:
-            logger().info(message.plain)
-        _tell(messages)
+        subject, pen = Subject.of(who, now), _pen(now)
+        foreign = None if isinstance(who, str) else _foreign(who)
+        over = _incidents().over(subject.name, now, but=[causes.FOREIGN_TOKEN.name] if foreign else [])
+        posts = [_end(pen, subject, one) for one in over]
+        if foreign and not isinstance(who, str):
+            attempt = _Attempt("next.planned", next_attempt(who, now))
+            said = pen.words("said.foreign", at=clock(foreign))
+            posts += _trouble(who, causes.FOREIGN_TOKEN, said, attempt, now)
+        _deliver(posts, now)
 
 
 def announce(manager: TokenManager, what: Notice, *, who: str, why: str, now: datetime) -> None:
@@ -103,89 +115,114 @@ def announce(manager: TokenManager, what: Notice, *, who: str, why: str, now: da
     """
     with harmless(FAILED):
         subject = Subject.of(manager, now)
-        message = Message(
-            icon=":arrows_counterclockwise:",
-            headline=f"{subject.label}: {NOTICES[what]}",
-            happened=f"{who or 'Somebody'} asked for it, {clock(now)}.",
-            answers=[("Why", why or "no reason given"), ("Works now", still_works(subject.reach))],
-            run=_run(),
-        )
+        message = _pen(now).notice(what, subject.label, subject.reach, person=who, why=why)
         logger().info(message.plain)
-        _tell([(message, lambda: None)])
+        _deliver([_Post(message, lambda _: None)], now)
 
 
-def _is_news(incidents: Incidents, subject: Subject, cause: Cause, now: datetime) -> bool:
+def _cause(who: TokenManager | str, error: Exception) -> Cause:
+    if isinstance(who, str):
+        return causes.cause_of(error, [])
+    return causes.cause_of(error, who.history(), who.newest_token(), who.market.issue_interval)
+
+
+def _foreign(who: TokenManager) -> datetime | None:
+    """When someone else issued the present token, aware UTC; None where it is our own."""
+    token = who.newest_token()
+    return token.issued_at if token and causes.is_foreign(token, who.history()) else None
+
+
+def _next(who: TokenManager | str, cause: Cause, error: Exception, now: datetime, again_in: float | None) -> _Attempt:
+    if cause in (causes.CREDENTIALS, causes.SETTINGS):
+        return _Attempt("next.person", None)
+    retry_at: datetime = getattr(error, "retry_at", None) or now
+    if again_in and cause is causes.DOWN:
+        return _Attempt("next.run", max(now + timedelta(seconds=again_in), retry_at))
+    planned = None if isinstance(who, str) else next_attempt(who, now)
+    return _Attempt("next.planned", planned) if planned else _Attempt("next.check", next_check(max(now, retry_at)))
+
+
+def _trouble(who: TokenManager | str, cause: Cause, happened: str, attempt: _Attempt, now: datetime) -> list[_Post]:
+    """What is to be told of trouble that lasts: one message, or none."""
+    subject, incidents = Subject.of(who, now), _incidents()
+    if cause is causes.FOREIGN_TOKEN:  # it serves like one of ours
+        subject = subject._replace(exchanges=[])
+    need = _endangered(who, now) if subject.exchanges else None
+    look_again = min(at for at in (attempt.at, next_check(now)) if at)
     try:
-        return incidents.open(subject.name, cause.name, now)
+        incident, telling = incidents.met(subject.name, cause, need, now, look_again)
     except OSError:  # nobody knows what was told: better twice than never
-        return True
+        incident = new(subject.name, cause, need, now)
+        telling = next_telling(incident, cause, now, look_again)
+    if telling is None:
+        return []
+    pen = _pen(now)
+    message = pen.trouble(_case(who, subject, happened, attempt, pen.words), incident, telling)
+    logger().log(logging.WARNING if telling.kind == "reminded" else logging.ERROR, message.plain)
+    return [
+        _Post(
+            message,
+            lambda thread: incidents.heard(incident, telling, now, thread),
+            incident.thread,
+            broadcast=telling.page,
+        )
+    ]
+
+
+def _case(who: TokenManager | str, subject: Subject, happened: str, attempt: _Attempt, words: Words) -> Case:
+    works = words("works.cached") if isinstance(who, str) else still_works(subject.reach, words)
+    tried = words(attempt.key, at=clock(attempt.at)) if attempt.at else words("next.person")
+    return Case(subject.label, subject.exchanges, works, subject.reach, happened, tried)
+
+
+def _endangered(who: TokenManager | str, now: datetime) -> datetime | None:
+    """When the first need starts that no token serves, of an exchange or of a key; None where none is known."""
+    if isinstance(who, str):
+        return next_need(who, now)
+    unserved = look(who, now).unserved
+    return unserved[0] if unserved else None
+
+
+def _end(pen: Pen, subject: Subject, incident: Incident) -> _Post:
+    message = pen.end(subject.label, subject.reach, incident)
+    logger().info(message.plain)
+    return _Post(message, lambda _: _incidents().end_heard(incident), incident.thread)
+
+
+def _deliver(posts: Sequence[_Post], now: datetime) -> None:
+    """Send, and note what was taken, in a thread: not even a name server or an endless answer holds a run up longer."""
+    if not posts:
+        return
+    send, log = slack.sender(Settings.load(), PATIENCE), logger()
+
+    def deliver() -> None:
+        for post in posts:
+            receipt = send(post.message, post.thread, broadcast=post.broadcast) if send else slack.Receipt()
+            if receipt.refusal:
+                log.warning("Slack did not take the message (%s); the next run tells it.", receipt.refusal)
+            with contextlib.suppress(OSError):  # then it is told once more
+                _note(post, receipt, now)
+
+    courier = threading.Thread(target=deliver, daemon=True)
+    courier.start()
+    courier.join(PATIENCE)
+    if courier.is_alive():
+        log.warning("Slack has not answered within %.0f s; the run goes on.", PATIENCE)
+
+
+def _note(post: _Post, receipt: Receipt, now: datetime) -> None:
+    if not receipt.refusal:
+        post.note(receipt.thread)
+    elif receipt.again_in:
+        _incidents().quiet(now + timedelta(seconds=receipt.again_in))
 
 
 def _incidents() -> Incidents:
     return Incidents(Settings.load().token_dir.expanduser().absolute())
 
 
-def _attempt(who: TokenManager | str, cause: Cause, error: Exception, now: datetime, again_in: float | None) -> str:
-    """When something will be tried next, by itself."""
-    if cause in (causes.CREDENTIALS, causes.SETTINGS):
-        return "none by itself: a person has to act first"
-    retry_at: datetime = getattr(error, "retry_at", None) or now
-    if again_in and cause is causes.DOWN:
-        at = max(now + timedelta(seconds=again_in), retry_at)
-        return f"about {clock(at)}, then every few minutes, then with each hourly check"
-    planned = None if isinstance(who, str) else next_attempt(who, now)
-    return f"about {clock(planned)}" if planned else f"{clock(next_check(max(now, retry_at)))}, the hourly check"
-
-
-def _opening(subject: Subject, cause: Cause, error: Exception, now: datetime, attempt: str) -> Message:
-    serves = still_works(subject.reach) if subject.exchanges else "cached tokens, until they expire"
-    return Message(
-        icon=":rotating_light:",
-        headline=f"{subject.label}: {cause.title}",
-        happened=sentence(str(error)),
-        answers=[
-            ("Still works", serves),
-            ("Sessions at risk", sessions_at_risk(subject.exchanges, subject.reach, now)),
-            ("Next attempt", attempt),
-            ("To do", cause.cure),
-        ],
-        run=_run(),
-    )
-
-
-def _end(subject: Subject, incident: Incident, now: datetime) -> Message:
-    end = incident.closed_at or now
-    return Message(
-        icon=":white_check_mark:",
-        headline=f"{subject.label}: solved: {causes.BY_NAME.get(incident.cause, causes.UNFORESEEN).title}",
-        happened=f"It lasted {lasted(end - incident.opened_at)}, from {clock(incident.opened_at)}.",
-        answers=[
-            ("Works now", still_works(subject.reach)),
-        ],
-        run=_run(),
-    )
-
-
-def _tell(messages: Sequence[tuple[Message, Callable[[], None]]]) -> None:
-    """Send, and note what was taken, in a thread: not even a name server or an endless answer holds a run up longer."""
-    send, log = slack.sender(Settings.load()), logger()
-
-    def deliver() -> None:
-        for message, note in messages:
-            if send and (why := send(message)):
-                log.warning("Slack did not take the message (%s); the next run tells it.", why)
-                continue
-            with contextlib.suppress(OSError):  # then it is told once more
-                note()
-
-    if messages:
-        courier = threading.Thread(target=deliver, daemon=True)
-        courier.start()
-        courier.join(PATIENCE)
-        if courier.is_alive():
-            log.warning("Slack has not answered within %.0f s; the run goes on.", PATIENCE)
-
-
-def _run() -> tuple[str, str | None]:
-    """The name and the page of this run, where there is one."""
-    return flow_run.name or "", url_for("flow-run", flow_run.id) if flow_run.id else None
+def _pen(now: datetime) -> Pen:
+    """In the language of the settings, from this run, where there is one."""
+    settings = Settings.load()
+    run = flow_run.name or "", url_for("flow-run", flow_run.id) if flow_run.id else None
+    return Pen(LANGUAGES[settings.slack_language], run, settings.slack_mention, now)

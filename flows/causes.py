@@ -1,7 +1,11 @@
-"""Why a key is in trouble: the words by which incidents are kept apart, titled and cured."""
+"""Why a key is in trouble: the words by which incidents are kept apart, and how the issuance record tells them.
+
+What people read of a cause, its title and its cure, is in `flows.texts`.
+"""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import (
@@ -15,101 +19,81 @@ from tokencore import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
     from typing import Protocol
 
     class Attempt(Protocol):
         """A line of the issuance record, as far as a cause is read from it."""
 
         @property
+        def at(self) -> datetime:
+            """When it was, aware UTC."""
+
+        @property
         def outcome(self) -> str:
             """What became of the attempt."""
+
+        @property
+        def expires_at(self) -> datetime | None:
+            """Of the token that it brought, aware UTC."""
+
+    class Token(Protocol):
+        """The key's present token, as far as a cause is read from it."""
+
+        @property
+        def expires_at(self) -> datetime:
+            """Aware UTC."""
+
+        @property
+        def issued_at(self) -> datetime | None:
+            """Aware UTC."""
+
+        @property
+        def rejected_at(self) -> datetime | None:
+            """When it was found dead, aware UTC."""
+
+
+CLOCKS = timedelta(minutes=10)  # by which KIS's clock and ours may differ, as tokencore sees it too
+MINUTE = 60.0  # seconds, KIS's own
 
 
 class Cause(NamedTuple):
     """One kind of trouble.
 
     Attributes:
-        name: what incidents are told apart by.
-        title: the headline, at most 100 characters.
-        cure: what a person does about it.
-        at_once: whether a person hears of it even while a token serves and the next need is far.
+        name: what incidents and texts are told apart by.
+        at_once: whether a person hears of it even while the next need is far; otherwise once it presses.
+        by_person: whether nothing but a person can end it.
+        reminds: whether it is told again while it lasts.
 
     """
 
     name: str
-    title: str
-    cure: str
-    at_once: bool
+    at_once: bool = True
+    by_person: bool = False
+    reminds: bool = True
 
 
-LIMIT = Cause(
-    "limit",
-    "KIS's issuance limit refused a token",
-    "Find the other program that issues with this key (`tokencore history` lists our own requests), and let it use "
-    "tokencore.",
-    at_once=True,
-)
-WAITING = Cause(
-    "cool-down",
-    "No token yet: the key's minute is not over",
-    "Nothing, if the next attempt succeeds.",
-    at_once=False,
-)
-CEILING = Cause(
-    "ceiling",
-    "No more tokens today: the daily ceiling is reached",
-    "See in `tokencore history` what used them up. If a session needs one, run refresh_token with force, or raise "
-    "KIS_MAX_ISSUES_PER_DAY.",
-    at_once=True,
-)
-DEAD = Cause(
-    "dead",
-    "The token is unusable and KIS would hand out the same one",
-    "Find out who revoked it. Until the time above, only KIS's support can help.",
-    at_once=True,
-)
-CREDENTIALS = Cause(
-    "credentials",
-    "KIS refuses the app key or its secret",
-    "Correct KIS_APP_KEY and KIS_APP_SECRET, `make down` and `make up`, then run refresh_token.",
-    at_once=True,
-)
-DOWN = Cause(
-    "kis-down",
-    "KIS gives no token",
-    "Nothing at first. If it lasts, look at KIS's notices of maintenance and at this machine's network.",
-    at_once=False,
-)
-STORE = Cause(
-    "store",
-    "The token directory cannot be used",
-    "Mend its permissions or free space, then run check_tokens.",
-    at_once=True,
-)
-SETTINGS = Cause(
-    "settings",
-    "A setting is missing or wrong",
-    "Correct it, `make down` and `make up`, then run check_tokens. Pause the deployment of an exchange that you "
-    "do not trade.",
-    at_once=True,
-)
-UNSERVED = Cause(
-    "unserved",
-    "No token lasts through the session",
-    "Look at the run's log and at `tokencore plan`.",
-    at_once=False,
-)
-UNFORESEEN = Cause(
-    "unforeseen",
-    "A run met an unexpected error",
-    "Look at the run's log; `tokencore check` tells how the tokens are.",
-    at_once=True,
-)
+LIMIT = Cause("limit")
+FOREIGN_LIMIT = Cause("foreign-limit")
+FOREIGN_TOKEN = Cause("foreign-token", reminds=False)  # nothing is wrong yet; it ends with our next own token
+WAITING = Cause("cool-down", at_once=False)
+CEILING = Cause("ceiling", by_person=True)
+DEAD = Cause("dead", by_person=True)
+SAME_DEAD = Cause("same-dead", by_person=True)
+CREDENTIALS = Cause("credentials", by_person=True)
+DOWN = Cause("kis-down", at_once=False)
+STORE = Cause("store", by_person=True)
+SETTINGS = Cause("settings", by_person=True)
+UNSERVED = Cause("unserved", at_once=False)
+UNFORESEEN = Cause("unforeseen")
 
-BY_NAME = {
-    cause.name: cause
-    for cause in (LIMIT, WAITING, CEILING, DEAD, CREDENTIALS, DOWN, STORE, SETTINGS, UNSERVED, UNFORESEEN)
-}
+REFUSED = (LIMIT, FOREIGN_LIMIT)  # by KIS's minute limit, ours or someone else's
+CAUSES = (
+    *(LIMIT, FOREIGN_LIMIT, FOREIGN_TOKEN, WAITING, CEILING, DEAD, SAME_DEAD),
+    *(CREDENTIALS, DOWN, STORE, SETTINGS, UNSERVED, UNFORESEEN),
+)
+BY_NAME = {cause.name: cause for cause in CAUSES}
 
 _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (CredentialsError, CREDENTIALS),
@@ -118,23 +102,64 @@ _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (ConfigurationError, SETTINGS),
     (TokenUnavailableError, UNSERVED),
 )
-_BY_LIMIT = {"ceiling": CEILING, "same_token": DEAD}
 _BY_OUTCOME = {
     **dict.fromkeys(("bad_key", "bad_secret", "denied"), CREDENTIALS),
     **dict.fromkeys(("server_error", "refused", "bad_answer", "no_answer", "unreachable"), DOWN),
-    "limit": LIMIT,
 }
 
 
-def cause_of(error: Exception, attempts: Sequence[Attempt]) -> Cause:
-    """The cause behind `error`, for a key with this issuance record.
+def cause_of(
+    error: Exception, attempts: Sequence[Attempt], token: Token | None = None, interval: float = MINUTE
+) -> Cause:
+    """The cause behind `error`, for a key with this issuance record, present token and issue interval (seconds).
 
     A pause after a failure is no cause of its own: the last attempt's outcome tells what it waits for.
     """
+    last = attempts[-1].outcome if attempts else ""
+    if token and token.rejected_at and last == "same" and isinstance(error, IssuanceLimitError | TokenUnavailableError):
+        return SAME_DEAD
     if isinstance(error, IssuanceLimitError):
-        last = attempts[-1].outcome if attempts else ""
-        return _BY_LIMIT.get(error.cause) or _BY_OUTCOME.get(last, WAITING)
+        return _limited(error, attempts, token, interval)
     return next((cause for kind, cause in _BY_ERROR if isinstance(error, kind)), UNFORESEEN)
+
+
+def _limited(error: IssuanceLimitError, attempts: Sequence[Attempt], token: Token | None, interval: float) -> Cause:
+    if error.cause == "ceiling":
+        return CEILING
+    if error.cause == "same_token":
+        if token and token.rejected_at is None:
+            return FOREIGN_TOKEN if is_foreign(token, attempts) else UNSERVED
+        return DEAD
+    if attempts and attempts[-1].outcome == "limit":
+        return LIMIT if _is_ours(attempts, interval) else FOREIGN_LIMIT
+    return _BY_OUTCOME.get(attempts[-1].outcome if attempts else "", WAITING)
+
+
+def _is_ours(attempts: Sequence[Attempt], interval: float) -> bool:
+    """Whether a request of our own came so shortly before the first of the last refusals that it may be their cause.
+
+    Twice the interval, because nobody knows whether KIS's minute begins with a request or with its answer.
+    """
+    refused = len(attempts) - 1
+    while refused and attempts[refused - 1].outcome == "limit":
+        refused -= 1
+    seen = [attempt.at for attempt in attempts[:refused] if attempt.outcome != "unreachable"]
+    return bool(seen) and attempts[refused].at - seen[-1] <= timedelta(seconds=2 * interval)
+
+
+def is_foreign(token: Token | None, attempts: Sequence[Attempt]) -> bool:
+    """Whether KIS answered us with a token that this record did not issue.
+
+    The record knows its expiry from an answer that brought nothing new, and no request of ours from about the
+    time of its issue. A token that nobody here asked KIS for, such as one put in by hand, is nobody's fault.
+    """
+    if token is None or token.issued_at is None:
+        return False
+    first = next((attempt for attempt in attempts if attempt.expires_at == token.expires_at), None)
+    if first is None or first.outcome != "same":
+        return False
+    issued_at = token.issued_at
+    return not any(abs(one.at - issued_at) <= CLOCKS for one in attempts if one.outcome != "unreachable")
 
 
 def as_met(error: Exception, attempts: Sequence[Attempt]) -> Exception:

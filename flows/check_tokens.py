@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from flows import alerts, board, planned, runs
-from flows.causes import as_met, cause_of
+from flows.causes import as_met
 from flows.runs import SAFE, clock, kis_is_down, safe_errors
 from tokencore import TokenManager, managers, tick
 
@@ -103,8 +103,7 @@ def follow(manager: TokenManager, now: datetime, again_in: float | None = None) 
         raise
     covered = is_covered(manager, decision, now)
     if decision.trouble:
-        if decision.level or cause_of(decision.trouble, manager.history()).at_once:
-            alerts.report(manager, decision.trouble, now, again_in)
+        alerts.report(manager, decision.trouble, now, again_in)
         if not covered:
             raise as_met(decision.trouble, manager.history()) from None
     elif covered:

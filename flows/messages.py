@@ -1,4 +1,4 @@
-"""What people read: one trouble, or its end, as plain text for the log and as Block Kit for Slack.
+"""What people read: one message, as plain text for the log and as Block Kit for Slack, and the facts in it.
 
 Written for a phone: a headline, a sentence, then one line a question. Times are KST, with the
 exchange's own beside them where it is elsewhere.
@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from flows.runs import KST, clock
+from flows.words import ENGLISH
 from tokencore import CLOCK_SLACK, overrides, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from flows.words import Words
+
 CHECK_MINUTE = 5  # of each hour, when check_tokens runs: its cron in prefect.yaml
 DAYS_AHEAD = 5  # in which a session counts as at risk: over the longest of usual weekends
 HEADLINE, SENTENCE = 150, 600  # characters: Slack's limit of a header, and what a phone shows of a paragraph
 _HOUR = timedelta(hours=1)
+lasted = ENGLISH.lasted  # states and tables of the UI are in English
 
 
 class Message(NamedTuple):
@@ -30,7 +34,8 @@ class Message(NamedTuple):
         headline: whose trouble, and which.
         happened: one sentence.
         answers: an operator's questions with their answers.
-        run: the name of the run that tells, and its page; an empty name without one.
+        run: the label, the name and the page of the run that tells; an empty name without one.
+        mention: whom it calls, as Slack writes it; empty for nobody.
 
     """
 
@@ -38,7 +43,8 @@ class Message(NamedTuple):
     headline: str
     happened: str
     answers: Sequence[tuple[str, str]]
-    run: tuple[str, str | None]
+    run: tuple[str, str, str | None]
+    mention: str = ""
 
     @property
     def plain(self) -> str:
@@ -49,7 +55,7 @@ class Message(NamedTuple):
     @property
     def fallback(self) -> str:
         """What a phone's notification shows, in Slack's escaping."""
-        return escape(f"{self.headline}. {self.happened}")
+        return self._calling(escape(f"{self.headline}. {self.happened}"))
 
     @property
     def blocks(self) -> list[dict[str, Any]]:
@@ -57,14 +63,17 @@ class Message(NamedTuple):
         told = "\n".join(f"*{name}:* {escape(text)}" for name, text in self.answers)
         found = [
             {"type": "header", "text": {"type": "plain_text", "text": f"{self.icon} {self.headline}"[:HEADLINE]}},
-            _section(escape(self.happened[:SENTENCE])),
+            _section(self._calling(escape(self.happened[:SENTENCE]))),
             _section(told),
         ]
-        name, url = escape(self.run[0]), self.run[1]
+        label, name, url = self.run
         if name:
-            link = f"<{url}|{name}>" if url else name
-            found.append({"type": "context", "elements": [{"type": "mrkdwn", "text": f"Run: {link}"}]})
+            link = f"<{url}|{escape(name)}>" if url else escape(name)
+            found.append({"type": "context", "elements": [{"type": "mrkdwn", "text": f"{label}: {link}"}]})
         return found
+
+    def _calling(self, text: str) -> str:
+        return f"{self.mention} {text}".lstrip()
 
 
 def escape(text: str) -> str:
@@ -77,12 +86,12 @@ def sentence(text: str) -> str:
     return text.partition(". ")[0].rstrip(".") + "."
 
 
-def still_works(reach: datetime | None) -> str:
+def still_works(reach: datetime | None, words: Words = ENGLISH) -> str:
     """What serves until when; `reach` is the end of the present token's use, None without one."""
-    return f"the present token, until {clock(reach)}" if reach else "nothing: there is no valid token"
+    return words("works.token", until=clock(reach)) if reach else words("works.nothing")
 
 
-def sessions_at_risk(codes: Iterable[str], reach: datetime | None, now: datetime) -> str:
+def sessions_at_risk(codes: Iterable[str], reach: datetime | None, now: datetime, words: Words = ENGLISH) -> str:
     """The next session of each exchange through which no token lasts, the most urgent first."""
     found: dict[tuple[sessions.Session, str], list[str]] = {}
     for code in codes:
@@ -90,20 +99,20 @@ def sessions_at_risk(codes: Iterable[str], reach: datetime | None, now: datetime
         session = _unserved(place, reach, now)
         if session:
             found.setdefault((session, place.zone), []).append(place.code)
-    told = [_opens(names, session, zone, now) for (session, zone), names in sorted(found.items())]
-    return "\n• ".join(["", *told]) if told else "none so far"
+    told = [_opens(names, session, zone, now, words) for (session, zone), names in sorted(found.items())]
+    return "\n• ".join(["", *told]) if told else words("risk.none")
+
+
+def next_need(code: str, now: datetime) -> datetime | None:
+    """When the present or coming need of an exchange starts, aware UTC; None where none is in sight."""
+    needs = sessions.needs([code], now - timedelta(days=1), now + timedelta(days=DAYS_AHEAD), overrides())
+    return next((start for start, end in needs if end > now), None)
 
 
 def next_check(after: datetime) -> datetime:
     """The first hourly check after that moment."""
     at = after.replace(minute=CHECK_MINUTE, second=0, microsecond=0)
     return at if at > after else at + _HOUR
-
-
-def lasted(span: timedelta) -> str:
-    """A time span as `3 h 05 min`, or `4 min`."""
-    minutes = max(1, round(span.total_seconds() / 60))
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"  # noqa: PLR2004 - an hour
 
 
 def _unserved(place: sessions.Exchange, reach: datetime | None, now: datetime) -> sessions.Session | None:
@@ -116,13 +125,14 @@ def _unserved(place: sessions.Exchange, reach: datetime | None, now: datetime) -
     return None
 
 
-def _opens(names: Sequence[str], session: sessions.Session, zone: str, now: datetime) -> str:
-    who = ", ".join(names)
+def _opens(names: Sequence[str], session: sessions.Session, zone: str, now: datetime, words: Words) -> str:
+    who, opens = ", ".join(names), clock(session.open)
     if session.open <= now:
-        return f"{who}: since {clock(session.open)}, to {clock(session.close)}"
-    there = session.open.astimezone(ZoneInfo(zone))
-    local = "" if there.utcoffset() == session.open.astimezone(KST).utcoffset() else f" ({there:%a %H:%M} there)"
-    return f"{who}: {clock(session.open)}{local}, in {lasted(session.open - now)}"
+        return words("risk.running", who=who, opens=opens, closes=clock(session.close))
+    there, left = session.open.astimezone(ZoneInfo(zone)), words.lasted(session.open - now)
+    if there.utcoffset() == session.open.astimezone(KST).utcoffset():
+        return words("risk.ahead", who=who, opens=opens, left=left)
+    return words("risk.abroad", who=who, opens=opens, there=words.weekday(there), left=left)
 
 
 def _section(text: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def unrenewed(manager: TokenManager, error: Exception, now: datetime) -> State:
     Slack hears of what more people must know than who started it.
     """
     limited = isinstance(error, IssuanceLimitError)
-    if not limited or causes.cause_of(error, manager.history()) is causes.LIMIT:
+    if not limited or causes.cause_of(error, manager.history()) in causes.REFUSED:
         alerts.report(manager, error, now)
     serves = alerts.Subject.of(manager, now).reach is not None
     return Completed(name="Declined", message=str(error)) if limited and serves else Failed(message=str(error))

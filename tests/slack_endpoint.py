@@ -7,6 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+CHANNEL = "C0TOKENS"  # its number, which the API answers with whatever the channel is called
+
 
 class SlackEndpoint:
     """Slack while a `with` block lasts.
@@ -15,6 +17,9 @@ class SlackEndpoint:
         told: the messages that it took, in order.
         requests: all requests, as (path, authorization).
         answers: statuses for the next requests; 200 when there is none. 0 means silence.
+        bot_answers: what the API says to the next requests that are not refused by status; it posts where there is
+            none, with time stamps that count up.
+        retry_after: seconds that a refusal asks for.
 
     """
 
@@ -23,7 +28,8 @@ class SlackEndpoint:
         self.told: list[dict[str, Any]] = []
         self.requests: list[tuple[str, str]] = []
         self.answers: list[int] = []
-        self.bot_answer: dict[str, Any] = {"ok": True}
+        self.bot_answers: list[dict[str, Any]] = []
+        self.retry_after = 1
         self.closing = threading.Event()
 
     def __enter__(self) -> Self:
@@ -57,13 +63,15 @@ def _handler(slack: SlackEndpoint) -> type[BaseHTTPRequestHandler]:
             if not status:
                 slack.closing.wait()
                 return
-            if status == 200:
-                slack.told.append(message)
             is_bot = self.path.endswith("chat.postMessage")
-            body = json.dumps(slack.bot_answer).encode() if is_bot else b"ok"
+            answer = slack.bot_answers.pop(0) if is_bot and slack.bot_answers and status == 200 else {"ok": True}
+            if status == 200 and answer["ok"]:
+                slack.told.append(message)
+                answer = {"channel": CHANNEL, "ts": f"{len(slack.told)}.0", **answer}
+            body = json.dumps(answer).encode() if is_bot else b"ok"
             self.send_response(status)
             self.send_header("Content-Type", "application/json" if is_bot else "text/plain")
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", str(slack.retry_after))
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

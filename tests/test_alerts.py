@@ -9,26 +9,23 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from slack_endpoint import SlackEndpoint
+import requests
+from slack_endpoint import CHANNEL, SlackEndpoint
 
 from flows import alerts, causes, slack
-from flows.causes import BY_NAME, Cause, as_met, cause_of
-from flows.incidents import CLAIM, Incidents
-from flows.messages import Message, next_check
+from flows.incidents import CLAIM
 from flows.runs import clock
 from tokencore import (
     ConfigurationError,
-    CredentialsError,
-    IssuanceLimitError,
-    IssuerUnavailableError,
     TokenError,
     TokenManager,
     TokenStoreError,
     TokenUnavailableError,
     USTokenManager,
+    keeper,
 )
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
@@ -38,15 +35,10 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
 MONDAY = datetime(2026, 11, 22, 23, 20, tzinfo=UTC)  # 08:20 in Seoul, 40 minutes before KRX opens
+EVENING = datetime(2026, 11, 22, 14, 30, tzinfo=UTC)  # nine hours before KRX's need
 HOOK = "/services/T000/B000/canary-of-the-webhook"
 BOT = "xoxb-canary-of-the-bot"
-LIMITED = "us+kr: KIS's issuance limit refused a token"
-
-
-class Attempt(NamedTuple):
-    """A line of the record, as far as causes are read from it."""
-
-    outcome: str
+LIMITED = "us+kr: Someone else issues with this key: KIS's limit refused us"
 
 
 @pytest.fixture
@@ -58,6 +50,23 @@ def endpoint(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slac
         yield running
 
 
+@pytest.fixture
+def bot(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlackEndpoint]:
+    """Slack's API for a bot, beside that gateway."""
+    assert gateway.url
+    monkeypatch.setenv("SLACK_BOT_TOKEN", BOT)
+    monkeypatch.setenv("SLACK_CHANNEL", "#tokens")
+    with SlackEndpoint() as running:
+        monkeypatch.setattr(slack, "API", running.url)
+        yield running
+
+
+def kind(message: dict[str, Any]) -> str:
+    """Which chapter of an incident's life a message tells, by its headline."""
+    words = {"solved: ": "solved", "still, after": "reminded", "a lasting token": "escalated"}
+    return next((name for part, name in words.items() if part in message["blocks"][0]["text"]["text"]), "opened")
+
+
 def refused(gateway: Sandbox, mode: str = "limit") -> tuple[TokenManager, TokenError]:
     """A manager whose renewal met that failure of KIS, and the error."""
     manager = USTokenManager()
@@ -67,9 +76,10 @@ def refused(gateway: Sandbox, mode: str = "limit") -> tuple[TokenManager, TokenE
     return manager, caught.value
 
 
-def limit(cause: str) -> IssuanceLimitError:
-    """The error of that rule."""
-    return IssuanceLimitError("A limit forbids it.", retry_at=None, cause=cause)
+def issued_elsewhere(gateway: Sandbox) -> None:
+    """A program that shares nothing with us issues with our key."""
+    asked = {"grant_type": "client_credentials", "appkey": APP_KEY, "appsecret": APP_SECRET}
+    assert requests.post(f"{gateway.url}/oauth2/tokenP", json=asked, timeout=5).ok
 
 
 def text_of(message: dict[str, object]) -> str:
@@ -228,23 +238,112 @@ def test_without_slack_alerts_are_logged_once(gateway: Sandbox, caplog: pytest.L
     assert "solved" in told[1]
 
 
-def test_a_bot_speaks_in_its_channel(
-    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bot_speaks_in_its_channel(gateway: Sandbox, bot: SlackEndpoint, caplog: pytest.LogCaptureFixture) -> None:
     """A bot's token and channel serve as well; what Slack's API refuses is logged by its word, without the token."""
-    monkeypatch.setenv("SLACK_BOT_TOKEN", BOT)
-    monkeypatch.setenv("SLACK_CHANNEL", "#tokens")
     manager, error = refused(gateway)
-    with SlackEndpoint() as slack_api, caplog.at_level(logging.DEBUG):
-        monkeypatch.setattr(slack, "API", slack_api.url)
-        slack_api.bot_answer = {"ok": False, "error": "channel_not_found"}
-        alerts.report(manager, error, MONDAY)
-        assert "Slack did not take the message (channel_not_found)" in caplog.text
-        slack_api.bot_answer = {"ok": True}
-        alerts.report(manager, error, MONDAY + CLAIM)
-    assert slack_api.requests == [("/chat.postMessage", f"Bearer {BOT}")] * 2
-    assert slack_api.told[-1]["channel"] == "#tokens"
+    bot.bot_answers = [{"ok": False, "error": "channel_not_found"}]
+    with caplog.at_level(logging.DEBUG):
+        for at in (MONDAY, MONDAY + CLAIM):
+            alerts.report(manager, error, at)
+    assert "Slack did not take the message (channel_not_found)" in caplog.text
+    assert bot.requests == [("/chat.postMessage", f"Bearer {BOT}")] * 2
+    assert [told["channel"] for told in bot.told] == ["#tokens"]
     assert BOT not in caplog.text
+
+
+def test_a_bot_goes_on_in_the_thread_of_the_opening(gateway: Sandbox, bot: SlackEndpoint) -> None:
+    """Escalation, reminder and end answer the opening; only what calls people shows in the channel too."""
+    manager, error = refused(gateway)
+    for hours in (0, 1, 4.75, 8.7):  # from the evening before: KRX's need starts at 08:30
+        alerts.report(manager, error, EVENING + timedelta(hours=hours))
+    alerts.all_clear(manager, EVENING + timedelta(hours=9))
+    told = [(kind(one), one.get("thread_ts"), one.get("reply_broadcast"), one["channel"]) for one in bot.told]
+    assert told == [
+        ("opened", None, None, "#tokens"),
+        ("reminded", "1.0", False, CHANNEL),
+        ("escalated", "1.0", False, CHANNEL),
+        ("escalated", "1.0", True, CHANNEL),
+        ("solved", "1.0", False, CHANNEL),
+    ]
+
+
+def test_a_thread_that_is_gone_does_not_swallow_what_follows(gateway: Sandbox, bot: SlackEndpoint) -> None:
+    """Where Slack refuses the thread, the channel gets the message."""
+    manager, error = refused(gateway)
+    alerts.report(manager, error, MONDAY)
+    bot.bot_answers = [{"ok": False, "error": "thread_not_found"}]
+    alerts.all_clear(manager, MONDAY + timedelta(minutes=5))
+    assert [(one["channel"], one.get("thread_ts")) for one in bot.told] == [("#tokens", None)] * 2
+
+
+def test_where_both_ways_are_set_the_bot_speaks(gateway: Sandbox, endpoint: SlackEndpoint, bot: SlackEndpoint) -> None:
+    """It can answer in threads, which a webhook cannot."""
+    alerts.report(*refused(gateway), MONDAY)
+    assert len(bot.told) == 1
+    assert not endpoint.requests
+
+
+def test_a_page_calls_who_is_named(gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLACK_MENTION stands in what cannot wait, and nowhere else; without it nobody is called."""
+    manager, error = refused(gateway)
+    alerts.report(manager, error, MONDAY)
+    assert "<!" not in text_of(endpoint.told[0])
+    alerts.all_clear(manager, MONDAY)
+    monkeypatch.setenv("SLACK_MENTION", "<!channel> <@U024BE7LH>")
+    alerts.report(manager, error, EVENING)
+    alerts.report(manager, error, MONDAY)
+    alerts.all_clear(manager, MONDAY)
+    assert ["<!channel> <@U024BE7LH>" in text_of(one) for one in endpoint.told[2:]] == [False, True, False]
+    assert endpoint.told[3]["blocks"][1]["text"]["text"].startswith("<!channel> <@U024BE7LH> KIS refused")
+    assert endpoint.told[3]["text"].startswith("<!channel>")
+
+
+def test_alerts_are_korean_where_the_settings_say_so(
+    gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but KIS's and tokencore's own sentence is in the reader's language."""
+    monkeypatch.setenv("SLACK_LANGUAGE", "ko")
+    manager, error = refused(gateway)
+    alerts.report(manager, error, MONDAY)
+    alerts.all_clear(manager, MONDAY + timedelta(minutes=65))
+    told = endpoint.told[0]["blocks"][2]["text"]["text"]
+    assert endpoint.headlines[0] == "us+kr: 다른 프로그램이 이 앱키로 접근토큰 발급 중: KIS 발급 제한으로 거절됨"
+    assert told.startswith("*사용 가능:* 없음: 유효한 접근토큰이 없습니다\n*영향을 받는 거래 시간:*")
+    assert "NASD, NYSE, AMEX: 2026-11-23 23:30 KST(현지 월 09:30), 15시간 10분 후" in told
+    assert "2026-11-23 08:20 KST부터 1시간 5분 동안 지속되었습니다." in text_of(endpoint.told[1])
+
+
+def test_slacks_retry_after_is_obeyed_by_all_runs(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
+    """Longer than a run waits, it is left to later ones, and until then nobody asks Slack for anything."""
+    manager, error = refused(gateway)
+    endpoint.answers, endpoint.retry_after = [429], 600
+    for minutes in (0, 5, 9):
+        alerts.report(manager, error, MONDAY + timedelta(minutes=minutes))
+    alerts.report("KRX", ConfigurationError("No market trades it."), MONDAY + timedelta(minutes=9))
+    assert len(endpoint.requests) == 1
+    alerts.report(manager, error, MONDAY + timedelta(minutes=10))
+    assert endpoint.headlines == [LIMITED]
+
+
+def test_a_token_that_someone_else_issued_is_told_although_nothing_failed(
+    gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KIS answers with a token of unknown issue: one message, no reminder, and its end with our own next token."""
+    monkeypatch.setattr(keeper, "FOREIGN_AGE", timedelta(seconds=1))  # the gateway's clock cannot be set
+    monkeypatch.setattr(causes, "CLOCKS", timedelta(seconds=1))
+    issued_elsewhere(gateway)
+    time.sleep(1.1)
+    manager, now = USTokenManager(), datetime.now(UTC)
+    manager.get_valid_token()
+    for hours in (0, 2):
+        alerts.all_clear(manager, now + timedelta(hours=hours))
+    assert endpoint.headlines == ["us+kr: Someone else has issued a token with this key"]
+    assert "issued at 20" in text_of(endpoint.told[0])
+    gateway.set_rules(same_token=0)
+    time.sleep(0.6)  # the gateway's minute
+    manager.refresh(force=True)
+    alerts.all_clear(manager, now + timedelta(hours=3))
+    assert endpoint.headlines[1:] == ["us+kr: solved: Someone else has issued a token with this key"]
 
 
 def test_no_secret_is_sent_or_logged(
@@ -278,34 +377,6 @@ def test_incidents_are_the_owners_alone(gateway: Sandbox) -> None:
     assert sorted(path.name for path in folder.glob("incidents*")) == ["incidents.json", "incidents.lock"]
 
 
-def test_what_a_killed_run_had_set_out_to_tell_is_told_by_another(tmp_path: Path) -> None:
-    """A claim keeps others from telling for a minute, not for ever."""
-    incidents = Incidents(tmp_path)
-    assert incidents.open("us", "limit", MONDAY)
-    assert not incidents.open("us", "limit", MONDAY + CLAIM / 2)
-    assert incidents.open("us", "limit", MONDAY + CLAIM)
-
-
-def test_trouble_that_returns_before_its_end_was_told_never_ended(tmp_path: Path) -> None:
-    """Then there is nothing new to tell, and the length counts from the first time."""
-    incidents = Incidents(tmp_path)
-    incidents.open("us", "limit", MONDAY)
-    incidents.opening_told("us", "limit")
-    assert incidents.close("us", MONDAY + CLAIM)
-    assert not incidents.open("us", "limit", MONDAY + 2 * CLAIM)
-    (over,) = incidents.close("us", MONDAY + 3 * CLAIM)
-    assert over.opened_at == MONDAY
-    assert over.closed_at == MONDAY + 3 * CLAIM
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"subject": "us"}]', "\x00\xff"])
-def test_a_damaged_file_of_incidents_is_begun_anew(tmp_path: Path, content: str) -> None:
-    """Whatever stands in the file, the trouble is told rather than kept."""
-    (tmp_path / "incidents.json").write_text(content, "latin-1")
-    assert Incidents(tmp_path).open("us", "limit", MONDAY)
-    assert not Incidents(tmp_path).open("us", "limit", MONDAY)
-
-
 def test_an_unusable_token_directory_is_told(
     gateway: Sandbox, endpoint: SlackEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,46 +393,3 @@ def test_malformed_settings_break_no_run(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setenv("KIS_TIMEOUT", "soon")
     alerts.report("KRX", ConfigurationError("KIS_TIMEOUT cannot be used."), MONDAY)
     assert "An alert could not be made: ConfigurationError." in caplog.text
-
-
-CAUSES: list[tuple[str, Exception, list[str], Cause]] = [
-    ("KIS's own refusal", limit("minute"), ["issued", "limit"], causes.LIMIT),
-    ("our own minute after a renewal", limit("minute"), ["issued"], causes.WAITING),
-    ("the minute after KIS was down", limit("minute"), ["server_error"], causes.DOWN),
-    ("the pause after a dropped connection", limit("backoff"), ["no_answer"], causes.DOWN),
-    ("the pause after a wrong secret", limit("backoff"), ["bad_secret"], causes.CREDENTIALS),
-    ("the ceiling", limit("ceiling"), ["issued", "issued"], causes.CEILING),
-    ("the six hours", limit("same_token"), ["issued"], causes.DEAD),
-    ("a wrong key", CredentialsError("x"), ["bad_key"], causes.CREDENTIALS),
-    ("KIS being down", IssuerUnavailableError("x"), ["unreachable"], causes.DOWN),
-    ("a full disk", TokenStoreError("x"), [], causes.STORE),
-    ("a missing setting", ConfigurationError("x"), [], causes.SETTINGS),
-    ("a need that is too long", TokenUnavailableError("x"), [], causes.UNSERVED),
-    ("anything else", RuntimeError("x"), [], causes.UNFORESEEN),
-]
-
-
-@pytest.mark.parametrize(("error", "outcomes", "expected"), [row[1:] for row in CAUSES], ids=[row[0] for row in CAUSES])
-def test_the_cause_is_what_the_error_comes_from(error: Exception, outcomes: list[str], expected: Cause) -> None:
-    """A pause after a failure is no cause of its own, and only KIS being down is worth another try by Prefect."""
-    attempts = [Attempt(outcome) for outcome in outcomes]
-    assert cause_of(error, attempts) is expected
-    assert isinstance(as_met(error, attempts), IssuerUnavailableError) == (expected is causes.DOWN)
-
-
-@pytest.mark.parametrize("cause", BY_NAME.values(), ids=list(BY_NAME))
-def test_every_alert_fits_slack_and_a_phone(cause: Cause) -> None:
-    """Headers keep below Slack's 150 characters, whatever the key is called, and paragraphs below 3000."""
-    message = Message(
-        ":x:", f"{'us+kr+hk+jp+cn+vn (paper)'}: solved: {cause.title}", "y" * 5000, [("To do", cause.cure)], ("", None)
-    )
-    header, happened, answers = message.blocks
-    assert header["text"]["text"].endswith(cause.title)
-    assert max(len(block["text"]["text"]) for block in (happened, answers)) < 3000
-
-
-def test_the_next_check_is_the_next_hours_fifth_minute() -> None:
-    """As check_tokens is scheduled."""
-    assert next_check(MONDAY) == datetime(2026, 11, 23, 0, 5, tzinfo=UTC)
-    assert next_check(MONDAY.replace(minute=4)) == MONDAY.replace(minute=5)
-    assert next_check(MONDAY.replace(minute=5)) == datetime(2026, 11, 23, 0, 5, tzinfo=UTC)

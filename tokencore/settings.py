@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from datetime import date, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -87,6 +88,16 @@ def _exported(text: str) -> str:
     return text
 
 
+def _mention(text: str) -> str:
+    if not all(
+        re.fullmatch(r"<(!channel|!here|!everyone|@[UW][A-Z0-9]+|!subteam\^S[A-Z0-9]+)>", who) for who in text.split()
+    ):
+        raise ValueError(
+            "must be mentions as Slack writes them, such as <!channel>, <@U024BE7LH> or <!subteam^S024BE7LH>"
+        )
+    return " ".join(text.split())
+
+
 def _between(lowest: float, highest: float, *, whole: bool = False) -> BeforeValidator:
     return BeforeValidator(lambda value: number(value, lowest, highest, whole=whole))
 
@@ -155,6 +166,8 @@ class Settings(BaseSettings):
     slack_webhook_url: SecretStr | None = None
     slack_bot_token: SecretStr | None = None
     slack_channel: str | None = None
+    slack_mention: Annotated[str, AfterValidator(_mention)] = ""
+    slack_language: Literal["en", "ko"] = "en"
 
     @classmethod
     def settings_customise_sources(

@@ -1,0 +1,1 @@
+"""What messages say, one file per language with the same keys: a translator needs to look nowhere else."""
