@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
+from builders import make_token
 from running import Ran, asked, cached, folder, one_line, start, tokencore, until
 
 from tokencore import KRTokenManager, TokenManager, USTokenManager
@@ -139,10 +140,53 @@ def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
     assert asked(gateway) == 0
 
 
+@pytest.mark.usefixtures("gateway")
+def test_get_in_the_shape_of_credential_process(command: Command) -> None:
+    """JSON with a version, the token, and its expiry in UTC as AWS's tools spell it."""
+    token = cached(20_000)
+    ran = command("get", "us", "--format", "process")
+    told = json.loads(ran.out)
+    assert (ran.code, ran.err, list(told)) == (0, "", ["Version", "token", "Expiration"])
+    assert (told["Version"], told["token"]) == (1, token.access_token)
+    assert told["Expiration"] == f"{token.expires_at:%Y-%m-%dT%H:%M:%SZ}"
+
+
+@pytest.mark.usefixtures("gateway")
+def test_get_for_a_shells_eval_sets_variables_that_children_see(command: Command) -> None:
+    """Whatever signs a token has: the shell takes them as they are, and runs none of them."""
+    odd = "$(>ran)`>ran`;>ran;\\'\"&*"
+    USTokenManager().save_token(make_token(text=odd))
+    lines = command("get", "us", "--format", "env").out
+    program = f"eval \"$(cat)\"; {sys.executable} -c \"import os; print(os.environ['KIS_ACCESS_TOKEN'], end='')\""
+    ran = subprocess.run(["/bin/sh", "-euc", program], input=lines, capture_output=True, text=True, check=True)
+    assert ran.stdout == odd
+    assert not os.path.exists("ran")
+    assert re.search(r"^export KIS_TOKEN_EXPIRES_AT=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", lines, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("gateway")
+def test_get_as_a_header(command: Command) -> None:
+    """What `curl -H` takes."""
+    token = cached(20_000)
+    assert command("get", "us", "--format", "header").out == f"Authorization: Bearer {token.access_token}\n"
+
+
+@pytest.mark.parametrize("style", ["process", "env", "header"])
+def test_every_format_renews_as_get_does_and_obeys_no_renew(gateway: Sandbox, command: Command, style: str) -> None:
+    """Without a token: exit 3 with --no-renew and nothing printed; otherwise one issue, and the token in it."""
+    assert "NO_TOKEN" in one_line(command("get", "us", "--format", style, "--no-renew"))
+    ran = command("get", "us", "--format", style)
+    assert (ran.code, USTokenManager().get_valid_token() in ran.out) == (0, True)
+    assert command("get", "us", "--no-renew", "--format", style) == ran
+    assert asked(gateway) == 1
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         (),
+        ("get", "us", "--json", "--format", "env"),
+        ("get", "us", "--format", "yaml"),
         ("get",),
         ("gett", "us"),
         ("get", "us", "kr"),

@@ -24,12 +24,14 @@ from tokencore.tokens import Token, from_answer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Self
 
 ANSWER_LIMIT = 65_536  # bytes; KIS's answers have about 700
 CONNECT_TRIES = 4  # the first and three more, only while the request cannot have reached KIS
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
 OK = 200
+_APPROVAL_KEY = re.compile(r"[!-~]{1,512}")  # one word of visible ASCII; KIS's is a UUID
 _SECRETIVE = re.compile(r"[\w+/=.%&#;-]{20,}", re.ASCII)  # no word of KIS is so long, but every token and key
 
 
@@ -71,22 +73,25 @@ class Issuer:
     def __reduce__(self) -> str:
         raise TypeError("an Issuer holds credentials and is not pickled; make it anew where it is needed")
 
+    @classmethod
+    def checked(cls, base_url: str, credentials: tuple[str, str], *, timeout: float) -> Self:
+        """The gateway at `base_url`, once the settings and this address have been validated.
+
+        Raises:
+            ConfigurationError: one of them cannot be used; nothing was sent.
+
+        """
+        from tokencore.settings import Settings, checked_url
+
+        Settings.load()
+        return cls(checked_url(base_url), *credentials, timeout=timeout)
+
     def issue(self) -> Token | Refusal:
         """One request to tokenP; only a request that cannot have reached KIS is repeated, three times at most."""
-        body = {
-            "grant_type": "client_credentials",
-            "appkey": self._app_key,
-            "appsecret": self._app_secret,
-        }
-        try:
-            answer = self._asked_once("/oauth2/tokenP", body)
-        except NotAskedError as error:
-            return unreachable(str(error))
-        except NoAnswerError as error:
-            return no_answer(str(error))
+        answer = self._granted("/oauth2/tokenP", "appsecret")
+        if isinstance(answer, Refusal):
+            return answer
         received_at = datetime.now(UTC)
-        if answer.status != OK or answer.body.get("error_code") or answer.code in KNOWN:
-            return refused(answer.status, answer.code, self._told(answer))
         try:
             token = from_answer(answer.body, received_at)
         except ValueError as error:
@@ -94,6 +99,16 @@ class Issuer:
         if token.expires_at <= received_at:
             return bad_answer("its token has already expired")
         return token
+
+    def approve(self) -> str | Refusal:
+        """One request for the websocket's approval key, with the same care."""
+        answer = self._granted("/oauth2/Approval", "secretkey")
+        if isinstance(answer, Refusal):
+            return answer
+        key = answer.body.get("approval_key")
+        if not isinstance(key, str) or not _APPROVAL_KEY.fullmatch(key):
+            return bad_answer("the answer holds no approval_key")
+        return key
 
     def revoke(self, access_token: str) -> None:
         """Make KIS forget the token; every program that uses it is then without one.
@@ -144,6 +159,18 @@ class Issuer:
         if answer.status == OK and answer.body.get("rt_cd") == "0":
             return True, "rt_cd 0"
         return None, self._told(answer)
+
+    def _granted(self, path: str, secrets_field: str) -> Answer | Refusal:
+        body = {"grant_type": "client_credentials", "appkey": self._app_key, secrets_field: self._app_secret}
+        try:
+            answer = self._asked_once(path, body)
+        except NotAskedError as error:
+            return unreachable(str(error))
+        except NoAnswerError as error:
+            return no_answer(str(error))
+        if answer.status != OK or answer.body.get("error_code") or answer.code in KNOWN:
+            return refused(answer.status, answer.code, self._told(answer))
+        return answer
 
     def _asked_once(self, path: str, body: Mapping[str, str]) -> Answer:
         for attempt in range(1, CONNECT_TRIES + 1):

@@ -218,11 +218,8 @@ class Keeper:
         """Made by the one who asks KIS: HTTP and the validation of settings cost more than all the rest."""
         if self._issuer_made is None:
             from tokencore.issuer import Issuer
-            from tokencore.settings import Settings, checked_url
 
-            Settings.load()
-            url = checked_url(self._base_url)
-            self._issuer_made = Issuer(url, *self._secrets, timeout=self._market.timeout)
+            self._issuer_made = Issuer.checked(self._base_url, self._secrets, timeout=self._market.timeout)
         return self._issuer_made
 
     @property

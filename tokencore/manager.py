@@ -174,6 +174,21 @@ class BaseTokenManager:
             self._keeper.mark_rejected(token, datetime.now(UTC))
         return self._consult(None).access_token
 
+    def get_approval_key(self, rejected: str = "") -> str:
+        """The key for KIS's websocket, one for all processes and markets of the app key; it lives for 24 hours.
+
+        With the one that KIS has `rejected`, another one; where another process has replaced it already, that.
+
+        Raises:
+            TokenError: there is none, and none could be had; see `approval.ApprovalKeys.obtain`.
+
+        """
+        from tokencore.approval import ApprovalKeys  # not on the path of a cached token
+
+        credentials, url = self.get_app_credentials(), self.get_api_url().rstrip("/")
+        app_key, app_secret = (word.strip() for word in credentials)
+        return ApprovalKeys(self.market, self._cache.fingerprint, (app_key, app_secret), url).obtain(rejected)
+
     def revoke(self) -> bool:
         """Make KIS forget the present token and mark it dead for every market of the key; whether there was one.
 

@@ -21,7 +21,7 @@ def add_market(to: argparse.ArgumentParser, *, many: str | None = None) -> None:
     to.add_argument("market", nargs=many, metavar="MARKET", help="us, kr, or a market of your settings")
 
 
-def add_json(to: argparse.ArgumentParser) -> None:
+def add_json(to: argparse._ActionsContainer) -> None:
     """Let `to` answer programs."""
     to.add_argument("--json", action="store_true", help="for programs")
 

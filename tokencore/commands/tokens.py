@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tokencore import view
 from tokencore.commands.shared import add_json, add_market, print_json
-from tokencore.errors import TokenUnavailableError
+from tokencore.errors import ConfigurationError, TokenUnavailableError
 from tokencore.fleet import managers
 from tokencore.limits import tell
 from tokencore.manager import TokenManager
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import argparse
 
     from tokencore.commands.shared import AddCommand
+    from tokencore.tokens import Token
 
 NOT_VALID, UNREACHABLE = 3, 6
 
@@ -25,7 +28,14 @@ def add(command: AddCommand) -> None:
     get = command("get", _get, "print the token, and nothing else; renews if it must")
     add_market(get)
     get.add_argument("--no-renew", action="store_true", help="only what is cached: ask KIS for nothing")
-    add_json(get)
+    output = get.add_mutually_exclusive_group()
+    add_json(output)
+    output.add_argument(
+        "--format",
+        choices=_FORMATS,
+        help="process: JSON with version, token and expiration; env: for a shell's eval; header: for an HTTP request",
+    )
+    output.add_argument("--approval-key", action="store_true", help="the websocket's key instead of the token")
     check = command("check", _check, "status of the markets; read-only, asks KIS for nothing without --probe")
     add_market(check, many="*")
     check.add_argument("--probe", action="store_true", help="prove each valid token with one quote call")
@@ -45,25 +55,62 @@ def add(command: AddCommand) -> None:
 
 def _get(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
-    text = _cached(manager) if options.no_renew else manager.get_valid_token()
-    if not options.json:
-        print(text)
-        return 0
-    status = manager.get_token_status()
-    told = {"market", "environment", "expires_at", "issued_at", "remaining_seconds"}
-    fields = {name: value for name, value in status.items() if name in told}
-    print_json({"access_token": text, "token_type": "Bearer"} | fields)
+    if options.approval_key:
+        print(_approval_key(manager, options))
+    elif options.json:
+        print_json(_as_json(manager, _served(manager, options)))
+    elif options.format:
+        print(_FORMATS[options.format](_served(manager, options)))
+    else:
+        print(_served(manager, options).access_token)
     return 0
 
 
-def _cached(manager: TokenManager) -> str:
+def _approval_key(manager: TokenManager, options: argparse.Namespace) -> str:
+    if options.no_renew:
+        raise ConfigurationError("--no-renew is for tokens, not for the --approval-key; leave one of them out.")
+    return manager.get_approval_key()
+
+
+def _served(manager: TokenManager, options: argparse.Namespace) -> Token:
+    """The token as a whole, so that its text and its expiry are of one renewal."""
+    if not options.no_renew:
+        manager.get_valid_token()
     token = manager.load_token()
     if token is None or not token.serves(datetime.now(UTC), manager.market.buffer):
         raise TokenUnavailableError(
             f"There is no valid token for {manager.market.name!r} in the cache "
-            f"({manager.get_token_status()['status']}), and --no-renew forbids to ask for one.",
+            f"({manager.get_token_status()['status']}), and "
+            f"{'--no-renew forbids to ask for one' if options.no_renew else 'another process has just removed it'}.",
         )
-    return token.access_token
+    return token
+
+
+def _as_json(manager: TokenManager, token: Token) -> dict[str, object]:
+    told = {"market", "environment", "expires_at", "issued_at", "remaining_seconds"}
+    fields = {name: value for name, value in manager.get_token_status().items() if name in told}
+    return {"access_token": token.access_token, "token_type": "Bearer"} | fields
+
+
+def _as_process(token: Token) -> str:
+    """The shape of AWS's `credential_process`, which many launchers of processes can read."""
+    return json.dumps({"Version": 1, "token": token.access_token, "Expiration": _expiry(token)})
+
+
+def _as_env(token: Token) -> str:
+    names = {"KIS_ACCESS_TOKEN": token.access_token, "KIS_TOKEN_EXPIRES_AT": _expiry(token)}
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in names.items())
+
+
+def _as_header(token: Token) -> str:
+    return f"Authorization: Bearer {token.access_token}"
+
+
+def _expiry(token: Token) -> str:
+    return token.expires_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+_FORMATS = {"process": _as_process, "env": _as_env, "header": _as_header}
 
 
 def _check(options: argparse.Namespace) -> int:
