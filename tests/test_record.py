@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,8 +158,26 @@ def test_a_long_record_keeps_its_newest_attempts(record: IssuanceRecord) -> None
     newest = write(record, Outcome.REFUSED)
     found = record.attempts()
     assert found == [made[-1]] * KEEP + newest
-    assert os.path.getsize(record.path) == (KEEP + 1) * LINE
+    assert os.path.getsize(record.path) == (KEEP + 2) * LINE  # one tells what was cut off
     assert not list(Path(record.path).parent.glob(".key-*"))
+
+
+def test_totals_never_shrink(record: IssuanceRecord) -> None:
+    """What a record has counted it goes on counting when its oldest lines go; one in flight is not counted yet."""
+    write(record, Outcome.LIMIT, *[Outcome.ISSUED] * 2)
+    with Path(record.path).open("ab") as file:
+        file.write(Path(record.path).read_bytes()[-LINE:] * TRIM_AT)
+    counted = record.read().totals()
+    assert counted == {Outcome.LIMIT: 1, Outcome.ISSUED: TRIM_AT + 2}
+    position = record.begin(attempt())
+    assert record.read().totals() == counted
+    record.complete(position, attempt(outcome=Outcome.SAME))
+    assert record.read().totals() == counted + Counter({Outcome.SAME: 1})
+    for _ in range(TRIM_AT):
+        with Path(record.path).open("ab") as file:
+            file.write(Path(record.path).read_bytes()[-LINE:])
+    write(record, Outcome.SAME)
+    assert record.read().totals() == counted + Counter({Outcome.SAME: TRIM_AT + 2})
 
 
 def test_the_record_is_private_and_follows_no_link(record: IssuanceRecord, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tokencore.moments import UTC, datetime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from tokencore.store import Signature
     from tokencore.tokens import Token
@@ -60,8 +60,7 @@ class Cache:
 
         Markets that the settings do not name (a manager of the user's own) are found by their files.
         """
-        found = [token for path in dict.fromkeys([*self.paths, *self._files()]) if (token := self.read(path)[0])]
-        return max(found, key=lambda token: (token.rejected_at is None, token.expires_at), default=None)
+        return longest(self.read(path)[0] for path in dict.fromkeys([*self.paths, *self._files()]))
 
     def save(self, token: Token, now: datetime) -> None:
         """Write `token` for every market of the key; the caller holds the key's lock.
@@ -154,6 +153,12 @@ class Cache:
         if bound_elsewhere or content.get("environment", self._environment) != self._environment:
             return None, FOREIGN
         return token, ""
+
+
+def longest(found: Iterable[Token | None]) -> Token | None:
+    """Of these tokens the one that lasts longest; one rejected comes last."""
+    known = (token for token in found if token is not None)
+    return max(known, key=lambda token: (token.rejected_at is None, token.expires_at), default=None)
 
 
 def _mark(path: str) -> datetime | None:

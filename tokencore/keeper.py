@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from tokencore import imports, limits, record, sources, store
 from tokencore.errors import (
     ConfigurationError,
-    CredentialsError,
     IssuanceLimitError,
     IssuerUnavailableError,
     TokenError,
@@ -114,15 +113,7 @@ class Keeper:
     def allowed_from(self, now: datetime) -> datetime | None:
         """When the limits allow a renewal that is due at `now`; None where refused credentials forbid it."""
         standing = Standing(now, self._attempts(), self._cache.newest(), self._credentials)
-        while True:  # each turn a later one of a few limits; they all end
-            try:
-                limits.check(Intent.DUE, standing, self._market)
-            except IssuanceLimitError as limit:
-                standing = standing._replace(now=limit.retry_at or now)
-            except CredentialsError:
-                return None
-            else:
-                return standing.now
+        return limits.allowed_from(standing, self._market)
 
     def refresh(self, *, force: bool, reason: str) -> bool:
         """Renew now; True for a new token, False where KIS handed back the present one.
@@ -335,13 +326,7 @@ class Keeper:
 
     def _attempts(self) -> list[Attempt]:
         """The record, with what is known besides it where the record was lost or could not be written."""
-        attempts = self.record.attempts()
-        # A mark names no key, so it only counts where the record is lost; the lock's time is this key's own.
-        known = attempts[-1].at if attempts else datetime.min.replace(tzinfo=UTC)
-        marks = sorted(
-            mark for mark in (None if attempts else self._cache.issued_mark(), self._lock.unrecorded()) if mark
-        )
-        return attempts + [Attempt(at, Outcome.ISSUED) for at in marks if at > known]
+        return with_marks(self.record.attempts(), self._cache, self._lock)
 
     def _await(self, serves: Callable[[Token], bool]) -> Token | None:
         """Poll the cache for the winner's token until the cool-down is over, by the monotonic clock."""
@@ -429,6 +414,14 @@ class Keeper:
             retry_at = now + timedelta(seconds=self._market.issue_interval)
             return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
         return refusal.error(text)
+
+
+def with_marks(attempts: list[Attempt], cache: Cache, lock: KeyLock) -> list[Attempt]:
+    """The recorded `attempts` of a key, and after them what only its marks and its lock file tell."""
+    # A mark names no key, so it only counts where the record is lost; the lock's time is this key's own.
+    known = attempts[-1].at if attempts else datetime.min.replace(tzinfo=UTC)
+    marks = sorted(mark for mark in (None if attempts else cache.issued_mark(), lock.unrecorded()) if mark)
+    return attempts + [Attempt(at, Outcome.ISSUED) for at in marks if at > known]
 
 
 def _handed_back(answer: Token, standing: Standing) -> bool:

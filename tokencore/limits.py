@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import record
-from tokencore.errors import AccessDeniedError, AppKeyError, AppSecretError, IssuanceLimitError
+from tokencore.errors import AccessDeniedError, AppKeyError, AppSecretError, CredentialsError, IssuanceLimitError
 from tokencore.market import ISSUE_INTERVAL
 from tokencore.policy import retry_delay
 from tokencore.record import CREDENTIALS, Outcome
@@ -64,6 +64,19 @@ def check(intent: Intent, standing: Standing, market: Market) -> None:
         _check_same_token(standing, market)
         _check_ceiling(standing, market)
     _check_pauses(intent, standing, market)
+
+
+def allowed_from(standing: Standing, market: Market) -> datetime | None:
+    """When a renewal that is due at `standing.now` is allowed; None where refused credentials forbid it."""
+    while True:  # each turn a later one of a few limits; they all end
+        try:
+            check(Intent.DUE, standing, market)
+        except IssuanceLimitError as limit:
+            standing = standing._replace(now=limit.retry_at or standing.now)
+        except CredentialsError:
+            return None
+        else:
+            return standing.now
 
 
 def cooldown_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,6 +65,21 @@ class Attempt(NamedTuple):
         return self.outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)
 
 
+class History(NamedTuple):
+    """What a record holds: its attempts, oldest first, and how the older ones ended that were cut off."""
+
+    attempts: list[Attempt]
+    cut: Counter[Outcome]
+
+    def totals(self) -> Counter[Outcome]:
+        """How many attempts ended how, since the record began: numbers that only grow.
+
+        The last one is not among them while it is `sent`: it may still become something else.
+        """
+        final = self.attempts[:-1] if self.attempts and self.attempts[-1].outcome is Outcome.SENT else self.attempts
+        return self.cut + Counter(attempt.outcome for attempt in final)
+
+
 class IssuanceRecord:
     """The record of one key. Reading takes no lock; writing is for the holder of the key's lock."""
 
@@ -73,11 +89,18 @@ class IssuanceRecord:
 
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first; lines that cannot be read are passed over, a missing file is empty."""
-        try:
-            content = store.read_bytes(self.path, limit=2 * TRIM_AT * LINE) or b""
-        except ValueError:
-            return []
-        return [attempt for line in content.split(b"\n") if (attempt := _parse(line))]
+        return self._known().attempts
+
+    def read(self) -> History:
+        """All that is recorded; lines that cannot be read are passed over, a missing file is empty.
+
+        Raises:
+            ValueError: something is there, but no file that can be read.
+
+        """
+        content = store.read_bytes(self.path, limit=2 * TRIM_AT * LINE) or b""
+        lines = content.split(b"\n")
+        return History([attempt for line in lines if (attempt := _parse(line))], _parse_cut(lines[0]))
 
     def begin(self, attempt: Attempt) -> int:
         """Append `attempt` durably and return where its line stands, for `complete`.
@@ -116,8 +139,16 @@ class IssuanceRecord:
         except FileNotFoundError:
             return
         if too_long:
-            kept = b"".join(_line(attempt) for attempt in self.attempts()[-KEEP:])
+            attempts, cut = self._known()
+            cut += Counter(attempt.outcome for attempt in attempts[:-KEEP])
+            kept = b"".join([_cut_line(cut), *(_line(attempt) for attempt in attempts[-KEEP:])])
             store.write_text(self.path, kept.decode(), temporary="trim")
+
+    def _known(self) -> History:
+        try:
+            return self.read()
+        except ValueError:
+            return History([], Counter())
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:
@@ -163,6 +194,18 @@ def _line(attempt: Attempt) -> bytes:
     if len(text) >= LINE:
         text = json.dumps({**content, "reason": ""}).encode()
     return text.ljust(LINE - 1) + b"\n"
+
+
+def _cut_line(cut: Counter[Outcome]) -> bytes:
+    """The first line of a record that was cut: no attempt, so readers that know nothing of it pass over it."""
+    return json.dumps({"cut": cut}).encode().ljust(LINE - 1) + b"\n"
+
+
+def _parse_cut(line: bytes) -> Counter[Outcome]:
+    try:
+        return Counter({Outcome(name): int(count) for name, count in json.loads(line)["cut"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return Counter()
 
 
 def _parse(line: bytes) -> Attempt | None:

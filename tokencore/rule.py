@@ -18,7 +18,11 @@ from tokencore.status import CLOCK_SLACK
 from tokencore.tokens import SAME_TOKEN
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from tokencore.manager import TokenManager
+    from tokencore.market import Market
+    from tokencore.record import Attempt
     from tokencore.tokens import Token
 
 PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # of the needs that are looked at: the anchor wants two weeks
@@ -44,6 +48,21 @@ class Outlook(NamedTuple):
     anchor: time | None
     unserved: tuple[datetime, datetime] | None
     next: Renewal | None
+
+
+class Horizon(NamedTuple):
+    """When the exchanges of a key need a token, which changes with the days and the settings only.
+
+    Attributes:
+        needs: merged needs of two days before to three weeks after the moment that was asked about.
+        quiet: the time of day, from and to in KST, that is quiet on all days; None without one.
+        anchor: the KST minute of the daily renewal; None without a common quiet time.
+
+    """
+
+    needs: list[tuple[datetime, datetime]]
+    quiet: tuple[time, time] | None
+    anchor: time | None
 
 
 class Decision(NamedTuple):
@@ -72,21 +91,44 @@ def look(manager: TokenManager, now: datetime) -> Outlook:
     """
     token = manager.newest_token()
     codes = manager.key_exchanges()
-    buffer = timedelta(seconds=manager.market.buffer)
-    if not codes:
-        return Outlook(token, [], None, None, None, _plain(token, manager, now))
-    every = sessions.needs(codes, now - PAST, now + FUTURE, overrides())
-    anchor = policy.daily_anchor(every, buffer=buffer)
-    usable = token if token and token.serves(now, manager.market.buffer) else None
+    ahead = horizon(codes, overrides(), manager.market, now) if codes else None
+    issued_at = token.issued_at if token else last_issue(manager.history())
+    return outlook(token, issued_at, ahead, manager.market, now)
+
+
+def horizon(codes: Sequence[str], known: Mapping[str, sessions.Override], market: Market, now: datetime) -> Horizon:
+    """When the exchanges `codes` need a token around `now` (aware); `known` is what the user's settings say of them.
+
+    Raises:
+        ConfigurationError: an exchange is unknown.
+
+    """
+    every = sessions.needs(codes, now - PAST, now + FUTURE, known)
+    anchor = policy.daily_anchor(every, buffer=timedelta(seconds=market.buffer))
+    return Horizon(every, policy.quiet_time(every), anchor)
+
+
+def outlook(
+    token: Token | None, issued_at: datetime | None, ahead: Horizon | None, market: Market, now: datetime
+) -> Outlook:
+    """What lies ahead of a key with `token`, whose last issue was at `issued_at` (aware, None if unknown).
+
+    Pure. `ahead` is None for a key without exchanges.
+    """
+    if ahead is None:
+        return Outlook(token, [], None, None, None, _plain(token, market, now))
+    buffer = timedelta(seconds=market.buffer)
+    usable = token if token and token.serves(now, market.buffer) else None
     expires_at = usable.expires_at + CLOCK_SLACK if usable else None
-    issued_at = token.issued_at if token else _last_issue(manager)
-    planned = policy.next_renewal(now, every, issued_at=issued_at, expires_at=expires_at, anchor=anchor, buffer=buffer)
+    planned = policy.next_renewal(
+        now, ahead.needs, issued_at=issued_at, expires_at=expires_at, anchor=ahead.anchor, buffer=buffer
+    )
     if planned and token is None and issued_at and now < issued_at + SAME_TOKEN:
         planned = Renewal(now, "the token is lost, and KIS still hands the same one back", None)
-    needs = [need for need in every if need[1] > now]
+    needs = [need for need in ahead.needs if need[1] > now]
     reach = expires_at - buffer if expires_at else now
     unserved = next((need for need in needs if need[1] > reach), None)
-    return Outlook(token, needs, policy.quiet_time(every), anchor, unserved, planned)
+    return Outlook(token, needs, ahead.quiet, ahead.anchor, unserved, planned)
 
 
 def tick(manager: TokenManager, now: datetime) -> Decision:
@@ -121,23 +163,28 @@ def next_attempt(manager: TokenManager, now: datetime) -> datetime | None:
 
     """
     planned = look(manager, now).next
-    allowed = manager.renewal_allowed_from(now) if planned else None
-    if planned is None or allowed is None:
+    return attempt_at(planned, manager.renewal_allowed_from(now), manager.market, now) if planned else None
+
+
+def attempt_at(planned: Renewal, allowed: datetime | None, market: Market, now: datetime) -> datetime | None:
+    """When a `planned` renewal will be tried next, where the limits allow it from `allowed` on; see `next_attempt`."""
+    if allowed is None:
         return None
     if planned.at > now:
         return planned.at
-    return allowed if allowed > now else now + timedelta(seconds=manager.market.issue_interval)
+    return allowed if allowed > now else now + timedelta(seconds=market.issue_interval)
 
 
-def _last_issue(manager: TokenManager) -> datetime | None:
-    return next((attempt.at for attempt in reversed(manager.history()) if attempt.outcome is Outcome.ISSUED), None)
+def last_issue(attempts: Sequence[Attempt]) -> datetime | None:
+    """When the last new token was issued, by the record; None if it knows of none."""
+    return next((attempt.at for attempt in reversed(attempts) if attempt.outcome is Outcome.ISSUED), None)
 
 
-def _plain(token: Token | None, manager: TokenManager, now: datetime) -> Renewal:
+def _plain(token: Token | None, market: Market, now: datetime) -> Renewal:
     """Without any exchange configured: renew in the proactive window before the expiry."""
-    if token is None or not token.serves(now, manager.market.buffer):
+    if token is None or not token.serves(now, market.buffer):
         return Renewal(now, "there is no valid token", None)
-    at = token.expires_at - timedelta(seconds=manager.market.proactive_window)
+    at = token.expires_at - timedelta(seconds=market.proactive_window)
     return Renewal(max(now, at), "no exchange is configured: shortly before the expiry", None)
 
 

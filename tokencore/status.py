@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 CLOCK_SLACK = timedelta(seconds=30)  # KIS's clock is not ours, and a need ends with a pad, long after the close
+VALID = ("VALID", "EXPIRING_SOON")  # the words for a token that serves
 HORIZON = timedelta(days=15)  # longer than any holiday of the exchanges: the next need is in it
 
 
@@ -62,13 +63,13 @@ def token_status(market: Market, cache: Cache, now: datetime) -> TokenStatus:
     token, problem = cache.read()
     attempts = IssuanceRecord(cache.folder, cache.fingerprint).attempts()
     path = cache.paths[0]
-    word = _word(token, problem, market, now)
+    named = word(token, problem, market, now)
     left = max(0.0, (token.expires_at - now).total_seconds()) if token else 0.0
     need = next_need(market, now)
     return {
         "market": market.name,
-        "status": word,
-        "valid": word in ("VALID", "EXPIRING_SOON"),
+        "status": named,
+        "valid": named in VALID,
         "expires_at": _iso(token.expires_at if token else None),
         "remaining_seconds": int(left),
         "remaining_hours": round(left / 3600, 2),
@@ -83,7 +84,7 @@ def token_status(market: Market, cache: Cache, now: datetime) -> TokenStatus:
         "cooldown_until": _iso(limits.cooldown_until(attempts, now, market.issue_interval)),
         "issues_last_24h": len(record.issued_within(attempts, now)),
         "next_need": {"start": need[0].isoformat(), "end": need[1].isoformat()} if need else None,
-        "covers_next_need": _covers(token, need, market) if need else None,
+        "covers_next_need": covers(token, need, market) if need else None,
     }
 
 
@@ -104,7 +105,8 @@ def in_served_session(codes: list[str], token: Token, now: datetime, buffer: flo
     return any(start <= now and token.serves(end - CLOCK_SLACK, buffer) for start, end in running)
 
 
-def _word(token: Token | None, problem: str, market: Market, now: datetime) -> str:
+def word(token: Token | None, problem: str, market: Market, now: datetime) -> str:
+    """One of the contract's six words for what `Cache.read` found."""
     if token is None:
         return "UNREADABLE" if problem else "NO_TOKEN"
     if token.rejected_at is not None:
@@ -115,7 +117,7 @@ def _word(token: Token | None, problem: str, market: Market, now: datetime) -> s
     return "EXPIRING_SOON" if soon else "VALID"
 
 
-def _covers(token: Token | None, need: tuple[datetime, datetime], market: Market) -> bool:
+def covers(token: Token | None, need: tuple[datetime, datetime], market: Market) -> bool:
     """Whether it serves until the end of the need; our clock and KIS's may differ by a little (see `rule`)."""
     return token is not None and token.serves(need[1] - CLOCK_SLACK, market.buffer)
 

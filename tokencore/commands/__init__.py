@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tokencore import __doc__ as about
 from tokencore import sandbox
-from tokencore.commands import ahead, handover, tokens
+from tokencore.commands import ahead, handover, health, tokens
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=function)
         return added
 
-    for group in (tokens, ahead, handover):
+    for group in (tokens, ahead, handover, health):
         group.add(command)
     sandbox.add_arguments(command("sandbox", sandbox.run, "a KIS gateway on loopback, to try things out"))
     return top
