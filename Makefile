@@ -6,13 +6,14 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test lint pins clean
+.PHONY: help demo up down status test-alert test lint pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
 	@echo 'make up      start the Prefect server, the deployments and a worker with your credentials'
 	@echo 'make status  what of it runs, and how the tokens are'
 	@echo 'make down    stop it'
+	@echo 'make test-alert  send a test message to Slack, and say whether it took it'
 	@echo 'make test    the tests'
 	@echo 'make lint    linter, formatter, type checker, direction of imports'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
@@ -21,7 +22,7 @@ help:
 demo: .venv/.flows
 	@$(RUN) flows.stack demo $(ARGS)
 
-up down status: .venv/.flows
+up down status test-alert: .venv/.flows
 	@$(RUN) flows.stack $@
 
 test: .venv/.dev

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
+from prefect.settings import PREFECT_UI_URL, temporary_settings
 from slack_endpoint import CHANNEL, SlackEndpoint
 
 from flows import alerts, causes, slack
 from flows.incidents import CLAIM
 from flows.runs import clock
+from flows.stack import trial
 from tokencore import (
     ConfigurationError,
     TokenError,
@@ -344,6 +346,51 @@ def test_a_token_that_someone_else_issued_is_told_although_nothing_failed(
     manager.refresh(force=True)
     alerts.all_clear(manager, now + timedelta(hours=3))
     assert endpoint.headlines[1:] == ["us+kr: solved: Someone else has issued a token with this key"]
+
+
+def test_a_test_message_says_whether_slack_took_it(
+    endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes the way of alerts, is plainly a test and calls nobody; a refusal comes with its cure."""
+    monkeypatch.setenv("SLACK_MENTION", "<!channel>")
+    assert trial.send() == 0
+    assert "Slack took the test message, by the webhook" in capsys.readouterr().out
+    endpoint.answers = [404]
+    assert trial.send() == 1
+    assert "(HTTP 404). Correct SLACK_WEBHOOK_URL" in capsys.readouterr().out
+    (told,) = endpoint.told
+    assert told["text"].startswith("Test message of the token keeper.")
+    assert "&lt;!channel&gt;" in text_of(told)
+    assert "<!channel>" not in text_of(told)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, "SLACK_WEBHOOK_URL"),
+        ({"SLACK_BOT_TOKEN": BOT}, "SLACK_CHANNEL"),
+        ({"SLACK_CHANNEL": "#x"}, "SLACK_BOT_TOKEN"),
+    ],
+    ids=["nothing", "a bot without a channel", "a channel without a bot"],
+)
+def test_a_test_message_names_the_setting_that_is_missing(
+    given: dict[str, str], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a bot is no way to Slack."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=f"^Nothing was sent: set {missing}"):
+        trial.send()
+
+
+def test_an_alert_leads_to_its_run(gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link begins with PREFECT_UI_URL where people reach the page by another name than the flows do."""
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "0a1b")
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__NAME", "warm-up KRX 2026-11-23")
+    with temporary_settings({PREFECT_UI_URL: "https://prefect.example.com/"}):
+        alerts.report(*refused(gateway), MONDAY)
+    link = "<https://prefect.example.com/runs/flow-run/0a1b|warm-up KRX 2026-11-23>"
+    assert endpoint.told[0]["blocks"][3]["elements"][0]["text"] == f"Run: {link}"
 
 
 def test_no_secret_is_sent_or_logged(

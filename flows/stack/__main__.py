@@ -1,4 +1,4 @@
-"""`python -m flows.stack up`, `down`, `status`, `run` (`up` in the foreground) or `demo`, as make calls them."""
+"""`python -m flows.stack up`, `down`, `status`, `run` (`up` in the foreground), `demo` or `test-alert`, as make calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from flows.stack import demo, service
+from flows.stack import demo, service, trial
 from flows.stack.crew import CrewError, EndedError
 from tokencore import TokenError, TokenStoreError
 
@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
-COMMANDS = {"up": service.up, "down": service.down, "status": service.status, "run": service.run, "demo": demo.demo}
+COMMANDS = {
+    "up": service.up,
+    "down": service.down,
+    "status": service.status,
+    "run": service.run,
+    "demo": demo.demo,
+    "test-alert": trial.send,
+}
 
 
 def main() -> int:
