@@ -1,4 +1,4 @@
-"""`python -m flows.stack up`, `down`, `status`, `run` (`up` in the foreground), `demo` or `test-alert`, as make calls."""
+"""`python -m flows.stack`: `up`, `run` (the same in the foreground), `down`, `status`, `demo` and `test-alert`."""
 
 from __future__ import annotations
 
