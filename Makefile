@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test lint pins clean
+.PHONY: help demo up down status test-alert test clients lint pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -15,6 +15,7 @@ help:
 	@echo 'make down    stop it'
 	@echo 'make test-alert  send a test message to Slack, and say whether it took it'
 	@echo 'make test    the tests'
+	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
 	@echo 'make lint    linter, formatter, type checker, direction of imports'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
 	@echo 'make clean   remove what make, the tests and the tools have built here'
@@ -27,6 +28,10 @@ up down status test-alert: .venv/.flows
 
 test: .venv/.dev
 	@$(RUN) pytest $(ARGS)
+
+# The same as in `test`, with as many processes as a big bot has.
+clients: .venv/.dev
+	@TOKENCORE_CLIENTS=all $(RUN) pytest tests/test_clients.py $(ARGS)
 
 lint: .venv/.dev
 	@$(RUN) ruff check .

@@ -97,7 +97,11 @@ def refused(code: str, status: int = 403) -> Answer:
 def _domestic_price(params: Mapping[str, str], _: float) -> dict[str, Any]:
     row = {"stck_prpr": "71500", "prdy_vrss": "500", "prdy_vrss_sign": "2", "prdy_ctrt": "0.70"}
     row |= {"stck_oprc": "71100", "stck_hgpr": "71900", "stck_lwpr": "70900", "stck_sdpr": "71000"}
-    row |= {"acml_vol": "12345678", "acml_tr_pbmn": "882715977000"}
+    row |= {"acml_vol": "12345678", "acml_tr_pbmn": "882715977000", "prdy_vrss_vol_rate": "3.10"}
+    row |= {"bstp_kor_isnm": "전기·전자", "hts_avls": "4268386", "stck_mxpr": "92300", "stck_llam": "49700"}
+    row |= {"aspr_unit": "100", "eps": "4950.00", "bps": "57930.00", "per": "14.44", "pbr": "1.23"}
+    row |= {"w52_hgpr": "79400", "w52_hgpr_date": "20260916", "w52_lwpr": "51800", "w52_lwpr_date": "20260408"}
+    row |= {"mrkt_warn_cls_code": "00", "temp_stop_yn": "N", "short_over_yn": "N"}
     return {"output": {**row, "stck_shrn_iscd": params.get("FID_INPUT_ISCD", "")}}
 
 
@@ -106,6 +110,24 @@ def _overseas_price(params: Mapping[str, str], _: float) -> dict[str, Any]:
     row |= {"zdiv": "4", "pvol": "51216482", "tvol": "48123456", "tamt": "11121330682"}
     known = params.get("EXCD") in _QUOTE_CODES
     return {"output": {"rsym": _symbol(params), **(row if known else dict.fromkeys(row, ""))}}
+
+
+def _overseas_detail(params: Mapping[str, str], _: float) -> dict[str, Any]:
+    row = {"zdiv": "4", "curr": "USD", "vnit": "1", "open": "229.8000", "high": "232.0000", "low": "229.1000"}
+    row |= {"last": "231.1000", "base": "229.3500", "pvol": "51216482", "tvol": "48123456", "tamt": "11121330682"}
+    row |= {"uplp": "0.0000", "dnlp": "0.0000", "h52p": "260.1000", "h52d": "20260716", "l52p": "169.2100"}
+    row |= {"l52d": "20260408", "perx": "35.12", "pbrx": "52.01", "epsx": "6.58", "bpsx": "4.44", "tomv": "3429612"}
+    row |= {"t_rate": "1391.50", "t_xsgn": "2", "e_hogau": "0.0100", "e_ordyn": "매매 가능", "e_icod": "컴퓨터"}
+    known = params.get("EXCD") in _QUOTE_CODES
+    return {"output": {"rsym": _symbol(params), **(row if known else dict.fromkeys(row, ""))}}
+
+
+def _product(params: Mapping[str, str], _: float) -> dict[str, Any]:
+    code = params.get("PDNO", "")
+    row = {"pdno": code, "shtn_pdno": code, "std_pdno": f"KR7{code}003", "prdt_type_cd": params.get("PRDT_TYPE_CD", "")}
+    row |= {"prdt_name": "모의 종목", "prdt_name120": "모의 종목", "prdt_abrv_name": "모의 종목"}
+    row |= {"prdt_eng_name": "Made Up", "prdt_eng_name120": "Made Up", "prdt_eng_abrv_name": "Made Up"}
+    return {"output": row}
 
 
 def _daily_prices(params: Mapping[str, str], now: float) -> dict[str, Any]:
@@ -131,5 +153,7 @@ def _symbol(params: Mapping[str, str]) -> str:
 QUOTES = {
     "/uapi/domestic-stock/v1/quotations/inquire-price": ("FHKST01010100", _domestic_price),
     "/uapi/overseas-price/v1/quotations/price": ("HHDFS00000300", _overseas_price),
+    "/uapi/domestic-stock/v1/quotations/search-info": ("CTPF1604R", _product),
+    "/uapi/overseas-price/v1/quotations/price-detail": ("HHDFS76200200", _overseas_detail),
     "/uapi/overseas-price/v1/quotations/dailyprice": ("HHDFS76240000", _daily_prices),
 }
