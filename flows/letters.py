@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
+from flows.life import CALM
 from flows.messages import Message, sessions_at_risk, still_works
 from flows.runs import clock
 
@@ -57,7 +58,7 @@ class Pen(NamedTuple):
             ("works", case.works),
             ("risk", sessions_at_risk(case.exchanges, case.reach, self.now, words)),
             ("next", case.attempt),
-            ("do", words(f"cause.{incident.cause}.cure")),
+            ("do", self._cure(incident, telling)),
         ]
         return self._message(
             ":rotating_light:" if telling.page else ICONS[telling.kind],
@@ -96,6 +97,11 @@ class Pen(NamedTuple):
 
     def _title(self, incident: Incident) -> str:
         return self.words(f"cause.{incident.cause}.title")
+
+    def _cure(self, incident: Incident, telling: Telling) -> str:
+        """What a person does; where that is to wait, something else once there is no time to."""
+        urgent = self.words.texts.get(f"cause.{incident.cause}.urgent")
+        return urgent if urgent and telling.stage > CALM else self.words(f"cause.{incident.cause}.cure")
 
     def _headline(self, who: str, incident: Incident, telling: Telling) -> str:
         facts = {"who": who, "title": self._title(incident)}

@@ -24,9 +24,9 @@ class Words(NamedTuple):
 
     def lasted(self, span: timedelta) -> str:
         """A time span in hours and minutes, a minute at least."""
-        minutes = max(1, round(span.total_seconds() / 60))
-        key = "span.minutes" if minutes < HOUR else "span.hours"
-        return self(key, hours=minutes // HOUR, minutes=minutes % HOUR)
+        hours, minutes = divmod(max(1, round(span.total_seconds() / 60)), HOUR)
+        key = "span.minutes" if not hours else "span.hours" if minutes else "span.whole"
+        return self(key, hours=hours, minutes=minutes)
 
     def weekday(self, at: datetime) -> str:
         """A weekday and the time, in the zone of `at`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from string import Formatter
 
+import alert_samples
 import pytest
 
 from flows.causes import BY_NAME
@@ -43,11 +44,18 @@ def test_every_alert_fits_slack_and_a_phone(cause: str, words: Words) -> None:
         assert max(len(block["text"]["text"]) for block in (happened, answers)) < 3000
 
 
+def test_the_page_of_alerts_is_current() -> None:
+    """What docs/alerts.md shows is what the code says today; `python tests/alert_samples.py` brings it up to date."""
+    page = alert_samples.PAGE.read_text(encoding="utf-8")
+    assert page == alert_samples.current(page)
+
+
 def test_spans_and_days_are_written_as_people_write_them() -> None:
     """Hours and minutes, a minute at least; the day before the time."""
     assert ENGLISH.lasted(timedelta(seconds=1)) == "1 min"
     assert ENGLISH.lasted(timedelta(minutes=185)) == "3 h 05 min"
     assert LANGUAGES["ko"].lasted(timedelta(minutes=185)) == "3시간 5분"
+    assert LANGUAGES["ko"].lasted(timedelta(minutes=120)) == "2시간"
     assert LANGUAGES["ko"].weekday(MONDAY) == "일 23:20"
 
 

@@ -4,6 +4,7 @@ TEXTS = {
     "cause.limit.title": "KIS's issuance limit refused a token",
     "cause.limit.cure": "Nothing at once: the next attempt waits for KIS's minute. If it happens again, compare this "
     "machine's clock with KIS's, or raise KIS_ISSUE_INTERVAL.",
+    "cause.limit.urgent": "Stop what else issues with this key, so that the next attempt gets through.",
     "cause.foreign-limit.title": "Someone else issues with this key: KIS's limit refused us",
     "cause.foreign-limit.cure": "Find the other program that issues with this key (`tokencore history` lists our own "
     "requests), and let it use tokencore.",
@@ -12,6 +13,7 @@ TEXTS = {
     "tokencore: each issue of its own may end our token, and counts against the key.",
     "cause.cool-down.title": "No token yet: the key's minute is not over",
     "cause.cool-down.cure": "Nothing, if the next attempt succeeds.",
+    "cause.cool-down.urgent": "Look at the run's log: a wait of a minute should long be over.",
     "cause.ceiling.title": "No more tokens today: the daily ceiling is reached",
     "cause.ceiling.cure": "See in `tokencore history` what used them up. If a session needs one, run refresh_token "
     "with force, or raise KIS_MAX_ISSUES_PER_DAY.",
@@ -26,6 +28,9 @@ TEXTS = {
     "cause.kis-down.title": "KIS gives no token",
     "cause.kis-down.cure": "Nothing at first. If it lasts, look at KIS's notices of maintenance and at this "
     "machine's network.",
+    "cause.kis-down.urgent": "Look at KIS's notices of maintenance and at this machine's network now. If another "
+    "machine has a valid token of this key, hand it over with `tokencore import`; otherwise hold back the orders of "
+    "these sessions.",
     "cause.store.title": "The token directory cannot be used",
     "cause.store.cure": "Mend its permissions or free space, then run check_tokens.",
     "cause.settings.title": "A setting is missing or wrong",
@@ -76,6 +81,7 @@ TEXTS = {
     "test.nobody": "No alert calls anybody by name: SLACK_MENTION is not set.",
     "label.mention": "Mentions",
     "span.minutes": "{minutes} min",
+    "span.whole": "{hours} h 00 min",
     "span.hours": "{hours} h {minutes:02d} min",
     "days": "Mon Tue Wed Thu Fri Sat Sun",
 }
