@@ -1,7 +1,7 @@
 """How every configured market is, again and again and cheaply: what monitoring asks, many times an hour.
 
 Read-only, and without a question to KIS. What cannot change between two looks is not computed anew: a file
-is parsed when it differs, exchanges are asked once a minute, and so are the settings.
+is parsed when it differs, settings are read once a minute, and sessions are asked for every ten minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     Ahead = Callable[[tuple[str, ...], Market], Horizon | None]
 
-FRESH = 60.0  # seconds for which settings and sessions are taken as they were read
+FRESH = 60.0  # seconds for which the settings are taken as they were read
+SETTLED = 600.0  # the same for sessions: three weeks of them are looked at, of which ten minutes change nothing
 
 
 class Vitals(NamedTuple):
@@ -109,6 +110,7 @@ class Watch:
 
         """
         self._values: dict[str, Any] | None = None
+        self._forget_sessions()
         self._read_settings()
 
     def look(self, now: datetime) -> list[Vitals]:
@@ -123,7 +125,8 @@ class Watch:
 
     def _read_settings(self) -> None:
         self._read_at = time.monotonic()
-        self._horizons: dict[tuple[tuple[str, ...], float], Horizon] = {}
+        if self._read_at - self._asked_at > SETTLED:
+            self._forget_sessions()
         values = sources.gather().values
         if values != self._values:
             Settings.load()
@@ -135,10 +138,15 @@ class Watch:
             self._names = [one.name for one in able]
             self._keys = _keys(able)
             self._values = values
+            self._forget_sessions()
         self.settings_good = True
 
+    def _forget_sessions(self) -> None:
+        self._asked_at = time.monotonic()
+        self._horizons: dict[tuple[tuple[str, ...], float], Horizon] = {}
+
     def _ahead(self, now: datetime) -> Ahead:
-        """What the exchanges need, asked once a minute for each set of them."""
+        """What the exchanges need, asked once for each set of them."""
 
         def asked(codes: tuple[str, ...], of: Market) -> Horizon | None:
             known = codes, of.buffer

@@ -1,0 +1,137 @@
+"""What a scrape of `tokencore metrics` costs with 100 markets: a Markdown table.
+
+Run `python benchmarks/metrics.py`. The exporter runs as a process of its own, `tokencore metrics --listen`, and is
+scraped over HTTP on loopback. Every key has the issuance record of a year, and every market its token file. Beside
+plain scrapes (nothing has changed since the last one) there are the first one, those after which settings and sessions
+are due to be read again, as once a minute, and those after every key has renewed, as in the minute of the anchor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
+
+from tokencore import store, tokens
+from tokencore.market import fingerprint
+from tokencore.record import Attempt, IssuanceRecord, Outcome
+from tokencore.sessions import EXCHANGES
+from tokencore.tokens import Token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MARKETS, SCRAPES, RARE = 100, 500, 20
+RECORDED = 365  # attempts: a year of daily issues
+LIMIT = 0.050  # seconds a scrape may take
+URL = "https://kis.invalid"
+FRESH = "1"  # seconds instead of the exporter's own minute, so that the benchmark need not wait for one
+PROGRAM = """
+import sys
+from tokencore import cli, vitals
+vitals.FRESH = float(sys.argv.pop(1))
+sys.exit(cli.main())
+"""
+
+
+def settings(home: Path, keys: int) -> dict[str, str]:
+    """The environment of an exporter with 100 markets of as many keys; their exchanges differ."""
+    codes = list(EXCHANGES)
+    found = {name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_"))}
+    found |= {"HOME": str(home), "PYTHONPATH": sys.path[0], "KIS_BASE_URL": URL, "KIS_TOKEN_DIR": str(home / "tokens")}
+    for n in range(MARKETS):
+        market = f"KIS_MARKETS__M{n:02d}"
+        found[f"{market}__EXCHANGES"] = ",".join({codes[n % len(codes)], codes[n // 11 % len(codes)]})
+        found[f"{market}__APP_KEY"] = key(n, keys)
+        found[f"{market}__APP_SECRET"] = "s" * 180
+    return found
+
+
+def key(market: int, keys: int) -> str:
+    """The app key of a market."""
+    return f"PS{market % keys:034d}"
+
+
+def renew(folder: Path, keys: int, *, history: int = 0) -> None:
+    """Give every key a new token in all its files, and a line in its record, after `history` older ones."""
+    now = datetime.now(UTC)
+    for n in range(MARKETS):
+        content = tokens.to_cache(
+            Token(f"token-{now.timestamp()}", now + timedelta(hours=24), now),
+            now=now, environment="real", key_fingerprint=fingerprint(key(n, keys), URL),
+        )  # fmt: skip
+        store.write_text(str(folder / f"m{n:02d}_api_token.json"), json.dumps(content), temporary="benchmark")
+    for n in range(keys):
+        record = IssuanceRecord(str(folder), fingerprint(key(n, keys), URL))
+        done = [Attempt(now - timedelta(days=age), Outcome.ISSUED, expires_at=now) for age in range(history, 0, -1)]
+        for attempt in [*done, Attempt(now, Outcome.ISSUED, expires_at=now)]:
+            record.begin(attempt)
+
+
+def scrape(address: str) -> float:
+    """The seconds of one scrape, connection included."""
+    began = time.perf_counter()
+    connection = HTTPConnection(address, timeout=10)
+    connection.request("GET", "/metrics")
+    body = connection.getresponse().read()
+    connection.close()
+    took = time.perf_counter() - began
+    assert body.count(b"\nkis_token_valid{") == MARKETS
+    assert body.count(b"kis_token_renewal_timestamp_seconds{") == MARKETS
+    return took
+
+
+def measured(keys: int) -> dict[str, list[float]]:
+    """The seconds of the scrapes, by kind."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / "tokens"
+        folder.mkdir(0o700)
+        renew(folder, keys, history=RECORDED)
+        command = [sys.executable, "-c", PROGRAM, FRESH, "metrics", "--listen", "0"]
+        with subprocess.Popen(command, env=settings(Path(made), keys), stdout=subprocess.PIPE, text=True) as exporter:
+            assert exporter.stdout is not None
+            try:
+                address = exporter.stdout.readline().partition("/metrics")[0].removeprefix("http://")
+                return {
+                    "first": [scrape(address)],
+                    "plain": after(address, lambda: None, SCRAPES),
+                    "a minute later": after(address, lambda: time.sleep(float(FRESH) + 0.05), RARE),
+                    "all keys renewed": after(address, lambda: renew(folder, keys), RARE),
+                }
+            finally:
+                exporter.terminate()
+
+
+def after(address: str, happens: Callable[[], None], times: int) -> list[float]:
+    """The seconds of that many scrapes, each after something happens."""
+    found = []
+    for _ in range(times):
+        happens()
+        found.append(scrape(address))
+    return found
+
+
+def main() -> int:
+    """Print the table; 1 if a plain scrape misses its limit at the 99th percentile."""
+    worst = 0.0
+    print("| 100 markets of | scrapes | median ms | p99 ms |\n|---|---|---|---|")
+    for keys in (MARKETS, 1):
+        for kind, took in measured(keys).items():
+            high = sorted(took)[min(len(took) - 1, round(len(took) * 0.99))]
+            worst = max(worst, high if kind == "plain" else 0)
+            print(f"| {keys} keys | {kind} ({len(took)}) | {statistics.median(took) * 1e3:.1f} | {high * 1e3:.1f} |")
+    return worst > LIMIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
