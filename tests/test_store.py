@@ -266,6 +266,19 @@ def test_a_file_that_may_not_be_read_is_an_error(public: Path) -> None:
     assert as_nobody(work) == 0
 
 
+def test_a_close_that_fails_takes_nothing_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read is given, and what was written stands, although a network disk fails the last call of all."""
+    path, close = folder / "us_api_token.json", os.close
+
+    def broken(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", broken)
+    write(path, NEW)
+    assert store.read_text(str(path)) == NEW
+
+
 @pytest.mark.parametrize("before", ["nothing", "file", "folder"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
 def test_what_is_set_aside_leaves_the_path_free_and_is_kept(folder: Path, kind: str, before: str) -> None:

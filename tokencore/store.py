@@ -69,10 +69,18 @@ def read_bytes(path: str, limit: int) -> bytes | None:
     except OSError as error:
         raise ValueError(error.strerror) from None
     finally:
-        os.close(descriptor)
+        _close(descriptor)
     if len(content) > limit:
         raise ValueError(f"larger than {limit} bytes")
     return content
+
+
+def _close(descriptor: int) -> None:
+    """Close what was only read or is synced already: a failure of the call itself takes nothing away."""
+    try:
+        os.close(descriptor)
+    except OSError:
+        return
 
 
 def write_text(path: str, text: str, *, temporary: str) -> None:
@@ -120,7 +128,7 @@ def sync_folder(folder: str) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def set_aside(path: str) -> None:
