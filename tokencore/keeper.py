@@ -23,7 +23,7 @@ from tokencore.errors import (
     TokenUnavailableError,
 )
 from tokencore.limits import Intent, Standing
-from tokencore.lock import KeyLock
+from tokencore.lock import KeyLock, pause_after
 from tokencore.market import digest
 from tokencore.record import Attempt, IssuanceRecord, Outcome
 from tokencore.tokens import Token
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tokencore")
 LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
 FOREIGN_AGE = timedelta(minutes=10)  # of a token that answers our request: more than clocks differ, so not our issue
-POLL = 0.01  # seconds between looks at the cache while a cool-down runs
 
 
 class Keeper:
@@ -334,9 +333,10 @@ class Keeper:
         left = (until - datetime.now(UTC)).total_seconds() if until else 0.0
         if left > 1:
             _log.warning("Waiting %.0f s: KIS allows one request a minute.", left)
-        end = time.monotonic() + min(left, self._market.issue_interval)
-        while not (token := self._serving(serves)) and time.monotonic() < end:
-            time.sleep(POLL)
+        began = time.monotonic()
+        end = began + min(left, self._market.issue_interval)
+        while not (token := self._serving(serves)) and (now := time.monotonic()) < end:
+            time.sleep(min(pause_after(now - began), end - now))
         return token
 
     def _issue(self, reason: str, standing: Standing) -> Token:
