@@ -102,6 +102,7 @@ _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (ConfigurationError, SETTINGS),
     (TokenUnavailableError, UNSERVED),
 )
+_NEVER_SENT = ("unreachable", "imported")  # outcomes without a request of ours at KIS
 _BY_OUTCOME = {
     **dict.fromkeys(("bad_key", "bad_secret", "denied"), CREDENTIALS),
     **dict.fromkeys(("server_error", "refused", "bad_answer", "no_answer", "unreachable"), DOWN),
@@ -143,7 +144,7 @@ def _is_ours(attempts: Sequence[Attempt], interval: float) -> bool:
     refused = len(attempts) - 1
     while refused and attempts[refused - 1].outcome == "limit":
         refused -= 1
-    seen = [attempt.at for attempt in attempts[:refused] if attempt.outcome != "unreachable"]
+    seen = [attempt.at for attempt in attempts[:refused] if attempt.outcome not in _NEVER_SENT]
     return bool(seen) and attempts[refused].at - seen[-1] <= timedelta(seconds=2 * interval)
 
 
@@ -159,7 +160,7 @@ def is_foreign(token: Token | None, attempts: Sequence[Attempt]) -> bool:
     if first is None or first.outcome != "same":
         return False
     issued_at = token.issued_at
-    return not any(abs(one.at - issued_at) <= CLOCKS for one in attempts if one.outcome != "unreachable")
+    return not any(abs(one.at - issued_at) <= CLOCKS for one in attempts if one.outcome not in _NEVER_SENT)
 
 
 def as_met(error: Exception, attempts: Sequence[Attempt]) -> Exception:

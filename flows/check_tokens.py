@@ -98,6 +98,7 @@ def follow(manager: TokenManager, now: datetime, again_in: float | None = None) 
     try:
         with safe_errors():
             decision = tick(manager, now)
+            manager.copy_token()
     except SAFE as error:
         alerts.report(manager, error, now, again_in)
         raise

@@ -116,3 +116,11 @@ def test_a_token_that_nobody_here_asked_for_accuses_nobody() -> None:
     assert not is_foreign(token, [])
     assert not is_foreign(None, [])
     assert not is_foreign(token, [Attempt("issued", NOW - timedelta(minutes=3), token.expires_at)])
+
+
+def test_an_imported_token_is_nobodys_fault_and_no_request_of_ours() -> None:
+    """A token that a person brought here is no foreign one; a refusal after it is due to someone else all the same."""
+    token = make_token()
+    assert not is_foreign(token, [Attempt("imported", NOW, token.expires_at), Attempt("same", NOW, token.expires_at)])
+    refused = [Attempt("imported", NOW - timedelta(seconds=30)), Attempt("limit", NOW)]
+    assert cause_of(limit("minute"), refused).name == "foreign-limit"

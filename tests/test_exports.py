@@ -234,3 +234,14 @@ def test_a_mistake_in_the_setting_is_told(value: str, command: Callable[..., Ran
     assert ran.code == 2
     assert "KIS_MARKETS__US__EXPORTS cannot be used" in one_line(ran)
     assert command("check").code == 3
+
+
+def test_a_copy_that_failed_is_mended_without_a_renewal(copies: Path, nowhere: Sandbox) -> None:
+    """What was removed, or could not be written, is there again once the hourly check looks after the copies."""
+    us = TokenManager("us")
+    us.get_valid_token()
+    (copies / "token.dat").unlink()
+    us.copy_token()
+    assert held(copies) == on_disk().access_token
+    assert len(list(copies.iterdir())) == 4
+    assert asked(nowhere) == 1

@@ -167,6 +167,17 @@ class Keeper:
         with self._owning():
             return self._outlets.export(client, folder)
 
+    def copy(self) -> None:
+        """Bring the copies for other clients up to date, where nobody holds the lock, who would do it; never raises."""
+        if not self._exporting():
+            return
+        try:
+            with self._holding(wait=0):
+                pass
+        except (TokenError, OSError) as error:
+            told = error if isinstance(error, TokenError) else error.strerror
+            _log.error("The token's copies for other clients could not be looked after: %s", told)
+
     def delete(self) -> bool:
         """Remove the token file of the first market; whether there was one.
 
@@ -290,14 +301,15 @@ class Keeper:
             try:
                 yield held
             finally:
-                if held:
-                    self._publish(before)
+                if held and self._exporting():
+                    self._outlets.publish(before)
 
-    def _publish(self, before: Token | None) -> None:
-        with contextlib.suppress(ConfigurationError):  # settings that cannot be read are told to who issues
+    def _exporting(self) -> bool:
+        try:
             markets = sources.gather().values.get("markets", {})
-            if any("exports" in own for own in markets.values() if isinstance(own, dict)):
-                self._outlets.publish(before)
+        except ConfigurationError:  # who issues is told
+            return False
+        return any("exports" in own for own in markets.values() if isinstance(own, dict))
 
     @contextlib.contextmanager
     def _owning(self) -> Iterator[None]:

@@ -230,6 +230,13 @@ class BaseTokenManager:
         self.get_valid_token()
         return self._keeper.export(client, folder)
 
+    def copy_token(self) -> None:
+        """Bring the copies for other clients that the settings ask for up to date; what fails is told in the log only.
+
+        Every change of the token does so too: this is for copies that failed then, or that somebody removed since.
+        """
+        self._keeper.copy()
+
     def take(self, token: Token, *, force: bool = False, proven: bool = False) -> bool:
         """Save a token that was issued elsewhere for all markets of the key; False where it was known, see `Keeper`.
 
