@@ -89,23 +89,18 @@ class _Attempt(NamedTuple):
 def report(who: TokenManager | str, error: Exception, now: datetime, again_in: float | None = None) -> None:
     """Tell of trouble at `now` (aware), if there is news of it; after `again_in` seconds this very run tries again."""
     with harmless(FAILED):
-        cause = _cause(who, error)
-        attempt = _next(who, cause, error, now, again_in)
-        _deliver(_trouble(who, cause, sentence(str(error)), attempt, now), now)
+        cause, retry_at = _cause(who, error), getattr(error, "retry_at", None) or now
+        attempt = _next(who, cause, now, retry_at, again_in)
+        _deliver([*_trouble(who, cause, sentence(str(error)), attempt, now), *_foreign(who, now)], now)
 
 
 def all_clear(who: TokenManager | str, now: datetime) -> None:
-    """Tell that the trouble of a key, or of an exchange, is over, if there was any; but not of a foreign token."""
+    """Tell that the trouble of a key, or of an exchange, is over, if there was any, and of a token from elsewhere."""
     with harmless(FAILED):
         subject, pen = Subject.of(who, now), _pen(now)
-        foreign = None if isinstance(who, str) else _foreign(who)
-        over = _incidents().over(subject.name, now, but=[causes.FOREIGN_TOKEN.name] if foreign else [])
-        posts = [_end(pen, subject, one) for one in over]
-        if foreign and not isinstance(who, str):
-            attempt = _Attempt("next.planned", next_attempt(who, now))
-            said = pen.words("said.foreign", at=clock(foreign))
-            posts += _trouble(who, causes.FOREIGN_TOKEN, said, attempt, now)
-        _deliver(posts, now)
+        lasting = [causes.FOREIGN_TOKEN.name] if _issued_elsewhere(who) else []
+        over = _incidents().over(subject.name, now, but=lasting)
+        _deliver([*(_end(pen, subject, one) for one in over), *_foreign(who, now)], now)
 
 
 def announce(manager: TokenManager, what: Notice, *, who: str, why: str, now: datetime) -> None:
@@ -126,16 +121,28 @@ def _cause(who: TokenManager | str, error: Exception) -> Cause:
     return causes.cause_of(error, who.history(), who.newest_token(), who.market.issue_interval)
 
 
-def _foreign(who: TokenManager) -> datetime | None:
-    """When someone else issued the present token, aware UTC; None where it is our own."""
+def _foreign(who: TokenManager | str, now: datetime) -> list[_Post]:
+    """What is to be told of the present token, if someone else issued it."""
+    issued_at = _issued_elsewhere(who)
+    if issued_at is None:
+        return []
+    happened = _pen(now).words("said.foreign", at=clock(issued_at))
+    return _trouble(who, causes.FOREIGN_TOKEN, happened, _next(who, causes.FOREIGN_TOKEN, now, now), now)
+
+
+def _issued_elsewhere(who: TokenManager | str) -> datetime | None:
+    """When someone else issued the present token, aware UTC; None where it is our own, or there is none."""
+    if isinstance(who, str):
+        return None
     token = who.newest_token()
     return token.issued_at if token and causes.is_foreign(token, who.history()) else None
 
 
-def _next(who: TokenManager | str, cause: Cause, error: Exception, now: datetime, again_in: float | None) -> _Attempt:
+def _next(
+    who: TokenManager | str, cause: Cause, now: datetime, retry_at: datetime, again_in: float | None = None
+) -> _Attempt:
     if cause in (causes.CREDENTIALS, causes.SETTINGS):
         return _Attempt("next.person", None)
-    retry_at: datetime = getattr(error, "retry_at", None) or now
     if again_in and cause is causes.DOWN:
         return _Attempt("next.run", max(now + timedelta(seconds=again_in), retry_at))
     planned = None if isinstance(who, str) else next_attempt(who, now)

@@ -128,9 +128,7 @@ def _limited(error: IssuanceLimitError, attempts: Sequence[Attempt], token: Toke
     if error.cause == "ceiling":
         return CEILING
     if error.cause == "same_token":
-        if token and token.rejected_at is None:
-            return FOREIGN_TOKEN if is_foreign(token, attempts) else UNSERVED
-        return DEAD
+        return UNSERVED if token and token.rejected_at is None else DEAD
     if attempts and attempts[-1].outcome == "limit":
         return LIMIT if _is_ours(attempts, interval) else FOREIGN_LIMIT
     return _BY_OUTCOME.get(attempts[-1].outcome if attempts else "", WAITING)

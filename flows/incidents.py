@@ -155,7 +155,7 @@ class Incidents:
             for one in known.incidents:
                 if _same(one, incident):
                     one.heard(telling, now)
-                    one.thread = one.thread or thread
+                    one.thread = thread or one.thread
 
     def end_heard(self, incident: Incident) -> None:
         """Forget the incident: people know that it is over."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
+from flows import causes
 from flows.life import CALM
 from flows.messages import Message, sessions_at_risk, still_works
 from flows.runs import clock
@@ -96,7 +97,8 @@ class Pen(NamedTuple):
         return self._message(":wave:", words("test.head"), words("test.said"), [("mention", called)])
 
     def _title(self, incident: Incident) -> str:
-        return self.words(f"cause.{incident.cause}.title")
+        known = incident.cause if incident.cause in causes.BY_NAME else causes.UNFORESEEN.name  # a later version's
+        return self.words(f"cause.{known}.title")
 
     def _cure(self, incident: Incident, telling: Telling) -> str:
         """What a person does; where that is to wait, something else once there is no time to."""

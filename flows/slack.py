@@ -35,7 +35,7 @@ class Receipt(NamedTuple):
     Attributes:
         refusal: why Slack did not take it; empty when it did.
         again_in: for how many seconds Slack wants to hear nothing, where it said so.
-        thread: the channel and the time stamp under which a bot's message can be answered.
+        thread: the channel and the time stamp under which a bot's message is to be answered.
 
     """
 
@@ -107,7 +107,7 @@ def _bot(token: str, channel: str, until: float) -> Send:
                 return send(message)
             pause = _pause(error.response.status_code, error.response.headers)
             return Receipt(str(error.response.get("error", "refused")), pause)  # a word, such as channel_not_found
-        return Receipt(thread=(answer["channel"], answer["ts"]) if "ts" in answer.data else None)
+        return Receipt(thread=thread or (str(answer["channel"]), str(answer["ts"])))
 
     return send
 

@@ -270,12 +270,14 @@ def test_a_bot_goes_on_in_the_thread_of_the_opening(gateway: Sandbox, bot: Slack
 
 
 def test_a_thread_that_is_gone_does_not_swallow_what_follows(gateway: Sandbox, bot: SlackEndpoint) -> None:
-    """Where Slack refuses the thread, the channel gets the message."""
+    """Where Slack refuses the thread, the channel gets the message, and what follows goes under that."""
     manager, error = refused(gateway)
     alerts.report(manager, error, MONDAY)
     bot.bot_answers = [{"ok": False, "error": "thread_not_found"}]
-    alerts.all_clear(manager, MONDAY + timedelta(minutes=5))
-    assert [(one["channel"], one.get("thread_ts")) for one in bot.told] == [("#tokens", None)] * 2
+    alerts.report(manager, error, MONDAY + timedelta(hours=1))
+    alerts.all_clear(manager, MONDAY + timedelta(hours=2))
+    told = [(one["channel"], one.get("thread_ts")) for one in bot.told]
+    assert told == [("#tokens", None), ("#tokens", None), (CHANNEL, "2.0")]
 
 
 def test_where_both_ways_are_set_the_bot_speaks(gateway: Sandbox, endpoint: SlackEndpoint, bot: SlackEndpoint) -> None:
@@ -310,7 +312,7 @@ def test_alerts_are_korean_where_the_settings_say_so(
     alerts.all_clear(manager, MONDAY + timedelta(minutes=65))
     told = endpoint.told[0]["blocks"][2]["text"]["text"]
     assert endpoint.headlines[0] == "us+kr: 다른 프로그램이 이 앱키로 접근토큰 발급 중: KIS 발급 제한으로 거절됨"
-    assert told.startswith("*사용 가능:* 없음: 유효한 접근토큰이 없습니다\n*영향을 받는 거래 시간:*")
+    assert told.startswith("*사용 가능:* 없음(유효한 접근토큰이 없습니다)\n*영향을 받는 거래 시간:*")
     assert "NASD, NYSE, AMEX: 2026-11-23 23:30 KST(현지 월 09:30), 15시간 10분 후" in told
     assert "2026-11-23 08:20 KST부터 1시간 5분 동안 지속되었습니다." in text_of(endpoint.told[1])
 
@@ -318,7 +320,7 @@ def test_alerts_are_korean_where_the_settings_say_so(
 def test_slacks_retry_after_is_obeyed_by_all_runs(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
     """Longer than a run waits, it is left to later ones, and until then nobody asks Slack for anything."""
     manager, error = refused(gateway)
-    endpoint.answers, endpoint.retry_after = [429], 600
+    endpoint.answers, endpoint.retry_after = [429], 600  # a run waits five seconds
     for minutes in (0, 5, 9):
         alerts.report(manager, error, MONDAY + timedelta(minutes=minutes))
     alerts.report("KRX", ConfigurationError("No market trades it."), MONDAY + timedelta(minutes=9))
