@@ -6,17 +6,39 @@ SLACK_BOT_TOKEN and SLACK_CHANNEL.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from prefect import State, flow
+from prefect.flow_runs import apause_flow_run
+from prefect.input import RunInput
 from prefect.states import Completed, Failed
 from pydantic import Field
 
 from flows import alerts, causes, planned, runs
 from flows.messages import still_works
 from flows.runs import SAFE, safe_errors
-from tokencore import IssuanceLimitError, Settings, TokenError, TokenManager, managers
+from tokencore import (
+    NOTE_FIELDS,
+    ConfigurationError,
+    IssuanceLimitError,
+    Note,
+    Settings,
+    TokenError,
+    TokenManager,
+    foresee,
+    managers,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokencore import Consequence
+
+PATIENCE = timedelta(minutes=15)  # for a person to confirm
+MARGIN = timedelta(minutes=1)  # after which Prefect itself fails a pause that nobody ended: a killed run's
+LOOK = 2  # seconds between two looks at whether somebody has answered
 
 
 def configured() -> tuple[str, ...]:
@@ -36,7 +58,15 @@ if TYPE_CHECKING:
 else:
     # With one market pydantic says `const` alone, for which the form has no drop-down.
     Market = Annotated[Literal[configured()], Field(json_schema_extra={"enum": list(configured())})]
-Reason = Annotated[str, Field(max_length=80)]  # as much as the issuance record keeps
+# The form checks these, and the flow does: a pydantic error would repeat in the run's state what was typed.
+Operator = Annotated[str, Field(json_schema_extra={"minLength": 1, **NOTE_FIELDS["by"]})]
+Reason = Annotated[str, Field(json_schema_extra=NOTE_FIELDS["reason"])]
+
+
+class Confirmation(RunInput):
+    """What a person answers to a paused run."""
+
+    decision: Literal["leave the token as it is", "renew now"] = Field("leave the token as it is")
 
 
 def run_name() -> str:
@@ -46,51 +76,131 @@ def run_name() -> str:
 
 
 @flow(flow_run_name=run_name, persist_result=False, log_prints=False)
-def refresh_token(market: Market, force: bool = False, reason: Reason = "") -> State:  # noqa: FBT001, FBT002 - the form's switch
+def refresh_token(market: Market, operator: Operator, reason: Reason = "", force: bool = False) -> State:  # noqa: FBT001, FBT002 - the form's switch
     """Renew a market's token now. Every new token costs an issuance and a KakaoTalk message to the account's owner.
 
     Markets that share an app key share the token: all of them get the new one. Programs that use the present
     token go on with it until they look again, within a second.
 
-    Ends as **Renewed**, **AlreadyValid** (KIS handed the same token back, as it does for six hours),
-    **Declined** (a limit forbids it, and the present token serves; the message says until when) or **Failed** with
-    the reason. Nothing is tried twice: the present token stays as it is, and the next hourly check goes on.
+    **Before anything is asked of KIS** the run looks at what would happen. If it would be a second token in 24 hours,
+    change the token inside a session, or bring the same token back (within six hours of its issue), the run goes to
+    **Paused** and waits 15 minutes for a person: press **Resume** at the top right of the run's page, read, choose and
+    submit. `force` with a reason asks nobody.
+
+    Ends as **Renewed**, **AlreadyValid** (KIS handed the same token back, or another run was quicker), **Declined**
+    (nobody confirmed, the answer was no, a limit forbids it, or the form was incomplete; the message says which, and
+    the present token serves) or **Failed** with the reason. Nothing is tried twice: the present token stays as it
+    is, and the next hourly check goes on.
 
     **Triage:** *Declined* needs nothing. *Failed* with *app key* or *app secret*: correct the settings, `make down`
     and `make up`, run it again. *KIS cannot be reached*, *a fault of its own*: run it again after a minute.
 
     Args:
         market: Whose token. Markets with the same app key are renewed together.
-        force: Renew even while KIS would hand back the same token, or when the day's ceiling is reached. KIS's
-            limit of one request a minute holds all the same.
-        reason: Why and for whom, at most 80 characters, for the issuance record. It is stored in clear.
+        operator: Your name, for the issuance record and Slack: Prefect knows no users. At most 40 characters.
+        reason: Why, at most 80 characters, for the issuance record and Slack. It is stored in clear: no key, no token.
+        force: Renew without a confirmation, also while KIS would hand back the same token or when the day's ceiling
+            is reached; needs a reason. KIS's limit of one request a minute holds all the same.
 
     """
     now, form = datetime.now(UTC), f"market {market}"  # trouble before there is a key to have it
+    note = Note(reason.strip(), operator.strip())
     try:
         with safe_errors():
+            if why := objection(note, force=force):
+                return Completed(name="Declined", message=why)
             manager = TokenManager(market)
             alerts.all_clear(form, now)
-            return renew(manager, now, force=force, reason=reason)
+            return renew(manager, now, force=force, note=note)
     except SAFE as error:
         alerts.report(form, error, now)
         return Failed(message=str(error))
 
 
-def renew(manager: TokenManager, now: datetime, *, force: bool, reason: str) -> State:
-    """Renew once and say what became of it."""
+def objection(note: Note, *, force: bool) -> str:
+    """What is missing in the form, or must not be in it; empty where it is as it should be."""
+    if not note.by:
+        return "Who asks? Give your name as operator, and run it again. Nothing was asked of KIS."
+    if force and not note.reason:
+        return "Force needs a reason, for the record. Nothing was asked of KIS; run it again with one."
+    try:
+        note.checked()
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def renew(manager: TokenManager, now: datetime, *, force: bool, note: Note) -> State:
+    """Renew once, with a person's consent where that is needed, and say what became of it."""
+    ahead = [] if force else foresee(manager, now)
+    if ahead and (end := unconfirmed(manager, ahead)):
+        return end
     try:
         with safe_errors():
-            renewed = manager.refresh(force=force, reason=reason or "refresh_token")
+            renewed = manager.refresh(force=force or bool(ahead), reason=note.reason or "refresh_token", by=note.by)
     except SAFE as error:
         return unrenewed(manager, error, now)
     alerts.all_clear(manager, datetime.now(UTC))
     planned.update(datetime.now(UTC))
-    who = alerts.Subject.of(manager, datetime.now(UTC))
-    works = f"{who.label}: {still_works(who.reach)}."
+    told: alerts.Notice = ("forced" if force else "renewed") if renewed else "same"
+    alerts.announce(manager, told, who=note.by, why=note.reason, now=datetime.now(UTC))
     if renewed:
-        return Completed(name="Renewed", message=works)
-    return Completed(name="AlreadyValid", message=f"KIS handed the same token back. {works}")
+        return Completed(name="Renewed", message=works_now(manager))
+    return Completed(name="AlreadyValid", message=f"KIS handed the same token back. {works_now(manager)}")
+
+
+def unconfirmed(manager: TokenManager, ahead: Sequence[Consequence]) -> State | None:
+    """The end of a run that was to have these consequences, unless a person wants them, all of them and no others."""
+    before = manager.newest_token()
+    decision = ask(question(manager, ahead))
+    if decision != "renew now":
+        why = (
+            f"Nobody confirmed within {PATIENCE // timedelta(minutes=1)} minutes."
+            if decision is None
+            else "Confirmed: no."
+        )
+        return Completed(name="Declined", message=f"{why} Nothing was asked of KIS. {works_now(manager)}")
+    after = manager.newest_token()
+    if after and (before is None or after.expires_at > before.expires_at):
+        return Completed(name="AlreadyValid", message=f"Another run was quicker. {works_now(manager)}")
+    kinds = {one.kind for one in ahead}
+    if more := [one.told for one in foresee(manager, datetime.now(UTC)) if one.kind not in kinds]:
+        return Completed(
+            name="Declined",
+            message=f"While it waited, this came up: {' '.join(more)} Nothing was asked of KIS; run it again.",
+        )
+    return None
+
+
+def question(manager: TokenManager, ahead: Sequence[Consequence]) -> str:
+    """What a person reads before the answer, as Markdown."""
+    who = alerts.Subject.of(manager, datetime.now(UTC)).label
+    return "\n".join([f"**Renew the token of {who} all the same?**", "", *(f"- {one.told}" for one in ahead)])
+
+
+def ask(text: str) -> str | None:
+    """A person's answer to the paused run, or None."""
+    wait = PATIENCE // timedelta(minutes=1)
+    runs.logger().warning("%s", text.replace("*", ""))
+    runs.logger().warning("Press Resume at the top right of this page, choose and submit, within %s minutes.", wait)
+    try:
+        return asyncio.run(_answer(text))
+    except TimeoutError:
+        return None
+
+
+async def _answer(text: str) -> str:
+    # Prefect's own time-out would end the run as Failed, sooner or later than it raises here.
+    async with asyncio.timeout(PATIENCE.total_seconds()):
+        asked = Confirmation.with_initial_data(description=text)
+        given = await apause_flow_run(asked, timeout=round((PATIENCE + MARGIN).total_seconds()), poll_interval=LOOK)
+    return given.decision
+
+
+def works_now(manager: TokenManager) -> str:
+    """Whose token serves until when, as one sentence."""
+    who = alerts.Subject.of(manager, datetime.now(UTC))
+    return f"{who.label}: {still_works(who.reach)}."
 
 
 def unrenewed(manager: TokenManager, error: Exception, now: datetime) -> State:

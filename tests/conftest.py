@@ -62,6 +62,22 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Prefect server of a module's own; the folder with its database."""
+    from prefect import settings  # most tests need no Prefect
+    from prefect.testing.utilities import prefect_test_harness
+
+    home = tmp_path_factory.mktemp("prefect")
+    own = {settings.PREFECT_HOME: home, settings.PREFECT_SERVER_ANALYTICS_ENABLED: False}
+    with (
+        settings.temporary_settings(own),
+        prefect_test_harness(server_startup_timeout=120),
+        settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield home
+
+
 @pytest.fixture
 def quick(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     """The gateway with a minute of a tenth of a second, and little patience for one that hangs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import re
 import time
@@ -60,11 +61,29 @@ def test_refresh_renews_or_declines_with_4(quick: Sandbox, command: Command) -> 
     assert re.search(r"from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d KST", one_line(ran))
     assert asked(quick) == 0
     old = cached(50_000)
-    ran = command("refresh", "us", "--reason", "수동 갱신")
+    ran = command("refresh", "us", "--reason", "수동 갱신", "--by", "김민지")
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.startswith("Renewed.\n")
     assert command("get", "kr").out != old.access_token + "\n"
-    assert "수동 갱신" in command("history").out
+    assert "김민지  수동 갱신" in command("history").out
+
+
+def test_refresh_keeps_the_login_of_who_asked(quick: Sandbox, command: Command) -> None:
+    """Without `--by` the record has the name of whoever is logged in; nothing else leaves one."""
+    assert command("refresh", "us").code == 0
+    assert command("get", "us").code == 0
+    assert [line["by"] for line in json.loads(command("history", "--json").out)] == [getpass.getuser()]
+    assert asked(quick) == 1
+
+
+@pytest.mark.parametrize("option", ["--reason", "--by"])
+def test_refresh_keeps_no_key_that_was_pasted_by_mistake(quick: Sandbox, command: Command, option: str) -> None:
+    """A word as long as a key is refused with 2, before KIS is asked, and not repeated."""
+    ran = command("refresh", "us", option, f"for {KEY}")
+    assert ran.code == 2
+    assert "holds a word of 36 characters or more" in one_line(ran)
+    assert KEY not in ran.err
+    assert asked(quick) == 0
 
 
 def test_forced_refresh_passes_the_ceiling_and_says_when_nothing_changed(
@@ -140,7 +159,7 @@ def test_history_tells_every_attempt_of_every_key(
         (["us", "kr"], "issued", None),
         (["hk"], "issued", None),
     ]
-    assert set(lines[0]) == {"markets", "at", "outcome", "code", "expires_at", "reason"}
+    assert set(lines[0]) == {"markets", "at", "outcome", "code", "expires_at", "reason", "by"}
     assert datetime.fromisoformat(lines[1]["expires_at"]) > datetime.now(UTC)
     table = command("history", "kr").out.splitlines()
     assert len(table) == 3

@@ -53,7 +53,7 @@ def dates(schedule: dict[str, Any], start: datetime, count: int) -> list[datetim
 @every_deployment
 def test_a_deployment_loads_and_its_parameters_validate(name: str) -> None:
     """Every entrypoint is a flow of an installed module, and what the deployment gives fits it."""
-    given = {"market": "us"} if name == "refresh_token" else {}
+    given = {"market": "us", "operator": "Kim"} if name == "refresh_token" else {}
     parameters = flow_of(name).validate_parameters({**DEPLOYMENTS[name].get("parameters", {}), **given})
     assert set(parameters) == set(inspect.signature(flow_of(name).fn).parameters)
 
@@ -140,9 +140,11 @@ def test_the_check_comes_every_hour_of_the_year() -> None:
 
 
 def test_the_form_of_a_refresh_has_drop_downs() -> None:
-    """A market is chosen, force is a switch, the reason is short text; a manual run has no schedule."""
+    """A market is chosen, force is a switch, name and reason are short words; a manual run has no schedule."""
     fields = parameter_schema(flow_of("refresh_token").fn).properties
     assert fields["market"]["enum"] == list(get_args(get_args(Market)[0]))
     assert fields["force"]["type"] == "boolean"
     assert (fields["reason"]["type"], fields["reason"]["maxLength"]) == ("string", 80)
+    assert (fields["operator"]["type"], fields["operator"]["minLength"]) == ("string", 1)
+    assert fields["reason"]["pattern"] == fields["operator"]["pattern"]
     assert DEPLOYMENTS["refresh_token"]["schedules"] == []

@@ -15,33 +15,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from prefect import Flow, State, flow
+from flow_runs import paused, planned_runs, refreshed, requests_to, run, told
+from prefect import State, flow
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.flow_engine import run_flow
 from prefect.logging import get_run_logger
 from prefect.settings import (
     PREFECT_API_URL,
-    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     PREFECT_HOME,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
     PREFECT_SERVER_DATABASE_CONNECTION_URL,
-    temporary_settings,
 )
-from prefect.states import Scheduled
-from prefect.testing.utilities import prefect_test_harness
+from running import cached
 from slack_endpoint import SlackEndpoint
 
 from flows import planned
 from flows.board import TOKENS
 from flows.check_tokens import check_tokens
-from flows.refresh_token import refresh_token
 from flows.warm_up import warm_up
 from tokencore import TokenManager, next_attempt, overrides, sessions
 from tokencore.sandbox import APP_KEY, APP_SECRET
@@ -52,20 +47,9 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("prefect_home")
 HOOK = "/services/T000/B000/canary-of-the-webhook"
 MINUTES_40 = timedelta(minutes=40)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Prefect server of our own, once for all tests here; the folder with its database."""
-    home = tmp_path_factory.mktemp("prefect")
-    with (
-        temporary_settings({PREFECT_HOME: home, PREFECT_SERVER_ANALYTICS_ENABLED: False}),
-        prefect_test_harness(server_startup_timeout=120),
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
-        yield home
 
 
 @pytest.fixture
@@ -96,28 +80,9 @@ def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timede
     return arrange
 
 
-def requests_to(gateway: Sandbox) -> int:
-    """How many token requests KIS has seen."""
-    return len(gateway.stats()["requests"])
-
-
-def run(flow: Flow[..., State], due: datetime | None = None, **parameters: object) -> State:
-    """The final state of a run that was scheduled for `due`; of one that somebody starts now without it."""
-    with get_client(sync_client=True) as client:
-        scheduled = client.create_flow_run(
-            flow, parameters=parameters, state=Scheduled(scheduled_time=due or datetime.now(UTC))
-        )
-    return cast("State", run_flow(flow, flow_run=scheduled, parameters=parameters, return_type="state"))
-
-
 def warmed(exchange: str, due: datetime | None = None) -> State:
     """The final state of a warm-up."""
     return run(warm_up, due, exchange=exchange)
-
-
-def told(state: State) -> tuple[str, str]:
-    """Type and name."""
-    return state.type.value, str(state.name)
 
 
 def test_a_day_without_a_session_is_market_closed(gateway: Sandbox) -> None:
@@ -210,7 +175,7 @@ def test_a_refused_warm_up_fails_with_a_sentence_and_is_told_until_it_is_solved(
     gateway.clear()
     time.sleep(0.6)  # the gateway's minute
     assert told(refreshed("us", force=True)) == ("COMPLETED", "Renewed")
-    assert endpoint.headlines[1:] == ["us+kr: solved: KIS refuses the app key or its secret"]
+    assert "us+kr: solved: KIS refuses the app key or its secret" in endpoint.headlines[1:]
 
 
 def test_the_issuance_limit_fails_a_warm_up_and_is_told(
@@ -307,11 +272,6 @@ def checked(due: datetime | None = None) -> State:
     return run(check_tokens, due)
 
 
-def refreshed(market: str, *, force: bool = False, reason: str = "") -> State:
-    """The final state of a refresh."""
-    return run(refresh_token, market=market, force=force, reason=reason)
-
-
 def table() -> list[dict[str, Any]]:
     """The table of tokens as published last."""
     found = Artifact.get(TOKENS)
@@ -380,16 +340,117 @@ def test_without_credentials_a_check_fails_with_the_variable(monkeypatch: pytest
     assert str(state.message).startswith("KIS_APP_KEY is not set")
 
 
-def test_a_refresh_says_what_became_of_it(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
-    """Renewed; Declined in the six hours; AlreadyValid where KIS hands the same token back; Failed with the reason."""
-    assert told(refreshed("us", reason="a first token")) == ("COMPLETED", "Renewed")
-    assert TokenManager("kr").history()[-1].reason == "a first token"
-    time.sleep(0.6)  # the gateway's minute
-    declined = refreshed("kr")
-    assert told(declined) == ("COMPLETED", "Declined")
-    assert "KIS would hand back the present token until" in str(declined.message)
-    assert told(refreshed("us", force=True)) == ("COMPLETED", "AlreadyValid")
+@pytest.fixture
+def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that waits for a person looks for the answer often."""
+    monkeypatch.setattr("flows.refresh_token.LOOK", 0.2)
+    monkeypatch.setattr("flows.refresh_token.PATIENCE", timedelta(seconds=20))  # a test that fails is not to hang
+
+
+def test_a_first_token_needs_no_confirmation_and_is_told_with_who_and_why(
+    gateway: Sandbox, endpoint: SlackEndpoint
+) -> None:
+    """Where a refresh harms nothing it is done at once; the record and Slack know by whom and why."""
+    assert told(refreshed("us", reason="a first token", operator="Kim Minji")) == ("COMPLETED", "Renewed")
+    attempt = TokenManager("kr").history()[-1]
+    assert (attempt.by, attempt.reason) == ("Kim Minji", "a first token")
+    assert endpoint.headlines == ["us+kr: refreshed by hand"]
+    assert "Kim Minji asked for it" in json.dumps(endpoint.told)
+    assert requests_to(gateway) == 1
+
+
+@pytest.mark.usefixtures("attentive")
+def test_the_same_token_again_is_asked_for_only_where_a_person_confirms(gateway: Sandbox) -> None:
+    """Within six hours the run waits with the sentence; no means Declined, yes means KIS is asked."""
+    cached(left=23 * 3600)
+    for decision, end in (("leave the token as it is", "Declined"), ("renew now", "Renewed")):
+        with paused("us") as waiting:
+            assert "KIS would hand back the present token, as it does until" in waiting.question
+            assert requests_to(gateway) == 0
+            assert told(waiting.answer(decision)) == ("COMPLETED", end)
+    assert requests_to(gateway) == 1
+
+
+@pytest.mark.usefixtures("attentive")
+def test_a_second_token_inside_a_session_is_confirmed_with_both_consequences(
+    gateway: Sandbox, endpoint: SlackEndpoint, opens: Callable[[timedelta], str]
+) -> None:
+    """The person reads of the second issuance and of the session, and Slack of the result."""
+    exchange = opens(timedelta(minutes=-5))
+    cached(left=17 * 3600)
+    with paused("us", reason="점검 뒤") as waiting:
+        question = waiting.question
+        assert question.startswith(
+            "**Renew the token of us+kr all the same?**\n\n- It would be token number 2 of this key"
+        )
+        assert f"- {exchange}: tokens are in use until " in question
+        assert told(waiting.answer("renew now")) == ("COMPLETED", "Renewed")
+    assert TokenManager("us").history()[-1].reason == "점검 뒤"
+    assert endpoint.headlines == ["us+kr: refreshed by hand"]
+    assert requests_to(gateway) == 1
+
+
+@pytest.mark.usefixtures("attentive")
+def test_without_an_answer_a_refresh_is_declined(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question that nobody answers in time ends as Declined, and nothing was asked of KIS."""
+    monkeypatch.setattr("flows.refresh_token.PATIENCE", timedelta(seconds=0.5))
+    cached(left=23 * 3600)
+    state = refreshed("us")
+    assert told(state) == ("COMPLETED", "Declined")
+    assert str(state.message).startswith("Nobody confirmed within ")
+    assert "the present token, until" in str(state.message)
+    assert requests_to(gateway) == 0
+
+
+@pytest.mark.usefixtures("attentive")
+def test_what_changed_while_a_refresh_waited_is_seen(gateway: Sandbox, opens: Callable[[timedelta], str]) -> None:
+    """A token that came meanwhile makes it AlreadyValid; a session that began makes it Declined, with its name."""
+    cached(left=17 * 3600)
+    with paused("us") as waiting:
+        exchange = opens(timedelta(minutes=-5))
+        state = waiting.answer("renew now")
+    assert told(state) == ("COMPLETED", "Declined")
+    assert f"While it waited, this came up: {exchange}: tokens are in use" in str(state.message)
+    with paused("us") as waiting:
+        cached()
+        assert told(waiting.answer("renew now")) == ("COMPLETED", "AlreadyValid")
+    assert requests_to(gateway) == 0
+
+
+SECRET_TEXTS = {"key": APP_KEY, "part of a token": "eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzUxMiJ9", "secret": APP_SECRET}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"force": True, "reason": " "}, "Force needs a reason"),
+        ({"operator": ""}, "Who asks? Give your name as operator"),
+        *(({"reason": f"see {text}"}, "The reason holds a word of 36 characters") for text in SECRET_TEXTS.values()),
+        ({"operator": APP_KEY}, "The name holds a word of 36 characters"),
+    ],
+    ids=["force without a reason", "no operator", *SECRET_TEXTS, "key as operator"],
+)
+def test_an_incomplete_or_careless_form_is_declined(
+    gateway: Sandbox, endpoint: SlackEndpoint, given: dict[str, Any], said: str
+) -> None:
+    """Also where the form's own check was switched off: a sentence that repeats nothing, and no request."""
+    state = refreshed("us", **given)
+    assert told(state) == ("COMPLETED", "Declined")
+    assert str(state.message).startswith(said)
+    assert not [text for text in SECRET_TEXTS.values() if text in str(state.message)]
     assert not endpoint.told
+    assert requests_to(gateway) == 0
+
+
+def test_a_forced_refresh_says_what_became_of_it(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
+    """With a reason nobody is asked: Renewed; AlreadyValid where KIS hands the token back; Failed with the reason."""
+    assert told(refreshed("us", force=True)) == ("COMPLETED", "Renewed")
+    time.sleep(0.6)  # the gateway's minute
+    assert told(refreshed("kr", force=True)) == ("COMPLETED", "AlreadyValid")
+    assert endpoint.headlines == [
+        "us+kr: refreshed by hand, with force",
+        "us+kr: a refresh by hand brought the same token",
+    ]
     time.sleep(0.6)
     gateway.fail("down", 1)
     failed = refreshed("us", force=True)
@@ -403,11 +464,11 @@ def test_a_refresh_is_declined_within_the_minute_without_an_alert(gateway: Sandb
     refreshed("us")
     assert told(refreshed("us", force=True)) == ("COMPLETED", "Declined")
     assert requests_to(gateway) == 1
-    assert not endpoint.told
+    assert endpoint.headlines == ["us+kr: refreshed by hand"]
     time.sleep(1.1)  # two minutes of the gateway: what it refuses then is not our doing
     gateway.fail("limit", 1)
     assert told(refreshed("us", force=True)) == ("COMPLETED", "Declined")
-    assert endpoint.headlines == ["us+kr: Someone else issues with this key: KIS's limit refused us"]
+    assert endpoint.headlines[1:] == ["us+kr: Someone else issues with this key: KIS's limit refused us"]
 
 
 @flow
@@ -499,17 +560,6 @@ def test_everything_deploys_and_a_worker_runs_it(gateway: Sandbox, opens: Callab
     ((markets, moments),) = planned_runs().items()
     assert (markets, len(moments)) == ("us+kr", 1)
     assert moments[0] == next_attempt(TokenManager("us"), datetime.now(UTC))
-
-
-def planned_runs() -> dict[str, list[datetime | None]]:
-    """The moments of the scheduled renewals by key."""
-    found: dict[str, list[datetime | None]] = {}
-    with get_client(sync_client=True) as client:
-        for one in client.read_flow_runs():
-            if planned.TAG in one.tags and one.state and one.state.is_scheduled():
-                (markets,) = set(one.tags) - {planned.TAG, "check"}
-                found.setdefault(markets, []).append(one.expected_start_time)
-    return found
 
 
 def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes() -> None:

@@ -233,9 +233,10 @@ def test_refresh_declines_within_six_hours_and_a_forced_one_that_brings_the_same
 def test_refresh_after_six_hours_brings_a_new_token(gateway: Sandbox) -> None:
     """Past the six hours a person's refresh renews and says so; the reason is kept in the record."""
     token = cached(17 * HOUR)
-    assert USTokenManager().refresh(reason="테스트") is True
+    assert USTokenManager().refresh(reason="테스트", by="김민지") is True
     assert USTokenManager().get_valid_token() != token.access_token
-    assert USTokenManager().history()[0].reason == "테스트"
+    attempt = USTokenManager().history()[0]
+    assert (attempt.reason, attempt.by) == ("테스트", "김민지")
     assert asked(gateway) == 1
 
 

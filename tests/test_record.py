@@ -128,18 +128,21 @@ def test_lines_that_cannot_be_read_are_passed_over(record: IssuanceRecord, damag
     assert record.attempts() == first + second
 
 
-@example(reason="\x00" * 80, code="EGW00133")
-@given(reason=st.text(max_size=200), code=st.none() | st.just("EGW00133"))
+@example(reason="\x00" * 80, by="\x00" * 40, code="EGW00133")
+@example(reason="점검" * 40, by="김민지", code="EGW00133")
+@given(reason=st.text(max_size=200), by=st.text(max_size=50), code=st.none() | st.just("EGW00133"))
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_reason_breaks_its_line(record: IssuanceRecord, reason: str, code: str | None) -> None:
-    """Whatever a person gives as the reason, the line stays one sector and the attempt is read back."""
-    made = attempt(reason=reason)._replace(code=code)
+def test_no_reason_breaks_its_line(record: IssuanceRecord, reason: str, by: str, code: str | None) -> None:
+    """Whatever a person gives, the line stays one sector; the name is kept, and as much of the reason as fits."""
+    made = attempt(reason=reason)._replace(code=code, by=by[:40])
     before = record.attempts()
-    record.complete(record.begin(made), made)
+    record.complete(record.begin(made._replace(by=by)), made)
     found = record.attempts()
     assert found[:-1] == before
     assert found[-1]._replace(reason="") == made._replace(reason="")
-    assert found[-1].reason in (reason[:80], "")
+    kept = found[-1].reason
+    assert reason[:80].startswith(kept)
+    assert kept == reason[:80] or len(kept.encode()) > 150 or not reason.isprintable()
     assert os.path.getsize(record.path) % LINE == 0
 
 
@@ -209,7 +212,7 @@ def test_a_record_that_is_no_file_refuses_the_attempt(record: IssuanceRecord, ki
 
 def test_every_line_is_json_for_other_programs(record: IssuanceRecord) -> None:
     """A line holds what, when, why and by whom it was tried, and what became of it; Korean stays Korean."""
-    made = attempt(reason="점검 뒤")._replace(expires_at=NOW + DAY)
+    made = attempt(reason="점검 뒤")._replace(expires_at=NOW + DAY, by="김민지")
     record.begin(made)
     line = Path(record.path).read_text(encoding="utf-8")
     assert json.loads(line) == {
@@ -218,6 +221,7 @@ def test_every_line_is_json_for_other_programs(record: IssuanceRecord) -> None:
         "code": None,
         "expires_at": "2026-11-24T08:15:00+00:00",
         "reason": "점검 뒤",
+        "by": "김민지",
         "credentials": "89abcdef",
         "pid": os.getpid(),
     }

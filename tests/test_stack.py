@@ -211,7 +211,7 @@ def test_runs_are_scheduled(up: Up) -> None:
 def test_a_run_uses_the_folder_of_the_settings(up: Up) -> None:
     """A refresh by hand issues with the key of `.env` and writes into the folder that it names, relative as it is."""
     deployment = up.api("GET", "deployments/name/refresh-token/refresh_token").json()["id"]
-    asked = {"parameters": {"market": "kr", "force": True, "reason": "test"}}
+    asked = {"parameters": {"market": "kr", "operator": "Kim", "force": True, "reason": "test"}}
     assert up.api("POST", f"deployments/{deployment}/create_flow_run", asked).ok
     until((up.folder.parent / "kr_api_token.json").exists, SLOW)
 

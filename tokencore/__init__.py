@@ -24,17 +24,21 @@ if TYPE_CHECKING:
         TokenUnavailableError,
     )
     from tokencore.fleet import managers, trading
+    from tokencore.foresight import Consequence, foresee
     from tokencore.manager import BaseTokenManager, KRTokenManager, TokenManager, USTokenManager
     from tokencore.picture import draw_plans
     from tokencore.plan import Plan, make_plan
+    from tokencore.remarks import NOTE_FIELDS, Note
     from tokencore.rule import Decision, Outlook, look, next_attempt, tick
     from tokencore.settings import Settings, overrides
     from tokencore.status import CLOCK_SLACK
 
 __all__ = [
     "CLOCK_SLACK",
+    "NOTE_FIELDS",
     "BaseTokenManager",
     "ConfigurationError",
+    "Consequence",
     "CredentialsError",
     "Decision",
     "IssuanceLimitError",
@@ -42,6 +46,7 @@ __all__ = [
     "KISAuth",
     "KISHttpxAuth",
     "KRTokenManager",
+    "Note",
     "Outlook",
     "Plan",
     "Settings",
@@ -51,6 +56,7 @@ __all__ = [
     "TokenUnavailableError",
     "USTokenManager",
     "draw_plans",
+    "foresee",
     "look",
     "make_plan",
     "managers",
@@ -66,6 +72,8 @@ _ROOMS = {
     "auth": ("KISAuth",),
     "auth_httpx": ("KISHttpxAuth",),
     "fleet": ("managers", "trading"),
+    "foresight": ("Consequence", "foresee"),
+    "remarks": ("NOTE_FIELDS", "Note"),
     "settings": ("Settings", "overrides"),
     "picture": ("draw_plans",),
     "plan": ("Plan", "make_plan"),

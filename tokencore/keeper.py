@@ -26,6 +26,7 @@ from tokencore.limits import Intent, Standing
 from tokencore.lock import KeyLock, pause_after
 from tokencore.market import digest
 from tokencore.record import Attempt, IssuanceRecord, Outcome
+from tokencore.remarks import Note
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
@@ -73,14 +74,14 @@ class Keeper:
 
         """
         try:
-            return self._renew(Intent.REQUIRED, serves, reason)[0]
+            return self._renew(Intent.REQUIRED, serves, Note(reason))[0]
         except IssuanceLimitError as limit:
             if limit.cause != "minute":
                 raise
             last = record.latest(self._attempts())
         if token := self._await(serves):
             return token
-        return self._renew(Intent.REQUIRED, serves, reason, waited_out=last.at if last else None)[0]
+        return self._renew(Intent.REQUIRED, serves, Note(reason), waited_out=last.at if last else None)[0]
 
     def renew_ahead(self, present: Token, reason: str, unwanted: Callable[[], bool]) -> Token | None:
         """Try to have a successor of `present` while that still serves; None when it is not to be had now.
@@ -94,7 +95,9 @@ class Keeper:
 
         """
         try:
-            return self._renew(Intent.AHEAD, lambda found: _newer(found, present), reason, wait=0, unwanted=unwanted)[0]
+            return self._renew(
+                Intent.AHEAD, lambda found: _newer(found, present), Note(reason), wait=0, unwanted=unwanted
+            )[0]
         except (IssuanceLimitError, TokenUnavailableError) as pause:
             _log.debug("No renewal ahead: %s", pause)
         return None
@@ -106,7 +109,7 @@ class Keeper:
             TokenError: a rule or a pause forbids it, or the request failed; the present token is untouched.
 
         """
-        token, issued = self._renew(Intent.DUE, lambda found: _newer(found, present), reason)
+        token, issued = self._renew(Intent.DUE, lambda found: _newer(found, present), Note(reason))
         return issued and _newer(token, present)
 
     def allowed_from(self, now: datetime) -> datetime | None:
@@ -114,7 +117,7 @@ class Keeper:
         standing = Standing(now, self._attempts(), self._cache.newest(), self._credentials)
         return limits.allowed_from(standing, self._market)
 
-    def refresh(self, *, force: bool, reason: str) -> bool:
+    def refresh(self, *, force: bool, note: Note) -> bool:
         """Renew now; True for a new token, False where KIS handed back the present one.
 
         Raises:
@@ -123,7 +126,7 @@ class Keeper:
         """
         before = self._cache.newest()
         intent = Intent.FORCE if force else Intent.REFRESH
-        token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, reason)
+        token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, note)
         return before is None or token.access_token != before.access_token
 
     def save(self, token: Token) -> None:
@@ -234,7 +237,7 @@ class Keeper:
         self,
         intent: Intent,
         serves: Callable[[Token], bool],
-        reason: str,
+        note: Note,
         *,
         waited_out: datetime | None = None,
         wait: float | None = None,
@@ -257,7 +260,7 @@ class Keeper:
                 raise TokenUnavailableError(
                     "The present token serves the running session to its end: no swap inside it."
                 )
-            token = self._issue(reason, standing)
+            token = self._issue(note, standing)
         if token.rejected_at is not None:  # KIS handed the dead one back: only the six hours speak now
             limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()), self._market)
         if intent is Intent.REQUIRED and not serves(token):
@@ -351,14 +354,15 @@ class Keeper:
             time.sleep(min(pause_after(now - began), end - now))
         return token
 
-    def _issue(self, reason: str, standing: Standing) -> Token:
+    def _issue(self, note: Note, standing: Standing) -> Token:
         issuer = self._issuer
         if not self._lock.intact():
             raise TokenStoreError(f"{self._lock.path} was replaced while held. Nothing was issued; try again.")
         attempt = Attempt(
             datetime.now(UTC),
             Outcome.SENT,
-            reason=reason,
+            reason=note.reason,
+            by=note.by,
             credentials=self._credentials,
             pid=os.getpid(),
         )

@@ -102,6 +102,14 @@ def paused_until(attempts: Sequence[Attempt], now: datetime, interval: float) ->
     return until if until > now else None
 
 
+def same_token_until(token: Token | None, now: datetime) -> datetime | None:
+    """Until when KIS would hand back this token rather than issue one; None when it would issue one now."""
+    until = token.same_until() if token else None
+    if token is None or until is None or not now < until < token.expires_at:
+        return None
+    return min(until, now + SAME_TOKEN)  # an issue that seems to lie ahead is a clock's that was set back
+
+
 def pause(failures: int, interval: float) -> timedelta:
     """How long to leave KIS alone after so many failures in a row: 65 s three times, then 5 min.
 
@@ -163,10 +171,9 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
 
 def _check_same_token(standing: Standing, market: Market) -> None:
     token, now = standing.token, standing.now
-    until = token.same_until() if token else None
-    if token is None or until is None or not now < until < token.expires_at:
+    until = same_token_until(token, now)
+    if until is None:
         return
-    until = min(until, now + SAME_TOKEN)  # an issue that seems to lie ahead is a clock's that was set back
     raise IssuanceLimitError(
         f"KIS would hand back the present token until {tell(until)}, six hours after its issue. "
         f"{what_serves(token, now, market.buffer)} A new one can be had from {tell(until)}.",

@@ -141,20 +141,23 @@ class BaseTokenManager:
 
         return info_text(self.get_token_status())
 
-    def refresh(self, *, force: bool = False, reason: str = "") -> bool:
+    def refresh(self, *, force: bool = False, reason: str = "", by: str = "") -> bool:
         """Renew now; True for a new token, False where KIS handed back the present one.
 
         Without `force` it declines while KIS would hand back the same token or the ceiling is reached.
-        `reason` (80 characters) goes into the issuance record.
+        `reason` (80 characters) and `by` whom (40) go into the issuance record.
 
         Raises:
+            ConfigurationError: one of these looks like a key; nothing was asked.
             IssuanceLimitError: declined; `retry_at` tells until when. The minute limit holds for `force` too.
             CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met.
                 The present token is untouched.
 
         """
         self._fresh_until = 0.0
-        return self._keeper.refresh(force=force, reason=reason or "refresh")
+        from tokencore.remarks import Note  # not on the path of a cached token
+
+        return self._keeper.refresh(force=force, note=Note(reason or "refresh", by).checked())
 
     def report_rejected(self, token: str) -> str:
         """Tell that KIS rejected `token` on a business call (EGW00121, EGW00123); the token to use instead.

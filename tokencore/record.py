@@ -12,9 +12,9 @@ import os
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokencore import store, tokens
+from tokencore import remarks, store, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 LINE = 512  # bytes of a line with its newline: one disk sector, so that completing it in place cannot tear it
 KEEP, TRIM_AT = 1024, 2048  # lines: years of daily renewals, or four days of KIS being down
-REASON_LENGTH = 80  # characters; what is longer is cut, so that the line stays a line
 DAY = timedelta(hours=24)
 
 
@@ -58,6 +57,7 @@ class Attempt(NamedTuple):
     reason: str = ""
     credentials: str = ""  # eight hex digits that change with the key or the secret
     pid: int = 0
+    by: str = ""  # the person who asked; empty for a program
 
     @property
     def counts(self) -> bool:
@@ -181,18 +181,18 @@ def _sync(file: BufferedRandom) -> None:
 
 
 def _line(attempt: Attempt) -> bytes:
-    content = {
+    content: dict[str, Any] = {
         "at": attempt.at.isoformat(timespec="milliseconds"),
         "outcome": attempt.outcome.value,
         "code": attempt.code,
         "expires_at": attempt.expires_at.isoformat() if attempt.expires_at else None,
-        "reason": attempt.reason[:REASON_LENGTH],
+        "reason": attempt.reason[: remarks.REASON_LENGTH],
+        "by": attempt.by[: remarks.BY_LENGTH],
         "credentials": attempt.credentials,
         "pid": attempt.pid,
     }
-    text = json.dumps(content, ensure_ascii=False).encode(errors="replace")
-    if len(text) >= LINE:
-        text = json.dumps({**content, "reason": ""}).encode()
+    while len(text := json.dumps(content, ensure_ascii=False).encode(errors="replace")) >= LINE:
+        content["reason"] = content["reason"][:-1]
     return text.ljust(LINE - 1) + b"\n"
 
 
@@ -217,6 +217,7 @@ def _parse(line: bytes) -> Attempt | None:
             code=content.get("code"),
             expires_at=_aware(content["expires_at"]) if content.get("expires_at") else None,
             reason=str(content.get("reason", "")),
+            by=str(content.get("by", "")),
             credentials=str(content.get("credentials", "")),
             pid=int(content.get("pid", 0)),
         )

@@ -58,7 +58,7 @@ def print_history(lines: Sequence[Mapping[str, Any]]) -> None:
     """One row an attempt, oldest first."""
     console = _console()
     broad = console.width >= _BROAD
-    table = _table("when (KST)", "markets", "outcome", "code", *["token expires (KST)"] * broad, "reason")
+    table = _table("when (KST)", "markets", "outcome", "code", *["token expires (KST)"] * broad, "by", "reason")
     for line in lines:
         good = line["outcome"] in GRANTED
         colour = "green" if good else "yellow" if line["outcome"] == Outcome.SENT else "red"
@@ -68,6 +68,7 @@ def print_history(lines: Sequence[Mapping[str, Any]]) -> None:
             f"[{colour}]{line['outcome']}[/]",
             line["code"] or "-",
             *[moment(line["expires_at"], KST)] * broad,
+            _plain(line["by"] or "-"),
             _plain(line["reason"]),
         )
     console.print(table if lines else "No attempt has been recorded.")

@@ -52,7 +52,7 @@ def demo(*, once: bool = False) -> int:
         _complete(prefect, WARM_UP, exchange="KRX")
         if _tokencore(environment, "check", "kr", show=False):
             _say("", "No session needs a token now, so a person asks for one:")
-            _complete(prefect, REFRESH, market="kr", force=False, reason="demo")
+            _complete(prefect, REFRESH, market="kr", operator="make demo", reason="no session needs a token now")
         _complete(prefect, CHECK)
         print(flush=True)
         _tokencore(environment, "check")

@@ -44,6 +44,7 @@ def add(command: AddCommand) -> None:
     add_market(refresh)
     refresh.add_argument("--force", action="store_true", help="also within six hours and past the daily ceiling")
     refresh.add_argument("--reason", type=_text, default="", help="kept in the issuance record")
+    refresh.add_argument("--by", type=_text, help="who asks, for the record (otherwise your login)")
     delete = command("delete", _delete, "remove the market's token file; the issuance record stays")
     add_market(delete)
     delete.add_argument(
@@ -137,10 +138,22 @@ def _proof(proofs: dict[str, tuple[bool | None, str]], market: str) -> dict[str,
 
 def _refresh(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
-    renewed = manager.refresh(force=options.force, reason=options.reason)
+    renewed = manager.refresh(
+        force=options.force, reason=options.reason, by=_login() if options.by is None else options.by
+    )
     told = "Renewed." if renewed else "KIS handed back the present token (its six-hour rule); nothing has changed."
     print(f"{told}\n{manager.get_token_info()}")
     return 0
+
+
+def _login() -> str:
+    """The name of whoever is logged in, where the system knows one."""
+    from getpass import getuser  # asks the password database
+
+    try:
+        return getuser()
+    except (KeyError, OSError, ImportError):  # a container's user need not have a name
+        return ""
 
 
 def _text(argument: str) -> str:
