@@ -8,7 +8,7 @@ from requests.auth import AuthBase
 from requests.exceptions import UnrewindableBodyError
 from requests.utils import rewind_body
 
-from tokencore.signing import Signer, is_json, says_dead
+from tokencore.signing import SECRET_HEADERS, Signer, is_json, says_dead
 
 if TYPE_CHECKING:
     from typing import Any
@@ -33,7 +33,7 @@ class KISAuth(AuthBase):
             ConfigurationError: the settings cannot be read, or the market is not configured.
 
         """
-        self._signer = Signer(market)
+        self._signer = Signer(market, custtype)
         self._custtype = custtype
 
     def __repr__(self) -> str:
@@ -48,16 +48,17 @@ class KISAuth(AuthBase):
 
         """
         self._signer.check_url(request.url or "")
-        signature = self._signer.signature()
         headers = request.headers
-        if "custtype" not in headers:
+        # `in` raises and catches an error inside, which costs as much as all the rest; the dictionary within does not.
+        if "custtype" not in getattr(headers, "_store", headers):
             headers["custtype"] = self._custtype
-        _sign(request, signature)
-        request.hooks["response"].append(lambda response, **sending: self._answered(response, signature, sending))
+        _sign(request, self._signer.signature())
+        request.hooks["response"].append(self._answered)
         return request
 
-    def _answered(self, response: Response, used: Signature, sending: dict[str, Any]) -> Response:
-        _hide_from_redirect(response, used)
+    def _answered(self, response: Response, **sending: Any) -> Response:  # noqa: ANN401 - requests' own keywords
+        used = response.request.headers.get("authorization", "").removeprefix("Bearer ")
+        _hide_from_redirect(response)
         if not is_json(response.headers.get("content-type")) or not says_dead(response.content):
             return response
         signature = self._signer.successor(used)
@@ -69,7 +70,7 @@ class KISAuth(AuthBase):
         retried: Response = response.connection.send(again, **sending)
         retried.history.append(response)
         retried.request = again
-        _hide_from_redirect(retried, used, response.request)
+        _hide_from_redirect(retried, response.request)
         return retried
 
 
@@ -79,11 +80,11 @@ def _sign(request: PreparedRequest, signature: Signature) -> None:
         headers[name] = value
 
 
-def _hide_from_redirect(response: Response, used: Signature, *requests: PreparedRequest) -> None:
+def _hide_from_redirect(response: Response, *requests: PreparedRequest) -> None:
     """KIS never redirects: whoever does shall not see the secret as well. requests copies the first request for it."""
     if response.is_redirect:
         for request in (response.request, *requests):
-            for name in used.headers:
+            for name in SECRET_HEADERS:
                 request.headers.pop(name, None)
 
 

@@ -40,8 +40,7 @@ class KISHttpxAuth(httpx.Auth):
             ConfigurationError: the settings cannot be read, or the market is not configured.
 
         """
-        self._signer = Signer(market)
-        self._custtype = (b"custtype", custtype.encode())
+        self._signer = Signer(market, custtype)
         self._turn: RunVar[CapacityLimiter] = RunVar(f"renewal {id(self)}")
 
     def __repr__(self) -> str:
@@ -60,7 +59,7 @@ class KISHttpxAuth(httpx.Auth):
         response = yield self._signed(request, signature)
         if not is_json(response.headers.get("content-type")) or not says_dead(response.read()):
             return
-        successor = self._signer.successor(signature)
+        successor = self._signer.successor(signature.token)
         if successor and _replayable(request):
             yield self._signed(request, successor)
 
@@ -73,7 +72,7 @@ class KISHttpxAuth(httpx.Auth):
         response = yield self._signed(request, signature)
         if not is_json(response.headers.get("content-type")) or not says_dead(await response.aread()):
             return
-        successor = await self._aside(self._signer.successor, signature)
+        successor = await self._aside(self._signer.successor, signature.token)
         if successor and _replayable(request):
             yield self._signed(request, successor)
 
@@ -81,8 +80,11 @@ class KISHttpxAuth(httpx.Auth):
         if (url.scheme, url.host, url.port or _PORTS.get(url.scheme)) != self._signer.origin:
             self._signer.refuse(str(url))
 
-    def _signed(self, request: httpx.Request, signature: Signature) -> httpx.Request:
-        request.headers = _Signed(request.headers, (*signature.raw, self._custtype))
+    @staticmethod
+    def _signed(request: httpx.Request, signature: Signature) -> httpx.Request:
+        headers = _Signed(request.headers)
+        headers.signature = signature
+        request.headers = headers
         return request
 
     async def _aside(self, work: Callable[..., _T], *arguments: Any) -> _T:  # noqa: ANN401 - as the work takes them
@@ -100,9 +102,7 @@ class _Signed(httpx.Headers):
     httpx copies all headers but `authorization` to where a redirect leads, and shows them in a repr.
     """
 
-    def __init__(self, headers: httpx.Headers, signature: tuple[tuple[bytes, bytes], ...]) -> None:
-        super().__init__(headers)
-        self._signature = signature
+    signature: Signature
 
     def __reduce__(self) -> tuple[type[httpx.Headers], tuple[list[tuple[bytes, bytes]]]]:
         return httpx.Headers, (super().raw,)
@@ -111,11 +111,15 @@ class _Signed(httpx.Headers):
     def raw(self) -> list[tuple[bytes, bytes]]:
         """What is sent: a `custtype` of the caller's own stays, everything else of these names is ours."""
         own = super().raw
-        if _NAMES.isdisjoint([name.lower() for name, _ in own]):
-            return [*own, *self._signature]
-        kept = [pair for pair in own if pair[0].lower() not in _NAMES or pair[0].lower() == b"custtype"]
-        customers = any(name.lower() == b"custtype" for name, _ in kept)
-        return [*kept, *(self._signature[:-1] if customers else self._signature)]
+        for name, _ in own:
+            if name.lower() in _NAMES:
+                return self._merged(own)
+        return own + self.signature.raw
+
+    def _merged(self, own: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        kept = [(name, value) for name, value in own if name.lower() not in _NAMES - {b"custtype"}]
+        known = [name.lower() for name, _ in kept]
+        return kept + [pair for pair in self.signature.raw if pair[0] not in known]
 
 
 def _replayable(request: httpx.Request) -> bool:

@@ -20,20 +20,22 @@ if TYPE_CHECKING:
     Origin = tuple[str, str, int | None]
 
 _log = logging.getLogger("tokencore")
+SECRET_HEADERS = ("authorization", "appkey", "appsecret")
 _PORTS = {"https": 443, "http": 80}
 _DEAD_BYTES = tuple(code.encode() for code in DEAD_TOKEN)
 
 
 class Signature:
-    """The secret headers of one token, as text and as bytes; neither shown nor pickled."""
+    """The headers of one token, neither shown nor pickled: the secret ones as text, and all four as bytes."""
 
     __slots__ = ("headers", "raw", "token")
 
-    def __init__(self, token: str, app_key: str, app_secret: str) -> None:
+    def __init__(self, token: str, credentials: tuple[str, str], custtype: str) -> None:
         """Spell them once: a token serves many thousand requests."""
         self.token = token
-        self.headers = {"authorization": f"Bearer {token}", "appkey": app_key, "appsecret": app_secret}
-        self.raw = tuple((name.encode(), value.encode()) for name, value in self.headers.items())
+        self.headers = dict(zip(SECRET_HEADERS, (f"Bearer {token}", *credentials), strict=True))
+        self.raw = [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        self.raw.append((b"custtype", custtype.encode()))
 
     def __reduce__(self) -> str:
         raise TypeError("a signature holds credentials and is not pickled")
@@ -48,11 +50,12 @@ class Signer:
 
     """
 
-    __slots__ = ("_credentials", "_manager", "_present", "origin", "prefix")
+    __slots__ = ("_credentials", "_custtype", "_manager", "_present", "origin", "prefix")
 
-    def __init__(self, market: str) -> None:
+    def __init__(self, market: str, custtype: str) -> None:
         """Sign for the configured `market`; credentials and token are asked for with the first request."""
         self._manager = TokenManager(market)
+        self._custtype = custtype
         url = urlsplit(self._manager.get_api_url())
         self.prefix = f"{url.scheme}://{url.netloc}/".lower()
         self.origin: Origin = (url.scheme, url.hostname or "", url.port or _PORTS.get(url.scheme))
@@ -72,17 +75,20 @@ class Signer:
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
-        return self._signed(self._manager.get_valid_token())
+        token, present = self._manager.get_valid_token(), self._present
+        return present if present is not None and present.token == token else self._signed(token)
 
     def signature_at_hand(self) -> Signature | None:
         """The headers where the token is there and no renewal is due; None where `signature` might wait for KIS."""
-        token = self._manager.token_at_hand()
-        return None if token is None else self._signed(token)
+        token, present = self._manager.token_at_hand(), self._present
+        if token is None:
+            return None
+        return present if present is not None and present.token == token else self._signed(token)
 
-    def successor(self, rejected: Signature) -> Signature | None:
-        """Report that KIS rejected a signature's token; one with its successor, None where there is none yet."""
+    def successor(self, token: str) -> Signature | None:
+        """Report that KIS rejected `token`; a signature with its successor, None where there is none yet."""
         try:
-            return self._signed(self._manager.report_rejected(rejected.token))
+            return self._signed(self._manager.report_rejected(token))
         except TokenError as error:
             _log.warning("KIS rejected the token of %r, and there is no other yet: %s", self, error)
             return None
@@ -106,12 +112,10 @@ class Signer:
         )
 
     def _signed(self, token: str) -> Signature:
-        present = self._present
-        if present is None or present.token != token:
-            if self._credentials is None:
-                self._credentials = self._manager.get_app_credentials()
-            self._present = present = Signature(token, *self._credentials)
-        return present
+        if self._credentials is None:
+            self._credentials = self._manager.get_app_credentials()
+        self._present = signature = Signature(token, self._credentials, self._custtype)
+        return signature
 
 
 def is_json(kind: str | None) -> bool:

@@ -1,0 +1,130 @@
+"""What signing costs: a request with `KISAuth` or `KISHttpxAuth` beside one with a plain header, on a cached token.
+
+Run `python benchmarks/auth.py`. Nothing is sent and KIS is not asked: a made-up token lies in a token directory that
+lasts as long as the program. For requests a signed request is prepared; for httpx it goes through a client to a
+transport that takes its headers, as the real one does, and answers at once. The variants take turns in short rounds;
+of each the processor's time is taken, and the median of the differences between neighbours counts, because other work
+on the machine only adds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import median
+from time import thread_time
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
+
+import httpx
+import requests
+
+from tokencore import KISAuth, KISHttpxAuth, TokenManager
+from tokencore.tokens import Token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Round = Callable[[], float]
+
+ROUNDS, CALLS = 300, 100  # a round lasts a few milliseconds, less than the system's time slice
+TARGET = 2.0  # microseconds over a plain header
+URL = "https://openapi.koreainvestment.com:9443/uapi/domestic-stock/v1/quotations/inquire-price"
+HEADERS = {"tr_id": "FHKST01010100"}
+PARAMS = {"FID_COND_MRKT_DIV_CODE": "J", "FID_INPUT_ISCD": "005930"}
+
+
+def main() -> int:
+    """Measure, print a line for each client, and say whether KISAuth is within its target."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = _settle(folder)
+        costs = {
+            "KISAuth, requests": _beside(_prepared(_plain(text)), _prepared(KISAuth("kr"))),
+            "KISHttpxAuth, httpx.Client": _beside(_sent(_plain(text)), _sent(KISHttpxAuth("kr"))),
+            "KISHttpxAuth, httpx.AsyncClient": _beside(_awaited(_plain(text)), _awaited(KISHttpxAuth("kr"))),
+        }
+    print(f"{'a request, in microseconds':<34}{'plain header':>14}{'signed':>10}{'over it':>10}")
+    for name, (plain, signed, over) in costs.items():
+        print(f"{name:<34}{plain:>14.2f}{signed:>10.2f}{over:>10.2f}")
+    within = costs["KISAuth, requests"][2] < TARGET
+    print(f"KISAuth costs less than {TARGET:g} microseconds over a plain header: {'yes' if within else 'NO'}")
+    return 0 if within else 1
+
+
+def _settle(folder: str) -> str:
+    """Settings and a cached token of a market; the text of the token."""
+    for name in [name for name in os.environ if name.startswith("KIS_")]:
+        del os.environ[name]
+    os.environ |= {"KIS_TOKEN_DIR": folder, "KIS_APP_KEY": "PS" + "k" * 34, "KIS_APP_SECRET": "s" * 180}
+    now = datetime.now(UTC)
+    TokenManager("kr").save_token(Token("t" * 350, now + timedelta(hours=20), now - timedelta(hours=4)))
+    return TokenManager("kr").get_valid_token()
+
+
+def _plain(text: str) -> Callable[..., object]:
+    """What one would write without us: a header with a token that never changes."""
+    value = f"Bearer {text}"
+
+    def sign(request: Any) -> Any:  # noqa: ANN401 - a request of either library
+        request.headers["authorization"] = value
+        return request
+
+    return sign
+
+
+def _prepared(auth: Any) -> Round:  # noqa: ANN401 - what the library takes
+    def timed() -> float:
+        began = thread_time()
+        for _ in range(CALLS):
+            requests.Request("GET", URL, headers=HEADERS, params=PARAMS, auth=auth).prepare()
+        return thread_time() - began
+
+    return timed
+
+
+def _sent(auth: Any) -> Round:  # noqa: ANN401 - what the library takes
+    client = httpx.Client(auth=auth, transport=httpx.MockTransport(_took), trust_env=False)
+
+    def timed() -> float:
+        began = thread_time()
+        for _ in range(CALLS):
+            client.get(URL, headers=HEADERS, params=PARAMS)
+        return thread_time() - began
+
+    return timed
+
+
+def _awaited(auth: Any) -> Round:  # noqa: ANN401 - what the library takes
+    loop = asyncio.new_event_loop()
+    client = httpx.AsyncClient(auth=auth, transport=httpx.MockTransport(_took), trust_env=False)
+
+    async def calls() -> float:
+        began = thread_time()
+        for _ in range(CALLS):
+            await client.get(URL, headers=HEADERS, params=PARAMS)
+        return thread_time() - began
+
+    return lambda: loop.run_until_complete(calls())
+
+
+def _took(request: httpx.Request) -> httpx.Response:
+    assert any(name.lower() == b"authorization" for name, _ in request.headers.raw)
+    return httpx.Response(200)
+
+
+def _beside(plain: Round, signed: Round) -> tuple[float, float, float]:
+    """Microseconds a request: the median of each, and of what the second costs over the first."""
+    plain(), signed()
+    pairs = [(plain(), signed()) for _ in range(ROUNDS)]
+    each = [median(times) for times in zip(*pairs, strict=True)]
+    over = median(second - first for first, second in pairs)
+    return tuple(seconds / CALLS * 1e6 for seconds in (*each, over))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
