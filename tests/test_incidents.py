@@ -150,6 +150,13 @@ def test_what_nobody_was_to_hear_of_ends_without_a_word(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "incidents.json").read_text())["incidents"] == []
 
 
+def test_the_end_of_what_slack_did_not_take_is_told(tmp_path: Path) -> None:
+    """People hear at least afterwards of an incident that somebody had set out to tell them of."""
+    incidents = Incidents(tmp_path)
+    assert incidents.met("us", causes.LIMIT, NEED, MONDAY, MONDAY + HOUR)[1]
+    assert [one.cause for one in incidents.over("us", MONDAY + HOUR)] == ["limit"]
+
+
 def test_what_nobody_met_for_a_week_is_new_when_it_returns(tmp_path: Path) -> None:
     """A paused deployment leaves its incident behind; a later one of the kind is not its continuation."""
     incidents = Incidents(tmp_path)
@@ -168,9 +175,12 @@ def test_nobody_tells_before_slack_wants_to_hear(tmp_path: Path) -> None:
     incidents.quiet(MONDAY + HOUR)
     assert incidents.met("us", causes.LIMIT, None, MONDAY, NEED)[1] is None
     assert incidents.met("kr", causes.LIMIT, None, MONDAY, NEED)[1] is None
-    _, telling = incidents.met("us", causes.LIMIT, None, MONDAY + HOUR, NEED)
+    one, telling = incidents.met("us", causes.LIMIT, None, MONDAY + HOUR, NEED)
     assert telling
     assert telling.kind == "opened"
+    incidents.heard(one, telling, MONDAY + HOUR, None)
+    incidents.quiet(MONDAY + 3 * HOUR)
+    assert [len(incidents.over("us", MONDAY + hours * HOUR)) for hours in (2, 3)] == [0, 1]
 
 
 def test_the_file_of_the_first_version_is_read(tmp_path: Path) -> None:
