@@ -18,13 +18,17 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
 
+from tokencore import quotes
 from tokencore.errors import IssuerRefusedError, IssuerUnavailableError
+from tokencore.quotes import Evidence
 from tokencore.refusals import DEAD_TOKEN, KNOWN, Refusal, bad_answer, no_answer, refused, unreachable
 from tokencore.tokens import Token, from_answer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
+
+    from tokencore.quotes import Quote
 
 ANSWER_LIMIT = 65_536  # bytes; KIS's answers have about 700
 CONNECT_TRIES = 4  # the first and three more, only while the request cannot have reached KIS
@@ -131,34 +135,23 @@ class Issuer:
 
         Judged on the status and `msg_cd`, never on rows: an empty answer with `rt_cd` 0 means it works.
         """
+        evidence = self.quote(access_token, quotes.domestic() if domestic else quotes.overseas())
+        return evidence.accepted, evidence.told
+
+    def quote(self, access_token: str, asked: Quote) -> Evidence:
+        """What one quote call with the token told; never raises."""
         headers = {
             "authorization": f"Bearer {access_token}",
             "appkey": self._app_key,
             "appsecret": self._app_secret,
             "custtype": "P",
+            "tr_id": asked.tr_id,
         }
         try:
-            if domestic:
-                answer = self._send(
-                    "GET",
-                    "/uapi/domestic-stock/v1/quotations/inquire-price",
-                    headers={**headers, "tr_id": "FHKST01010100"},
-                    params={"FID_COND_MRKT_DIV_CODE": "J", "FID_INPUT_ISCD": "005930"},
-                )
-            else:
-                answer = self._send(
-                    "GET",
-                    "/uapi/overseas-price/v1/quotations/price",
-                    headers={**headers, "tr_id": "HHDFS00000300"},
-                    params={"AUTH": "", "EXCD": "NAS", "SYMB": "AAPL"},
-                )
+            answer = self._send("GET", asked.path, headers=headers, params=asked.params)
         except (NotAskedError, NoAnswerError) as error:
-            return None, f"KIS could not be asked: {error}"
-        if answer.code in DEAD_TOKEN:
-            return False, self._told(answer)
-        if answer.status == OK and answer.body.get("rt_cd") == "0":
-            return True, "rt_cd 0"
-        return None, self._told(answer)
+            return Evidence(None, f"KIS could not be asked: {error}")
+        return quotes.judge(answer.status, answer.code, answer.body, self._told(answer))
 
     def _granted(self, path: str, secrets_field: str) -> Answer | Refusal:
         body = {"grant_type": "client_credentials", "appkey": self._app_key, secrets_field: self._app_secret}
