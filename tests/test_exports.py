@@ -143,6 +143,7 @@ def test_a_copy_of_another_market_with_the_key_stays(copies: Path, monkeypatch: 
     monkeypatch.setenv("KIS_MARKETS__KR__EXPORTS", f"kis-auth:{copies}")
     TokenManager("us").get_valid_token()
     TokenManager("us").delete_token()
+    TokenManager("kr").copy_token()
     assert {path.name[:3] for path in copies.iterdir()} == {"KIS"}
     assert held(copies) == on_disk("kr").access_token
 
