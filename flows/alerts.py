@@ -206,7 +206,7 @@ def _deliver(posts: Sequence[_Post], now: datetime) -> None:
         for post in posts:
             receipt = send(post.message, post.thread, broadcast=post.broadcast) if send else slack.Receipt()
             if receipt.refusal:
-                log.warning("Slack did not take the message (%s); the next run tells it.", receipt.refusal)
+                log.warning("Slack did not take the message (%s); trouble is told by the next run.", receipt.refusal)
             with contextlib.suppress(OSError):  # then it is told once more
                 _note(post, receipt, now)
 

@@ -235,7 +235,7 @@ def test_without_slack_alerts_are_logged_once(gateway: Sandbox, caplog: pytest.L
         alerts.report(manager, error, MONDAY)
     for _ in range(2):
         alerts.all_clear(manager, MONDAY)
-    told = [record.getMessage() for record in caplog.records if record.name == "flows"]
+    told = [record.getMessage() for record in caplog.records if "us+kr: " in record.getMessage()]
     assert [LIMITED in line for line in told] == [True, False]
     assert "solved" in told[1]
 
@@ -278,6 +278,16 @@ def test_a_thread_that_is_gone_does_not_swallow_what_follows(gateway: Sandbox, b
     alerts.all_clear(manager, MONDAY + timedelta(hours=2))
     told = [(one["channel"], one.get("thread_ts")) for one in bot.told]
     assert told == [("#tokens", None), ("#tokens", None), (CHANNEL, "2.0")]
+
+
+def test_a_bot_that_slack_asks_to_wait_waits(gateway: Sandbox, bot: SlackEndpoint) -> None:
+    """Slack's API says it like a webhook does."""
+    manager, error = refused(gateway)
+    bot.answers, bot.retry_after = [429], 300
+    for minutes in (0, 4, 5):
+        alerts.report(manager, error, MONDAY + timedelta(minutes=minutes))
+    assert len(bot.requests) == 2
+    assert len(bot.told) == 1
 
 
 def test_where_both_ways_are_set_the_bot_speaks(gateway: Sandbox, endpoint: SlackEndpoint, bot: SlackEndpoint) -> None:
