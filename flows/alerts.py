@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flows.messages import Message
     from flows.slack import Receipt, Thread
 
-Notice = Literal["renewed", "forced", "same", "declined", "failed"]
+Notice = Literal["renewed", "forced", "same"]
 FAILED = "An alert could not be made"
 PATIENCE = 5.0  # seconds a run waits for Slack
 
@@ -95,12 +95,18 @@ def report(who: TokenManager | str, error: Exception, now: datetime, again_in: f
 
 
 def all_clear(who: TokenManager | str, now: datetime) -> None:
-    """Tell that the trouble of a key, or of an exchange, is over, if there was any, and of a token from elsewhere."""
+    """Tell that the trouble of a key, or of an exchange, is over, if there was any; and what `foreign` tells."""
     with harmless(FAILED):
         subject, pen = Subject.of(who, now), _pen(now)
         lasting = [causes.FOREIGN_TOKEN.name] if _issued_elsewhere(who) else []
         over = _incidents().over(subject.name, now, but=lasting)
         _deliver([*(_end(pen, subject, one) for one in over), *_foreign(who, now)], now)
+
+
+def foreign(who: TokenManager | str, now: datetime) -> None:
+    """Tell that someone else issued the present token, where nothing failed but not all is clear."""
+    with harmless(FAILED):
+        _deliver(_foreign(who, now), now)
 
 
 def announce(manager: TokenManager, what: Notice, *, who: str, why: str, now: datetime) -> None:

@@ -109,6 +109,8 @@ def follow(manager: TokenManager, now: datetime, again_in: float | None = None) 
             raise as_met(decision.trouble, manager.history()) from None
     elif covered:
         alerts.all_clear(manager, now)
+    else:
+        alerts.foreign(manager, now)
     return progress(manager, decision, now)
 
 

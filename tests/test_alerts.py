@@ -349,7 +349,8 @@ def test_a_token_that_someone_else_issued_is_told_although_nothing_failed(
     time.sleep(1.1)
     manager, now = USTokenManager(), datetime.now(UTC)
     manager.get_valid_token()
-    for hours in (0, 2):
+    alerts.foreign(manager, now)
+    for hours in (1, 2):
         alerts.all_clear(manager, now + timedelta(hours=hours))
     assert endpoint.headlines == ["us+kr: Someone else has issued a token with this key"]
     assert "issued at 20" in text_of(endpoint.told[0])

@@ -70,8 +70,6 @@ TEXTS = {
     "notice.renewed": "{who}: refreshed by hand",
     "notice.forced": "{who}: refreshed by hand, with force",
     "notice.same": "{who}: a refresh by hand brought the same token",
-    "notice.declined": "{who}: a refresh by hand was declined",
-    "notice.failed": "{who}: a refresh by hand failed",
     "notice.asked": "{person} asked for it, {at}.",
     "notice.somebody": "Somebody",
     "notice.unreasoned": "no reason given",

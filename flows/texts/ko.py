@@ -69,8 +69,6 @@ TEXTS = {
     "notice.renewed": "{who}: 접근토큰 수동 갱신",
     "notice.forced": "{who}: 접근토큰 수동 강제 갱신",
     "notice.same": "{who}: 수동 갱신 결과 동일한 접근토큰이 반환됨",
-    "notice.declined": "{who}: 수동 갱신이 실행되지 않음",
-    "notice.failed": "{who}: 수동 갱신 실패",
     "notice.asked": "요청자: {person}, {at}.",
     "notice.somebody": "미기재",
     "notice.unreasoned": "미기재",
