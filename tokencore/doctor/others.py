@@ -6,8 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from dotenv import dotenv_values
+
 from tokencore.doctor.finding import fail, ok, skipped, warn
 from tokencore.doctor.reach import Reached, UnreachedError, ask
+from tokencore.sources import DOTENV_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -56,14 +59,16 @@ def _bot(token: str, channel: str) -> Finding:
 
 def prefect(exchanges: Iterable[str], home: str) -> list[Finding]:
     """The server, its deployments for these exchanges, and its worker; `home` is where `make up` keeps them."""
-    url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
-    port = os.environ.get("PREFECT_SERVER_API_PORT") or DEFAULT_PORT
+    known = _environment()
+    url = known.get("PREFECT_API_URL", "").rstrip("/")
+    port = known.get("PREFECT_SERVER_API_PORT") or DEFAULT_PORT
     expected = bool(url) or os.path.isdir(home)
     url = url or f"http://127.0.0.1:{port}/api"
     shown = urlsplit(url)._replace(query="", fragment="").geturl()
     try:
-        answer = _asked("POST", f"{url}/deployments/filter", json={})
-        pool = _asked("GET", f"{url}/work_pools/{POOL}")
+        auth = _auth(known)
+        answer = ask("POST", f"{url}/deployments/filter", auth=auth, json={})
+        pool = ask("GET", f"{url}/work_pools/{POOL}", auth=auth)
     except UnreachedError as error:
         if expected:
             return [fail("prefect", f"{shown}: {error}", "make up; or name the right server in PREFECT_API_URL")]
@@ -78,14 +83,19 @@ def prefect(exchanges: Iterable[str], home: str) -> list[Finding]:
     return [ok("prefect", f"{shown} answers"), _deployments(answer.json, exchanges), _worker(pool)]
 
 
-def _asked(method: str, url: str, **kwargs: Any) -> Reached:  # noqa: ANN401 - requests' own
-    user, _, password = _auth_string().partition(":")
-    return ask(method, url, auth=(user, password) if user else None, **kwargs)
+def _environment() -> dict[str, str]:
+    """The environment, completed from `.env` as `make up` does it."""
+    try:
+        read = dotenv_values(DOTENV_FILE, interpolate=False)
+    except (OSError, UnicodeDecodeError):  # the line on the settings tells of it
+        read = {}
+    return {**{name: value for name, value in read.items() if value}, **os.environ}
 
 
-def _auth_string() -> str:
+def _auth(known: Mapping[str, str]) -> tuple[str, str] | None:
     names = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
-    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+    user, _, password = next((known[name] for name in names if known.get(name)), "").partition(":")
+    return (user, password) if user else None
 
 
 def _deployments(found: list[Any], exchanges: Iterable[str]) -> Finding:

@@ -77,6 +77,7 @@ def _fault(error: Exception, host: str) -> UnreachedError:
             f"the certificate of {host} cannot be verified",
             "a proxy that opens TLS needs its certificate in REQUESTS_CA_BUNDLE; else check this machine's clock",
         ),
+        "tls": (f"{host} does not speak TLS there", "check the address and its port, and for a proxy in between"),
         "name": (f"the name {host} cannot be found (DNS)", "check the network, DNS and the address"),
         "unconnected": (f"no connection to {host} within the time-out", network),
         "silence": (f"{host} accepts connections, but does not answer", "wait, or look for maintenance"),
@@ -92,7 +93,7 @@ def _kind(error: Exception, reason: object) -> str:
     by_reason = "name" if isinstance(reason, NameResolutionError) else "refused" if "refused" in str(reason) else ""
     by_type = (
         ("proxy", requests.exceptions.ProxyError),
-        ("certificate", requests.exceptions.SSLError),
+        ("certificate" if "CERTIFICATE" in str(error).upper() else "tls", requests.exceptions.SSLError),
         ("unconnected", requests.ConnectTimeout),
         ("silence", requests.Timeout),
         ("address", ValueError),
