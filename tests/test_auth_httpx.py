@@ -30,13 +30,13 @@ def client(auth: KISHttpxAuth, gateway: Sandbox) -> httpx.AsyncClient:
     return httpx.AsyncClient(auth=auth, base_url=gateway.url, headers=TR_ID, trust_env=False)
 
 
-async def longest_stop(seconds: float) -> float:
-    """For how long the event loop stood still at most, meanwhile."""
-    worst, end = 0.0, time.monotonic() + seconds
-    while (before := time.monotonic()) < end:
-        await asyncio.sleep(0.005)
-        worst = max(worst, time.monotonic() - before)
-    return worst
+async def beats(gateway: Sandbox) -> int:
+    """How often the event loop came round while KIS was thinking about a token."""
+    count = 0
+    while gateway.stats()["quotes"] == 0:
+        await asyncio.sleep(0.02)
+        count += asked(gateway)
+    return count
 
 
 @pytest.mark.parametrize("present", [None, 17 * HOUR], ids=["without a token", "with one that KIS rejects"])
@@ -47,15 +47,15 @@ def test_loop_goes_on_while_a_renewal_waits_for_kis(gateway: Sandbox, present: f
     gateway.set_rules(latency=0.6)
     auth = KISHttpxAuth("us")
 
-    async def work() -> tuple[list[httpx.Response], float]:
+    async def work() -> tuple[list[httpx.Response], int]:
         async with client(auth, gateway) as calls:
-            stop = asyncio.create_task(longest_stop(0.5))
+            heart = asyncio.create_task(beats(gateway))
             answers = await asyncio.gather(*(calls.get(PRICE) for _ in range(50)))
-            return answers, await stop
+            return answers, await heart
 
-    answers, stopped = asyncio.run(work())
+    answers, count = asyncio.run(work())
     assert {answer.json()["rt_cd"] for answer in answers} == {"0"}
-    assert stopped < 0.3
+    assert count >= 5
     assert asked(gateway) == 1
 
 
@@ -79,7 +79,7 @@ def test_cached_token_needs_no_thread(gateway: Sandbox) -> None:
 
 def test_waiting_call_can_be_given_up(gateway: Sandbox) -> None:
     """A time limit of the caller ends the wait at once; the renewal goes on, and the next call has its token."""
-    gateway.set_rules(latency=0.5)
+    gateway.set_rules(latency=1.2)
     auth = KISHttpxAuth("us")
 
     async def work() -> tuple[float, httpx.Response]:
@@ -91,7 +91,7 @@ def test_waiting_call_can_be_given_up(gateway: Sandbox) -> None:
             return took, await calls.get(PRICE)
 
     took, answer = asyncio.run(work())
-    assert took < 0.4
+    assert took < 1
     assert answer.status_code == 200
     assert asked(gateway) == 1
 

@@ -348,10 +348,16 @@ class BaseTokenManager:
         self._values.setdefault("markets", {}).setdefault(name, {})
         return _market(name, self._values)
 
+    def _app_key(self) -> str:
+        """The key alone: its secret may be in a keyring, which is slow and may ask a person for a password."""
+        if type(self).get_app_credentials is TokenManager.get_app_credentials:
+            return self.market.identified()
+        return self.get_app_credentials()[0].strip()
+
     @property
     def _cache(self) -> Cache:
         if self._cache_made is None:
-            app_key, url = self.get_app_credentials()[0].strip(), self.get_api_url().rstrip("/")
+            app_key, url = self._app_key(), self.get_api_url().rstrip("/")
             own = self.get_token_file_prefix()
             siblings = [f"{name}_" for name in _sharing(fingerprint(app_key, url), self._values)]
             prefixes = [own, *(prefix for prefix in siblings if prefix != own)]

@@ -38,10 +38,11 @@ class Market:
 
     Attributes:
         name: the market, in lower case, such as `us`.
-        app_key, app_secret: the credentials; None when not set.
+        app_key, app_secret: the credentials; None when not set, the secret also while it is only in a keyring.
         environment: `real` or `paper`.
         base_url: where KIS is asked, without a trailing slash.
         token_dir: absolute folder of the token files.
+        keyring: the service in the system's keyring that has secrets; empty for none.
         exchanges: what the market trades, as the user wrote it.
         issue_interval, buffer, proactive_window, timeout: seconds.
         max_issues_per_day: the ceiling of issuances in any 24 hours.
@@ -49,8 +50,8 @@ class Market:
     """
 
     __slots__ = (
-        "app_key", "app_secret", "base_url", "buffer", "environment", "exchanges", "issue_interval",
-        "max_issues_per_day", "name", "proactive_window", "timeout", "token_dir",
+        "_in_keyring", "app_key", "app_secret", "base_url", "buffer", "environment", "exchanges", "issue_interval",
+        "keyring", "max_issues_per_day", "name", "proactive_window", "timeout", "token_dir",
     )  # fmt: skip
 
     def __init__(self, name: str, values: Mapping[str, Any]) -> None:
@@ -65,6 +66,8 @@ class Market:
         self.name = name
         self.app_key = credential(own.get("app_key")) or credential(values.get("app_key"))
         self.app_secret = credential(own.get("app_secret")) or credential(values.get("app_secret"))
+        self.keyring = _text(values.get("keyring", ""))
+        self._in_keyring = _variables_in_keyring(name, own, values) if self.keyring else []
         common = _environment(values.get("environment", "real"))
         self.environment = _environment(own.get("environment", common))
         self.base_url = _base_url(own, values if self.environment == common else {}, self.environment)
@@ -76,20 +79,41 @@ class Market:
         self.timeout = number(values.get("timeout", TIMEOUT), *TIMEOUTS)
         self.max_issues_per_day = int(number(values.get("max_issues_per_day", MAX_ISSUES_PER_DAY), *ISSUES, whole=True))
 
-    def credentials(self) -> tuple[str, str]:
-        """The app key and app secret.
+    def identified(self) -> str:
+        """The app key, where a secret is set too or may be in the keyring, which is not asked.
 
         Raises:
             ConfigurationError: one of them is not set; the sentence names the variable.
 
         """
-        for value, field in ((self.app_key, "APP_KEY"), (self.app_secret, "APP_SECRET")):
-            if not value:
-                raise ConfigurationError(
-                    f"KIS_{field} is not set for the market {self.name!r}; set KIS_{field} (or "
-                    f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or {CONFIG_FILE}.",
-                )
-        return str(self.app_key), str(self.app_secret)
+        if not self.app_key:
+            raise self._missing("APP_KEY", "; the keyring keeps its secret only" if self.keyring else "")
+        if not self.app_secret and not self._in_keyring:
+            raise self._missing("APP_SECRET")
+        return self.app_key
+
+    def credentials(self) -> tuple[str, str]:
+        """The app key and app secret; the keyring is asked once for what no other source gives.
+
+        Raises:
+            ConfigurationError: one of them is not set, or the keyring cannot be used.
+
+        """
+        app_key = self.identified()
+        if self._in_keyring:
+            from tokencore.vault import first_secret  # not on the path of a cached token
+
+            self.app_secret = credential(first_secret(self.keyring, self._in_keyring)) or self.app_secret
+            if not self.app_secret:
+                raise self._missing("APP_SECRET", f"; or run `keyring set {self.keyring} {self._in_keyring[0]}`")
+            self._in_keyring = []
+        return app_key, str(self.app_secret)
+
+    def _missing(self, field: str, more: str = "") -> ConfigurationError:
+        return ConfigurationError(
+            f"KIS_{field} is not set for the market {self.name!r}; set KIS_{field} (or "
+            f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or {CONFIG_FILE}{more}.",
+        )
 
     def __repr__(self) -> str:
         return f"Market({self.name!r}, {self.environment!r}, {self.base_url!r})"
@@ -188,6 +212,14 @@ def _own_values(name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(own, dict):
         raise ValueError(name)  # noqa: TRY004 - settings.load() says it better
     return own
+
+
+def _variables_in_keyring(name: str, own: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Which variables to ask a keyring for, in this order: only those that no other source gives."""
+    if own.get("app_secret"):
+        return []
+    of_market = [f"KIS_MARKETS__{name.upper()}__APP_SECRET"] if own.get("app_key") else []
+    return of_market + ([] if values.get("app_secret") else ["KIS_APP_SECRET"])
 
 
 def _base_url(own: Mapping[str, Any], common: Mapping[str, Any], environment: str) -> str:

@@ -163,6 +163,7 @@ class Settings(BaseSettings):
     timeout: Annotated[float, _between(*TIMEOUTS)] = defaults.TIMEOUT
     max_issues_per_day: Annotated[int, _between(*ISSUES, whole=True)] = defaults.MAX_ISSUES_PER_DAY
     hts_id: str | None = None
+    keyring: str | None = None
     slack_webhook_url: SecretStr | None = None
     slack_bot_token: SecretStr | None = None
     slack_channel: str | None = None

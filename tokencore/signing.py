@@ -79,9 +79,9 @@ class Signer:
         return present if present is not None and present.token == token else self._signed(token)
 
     def signature_at_hand(self) -> Signature | None:
-        """The headers where the token is there and no renewal is due; None where `signature` might wait for KIS."""
+        """The headers where the token is there and no renewal is due; None where `signature` might wait."""
         token, present = self._manager.token_at_hand(), self._present
-        if token is None:
+        if token is None or (self._credentials is None and self._manager.market.keyring):
             return None
         return present if present is not None and present.token == token else self._signed(token)
 

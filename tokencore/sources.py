@@ -91,13 +91,24 @@ def gather() -> Gathered:
 
 
 def origins() -> dict[str, str]:
-    """Where each setting came from, by its variable name: the environment, or the file or folder that gave it.
+    """Where each setting came from, by its variable name: the environment, the file or folder, or the keyring.
+
+    A keyring (KIS_KEYRING) is asked here for each app secret that no other source gives, as a renewal asks it.
 
     Raises:
         ConfigurationError: a source exists but cannot be read; the sentence names it.
 
     """
-    return gather().origins
+    found = gather()
+    service = found.values.get("keyring")
+    if service:
+        from tokencore.vault import first_secret
+
+        own = [f"KIS_MARKETS__{name.upper()}__APP_SECRET" for name in found.values.get("markets", {})]
+        for name in ("KIS_APP_SECRET", *own):
+            if name not in found.origins and first_secret(str(service), [name]):
+                found.origins[name] = f"keyring {service}"
+    return found.origins
 
 
 def _take(found: Gathered, pairs: Iterable[tuple[str, str]], origin: str) -> None:
