@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from flows.messages import lasted
-from flows.runs import clock
-from tokencore import Plan, draw_plans, make_plan, managers
+from flows.runs import KST, clock
+from tokencore import Plan, draw_plans, look, make_plan, managers
 
 if TYPE_CHECKING:
+    from datetime import tzinfo
+
     from tokencore import TokenManager
 
 TOKENS, PLAN = "tokens", "plan"
@@ -22,7 +23,7 @@ def publish(now: datetime) -> None:
     """Put the status of every market and the plan of every key, at `now` (aware), where the UI shows them."""
     create_table_artifact(
         key=TOKENS,
-        table=[row(manager) for manager in managers()],
+        table=[row(manager, now) for manager in managers()],
         description=f"The tokens at {clock(now)}, as `tokencore check` tells them.",
     )
     plans = [make_plan(manager, now) for manager in managers(one_per_key=True)]
@@ -47,22 +48,26 @@ def described(plans: list[Plan]) -> str:
     return "\n\n".join(parts)
 
 
-def row(manager: TokenManager) -> dict[str, Any]:
-    """One market for people: times in KST, no path, nothing secret."""
+def row(manager: TokenManager, now: datetime) -> dict[str, Any]:
+    """One market for people at `now` (aware), what presses first: nothing secret, no path."""
     status = manager.get_token_status()
-    need = status["next_need"]
+    need, planned = status["next_need"], look(manager, now).next
+    local = now.astimezone().tzname() or "local"
     return {
         "market": status["market"],
-        "environment": status["environment"],
         "status": status["status"],
-        "expires": _clock(status["expires_at"]),
-        "left": lasted(timedelta(seconds=status["remaining_seconds"])) if status["valid"] else "-",
-        "next need": f"{_clock(need['start'])} to {_clock(need['end'])}" if need else "-",
-        "covered": {True: "yes", False: "not yet", None: "-"}[status["covers_next_need"]],
-        "issues in 24 h": status["issues_last_24h"],
-        "no request before": _clock(status["cooldown_until"]),
+        "valid until (KST)": _short(status["expires_at"]),
+        "need covered": {True: "yes", False: "not yet", None: "-"}[status["covers_next_need"]],
+        "next need (KST)": f"{_short(need['start'])} to {_short(need['end'])}" if need else "-",
+        "next renewal (KST)": _short(planned.at.isoformat()) if planned else "-",
+        "issued in 24 h": status["issues_last_24h"],
+        "next request": f"from {_short(status['cooldown_until'])}" if status["cooldown_until"] else "allowed",
+        "key": f"{'+'.join(manager.sharing())} ({status['environment']})",
+        f"valid until ({local})": _short(status["expires_at"], None),
+        "why then": (planned.exception or planned.reason) if planned else "every need ahead is covered",
     }
 
 
-def _clock(iso: str | None) -> str:
-    return clock(datetime.fromisoformat(iso).astimezone(UTC)) if iso else "-"
+def _short(iso: str | None, zone: tzinfo | None = KST) -> str:
+    """A time of these days in KST, or in the zone of this machine where that is None."""
+    return datetime.fromisoformat(iso).astimezone(zone).strftime("%m-%d %H:%M") if iso else "-"

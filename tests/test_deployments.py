@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FILE: dict[str, Any] = yaml.safe_load((Path(__file__).parent.parent / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {deployment["name"]: deployment for deployment in FILE["deployments"]}
 WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint"] == "flows.warm_up.warm_up"}
+OFF = "off until you trade there"  # the tag that tells inactive deployments apart in the page's list
 DEFAULTS = {"KRX", "NASD", "NYSE", "AMEX"}  # what the markets `us` and `kr` trade
 WEEKS = (
     date(2026, 1, 5),
@@ -110,6 +111,7 @@ def test_every_exchange_has_its_warm_up() -> None:
     assert parameter_schema(flow_of("KRX").fn).properties["exchange"]["enum"] == list(sessions.EXCHANGES)
     on = {name for name, each in WARM_UPS.items() if each["schedules"][0].get("active", True)}
     assert on == DEFAULTS
+    assert {name for name, each in WARM_UPS.items() if OFF not in each["tags"]} == on
 
 
 def test_slugs_name_one_schedule_each() -> None:

@@ -290,7 +290,7 @@ def test_a_check_renews_what_is_due_and_then_finds_it_valid(
     assert told(second) == ("COMPLETED", "AlreadyValid")
     assert second.message
     assert "next renewal" in second.message
-    assert [(row["market"], row["status"], row["covered"], row["issues in 24 h"]) for row in table()] == [
+    assert [(row["market"], row["status"], row["need covered"], row["issued in 24 h"]) for row in table()] == [
         ("us", "VALID", "yes", 1),
         ("kr", "VALID", "yes", 1),
     ]
