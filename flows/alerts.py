@@ -147,7 +147,7 @@ def _issued_elsewhere(who: TokenManager | str) -> datetime | None:
 def _next(
     who: TokenManager | str, cause: Cause, now: datetime, retry_at: datetime, again_in: float | None = None
 ) -> _Attempt:
-    if cause in (causes.CREDENTIALS, causes.SETTINGS):
+    if cause in (causes.CREDENTIALS, causes.SETTINGS, causes.SILENT):
         return _Attempt("next.person", None)
     if again_in and cause is causes.DOWN:
         return _Attempt("next.run", max(now + timedelta(seconds=again_in), retry_at))

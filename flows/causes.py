@@ -74,6 +74,10 @@ class Cause(NamedTuple):
     reminds: bool = True
 
 
+class SilenceError(Exception):
+    """Prefect gives no sign of life; the text says which is missing."""
+
+
 LIMIT = Cause("limit")
 FOREIGN_LIMIT = Cause("foreign-limit")
 FOREIGN_TOKEN = Cause("foreign-token", reminds=False)  # nothing is wrong yet; it ends with our next own token
@@ -87,11 +91,12 @@ STORE = Cause("store", by_person=True)
 SETTINGS = Cause("settings", by_person=True)
 UNSERVED = Cause("unserved", at_once=False)
 UNFORESEEN = Cause("unforeseen")
+SILENT = Cause("silent", by_person=True)
 
 REFUSED = (LIMIT, FOREIGN_LIMIT)  # by KIS's minute limit, ours or someone else's
 CAUSES = (
     *(LIMIT, FOREIGN_LIMIT, FOREIGN_TOKEN, WAITING, CEILING, DEAD, SAME_DEAD),
-    *(CREDENTIALS, DOWN, STORE, SETTINGS, UNSERVED, UNFORESEEN),
+    *(CREDENTIALS, DOWN, STORE, SETTINGS, UNSERVED, UNFORESEEN, SILENT),
 )
 BY_NAME = {cause.name: cause for cause in CAUSES}
 
@@ -101,6 +106,7 @@ _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (TokenStoreError, STORE),
     (ConfigurationError, SETTINGS),
     (TokenUnavailableError, UNSERVED),
+    (SilenceError, SILENT),
 )
 _NEVER_SENT = ("unreachable", "imported")  # outcomes without a request of ours at KIS
 _BY_OUTCOME = {

@@ -149,6 +149,10 @@ class Incidents:
                 one.model_copy() for one in over if one in known.incidents and _may_send(known, now) and one.claim(now)
             ]
 
+    def has(self, subject: str) -> bool:
+        """Whether anything of the subject is still to be solved or told."""
+        return any(one.subject == subject for one in _parse(self._read()).incidents)
+
     def heard(self, incident: Incident, telling: Telling, now: datetime, thread: tuple[str, str] | None) -> None:
         """Note that people were told at `now`, and in which thread they go on hearing."""
         with self._changing() as known:

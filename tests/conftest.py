@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 from running import Ran
+from stacks import up  # noqa: F401 - a fixture of several files
 
 from tokencore.cli import main
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox

@@ -11,79 +11,16 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-import requests
 from running import until
+from stacks import MARK, SLOW, WEBHOOK, Place, Up, free_port, in_proc
 
 from flows import board
 from flows.stack.crew import Crew, CrewError, birth, crew_file, told
-from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
+from tokencore.sandbox import APP_KEY, APP_SECRET
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-ROOT = Path(__file__).resolve().parent.parent
-MARK = "TOKENCORE_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
-SLOW = 240  # seconds; half a minute on two idle cores
-pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
-
-
-class Place(NamedTuple):
-    """A machine's worth of folders for one system, and the environment that leads there."""
-
-    home: Path
-    work: Path
-    temporary: Path
-    environment: dict[str, str]
-
-    @classmethod
-    def made(cls, folder: Path, **settings: str) -> Place:
-        """Folders below `folder`, with more environment variables."""
-        place = cls(folder / "stack" / "home", folder / "stack" / "work", folder / "stack" / "tmp", {})
-        for one in place[:3]:
-            one.mkdir(parents=True)
-        known = {
-            name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_", "PREFECT_"))
-        }
-        own = {"HOME": str(place.home), "TMPDIR": str(place.temporary), "PYTHONPATH": str(ROOT), MARK: uuid.uuid4().hex}
-        place.environment.update(known, **own, **settings)
-        return place
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start `python -m flows.stack`, its output and errors in one pipe."""
-        command = [sys.executable, "-m", "flows.stack", *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, env=self.environment, cwd=self.work, stdout=pipe, stderr=subprocess.STDOUT, text=True
-        )
-
-    def run(self, *arguments: str) -> tuple[int, str]:
-        """Run it to its end; exit code and output."""
-        started = self.start(*arguments)
-        output = started.communicate(timeout=SLOW)[0]
-        return started.returncode, output
-
-    def living(self) -> list[str]:
-        """The command lines of all processes that come from here."""
-        mark = f"{MARK}={self.environment[MARK]}".encode()
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (process / "environ").read_bytes():
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue  # it has ended, or is another user's
-        return found
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+pytestmark = in_proc
 
 
 @pytest.fixture(scope="module")
@@ -148,38 +85,6 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
     assert list(place.temporary.iterdir()) == []
 
 
-class Up(NamedTuple):
-    """A stack in the background: where, what `up` printed, and its folder."""
-
-    place: Place
-    output: str
-    folder: Path
-
-    def processes(self) -> dict[str, int]:
-        """Its processes that live, by name."""
-        found: dict[str, int] = told(self.folder).get("processes", {})
-        return found
-
-    def api(self, method: str, path: str, content: object = None) -> requests.Response:
-        """What the server answers."""
-        return requests.request(method, f"{told(self.folder)['url']}/api/{path}", json=content, timeout=30)
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """A stack whose credentials are in `.env` only, with a token folder that is relative; stopped in the end."""
-    place = Place.made(tmp_path_factory.mktemp("up"), PREFECT_SERVER_API_PORT=str(free_port()))
-    with Sandbox() as gateway:
-        settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
-        settings |= {"KIS_TOKEN_DIR": "tokens", "KIS_MARKETS__HK__EXCHANGES": "SEHK"}
-        lines = [f"{name}={value}" for name, value in settings.items()]
-        (place.work / ".env").write_text("\n".join(lines))
-        code, output = place.run("up")
-        assert code == 0, output
-        yield Up(place, output, place.work / "tokens" / "prefect")
-        place.run("down")
-
-
 def test_up_starts_all_and_says_so(up: Up) -> None:
     """All three processes run when `up` returns, the first check is done, and the table of tokens is shown."""
     assert sorted(up.processes()) == ["server", "supervisor", "worker"]
@@ -228,7 +133,7 @@ def test_no_credential_is_stored(up: Up) -> None:
     """After deployments, checks and a refresh none is in the database, a log, or anything else of the stack's."""
     stored = {path: path.read_bytes() for path in up.folder.rglob("*") if path.is_file()}
     assert "prefect.db" in {path.name for path in stored}
-    credentials = (APP_KEY.encode(), APP_SECRET.encode())
+    credentials = (APP_KEY.encode(), APP_SECRET.encode(), WEBHOOK.encode())
     assert [path for path, content in stored.items() if any(one in content for one in credentials)] == []
 
 
@@ -256,16 +161,6 @@ def test_a_worker_that_dies_is_started_again(up: Up) -> None:
     until(lambda: up.processes().get("worker", before["worker"]) != before["worker"], 20)
     assert re.search(r"^worker +process \d+$", up.place.run("status")[1], re.MULTILINE)
     assert up.processes()["server"] == before["server"]
-
-
-def test_down_stops_what_a_killed_supervisor_left(up: Up) -> None:
-    """Server and worker outlive a SIGKILL of their supervisor; `down` finds and ends them; once more is no error."""
-    os.kill(up.processes()["supervisor"], signal.SIGKILL)
-    until(lambda: "supervisor" not in up.processes())
-    assert sorted(up.processes()) == ["server", "worker"]
-    assert up.place.run("down") == (0, "Stopped.\n")
-    assert up.place.living() == []
-    assert up.place.run("down") == (0, "Nothing was running.\n")
 
 
 @pytest.mark.parametrize("member", ["server", "deploy"])
@@ -326,19 +221,36 @@ def test_a_port_that_cannot_be_had_is_said(port: str, tmp_path: Path) -> None:
     assert place.living() == []
 
 
-def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:
-    """Exit 1 with the end of the server's own words, and nothing is left running."""
+def started_with_database(folder: Path, url: str) -> tuple[Place, int, str]:
+    """`up` with another database: where, its exit code and what it printed."""
     place = Place.made(
-        tmp_path,
+        folder,
         KIS_APP_KEY=APP_KEY,
         KIS_APP_SECRET=APP_SECRET,
         PREFECT_SERVER_API_PORT=str(free_port()),
-        PREFECT_SERVER_DATABASE_CONNECTION_URL="nonsense://",
+        PREFECT_SERVER_DATABASE_CONNECTION_URL=url,
     )
-    code, output = place.run("up")
+    return place, *place.run("up")
+
+
+def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:
+    """Exit 1 with the end of the server's own words, without the database's password, and nothing is left running."""
+    url = f"postgresql+asyncpg://prefect:CanaryPassword@127.0.0.1:{free_port()}/prefect"
+    place, code, output = started_with_database(tmp_path, url)
     assert code == 1
     assert "server: exited with code" in output
-    assert "nonsense" in output
+    assert "CanaryPassword" not in output
+    assert place.living() == []
+    assert [path for path in place.home.rglob("*") if path.is_file() and b"CanaryPassword" in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("url", ["postgres://u:CanaryPassword@h/d", "nonsense://CanaryPassword"])
+def test_a_database_that_prefect_cannot_use_is_said(url: str, tmp_path: Path) -> None:
+    """One sentence that names the setting and shows a right one, exit 2, without the address and its password."""
+    place, code, output = started_with_database(tmp_path, url)
+    assert (code, output.count("\n")) == (2, 1)
+    assert "PREFECT_SERVER_DATABASE_CONNECTION_URL" in output
+    assert "Canary" not in output
     assert place.living() == []
 
 

@@ -1,4 +1,4 @@
-"""`python -m flows.stack`: `up`, `run` (the same in the foreground), `down`, `status`, `demo` and `test-alert`."""
+"""`python -m flows.stack`: `up`, `run` (the same in the foreground), `down`, `status`, `demo`, and their parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from flows.stack import demo, service, trial
+from flows.stack import demo, deploy, service, trial, watch
 from flows.stack.crew import CrewError, EndedError
 from tokencore import TokenError, TokenStoreError
 
@@ -19,6 +19,8 @@ COMMANDS = {
     "down": service.down,
     "status": service.status,
     "run": service.run,
+    "deploy": deploy.deploy,
+    "watch": watch.watch,
     "demo": demo.demo,
     "test-alert": trial.send,
 }

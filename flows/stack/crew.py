@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 POLL = 0.1  # seconds between two looks at anything
 RESTART_PAUSE = 5.0  # seconds before a member that exited is started again: one that cannot run must not spin
 PATIENCE = 30.0  # seconds a process may take to end; the worker ends the runs in flight first
+NAP = 60.0  # seconds between two looks that count as a sleep of the machine, or a stop of all its processes
 LOG_TAIL = 15  # lines of a log that are shown with a failure
 
 
@@ -143,6 +144,12 @@ class Crew:
         self.tell()
         return member
 
+    def stop(self, name: str) -> None:
+        """Stop one lasting member before the others, if there is one of that name."""
+        for member in [one for one in self._members if one.name == name]:
+            member.stop()
+            self._members.remove(member)
+
     def run(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], patience: float, *, tries: int
     ) -> None:
@@ -188,11 +195,19 @@ class Crew:
                 raise of.failure(told) if of else CrewError(told)
             time.sleep(POLL)
 
-    def watch(self) -> None:
-        """Start members that exited again, until the crew is asked to end."""
+    def watch(self, woken: Callable[[], None] | None = None) -> None:
+        """Start members that exited again, until the crew is asked to end; call `woken` after a sleep of the machine.
+
+        The wall clock tells it: the monotonic one of Linux stands still meanwhile.
+        """
+        seen = time.time()
         while not self._asked:
             for member in self._members:
                 self._look_after(member)
+            before, seen = seen, time.time()
+            if woken and seen - before > NAP:
+                _note(f"nothing ran here for {seen - before:.0f} s")
+                woken()
             time.sleep(POLL)
 
     def _look_after(self, member: Member) -> None:
@@ -200,8 +215,7 @@ class Crew:
         if code is None:
             return
         if member.start_at is None:
-            when = datetime.now().astimezone().isoformat(timespec="seconds")
-            print(f"{when} {member.name} exited with code {code}; it is started again.", file=sys.stderr, flush=True)
+            _note(f"{member.name} exited with code {code}; it is started again.")
             member.start_at = time.monotonic() + RESTART_PAUSE
         elif time.monotonic() >= member.start_at:
             member.start()
@@ -215,6 +229,10 @@ class Crew:
         draft = self._folder / "crew.json.tmp"
         draft.write_text(json.dumps(self._facts | {"processes": processes}))
         draft.replace(crew_file(self._folder))
+
+
+def _note(what: str) -> None:
+    print(datetime.now().astimezone().isoformat(timespec="seconds"), what, file=sys.stderr, flush=True)
 
 
 def crew_file(folder: Path) -> Path:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 from dotenv import dotenv_values
 from filelock import BaseFileLock, FileLock, Timeout
 
+from flows.stack import leftovers, surroundings
+from flows.stack.api import Api
 from flows.stack.crew import POLL, Asked, Crew, CrewError, EndedError, crew_file, told
-from flows.stack.server import CHECK, Prefect, addresses, port
+from flows.stack.server import CHECK, Prefect, addresses
 from tokencore import ConfigurationError, Settings, managers
 
 if TYPE_CHECKING:
@@ -44,9 +46,12 @@ def run() -> int:
     with _only_one(home), Crew(home) as crew:
         prefect = Prefect(crew, home, environment())
         crew.tell(url=prefect.url, ready=False)
-        prefect.start()
-        crew.tell(ready=True, check=_first_check(prefect))
-        crew.watch()
+        try:
+            prefect.start()
+            crew.tell(ready=True, check=_first_check(prefect))
+            crew.watch(lambda: _catch_up(prefect))
+        finally:
+            prefect.stop()
     return 0
 
 
@@ -60,14 +65,16 @@ def up() -> int:
 
     """
     managers()  # a missing key or secret is said now, not by a run at night
-    address, home = port(environment()), _home()
+    known, home = environment(), _home()
+    place, number = surroundings.host(known), surroundings.port(known)
+    surroundings.refuse_database(known)
     private(home)
     with _lock(home, "up"):
         if "supervisor" in _running(home):
             print("It runs already.")
         else:
             _stop_all(home)  # what a supervisor that was killed has left behind
-            _refuse_taken(address)
+            _refuse_taken(place, number)
             _refuse_full(home)
             print("Starting Prefect's server, the deployments and a worker (half a minute) ...", flush=True)
             _start(home)
@@ -126,6 +133,17 @@ def environment() -> dict[str, str]:
     return known
 
 
+def api() -> Api:
+    """The server's, with its password.
+
+    Raises:
+        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+
+    """
+    known = environment()
+    return Api(surroundings.address(known), surroundings.password(_home(), known))
+
+
 def private(folder: Path) -> None:
     """Make `folder` and the one above, for their owner only."""
     for step in (folder.parent, folder):
@@ -168,14 +186,23 @@ def _first_check(prefect: Prefect) -> str:
     return f"{state['name']}: {state['message'] or 'done'}"
 
 
-def _refuse_taken(address: int) -> None:
+def _catch_up(prefect: Prefect) -> None:
+    """After a sleep one check runs at once; what was missed meanwhile does not."""
+    try:
+        prefect.tidy()
+        prefect.check()
+    except CrewError as error:
+        print(error, file=sys.stderr, flush=True)  # the hourly check comes
+
+
+def _refuse_taken(place: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
         try:
-            probe.bind(("127.0.0.1", address))
+            probe.bind((place, port))
         except OSError:
             raise ConfigurationError(
-                f"Port {address} is taken by another program; set PREFECT_SERVER_API_PORT to a free one.",
+                f"Port {port} is taken by another program; set PREFECT_SERVER_API_PORT to a free one.",
             ) from None
 
 
@@ -216,6 +243,8 @@ def _stop_all(home: Path) -> bool:
         if pid := _running(home).get(name):
             found = True
             _stop(home, name, pid)
+        if found and name == "worker":
+            leftovers.cancel(api())
     crew_file(home).unlink(missing_ok=True)
     return found
 

@@ -1,0 +1,83 @@
+"""The watchdog: a server cannot tell of its own death, so a timer outside of it asks whether it looks after the tokens.
+
+Quick and light while all is well: nothing of Prefect is loaded until there is something to tell.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from flows.incidents import Incidents
+from flows.stack import service
+from flows.stack.crew import CrewError
+from flows.stack.server import CHECK, CHECKED
+from tokencore import Settings
+
+if TYPE_CHECKING:
+    from flows.stack.api import Api
+
+WHO = "Prefect"  # whose incident it is
+PATIENCE = 45.0  # seconds: a restart is no death
+PAUSE = 5.0  # seconds between two questions
+SILENCE = timedelta(minutes=90)  # without a check that ended: one was missed, and the next is late
+
+
+def watch() -> int:
+    """Ask the server and its newest check for a sign of life; tell Slack where there is none, and when there is again.
+
+    The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
+
+    Raises:
+        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+
+    """
+    found = silence(service.api(), PATIENCE)
+    if found is None and not Incidents(Settings.load().token_dir).has(WHO):
+        return 0
+    from flows import alerts, causes  # all of Prefect
+
+    now = datetime.now(UTC)
+    if found is None:
+        alerts.all_clear(WHO, now)
+        return 0
+    alerts.report(WHO, causes.SilenceError(found), now)
+    print(found, file=sys.stderr)
+    return 1
+
+
+def silence(api: Api, patience: float) -> str | None:
+    """What is wrong with the server of `api` for `patience` seconds; None once all is well."""
+    give_up = time.monotonic() + patience
+    while (found := _silence(api, datetime.now(UTC))) and time.monotonic() < give_up:
+        time.sleep(PAUSE)
+    return found
+
+
+def _silence(api: Api, now: datetime) -> str | None:
+    if not api.answers("health"):
+        return f"Prefect's server at {api.url} does not answer."
+    try:
+        last = _last_check(api)
+    except CrewError as error:
+        return str(error)
+    if now - last > SILENCE:
+        return f"No check of the tokens has ended since {last:%Y-%m-%d %H:%M} UTC."
+    return None
+
+
+def _last_check(api: Api) -> datetime:
+    """When the newest check ended; where there is none, when it was deployed."""
+    flow, _, _ = CHECK.partition("/")
+    asked = {
+        "flows": {"name": {"any_": [flow]}},
+        "flow_runs": {"state": {"name": {"any_": [*CHECKED]}}},
+        "sort": "END_TIME_DESC",
+        "limit": 1,
+    }
+    runs = api.ask("POST", "flow_runs/filter", asked)
+    return datetime.fromisoformat(
+        runs[0]["end_time"] if runs else api.ask("GET", f"deployments/name/{CHECK}")["created"]
+    )

@@ -1,0 +1,182 @@
+"""The automations for real: made by the command of the deployments, fired by kills, heard at a Slack on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from running import until
+from slack_endpoint import SlackEndpoint
+from stacks import SLOW, WEBHOOK, in_proc
+
+from flows import slack
+from flows.stack import automations, surroundings
+from flows.stack.crew import birth
+from flows.words import ENGLISH
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from stacks import Up
+
+NAMES = [rule.name for rule in automations.rules(automations.Patience(), ENGLISH)]
+SHORT = automations.Patience(*[timedelta(seconds=10)] * 4)  # Prefect has no shorter windows
+BOT = "xoxb-Canary-Token"
+pytestmark = in_proc
+
+
+@pytest.fixture
+def client(up: Up, tmp_path: Path) -> Iterator[None]:
+    """Prefect's client in this process talks to the stack."""
+    with temporary_settings({PREFECT_API_URL: f"{up.url}/api", PREFECT_HOME: tmp_path}):
+        yield
+
+
+def made(up: Up) -> dict[str, dict[str, Any]]:
+    """The automations on the server, by name; two of one name are an error."""
+    found = up.api("POST", "automations/filter", {}).json()
+    assert len({one["name"] for one in found}) == len(found)
+    return {one["name"]: one for one in found}
+
+
+def told(endpoint: SlackEndpoint) -> list[str]:
+    """What the server's automations told, as text; the flows' own messages have blocks."""
+    return [message["text"] for message in endpoint.told if "blocks" not in message]
+
+
+def crash(up: Up) -> str:
+    """A run of the check in the far future that crashed; its name."""
+    deployment = up.api("GET", "deployments/name/check-tokens/check_tokens").json()["id"]
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
+    run = up.api("POST", f"deployments/{deployment}/create_flow_run", {"state": later}).json()
+    up.api("POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+    name: str = run["name"]
+    return name
+
+
+def stored(up: Up) -> bytes:
+    """All that the stack keeps: database, write-ahead log, logs."""
+    return b"".join(path.read_bytes() for path in up.folder.rglob("*") if path.is_file())
+
+
+def test_up_made_them(up: Up) -> None:
+    """Every automation is there when `up` returns, switched on, with our mark."""
+    there = made(up)
+    assert sorted(there) == sorted(NAMES)
+    assert all(one["enabled"] and one["tags"] == [automations.OWNED] for one in there.values())
+
+
+def test_a_crash_is_told_with_what_to_do(up: Up) -> None:
+    """Within seconds Slack has whose crash it is, what still works, what to do and the link to the run."""
+    name = crash(up)
+    until(lambda: any(name in text for text in told(up.slack)), 20)
+    text = next(text for text in told(up.slack) if name in text)
+    assert text.startswith(f"*:rotating_light: A run crashed: {name}*\n")
+    assert "*Still works:* cached tokens" in text
+    assert "*To do:* " in text
+    assert f"{up.url}/runs/flow-run/" in text
+
+
+def test_a_slack_that_refuses_leaves_no_address_in_the_log(up: Up) -> None:
+    """The server tries again, and logs the kind of the error, not its text with the webhook's address."""
+    up.slack.answers.append(403)
+    name = crash(up)
+    until(lambda: any(name in text for text in told(up.slack)), 20)
+    log = (up.folder / "server.log").read_text()
+    assert "HTTPStatusError" in log
+    assert WEBHOOK not in log
+
+
+def test_the_way_to_slack_is_encrypted(up: Up) -> None:
+    """The block is in the database, the webhook's address in nothing of the stack's; nor is the key in the database."""
+    crash(up)
+    database = (up.folder / "prefect.db").read_bytes() + (up.folder / "prefect.db-wal").read_bytes()
+    assert b"tokencore-slack" in database
+    assert WEBHOOK.encode() not in stored(up)
+    assert surroundings.encryption_key(up.folder).encode() not in database
+    with sqlite3.connect(up.folder / "prefect.db") as tables:
+        assert not tables.execute("SELECT * FROM configuration WHERE key = 'ENCRYPTION_KEY'").fetchall()
+
+
+@pytest.mark.usefixtures("client")
+def test_a_bot_tells_it_too_and_its_token_is_encrypted(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bot's token and a channel the message goes to chat.postMessage; the token is nowhere in clear."""
+    monkeypatch.setenv("SLACK_BOT_TOKEN", BOT)
+    monkeypatch.setenv("SLACK_CHANNEL", "#tokens")
+    with SlackEndpoint() as endpoint:
+        monkeypatch.setattr(slack, "API", f"{endpoint.url}/api/")
+        automations.upsert()
+        name = crash(up)
+        until(lambda: any(name in text for text in told(endpoint)), 20)
+        assert endpoint.requests[0] == ("/api/chat.postMessage", f"Bearer {BOT}")
+        assert endpoint.told[0]["channel"] == "#tokens"
+    assert BOT.encode() not in stored(up)
+
+
+@pytest.mark.usefixtures("client")
+def test_made_again_they_are_the_same(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No duplicate, one of ours that is no more goes, one that a person made or switched off stays as it is."""
+    before = made(up)
+    switched_off, renamed = before[NAMES[0]], before[NAMES[1]]
+    up.api("PATCH", f"automations/{switched_off['id']}", {"enabled": False})
+    content = {key: value for key, value in renamed.items() if key not in ("id", "created", "updated")}
+    up.api("POST", "automations/", content | {"name": "A person's", "tags": []})
+    up.api("POST", "automations/", content | {"name": "Ours of old"})
+    monkeypatch.setenv("SLACK_WEBHOOK_URL", f"{up.slack.url}/services/{WEBHOOK}")
+    automations.upsert()
+    automations.upsert()
+    after = made(up)
+    assert sorted(after) == sorted([*NAMES, "A person's"])
+    assert {name: after[name]["id"] for name in NAMES} == {name: before[name]["id"] for name in NAMES}
+    assert [name for name in after if not after[name]["enabled"]] == [NAMES[0]]
+    up.api("PATCH", f"automations/{switched_off['id']}", {"enabled": True})
+    up.api("DELETE", "automations/" + after["A person's"]["id"])
+
+
+@pytest.mark.usefixtures("client")
+def test_without_slack_they_still_mark_dead_runs(up: Up) -> None:
+    """The block goes with the settings, and the automations stay, with what they do beside telling."""
+    automations.upsert()
+    there = made(up)
+    assert sorted(there) == sorted(NAMES)
+    kinds = {action["type"] for one in there.values() for action in one["actions"]}
+    assert kinds == {"do-nothing", "change-flow-run-state"}
+    assert up.api("POST", "block_documents/filter", {}).json() == []
+
+
+@pytest.mark.usefixtures("client")
+def test_a_killed_worker_is_told(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker and run killed, none to start them again: no worker, a late run, a missing check, a run marked Crashed."""
+    monkeypatch.setenv("SLACK_WEBHOOK_URL", f"{up.slack.url}/services/{WEBHOOK}")
+    automations.upsert(SHORT)  # before the run gives the sign of life that it is judged by
+    up.gateway.set_rules(latency=60)
+    refresh = up.api("GET", "deployments/name/refresh-token/refresh_token").json()["id"]
+    asked = {"parameters": {"market": "kr", "force": True, "reason": "test"}}
+    run = up.api("POST", f"deployments/{refresh}/create_flow_run", asked).json()["id"]
+
+    def state() -> str:
+        found: str = up.api("GET", f"flow_runs/{run}").json()["state"]["type"]
+        return found
+
+    until(lambda: state() == "RUNNING", SLOW)
+    processes = up.processes()
+    os.kill(processes["supervisor"], signal.SIGSTOP)  # it would start another worker within seconds
+    try:
+        os.kill(processes["worker"], signal.SIGKILL)
+        os.kill(int(up.api("GET", f"flow_runs/{run}").json()["infrastructure_pid"]), signal.SIGKILL)
+        up.api("POST", f"deployments/{refresh}/create_flow_run", asked)
+        expected = ("No worker", "A run is late", "The hourly check is missing", "A run crashed: refresh kr")
+        until(lambda: all(any(one in text for text in told(up.slack)) for one in expected), 100)
+        assert state() == "CRASHED"
+        automations.upsert()
+    finally:
+        up.gateway.set_rules(latency=0)
+        os.kill(processes["supervisor"], signal.SIGCONT)
+    until(lambda: up.processes().get("worker", processes["worker"]) != processes["worker"], 30)
+    assert not birth(processes["worker"])
