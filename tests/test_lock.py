@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import sys
 import threading
 import time
 from datetime import UTC, datetime
@@ -117,6 +119,33 @@ def test_the_lock_is_free_again_after_an_error(lock: KeyLock) -> None:
         raise KeyError
     with lock.hold(wait=0) as held:
         assert held
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_an_unlocking_that_fails_is_no_error_and_leaves_no_lock(lock: KeyLock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder goes on with what it has, and this process and others have the lock again at once."""
+    import fcntl
+
+    flock = fcntl.flock
+    failed: list[int] = []
+
+    def broken(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN and not failed:
+            failed.append(descriptor)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with lock.hold(wait=1) as held:
+        assert held
+    assert failed
+
+    def again() -> None:
+        with lock.hold(wait=1) as held:
+            assert held
+
+    again()
+    assert ended(in_child(again)) == 0
 
 
 def test_the_lock_file_is_private_and_stays_empty(lock: KeyLock) -> None:

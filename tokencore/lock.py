@@ -80,7 +80,9 @@ class KeyLock:
         try:
             yield held
         finally:
-            lock.release()
+            # A disk that refuses even this takes no token from the holder: the lock goes with its last reference.
+            with contextlib.suppress(OSError):
+                lock.release()
 
     def _remember(self, descriptor: int) -> None:
         self._held = os.fstat(descriptor)
