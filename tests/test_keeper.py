@@ -26,6 +26,7 @@ from tokencore import (
     KRTokenManager,
     TokenError,
     TokenManager,
+    TokenStoreError,
     USTokenManager,
     keeper,
     manager,
@@ -36,6 +37,10 @@ from tokencore.record import Attempt, IssuanceRecord, Outcome
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from running import Ran
+
     from tokencore.sandbox import Sandbox
 
 HOUR = 3600.0
@@ -327,6 +332,38 @@ def test_disk_that_fills_up_after_the_issue_does_not_cost_the_token(
     assert USTokenManager().get_valid_token()
     assert quick.stats()["granted_same"] == 1
     assert outcomes() == ["issued", "same"]
+
+
+def test_renewal_for_others_that_reaches_no_file_is_an_error(quick: Sandbox, command: Callable[..., Ran]) -> None:
+    """On a full disk `refresh` does not say that it renewed: exit code 7, and a later one has the same token back."""
+    cached(left=17 * HOUR)
+
+    def refresh_on_a_full_disk() -> None:
+        import resource  # not on every platform
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))  # a line of the record fits, a token file does not
+        ran = command("refresh", "us")
+        assert ran.code == TokenStoreError.exit_code
+        assert "only this process has it" in ran.err
+        assert "Renewed" not in ran.out
+        assert USTokenManager().get_valid_token() != old.access_token
+
+    old = on_disk()
+    assert ended(in_child(refresh_on_a_full_disk)) == 0
+    assert on_disk().access_token == old.access_token
+    assert quick.stats()["granted_new"] == 1
+    time.sleep(QUICK)
+    assert USTokenManager().refresh(force=True)
+    assert quick.stats()["granted_same"] == 1
+
+
+def test_mark_that_cannot_be_written_is_no_lost_token(quick: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    """Where only the mark of the issue fails, nobody hears that the token could not be saved."""
+    folder().mkdir()
+    (folder() / "us_token_issued_at.dat").mkdir()
+    assert USTokenManager().get_valid_token() == on_disk().access_token
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert asked(quick) == 1
 
 
 def test_disk_so_full_that_the_attempt_cannot_be_recorded_still_keeps_the_minute(

@@ -100,6 +100,11 @@ class Cache:
         """Serve `token` to this process although it could not be saved."""
         _kept[self.fingerprint] = token
 
+    def is_only_here(self, token: Token) -> bool:
+        """Whether no market's file holds this token, so that it ends with this process."""
+        found = [self._on_file(path)[0] for path in self.paths]
+        return token.access_token not in [one.access_token for one in found if one]
+
     def issued_mark(self) -> datetime | None:
         """When the key last issued, by the marks that survive a lost record and a deleted token file.
 

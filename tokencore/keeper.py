@@ -107,9 +107,11 @@ class Keeper:
 
         Raises:
             TokenError: a rule or a pause forbids it, or the request failed; the present token is untouched.
+            TokenStoreError: also where the new token could not be saved; this process goes on with it all the same.
 
         """
         token, issued = self._renew(Intent.DUE, lambda found: _newer(found, present), Note(reason))
+        self._require_saved(token)
         return issued and _newer(token, present)
 
     def allowed_from(self, now: datetime) -> datetime | None:
@@ -122,11 +124,13 @@ class Keeper:
 
         Raises:
             TokenError: a rule forbids it, or the request failed; the present token is untouched.
+            TokenStoreError: also where the new token could not be saved; this process goes on with it all the same.
 
         """
         before = self._cache.newest()
         intent = Intent.FORCE if force else Intent.REFRESH
         token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, note)
+        self._require_saved(token)
         return before is None or token.access_token != before.access_token
 
     def save(self, token: Token) -> None:
@@ -288,6 +292,14 @@ class Keeper:
             f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for less, or later."
         )
 
+    def _require_saved(self, token: Token) -> None:
+        """Who renews for others has not done so while the token is in no file."""
+        if self._cache.is_only_here(token):
+            raise TokenStoreError(
+                f"KIS issued a token that could not be saved in {self._cache.folder}: only this process has it. Free "
+                "space or mend the permissions, and renew again: for six hours KIS hands the same one out."
+            )
+
     def _serving(self, serves: Callable[[Token], bool]) -> Token | None:
         token = self._cache.newest()
         return token if token and serves(token) else None
@@ -413,7 +425,6 @@ class Keeper:
         """Save for every market; a token that was paid for goes to its caller even where that fails."""
         try:
             self._cache.save(token, now)
-            self._cache.mark_issued(issued_at)
         except OSError as error:
             self._cache.keep(token)
             _log.critical(
@@ -422,6 +433,10 @@ class Keeper:
                 error.strerror,
                 self._cache.folder,
             )
+        try:
+            self._cache.mark_issued(issued_at)
+        except OSError as error:  # the record knows it too
+            _log.error("The mark of the issue cannot be written: %s", error.strerror)
 
     def _refused(self, refusal: Refusal, present: Token | None, now: datetime) -> TokenError:
         serves = limits.what_serves(present, now, self._market.buffer)
