@@ -16,6 +16,7 @@ help:
 	@echo 'make test-alert  send a test message to Slack, and say whether it took it'
 	@echo 'make test    the tests'
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
+	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks (below ten minutes)'
 	@echo 'make lint    linter, formatter, type checker, direction of imports'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
 	@echo 'make clean   remove what make, the tests and the tools have built here'
@@ -32,6 +33,9 @@ test: .venv/.dev
 # The same as in `test`, with as many processes as a big bot has.
 clients: .venv/.dev
 	@TOKENCORE_CLIENTS=all $(RUN) pytest tests/test_clients.py $(ARGS)
+
+torture: .venv/.dev
+	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),$(wildcard tests/test_faults_*.py))
 
 lint: .venv/.dev
 	@$(RUN) ruff check .

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from stepping import START, Asked, Clock, Kis, Stepped, command, preload, settings
+from stepping import START, Asked, Clock, Kis, Stepped, as_user, command, preload, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,9 +34,10 @@ class Desk:
         """Take a new key and name the folder; the product makes it."""
         self.key = f"PSfault{next(_keys):029d}"
         self.folder = base / self.key / "tokens"
-        clock.true, clock.wrong = START, 0.0
+        clock.set(START)
         self.clock = clock
         self._kis = kis
+        self.user = 0  # who runs the commands, where it is not the one who runs the tests
         self._started: list[Stepped] = []
 
     def __enter__(self) -> Self:
@@ -47,15 +48,16 @@ class Desk:
             if process.at is not None:
                 process.kill()
 
-    def start(self, *arguments: str) -> Stepped:
-        """A command in a process of its own, before its first call."""
-        process = Stepped(command(*arguments), self.folder, self.clock, **settings(self.folder, self._kis, self.key))
+    def start(self, *arguments: str, **variables: str) -> Stepped:
+        """A command in a process of its own, before its first call, with environment variables beside its settings."""
+        work = as_user(self.user, command(*arguments)) if self.user else command(*arguments)
+        process = Stepped(work, self.folder, self.clock, **settings(self.folder, self._kis, self.key), **variables)
         self._started.append(process)
         return process
 
-    def run(self, *arguments: str) -> Ran:
+    def run(self, *arguments: str, **variables: str) -> Ran:
         """A command, run to its end in a process of its own."""
-        return self.start(*arguments).finish()
+        return self.start(*arguments, **variables).finish()
 
     def token(self, market: str) -> str | None:
         """The token in the market's file; None without a file, and never half of one."""
@@ -75,7 +77,7 @@ class Desk:
             shutil.rmtree(self.folder, ignore_errors=True)
             if kept.exists():
                 shutil.copytree(kept, self.folder)
-            self.clock.true, self.clock.wrong = true, 0.0
+            self.clock.set(true)
             restore()
 
         return back

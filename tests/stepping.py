@@ -47,24 +47,29 @@ ON_SOCKETS = ("connect", "sendall", "recv_into", "close")
 
 
 class Clock:
-    """The true time, which KIS and the monotonic clocks go by, and by how much the machine's clock is wrong."""
+    """The true time, by which KIS goes, and what this machine makes of it."""
 
     def __init__(self, start: float = START) -> None:
         """Begin at `start`, in epoch seconds, with a clock that is right."""
-        self.true = start
-        self.wrong = 0.0
+        self.set(start)
 
-    @property
-    def now(self) -> datetime:
-        """What the machine's clock shows, in UTC."""
-        return datetime.fromtimestamp(self.true + self.wrong, UTC)
+    def set(self, to: float) -> None:
+        """It is `to`, and the clock is right."""
+        self.true = to
+        self.wrong = 0.0  # seconds that the machine's clock is ahead
+        self.slept = 0.0  # seconds in which the machine slept, which no monotonic clock counts
+
+    def sleep(self, seconds: float) -> None:
+        """Let the machine sleep."""
+        self.true += seconds
+        self.slept += seconds
 
 
 class Order(NamedTuple):
     """How a stopped process goes on: at what time, and with which fault, if any."""
 
-    true: float
-    wrong: float
+    wall: float
+    monotonic: float
     error: int = 0
     torn: bool = False
 
@@ -129,7 +134,8 @@ class Stepped:
         slept = float(self.at.removeprefix("sleep ")) if self.at.startswith("sleep ") else TICK
         self._clock.true += slept
         self.failed = self.at if error else self.failed
-        self._pipe.send(Order(self._clock.true, self._clock.wrong, error, torn))
+        now = self._clock.true
+        self._pipe.send(Order(now + self._clock.wrong, now - self._clock.slept, error, torn))
         self.at = self._arrived()
         return self.at
 
@@ -166,6 +172,18 @@ def command(*arguments: str) -> Callable[[], int]:
     return lambda: cli.main(arguments)
 
 
+def as_user(number: int, work: Callable[[], int]) -> Callable[[], int]:
+    """The same work, without the rights of root."""
+
+    def changed() -> int:
+        os.setgroups([])
+        os.setgid(number)
+        os.setuid(number)
+        return work()
+
+    return changed
+
+
 def settings(folder: Path, kis: Kis, key: str) -> dict[str, str]:
     """The environment of a process that keeps the token of `key` for two markets, whose sessions forbid nothing."""
     nowhere = {f"KIS_MARKETS__{market}__EXCHANGES": "[]" for market in ("US", "KR")}
@@ -183,7 +201,8 @@ def preload() -> None:
     for room in pkgutil.walk_packages(tokencore.__path__, "tokencore."):
         if not room.name.endswith("__main__"):
             importlib.import_module(room.name)
-    importlib.import_module("filelock")
+    for late in ("filelock", "binascii", "_strptime", "encodings.idna"):  # by functions of rooms and of the library
+        importlib.import_module(late)
 
 
 def _content(file: Any) -> str:  # noqa: ANN401 - a temporary file has no public type
@@ -203,6 +222,7 @@ def _live(
             os.dup2(own, standard)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 - to the end
         os.environ.update(settings)
+        time.tzset()
         cache._kept.clear()  # noqa: SLF001 - a new process has kept nothing
         lock._gates.clear()  # noqa: SLF001 - nor does it know any lock
         _Watch(folder, pipe).begin()
@@ -220,7 +240,7 @@ class _Watch:
         self._folder = folder
         self._pipe = pipe
         self._names: dict[int, str] = {}  # of open descriptors
-        self._order = Order(START, 0)
+        self._order = Order(START, START)
 
     def begin(self) -> None:
         """Replace what the process calls; the first stop tells it the time."""
@@ -297,9 +317,9 @@ class _Watch:
             self.stop(f"sleep {max(0.0, seconds)}")
 
         time.sleep = sleep  # type: ignore[assignment]  # a plain number is all that is asked for
-        time.time = lambda: self._order.true + self._order.wrong
+        time.time = lambda: self._order.wall
         time.time_ns = lambda: int(time.time() * 1e9)
-        time.monotonic = time.perf_counter = lambda: self._order.true
+        time.monotonic = time.perf_counter = lambda: self._order.monotonic
         for name, module in list(sys.modules.items()):
             if name.startswith("tokencore") and getattr(module, "datetime", None) is datetime:
                 module.__dict__["datetime"] = _Datetime
