@@ -119,6 +119,7 @@ def from_cache(content: Mapping[str, Any]) -> Token:
     expiries = [*_time(content.get("expires_at")), *_epoch(claims.get("exp"))]
     told = content.get("issued_at", content.get("created_at", content.get("cached_at")))
     issues = [*_time(told), *_epoch(claims.get("iat"))]
+    expiries += _local_life(told, content.get("expires_at"))
     if not list(_time(content.get("expires_at"))):
         raise ValueError("no expires_at")
     return Token(
@@ -167,7 +168,8 @@ def jwt_claims(text: str) -> dict[str, Any]:
 def _kst(value: object) -> Iterator[datetime]:
     if isinstance(value, str):
         try:
-            told = datetime.strptime(value.strip(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=KST)
+            text = value.strip().replace(":60", ":59")  # a leap second, which `datetime` does not know
+            told = datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=KST)
             yield from _sane(told.astimezone(UTC))
         except (ValueError, OverflowError):
             return
@@ -201,6 +203,17 @@ def _time(value: object) -> Iterator[datetime]:
             return
     else:
         yield from _epoch(value)
+
+
+def _local_life(issued: object, expires: object) -> Iterator[datetime]:
+    """The expiry by the hours between two naive times: a day added to local time is an hour too long in autumn."""
+    if isinstance(issued, str) and isinstance(expires, str):
+        try:
+            begun, ended = datetime.fromisoformat(issued), datetime.fromisoformat(expires)
+            if begun.tzinfo is None and ended.tzinfo is None:
+                yield from _sane(begun.astimezone(UTC) + (ended - begun))
+        except (ValueError, OverflowError, OSError):
+            return
 
 
 def sane(at: datetime) -> bool:

@@ -1,0 +1,160 @@
+"""Clocks that jump, machines that sleep, zones that change: no token is lost by it, and nobody waits long."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
+
+import pytest
+from builders import make_answer
+from scenarios import FULL, HOUR, MARKETS, MINUTE, SCENARIOS, Desk, desks, served, still_serving, tokens_of, untidy
+
+from tokencore.tokens import from_answer, from_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from running import Ran
+    from scenarios import Scenario
+
+make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
+JUMPS = (HOUR, -HOUR, 25 * HOUR, -25 * HOUR)
+SLEEPS = (8 * HOUR, 30 * HOUR)
+TIMED = ("first token", "expired", "about to expire", "refresh by hand")
+EVERY = 4 if FULL else 60  # calls; which ones is different for each jump
+LONGEST = 200.0  # seconds: a command waits out two cool-downs at most, by a clock that does not jump
+CLEAR = (0, 3, 4, 6)
+ZONES = ("Asia/Seoul", "America/New_York", "UTC", "Pacific/Kiritimati", "Pacific/Pago_Pago", "Asia/Kolkata")
+
+
+def wrong(scenario: Scenario, desk: Desk, old: dict[str, str | None], ran: Ran, took: float) -> Iterator[str]:
+    """What is not as it must be after time went astray amid a command that took so long; nothing where all is well."""
+    now = tokens_of(desk)
+    if ran.code not in CLEAR or "Traceback" in ran.err:
+        yield f"unclear: {ran}"
+    if not all(now[market] in {old[market], *desk.granted} for market in MARKETS):
+        yield "a file holds neither the old nor the new token"
+    if took > LONGEST:
+        yield f"it waited {took} s"
+    desk.clock.true += 2 * MINUTE  # before someone mends the clock, which may be one more jump ahead
+    desk.clock.wrong = 0.0
+    if not served(desk) <= {desk.granted[-1], *(still_serving(old) if scenario.keeps else ())}:
+        yield "with the right time again, the next processes got no token that serves"
+    yield from untidy(desk)
+
+
+def amid(desk: Desk, name: str, number: int, happens: Callable[[], None]) -> tuple[Ran, float]:
+    """Let something happen to the time before the command's call with this number; its end, and how long it took."""
+    process = desk.start(*SCENARIOS[name].arguments)
+    for _ in range(number):
+        process.go()
+    happens()
+    began = desk.clock.true
+    return process.finish(), desk.clock.true - began
+
+
+@pytest.mark.parametrize("jump", JUMPS, ids="{:+.0f} s".format)
+@pytest.mark.parametrize("name", TIMED)
+def test_a_clock_that_jumps_costs_no_token(
+    name: str, jump: float, make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
+) -> None:
+    """An hour or more than a day, either way, between any two calls: a token or a sentence, and no endless wait."""
+    scenario, found, cases = SCENARIOS[name], [], 0
+    with make_desk() as desk:
+        scenario.prepare(desk)
+        old, again, calls = tokens_of(desk), desk.saved(), desk.calls(*scenario.arguments)
+        for number in range((JUMPS.index(jump) + TIMED.index(name)) * 7 % min(EVERY, len(calls)), len(calls), EVERY):
+            again()
+            ran, took = amid(desk, name, number, lambda: setattr(desk.clock, "wrong", jump))
+            cases += 1
+            bad = wrong(scenario, desk, old, ran, took)
+            # A clock that jumps ahead ends a minute that KIS still counts: it refuses, and that is waited out.
+            found += [(number, calls[number], what) for what in bad if jump < 0 or "minute" not in what]
+    assert not found, "\n".join(map(str, found))
+    record_property("cases", cases)
+
+
+@pytest.mark.parametrize("asleep", SLEEPS, ids="{:.0f} s".format)
+@pytest.mark.parametrize("name", TIMED)
+def test_a_machine_that_sleeps_amid_a_renewal_costs_no_token(
+    name: str, asleep: float, make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
+) -> None:
+    """A night or more than a token's life between any two calls, of which the monotonic clock knows nothing."""
+    scenario, found, cases = SCENARIOS[name], [], 0
+    with make_desk() as desk:
+        scenario.prepare(desk)
+        again, calls = desk.saved(), desk.calls(*scenario.arguments)
+        for number in range((SLEEPS.index(asleep) + TIMED.index(name)) * 7 % min(EVERY, len(calls)), len(calls), EVERY):
+            again()
+            old = tokens_of(desk)
+            ran, took = amid(desk, name, number, lambda: desk.clock.sleep(asleep))
+            cases += 1
+            found += [(number, calls[number], what) for what in wrong(scenario, desk, old, ran, took)]
+    assert not found, "\n".join(map(str, found))
+    record_property("cases", cases)
+
+
+def test_zones_change_nothing(make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]) -> None:
+    """What a process in one zone saved, processes in all others read alike: same token, same second, no request."""
+    with make_desk() as desk:
+        assert desk.run("get", "us", TZ=ZONES[0]).code == 0
+        told = set()
+        for zone in ZONES:
+            assert desk.run("get", "us", TZ=zone).out.strip() == desk.granted[0]
+            (status,) = json.loads(desk.run("check", "us", "--json", TZ=zone).out)
+            told.add((datetime.fromisoformat(status["expires_at"]).timestamp(), status["remaining_hours"]))
+        assert len(told) == 1
+        assert len(desk.asked) == 1
+    record_property("cases", len(ZONES))
+
+
+@pytest.mark.parametrize("start", ["2038-01-19T03:13:30", "2099-12-31T23:59:50", "2106-02-07T06:28:00"])
+def test_the_years_in_which_counters_end_are_years_like_others(
+    start: str, make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
+) -> None:
+    """A renewal just before the second that 32 bits cannot count, and the next one after it."""
+    with make_desk() as desk:
+        desk.clock.set(datetime.fromisoformat(start).replace(tzinfo=UTC).timestamp())
+        assert len(served(desk)) == 1
+        desk.clock.true += HOUR
+        assert len(served(desk)) == len(desk.asked) == 1
+        assert list(untidy(desk)) == []
+    record_property("cases", 1)
+
+
+@pytest.fixture(params=["America/New_York", "Europe/London", "Australia/Lord_Howe"])
+def changing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ZoneInfo]:
+    """A zone whose clocks change, as this machine's own."""
+    monkeypatch.setenv("TZ", request.param)
+    time.tzset()
+    yield ZoneInfo(request.param)
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_an_earlier_tools_local_times_never_make_a_token_live_longer(
+    changing: ZoneInfo, record_property: Callable[[str, object], None]
+) -> None:
+    """Naive times around every change of the clocks: what a tool wrote as a day is read as a day at most."""
+    hours = range(0, 366 * 24, 1 if FULL else 7)
+    for begun in (datetime(2026, 1, 1, 0, 30, tzinfo=UTC) + timedelta(hours=hour) for hour in hours):
+        local = begun.astimezone(changing).replace(tzinfo=None)
+        content = {
+            "access_token": "opaque",
+            "expires_at": (local + timedelta(days=1)).isoformat(),
+            "cached_at": local.isoformat(),
+        }
+        token = from_cache(content)
+        assert begun + timedelta(hours=22) <= token.expires_at <= begun + timedelta(days=1), begun
+    record_property("cases", len(hours))
+
+
+def test_a_leap_second_is_a_time() -> None:
+    """KIS's text with a sixtieth second is no reason to throw a token away."""
+    received = datetime(2026, 12, 31, 0, 0, tzinfo=UTC)
+    answer = {**make_answer(now=received), "access_token": "opaque", "expires_in": None}
+    token = from_answer({**answer, "access_token_token_expired": "2027-01-01 08:59:60"}, received)
+    assert token.expires_at == datetime(2026, 12, 31, 23, 59, 59, tzinfo=UTC)
