@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from tokencore import exports, sources
+from tokencore.clients import CLIENTS, Holder, Target, file_name, target
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
-from tokencore.exports import CLIENTS, Holder, Target
 from tokencore.market import Market, fingerprint, market_names
 from tokencore.settings import Settings
 
@@ -75,7 +75,7 @@ class Outlets:
         to = Target(client, folder)
         if _owners(sources.gather().values).get(_place(to), self._owner) != self._owner:
             raise _taken(to)
-        exports.check(to, self._holder(Settings.load()))
+        file_name(to, self._holder(Settings.load()))
 
     def _publish(self, values: dict[str, Any], before: Token | None) -> None:
         settings, owners = Settings.load(), _owners(values)
@@ -125,7 +125,7 @@ def _withdraw(to: Target, holder: Holder, before: Token | None) -> None:
 
 def _targets(market: str, settings: Settings, token_dir: str) -> list[Target]:
     own = settings.markets.get(market)
-    return [exports.target(text, market, token_dir) for text in (own.exports if own else [])]
+    return [target(text, market, token_dir) for text in (own.exports if own else [])]
 
 
 def _owners(values: dict[str, Any]) -> dict[Target, Owner]:

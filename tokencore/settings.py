@@ -21,8 +21,8 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tokencore import market as defaults
+from tokencore.clients import target
 from tokencore.errors import ConfigurationError
-from tokencore.exports import target
 from tokencore.market import ISSUES, SECONDS, TIMEOUTS, credential, folder, items, listed, named, number
 from tokencore.sessions import Override, exchange
 from tokencore.sources import CONFIG_FILE, Gathered, gather

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tokencore import imports
+from tokencore.clients import CLIENTS
 from tokencore.commands.shared import add_market
 from tokencore.errors import ConfigurationError, IssuerUnavailableError, TokenUnavailableError
-from tokencore.exports import CLIENTS
 from tokencore.limits import tell
 from tokencore.manager import TokenManager
 
