@@ -63,7 +63,7 @@ class Cause(NamedTuple):
     Attributes:
         name: what incidents and texts are told apart by.
         at_once: whether a person hears of it even while the next need is far; otherwise once it presses.
-        by_person: whether nothing but a person can end it.
+        by_person: whether nothing but a person can end it within hours.
         reminds: whether it is told again while it lasts.
 
     """

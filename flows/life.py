@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 CALM, HALF, LAST_CALL = 0, 1, 2  # stages of escalation
 ACT = timedelta(minutes=30)  # before the need: what a person takes to notice, understand and act
 NEAR = timedelta(hours=4)  # before the need: who is called then has a reason to get up
-# The flows look hourly, so nothing shorter could be kept; each is about twice the one before, as news turn into a known
-# state; a day is the longest, because every day has sessions of its own and people of its own on duty.
+# The flows look hourly, so nothing shorter could be kept; each is about twice the one before, as news turns into a
+# known state; a day is the longest, because every day has sessions of its own and people of its own on duty.
 REMINDERS = tuple(timedelta(hours=hours) for hours in (1, 3, 6, 12, 24))
 PUNCTUALITY = timedelta(minutes=5)  # hourly runs are not on the second; a reminder must not wait for the one after
 

@@ -14,7 +14,7 @@ from flows.letters import Case, Pen
 from flows.life import HALF, LAST_CALL, Telling
 from flows.messages import still_works
 from flows.runs import clock
-from flows.words import LANGUAGES, Words
+from flows.words import ENGLISH, LANGUAGES, Words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -43,19 +43,28 @@ def current(page: str) -> str:
 
 def parts() -> Mapping[str, str]:
     """The rendered parts by the names of their marks."""
-    return {"causes": causes_table(), **{name: samples(words) for name, words in LANGUAGES.items()}}
+    rows = {f"causes-{name}": table(words) for name, words in LANGUAGES.items()}
+    return {"told": told(), **rows, **{name: samples(words) for name, words in LANGUAGES.items()}}
 
 
-def causes_table() -> str:
-    """Every cause: what people read, when they hear of it, and what they do."""
-    lines = ["| alert | told | ended by | what to do |", "|---|---|---|---|"]
+def told() -> str:
+    """When people hear of which cause."""
+    lines = ["| alert | opens | calls people, in the last 4 hours before the need |", "|---|---|---|"]
     for cause in causes.CAUSES:
-        titles = "<br>".join(words(f"cause.{cause.name}.title") for words in LANGUAGES.values())
-        cures = "<br>".join(words(f"cause.{cause.name}.cure") for words in LANGUAGES.values())
-        told = "at once" if cause.at_once else "once it presses"
-        told += "" if cause.reminds else ", once"
-        lines.append(f"| **{titles}** | {told} | {'a person' if cause.by_person else 'itself'} | {cures} |")
+        opens = ("at once" if cause.at_once else "once it presses") + ("" if cause.reminds else "; no reminders")
+        calls = "never" if cause is causes.FOREIGN_TOKEN else "at once" if cause.by_person else "once escalated"
+        lines.append(f"| {ENGLISH(f'cause.{cause.name}.title')} | {opens} | {calls} |")
     return "\n".join(lines) + "\n"
+
+
+def table(words: Words) -> str:
+    """Every cause with what a person does about it, and what once it is escalated, where that differs."""
+    lines = []
+    for cause in causes.CAUSES:
+        urgent = words.texts.get(f"cause.{cause.name}.urgent")
+        cures = [words(f"cause.{cause.name}.cure"), *([f"→ {urgent}"] if urgent else [])]
+        lines.append(f"| **{words(f'cause.{cause.name}.title')}** | {'<br>'.join(cures)} |")
+    return "\n".join(["| | |", "|---|---|", *lines]) + "\n"
 
 
 def samples(words: Words) -> str:
