@@ -1,41 +1,37 @@
 """Trouble with a key, told as long as it lasts and once when it is over: in the log, and in Slack.
 
 What happens here never changes what becomes of a run: nothing is raised, and a Slack that is down, slow
-or silent costs a run `PATIENCE` at most. What it did not take is told by the next run.
+or silent costs a run the courier's `PATIENCE` at most. What it did not take is told by the next run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
-from flows import causes, slack
-from flows.incidents import Incidents, new
+from flows import causes
+from flows.courier import Post, deliver, incidents_here
+from flows.incidents import new
 from flows.letters import Case, Pen
 from flows.life import next_telling
 from flows.messages import next_check, next_need, sentence, still_works
 from flows.runs import clock, harmless, logger
-from flows.words import LANGUAGES, Words
-from tokencore import Settings, TokenManager, look, next_attempt, sessions
+from flows.words import LANGUAGES
+from tokencore import ConfigurationError, Settings, TokenManager, look, managers, next_attempt, sessions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from flows.causes import Cause
     from flows.incidents import Incident
-    from flows.messages import Message
-    from flows.slack import Receipt, Thread
+    from flows.slack import Thread
 
 Notice = Literal["renewed", "forced", "same"]
 FAILED = "An alert could not be made"
-PATIENCE = 5.0  # seconds a run waits for Slack
 
 
 class Subject(NamedTuple):
@@ -70,15 +66,6 @@ class Subject(NamedTuple):
         )
 
 
-class _Post(NamedTuple):
-    """A message on its way: into which thread it goes, and what is noted when Slack has it."""
-
-    message: Message
-    note: Callable[[Thread | None], None]
-    thread: Thread | None = None
-    broadcast: bool = False
-
-
 class _Attempt(NamedTuple):
     """What will be tried next by itself: the key of its text, and when; None where a person has to act first."""
 
@@ -86,12 +73,20 @@ class _Attempt(NamedTuple):
     at: datetime | None
 
 
+class _Risk(NamedTuple):
+    """What has no token: which exchanges, after what their present one serves, and when the next need starts."""
+
+    exchanges: list[str]
+    reach: datetime | None
+    need: datetime | None
+
+
 def report(who: TokenManager | str, error: Exception, now: datetime, again_in: float | None = None) -> None:
     """Tell of trouble at `now` (aware), if there is news of it; after `again_in` seconds this very run tries again."""
     with harmless(FAILED):
         cause, retry_at = _cause(who, error), getattr(error, "retry_at", None) or now
         attempt = _next(who, cause, now, retry_at, again_in)
-        _deliver([*_trouble(who, cause, sentence(str(error)), attempt, now), *_foreign(who, now)], now)
+        deliver([*_trouble(who, cause, sentence(str(error)), attempt, now), *_foreign(who, now)], now)
 
 
 def all_clear(who: TokenManager | str, now: datetime) -> None:
@@ -99,14 +94,14 @@ def all_clear(who: TokenManager | str, now: datetime) -> None:
     with harmless(FAILED):
         subject, pen = Subject.of(who, now), _pen(now)
         lasting = [causes.FOREIGN_TOKEN.name] if _issued_elsewhere(who) else []
-        over = _incidents().over(subject.name, now, but=lasting)
-        _deliver([*(_end(pen, subject, one) for one in over), *_foreign(who, now)], now)
+        over = incidents_here().over(subject.name, now, but=lasting)
+        deliver([*(_end(pen, subject, one) for one in over), *_foreign(who, now)], now)
 
 
 def foreign(who: TokenManager | str, now: datetime) -> None:
     """Tell that someone else issued the present token, where nothing failed but not all is clear."""
     with harmless(FAILED):
-        _deliver(_foreign(who, now), now)
+        deliver(_foreign(who, now), now)
 
 
 def announce(manager: TokenManager, what: Notice, *, who: str, why: str, now: datetime) -> None:
@@ -118,7 +113,7 @@ def announce(manager: TokenManager, what: Notice, *, who: str, why: str, now: da
         subject = Subject.of(manager, now)
         message = _pen(now).notice(what, subject.label, subject.reach, person=who, why=why)
         logger().info(message.plain)
-        _deliver([_Post(message, lambda _: None)], now)
+        deliver([Post(message, lambda _: None)], now)
 
 
 def _cause(who: TokenManager | str, error: Exception) -> Cause:
@@ -127,7 +122,7 @@ def _cause(who: TokenManager | str, error: Exception) -> Cause:
     return causes.cause_of(error, who.history(), who.newest_token(), who.market.issue_interval)
 
 
-def _foreign(who: TokenManager | str, now: datetime) -> list[_Post]:
+def _foreign(who: TokenManager | str, now: datetime) -> list[Post]:
     """What is to be told of the present token, if someone else issued it."""
     issued_at = _issued_elsewhere(who)
     if issued_at is None:
@@ -155,83 +150,51 @@ def _next(
     return _Attempt("next.planned", planned) if planned else _Attempt("next.check", next_check(max(now, retry_at)))
 
 
-def _trouble(who: TokenManager | str, cause: Cause, happened: str, attempt: _Attempt, now: datetime) -> list[_Post]:
+def _trouble(who: TokenManager | str, cause: Cause, happened: str, attempt: _Attempt, now: datetime) -> list[Post]:
     """What is to be told of trouble that lasts: one message, or none."""
-    subject, incidents = Subject.of(who, now), _incidents()
-    if cause is causes.FOREIGN_TOKEN:  # it serves like one of ours
-        subject = subject._replace(exchanges=[])
-    need = _endangered(who, now) if subject.exchanges else None
+    subject, incidents = Subject.of(who, now), incidents_here()
+    # A foreign token serves like one of ours.
+    risk = _Risk([], None, None) if cause is causes.FOREIGN_TOKEN else _at_risk(who, subject, now)
     look_again = min(at for at in (attempt.at, next_check(now)) if at)
     try:
-        incident, telling = incidents.met(subject.name, cause, need, now, look_again)
+        incident, telling = incidents.met(subject.name, cause, risk.need, now, look_again)
     except OSError:  # nobody knows what was told: better twice than never
-        incident = new(subject.name, cause, need, now)
+        incident = new(subject.name, cause, risk.need, now)
         telling = next_telling(incident, cause, now, look_again)
     if telling is None:
         return []
     pen = _pen(now)
-    message = pen.trouble(_case(who, subject, happened, attempt, pen.words), incident, telling)
+    works = pen.words("works.cached") if isinstance(who, str) else still_works(subject.reach, pen.words)
+    tried = pen.words(attempt.key, at=clock(attempt.at)) if attempt.at else pen.words("next.person")
+    case = Case(subject.label, risk.exchanges, works, risk.reach, happened, tried)
+    message = pen.trouble(case, incident, telling)
     logger().log(logging.WARNING if telling.kind == "reminded" else logging.ERROR, message.plain)
-    return [
-        _Post(
-            message,
-            lambda thread: incidents.heard(incident, telling, now, thread),
-            incident.thread,
-            broadcast=telling.page,
-        )
-    ]
+
+    def note(thread: Thread | None) -> None:
+        incidents.heard(incident, telling, now, thread)
+
+    return [Post(message, note, incident.thread, broadcast=telling.page)]
 
 
-def _case(who: TokenManager | str, subject: Subject, happened: str, attempt: _Attempt, words: Words) -> Case:
-    works = words("works.cached") if isinstance(who, str) else still_works(subject.reach, words)
-    tried = words(attempt.key, at=clock(attempt.at)) if attempt.at else words("next.person")
-    return Case(subject.label, subject.exchanges, works, subject.reach, happened, tried)
+def _at_risk(who: TokenManager | str, subject: Subject, now: datetime) -> _Risk:
+    """Of a key; of an exchange whatever the tokens; of all markets what the key endangers whose need is next."""
+    if isinstance(who, str) and subject.exchanges:
+        return _Risk(subject.exchanges, None, next_need(who, now))
+    try:
+        keys = managers(one_per_key=True) if isinstance(who, str) else [who]
+    except ConfigurationError:  # that is what is told
+        return _Risk([], None, None)
+    ahead = [(unserved[0], key) for key in keys if (unserved := look(key, now).unserved)]
+    if not ahead:
+        return _Risk(subject.exchanges, subject.reach, None)
+    need, key = min(ahead, key=lambda pair: pair[0])
+    return _Risk(key.key_exchanges(), Subject.of(key, now).reach, need)
 
 
-def _endangered(who: TokenManager | str, now: datetime) -> datetime | None:
-    """When the first need starts that no token serves, of an exchange or of a key; None where none is known."""
-    if isinstance(who, str):
-        return next_need(who, now)
-    unserved = look(who, now).unserved
-    return unserved[0] if unserved else None
-
-
-def _end(pen: Pen, subject: Subject, incident: Incident) -> _Post:
+def _end(pen: Pen, subject: Subject, incident: Incident) -> Post:
     message = pen.end(subject.label, subject.reach, incident)
     logger().info(message.plain)
-    return _Post(message, lambda _: _incidents().end_heard(incident), incident.thread)
-
-
-def _deliver(posts: Sequence[_Post], now: datetime) -> None:
-    """Send, and note what was taken, in a thread: not even a name server or an endless answer holds a run up longer."""
-    if not posts:
-        return
-    send, log = slack.sender(Settings.load(), PATIENCE), logger()
-
-    def deliver() -> None:
-        for post in posts:
-            receipt = send(post.message, post.thread, broadcast=post.broadcast) if send else slack.Receipt()
-            if receipt.refusal:
-                log.warning("Slack did not take the message (%s); trouble is told by the next run.", receipt.refusal)
-            with contextlib.suppress(OSError):  # then it is told once more
-                _note(post, receipt, now)
-
-    courier = threading.Thread(target=deliver, daemon=True)
-    courier.start()
-    courier.join(PATIENCE)
-    if courier.is_alive():
-        log.warning("Slack has not answered within %.0f s; the run goes on.", PATIENCE)
-
-
-def _note(post: _Post, receipt: Receipt, now: datetime) -> None:
-    if not receipt.refusal:
-        post.note(receipt.thread)
-    elif receipt.again_in:
-        _incidents().quiet(now + timedelta(seconds=receipt.again_in))
-
-
-def _incidents() -> Incidents:
-    return Incidents(Settings.load().token_dir.expanduser().absolute())
+    return Post(message, lambda _: incidents_here().end_heard(incident), incident.thread)
 
 
 def _pen(now: datetime) -> Pen:

@@ -16,7 +16,7 @@ import requests
 from prefect.settings import PREFECT_UI_URL, temporary_settings
 from slack_endpoint import CHANNEL, SlackEndpoint
 
-from flows import alerts, causes, slack
+from flows import alerts, causes, courier, slack
 from flows.incidents import CLAIM
 from flows.runs import clock
 from flows.stack import trial
@@ -207,7 +207,7 @@ def test_a_silent_slack_holds_nobody_up(
     gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Slack that takes the request and never answers costs a run its patience, and no more."""
-    monkeypatch.setattr(alerts, "PATIENCE", 0.3)
+    monkeypatch.setattr(courier, "PATIENCE", 0.3)
     endpoint.answers = [0]
     manager, error = refused(gateway)
     begun = time.monotonic()
@@ -394,6 +394,21 @@ def test_a_test_message_names_the_setting_that_is_missing(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=f"^Nothing was sent: set {missing}"):
         trial.send()
+
+
+def test_trouble_of_all_markets_is_as_urgent_as_the_next_need(
+    gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who looks after no token at all endangers the next need that has none, and is called for it."""
+    assert gateway.url
+    monkeypatch.setenv("SLACK_MENTION", "<!here>")
+    for hours in (0, 8.6):
+        alerts.report("all markets", causes.SilenceError("The server is dead."), EVENING + timedelta(hours=hours))
+    opened, escalated = endpoint.told
+    assert "• KRX: 2026-11-23 09:00 KST" in text_of(opened)
+    assert "<!here>" not in text_of(opened)
+    assert "<!here> The server is dead." in text_of(escalated)
+    assert "all markets: a lasting token is needed in 24 min" in endpoint.headlines[1]
 
 
 def test_an_alert_leads_to_its_run(gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
