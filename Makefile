@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test clients lint pins clean
+.PHONY: help demo up down status test-alert test clients bench lint pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test    the tests'
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks (below ten minutes)'
+	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes ten minutes'
 	@echo 'make lint    linter, formatter, type checker, direction of imports'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
 	@echo 'make clean   remove what make, the tests and the tools have built here'
@@ -36,6 +37,18 @@ clients: .venv/.dev
 
 torture: .venv/.dev
 	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),$(wildcard tests/test_faults_*.py))
+
+# Beside other clients, which are installed for nothing else; tokencore as a user has it, not as a checkout.
+bench: .venv/.flows .bench/.clients
+	@.bench/bin/python -m pip install --quiet --quiet --no-deps --force-reinstall . && rm -rf build
+	@for program in cached_token processes stampede files; do .bench/bin/python benchmarks/$$program.py || exit; done
+
+.bench/.clients: benchmarks/requirements.txt pyproject.toml constraints.txt
+	@echo 'Installing into .bench (half a minute) ...'
+	@$(PYTHON) -m venv --clear .bench
+	@.bench/bin/python -m pip install --quiet --quiet --disable-pip-version-check 'pip>=25'
+	@.bench/bin/python -m pip install --quiet --quiet --constraint constraints.txt . -r benchmarks/requirements.txt
+	@touch $@
 
 lint: .venv/.dev
 	@$(RUN) ruff check .
@@ -80,5 +93,5 @@ pins:
 	cp "$$new/constraints.txt" constraints.txt
 
 clean:
-	@rm -rf .venv .demo build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .bench .demo build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

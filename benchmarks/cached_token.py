@@ -1,0 +1,137 @@
+"""A cached, valid token in one process: alone, and while another thread renews it. Tables in Markdown.
+
+Run `make bench`, or this file in an environment with `benchmarks/requirements.txt`; clients that are not installed
+are left out. Every call is timed by itself, the clock's own time included (the first row).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+from clients import CLIENTS
+from measuring import gateway, quantile, show
+
+from tokencore import USTokenManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+CALLS, ROUNDS = 20_000, 5  # a round of all clients after the other, so that a busy machine is busy for all
+SLOW = 2.0  # seconds that KIS takes while one thread renews
+RENEWALS = 10  # by another process
+PACE = 0.001  # seconds between two calls of a bot that does other things too
+
+
+class Floor:
+    """The least that a cache with an expiry can do."""
+
+    def __init__(self) -> None:
+        """Hold a token for an hour."""
+        self._token, self._until = "token", time.time() + 3600
+
+    def get(self) -> str:
+        """An attribute and the clock."""
+        return self._token if time.time() < self._until else ""
+
+
+def timed(call: Callable[[], object], calls: int) -> list[int]:
+    """Nanoseconds of each call."""
+    taken = []
+    for _ in range(calls):
+        began = perf_counter_ns()
+        call()
+        taken.append(perf_counter_ns() - began)
+    return taken
+
+
+def told(taken: Sequence[float], *shares: float) -> list[str]:
+    """These quantiles of nanoseconds as microseconds."""
+    return [f"{quantile(taken, share) / 1000:.3g} µs" for share in shares]
+
+
+def alone() -> None:
+    """Everybody's cached token, beside the floor."""
+    calls: dict[str, Callable[[], object]] = {"nothing: the clock alone": lambda: None, "the floor": Floor().get}
+    with gateway():
+        for name, client in CLIENTS.items():
+            try:
+                calls[name] = client()
+            except ImportError as missing:
+                print(f"{name} is left out: {missing}", file=sys.stderr)
+                continue
+            calls[name]()
+        taken: dict[str, list[int]] = {name: [] for name in calls}
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                taken[name] += timed(call, CALLS)
+        floor = quantile(taken["the floor"], 0.5)
+        rows = [[name, *told(t, 0.5, 0.99), f"{quantile(t, 0.5) / floor:.1f} x"] for name, t in taken.items()]
+    show("A cached token in one process", ["client", "p50", "p99", "p50 against the floor"], rows, NOTE)
+
+
+NOTE = "The floor is an attribute and `time.time()`."
+
+
+def while_renewing() -> None:
+    """The same calls while another thread waits for KIS."""
+    rows = []
+    for pace, name in ((0.0, "one after the other"), (PACE, "one each millisecond")):
+        for renews in (False, True):
+            with gateway(latency=SLOW):
+                os.environ["KIS_MAX_ISSUES_PER_DAY"] = "24"
+                USTokenManager().get_valid_token()
+                taken = beside(renews=renews, pace=pace)
+            row = [name, f"renews, KIS takes {SLOW:.0f} s" if renews else "sleeps", f"{len(taken):,}"]
+            rows.append(row + told(taken, 0.5, 0.99, 0.999))
+    columns = ["calls", "the other thread", "how many", "p50", "p99", "p99.9"]
+    show("A cached token while another thread renews", columns, rows, BESIDE)
+
+
+BESIDE = "Once in 0.9 s a call looks whether another process has renewed; at one call a millisecond that is one in 900."
+
+
+def beside(*, renews: bool, pace: float) -> list[int]:
+    """Nanoseconds of each call while another thread renews, or sleeps as long."""
+    ours = USTokenManager()
+    ours.get_valid_token()
+    work: Callable[[], object] = (lambda: USTokenManager().refresh(force=True)) if renews else lambda: time.sleep(SLOW)
+    other = threading.Thread(target=work)
+    taken = []
+    other.start()
+    while other.is_alive():
+        taken += timed(ours.get_valid_token, 1)
+        if pace:
+            time.sleep(pace)
+    return taken
+
+
+def seen() -> None:
+    """How long until a process has the token that another one saved."""
+    taken = []
+    with gateway():
+        os.environ.update(KIS_MAX_ISSUES_PER_DAY="24")
+        ours = USTokenManager()
+        for _ in range(RENEWALS):
+            old = ours.get_valid_token()
+            program = (
+                "from tokencore import USTokenManager as M; import time; M().refresh(force=True); print(time.time())"
+            )
+            saved = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+            while ours.get_valid_token() == old:
+                time.sleep(0.001)
+            taken.append(time.time() - float(saved))
+    row = [str(RENEWALS), f"{statistics.median(taken):.2f} s", f"{max(taken):.2f} s"]
+    show("Another process's renewal", ["renewals", "seen after, median", "at most"], [row])
+
+
+if __name__ == "__main__":
+    alone()
+    while_renewing()
+    seen()

@@ -1,0 +1,137 @@
+"""A durable save, and `check` of a thousand markets: Markdown tables.
+
+Run `make bench`, or `python benchmarks/files.py`. By hand a save is: write, fsync, rename, fsync of the folder. The
+other clients' saves are theirs; none of them syncs anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from measuring import gateway, interleaved, quantile, ratio, show
+
+from tokencore.cache import Cache
+from tokencore.tokens import Token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAVES, CHECKS, MARKETS = 300, 5, 1000
+CONTENT = {"access_token": "t" * 350, "expires_at": "2026-11-22T17:15:00+09:00", "key_fingerprint": "0" * 16}
+
+
+def saves() -> None:
+    """The same token, saved in turn by hand, by tokencore and by the others, in folders of the disk at hand."""
+    with TemporaryDirectory(dir=os.getcwd()) as home:
+        folder = Path(home)
+        works = {"by hand": lambda: by_hand(folder / "hand.json"), "tokencore": ours(folder)}
+        for name, other in {"botocore's JSONFileCache": botocore, "msal-extensions": msal_extensions}.items():
+            try:
+                works[name] = other(folder)
+            except ImportError as missing:
+                print(f"{name} is left out: {missing}", file=sys.stderr)
+        taken = interleaved(works, SAVES)
+    rows = [
+        [name, f"{1e6 * statistics.median(t):.0f} µs", f"{1e6 * quantile(t, 0.99):.0f} µs", ratio(t, taken["by hand"])]
+        for name, t in taken.items()
+    ]
+    show("A token saved", ["client", "p50", "p99", "against by hand"], rows)
+
+
+def by_hand(path: Path) -> None:
+    """What durability takes, and nothing else."""
+    draft = path.with_suffix(".tmp")
+    with draft.open("w") as file:
+        file.write(json.dumps(CONTENT, indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def ours(folder: Path) -> Callable[[], object]:
+    """One market's file, as it is saved under the lock."""
+    cache = Cache(str(folder), "https://kis.invalid", "real", "PSkey", ["us_"])
+    now = datetime.now(UTC)
+    token = Token("t" * 350, now + timedelta(days=1), now)
+    return lambda: cache.save(token, now)
+
+
+def botocore(folder: Path) -> Callable[[], object]:
+    """Its cache of files."""
+    cache = import_module("botocore.utils").JSONFileCache(str(folder / "botocore"))
+    return lambda: cache.__setitem__("key", CONTENT)
+
+
+def msal_extensions(folder: Path) -> Callable[[], object]:
+    """Its file with the lock around it, as PersistedTokenCache writes it."""
+    extensions = import_module("msal_extensions")
+    kept = extensions.FilePersistence(str(folder / "msal.json"))
+
+    def save() -> None:
+        with extensions.CrossPlatLock(str(folder / "msal.lock")):
+            kept.save(json.dumps(CONTENT))
+
+    return save
+
+
+def checks() -> None:
+    """The whole command and its work alone, for a thousand markets of one key and of as many keys."""
+    rows = []
+    for keys in (1, MARKETS):
+        configure(keys)
+        seconds = [check() for _ in range(CHECKS)]
+        whole, work = (f"{statistics.median(kind):.2f} s" for kind in zip(*seconds, strict=True))
+        rows.append([f"{MARKETS:,} markets, {keys:,} key{'s' * (keys > 1)}", whole, work])
+    show("`tokencore check --json`", ["settings", "whole process", "in the process, imports done"], rows)
+
+
+def configure(keys: int) -> None:
+    """A thousand markets in the configuration file, and a token for every key."""
+    home = Path(os.environ["HOME"], ".tokencore")
+    home.mkdir(mode=0o700, exist_ok=True)
+    now, url = datetime.now(UTC), os.environ["KIS_BASE_URL"]
+    token = Token("t" * 350, now + timedelta(days=1), now)
+    lines = []
+    for number in range(MARKETS):
+        key = f"PSkey{number % keys}"
+        lines += [f"[markets.m{number}]", 'exchanges = ["SEHK"]', f'app_key = "{key}"', 'app_secret = "s"']
+        Cache(str(home), url, "real", key, [f"m{number}_"]).save(token, now)
+    (home / "config.toml").write_text("\n".join(lines))
+
+
+def check() -> tuple[float, float]:
+    """Seconds of the whole process, and of the command within it."""
+    program = """
+import sys, time
+from tokencore.cli import main
+import tokencore.commands, tokencore.status
+began = time.perf_counter()
+main(["check", "--json"])
+print(time.perf_counter() - began, file=sys.stderr)
+"""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "tokencore", "check", "--json"], stdout=subprocess.DEVNULL, check=False)
+    whole = time.perf_counter() - began
+    inside = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert len(json.loads(inside.stdout)) == MARKETS + 2
+    return whole, float(inside.stderr)
+
+
+if __name__ == "__main__":
+    with gateway():
+        saves()
+        if sys.argv[1:] != ["saves"]:
+            checks()
