@@ -7,7 +7,7 @@ import logging
 import pickletools
 import re
 import stat
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
@@ -16,6 +16,7 @@ import pytest
 from builders import make_jwt, make_token
 from running import asked, cached, on_disk, one_line, tokencore
 
+from flows.check_tokens import follow
 from tokencore import TokenManager
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
@@ -237,12 +238,12 @@ def test_a_mistake_in_the_setting_is_told(value: str, command: Callable[..., Ran
     assert command("check").code == 3
 
 
-def test_a_copy_that_failed_is_mended_without_a_renewal(copies: Path, nowhere: Sandbox) -> None:
-    """What was removed, or could not be written, is there again once the hourly check looks after the copies."""
+def test_the_hourly_check_mends_a_copy(copies: Path, nowhere: Sandbox) -> None:
+    """What was removed, or could not be written, is there again after it, without a renewal."""
     us = TokenManager("us")
     us.get_valid_token()
     (copies / "token.dat").unlink()
-    us.copy_token()
+    follow(us, datetime.now(UTC))
     assert held(copies) == on_disk().access_token
     assert len(list(copies.iterdir())) == 4
     assert asked(nowhere) == 1
