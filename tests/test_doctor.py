@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt
-from running import Ran, asked, cached, folder, on_disk, snapshot, start
+from running import Ran, asked, cached, folder, on_disk, snapshot, start, tokencore
 
 from tokencore import TokenManager, doctor
 from tokencore.doctor import others
-from tokencore.sandbox import APP_KEY
+from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,6 +149,27 @@ def test_settings_are_told_with_their_origin(command: Command, monkeypatch: pyte
     assert only(lines, "setting KIS_MARKETS__HK__EXCHANGES")["detail"] == "SEHK, from the environment"
     assert only(lines, "setting KIS_BUFER")["cure"] == "meant is perhaps KIS_BUFFER"
     assert only(lines, "settings file")["cure"] == "chmod 600 .env"
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_secret_in_the_keyring_is_told_without_its_text(isolated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the keyring has it, its line says so; one that is locked is a failure, and the token still serves."""
+    TokenManager("us").get_valid_token()
+    monkeypatch.delenv("KIS_APP_SECRET")
+    own = {"KIS_KEYRING": "kis", "PYTHON_KEYRING_BACKEND": "keyring_in_file.Keyring"}
+    own["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}{os.pathsep}{Path(__file__).parent}"
+    locked = json.loads(tokencore("doctor", "--json", **own).out)
+    states = {one["name"]: one["state"] for one in locked}
+    assert (states["keyring"], states["token us"]) == ("fail", "ok")
+    (isolated / "keyring.json").write_text(json.dumps({"kis": {"KIS_APP_SECRET": APP_SECRET}}))
+    ran = tokencore("doctor", "--json", **own)
+    assert ran.code == 0
+    assert {
+        "name": "setting KIS_APP_SECRET",
+        "state": "ok",
+        "detail": "kept, in keyring kis",
+        "cure": "",
+    } in json.loads(ran.out)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ class _Key:
         self._cache = Cache(
             first.token_dir, first.base_url, first.environment, str(first.app_key), [f"{one.name}_" for one in markets]
         )
-        self._credentials = digest(str(first.app_key), str(first.app_secret), length=8)
+        self._credentials = digest(str(first.app_key), first.app_secret, length=8) if first.app_secret else ""
         self._lock = KeyLock(first.token_dir, self._cache.fingerprint)
         self._ledger = _Ledger(IssuanceRecord(first.token_dir, self._cache.fingerprint))
         self._codes = tuple(dict.fromkeys(code for one in markets for code in one.exchanges))
@@ -185,7 +185,9 @@ class _Key:
         newest = longest(token for token, _ in found)
         issued_at = newest.issued_at if newest else rule.last_issue(attempts)
         planned = rule.outlook(newest, issued_at, ahead(self._codes, first), first, now).next
-        standing = Standing(now, attempts, newest, self._credentials)
+        last = record.latest(attempts)
+        # A secret in the keyring is not fetched to be watched: it is taken for the one that was used last.
+        standing = Standing(now, attempts, newest, self._credentials or (last.credentials if last else ""))
         shared = Vitals(
             market="",
             environment=first.environment,

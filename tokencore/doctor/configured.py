@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PLAIN = (
     *("ENVIRONMENT", "BASE_URL", "TOKEN_DIR", "EXCHANGES", "EXPORTS", "CLOSED", "EXTENDED", "ISSUE_INTERVAL"),
-    *("BUFFER", "PROACTIVE_WINDOW", "TIMEOUT", "MAX_ISSUES_PER_DAY", "SLACK_CHANNEL"),
+    *("KEYRING", "BUFFER", "PROACTIVE_WINDOW", "TIMEOUT", "MAX_ISSUES_PER_DAY", "SLACK_CHANNEL"),
 )  # what may be shown; any other value might be secret
 LENGTHS = {"APP_KEY": 36, "APP_SECRET": 180}  # characters, as KIS issues them
 LONGEST = 60  # characters of a value that are shown
@@ -32,9 +32,9 @@ def check() -> list[Finding]:
         found = sources.gather()
     except ConfigurationError as error:
         return [fail("settings", str(error), "mend or remove that source", SETTINGS)]
-    unknown = settings.unknown_names()
+    unknown, kept = settings.unknown_names(), _in_keyring(found)
     known = [_one(name, found) for name in sorted(found.origins) if name not in unknown]
-    return [_loads(found), *known, *(_alien(*one) for one in unknown.items()), *_open_to_others(found)]
+    return [_loads(found), *known, *kept, *(_alien(*one) for one in unknown.items()), *_open_to_others(found)]
 
 
 def _loads(found: Gathered) -> Finding:
@@ -75,6 +75,17 @@ def _value(name: str, values: dict[str, Any]) -> object:
     for step in name.lower().removeprefix("kis_").split("__"):
         branch = branch.get(step, "") if isinstance(branch, dict) else ""
     return branch
+
+
+def _in_keyring(found: Gathered) -> list[Finding]:
+    """The secrets that only the keyring has; without KIS_KEYRING nothing is asked."""
+    try:
+        origins = sources.origins()
+    except ConfigurationError as error:
+        return [fail("keyring", str(error), "unlock it, or give the secret another source", SETTINGS)]
+    return [
+        ok(f"setting {name}", f"kept, in {origin}") for name, origin in origins.items() if name not in found.origins
+    ]
 
 
 def _alien(name: str, meant: str) -> Finding:
