@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test clients bench lint pins clean
+.PHONY: help demo up down status test-alert test clients bench lint docs pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -19,6 +19,7 @@ help:
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks (below ten minutes)'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes ten minutes'
 	@echo 'make lint    linter, formatter, type checker, direction of imports'
+	@echo 'make docs    write docs/commands.md anew, from the parser of the commands'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
 	@echo 'make clean   remove what make, the tests and the tools have built here'
 
@@ -80,6 +81,9 @@ endif
 	@echo 'Installing what the tests and linters need ...'
 	@$(PIP) --editable '.[flows,dev]'
 	@touch $@
+
+docs: .venv/.flows
+	@.venv/bin/python docs/commands.py
 
 # Two interpreters, because Prefect takes another library for dates from Python 3.13 on.
 pins:

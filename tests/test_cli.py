@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from datetime import datetime, timedelta
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 import pytest
@@ -184,7 +187,6 @@ def test_every_format_renews_as_get_does_and_obeys_no_renew(gateway: Sandbox, co
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
         ("get", "us", "--json", "--format", "env"),
         ("get", "us", "--format", "yaml"),
         ("get",),
@@ -326,3 +328,69 @@ def test_markets_of_one_key_are_served_by_either_command(command: Command) -> No
     """`get us` and `get kr` print the same token, which the managers serve too."""
     token = command("get", "us").out.strip()
     assert {KRTokenManager().get_valid_token(), command("get", "kr").out.strip()} == {token}
+
+
+def test_command_alone_prints_the_help_and_says_what_is_missing(command: Command) -> None:
+    """The list of commands on standard output, one sentence on standard error, exit 2."""
+    ran = command()
+    assert (ran.code, ran.out.startswith("usage: tokencore"), "doctor" in ran.out) == (2, True, True)
+    assert re.fullmatch(r"tokencore: No command was given[^\n]+\n", ran.err)
+
+
+def test_version_is_the_installed_packages() -> None:
+    """The version of the package's metadata, or that there is none."""
+    ran = tokencore("--version")
+    assert (ran.code, ran.err) == (0, "")
+    try:
+        assert ran.out == f"tokencore {metadata.version('tokencore')}\n"
+    except metadata.PackageNotFoundError:
+        assert "not installed" in ran.out
+
+
+@pytest.mark.usefixtures("gateway")
+def test_misspelt_setting_is_told_once_but_not_by_a_cached_get(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`KIS_TIMOUT` is ignored, and the sentence has the right name; another program's variable is none of ours."""
+    monkeypatch.setenv("KIS_TIMOUT", "3")
+    monkeypatch.setenv("KIS_ACCOUNT_NO", "3")
+    token = cached(20_000)
+    ran = tokencore("check")
+    assert ran.err == "tokencore: KIS_TIMOUT is no setting, so it is ignored; KIS_TIMEOUT is one.\n"
+    assert command("get", "us") == Ran(0, token.access_token + "\n", "")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["g"], {"get"}),
+        (["get", ""], {"us", "kr", "hk"}),
+        (["get", "us", "--form"], {"--format"}),
+        (["get", "us", "--format", ""], {"process", "env", "header"}),
+        (["check", "us", "k"], {"kr"}),
+        (["completion", ""], {"bash", "zsh", "fish"}),
+    ],
+    ids=" ".join,
+)
+def test_bash_completes_commands_markets_and_options(
+    command: Command, monkeypatch: pytest.MonkeyPatch, typed: list[str], offered: set[str]
+) -> None:
+    """A real bash, with the script that the command wrote, and a market of the settings."""
+    monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
+    script = command("completion", "bash").out
+    words = " ".join(map(shlex.quote, ["tokencore", *typed]))
+    program = (
+        f'{script}\nCOMP_WORDS=({words}); COMP_CWORD={len(typed)}; _shtab_tokencore; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+    ran = subprocess.run([str(shutil.which("bash")), "-c", program], capture_output=True, text=True, check=True)
+    assert (set(ran.stdout.split()), ran.stderr) == (offered, "")
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_a_script_with_the_markets(command: Command, shell: str) -> None:
+    """For zsh and fish too; another shell is a usage error."""
+    ran = command("completion", shell)
+    assert ran.code == 0
+    assert re.search(r"\bus kr\b", ran.out)
+    assert command("completion", "cmd").code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tokencore.commands import parser
+from tokencore.commands.completion import commands
 from tokencore.settings import Settings
 from tokencore.sources import CONFIG_FILE
 
@@ -62,8 +64,7 @@ def test_settings_blocks_are_read(isolated: Path, monkeypatch: pytest.MonkeyPatc
 def test_commands_table_is_the_parsers() -> None:
     """The README's table names exactly the commands that the parser has."""
     told = set(re.findall(r"^\| `tokencore (\w+)", README, re.MULTILINE))
-    usage = re.findall(r"^    (\w+)  ", parser().format_help(), re.MULTILINE)
-    assert told == set(usage)
+    assert told == set(commands(parser()))
 
 
 def test_links_lead_somewhere() -> None:
@@ -78,3 +79,10 @@ def test_first_screen_has_the_two_commands() -> None:
     top = "\n".join(README.splitlines()[:10])
     assert "make demo" in top
     assert "make test" in top
+
+
+def test_page_of_commands_is_the_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/commands.md is what `make docs` would write now."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    page = importlib.import_module("commands")
+    assert page.PAGE.read_text(encoding="utf-8") == page.text(), "run `make docs`"

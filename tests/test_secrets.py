@@ -138,9 +138,11 @@ def objects(gateway: Sandbox) -> list[object]:
 
 
 def test_no_repr_shows_a_secret(canaries: Sandbox) -> None:
-    """What a debugger, an assertion or an f-string shows of our objects has no secret, alone or in a container."""
-    found = objects(canaries)
-    assert leaks(repr(found) + "".join(f"{one} {one!r}" for one in found)) == []
+    """What a debugger, `vars`, an assertion or an f-string shows of our objects has no secret, alone or in a list."""
+    manager = USTokenManager()
+    manager.get_valid_token()
+    found = [manager, *objects(canaries)]
+    assert leaks(repr(found) + "".join(f"{one} {one!r} {getattr(one, '__dict__', '')}" for one in found)) == []
 
 
 def test_nothing_that_knows_a_secret_is_pickled_with_it(canaries: Sandbox) -> None:

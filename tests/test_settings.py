@@ -472,3 +472,13 @@ def test_names_that_are_no_settings_are_told_with_what_they_resemble(monkeypatch
         "KIS_MARKET__HK__APP_KEY": "KIS_MARKETS__HK__APP_KEY",
         "KIS_ACCOUNT_NO": "",
     }
+
+
+def test_line_of_dotenv_that_is_none_is_told_with_file_and_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, with the path and the line; what it says is not repeated, and the lines around it count."""
+    Path(".env").write_text("KIS_TIMEOUT=7\nexport the secret Canary\nKIS_BUFFER=9\n")
+    values = [sources.gather().values for _ in range(2)]
+    assert values == [{"timeout": "7", "buffer": "9"}] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{Path('.env').absolute()}, line 2, is no NAME=value, so it is ignored; mend or remove it.",
+    ]

@@ -51,6 +51,8 @@ class Approval(NamedTuple):
 class ApprovalKeys:
     """The approval key of one app key, for all its markets and any number of processes."""
 
+    __slots__ = ("__dict__", "_secrets")  # what `vars` shows has no secret
+
     def __init__(self, market: Market, fingerprint: str, credentials: tuple[str, str], base_url: str) -> None:
         """Serve the app key with this `fingerprint`; `market` gives the folder and the numbers of the rules."""
         name = f"{fingerprint}-approval"

@@ -28,6 +28,8 @@ class Cache:
 
     """
 
+    __slots__ = ("__dict__", "_app_key")  # what `vars` shows has no secret
+
     def __init__(self, folder: str, base_url: str, environment: str, app_key: str, prefixes: Sequence[str]) -> None:
         """Serve the markets with `prefixes`, all of the key `app_key` at `base_url`; the first one is read first."""
         self.folder = folder

@@ -64,6 +64,8 @@ class NoAnswerError(Exception):
 class Issuer:
     """KIS's gateway at `base_url` for one pair of credentials."""
 
+    __slots__ = ("_app_key", "_app_secret", "_base_url", "_timeout")
+
     def __init__(self, base_url: str, app_key: str, app_secret: str, *, timeout: float) -> None:
         """Keep what a request needs; `timeout` in seconds, to connect and for each wait for data."""
         self._base_url = base_url

@@ -46,6 +46,8 @@ FOREIGN_AGE = timedelta(minutes=10)  # of a token that answers our request: more
 class Keeper:
     """Renews the token of one key for all its markets; any number of them, in any process, act as one."""
 
+    __slots__ = ("__dict__", "_secrets")  # what `vars` shows has no secret
+
     def __init__(self, market: Market, cache: Cache, credentials: tuple[str, str], base_url: str) -> None:
         """Serve the key of `cache`; `market` gives the numbers of the rules."""
         self._market = market

@@ -35,6 +35,8 @@ class BaseTokenManager:
     everything else comes from the settings. It is not pickled: make one where it is needed.
     """
 
+    __slots__ = ("__dict__", "__weakref__", "_text", "_values")  # what `vars` shows has no secret
+
     def __init__(self) -> None:
         """Read the settings; neither a token file nor KIS is touched yet.
 

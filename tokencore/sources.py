@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "~/.tokencore/config.toml"
 DOTENV_FILE = ".env"
 SECRET_FILE_LIMIT = 65_536  # bytes; a mounted secret is one short line
+_warned: set[str] = set()  # sentences; once a process is enough
 _PREFIXES = ("kis_", "slack_")
 _ALIEN = ("kis_secrets_dir",)  # says where to read, is no value itself
 _GROUPS = ("markets", "exchanges")  # names with names below them
@@ -120,14 +121,28 @@ def _take(found: Gathered, pairs: Iterable[tuple[str, str]], origin: str) -> Non
 def _dotenv() -> Iterable[tuple[str, str]]:
     if not os.path.exists(DOTENV_FILE):
         return
-    from dotenv import dotenv_values  # only who has a .env pays for its parser
+    from dotenv.parser import parse_stream  # only who has a .env pays for its parser
 
+    path = os.path.abspath(DOTENV_FILE)
     try:
-        values = dotenv_values(DOTENV_FILE, interpolate=False)
+        with open(path, encoding="utf-8") as file:
+            lines = list(parse_stream(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{DOTENV_FILE} cannot be read ({_why(error)}); mend or remove it.") from None
+    for line in lines:
+        if line.error:
+            _warn(f"{path}, line {line.original.line}, is no NAME=value, so it is ignored; mend or remove it.")
+    values = {line.key: line.value for line in lines if line.key}  # the last one of a name counts
     for name, value in values.items():
         yield name.lower(), value or ""
+
+
+def _warn(sentence: str) -> None:
+    if sentence not in _warned:
+        import logging  # only for a mistake
+
+        _warned.add(sentence)
+        logging.getLogger("tokencore").warning(sentence)
 
 
 def _secrets(folder: str) -> Iterable[tuple[str, str]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import sys
+from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
 from tokencore import __doc__ as about
 from tokencore import sandbox
-from tokencore.commands import ahead, handover, health, tokens
+from tokencore.commands import ahead, completion, handover, health, tokens
 from tokencore.errors import ConfigurationError
+from tokencore.settings import unknown_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +30,15 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message}; see `{self.prog} --help`.")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            print(f"tokencore {metadata.version('tokencore')}")
+        except metadata.PackageNotFoundError:
+            print("tokencore, not installed: it runs from its source")
+        parser.exit()
+
+
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command line; the exit code.
 
@@ -37,7 +49,12 @@ def run(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Korean or block characters shows question marks
-    options = parser().parse_args(arguments)
+    top = parser()
+    if not arguments:
+        top.print_help()
+        raise ConfigurationError("No command was given; `tokencore --help` lists them.")
+    options = top.parse_args(arguments)
+    _warn_of_misspelt()
     code: int = options.run(options)
     return code
 
@@ -45,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     top = _Parser(prog="tokencore", description=(about or "").partition("\n")[0], epilog=EXIT_CODES)
+    top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
@@ -55,4 +73,12 @@ def parser() -> argparse.ArgumentParser:
     for group in (tokens, ahead, handover, health):
         group.add(command)
     sandbox.add_arguments(command("sandbox", sandbox.run, "a KIS gateway on loopback, to try things out"))
+    completion.add(command, top)
     return top
+
+
+def _warn_of_misspelt() -> None:
+    with contextlib.suppress(ConfigurationError):  # who needs the settings says so better
+        for name, alike in unknown_names().items():
+            if alike:
+                logging.getLogger("tokencore").warning("%s is no setting, so it is ignored; %s is one.", name, alike)

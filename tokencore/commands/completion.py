@@ -1,0 +1,46 @@
+"""The command that writes a shell's completion: of commands, options, and the markets of the settings."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import TYPE_CHECKING
+
+from tokencore import sources
+from tokencore.market import market_names
+
+if TYPE_CHECKING:
+    from tokencore.commands.shared import AddCommand
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def add(command: AddCommand, top: argparse.ArgumentParser) -> None:
+    """Add the command to the parser `top`, of which it tells."""
+    completion = command(
+        "completion", functools.partial(_completion, top), "what a shell needs to complete commands and markets"
+    )
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+
+
+def _completion(top: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    import shtab  # for this command alone
+
+    markets = market_names(sources.gather().values)
+    for parser in commands(top).values():
+        for action in parser._actions:  # noqa: SLF001 - shtab reads it as well; there is no public way
+            if action.dest == "market":
+                action.choices = markets
+            elif action.metavar in ("FILE", "DIR"):
+                vars(action)["complete"] = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
+    print(shtab.complete(top, shell=options.shell))
+    return 0
+
+
+def commands(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of all commands by their names."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in top._actions:  # noqa: SLF001 - argparse has no public way to its parts
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            found |= action.choices
+    return found
