@@ -1,0 +1,62 @@
+"""A person at the page: a Chromium of this machine, driven through playwright's Python package."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from playwright.sync_api import Page
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
+QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync")
+PATIENCE = 60_000.0  # milliseconds for what two idle cores do in three seconds
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} is installed here")
+
+
+@contextlib.contextmanager
+def page(width: int = 1280, height: int = 800) -> Iterator[Page]:
+    """An empty page of a browser with a profile of its own."""
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, "--disable-component-update"])
+        opened = browser.new_page(viewport={"width": width, "height": height})
+        opened.set_default_timeout(PATIENCE)
+        yield opened
+        browser.close()
+
+
+def submit(form: Page, market: str, operator: str, reason: str) -> None:
+    """Fill the form of `refresh_token` and press its button."""
+    texts = form.locator("textarea")
+    texts.nth(1).wait_for()
+    texts.nth(0).fill(operator)
+    texts.nth(1).fill(reason)
+    choose(form, market)
+    form.get_by_role("button", name="Submit").click()
+    form.get_by_role("button", name="Submit").wait_for(state="detached")
+
+
+def choose(form: Page, option: str) -> None:
+    """Open the last drop-down that the page shows and take an option."""
+    form.locator(".p-select-button__control").last.focus()
+    form.keyboard.press("ArrowDown")
+    form.get_by_role("option", name=option, exact=True).click()
+
+
+def resume(run: Page, decision: str) -> str:
+    """Press a paused run's button, read what is asked, answer; what was asked."""
+    run.get_by_role("button", name="Resume").click()
+    dialog = run.locator(".p-modal")
+    dialog.get_by_text("all the same?").wait_for()
+    asked = dialog.inner_text()
+    choose(run, decision)
+    run.get_by_role("button", name="Submit").click()
+    return asked

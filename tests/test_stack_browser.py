@@ -1,0 +1,35 @@
+"""The page as a person has it: buttons pressed in a real browser, against the stack in the background."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import browser
+from running import until
+from stacks import SLOW, in_proc
+
+if TYPE_CHECKING:
+    from stacks import Up
+
+pytestmark = [in_proc, browser.needs_chromium]
+
+
+def test_a_person_refreshes_in_the_page_and_is_asked_first(up: Up) -> None:
+    """The form's button starts a run that waits; its page says what would happen; the answer brings it to its end."""
+    get = [sys.executable, "-m", "tokencore", "get", "us"]
+    subprocess.run(get, env=up.place.environment, cwd=up.place.work, stdout=subprocess.DEVNULL, check=True)
+    before = up.gateway.stats()["token_requests"]
+    form = up.api("GET", "deployments/name/refresh-token/refresh_token").json()["id"]
+    paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
+    with browser.page() as page:
+        page.goto(f"{up.url}/deployments/deployment/{form}/run")
+        browser.submit(page, "us", "Kim Minji", "a bot lost it")
+        until(lambda: bool(up.api("POST", "flow_runs/filter", paused).json()), SLOW)
+        (run,) = up.api("POST", "flow_runs/filter", paused).json()
+        page.goto(f"{up.url}/runs/flow-run/{run['id']}")
+        assert "KIS would hand back the present token" in browser.resume(page, "leave the token as it is")
+        page.get_by_text("Declined").first.wait_for()
+    assert up.api("GET", f"flow_runs/{run['id']}").json()["state"]["name"] == "Declined"
+    assert up.gateway.stats()["token_requests"] == before
