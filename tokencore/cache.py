@@ -25,6 +25,7 @@ class Cache:
     Attributes:
         folder: the token directory, absolute.
         fingerprint: names the key in its environment, without telling it.
+        path: the first market's token file.
 
     """
 
@@ -34,7 +35,8 @@ class Cache:
         """Serve the markets with `prefixes`, all of the key `app_key` at `base_url`; the first one is read first."""
         self.folder = folder
         self.fingerprint = fingerprint(app_key, base_url)
-        self.paths = [store.token_file(folder, prefix) for prefix in prefixes]
+        self.path = store.token_file(folder, prefixes[0])
+        self._prefixes = prefixes
         self._environment = environment
         self._app_key = app_key
         self._known: dict[str, tuple[Signature, Token | None, str]] = {}
@@ -45,13 +47,18 @@ class Cache:
     def __reduce__(self) -> str:
         raise TypeError("a Cache knows its key and is not pickled")
 
+    @property
+    def paths(self) -> list[str]:
+        """The token files of all markets of the key, the first market's first."""
+        return [store.token_file(self.folder, prefix) for prefix in self._prefixes]
+
     def read(self, path: str | None = None) -> tuple[Token | None, str]:
         """The token in the file (the first market's by default), and what is wrong where there is none.
 
         The second item is empty when there is a token or simply no file. A file is parsed again only when
         its inode, size or time differs, so that another process's renewal is seen by one `stat`.
         """
-        token, problem = self._on_file(path or self.paths[0])
+        token, problem = self._on_file(path or self.path)
         kept = _kept.get(self.fingerprint)
         if kept is not None and (token is None or token.expires_at < kept.expires_at):
             return kept, ""
@@ -92,7 +99,7 @@ class Cache:
         """
         _kept.pop(self.fingerprint, None)
         try:
-            os.unlink(self.paths[0])
+            os.unlink(self.path)
         except FileNotFoundError:
             return False
         store.sync_folder(self.folder)

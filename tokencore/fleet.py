@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
 from tokencore import sessions, sources
 from tokencore.errors import ConfigurationError
-from tokencore.manager import TokenManager
+from tokencore.manager import Configured, TokenManager
 from tokencore.market import market_names
-from tokencore.settings import Settings
+from tokencore.settings import Settings, overrides
+from tokencore.status import next_need
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokencore.status import TokenStatus
 
 
 def managers(*, one_per_key: bool = False) -> list[TokenManager]:
@@ -16,14 +25,28 @@ def managers(*, one_per_key: bool = False) -> list[TokenManager]:
         ConfigurationError: the settings are malformed, or no market has credentials.
 
     """
-    Settings.load()
-    every = [TokenManager(name) for name in market_names(sources.gather().values)]
+    found = sources.gather()
+    Settings.load(found)
+    configured = Configured(found)
+    every = [TokenManager(name, configured=configured) for name in market_names(configured.values)]
     able = [manager for manager in every if manager.market.app_key]
     if not able:
         every[0].get_app_credentials()  # raises the sentence that says what to set
     if not one_per_key:
         return able
     return [manager for manager in able if manager.sharing()[0] == manager.market.name]
+
+
+def statuses(asked: Sequence[TokenManager]) -> list[TokenStatus]:
+    """The status of each, as its `get_token_status` has it; each set of exchanges is looked up once.
+
+    Raises:
+        ConfigurationError: an exchange is unknown, or the settings are malformed.
+
+    """
+    now, known = datetime.now(UTC), overrides()
+    needs = {codes: next_need(codes, now, known) for codes in {manager.market.exchanges for manager in asked}}
+    return [manager.status_at(now, needs[manager.market.exchanges]) for manager in asked]
 
 
 def trading(exchange: str) -> list[TokenManager]:

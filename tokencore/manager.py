@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tokencore.keeper import Keeper
     from tokencore.record import Attempt
+    from tokencore.sources import Gathered
     from tokencore.status import TokenStatus
     from tokencore.tokens import Token
 
@@ -35,16 +36,16 @@ class BaseTokenManager:
     everything else comes from the settings. It is not pickled: make one where it is needed.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_text", "_values")  # what `vars` shows has no secret
+    __slots__ = ("__dict__", "__weakref__", "_text")  # what `vars` shows has no secret
 
-    def __init__(self) -> None:
-        """Read the settings; neither a token file nor KIS is touched yet.
+    def __init__(self, *, configured: Configured | None = None) -> None:
+        """Read the settings, unless `configured` has them; neither a token file nor KIS is touched yet.
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
 
         """
-        self._values = sources.gather().values
+        self._configured = configured or Configured()
         self.market = self._read_market()
         self._text = ""
         self._fresh_until = 0.0  # monotonic seconds
@@ -133,9 +134,17 @@ class BaseTokenManager:
 
     def get_token_status(self) -> TokenStatus:
         """What is known of the market's token, as `tokencore check --json` prints it. Writes and asks nothing."""
+        from tokencore.settings import overrides  # not on the path of a cached token
+        from tokencore.status import next_need
+
+        now = datetime.now(UTC)
+        return self.status_at(now, next_need(self.market.exchanges, now, overrides()))
+
+    def status_at(self, now: datetime, need: tuple[datetime, datetime] | None) -> TokenStatus:
+        """The same at `now` (aware), for who has asked the calendars for the next `need` already."""
         from tokencore.status import token_status  # not on the path of a cached token
 
-        return token_status(self.market, self._cache, datetime.now(UTC))
+        return token_status(self.market, self._cache, now, need)
 
     def get_token_info(self) -> str:
         """The same for people: a few aligned lines, times in KST and in this machine's zone."""
@@ -283,11 +292,11 @@ class BaseTokenManager:
 
     def sharing(self) -> list[str]:
         """The configured markets with this key, in the settings' order: they share one token and one issuance."""
-        return _sharing(self._cache.fingerprint, self._values)
+        return self._configured.sharing(self._cache.fingerprint)
 
     def key_exchanges(self) -> list[str]:
         """The exchanges of all markets with this key, as the user wrote them."""
-        found = [_market(name, self._values).exchanges for name in self.sharing()]
+        found = [self._configured.market(name).exchanges for name in self.sharing()]
         return list(dict.fromkeys(code for codes in found for code in codes))
 
     def _consult(self, valid_until: datetime | None) -> Token:
@@ -347,8 +356,8 @@ class BaseTokenManager:
     def _read_market(self) -> Market:
         """The market that the file prefix names, configured or not: a subclass brings what is its own."""
         name = self.get_token_file_prefix().rstrip("_").lower()
-        self._values.setdefault("markets", {}).setdefault(name, {})
-        return _market(name, self._values)
+        self._configured.values.setdefault("markets", {}).setdefault(name, {})
+        return self._configured.market(name)
 
     def _app_key(self) -> str:
         """The key alone: its secret may be in a keyring, which is slow and may ask a person for a password."""
@@ -361,7 +370,7 @@ class BaseTokenManager:
         if self._cache_made is None:
             app_key, url = self._app_key(), self.get_api_url().rstrip("/")
             own = self.get_token_file_prefix()
-            siblings = [f"{name}_" for name in _sharing(fingerprint(app_key, url), self._values)]
+            siblings = self._configured.prefixes(fingerprint(app_key, url))
             prefixes = [own, *(prefix for prefix in siblings if prefix != own)]
             self._cache_made = Cache(self.market.token_dir, url, self.market.environment, app_key, prefixes)
         return self._cache_made
@@ -380,15 +389,15 @@ class BaseTokenManager:
 class TokenManager(BaseTokenManager):
     """The token of a configured market, by its name: `us`, `kr`, or one of the user's own."""
 
-    def __init__(self, market: str) -> None:
-        """Read the settings of `market`, and see whether its file holds a valid token; KIS is not asked yet.
+    def __init__(self, market: str, *, configured: Configured | None = None) -> None:
+        """Take the settings (`configured`, or read now) and see whether there is a valid token; KIS is not asked yet.
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
 
         """
         self._name = market
-        super().__init__()
+        super().__init__(configured=configured)
         if self.market.app_key and self.is_token_expired():
             _import_ahead()
 
@@ -410,7 +419,7 @@ class TokenManager(BaseTokenManager):
         return f"{self._name}_"
 
     def _read_market(self) -> Market:
-        return _market(self._name, self._values)
+        return self._configured.market(self._name)
 
 
 class USTokenManager(TokenManager):
@@ -444,17 +453,49 @@ def _warn(error: Exception) -> None:
     logging.getLogger("tokencore").warning("The renewal ahead failed: %s", told)
 
 
-def _market(name: str, values: dict[str, Any]) -> Market:
-    try:
-        return Market(name, values)
-    except (ValueError, TypeError):
-        from tokencore.settings import Settings  # only a mistake needs its words
+class Configured:
+    """One reading of the settings, and which markets share a key: for one manager, or for all that a command needs."""
 
-        Settings.load()
-        raise
+    __slots__ = ("_by_key", "values")  # what `vars` shows has no secret
 
+    def __init__(self, found: Gathered | None = None) -> None:
+        """Take the settings that were found, or gather them.
 
-def _sharing(key_fingerprint: str, values: dict[str, Any]) -> list[str]:
-    """The configured markets whose key it is."""
-    found = [_market(name, values) for name in market_names(values)]
-    return [m.name for m in found if m.app_key and fingerprint(m.app_key, m.base_url) == key_fingerprint]
+        Raises:
+            ConfigurationError: they cannot be read.
+
+        """
+        self.values: dict[str, Any] = (found or sources.gather()).values
+        self._by_key: dict[str, list[str]] | None = None
+
+    def __reduce__(self) -> str:
+        raise TypeError("the settings hold credentials and are not pickled; gather them where they are needed")
+
+    def market(self, name: str) -> Market:
+        """The market of that name.
+
+        Raises:
+            ConfigurationError: it is not configured, or a setting cannot be used.
+
+        """
+        try:
+            return Market(name, self.values)
+        except (ValueError, TypeError):
+            from tokencore.settings import Settings  # only a mistake needs its words
+
+            Settings.load()
+            raise
+
+    def sharing(self, key_fingerprint: str) -> list[str]:
+        """The configured markets whose key it is."""
+        return [prefix.removesuffix("_") for prefix in self.prefixes(key_fingerprint)]
+
+    def prefixes(self, key_fingerprint: str) -> list[str]:
+        """What the names of their files begin with; all are looked at once, as each of a thousand managers asks."""
+        if self._by_key is None:
+            found: dict[str, list[str]] = {}
+            for market in map(self.market, market_names(self.values)):
+                if market.app_key:
+                    found.setdefault(fingerprint(market.app_key, market.base_url), []).append(f"{market.name}_")
+            self._by_key = found
+        return self._by_key.get(key_fingerprint, [])

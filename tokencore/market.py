@@ -202,10 +202,9 @@ def _own_values(name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
         named(name)
     except ValueError as error:
         raise ConfigurationError(f"{error}.") from None
-    known = market_names(values)
-    if name not in known:
+    if name not in DEFAULT_EXCHANGES and name not in values.get("markets", {}):
         raise ConfigurationError(
-            f"The market {name!r} is not configured (known: {', '.join(known)}); "
+            f"The market {name!r} is not configured (known: {', '.join(market_names(values))}); "
             f"set KIS_MARKETS__{name.upper()}__EXCHANGES to the exchanges it trades, such as SEHK.",
         )
     own = values.get("markets", {}).get(name, {})

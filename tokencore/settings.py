@@ -179,25 +179,25 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What `sources.gather` found is the one source beside arguments: one precedence for every caller."""
-        return init_settings, _Gathered(settings_cls)
+        """What `sources.gather` found is the one source: one precedence for every caller."""
+        return (init_settings,) if init_settings() else (_Gathered(settings_cls),)
 
     def __reduce__(self) -> str:
         raise TypeError("Settings hold credentials and are not pickled; load them where they are needed")
 
     @classmethod
-    def load(cls) -> Self:
-        """The validated settings of this process.
+    def load(cls, found: Gathered | None = None) -> Self:
+        """The validated settings of this process, gathered unless they have just been `found`.
 
         Raises:
             ConfigurationError: a value is malformed or a source unreadable; cached tokens stay usable.
 
         """
-        found = gather()
+        found = found or gather()
         _warn_of_spaces(found.values, "KIS_")
         _refuse_unknown(found)
         try:
-            return cls()
+            return cls(**found.values)
         except ValidationError as error:
             raise ConfigurationError(_sentence(error.errors(include_input=False)[0])) from None
 

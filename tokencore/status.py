@@ -12,8 +12,11 @@ from tokencore.record import IssuanceRecord
 from tokencore.settings import overrides
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from tokencore.cache import Cache
     from tokencore.market import Market
+    from tokencore.sessions import Override
     from tokencore.tokens import Token
 
 CLOCK_SLACK = timedelta(seconds=30)  # KIS's clock is not ours, and a need ends with a pad, long after the close
@@ -51,21 +54,16 @@ class TokenStatus(TypedDict):
     covers_next_need: bool | None
 
 
-def token_status(market: Market, cache: Cache, now: datetime) -> TokenStatus:
+def token_status(market: Market, cache: Cache, now: datetime, need: tuple[datetime, datetime] | None) -> TokenStatus:
     """The status of `market` at `now` (aware): one of the contract's six words, and the facts behind it.
 
-    `next_need` is the present or next time in which one of the market's exchanges needs a token.
-
-    Raises:
-        ConfigurationError: an exchange of the market is unknown, or the settings are malformed.
-
+    `need` is the market's `next_need`.
     """
     token, problem = cache.read()
     attempts = IssuanceRecord(cache.folder, cache.fingerprint).attempts()
-    path = cache.paths[0]
+    path = cache.path
     named = word(token, problem, market, now)
     left = max(0.0, (token.expires_at - now).total_seconds()) if token else 0.0
-    need = next_need(market, now)
     return {
         "market": market.name,
         "status": named,
@@ -88,9 +86,16 @@ def token_status(market: Market, cache: Cache, now: datetime) -> TokenStatus:
     }
 
 
-def next_need(market: Market, now: datetime) -> tuple[datetime, datetime] | None:
-    """The merged need of the market's exchanges that contains `now` or comes next; None without exchanges."""
-    coming = sessions.needs(market.exchanges, now, now + HORIZON, overrides())
+def next_need(
+    exchanges: Sequence[str], now: datetime, known: Mapping[str, Override]
+) -> tuple[datetime, datetime] | None:
+    """The merged need of these exchanges that contains `now` (aware) or comes next; None without exchanges.
+
+    Raises:
+        ConfigurationError: an exchange is unknown.
+
+    """
+    coming = sessions.needs(exchanges, now, now + HORIZON, known)
     return next((need for need in coming if need[1] > now), None)
 
 

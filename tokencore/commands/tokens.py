@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tokencore import view
 from tokencore.commands.shared import add_json, add_market, print_json
 from tokencore.errors import ConfigurationError, TokenUnavailableError
-from tokencore.fleet import managers
+from tokencore.fleet import managers, statuses
 from tokencore.limits import tell
 from tokencore.manager import TokenManager
 
@@ -116,8 +116,8 @@ _FORMATS = {"process": _as_process, "env": _as_env, "header": _as_header}
 
 def _check(options: argparse.Namespace) -> int:
     asked = [TokenManager(name) for name in options.market] or managers()
-    statuses = [manager.get_token_status() for manager in asked]
-    code = 0 if all(status["valid"] for status in statuses) else NOT_VALID
+    found = statuses(asked)
+    code = 0 if all(status["valid"] for status in found) else NOT_VALID
     proofs: dict[str, tuple[bool | None, str]] = {}
     if options.probe:
         proofs = {manager.market.name: manager.probe() for manager in asked if not manager.is_token_expired()}
@@ -126,9 +126,9 @@ def _check(options: argparse.Namespace) -> int:
         elif any(accepted is None for accepted, _ in proofs.values()):
             code = code or UNREACHABLE
     if options.json:
-        print_json([{**status, **_proof(proofs, status["market"])} for status in statuses])
+        print_json([{**status, **_proof(proofs, status["market"])} for status in found])
     else:
-        view.print_statuses(statuses, proofs, datetime.now(UTC))
+        view.print_statuses(found, proofs, datetime.now(UTC))
     return code
 
 
