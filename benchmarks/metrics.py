@@ -31,7 +31,7 @@ from tokencore.tokens import Token
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MARKETS, SCRAPES, RARE = 100, 500, 20
+MARKETS, SCRAPES, RARE = 100, 500, 10
 RECORDED = 365  # attempts: a year of daily issues
 LIMIT = 0.050  # seconds a scrape may take
 URL = "https://kis.invalid"
