@@ -90,6 +90,10 @@ def test_another_process_is_seen_at_the_next_look() -> None:
     seen = look(watch)["us"]
     assert seen.status == "VALID"
     assert seen.attempts == {Outcome.ISSUED: 1}
+    recorded(Outcome.LIMIT)
+    seen = look(watch)["us"]
+    assert seen.attempts == {Outcome.ISSUED: 1, Outcome.LIMIT: 1}
+    assert seen.cooldown_until is not None
     TokenManager("us").delete_token()
     assert look(watch)["us"].status == "NO_TOKEN"
 
