@@ -47,12 +47,12 @@ class KISAuth(AuthBase):
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
-        self._signer.check_url(request.url or "")
+        signature = self._signer.signature_for(request.url or "")
         headers = request.headers
         # `in` raises and catches an error inside, which costs as much as all the rest; the dictionary within does not.
         if "custtype" not in getattr(headers, "_store", headers):
             headers["custtype"] = self._custtype
-        _sign(request, self._signer.signature())
+        _sign(request, signature)
         request.hooks["response"].append(self._answered)
         return request
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tokencore")
 SECRET_HEADERS = ("authorization", "appkey", "appsecret")
 _PORTS = {"https": 443, "http": 80}
-_DEAD_BYTES = tuple(code.encode() for code in DEAD_TOKEN)
+_DEAD_START = b"EGW0012"  # of both codes: most answers need not be parsed for them
 
 
 class Signature:
@@ -78,6 +78,19 @@ class Signer:
         token, present = self._manager.get_valid_token(), self._present
         return present if present is not None and present.token == token else self._signed(token)
 
+    def signature_for(self, url: str) -> Signature:
+        """The same for a request to `url`.
+
+        Raises:
+            ConfigurationError: it is another address than KIS's own (scheme, host, port); nothing was sent.
+            TokenError: as above.
+
+        """
+        if not url.startswith(self.prefix) and _origin(url) != self.origin:
+            self.refuse(url)
+        token, present = self._manager.get_valid_token(), self._present
+        return present if present is not None and present.token == token else self._signed(token)
+
     def signature_at_hand(self) -> Signature | None:
         """The headers where the token is there and no renewal is due; None where `signature` might wait."""
         token, present = self._manager.token_at_hand(), self._present
@@ -92,16 +105,6 @@ class Signer:
         except TokenError as error:
             _log.warning("KIS rejected the token of %r, and there is no other yet: %s", self, error)
             return None
-
-    def check_url(self, url: str) -> None:
-        """Return where `url` is of KIS's own address: its scheme, its host and its port.
-
-        Raises:
-            ConfigurationError: it is another one's, so it gets no credentials; nothing was sent.
-
-        """
-        if not url.startswith(self.prefix) and _origin(url) != self.origin:
-            self.refuse(url)
 
     def refuse(self, url: str) -> NoReturn:
         """Say that `url` is not KIS's."""
@@ -125,7 +128,7 @@ def is_json(kind: str | None) -> bool:
 
 def says_dead(content: bytes) -> bool:
     """Whether this JSON says that KIS takes the token no longer; HTTP's status tells nothing about it."""
-    if not any(code in content for code in _DEAD_BYTES):
+    if _DEAD_START not in content:
         return False
     try:
         body = json.loads(content)
