@@ -117,6 +117,7 @@ def test_looking_issues_and_writes_nothing_and_tells_no_secret(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLACK_WEBHOOK_URL", "http://127.0.0.1:1/services/Canary")
     monkeypatch.setenv("KIS_BASE_URL_", "https://user:Canary@host")
+    monkeypatch.setenv("PREFECT_API_URL", "http://user:Canary@127.0.0.1:1/api")
     said = [command("doctor"), command("doctor", "--json")]
     assert not folder().exists()
     cached(20_000)

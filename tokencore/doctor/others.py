@@ -64,7 +64,8 @@ def prefect(exchanges: Iterable[str], home: str) -> list[Finding]:
     port = known.get("PREFECT_SERVER_API_PORT") or DEFAULT_PORT
     expected = bool(url) or os.path.isdir(home)
     url = url or f"http://127.0.0.1:{port}/api"
-    shown = urlsplit(url)._replace(query="", fragment="").geturl()
+    parts = urlsplit(url)  # of which a password may be part
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     try:
         auth = _auth(known)
         answer = ask("POST", f"{url}/deployments/filter", auth=auth, json={})
