@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 TIMEOUT = 2.0  # seconds; loopback answers in milliseconds
+DRIP = 0.02  # seconds between two bytes of an answer that never ends
 _connects: dict[int, list[float]] = {}  # by port: when this process tried to connect
 
 
@@ -53,6 +54,7 @@ class Wire:
     def __init__(self, reply: bytes = b"", *, host: str = "127.0.0.1", context: ssl.SSLContext | None = None) -> None:
         """Open a port."""
         self.reply = reply
+        self.drip = b""
         self.requests: list[bytes] = []
         self._context = context
         self._socket = socket.create_server((host, 0))
@@ -81,6 +83,9 @@ class Wire:
             try:
                 with self._context.wrap_socket(plain, server_side=True) if self._context else plain as connection:
                     self.requests.append(_received(connection))
+                    for at in range(len(self.drip)):  # by the byte, and not to its end within a test
+                        connection.sendall(self.drip[at : at + 1])
+                        time.sleep(DRIP)
                     # Past the encryption, where there is one: no TLS record begins like that.
                     with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
                         bare.sendall(self.reply)
@@ -208,6 +213,37 @@ def test_every_failure_has_its_own_outcome_error_and_advice(
     assert cure in found.cure
     assert gateway.stats()["token_requests"] == 1
     assert Attempt(datetime.now(UTC), found.outcome).counts
+
+
+@pytest.mark.parametrize(
+    "drip",
+    [
+        pytest.param(b"HTTP/1.1 200 OK\r\n" + b"X-Header: x\r\n" * 50, id="header"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + b" " * 900, id="body of a known length"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b" " * 900, id="body until the end"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 200, id="chunks"),
+    ],
+)
+def test_an_answer_that_comes_byte_by_byte_ends_in_twice_the_time_out(wire: Wire, drip: bytes) -> None:
+    """Each byte comes within the time-out, so that only a bound on the whole answer ends it, in its header too."""
+    wire.drip = drip
+    began = time.monotonic()
+    found = refused(issuer(wire.url, timeout=0.3).issue())
+    assert found.outcome is Outcome.NO_ANSWER
+    assert "too slowly" in found.what
+    assert 0.5 < time.monotonic() - began < 2
+
+
+def test_no_thread_watches_an_answer_that_has_come(wire: Wire) -> None:
+    """What bounds an answer in time ends with it."""
+    before = threading.active_count()
+    wire.answer(200, make_answer())
+    for _ in range(3):
+        assert isinstance(issuer(wire.url, timeout=60).issue(), Token)
+    until = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(
@@ -503,3 +539,18 @@ def test_a_gateway_that_cannot_be_asked_revokes_nothing(closed: int) -> None:
     """Without a connection the error says so."""
     with pytest.raises(errors.IssuerUnavailableError, match="could not be asked"):
         issuer(f"http://127.0.0.1:{closed}").revoke(make_jwt())
+
+
+def test_an_encrypted_answer_that_comes_byte_by_byte_ends_too(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound on the whole answer holds for KIS's own kind of connection."""
+    monkeypatch.setattr("requests.adapters.DEFAULT_CA_BUNDLE_PATH", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with Wire(context=context) as slow:
+        slow.drip = b"HTTP/1.1 200 OK\r\n" + b"X-Header: x\r\n" * 50
+        began = time.monotonic()
+        found = refused(issuer(slow.url, timeout=0.3).issue())
+    assert (found.outcome, time.monotonic() - began < 2) == (Outcome.NO_ANSWER, True)
+    assert "too slowly" in found.what

@@ -6,9 +6,12 @@ people with everything that looks like a token or equals a credential removed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
+import socket
+import threading
 import time
 from datetime import UTC, datetime
 from ssl import SSLCertVerificationError
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
 
 from tokencore import quotes
@@ -28,9 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
 
+    from urllib3.connection import HTTPConnection
+
     from tokencore.quotes import Quote
 
 ANSWER_LIMIT = 65_536  # bytes; KIS's answers have about 700
+TOO_SLOWLY = "the answer came too slowly"
 CONNECT_TRIES = 4  # the first and three more, only while the request cannot have reached KIS
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
@@ -187,6 +194,8 @@ class Issuer:
             )
             session.auth = _no_netrc
             session.headers["Content-Type"] = "application/json; charset=UTF-8"
+            whole = _InTime(2 * self._timeout)
+            session.mount(f"{urlsplit(self._base_url).scheme}://", whole)
             try:
                 with session.request(
                     method,
@@ -196,8 +205,10 @@ class Issuer:
                     stream=True,
                     **kwargs,
                 ) as response:
-                    return _answer(response, time.monotonic() + 2 * self._timeout)
+                    return _answer(response, whole)
             except (requests.RequestException, HTTPError) as error:
+                if whole.late:
+                    raise NoAnswerError(TOO_SLOWLY) from None
                 raise (NotAskedError if _never_sent(error) else NoAnswerError)(_fault(error)) from None
             except OSError:  # requests' own checks, before anything is sent
                 raise NotAskedError("its certificates cannot be checked (REQUESTS_CA_BUNDLE)") from None
@@ -218,15 +229,52 @@ def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
 
-def _answer(response: requests.Response, deadline: float) -> Answer:
-    """Read at most `ANSWER_LIMIT` bytes, not past `deadline` (monotonic), and parse what is there."""
-    content = bytearray()
-    for piece in response.iter_content(1):
-        content += piece
-        if len(content) > ANSWER_LIMIT:
-            raise NoAnswerError(f"the answer is larger than {ANSWER_LIMIT} bytes")
-        if time.monotonic() > deadline:
-            raise NoAnswerError("the answer came too slowly")
+class _InTime(HTTPAdapter):
+    """Cuts its connection `seconds` after it stands, by the monotonic clock, and is then `late`.
+
+    A time-out is for each wait: an answer that comes byte by byte, its header too, would never meet it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.late = False
+        self._seconds = seconds
+        self._timers: list[threading.Timer] = []
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as inherited
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+
+        def connect(connection: HTTPConnection, plain: type[HTTPConnection] = pool.ConnectionCls) -> None:
+            plain.connect(connection)
+            self._watch(connection.sock)
+
+        pool.ConnectionCls = type("Watched", (pool.ConnectionCls,), {"connect": connect})
+        return pool
+
+    def close(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        super().close()
+
+    def _watch(self, connected: socket.socket) -> None:
+        timer = threading.Timer(self._seconds, self._cut, (connected,))
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
+
+    def _cut(self, connected: socket.socket) -> None:
+        self.late = True
+        with contextlib.suppress(OSError):  # it has ended by itself
+            connected.shutdown(socket.SHUT_RDWR)
+
+
+def _answer(response: requests.Response, whole: _InTime) -> Answer:
+    """Read at most `ANSWER_LIMIT` bytes, and parse what is there."""
+    content = response.raw.read(ANSWER_LIMIT + 1, decode_content=True)
+    if len(content) > ANSWER_LIMIT:
+        raise NoAnswerError(f"the answer is larger than {ANSWER_LIMIT} bytes")
+    if whole.late:
+        raise NoAnswerError(TOO_SLOWLY)
     text = content.decode("utf-8", errors="replace")
     try:
         body = json.loads(text)
