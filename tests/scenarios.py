@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepping import START, Asked, Clock, Kis, Stepped, as_user, command, preload, settings
 
+from tokencore.sandbox_http import Handler
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Self
@@ -48,16 +50,21 @@ class Desk:
             if process.at is not None:
                 process.kill()
 
-    def start(self, *arguments: str, **variables: str) -> Stepped:
-        """A command in a process of its own, before its first call, with environment variables beside its settings."""
-        work = as_user(self.user, command(*arguments)) if self.user else command(*arguments)
+    def start(self, *arguments: str, first: Callable[[], None] | None = None, **variables: str) -> Stepped:
+        """A command in a process of its own, before its first call, with environment variables beside its settings.
+
+        `first` is done in that process before anything else, such as planting a bug.
+        """
+        work = command(*arguments, first=first)
+        if self.user:
+            work = as_user(self.user, work)
         process = Stepped(work, self.folder, self.clock, **settings(self.folder, self._kis, self.key), **variables)
         self._started.append(process)
         return process
 
     def run(self, *arguments: str, **variables: str) -> Ran:
         """A command, run to its end in a process of its own."""
-        return self.start(*arguments, **variables).finish()
+        return self.start(*arguments, first=None, **variables).finish()
 
     def token(self, market: str) -> str | None:
         """The token in the market's file; None without a file, and never half of one."""
@@ -100,6 +107,10 @@ class Desk:
     def granted(self) -> list[str]:
         """The tokens that KIS issued, oldest first."""
         return [asked.token for asked in self.asked if asked.outcome == "new" and asked.token]
+
+    def expiry(self, token: str) -> float:
+        """When KIS lets a token of the key expire, in epoch seconds."""
+        return self._kis.expiry(token)
 
     def path(self, ending: str) -> Path:
         """The one file of the folder whose name ends so."""
@@ -166,6 +177,7 @@ def desks() -> Iterator[Callable[[], Desk]]:
     preload()
     clock = Clock()
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a disk's own fsync proves nothing here
+    Handler.wbufsize = -1  # answers in one piece: how often a process reads must not depend on chance
     with tempfile.TemporaryDirectory(dir=memory) as base, Kis(clock) as kis:
         yield lambda: Desk(kis, clock, Path(base))
 

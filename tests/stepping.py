@@ -14,6 +14,7 @@ import importlib
 import io
 import os
 import pkgutil
+import select
 import signal
 import socket
 import sys
@@ -103,6 +104,10 @@ class Kis(Sandbox):
 
         return restore
 
+    def expiry(self, token: str) -> float:
+        """When a token expires, in epoch seconds."""
+        return self._tokens[token].expires
+
     def issue(self, asked: Mapping[str, Any], now: float) -> Answer:
         """As the gateway, at the time of the test's clock."""
         now = self._clock.true
@@ -167,9 +172,15 @@ class Stepped:
         return stopped
 
 
-def command(*arguments: str) -> Callable[[], int]:
-    """The command line with these arguments, as the work of a process."""
-    return lambda: cli.main(arguments)
+def command(*arguments: str, first: Callable[[], None] | None = None) -> Callable[[], int]:
+    """The command line with these arguments, as the work of a process; something else may come first."""
+
+    def work() -> int:
+        if first:
+            first()
+        return cli.main(arguments)
+
+    return work
 
 
 def as_user(number: int, work: Callable[[], int]) -> Callable[[], int]:
@@ -272,6 +283,8 @@ class _Watch:
             place = watched(args)
             if place is None:
                 return real(*args, **kwargs)
+            if name == "recv_into":  # the stop comes when KIS has answered, so that its clock stands still meanwhile
+                select.select([args[0]], [], [], 10)
             error = self.stop(f"{name} {place}").error
             if error and name != "close":
                 raise OSError(error, os.strerror(error))
