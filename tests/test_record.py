@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import stat
+import tempfile
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -208,6 +210,39 @@ def test_a_record_that_is_no_file_refuses_the_attempt(record: IssuanceRecord, ki
     assert record.attempts() == []
     with pytest.raises(OSError, match=r"[a-z]"):
         record.begin(attempt())
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become someone else")
+def test_a_record_that_cannot_be_read_still_tells_its_last_attempt() -> None:
+    """Where the disk or the mode forbids to read it, the time of its last change starts the cool-down all the same."""
+    with tempfile.TemporaryDirectory() as public:
+        Path(public).chmod(0o755)
+        record = IssuanceRecord(public, "0123456789abcdef")
+        write(record, Outcome.ISSUED, Outcome.SERVER_ERROR)
+        Path(record.path).chmod(0)
+        os.utime(record.path, (NOW.timestamp(), NOW.timestamp()))
+
+        def work() -> None:
+            os.setuid(65_534)
+            assert record.attempts() == [Attempt(NOW, Outcome.SENT)]
+
+        assert ended(in_child(work)) == 0
+
+
+def test_a_long_record_that_cannot_be_read_now_is_not_cut(
+    record: IssuanceRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One read that fails costs none of the attempts that were kept."""
+    write(record, Outcome.ISSUED)
+    Path(record.path).write_bytes(Path(record.path).read_bytes() * (TRIM_AT + 1))
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "read", broken)
+        record.begin(attempt())
+    assert len(record.attempts()) == TRIM_AT + 2
 
 
 def test_every_line_is_json_for_other_programs(record: IssuanceRecord) -> None:

@@ -453,7 +453,10 @@ def with_marks(attempts: list[Attempt], cache: Cache, lock: KeyLock) -> list[Att
     """The recorded `attempts` of a key, and after them what only its marks and its lock file tell."""
     # A mark names no key, so it only counts where the record is lost; the lock's time is this key's own.
     known = attempts[-1].at if attempts else datetime.min.replace(tzinfo=UTC)
-    marks = sorted(mark for mark in (None if attempts else cache.issued_mark(), lock.unrecorded()) if mark)
+    issued = None if attempts else cache.issued_mark()
+    if issued:
+        issued += timedelta(seconds=1)  # it is cut to whole ones, and KIS counts the rest of it too
+    marks = sorted(mark for mark in (issued, lock.unrecorded()) if mark)
     return attempts + [Attempt(at, Outcome.ISSUED) for at in marks if at > known]
 
 

@@ -7,6 +7,7 @@ token or a key.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -88,8 +89,15 @@ class IssuanceRecord:
         self.path = os.path.join(folder, f"key-{key_fingerprint}.jsonl")
 
     def attempts(self) -> list[Attempt]:
-        """All attempts, oldest first; lines that cannot be read are passed over, a missing file is empty."""
-        return self._known().attempts
+        """All attempts, oldest first; lines that cannot be read are passed over, a missing file is empty.
+
+        Of a file that cannot be read at all the time of its last change is known: an attempt was made then.
+        """
+        try:
+            return self.read().attempts
+        except ValueError:
+            changed = store.changed_at(self.path)
+            return [Attempt(datetime.fromtimestamp(changed, UTC), Outcome.SENT)] if changed else []
 
     def read(self) -> History:
         """All that is recorded; lines that cannot be read are passed over, a missing file is empty.
@@ -138,17 +146,13 @@ class IssuanceRecord:
             too_long = os.path.getsize(self.path) > TRIM_AT * LINE
         except FileNotFoundError:
             return
-        if too_long:
-            attempts, cut = self._known()
+        if not too_long:
+            return
+        with contextlib.suppress(ValueError):  # what cannot be read now is not thrown away
+            attempts, cut = self.read()
             cut += Counter(attempt.outcome for attempt in attempts[:-KEEP])
             kept = b"".join([_cut_line(cut), *(_line(attempt) for attempt in attempts[-KEEP:])])
             store.write_text(self.path, kept.decode(), temporary="trim")
-
-    def _known(self) -> History:
-        try:
-            return self.read()
-        except ValueError:
-            return History([], Counter())
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:

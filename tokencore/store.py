@@ -36,6 +36,15 @@ def signature(path: str) -> Signature | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def changed_at(path: str) -> float | None:
+    """When the content of a regular file was last changed, in epoch seconds; None where there is no such file."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_mtime if stat.S_ISREG(found.st_mode) else None
+
+
 def read_text(path: str) -> str | None:
     """The text of a regular file, or None when there is no file.
 
