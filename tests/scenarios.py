@@ -66,6 +66,10 @@ class Desk:
         """A command, run to its end in a process of its own."""
         return self.start(*arguments, first=None, **variables).finish()
 
+    def refuse_once(self) -> None:
+        """Let KIS answer the next request with a fault of its own."""
+        self._kis.fail("server-error", 1)
+
     def token(self, market: str) -> str | None:
         """The token in the market's file; None without a file, and never half of one."""
         path = self.folder / f"{market}_api_token.json"
@@ -158,6 +162,12 @@ def _of_one_market(desk: Desk) -> None:
     (desk.folder / "us_api_token.json").unlink()
 
 
+def _refused(desk: Desk) -> None:
+    desk.refuse_once()
+    assert desk.run("get", "us").code == 6
+    desk.clock.true += 10
+
+
 SCENARIOS = {
     "first token": Scenario(lambda _: None),
     "expired": Scenario(_later(24.5)),
@@ -168,6 +178,7 @@ SCENARIOS = {
     "lost record": Scenario(_without_record),
     "long record": Scenario(_with_long_record),
     "only the other market has it": Scenario(_of_one_market, issues=0, keeps=True),
+    "inside the minute": Scenario(_refused),
     "delete": Scenario(_later(7), ("delete", "us"), issues=0, keeps=True),
 }
 

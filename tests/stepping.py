@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tokencore.sandbox_answers import Answer
 
 START = datetime(2026, 11, 24, 4, tzinfo=UTC).timestamp()
+UTIME = os.utime  # before a process watches it
 TICK = 0.001  # seconds that every call takes
 ON_PATHS = (
     *("stat", "lstat", "open", "mkdir", "unlink", "remove", "rename", "replace", "chmod", "utime", "listdir"),
@@ -118,14 +119,14 @@ class Kis(Sandbox):
 
 
 class Stepped:
-    """A process that stands before its next call, named by `at`; None once it has ended with `code`."""
+    """A process that stands before its next call, named by `at`; None once it has ended."""
 
     def __init__(self, work: Callable[[], int], folder: Path, clock: Clock, **settings: str) -> None:
         """Start `work`, whose result is the exit code, and stop it before its first call in `folder`."""
         self._clock = clock
         self._pipe, theirs = Pipe()
         self._written = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - for the life of this
-        self.code: int | None = None
+        self._end: Ran | None = None
         self.failed = ""  # the call that was last made to fail
         self.pid = os.fork()
         if not self.pid:
@@ -158,16 +159,16 @@ class Stepped:
     @property
     def ran(self) -> Ran:
         """What it left behind."""
-        assert self.code is not None
-        out, err = (_content(file) for file in self._written)
-        return Ran(self.code, out, err)
+        assert self._end is not None
+        return self._end
 
     def _arrived(self) -> str | None:
         try:
             stopped: str = self._pipe.recv()
         except EOFError:
             self._pipe.close()
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self._end = Ran(code, *(_content(file) for file in self._written))
             return None
         return stopped
 
@@ -217,9 +218,10 @@ def preload() -> None:
 
 
 def _content(file: Any) -> str:  # noqa: ANN401 - a temporary file has no public type
-    file.seek(0)
-    text: str = file.read().decode()
-    return text
+    with file:
+        file.seek(0)
+        text: str = file.read().decode()
+        return text
 
 
 def _live(
@@ -265,6 +267,11 @@ class _Watch:
             self.on(socket.socket, name, lambda _: "socket")
         self._open_files()
         self._tell_time()
+
+    @property
+    def now(self) -> float:
+        """What the machine's clock shows, in epoch seconds."""
+        return self._order.wall
 
     def stop(self, what: str) -> Order:
         """Wait for the parent's order; the fault it asks for is raised."""
@@ -361,6 +368,8 @@ class _File(io.FileIO):
             try:
                 self._ask("close")
             finally:
+                if self.writable():  # the system's own clock is not the test's
+                    UTIME(self.fileno(), (self._watch.now, self._watch.now))
                 self._watch._names.pop(self.fileno(), None)  # noqa: SLF001 - two halves of one thing
                 super().close()
 
