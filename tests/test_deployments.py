@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
+import pkgutil
+import re
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,21 +14,24 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import yaml
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
 from prefect.flows import load_flow_from_entrypoint
 from prefect.server.schemas.schedules import CronSchedule
 from prefect.utilities.callables import parameter_schema
 
-from flows.check_tokens import advance
+import flows
 from flows.messages import CHECK_MINUTE
 from flows.refresh_token import Market
 from flows.runs import kis_is_down
-from flows.warm_up import Exchange, ensure
+from flows.warm_up import Exchange
 from tokencore import sessions
 
 if TYPE_CHECKING:
     from prefect import Flow
 
-FILE: dict[str, Any] = yaml.safe_load((Path(__file__).parent.parent / "prefect.yaml").read_text())
+ROOT = Path(__file__).parent.parent
+FILE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {deployment["name"]: deployment for deployment in FILE["deployments"]}
 WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint"] == "flows.warm_up.warm_up"}
 OFF = "off until you trade there"  # the tag that tells inactive deployments apart in the page's list
@@ -97,11 +103,36 @@ def test_a_flow_keeps_nothing_and_is_not_repeated_as_a_whole(name: str) -> None:
     assert flow.retries == 0
 
 
-@pytest.mark.parametrize("task", [ensure, advance], ids=lambda task: str(task.name))
+def tasks() -> list[Any]:
+    """Every task that a module of `flows` makes."""
+    names = [f"flows.{module.name}" for module in pkgutil.iter_modules(flows.__path__) if not module.ispkg]
+    made = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    return [value for value in made if isinstance(value, Task)]
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: str(task.name))
 def test_a_task_is_tried_again_only_while_kis_is_down(task: Any) -> None:  # noqa: ANN401 - a task with any parameters
-    """Its condition is the one that lets limits, refusals and settings be."""
+    """Its condition lets limits, refusals and settings be, its pauses outlast the cool-down, nothing is kept."""
     assert task.retry_condition_fn is kis_is_down
+    assert task.retries == 0  # `runs.each_key` gives it pauses that outlast the key's own issue interval
     assert task.persist_result is False
+    assert task.cache_policy is NO_CACHE
+
+
+@every_deployment
+def test_every_schedule_names_its_zone(name: str) -> None:
+    """A cron without a zone would mean the server's."""
+    assert all(ZoneInfo(schedule["timezone"]) for schedule in DEPLOYMENTS[name]["schedules"])
+
+
+@every_deployment
+def test_every_end_of_a_flow_is_explained(name: str) -> None:
+    """The text in the page says what the run does, how it ends and what to do then."""
+    text = str(flow_of(name).description)
+    source = (ROOT / f"{flow_of(name).fn.__module__.replace('.', '/')}.py").read_text()
+    used = {"Failed", *re.findall(r'Completed\(name="(\w+)"', source)}
+    assert "Ends as" in text
+    assert used - set(re.findall(r"\*\*(\w+)\*\*", text)) == set()
 
 
 def test_every_exchange_has_its_warm_up() -> None:

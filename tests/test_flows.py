@@ -595,6 +595,8 @@ def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes() -> None:
         assert planned_runs() == {"us+kr": [soon], "hk": [soon]}
     planned.keep({"us+kr": later, "hk": None})
     assert planned_runs() == {"us+kr": [later]}
+    planned.keep({"us+kr": soon})
+    assert planned_runs() == {"us+kr": [soon]}
     planned.keep({"us+kr": None})
     assert planned_runs() == {}
 
