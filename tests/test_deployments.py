@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 FILE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {deployment["name"]: deployment for deployment in FILE["deployments"]}
 WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint"] == "flows.warm_up.warm_up"}
-OFF = "off until you trade there"  # the tag that tells inactive deployments apart in the page's list
+OFF = "off"  # the tag that tells inactive deployments apart in the page's list, which shows two short ones
 DEFAULTS = {"KRX", "NASD", "NYSE", "AMEX"}  # what the markets `us` and `kr` trade
 WEEKS = (
     date(2026, 1, 5),
@@ -68,7 +68,9 @@ def test_a_deployment_loads_and_its_parameters_validate(name: str) -> None:
 @every_deployment
 def test_runs_of_a_deployment_wait_for_each_other(name: str) -> None:
     """One at a time, and the further one waits: CANCEL_NEW would cancel the run that is on time."""
-    assert DEPLOYMENTS[name]["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+    waits_for_people = name == "refresh_token"  # Prefect crashes a paused run that holds a slot, see prefect.yaml
+    expected = None if waits_for_people else {"limit": 1, "collision_strategy": "ENQUEUE"}
+    assert DEPLOYMENTS[name].get("concurrency_limit") == expected
 
 
 @every_deployment

@@ -74,6 +74,13 @@ def test_links_lead_somewhere() -> None:
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_pictures_are_small_and_shown() -> None:
+    """All pictures together stay under 300 kB, and none lies there that the README does not lead to."""
+    pictures = sorted((ROOT / "docs" / "images").iterdir())
+    assert sum(picture.stat().st_size for picture in pictures) < 300_000
+    assert [picture.name for picture in pictures if f"docs/images/{picture.name}" not in README] == []
+
+
 def test_first_screen_has_the_two_commands() -> None:
     """What it is and the two commands stand within the first ten lines."""
     top = "\n".join(README.splitlines()[:10])
