@@ -37,7 +37,7 @@ clients: .venv/.dev
 	@TOKENCORE_CLIENTS=all $(RUN) pytest tests/test_clients.py $(ARGS)
 
 torture: .venv/.dev
-	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),$(wildcard tests/test_faults_*.py))
+	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),$(wildcard tests/test_faults_*.py) tests/test_secrets.py)
 
 # Beside other clients, which are installed for nothing else; tokencore as a user has it, not as a checkout.
 bench: .venv/.flows .bench/.clients

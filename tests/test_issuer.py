@@ -23,6 +23,7 @@ from builders import CANARIES, DAY, KEY, SECRET, make_answer, make_jwt, make_tok
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from wires import Wire
 
 from tokencore import errors
 from tokencore.issuer import Issuer
@@ -33,10 +34,8 @@ from tokencore.tokens import Token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Self
 
 TIMEOUT = 2.0  # seconds; loopback answers in milliseconds
-DRIP = 0.02  # seconds between two bytes of an answer that never ends
 _connects: dict[int, list[float]] = {}  # by port: when this process tried to connect
 
 
@@ -46,65 +45,6 @@ def _hear(event: str, args: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_hear)
-
-
-class Wire:
-    """A server on loopback that answers every connection with `reply`, whatever it is, and keeps what it was sent."""
-
-    def __init__(self, reply: bytes = b"", *, host: str = "127.0.0.1", context: ssl.SSLContext | None = None) -> None:
-        """Open a port."""
-        self.reply = reply
-        self.drip = b""
-        self.requests: list[bytes] = []
-        self._context = context
-        self._socket = socket.create_server((host, 0))
-        self.url = f"{'https' if context else 'http'}://{host}:{self._socket.getsockname()[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._serve, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def answer(self, status: int, body: object, **headers: str) -> None:
-        """Answer from now on with this status and JSON, or bytes as they are."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        lines = [f"HTTP/1.1 {status} x", f"Content-Length: {len(content)}", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.reply = "\r\n".join([*lines, "", ""]).encode() + content
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                plain, _ = self._socket.accept()
-            except OSError:
-                return
-            try:
-                with self._context.wrap_socket(plain, server_side=True) if self._context else plain as connection:
-                    self.requests.append(_received(connection))
-                    for at in range(len(self.drip)):  # by the byte, and not to its end within a test
-                        connection.sendall(self.drip[at : at + 1])
-                        time.sleep(DRIP)
-                    # Past the encryption, where there is one: no TLS record begins like that.
-                    with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
-                        bare.sendall(self.reply)
-            except OSError:
-                continue
-
-
-def _received(connection: socket.socket) -> bytes:
-    got = b""
-    while b"\r\n\r\n" not in got:
-        piece = connection.recv(65536)
-        if not piece:
-            return got
-        got += piece
-    head, _, body = got.partition(b"\r\n\r\n")
-    sizes = [int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-    while len(body) < sum(sizes):
-        body += connection.recv(65536)
-    return head + b"\r\n\r\n" + body
 
 
 @pytest.fixture

@@ -15,6 +15,9 @@ CLASSES = {
     "test_faults_calls.py": "calls that fail",
     "test_faults_files.py": "bad files",
     "test_faults_time.py": "time",
+    "test_faults_kis.py": "KIS",
+    "test_faults_concurrency.py": "concurrency",
+    "test_secrets.py": "secrets",
     "test_faults_model.py": "model",
     "test_faults_planted.py": "planted bugs",
 }
