@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test clients bench lint docs pins clean
+.PHONY: help demo up down status test-alert test clients postgres bench lint docs pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -18,6 +18,7 @@ help:
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks (below ten minutes)'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes ten minutes'
+	@echo 'make postgres  two workers on a PostgreSQL server of their own, one of them killed'
 	@echo 'make lint    linter, formatter, type checker, direction of imports'
 	@echo 'make docs    write docs/commands.md anew, from the parser of the commands'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
@@ -50,6 +51,10 @@ bench: .venv/.flows .bench/.clients
 	@.bench/bin/python -m pip install --quiet --quiet --disable-pip-version-check 'pip>=25'
 	@.bench/bin/python -m pip install --quiet --quiet --constraint constraints.txt . -r benchmarks/requirements.txt
 	@touch $@
+
+# Needs a server's programs, as in Debian's package postgresql; takes three minutes.
+postgres: .venv/.dev
+	@TOKENCORE_POSTGRES=1 $(RUN) pytest tests/test_postgres.py $(ARGS)
 
 lint: .venv/.dev
 	@$(RUN) ruff check .

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "TOKENCORE_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
 SLOW = 240  # seconds; half a minute on two idle cores
+PASSWORD = "admin:CanaryPassword"  # of the server that the tests share
 WEBHOOK = "CanaryWebhook"  # in the address of the Slack that a stack tells
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 # A worker that shows every 3 s that it lives is missed after 6.
@@ -99,6 +100,7 @@ class Up(NamedTuple):
     folder: Path
     slack: SlackEndpoint
     gateway: Sandbox
+    auth: tuple[str, str] | None = None
 
     @property
     def url(self) -> str:
@@ -115,6 +117,7 @@ class Up(NamedTuple):
         """What the server answers."""
         with requests.Session() as session:
             session.mount("http://", HTTPAdapter(max_retries=BUSY))
+            session.auth = self.auth
             return session.request(method, f"{self.url}/api/{path}", json=content, timeout=60)
 
 
@@ -129,9 +132,11 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
         settings |= {"KIS_TOKEN_DIR": "tokens", "KIS_MARKETS__HK__EXCHANGES": "SEHK"}
         settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "KIS_TIMEOUT": "60"}
+        settings |= {"PREFECT_SERVER_API_AUTH_STRING": PASSWORD}
         lines = [f"{name}={value}" for name, value in settings.items()]
         (place.work / ".env").write_text("\n".join(lines))
         code, output = place.run("up")
         assert code == 0, output
-        yield Up(place, output, place.work / "tokens" / "prefect", slack, gateway)
+        user, _, secret = PASSWORD.partition(":")
+        yield Up(place, output, place.work / "tokens" / "prefect", slack, gateway, (user, secret))
         place.run("down")

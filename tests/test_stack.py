@@ -137,6 +137,23 @@ def test_no_credential_is_stored(up: Up) -> None:
     assert [path for path, content in stored.items() if any(one in content for one in credentials)] == []
 
 
+def test_the_password_is_asked_for_and_told_nowhere(up: Up) -> None:
+    """With a password set, all of the above went on; without it the server gives nothing away but that it is there."""
+    naked = up._replace(auth=None)
+    assert naked.api("POST", "flow_runs/filter", {}).status_code == 401
+    assert naked.api("GET", "health").ok
+    stored = [path for path in up.folder.rglob("*") if path.is_file()]
+    assert [path for path in stored if b"CanaryPassword" in path.read_bytes()] == []
+    assert not any("CanaryPassword" in line for line in up.place.living())
+
+
+def test_status_tells_what_is_on_the_server(up: Up) -> None:
+    """Deployments and automations are counted."""
+    output = up.place.run("status")[1]
+    assert re.search(r"^deployments +13$", output, re.MULTILINE)
+    assert re.search(r"^automations +5$", output, re.MULTILINE)
+
+
 def test_up_again_changes_nothing(up: Up) -> None:
     """A second `up` finds the first one's processes and leaves them alone."""
     before = up.processes()

@@ -9,10 +9,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from running import until
 from slack_endpoint import SlackEndpoint
-from stacks import SLOW, WEBHOOK, in_proc
+from stacks import PASSWORD, SLOW, WEBHOOK, in_proc
 
 from flows import slack
 from flows.stack import automations, surroundings
@@ -34,7 +34,9 @@ pytestmark = in_proc
 @pytest.fixture
 def client(up: Up, tmp_path: Path) -> Iterator[None]:
     """Prefect's client in this process talks to the stack."""
-    with temporary_settings({PREFECT_API_URL: f"{up.url}/api", PREFECT_HOME: tmp_path}):
+    with temporary_settings(
+        {PREFECT_API_URL: f"{up.url}/api", PREFECT_API_AUTH_STRING: PASSWORD, PREFECT_HOME: tmp_path}
+    ):
         yield
 
 
@@ -157,7 +159,7 @@ def test_a_killed_worker_is_told(up: Up, monkeypatch: pytest.MonkeyPatch) -> Non
     automations.upsert(SHORT)  # before the run gives the sign of life that it is judged by
     up.gateway.set_rules(latency=60)
     refresh = up.api("GET", "deployments/name/refresh-token/refresh_token").json()["id"]
-    asked = {"parameters": {"market": "kr", "force": True, "reason": "test"}}
+    asked = {"parameters": {"market": "kr", "operator": "Kim", "force": True, "reason": "test"}}
     run = up.api("POST", f"deployments/{refresh}/create_flow_run", asked).json()["id"]
 
     def state() -> str:

@@ -1,18 +1,116 @@
-"""The stack in the background after a kill: what is left is found and ended."""
+"""The stack in the background after a kill, a stop or a sleep: nothing is left, and nothing piles up."""
 
 from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+import sqlite3
+import time
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
-from running import until
-from stacks import in_proc
+import pytest
+from running import start, until
+from stacks import SLOW, in_proc
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from stacks import Up
 
 pytestmark = in_proc
+SLEEPER = """
+from pathlib import Path
+from flows.stack import crew
+crew.NAP = 0.5
+with crew.Crew(Path.cwd()) as one:
+    print("ready", flush=True)
+    one.watch(lambda: print("woken", flush=True))
+"""
+
+
+@pytest.fixture
+def slow_kis(up: Up) -> Iterator[None]:
+    """A gateway that takes a minute to issue, so that a refresh lasts."""
+    up.gateway.set_rules(latency=60)
+    yield
+    up.gateway.set_rules(latency=0)
+
+
+def created(up: Up, deployment: str, **content: object) -> str:
+    """A new run of the deployment; its id."""
+    found = up.api("GET", f"deployments/name/{deployment}").json()["id"]
+    number: str = up.api("POST", f"deployments/{found}/create_flow_run", content).json()["id"]
+    return number
+
+
+def refreshing(up: Up) -> tuple[str, int]:
+    """A run that waits for KIS, and its process."""
+    asked = {"market": "kr", "operator": "Kim", "force": True, "reason": "test"}
+    number = created(up, "refresh-token/refresh_token", parameters=asked)
+
+    def run() -> dict[str, Any]:
+        found: dict[str, Any] = up.api("GET", f"flow_runs/{number}").json()
+        return found
+
+    before = up.gateway.stats()["token_requests"]
+    until(lambda: up.gateway.stats()["token_requests"] > before, SLOW)
+    return number, int(run()["infrastructure_pid"])
+
+
+def state(up: Up, number: str) -> tuple[str, str, str]:
+    """Type, name and message of a run's state, from the database: there may be no server."""
+    query = (
+        "SELECT s.type, s.name, s.message FROM flow_run r JOIN flow_run_state s ON r.state_id = s.id "
+        "WHERE replace(r.id, '-', '') = ?"
+    )
+    with closing(sqlite3.connect(up.folder / "prefect.db")) as tables:
+        kind, name, message = tables.execute(query, (number.replace("-", ""),)).fetchone()
+        return kind, name, message
+
+
+def overdue(up: Up, deployment: str, hours: int, tag: str = "auto-scheduled") -> str:
+    """A run that was due so long ago; its id."""
+    due = (datetime.now(UTC) - timedelta(hours=hours)).isoformat()
+    return created(up, deployment, state={"type": "SCHEDULED", "state_details": {"scheduled_time": due}}, tags=[tag])
+
+
+@pytest.mark.usefixtures("slow_kis")
+def test_after_a_kill_of_everything_up_marks_what_was_left_and_catches_up_once(up: Up) -> None:
+    """The dead run is Crashed; of missed runs only the last warm-up runs, beside one check for all of them."""
+    number, process = refreshing(up)
+    processes = up.processes()
+    for name in ("supervisor", "worker"):
+        os.kill(processes[name], signal.SIGKILL)
+    checks = [overdue(up, "check-tokens/check_tokens", hours) for hours in (5, 4, 3, 2, 1)]
+    warm_ups = [overdue(up, "warm-up/KRX", hours) for hours in (72, 48, 24)]
+    os.kill(processes["server"], signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)
+    until(lambda: not up.processes())
+    up.gateway.set_rules(latency=0)
+    code, output = up.place.run("up")
+    assert code == 0, output
+    assert "first check" in output
+    kind, _, message = state(up, number)
+    assert (kind, "process is gone" in message) == ("CRASHED", True)
+    assert {state(up, one)[:2] for one in (*checks, *warm_ups[:2])} == {("COMPLETED", "SkippedLate")}
+    skipped = [up.api("GET", f"flow_runs/{one}").json() for one in (*checks, *warm_ups[:2])]
+    assert {run["infrastructure_pid"] for run in skipped} == {None}  # without a process
+    until(lambda: state(up, warm_ups[2])[0] == "COMPLETED", SLOW)
+
+
+@pytest.mark.usefixtures("slow_kis")
+def test_down_leaves_no_run_behind(up: Up) -> None:
+    """A run that does not end by itself is Cancelled, with a sentence that says why."""
+    number, process = refreshing(up)
+    assert up.place.run("down") == (0, "Stopped.\n")
+    kind, _, message = state(up, number)
+    assert (kind, message.startswith("Stopped with its worker")) == ("CANCELLED", True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    code, output = up.place.run("up")
+    assert code == 0, output
 
 
 def test_down_stops_what_a_killed_supervisor_left(up: Up) -> None:
@@ -23,3 +121,18 @@ def test_down_stops_what_a_killed_supervisor_left(up: Up) -> None:
     assert up.place.run("down") == (0, "Stopped.\n")
     assert up.place.living() == []
     assert up.place.run("down") == (0, "Nothing was running.\n")
+
+
+def test_a_sleep_is_noticed_once() -> None:
+    """A supervisor that did not run for a while, as in a sleep of the machine, says so when it wakes, and not again."""
+    sleeper = start(SLEEPER)
+    assert sleeper.stdout
+    assert sleeper.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # it looks at the clock for the first time
+    sleeper.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    sleeper.send_signal(signal.SIGCONT)
+    assert sleeper.stdout.readline() == "woken\n"
+    time.sleep(1)
+    sleeper.send_signal(signal.SIGTERM)
+    assert sleeper.communicate(timeout=30)[0] == ""

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 POOL = "tokens"  # as prefect.yaml names it
 WORKER = platform.node()  # the name of our worker: a restart takes the place of the one before
-UNDERWAY = ("PENDING", "RUNNING", "CANCELLING")
+AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
+UNDERWAY = (*AT_WORK, "PAUSED")  # a paused run waits for a person, and its process for the run
 OVERDUE = timedelta(minutes=3)  # a run that starts within it is on time
 POLL = 0.5  # seconds
+SUSPENDED = "Suspended"  # the name of a paused state in which a run needs no process
 KILLED = "Its process is gone: it was killed together with its worker, or the machine stopped."
 STOPPED = "Stopped with its worker; the check that comes with the next start goes on."
 SKIPPED = "Missed while nothing ran here; a later run does it all."
@@ -44,7 +46,7 @@ def drain(api: Api, patience: float) -> None:
     """Wait until no process of this machine works on a run, at most `patience` seconds; without a server not at all."""
     give_up = time.monotonic() + patience
     with contextlib.suppress(CrewError):
-        while time.monotonic() < give_up and any(_is_alive(run) for run in _runs(api, UNDERWAY)):
+        while time.monotonic() < give_up and any(_is_alive(run) for run in _runs(api, AT_WORK)):
             time.sleep(POLL)
 
 
@@ -76,7 +78,7 @@ def skip_overdue(api: Api, check: str) -> None:
 
 def _dead(api: Api) -> list[dict[str, Any]]:
     """The runs underway without a process. Another machine's look the same: while it has a worker, none is named."""
-    found = [run for run in _runs(api, UNDERWAY) if not _is_alive(run)]
+    found = [run for run in _runs(api, UNDERWAY) if run["state_name"] != SUSPENDED and not _is_alive(run)]
     return found if found and not _others(api) else []
 
 

@@ -21,7 +21,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from flows.stack import leftovers, surroundings
 from flows.stack.api import Api
-from flows.stack.crew import POLL, Asked, Crew, CrewError, EndedError, crew_file, told
+from flows.stack.crew import POLL, Asked, Crew, CrewError, EndedError, birth, crew_file, told
 from flows.stack.server import CHECK, Prefect, addresses
 from tokencore import ConfigurationError, Settings, managers
 
@@ -113,6 +113,8 @@ def status() -> int:
             print(f"{name:<11} {address}")
         for name in ("supervisor", "server", "worker"):
             print(f"{name:<11} {f'process {running[name]}' if name in running else 'NOT RUNNING'}")
+        for name, told_of in _on_the_server().items():
+            print(f"{name:<11} {told_of}")
         print(f"{'first check':<11} {facts.get('check', 'not yet done')}")
         print(f"{'logs':<11} {home}")
     sys.stdout.flush()
@@ -186,6 +188,17 @@ def _first_check(prefect: Prefect) -> str:
     return f"{state['name']}: {state['message'] or 'done'}"
 
 
+def _on_the_server() -> dict[str, str]:
+    """What is on the server, by name; nothing where it does not answer."""
+    try:
+        found = {one: len(api().ask("POST", f"{one}/filter", {})) for one in ("deployments", "automations")}
+    except CrewError:
+        return {}
+    shown = {one: str(count) if count else "NONE; `make down` and `make up` make them" for one, count in found.items()}
+    kept = surroundings.password_file(_home())
+    return shown | ({"password": f"in {kept}"} if kept.exists() else {})
+
+
 def _catch_up(prefect: Prefect) -> None:
     """After a sleep one check runs at once; what was missed meanwhile does not."""
     try:
@@ -242,19 +255,20 @@ def _stop_all(home: Path) -> bool:
     for name in MEMBERS:
         if pid := _running(home).get(name):
             found = True
-            _stop(home, name, pid)
+            _stop(pid)
         if found and name == "worker":
             leftovers.cancel(api())
     crew_file(home).unlink(missing_ok=True)
     return found
 
 
-def _stop(home: Path, name: str, pid: int) -> None:
+def _stop(pid: int) -> None:
+    born = birth(pid)  # it may forget itself in crew.json before it has ended
     for request in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):  # it ended in this moment
             os.kill(pid, request)
         give_up = time.monotonic() + PATIENCE
         while time.monotonic() < give_up:
-            if _running(home).get(name) != pid:
+            if not born or birth(pid) != born:
                 return
             time.sleep(POLL)
