@@ -44,6 +44,7 @@ torture: .venv/.dev
 bench: .venv/.flows .bench/.clients
 	@.bench/bin/python -m pip install --quiet --quiet --no-deps --force-reinstall . && rm -rf build
 	@for program in cached_token processes stampede files; do .bench/bin/python benchmarks/$$program.py || exit; done
+	@.venv/bin/python benchmarks/prefect_run.py
 
 .bench/.clients: benchmarks/requirements.txt pyproject.toml constraints.txt
 	@echo 'Installing into .bench (half a minute) ...'

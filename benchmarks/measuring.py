@@ -18,13 +18,14 @@ import tokencore
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
 import sys
 from tokencore.sandbox import Sandbox
-with Sandbox(issue_interval=float(sys.argv[1]), latency=float(sys.argv[2])) as gateway:
+interval, latency, same = map(float, sys.argv[1:])
+with Sandbox(issue_interval=interval, latency=latency, same_token=same) as gateway:
     print(gateway.url, flush=True)
     while sys.stdin.readline():
         print(gateway.stats()["token_requests"], flush=True)
@@ -52,9 +53,9 @@ class Gateway:
 
 
 @contextmanager
-def gateway(*, issue_interval: float = 0, latency: float = 0) -> Iterator[Gateway]:
+def gateway(*, issue_interval: float = 0, latency: float = 0, same_token: float = 21_600) -> Iterator[Gateway]:
     """A gateway with these rules in seconds; a fresh home, working directory and settings that point to it."""
-    command = [sys.executable, "-c", SERVER, str(issue_interval), str(latency)]
+    command = [sys.executable, "-c", SERVER, str(issue_interval), str(latency), str(same_token)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_"))}
     if ROOT in Path(tokencore.__file__).parents:
         environment["PYTHONPATH"] = str(ROOT)
@@ -78,7 +79,7 @@ def quantile(samples: Sequence[float], share: float) -> float:
     return sorted(samples)[min(len(samples) - 1, int(len(samples) * share))]
 
 
-def interleaved(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each work, one after the other in every round, so that a busy machine is busy for all of them."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
