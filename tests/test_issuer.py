@@ -365,6 +365,7 @@ def test_an_encrypted_connection_that_breaks_after_the_request_counts(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     with Wire(b"no TLS record\r\n" * 9, context=context) as broken:
+        broken.raw = True
         assert refused(issuer(broken.url).issue()).outcome is Outcome.NO_ANSWER
         assert len(broken.requests) == 1
 

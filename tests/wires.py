@@ -23,6 +23,8 @@ class Wire:
         self.reply = reply
         self.drip = b""
         self.requests: list[bytes] = []
+        self.connections = 0
+        self.raw = False  # whether the reply is sent past the encryption: no TLS record begins like that
         self._context = context
         self._socket = socket.create_server((host, 0))
         self.url = f"{'https' if context else 'http'}://{host}:{self._socket.getsockname()[1]}"
@@ -47,15 +49,15 @@ class Wire:
                 plain, _ = self._socket.accept()
             except OSError:
                 return
+            self.connections += 1
             try:
                 with self._context.wrap_socket(plain, server_side=True) if self._context else plain as connection:
                     self.requests.append(_received(connection))
                     for at in range(len(self.drip)):  # by the byte, and not to its end within a test
                         connection.sendall(self.drip[at : at + 1])
                         time.sleep(DRIP)
-                    # Past the encryption, where there is one: no TLS record begins like that.
                     with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
-                        bare.sendall(self.reply)
+                        (bare if self.raw else connection).sendall(self.reply)
             except OSError:
                 continue
 
