@@ -44,6 +44,7 @@ class Outcome(StrEnum):
     UNREACHABLE = "unreachable"  # it cannot have reached KIS
 
 
+_WORDS = frozenset(Outcome)
 GRANTED = frozenset({Outcome.ISSUED, Outcome.SAME, Outcome.IMPORTED})
 CREDENTIALS = frozenset({Outcome.BAD_KEY, Outcome.BAD_SECRET, Outcome.DENIED})
 
@@ -217,7 +218,7 @@ def _parse(line: bytes) -> Attempt | None:
         content = json.loads(line.decode())
         return Attempt(
             at=_aware(content["at"]),
-            outcome=Outcome(content["outcome"]),
+            outcome=_outcome(content["outcome"]),
             code=content.get("code"),
             expires_at=_aware(content["expires_at"]) if content.get("expires_at") else None,
             reason=str(content.get("reason", "")),
@@ -227,6 +228,11 @@ def _parse(line: bytes) -> Attempt | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError):
         return None
+
+
+def _outcome(word: str) -> Outcome:
+    """What a line says; a later version's own word is an attempt of which no more is known than that it was made."""
+    return Outcome(word) if word in _WORDS or not isinstance(word, str) else Outcome.SENT
 
 
 def _aware(text: str) -> datetime:
