@@ -363,7 +363,7 @@ class Keeper:
         if left > 1:
             _log.warning("Waiting %.0f s: KIS allows one request a minute.", left)
         began = time.monotonic()
-        end = began + min(left, self._market.issue_interval)
+        end = began + min(left, limits.pause(1, self._market.issue_interval).total_seconds())
         while not (token := self._serving(serves)) and (now := time.monotonic()) < end:
             time.sleep(min(pause_after(now - began), end - now))
         return token

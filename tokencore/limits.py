@@ -83,11 +83,14 @@ def cooldown_until(attempts: Sequence[Attempt], now: datetime, interval: float) 
     """When the next request of the key is allowed; None when it is now.
 
     An attempt that seems to lie ahead (the clock was set back) counts as one of this moment, for `CLOCK_ERROR` at most.
+    One without an outcome, whose process died or still waits, was noted before its request left: KIS's minute began
+    later than it says, so it is given the pause after a failure.
     """
     last = record.latest(attempts)
     if last is None or last.at > now + CLOCK_ERROR:
         return None
-    until = min(last.at, now) + timedelta(seconds=interval)
+    length = pause(1, interval) if last.outcome is Outcome.SENT else timedelta(seconds=interval)
+    until = min(last.at, now) + length
     return until if until > now else None
 
 
