@@ -20,6 +20,7 @@ CLASSES = {
     "test_secrets.py": "secrets",
     "test_faults_model.py": "model",
     "test_faults_planted.py": "planted bugs",
+    "test_faults_prefect.py": "Prefect and Slack",
 }
 
 

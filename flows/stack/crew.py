@@ -195,22 +195,23 @@ class Crew:
                 raise of.failure(told) if of else CrewError(told)
             time.sleep(POLL)
 
-    def watch(self, woken: Callable[[], None] | None = None) -> None:
+    def watch(self, woken: Callable[[], None] | None = None, restarting: Callable[[str], None] | None = None) -> None:
         """Start members that exited again, until the crew is asked to end; call `woken` after a sleep of the machine.
 
-        The wall clock tells it: the monotonic one of Linux stands still meanwhile.
+        The wall clock tells it: the monotonic one of Linux stands still meanwhile. `restarting` is called with
+        a member's name before it is started again.
         """
         seen = time.time()
         while not self._asked:
             for member in self._members:
-                self._look_after(member)
+                self._look_after(member, restarting)
             before, seen = seen, time.time()
             if woken and seen - before > NAP:
                 _note(f"nothing ran here for {seen - before:.0f} s")
                 woken()
             time.sleep(POLL)
 
-    def _look_after(self, member: Member) -> None:
+    def _look_after(self, member: Member, restarting: Callable[[str], None] | None) -> None:
         code = member.process.poll()
         if code is None:
             return
@@ -218,6 +219,8 @@ class Crew:
             _note(f"{member.name} exited with code {code}; it is started again.")
             member.start_at = time.monotonic() + RESTART_PAUSE
         elif time.monotonic() >= member.start_at:
+            if restarting:
+                restarting(member.name)
             member.start()
             self.tell()
 

@@ -71,8 +71,17 @@ class Prefect:
             CrewError: the server could not be asked.
 
         """
-        leftovers.bury(self._api)
+        self.bury()
         leftovers.skip_overdue(self._api, CHECK)
+
+    def bury(self) -> None:
+        """End the runs whose process died.
+
+        Raises:
+            CrewError: the server could not be asked.
+
+        """
+        leftovers.bury(self._api)
 
     def check(self) -> None:
         """Let the check run, without waiting for its end.

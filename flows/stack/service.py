@@ -49,7 +49,7 @@ def run() -> int:
         try:
             prefect.start()
             crew.tell(ready=True, check=_first_check(prefect))
-            crew.watch(lambda: _catch_up(prefect))
+            crew.watch(lambda: _catch_up(prefect), lambda name: _clear(prefect, name))
         finally:
             prefect.stop()
     return 0
@@ -197,6 +197,15 @@ def _on_the_server() -> dict[str, str]:
     shown = {one: str(count) if count else "NONE; `make down` and `make up` make them" for one, count in found.items()}
     kept = surroundings.password_file(_home())
     return shown | ({"password": f"in {kept}"} if kept.exists() else {})
+
+
+def _clear(prefect: Prefect, restarting: str) -> None:
+    """Before a worker is there again, what died with the one before is ended: it would keep its deployment's slot."""
+    if restarting == "worker":
+        try:
+            prefect.bury()
+        except CrewError as error:
+            print(error, file=sys.stderr, flush=True)  # Prefect's own automation does it some minutes later
 
 
 def _catch_up(prefect: Prefect) -> None:
