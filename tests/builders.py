@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import os
 import signal
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, quote_plus
 
 from tokencore.market import HOSTS, Market
 from tokencore.tokens import Token
@@ -20,6 +22,22 @@ SECRET = "CanarySecret/" + "s" * 160 + "+Canary="
 CANARIES = ("Canary", "eyJ")  # what no message, repr or record may contain: of the credentials, of a JWT
 DAY = timedelta(hours=24)
 NOW = datetime(2026, 11, 23, 8, 15, tzinfo=UTC)  # for what takes `now`; a Monday, 17:15 KST
+
+
+def forms(text: str) -> set[bytes]:
+    """The text as bytes, as it is and in every dress in which a log, file or database may have it.
+
+    In base64 it looks different at each of three places; of these only what its neighbours do not change.
+    """
+    raw = text.encode()
+    dresses = {raw, text.encode("utf-16-le"), raw.hex().encode(), quote(text).encode(), quote_plus(text).encode()}
+    dresses |= {json.dumps(text)[1:-1].encode(), json.dumps(text).replace("/", "\\/")[1:-1].encode()}
+    dresses |= {html.escape(text).encode(), repr(text)[1:-1].encode()}
+    for before in range(3):
+        whole = len(raw) - (len(raw) + before) % 3
+        packed = base64.b64encode(b"\0" * before + raw[:whole])[4 * (before > 0) :]
+        dresses |= {packed, packed.replace(b"+", b"-").replace(b"/", b"_")}
+    return dresses
 
 
 def make_jwt(key: str = KEY, *, life: float = 86_400, issued: datetime | None = None, **claims: object) -> str:

@@ -53,6 +53,7 @@ def test_every_command_is_there(unit: Path) -> None:
     else:
         assert commands(unit)
         assert read["Service"]["EnvironmentFile"].startswith("-")
+        assert read["Service"]["LimitCORE"] == "0"  # it would hold secrets
 
 
 def stack_help() -> str:

@@ -54,7 +54,8 @@ class BaseTokenManager:
         self._keeper_made: Keeper | None = None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.market.name!r}, {self.market.environment!r})"
+        market = getattr(self, "market", None)  # none yet where an error's traceback shows what was being made
+        return f"{type(self).__name__}({market.name!r}, {market.environment!r})" if market else type(self).__name__
 
     def __reduce__(self) -> str:
         raise TypeError("a token manager knows credentials and is not pickled; make it anew where it is needed")
