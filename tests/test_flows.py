@@ -5,6 +5,7 @@ How runs end, what people are told of them, and what is kept of them.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import json
 import os
@@ -38,6 +39,7 @@ from slack_endpoint import SlackEndpoint
 from flows import planned
 from flows.board import TOKENS
 from flows.check_tokens import check_tokens
+from flows.stack.server import DEPLOY_TRIES
 from flows.warm_up import warm_up
 from tokencore import TokenManager, next_attempt, overrides, sessions
 from tokencore.sandbox import APP_KEY, APP_SECRET
@@ -51,6 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("prefect_home")
 HOOK = "/services/T000/B000/canary-of-the-webhook"
 MINUTES_40 = timedelta(minutes=40)
+LEAKS = {"flow_run.parameters", "flow_run_state.message", "log.message"}  # where `leak` gets its secret
 
 
 @pytest.fixture
@@ -483,7 +486,7 @@ def leak(secret: str) -> None:
 def found(database: Path, text: str) -> set[str]:
     """The tables and columns in which the text stands."""
     places = set()
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+    with sqlite3.connect(f"file:{database}?mode=ro", timeout=60, uri=True) as connection:
         for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
             columns = [row[1] for row in connection.execute(f"PRAGMA table_info('{name}')")]
             for column in columns:
@@ -491,6 +494,25 @@ def found(database: Path, text: str) -> set[str]:
                 if connection.execute(query, (text,)).fetchone():
                     places.add(f"{name}.{column}")
     return places
+
+
+def leaked(database: Path, secret: str) -> set[str]:
+    """Where a leak stands once its lines are written, which is done behind a run; it leaks until then.
+
+    A busy server refuses lines now and then, and Prefect drops those for good.
+    """
+    give_up = time.monotonic() + 120
+    while not (places := found(database, secret)) >= LEAKS and time.monotonic() < give_up:
+        leak(secret, return_state=True)
+        time.sleep(3)
+    return places
+
+
+def contents(folder: Path) -> Iterator[bytes]:
+    """All files of a server that runs: some go while they are looked at."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            yield path.read_bytes()
 
 
 @pytest.mark.usefixtures("attentive")
@@ -523,14 +545,8 @@ def test_no_secret_gets_into_prefect(
     assert warmed(exchange).is_failed()
     pasted = make_jwt(life=77_000)
     assert told(refreshed("us", reason=f"look at {pasted}")) == ("COMPLETED", "Declined")
-    planted = "planted-canary-0f1e2d3c"
-    leak(planted, return_state=True)
     database = Path(str(PREFECT_SERVER_DATABASE_CONNECTION_URL.value()).partition("///")[2])
-    leaks = {"flow_run.parameters", "flow_run_state.message", "log.message"}
-    give_up = time.monotonic() + 40
-    while not leaks <= found(database, planted) and time.monotonic() < give_up:  # logs are written behind
-        time.sleep(0.3)
-    assert leaks <= found(database, planted)
+    assert leaked(database, "planted-canary-0f1e2d3c") >= LEAKS
     assert "flow_run.parameters" in found(database, "canary run")
     assert "flow_run_input.value" in found(database, "renew now")
     assert found(database, pasted[-40:]) == {"flow_run.parameters"}
@@ -540,21 +556,23 @@ def test_no_secret_gets_into_prefect(
         name: set() for name in secrets
     }
     assert endpoint.told
-    files = [path.read_bytes() for path in prefect_home.rglob("*") if path.is_file()]
-    everything = b"\n".join([json.dumps(endpoint.told).encode(), *files])
+    everything = b"\n".join([json.dumps(endpoint.told).encode(), *contents(prefect_home)])
     assert not [(name, form) for name, secret in secrets.items() for form in forms(secret[-40:]) if form in everything]
 
 
-def prefect(*arguments: str) -> str:
+def prefect(*arguments: str, tries: int = 1) -> str:
     """Prefect's command against our server, with nobody to answer a question; what it printed."""
     environment = os.environ | {
         "PREFECT_API_URL": str(PREFECT_API_URL.value()),
         "PREFECT_HOME": str(PREFECT_HOME.value()),
     }
     command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
-    )
+    for _ in range(tries):
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
+        )
+        if not done.returncode:
+            break
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -565,7 +583,7 @@ def test_everything_deploys_and_a_worker_runs_it(gateway: Sandbox, opens: Callab
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="tokens", type="process"))
         for _ in range(2):
-            prefect("deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"))
+            prefect("deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"), tries=DEPLOY_TRIES)
         deployments = client.read_deployments()
         assert len(deployments) == len(sessions.EXCHANGES) + 2
         assert all(len(deployment.schedules) <= 1 for deployment in deployments)
