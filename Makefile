@@ -19,7 +19,7 @@ help:
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks (below ten minutes)'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes ten minutes'
 	@echo 'make postgres  two workers on a PostgreSQL server of their own, one of them killed'
-	@echo 'make lint    linter, formatter, type checker, direction of imports'
+	@echo 'make lint    linters, formatter, packages that fit each other, type checker, direction of imports'
 	@echo 'make docs    write docs/commands.md anew, from the parser of the commands'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
 	@echo 'make clean   remove what make, the tests and the tools have built here'
@@ -60,6 +60,8 @@ postgres: .venv/.dev
 lint: .venv/.dev
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
+	@$(RUN) bandit --quiet --configfile pyproject.toml --recursive tokencore flows
+	@$(RUN) pip check
 	@$(RUN) mypy
 	@.venv/bin/lint-imports --no-cache
 

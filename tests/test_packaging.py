@@ -8,14 +8,18 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tokencore import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tokencore", "flows")
@@ -84,6 +88,38 @@ def test_the_pins_are_what_pyproject_asks_for(requirement: str) -> None:
     pinned = dict(pin.split("==") for pin in PINS)
     versions = {canonicalize_name(name): version for name, version in pinned.items()}
     assert asked.specifier.contains(versions[canonicalize_name(asked.name)])
+
+
+def needed(name: str, extras: Iterable[str]) -> set[str]:
+    """The names of all packages that this one needs here, directly or not."""
+    found, waiting = set[str](), [(name, frozenset(extras))]
+    seen = set()
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        for line in metadata.requires(one[0]) or []:
+            asked = Requirement(line)
+            if any(not asked.marker or asked.marker.evaluate({"extra": extra}) for extra in {"", *one[1]}):
+                found.add(canonicalize_name(asked.name))
+                waiting.append((asked.name, frozenset(asked.extras)))
+    return found
+
+
+def test_everything_that_is_needed_is_installed_as_pinned() -> None:
+    """What a dependency brings is pinned like the dependency, so that the pins are the list to audit."""
+    pinned = {str(canonicalize_name(name)): version for name, version in (pin.split("==") for pin in PINS)}
+    brought = {name for requirement in REQUIREMENTS for name in needed_by(Requirement(requirement))}
+    assert {name: metadata.version(name) for name in brought} == {name: pinned.get(name) for name in brought}
+    assert len(brought) > len(PINS) / 2
+
+
+def needed_by(requirement: Requirement) -> set[str]:
+    """The package and all that it needs, where it is for this system."""
+    if requirement.marker and not requirement.marker.evaluate():
+        return set()
+    return {canonicalize_name(requirement.name)} | needed(requirement.name, requirement.extras)
 
 
 def test_no_registry_is_named() -> None:

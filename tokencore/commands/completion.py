@@ -33,7 +33,7 @@ def _completion(top: argparse.ArgumentParser, options: argparse.Namespace) -> in
                 action.choices = markets
             elif action.metavar in ("FILE", "DIR"):
                 vars(action)["complete"] = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
-    print(shtab.complete(top, shell=options.shell))
+    print(shtab.complete(top, options.shell))
     return 0
 
 
