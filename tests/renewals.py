@@ -59,8 +59,10 @@ class Renewals(RuleBasedStateMachine):
         process = self.running[turn % len(self.running)]
         for _ in range(calls):
             if process.at is not None:
+                slept = process.at.startswith("sleep")
                 process.go()
-                self.look()
+                if not slept:
+                    self.look()
         self.bury(process)
 
     @precondition(lambda self: self.running)
@@ -105,12 +107,14 @@ class Renewals(RuleBasedStateMachine):
         if len(asked) > self.asked:
             assert self.failed or asked[-1].at >= self.holding, "a request although a market had a token that serves"
             self.asked = len(asked)
-        for market in MARKETS:
-            token, before = self.desk.token(market), self.seen.get(market)
+        granted, held = self.desk.granted, {market: self.desk.token(market) for market in MARKETS}
+        newest = max((granted.index(token) for token in held.values() if token), default=-1)
+        for market, token in held.items():
+            before = self.seen.get(market)
             if before and token != before:
-                assert token, "a token file is gone"
-                granted = self.desk.granted
-                assert granted.index(token) > granted.index(before), "an older token came back"
+                # What could not be read is set aside for a moment: another market has it then, or a later one.
+                kept = granted.index(token) if token else newest
+                assert kept >= granted.index(before) or self.desk.expiry(before) <= now, "a valid token is gone"
             if token:
                 self.seen[market] = token
                 self.handed.add(token)
@@ -134,8 +138,10 @@ class Renewals(RuleBasedStateMachine):
         if not hasattr(self, "desk"):
             return
         with self.desk:
-            while self.running:
-                self.step(0, 90)
+            for turn in itertools.count():
+                if not self.running:
+                    break
+                self.step(turn % AT_ONCE, 90)
             self.desk.clock.true += 2 * MINUTE
             for token in served(self.desk):
                 assert self.desk.expiry(token) - self.desk.clock.true > BUFFER

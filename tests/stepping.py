@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 START = datetime(2026, 11, 24, 4, tzinfo=UTC).timestamp()
 UTIME = os.utime  # before a process watches it
+NAP = 1.0  # seconds that every sleep takes at least: a minute of short looks would be thousands of stops
 TICK = 0.001  # seconds that every call takes
 ON_PATHS = (
     *("stat", "lstat", "open", "mkdir", "unlink", "remove", "rename", "replace", "chmod", "utime", "listdir"),
@@ -137,7 +138,7 @@ class Stepped:
     def go(self, error: int = 0, *, torn: bool = False) -> str | None:
         """Make the call, or let it fail with `error`, or write only half; the next call is where it stops then."""
         assert self.at is not None
-        slept = float(self.at.removeprefix("sleep ")) if self.at.startswith("sleep ") else TICK
+        slept = max(NAP, float(self.at.removeprefix("sleep "))) if self.at.startswith("sleep ") else TICK
         self._clock.true += slept
         self.failed = self.at if error else self.failed
         now = self._clock.true
