@@ -6,7 +6,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from tokencore import cache, keeper, limits, lock, record, store, tokens
+from tokencore import cache, issuance, keeper, limits, lock, record, store, tokens
+from tokencore.errors import TokenStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,13 +95,14 @@ def old_deleted_first() -> None:
 
 def thrown_away() -> None:
     """A token that cannot be saved is no token."""
-    save = keeper.Keeper._save  # noqa: SLF001
+    save = issuance.Issuance._save  # noqa: SLF001
 
-    def saved(self: keeper.Keeper, token: tokens.Token, *args: Any, **how: Any) -> None:  # noqa: ANN401 - passed on
+    def saved(self: issuance.Issuance, token: tokens.Token, *args: Any, **how: Any) -> None:  # noqa: ANN401 - passed on
         save(self, token, *args, **how)
-        self._require_saved(token)
+        if self._cache.is_only_here(token):
+            raise TokenStoreError("The token could not be saved.")
 
-    keeper.Keeper._save = saved  # type: ignore[method-assign]  # noqa: SLF001
+    issuance.Issuance._save = saved  # type: ignore[method-assign]  # noqa: SLF001
 
 
 def never_expired() -> None:

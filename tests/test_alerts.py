@@ -27,7 +27,7 @@ from tokencore import (
     TokenStoreError,
     TokenUnavailableError,
     USTokenManager,
-    keeper,
+    issuance,
 )
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
@@ -343,7 +343,7 @@ def test_a_token_that_someone_else_issued_is_told_although_nothing_failed(
     gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """KIS answers with a token of unknown issue: one message, no reminder, and its end with our own next token."""
-    monkeypatch.setattr(keeper, "FOREIGN_AGE", timedelta(seconds=1))  # the gateway's clock cannot be set
+    monkeypatch.setattr(issuance, "FOREIGN_AGE", timedelta(seconds=1))  # the gateway's clock cannot be set
     monkeypatch.setattr(causes, "CLOCKS", timedelta(seconds=1))
     issued_elsewhere(gateway)
     time.sleep(1.1)

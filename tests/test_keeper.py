@@ -28,8 +28,8 @@ from tokencore import (
     TokenManager,
     TokenStoreError,
     USTokenManager,
-    keeper,
-    manager,
+    issuance,
+    serving,
     sessions,
 )
 from tokencore.errors import AppKeyError, AppSecretError, IssuerAnswerError, IssuerRefusedError, IssuerServerError
@@ -509,8 +509,8 @@ def test_unusable_directory_is_told_once_and_the_token_served_on(
     gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A renewal ahead that cannot lock says so once in a cool-down, not at every call."""
-    monkeypatch.setattr(manager, "FRESH", 0.0)
-    monkeypatch.setattr(manager, "AHEAD_PAUSE", 0.0)
+    monkeypatch.setattr(serving, "FRESH", 0.0)
+    monkeypatch.setattr(serving, "AHEAD_PAUSE", 0.0)
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     token = cached(25 * 60)
     lock = next(folder().glob("*.lock"))
@@ -583,7 +583,7 @@ def test_managers_of_ones_own_with_one_key_share_the_token(gateway: Sandbox) -> 
 
 def test_token_that_someone_else_issued_is_no_issue_of_ours(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token that was issued long before our request is recorded as handed back, with its own time as the mark."""
-    monkeypatch.setattr(keeper, "FOREIGN_AGE", timedelta(0))  # the gateway's clock cannot be set
+    monkeypatch.setattr(issuance, "FOREIGN_AGE", timedelta(0))  # the gateway's clock cannot be set
     issue_elsewhere(gateway)
     time.sleep(1.1)
     token = USTokenManager().get_valid_token()

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tokencore import sessions, sources
+from tokencore.configured import Configured
 from tokencore.errors import ConfigurationError
-from tokencore.manager import Configured, TokenManager
+from tokencore.manager import TokenManager
 from tokencore.market import market_names
 from tokencore.settings import Settings, overrides
 from tokencore.status import next_need

@@ -1,112 +1,26 @@
-"""The managers: one market's token, from memory, then its file, then renewal under the key's lock.
-
-A cached token costs an attribute and a look at the clock; once a second a `stat` tells whether
-another process renewed. Everything heavy (HTTP, locking, validation of settings) is imported when a
-renewal is due, and one thread renews while the others go on with the token that still serves.
-"""
+"""The managers: one market's token, served to programs, and looked at, renewed and handed over for people."""
 
 from __future__ import annotations
 
-import time
-
-from tokencore import sources
-from tokencore.cache import Cache
-from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
-from tokencore.market import Market, fingerprint, market_names
-from tokencore.moments import UTC, datetime, timedelta
+from tokencore.errors import TokenUnavailableError
+from tokencore.moments import UTC, datetime
+from tokencore.serving import Serving
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
-    from tokencore.keeper import Keeper
+    from tokencore.configured import Configured
+    from tokencore.market import Market
     from tokencore.record import Attempt
-    from tokencore.sources import Gathered
     from tokencore.status import TokenStatus
     from tokencore.tokens import Token
 
-FRESH = 0.9  # seconds for which the token in memory is served without a look at its file
-AHEAD_PAUSE = 1.0  # seconds between two looks at whether a renewal ahead is due; the record decides
 
-
-class BaseTokenManager:
+class BaseTokenManager(Serving):
     """Serves one market's token; thread-safe, fork-safe, and at one with every other process of the machine.
 
     A subclass states what is its own: `get_api_url`, `get_app_credentials` and `get_token_file_prefix`;
     everything else comes from the settings. It is not pickled: make one where it is needed.
     """
-
-    __slots__ = ("__dict__", "__weakref__", "_text")  # what `vars` shows has no secret
-
-    def __init__(self, *, configured: Configured | None = None) -> None:
-        """Read the settings, unless `configured` has them; neither a token file nor KIS is touched yet.
-
-        Raises:
-            ConfigurationError: the settings cannot be read, or the market is not configured.
-
-        """
-        self._configured = configured or Configured()
-        self.market = self._read_market()
-        self._text = ""
-        self._fresh_until = 0.0  # monotonic seconds
-        self._next_try = 0.0  # monotonic seconds
-        self._cache_made: Cache | None = None
-        self._keeper_made: Keeper | None = None
-
-    def __repr__(self) -> str:
-        market = getattr(self, "market", None)  # none yet where an error's traceback shows what was being made
-        return f"{type(self).__name__}({market.name!r}, {market.environment!r})" if market else type(self).__name__
-
-    def __reduce__(self) -> str:
-        raise TypeError("a token manager knows credentials and is not pickled; make it anew where it is needed")
-
-    def get_api_url(self) -> str:
-        """Where KIS is asked: a base URL without a trailing slash."""
-        raise NotImplementedError
-
-    def get_app_credentials(self) -> tuple[str, str]:
-        """The app key and the app secret."""
-        raise NotImplementedError
-
-    def get_token_file_prefix(self) -> str:
-        """What the names of the market's files begin with, such as `us_`."""
-        raise NotImplementedError
-
-    def get_valid_token(self, valid_until: datetime | None = None) -> str:
-        """A token that is valid now, and until `valid_until` (aware) if that is given; renewed if it must be.
-
-        While the present token is valid it is served whatever fails. Without one, the call waits for KIS
-        and, inside the cool-down of an earlier request, up to a minute for its turn.
-
-        Raises:
-            IssuanceLimitError: a limit forbids a request until its `retry_at`.
-            CredentialsError: KIS refused the key or the secret; a person has to act.
-            IssuerUnavailableError: KIS is down or unreachable.
-            TokenUnavailableError: no token that KIS would issue now lasts to `valid_until`.
-            TokenStoreError: the token directory cannot be used.
-            ConfigurationError: the settings are incomplete, or `valid_until` has no time zone.
-                Whatever is raised, a token that is still valid stays where it is.
-
-        """
-        if valid_until is None and time.monotonic() < self._fresh_until:
-            return self._text
-        if valid_until is not None and getattr(valid_until, "tzinfo", None) is None:
-            raise ConfigurationError("valid_until must be a datetime with a time zone. Nothing was issued; pass one.")
-        return self._consult(valid_until).access_token
-
-    def token_at_hand(self) -> str | None:
-        """The valid token where it is cached and no renewal is due; None where `get_valid_token` might wait for KIS."""
-        if time.monotonic() < self._fresh_until:
-            return self._text
-        now, token = datetime.now(UTC), self.load_token()
-        if token is None or not token.serves(now, max(self.market.buffer, self.market.proactive_window)):
-            return None
-        self._remember(token, now)
-        return token.access_token
-
-    def load_token(self) -> Token | None:
-        """The token in the market's file, valid or not; None where there is none of this key."""
-        return self._cache.read()[0]
 
     def save_token(self, token: Token) -> None:
         """Save `token` for every market of the key.
@@ -127,11 +41,6 @@ class BaseTokenManager:
         """
         self._fresh_until = 0.0
         return self._keeper.delete()
-
-    def is_token_expired(self) -> bool:
-        """Whether there is no token that counts as valid now."""
-        token = self.load_token()
-        return token is None or not token.serves(datetime.now(UTC), self.market.buffer)
 
     def get_token_status(self) -> TokenStatus:
         """What is known of the market's token, as `tokencore check --json` prints it. Writes and asks nothing."""
@@ -264,10 +173,6 @@ class BaseTokenManager:
         self._fresh_until = 0.0
         return self._keeper.take(token, force=force, proven=proven)
 
-    def newest_token(self) -> Token | None:
-        """The token of the key that lasts longest, whichever of its markets has it."""
-        return self._cache.newest()
-
     def renew_due(self, present: Token | None, reason: str) -> bool:
         """Have a successor of `present`, on which the rule was judged; False where another was quicker.
 
@@ -290,101 +195,6 @@ class BaseTokenManager:
         from tokencore.record import IssuanceRecord  # not on the path of a cached token
 
         return IssuanceRecord(self._cache.folder, self._cache.fingerprint).attempts()
-
-    def sharing(self) -> list[str]:
-        """The configured markets with this key, in the settings' order: they share one token and one issuance."""
-        return self._configured.sharing(self._cache.fingerprint)
-
-    def key_exchanges(self) -> list[str]:
-        """The exchanges of all markets with this key, as the user wrote them."""
-        found = [self._configured.market(name).exchanges for name in self.sharing()]
-        return list(dict.fromkeys(code for codes in found for code in codes))
-
-    def _consult(self, valid_until: datetime | None) -> Token:
-        now = datetime.now(UTC)
-        until = now if valid_until is None else max(now, valid_until)
-        buffer, token = self.market.buffer, self.load_token()
-        if token is None or not token.serves(until, buffer):
-            self._refuse_hopeless(token, now, until)
-            token = self._keeper.obtain(
-                lambda found: found.serves(max(until, datetime.now(UTC)), buffer),
-                f"get {self.market.name}",
-            )
-        self._remember(token, now)
-        if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:
-            token = self._renew_ahead(token, now)
-        return token
-
-    def _remember(self, token: Token, now: datetime) -> None:
-        left = (token.expires_at - now).total_seconds() - self.market.buffer
-        self._text = token.access_token
-        self._fresh_until = time.monotonic() + min(FRESH, left)
-
-    def _renew_ahead(self, token: Token, now: datetime) -> Token:
-        if time.monotonic() < self._next_try:
-            return token
-        self._next_try = time.monotonic() + AHEAD_PAUSE
-        try:
-            newer = self._keeper.renew_ahead(
-                token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now)
-            )
-        except Exception as error:  # noqa: BLE001 - whatever fails, settings and imports too, the present token is served
-            self._next_try = time.monotonic() + max(AHEAD_PAUSE, self.market.issue_interval)
-            _warn(error)
-            return token
-        if newer is None:
-            return token
-        self._remember(newer, now)
-        return newer
-
-    def _in_served_session(self, token: Token, now: datetime) -> bool:
-        from tokencore.status import in_served_session  # calendars and validation, for the one who would issue
-
-        return in_served_session(self.key_exchanges(), token, now, self.market.buffer)
-
-    def _refuse_hopeless(self, token: Token | None, now: datetime, until: datetime) -> None:
-        """Spend no issuance on a token that, living as long as the last one, would not serve either."""
-        if token is None or token.issued_at is None or not token.serves(now, self.market.buffer):
-            return
-        reach = now + (token.expires_at - token.issued_at) - timedelta(seconds=self.market.buffer)
-        if until >= reach:
-            raise TokenUnavailableError(
-                f"Even a new token would last only until {reach.isoformat(timespec='seconds')}, not until "
-                f"{until.isoformat(timespec='seconds')}. Nothing was issued and the present token still serves; "
-                "ask again nearer to that time.",
-            )
-
-    def _read_market(self) -> Market:
-        """The market that the file prefix names, configured or not: a subclass brings what is its own."""
-        name = self.get_token_file_prefix().rstrip("_").lower()
-        self._configured.values.setdefault("markets", {}).setdefault(name, {})
-        return self._configured.market(name)
-
-    def _app_key(self) -> str:
-        """The key alone: its secret may be in a keyring, which is slow and may ask a person for a password."""
-        if type(self).get_app_credentials is TokenManager.get_app_credentials:
-            return self.market.identified()
-        return self.get_app_credentials()[0].strip()
-
-    @property
-    def _cache(self) -> Cache:
-        if self._cache_made is None:
-            app_key, url = self._app_key(), self.get_api_url().rstrip("/")
-            own = self.get_token_file_prefix()
-            siblings = self._configured.prefixes(fingerprint(app_key, url))
-            prefixes = [own, *(prefix for prefix in siblings if prefix != own)]
-            self._cache_made = Cache(self.market.token_dir, url, self.market.environment, app_key, prefixes)
-        return self._cache_made
-
-    @property
-    def _keeper(self) -> Keeper:
-        if self._keeper_made is None:
-            from tokencore.keeper import Keeper  # not on the path of a cached token
-
-            app_key, app_secret = self.get_app_credentials()
-            url = self.get_api_url().rstrip("/")
-            self._keeper_made = Keeper(self.market, self._cache, (app_key.strip(), app_secret.strip()), url)
-        return self._keeper_made
 
 
 class TokenManager(BaseTokenManager):
@@ -422,6 +232,12 @@ class TokenManager(BaseTokenManager):
     def _read_market(self) -> Market:
         return self._configured.market(self._name)
 
+    def _app_key(self) -> str:
+        """The key alone: its secret may be in a keyring, which is slow and may ask a person for a password."""
+        if type(self).get_app_credentials is TokenManager.get_app_credentials:
+            return self.market.identified()
+        return super()._app_key()
+
 
 class USTokenManager(TokenManager):
     """The token for the US exchanges."""
@@ -445,58 +261,3 @@ def _import_ahead() -> None:
 
     for room in ("filelock", "tokencore.issuer", "tokencore.keeper", "tokencore.settings"):
         import_module(room)
-
-
-def _warn(error: Exception) -> None:
-    import logging  # not on the path of a cached token
-
-    told = error if isinstance(error, TokenError) else type(error).__name__  # an unknown error's text may hold anything
-    logging.getLogger("tokencore").warning("The renewal ahead failed: %s", told)
-
-
-class Configured:
-    """One reading of the settings, and which markets share a key: for one manager, or for all that a command needs."""
-
-    __slots__ = ("_by_key", "values")  # what `vars` shows has no secret
-
-    def __init__(self, found: Gathered | None = None) -> None:
-        """Take the settings that were found, or gather them.
-
-        Raises:
-            ConfigurationError: they cannot be read.
-
-        """
-        self.values: dict[str, Any] = (found or sources.gather()).values
-        self._by_key: dict[str, list[str]] | None = None
-
-    def __reduce__(self) -> str:
-        raise TypeError("the settings hold credentials and are not pickled; gather them where they are needed")
-
-    def market(self, name: str) -> Market:
-        """The market of that name.
-
-        Raises:
-            ConfigurationError: it is not configured, or a setting cannot be used.
-
-        """
-        try:
-            return Market(name, self.values)
-        except (ValueError, TypeError):
-            from tokencore.settings import Settings  # only a mistake needs its words
-
-            Settings.load()
-            raise
-
-    def sharing(self, key_fingerprint: str) -> list[str]:
-        """The configured markets whose key it is."""
-        return [prefix.removesuffix("_") for prefix in self.prefixes(key_fingerprint)]
-
-    def prefixes(self, key_fingerprint: str) -> list[str]:
-        """What the names of their files begin with; all are looked at once, as each of a thousand managers asks."""
-        if self._by_key is None:
-            found: dict[str, list[str]] = {}
-            for market in map(self.market, market_names(self.values)):
-                if market.app_key:
-                    found.setdefault(fingerprint(market.app_key, market.base_url), []).append(f"{market.name}_")
-            self._by_key = found
-        return self._by_key.get(key_fingerprint, [])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokencore import limits, record, rule, sources, status, store
 from tokencore.cache import Cache, longest
 from tokencore.errors import ConfigurationError
-from tokencore.keeper import with_marks
+from tokencore.issuance import with_marks
 from tokencore.limits import Standing, tell
 from tokencore.lock import KeyLock
 from tokencore.market import Market, digest, fingerprint, market_names
