@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -9,7 +10,7 @@ import stat
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from builders import CANARIES, DAY, KEY, NOW, in_child, killed, make_jwt, make_token, make_url
@@ -176,6 +177,26 @@ def test_no_damage_breaks_the_reading_and_a_save_sets_it_aside(folder: Path) -> 
         else:
             aside[0].unlink()
     assert (folder / "elsewhere").read_text(encoding="utf-8") == good
+
+
+def test_a_token_that_cannot_be_read_just_now_outlives_a_failed_save(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails a read and then a write takes no token away: the next look finds it, here too."""
+    token, successor = make_token(), make_token(2 * 86_400)
+    open_cache(folder).save(token, NOW)
+    cache = open_cache(folder)
+
+    def broken(*_: object) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "read", broken)
+        failing.setattr(os, "fsync", broken)
+        assert cache.read() == (None, os.strerror(errno.EIO))
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            cache.save(successor, NOW)
+    assert text_of(cache.read()) == text_of(open_cache(folder).read()) == token.access_token
 
 
 def test_every_truncation_is_a_miss(folder: Path) -> None:

@@ -281,8 +281,8 @@ def test_a_close_that_fails_takes_nothing_away(folder: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("before", ["nothing", "file", "folder"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_is_set_aside_leaves_the_path_free_and_is_kept(folder: Path, kind: str, before: str) -> None:
-    """Whatever was set aside earlier, the path is free afterwards and the content still there, private if a file."""
+def test_what_is_set_aside_is_kept_and_only_a_file_keeps_its_place(folder: Path, kind: str, before: str) -> None:
+    """Whatever was set aside earlier, the content is kept, private if a file; a file stays for its successor, too."""
     path, aside = folder / "us_api_token.json", folder / "us_api_token.json.aside"
     for place, what in ((aside, before), (path, kind)):
         if what == "folder":
@@ -294,7 +294,7 @@ def test_what_is_set_aside_leaves_the_path_free_and_is_kept(folder: Path, kind: 
             place.symlink_to(folder)
     store.set_aside(str(path))
     kept = [place for place in folder.iterdir() if place.name.endswith(".aside")]
-    assert not os.path.lexists(path)
+    assert os.path.lexists(path) == (kind == "file")
     assert any(place.is_symlink() == (kind == "link") and place.is_dir() == (kind != "file") for place in kept)
     assert shown(folder) == "700"
     if kind == "file":

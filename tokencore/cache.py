@@ -39,7 +39,7 @@ class Cache:
         self._prefixes = prefixes
         self._environment = environment
         self._app_key = app_key
-        self._known: dict[str, tuple[Signature, Token | None, str]] = {}
+        self._known: dict[str, tuple[Signature, Token]] = {}
 
     def __repr__(self) -> str:
         return f"Cache({self.folder!r}, {self.fingerprint!r})"
@@ -143,9 +143,13 @@ class Cache:
         seen = store.signature(path)
         if seen is None:
             return None, ""
-        if path not in self._known or self._known[path][0] != seen:
-            self._known[path] = (seen, *self._parse(path))
-        return self._known[path][1:]
+        known = self._known.get(path)
+        if known is None or known[0] != seen:
+            token, problem = self._parse(path)
+            if token is None:  # perhaps only for now: the next look reads it again
+                return None, problem
+            known = self._known[path] = (seen, token)
+        return known[1], ""
 
     def _parse(self, path: str) -> tuple[Token | None, str]:
         try:

@@ -141,18 +141,26 @@ def sync_folder(folder: str) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Move what is no token file of ours out of the way, under a name of its own; nothing is thrown away at once.
+    """Keep what is no token file of ours as `<name>.aside`, readable by its owner only; nothing is thrown away at once.
 
-    The last one set aside is kept as `<name>.aside`, readable by its owner only.
+    A file gets that as its second name and stays in its place until a successor replaces it there: it may be a good
+    one that could not be read just now. Anything else is moved out of the way.
     """
     import contextlib  # not on the path of a cached token
 
-    with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
+    aside, spare = f"{path}.aside", f"{path}.{time.time_ns()}.aside"
+    with contextlib.suppress(OSError):
         if stat.S_ISREG(os.lstat(path).st_mode):
-            os.chmod(path, PRIVATE_FILE)  # it may hold another key's token
-    for aside in (f"{path}.aside", f"{path}.{time.time_ns()}.aside"):  # a folder does not replace a file, nor a file it
+            with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
+                os.chmod(path, PRIVATE_FILE)  # it may hold another key's token
+            if not (os.path.exists(aside) and os.path.samefile(path, aside)):
+                os.link(path, spare)
+                with contextlib.suppress(OSError):  # a file does not replace a folder
+                    os.replace(spare, aside)
+            return
+    for name in (aside, spare):  # a folder does not replace a file, nor a file it
         with contextlib.suppress(OSError):
-            os.replace(path, aside)
+            os.replace(path, name)
             return
 
 
