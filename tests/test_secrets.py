@@ -158,6 +158,8 @@ def test_commands_tell_no_secret_but_the_token_that_get_prints(canaries: Sandbox
         canaries.fail(mode, 1)
         time.sleep(0.1)
         told += [command("refresh", "us", "--force"), command("history", "--json"), command("tick")]
+    told += [command("doctor"), command("plan"), command("tick"), command("export", "us", "--to", "kis-auth", "copies")]
+    told += [command("get", "us", "--until", KEY), command("export", "us", "--to", KEY, SECRET), command(KEY, SECRET)]
     got = command("get", "us")
     told += [command("delete", "us", "--revoke"), command("get", "us"), command("check"), command("history")]
     assert got.out.startswith("eyJ")

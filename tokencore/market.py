@@ -30,6 +30,7 @@ TIMEOUT = 10.0  # seconds to connect, and to wait for an answer
 MAX_ISSUES_PER_DAY = 2  # in any 24 hours; KIS asks for one
 SECONDS, TIMEOUTS, ISSUES = (0, 86_400), (0.001, 300), (1, 24)  # lowest and highest that make sense
 DEFAULT_EXCHANGES = {"us": ("NASD", "NYSE", "AMEX"), "kr": ("KRX",)}
+KEY_LENGTH = 36  # characters of an app key; secrets and tokens have more
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
@@ -193,7 +194,8 @@ def named(name: str) -> str:
 
     """
     if not name or not _NAME_CHARACTERS.issuperset(name):
-        raise ValueError(f"{name!r} is no market's name: use letters, digits, - and _ in lower case")
+        shown = repr(name) if len(name) < KEY_LENGTH else "What was given"  # a key, perhaps, in the wrong place
+        raise ValueError(f"{shown} is no market's name: use letters, digits, - and _ in lower case")
     return name
 
 

@@ -15,10 +15,17 @@ REASON_LENGTH, BY_LENGTH = 80, 40  # characters; what is longer is cut, so that 
 # No run of visible ASCII as long as an app key (36): secrets and tokens are longer. It serves as a form's check too.
 SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"
 
+_LONG_WORD = re.compile("[!-~]{36,}")
+
 NOTE_FIELDS: dict[str, dict[str, Any]] = {
     "reason": {"maxLength": REASON_LENGTH, "pattern": SHORT_WORDS},
     "by": {"maxLength": BY_LENGTH, "pattern": SHORT_WORDS},
 }  # the same for forms, as JSON Schema
+
+
+def masked(text: str) -> str:
+    """What was typed, without the words that may be keys: it stands in logs of cron and on shared screens."""
+    return _LONG_WORD.sub("***", text)
 
 
 class Note(NamedTuple):

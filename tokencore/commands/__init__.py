@@ -14,6 +14,7 @@ from tokencore import __doc__ as about
 from tokencore import sandbox
 from tokencore.commands import ahead, completion, handover, health, tokens
 from tokencore.errors import ConfigurationError
+from tokencore.remarks import masked
 from tokencore.settings import unknown_names
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ EXIT_CODES = (
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see `{self.prog} --help`.")
+        raise ConfigurationError(f"{masked(message)}; see `{self.prog} --help`.")
 
 
 class _Version(argparse.Action):
