@@ -119,6 +119,7 @@ class Up(NamedTuple):
         with requests.Session() as session:
             session.mount("http://", HTTPAdapter(max_retries=BUSY))
             session.auth = self.auth
+            session.headers["Connection"] = "close"  # the server hangs up after a 503
             return session.request(method, f"{self.url}/api/{path}", json=content, timeout=60)
 
 

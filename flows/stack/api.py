@@ -30,6 +30,7 @@ class Api:
         self.url = url
         self._http = requests.Session()
         self._http.mount("http://", HTTPAdapter(max_retries=BUSY))
+        self._http.headers["Connection"] = "close"  # the server hangs up after a 503; the next try must not meet that
         self._http.trust_env = False  # no proxy stands between this machine and itself
         if password:
             self._http.headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
