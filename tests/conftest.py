@@ -29,6 +29,23 @@ hypothesis.settings.register_profile("house", deadline=None)  # a busy machine i
 hypothesis.settings.load_profile("house")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the work, a file at a time; what stands on one running system stays in one, and begins."""
+    places = {item: _place(item) for item in items}
+    for item, (_, group) in places.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: places[item][0])
+
+
+def _place(item: pytest.Item) -> tuple[int, str]:
+    name = item.path.stem
+    for rank, group in enumerate(("test_stack", "test_faults_prefect", "test_flows")):
+        if name.startswith(group):
+            return rank, group
+    return 9, name
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh home and working directory, an environment without settings; child processes find the package."""

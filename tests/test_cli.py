@@ -371,7 +371,7 @@ def test_misspelt_setting_is_told_once_but_not_by_a_cached_get(
         (["check", "us", "k"], {"kr"}),
         (["completion", ""], {"bash", "zsh", "fish"}),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(sorted(words)),
 )
 def test_bash_completes_commands_markets_and_options(
     command: Command, monkeypatch: pytest.MonkeyPatch, typed: list[str], offered: set[str]
