@@ -22,7 +22,9 @@ from tokencore import (
     TokenStoreError,
     TokenUnavailableError,
     USTokenManager,
+    serving,
 )
+from tokencore.cache import Cache
 
 if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
@@ -94,6 +96,24 @@ def test_another_processs_renewal_is_seen_within_a_second(gateway: Sandbox) -> N
     assert time.monotonic() - renewed < 1
     assert held.get_valid_token() == KRTokenManager().get_valid_token()
     assert asked(gateway) == 1
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_look_at_an_unchanged_file_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a second the token costs a `stat` and no more; when it ends, and whether it was rejected, is minded too."""
+    monkeypatch.setattr(serving, "FRESH", 0.0)
+    manager = USTokenManager()
+    token = manager.get_valid_token()  # from KIS,
+    manager.get_valid_token()  # and now from the file
+    with monkeypatch.context() as looking:
+        looking.setattr(Cache, "read", lambda *_: pytest.fail("it was read"))
+        assert manager.get_valid_token() == manager.token_at_hand() == token
+        due = time.time() + DAY - 1800  # when renewals ahead begin
+        looking.setattr(time, "time", lambda: due)
+        with pytest.raises(pytest.fail.Exception):
+            manager.get_valid_token()
+    for refused in (lambda: KRTokenManager().report_rejected(token), manager.get_valid_token):
+        assert isinstance(raised(refused), IssuanceLimitError)
 
 
 def test_valid_until_within_the_present_life_asks_nothing(gateway: Sandbox) -> None:

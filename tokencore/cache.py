@@ -31,11 +31,17 @@ class Cache:
 
     __slots__ = ("__dict__", "_app_key")  # what `vars` shows has no secret
 
-    def __init__(self, folder: str, base_url: str, environment: str, app_key: str, prefixes: Sequence[str]) -> None:
-        """Serve the markets with `prefixes`, all of the key `app_key` at `base_url`; the first one is read first."""
+    def __init__(
+        self, folder: str, base_url: str, environment: str, app_key: str, prefixes: Sequence[str], *, own: str = ""
+    ) -> None:
+        """Serve the markets with `prefixes`, all of the key `app_key` at `base_url`; the first one is read first.
+
+        With `own` that market is the first one, whether it is among them or not.
+        """
         self.folder = folder
         self.fingerprint = fingerprint(app_key, base_url)
-        self.path = store.token_file(folder, prefixes[0])
+        self._own = own or prefixes[0]
+        self.path = store.token_file(folder, self._own)
         self._prefixes = prefixes
         self._environment = environment
         self._app_key = app_key
@@ -50,7 +56,7 @@ class Cache:
     @property
     def paths(self) -> list[str]:
         """The token files of all markets of the key, the first market's first."""
-        return [store.token_file(self.folder, prefix) for prefix in self._prefixes]
+        return [store.token_file(self.folder, prefix) for prefix in dict.fromkeys([self._own, *self._prefixes])]
 
     def read(self, path: str | None = None) -> tuple[Token | None, str]:
         """The token in the file (the first market's by default), and what is wrong where there is none.
@@ -63,6 +69,17 @@ class Cache:
         if kept is not None and (token is None or token.expires_at < kept.expires_at):
             return kept, ""
         return token, problem
+
+    def still_has(self, token: Token) -> bool:
+        """Whether `token`, as `read` gave it, is still what the first market's file holds, by one `stat`."""
+        known = self._known.get(self.path)
+        return (
+            known is not None
+            and known[1] is token
+            and token.rejected_at is None
+            and not _kept
+            and store.signature(self.path) == known[0]
+        )
 
     def newest(self) -> Token | None:
         """The token of the key that lasts longest, whichever of its markets has it; one rejected comes last.

@@ -28,7 +28,7 @@ AHEAD_PAUSE = 1.0  # seconds between two looks at whether a renewal ahead is due
 class Serving:
     """What a program with orders to place needs of a manager: a token that is valid now, as fast as can be."""
 
-    __slots__ = ("__dict__", "__weakref__", "_text")  # what `vars` shows has no secret
+    __slots__ = ("__dict__", "__weakref__", "_text", "_token")  # what `vars` shows has no secret
 
     def __init__(self, *, configured: Configured | None = None) -> None:
         """Read the settings, unless `configured` has them; neither a token file nor KIS is touched yet.
@@ -40,7 +40,9 @@ class Serving:
         self._configured = configured or Configured()
         self.market = self._read_market()
         self._text = ""
+        self._token: Token | None = None  # whose text that is
         self._fresh_until = 0.0  # monotonic seconds
+        self._calm_until = 0.0  # epoch seconds: no renewal is due before it
         self._next_try = 0.0  # monotonic seconds
         self._cache_made: Cache | None = None
         self._keeper_made: Keeper | None = None
@@ -80,7 +82,7 @@ class Serving:
                 Whatever is raised, a token that is still valid stays where it is.
 
         """
-        if valid_until is None and time.monotonic() < self._fresh_until:
+        if valid_until is None and (time.monotonic() < self._fresh_until or self._unchanged()):
             return self._text
         if valid_until is not None and getattr(valid_until, "tzinfo", None) is None:
             raise ConfigurationError("valid_until must be a datetime with a time zone. Nothing was issued; pass one.")
@@ -88,7 +90,7 @@ class Serving:
 
     def token_at_hand(self) -> str | None:
         """The valid token where it is cached and no renewal is due; None where `get_valid_token` might wait for KIS."""
-        if time.monotonic() < self._fresh_until:
+        if time.monotonic() < self._fresh_until or self._unchanged():
             return self._text
         now, token = datetime.now(UTC), self.load_token()
         if token is None or not token.serves(now, max(self.market.buffer, self.market.proactive_window)):
@@ -133,9 +135,18 @@ class Serving:
             token = self._renew_ahead(token, now)
         return token
 
+    def _unchanged(self) -> bool:
+        """Whether one `stat` shows that the token remembered still stands; it is then fresh for as long again."""
+        token = self._token
+        if token is None or time.time() >= self._calm_until or not self._cache.still_has(token):
+            return False
+        self._fresh_until = time.monotonic() + FRESH
+        return True
+
     def _remember(self, token: Token, now: datetime) -> None:
         left = (token.expires_at - now).total_seconds() - self.market.buffer
-        self._text = token.access_token
+        self._text, self._token = token.access_token, token
+        self._calm_until = token.expires_at.timestamp() - max(self.market.buffer, self.market.proactive_window) - FRESH
         self._fresh_until = time.monotonic() + min(FRESH, left)
 
     def _renew_ahead(self, token: Token, now: datetime) -> Token:
@@ -187,8 +198,7 @@ class Serving:
             app_key, url = self._app_key(), self.get_api_url().rstrip("/")
             own = self.get_token_file_prefix()
             siblings = self._configured.prefixes(fingerprint(app_key, url))
-            prefixes = [own, *(prefix for prefix in siblings if prefix != own)]
-            self._cache_made = Cache(self.market.token_dir, url, self.market.environment, app_key, prefixes)
+            self._cache_made = Cache(self.market.token_dir, url, self.market.environment, app_key, siblings, own=own)
         return self._cache_made
 
     @property
