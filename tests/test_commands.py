@@ -5,6 +5,8 @@ from __future__ import annotations
 import getpass
 import json
 import re
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 from builders import KEY, SECRET
 from running import Ran, asked, cached, folder, one_line, snapshot
+
+from tokencore.commands import ROOMS, completion, parser
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -323,3 +327,14 @@ def test_tick_gives_every_key_its_turn(gateway: Sandbox, command: Command, monke
     assert ran.code == 6
     assert "us: due, but not renewed" in ran.out
     assert "kr: renewed" in ran.out
+
+
+def test_a_command_loads_its_own_room_only() -> None:
+    """The parser made for one command knows it as the whole one does; `check --json` pays for no other's imports."""
+    whole = completion.commands(parser())
+    assert [name for names in ROOMS.values() for name in names] == list(whole)
+    for name, one in whole.items():
+        assert completion.commands(parser(name))[name].format_help() == one.format_help()
+    program = "import sys; from tokencore.commands import parser; parser('check'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"rich", "http.server", "requests", "tokencore.plan", "tokencore.sandbox"} & set(loaded)

@@ -35,7 +35,7 @@ DAILY = "/uapi/overseas-price/v1/quotations/dailyprice"
 TR_IDS = {DOMESTIC: "FHKST01010100", PRICE: "HHDFS00000300", DAILY: "HHDFS76240000"}
 COMMAND = (
     "import argparse, sys; from tokencore import sandbox as s; p = argparse.ArgumentParser();"
-    " s.add_arguments(p); sys.exit(s.run(p.parse_args()))"
+    " s.add(lambda *_: p); sys.exit(s.run(p.parse_args()))"
 )
 
 

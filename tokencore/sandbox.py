@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import Self, Unpack
 
+    from tokencore.commands.shared import AddCommand
     from tokencore.sandbox_rules import Lengths
 
 DEFAULT_PORT = 9480
@@ -70,8 +71,9 @@ class Sandbox(Gateway):
         return f"http://127.0.0.1:{self._server.server_port}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options that `run` reads."""
+def add(command: AddCommand) -> None:
+    """Add the command to the parser."""
+    parser = command("sandbox", run, "a KIS gateway on loopback, to try things out")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="on 127.0.0.1 (%(default)s; 0: any)")
     for rule, text in (
         ("token_life", "how long a token lives"),
@@ -86,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """The command: serve as the options of `add_arguments` say; 0 when it was asked to end."""
+    """The command: serve as the options of `add` say; 0 when it was asked to end."""
     options = ("port", "token_life", "same_token", "issue_interval", "latency", "fail", "verbose")
     serve(**{name: getattr(namespace, name) for name in options})
     return 0

@@ -20,6 +20,7 @@ CONFIG_FILE = "~/.tokencore/config.toml"
 DOTENV_FILE = ".env"
 SECRET_FILE_LIMIT = 65_536  # bytes; a mounted secret is one short line
 _warned: set[str] = set()  # sentences; once a process is enough
+_parsed: dict[bytes, dict[str, Any]] = {}  # the config file as it was last: a thousand markets take 30 ms to parse
 _PREFIXES = ("kis_", "slack_")
 _ALIEN = ("kis_secrets_dir",)  # says where to read, is no value itself
 _GROUPS = ("markets", "exchanges")  # names with names below them
@@ -163,14 +164,24 @@ def _config() -> Iterable[tuple[str, Any]]:
     path = os.path.expanduser(CONFIG_FILE)
     if not os.path.exists(path):
         return
-    import tomllib  # only who has a config file pays for its parser
-
     try:
-        with open(path, "rb") as file:
-            tree = tomllib.load(file)
+        tree = _tree(path)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{CONFIG_FILE} cannot be read ({_why(error)}); mend or remove it.") from None
     yield from _leaves(tree, "")
+
+
+def _tree(path: str) -> dict[str, Any]:
+    import tomllib  # only who has a config file pays for its parser
+
+    with open(path, "rb") as file:
+        content = file.read()
+    tree = _parsed.get(content)
+    if tree is None:
+        tree = tomllib.loads(content.decode())
+        _parsed.clear()
+        _parsed[content] = tree
+    return tree
 
 
 def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:

@@ -7,12 +7,10 @@ import contextlib
 import io
 import logging
 import sys
-from importlib import metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from tokencore import __doc__ as about
-from tokencore import sandbox
-from tokencore.commands import ahead, completion, handover, health, tokens
 from tokencore.errors import ConfigurationError
 from tokencore.remarks import masked
 from tokencore.settings import unknown_names
@@ -20,6 +18,15 @@ from tokencore.settings import unknown_names
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# Each room brings its imports, some of them a tenth of a second: a command loads its own only.
+ROOMS = {
+    "tokencore.commands.tokens": ("get", "check", "refresh", "delete"),
+    "tokencore.commands.ahead": ("plan", "history", "tick"),
+    "tokencore.commands.handover": ("export", "import"),
+    "tokencore.commands.health": ("metrics", "doctor"),
+    "tokencore.sandbox": ("sandbox",),
+    "tokencore.commands.completion": ("completion",),
+}
 EXIT_CODES = (
     "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
     "4 issuance limit, 5 credentials refused, 6 KIS unreachable, 7 store unusable"
@@ -33,6 +40,8 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib import metadata  # for this alone
+
         try:
             print(f"tokencore {metadata.version('tokencore')}")
         except metadata.PackageNotFoundError:
@@ -50,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Korean or block characters shows question marks
-    top = parser()
+    top = parser(arguments[0] if arguments else "")
     if not arguments:
         top.print_help()
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
@@ -60,8 +69,8 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def parser(asked: str = "") -> argparse.ArgumentParser:
+    """The parser of the whole command line, or, where one of them is `asked`, of that command and its like."""
     top = _Parser(prog="tokencore", description=(about or "").partition("\n")[0], epilog=EXIT_CODES)
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -71,10 +80,8 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=function)
         return added
 
-    for group in (tokens, ahead, handover, health):
-        group.add(command)
-    sandbox.add_arguments(command("sandbox", sandbox.run, "a KIS gateway on loopback, to try things out"))
-    completion.add(command, top)
+    for room in [room for room, names in ROOMS.items() if asked in names] or ROOMS:
+        import_module(room).add(command)
     return top
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from typing import TYPE_CHECKING
 
 from tokencore import sources
@@ -15,17 +14,18 @@ if TYPE_CHECKING:
 SHELLS = ("bash", "zsh", "fish")
 
 
-def add(command: AddCommand, top: argparse.ArgumentParser) -> None:
-    """Add the command to the parser `top`, of which it tells."""
-    completion = command(
-        "completion", functools.partial(_completion, top), "what a shell needs to complete commands and markets"
-    )
+def add(command: AddCommand) -> None:
+    """Add the command to the parser."""
+    completion = command("completion", _completion, "what a shell needs to complete commands and markets")
     completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
 
 
-def _completion(top: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _completion(options: argparse.Namespace) -> int:
     import shtab  # for this command alone
 
+    from tokencore.commands import parser as whole  # of which this one is a part
+
+    top = whole()
     markets = market_names(sources.gather().values)
     for parser in commands(top).values():
         for action in parser._actions:  # noqa: SLF001 - shtab reads it as well; there is no public way

@@ -7,7 +7,6 @@ import shlex
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tokencore import view
 from tokencore.commands.shared import add_json, add_market, print_json
 from tokencore.errors import ConfigurationError, TokenUnavailableError
 from tokencore.fleet import managers, statuses
@@ -128,6 +127,8 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         print_json([{**status, **_proof(proofs, status["market"])} for status in found])
     else:
+        from tokencore import view  # tables for people, which programs need not wait for
+
         view.print_statuses(found, proofs, datetime.now(UTC))
     return code
 
