@@ -43,8 +43,9 @@ torture: .venv/.dev
 # Beside other clients, which are installed for nothing else; tokencore as a user has it, not as a checkout.
 bench: .venv/.flows .bench/.clients
 	@.bench/bin/python -m pip install --quiet --quiet --no-deps --force-reinstall . && rm -rf build
-	@for program in cached_token processes stampede files; do .bench/bin/python benchmarks/$$program.py || exit; done
-	@.venv/bin/python benchmarks/prefect_run.py
+	@failed=0; for program in cached_token processes stampede files; do \
+		.bench/bin/python benchmarks/$$program.py || failed=1; done; \
+	for program in auth metrics prefect_run; do .venv/bin/python benchmarks/$$program.py || failed=1; done; exit $$failed
 
 .bench/.clients: benchmarks/requirements.txt pyproject.toml constraints.txt
 	@echo 'Installing into .bench (half a minute) ...'
