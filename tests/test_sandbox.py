@@ -219,12 +219,12 @@ def test_body_of_undue_length_is_not_read(gateway: Sandbox, header: str) -> None
 
 
 def test_kept_alive_connections_answer_at_once(gateway: Sandbox) -> None:
-    """Twenty calls on one connection take no 40 ms each, as they would if the body waited for an ACK."""
+    """A hundred calls on one connection take no 40 ms each, as they would if the body waited for an ACK."""
     with requests.Session() as session:
         start = time.monotonic()
-        for _ in range(20):
+        for _ in range(100):
             session.get(f"{gateway.url}/sandbox/stats", timeout=5)
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 3
 
 
 def test_tokenp_takes_its_latency_and_nothing_else_does() -> None:
