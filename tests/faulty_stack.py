@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
+import requests
 from running import until
 from stacks import MARK, SLOW
 
@@ -48,6 +49,8 @@ class Case(NamedTuple):
         exchange: what the market trades.
         before: how many requests KIS has had before this case.
         told: how many messages Slack has had before this case.
+        seed: what makes its keys its own.
+        settings: the lines of the config file that do not change.
 
     """
 
@@ -55,31 +58,39 @@ class Case(NamedTuple):
     exchange: str
     before: int
     told: int
+    seed: str
+    settings: list[str]
 
     @classmethod
     def begun(cls, up: Up, minute: float) -> Case:
-        """With so many seconds as KIS's minute; every run reads the settings as it starts."""
+        """With so many seconds as KIS's minute."""
         exchange, hours = _hours(timedelta(minutes=40))
-        key = f"PS{uuid.uuid4().hex}"
-        settings = up.place.home / ".tokencore" / "config.toml"
-        settings.parent.mkdir(exist_ok=True)
-        settings.write_text(f"""\
-            issue_interval = {minute}
-            markets.us.exchanges = ""
-            markets.hk.exchanges = ""
-            markets.kr.app_key = "{key}"
-            markets.kr.app_secret = "{APP_SECRET}"
-            markets.kr.exchanges = "{exchange}"
-            exchanges.{exchange}.hours = {{{hours}}}
-        """)
         up.gateway.set_rules(issue_interval=minute, latency=0)
-        return cls(up, exchange, len(up.gateway.stats()["requests"]), len(up.slack.told))
+        lines = [f"issue_interval = {minute}", f"exchanges.{exchange}.hours = {{{hours}}}"]
+        case = cls(up, exchange, len(up.gateway.stats()["requests"]), len(up.slack.told), uuid.uuid4().hex, lines)
+        case.trade("kr")
+        return case
+
+    def trade(self, *markets: str) -> None:
+        """Let these and no others trade the exchange, each with its own key; a run reads the settings as it starts."""
+        others = {"us", "kr", "hk"}.difference(markets)
+        lines = [*self.settings, *(f'markets.{name}.exchanges = ""' for name in others)]
+        for market in markets:
+            lines += [f'markets.{market}.app_key = "PS{market}{self.seed}"']
+            lines += [
+                f'markets.{market}.app_secret = "{APP_SECRET}"',
+                f'markets.{market}.exchanges = "{self.exchange}"',
+            ]
+        file = self.up.place.home / ".tokencore" / "config.toml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(lines))
 
     @staticmethod
     def over(up: Up) -> None:
         """Settings, gateway and the shared token folder as other tests expect them."""
         (up.place.home / ".tokencore" / "config.toml").unlink()
-        (up.folder.parent / "kr_api_token.json").unlink(missing_ok=True)
+        for name in ("kr_api_token.json", "incidents.json"):
+            (up.folder.parent / name).unlink(missing_ok=True)
         up.gateway.clear()
         up.gateway.set_rules(issue_interval=60, latency=0)
         up.slack.answers.clear()
@@ -92,11 +103,6 @@ class Case(NamedTuple):
     def requests(self) -> list[str]:
         """How KIS answered this case's requests, in their order."""
         return [str(one["outcome"]) for one in self.up.gateway.stats()["requests"][self.before :]]
-
-    def pauses(self) -> list[float]:
-        """The seconds between them."""
-        times = [float(one["at"]) for one in self.up.gateway.stats()["requests"][self.before :]]
-        return [later - earlier for earlier, later in itertools.pairwise(times)]
 
     def messages(self) -> str:
         """What Slack was told."""
@@ -123,17 +129,34 @@ def _hours(ahead: timedelta) -> tuple[str, str]:
     return code, f'"{first:%Y-%m-%d}" = "{first:%H:%M:%S}-{last:%H:%M:%S}"'
 
 
+def ask(up: Up, method: str, path: str, content: object = None) -> dict[str, Any]:
+    """What the server answers once it does: hurt, or with SQLite's lock taken, it stands still for a minute or more."""
+    give_up, last = time.monotonic() + SLOW, ""
+    while time.monotonic() < give_up:
+        try:
+            answer = up.api(method, path, content)
+        except requests.ConnectionError as error:
+            last = str(error)
+        else:
+            if answer.ok:
+                found: dict[str, Any] = answer.json()
+                return found
+            last = answer.text
+        time.sleep(1)
+    raise AssertionError(last)
+
+
 def created(up: Up, deployment: str, **content: object) -> str:
-    """A new run of the deployment; its id."""
-    found = up.api("GET", f"deployments/name/{deployment}").json()["id"]
-    made = up.api("POST", f"deployments/{found}/create_flow_run", content).json()
-    number: str = made["id"]
+    """A new run of the deployment, one however often it has to be asked for; its id."""
+    found = ask(up, "GET", f"deployments/name/{deployment}")["id"]
+    once = {"idempotency_key": uuid.uuid4().hex}
+    number: str = ask(up, "POST", f"deployments/{found}/create_flow_run", content | once)["id"]
     return number
 
 
 def look(up: Up, run: str) -> Run:
     """How a run is."""
-    found: dict[str, Any] = up.api("GET", f"flow_runs/{run}").json()
+    found = ask(up, "GET", f"flow_runs/{run}")
     state = found["state"] or {"type": "", "name": "", "message": ""}
     return Run(state["type"], state["name"], state["message"] or "", int(found["infrastructure_pid"] or 0))
 
@@ -178,7 +201,7 @@ def second_worker(up: Up) -> Iterator[None]:
     with subprocess.Popen([*command, "--name", "second"], env=environment, cwd=up.folder) as worker:
         until(lambda: len(_online(up)) == BOTH, SLOW)
         yield
-        worker.terminate()
+        worker.kill()
 
 
 def _online(up: Up) -> list[str]:

@@ -32,7 +32,7 @@ SKIPPED = "Missed while nothing ran here; a later run does it all."
 
 
 def bury(api: Api) -> None:
-    """Mark as Crashed the runs whose process is gone.
+    """Mark as Crashed the runs whose process is gone; while no worker lives, as one that it starts has none yet.
 
     Raises:
         CrewError: the server could not be asked.

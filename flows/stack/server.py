@@ -56,7 +56,8 @@ class Prefect:
         """
         server = self._crew.start("server", _prefect("server", "start"), self._server)
         self._crew.wait(lambda: self._api.answers("ready"), "its first answer", PATIENCE, of=server)
-        self.tidy()
+        self.bury()
+        self.skip_overdue()
         # The worker makes the pool where there is none, and leaves alone what people set in one that there is.
         worker = self._crew.start("worker", _prefect(*WORKER_START), self._worker)
         self._crew.wait(lambda: self._api.answers(f"work_pools/{POOL}"), "its work pool", PATIENCE, of=worker)
@@ -64,24 +65,23 @@ class Prefect:
         deploy = [sys.executable, "-m", "flows.stack", "deploy"]
         self._crew.run("deploy", deploy, self._worker, PATIENCE, tries=DEPLOY_TRIES)
 
-    def tidy(self) -> None:
-        """End what a killed process or a pause of this machine has left behind, before a worker comes to it.
-
-        Raises:
-            CrewError: the server could not be asked.
-
-        """
-        self.bury()
-        leftovers.skip_overdue(self._api, CHECK)
-
     def bury(self) -> None:
-        """End the runs whose process died.
+        """End the runs whose process died; only while no worker is starting one.
 
         Raises:
             CrewError: the server could not be asked.
 
         """
         leftovers.bury(self._api)
+
+    def skip_overdue(self) -> None:
+        """Skip what was missed during a pause of this machine, and which a later run does as well.
+
+        Raises:
+            CrewError: the server could not be asked.
+
+        """
+        leftovers.skip_overdue(self._api, CHECK)
 
     def check(self) -> None:
         """Let the check run, without waiting for its end.

@@ -211,7 +211,7 @@ def _clear(prefect: Prefect, restarting: str) -> None:
 def _catch_up(prefect: Prefect) -> None:
     """After a sleep one check runs at once; what was missed meanwhile does not."""
     try:
-        prefect.tidy()
+        prefect.skip_overdue()
         prefect.check()
     except CrewError as error:
         print(error, file=sys.stderr, flush=True)  # the hourly check comes
