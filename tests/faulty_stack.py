@@ -89,7 +89,7 @@ class Case(NamedTuple):
     def over(up: Up) -> None:
         """Settings, gateway and the shared token folder as other tests expect them."""
         (up.place.home / ".tokencore" / "config.toml").unlink()
-        for name in ("kr_api_token.json", "incidents.json"):
+        for name in ("kr_api_token.json", "kr_token_issued_at.dat", "incidents.json"):
             (up.folder.parent / name).unlink(missing_ok=True)
         up.gateway.clear()
         up.gateway.set_rules(issue_interval=60, latency=0)
