@@ -93,7 +93,7 @@ def all_clear(who: TokenManager | str, now: datetime) -> None:
     """Tell that the trouble of a key, or of an exchange, is over, if there was any; and what `foreign` tells."""
     with harmless(FAILED):
         subject, pen = Subject.of(who, now), _pen(now)
-        lasting = [causes.FOREIGN_TOKEN.name] if _issued_elsewhere(who) else []
+        lasting = _lasting(who, now)
         over = incidents_here().over(subject.name, now, but=lasting)
         deliver([*(_end(pen, subject, one) for one in over), *_foreign(who, now)], now)
 
@@ -129,6 +129,14 @@ def _foreign(who: TokenManager | str, now: datetime) -> list[Post]:
         return []
     happened = _pen(now).words("said.foreign", at=clock(issued_at))
     return _trouble(who, causes.FOREIGN_TOKEN, happened, _next(who, causes.FOREIGN_TOKEN, now, now), now)
+
+
+def _lasting(who: TokenManager | str, now: datetime) -> list[str]:
+    """What is not over although a token serves: someone else's issue, and credentials that KIS refused."""
+    lasting = [causes.FOREIGN_TOKEN.name] if _issued_elsewhere(who) else []
+    if isinstance(who, TokenManager) and who.renewal_allowed_from(now) is None:
+        lasting.append(causes.CREDENTIALS.name)
+    return lasting
 
 
 def _issued_elsewhere(who: TokenManager | str) -> datetime | None:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.runs import KST, clock
-from tokencore import Plan, draw_plans, look, make_plan, managers
+from tokencore import Plan, draw_plans, look, make_plan, managers, next_attempt
 
 if TYPE_CHECKING:
     from datetime import tzinfo
 
-    from tokencore import TokenManager
+    from tokencore import Outlook, TokenManager
 
 TOKENS, PLAN = "tokens", "plan"
+REFUSED = "KIS refused the credentials: a person has to correct them and run refresh_token"
 
 
 def publish(now: datetime) -> None:
@@ -51,7 +52,7 @@ def described(plans: list[Plan]) -> str:
 def row(manager: TokenManager, now: datetime) -> dict[str, Any]:
     """One market for people at `now` (aware), what presses first: nothing secret, no path."""
     status = manager.get_token_status()
-    need, planned = status["next_need"], look(manager, now).next
+    need, tried = status["next_need"], next_attempt(manager, now)
     local = now.astimezone().tzname() or "local"
     return {
         "market": status["market"],
@@ -59,13 +60,19 @@ def row(manager: TokenManager, now: datetime) -> dict[str, Any]:
         "valid until (KST)": _short(status["expires_at"]),
         "need covered": {True: "yes", False: "not yet", None: "-"}[status["covers_next_need"]],
         "next need (KST)": f"{_short(need['start'])} to {_short(need['end'])}" if need else "-",
-        "next renewal (KST)": _short(planned.at.isoformat()) if planned else "-",
+        "next renewal (KST)": _short(tried.isoformat()) if tried else "-",
         "issued in 24 h": status["issues_last_24h"],
         "next request": f"from {_short(status['cooldown_until'])}" if status["cooldown_until"] else "allowed",
         "key": f"{'+'.join(manager.sharing())} ({status['environment']})",
         f"valid until ({local})": _short(status["expires_at"], None),
-        "why then": (planned.exception or planned.reason) if planned else "every need ahead is covered",
+        "why then": _why(look(manager, now), tried),
     }
+
+
+def _why(ahead: Outlook, tried: datetime | None) -> str:
+    if ahead.next is None:
+        return "every need ahead is covered"
+    return (ahead.next.exception or ahead.next.reason) if tried else REFUSED
 
 
 def _short(iso: str | None, zone: tzinfo | None = KST) -> str:

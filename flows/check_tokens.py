@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed
 from flows import alerts, board, planned, runs
 from flows.causes import as_met
 from flows.runs import SAFE, clock, kis_is_down, safe_errors
-from tokencore import TokenManager, managers, tick
+from tokencore import TokenManager, managers, next_attempt, tick
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -128,7 +128,11 @@ def progress(manager: TokenManager, decision: Decision, now: datetime) -> Progre
     told = [f"{who.label}: " + (f"the token serves until {clock(who.reach)}" if who.reach else "no valid token")]
     if decision.trouble:
         told.append(str(decision.trouble))
-    told.append(f"next renewal {clock(planned.at)}, {planned.reason}" if planned else "no renewal is needed")
+    tried = next_attempt(manager, now)
+    if planned:
+        told.append(f"next renewal {clock(tried)}, {planned.reason}" if tried else board.REFUSED)
+    else:
+        told.append("no renewal is needed")
     return Progress("; ".join(told), who.reach is not None, decision.renewed)
 
 

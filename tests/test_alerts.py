@@ -155,6 +155,20 @@ def test_a_refresh_by_hand_is_announced(gateway: Sandbox, endpoint: SlackEndpoin
     assert "*Why:* it was revoked" in told
 
 
+def test_refused_credentials_are_not_over_while_the_token_serves(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
+    """A check that finds the present token in order does not call them solved; the next answer of KIS does."""
+    manager = USTokenManager()
+    manager.get_valid_token()
+    time.sleep(0.6)  # the gateway's minute
+    alerts.report(*refused(gateway, "bad-key"), datetime.now(UTC))
+    alerts.all_clear(manager, datetime.now(UTC))
+    assert [kind(message) for message in endpoint.told] == ["opened"]
+    time.sleep(0.6)
+    manager.refresh(force=True)
+    alerts.all_clear(manager, datetime.now(UTC))
+    assert [kind(message) for message in endpoint.told] == ["opened", "solved"]
+
+
 def test_trouble_that_returns_is_a_new_incident(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
     """After its recovery the same trouble is told again."""
     manager, error = refused(gateway)

@@ -37,7 +37,7 @@ from running import cached
 from slack_endpoint import SlackEndpoint
 
 from flows import planned
-from flows.board import TOKENS
+from flows.board import REFUSED, TOKENS
 from flows.check_tokens import check_tokens
 from flows.stack.server import DEPLOY_TRIES
 from flows.warm_up import warm_up
@@ -327,6 +327,20 @@ def test_one_keys_trouble_does_not_stop_the_others(
     broken = next(row["market"] for row in table() if row["status"] == "NO_TOKEN")
     assert str(state.message).startswith(f"{broken}: KIS refused the app secret (EGW00105).")
     assert endpoint.headlines == [f"{broken}: KIS refuses the app key or its secret"]
+
+
+def test_a_renewal_that_nobody_will_try_is_not_promised(gateway: Sandbox, opens: Callable[[timedelta], str]) -> None:
+    """After refused credentials the table and the state name no next renewal, but say who has to act."""
+    opens(MINUTES_40)
+    checked()
+    cached(left=3 * 3600)
+    time.sleep(0.6)  # the gateway's minute
+    gateway.fail("bad-key", 1)
+    refreshed("us", force=True)
+    state = checked()
+    assert "next renewal" not in str(state.message)
+    assert REFUSED in str(state.message)
+    assert {(row["next renewal (KST)"], row["why then"]) for row in table()} == {("-", REFUSED)}
 
 
 def test_of_checks_that_were_missed_one_catches_up(opens: Callable[[timedelta], str]) -> None:
