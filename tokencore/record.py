@@ -107,9 +107,16 @@ class IssuanceRecord:
             ValueError: something is there, but no file that can be read.
 
         """
-        content = store.read_bytes(self.path, limit=2 * TRIM_AT * LINE) or b""
-        lines = content.split(b"\n")
-        return History([attempt for line in lines if (attempt := _parse(line))], _parse_cut(lines[0]))
+        return parse(self.content())
+
+    def content(self) -> bytes:
+        """The file as it is; nothing where there is none.
+
+        Raises:
+            ValueError: something is there, but no file that can be read.
+
+        """
+        return store.read_bytes(self.path, limit=2 * TRIM_AT * LINE) or b""
 
     def begin(self, attempt: Attempt) -> int:
         """Append `attempt` durably and return where its line stands, for `complete`.
@@ -154,6 +161,12 @@ class IssuanceRecord:
             cut += Counter(attempt.outcome for attempt in attempts[:-KEEP])
             kept = b"".join([_cut_line(cut), *(_line(attempt) for attempt in attempts[-KEEP:])])
             store.write_text(self.path, kept.decode(), temporary="trim")
+
+
+def parse(content: bytes) -> History:
+    """What whole lines of a record say; those that cannot be read are passed over."""
+    lines = content.split(b"\n")
+    return History([attempt for line in lines if (attempt := _parse(line))], _parse_cut(lines[0]))
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokencore import limits, record, rule, sources, status, store
+from tokencore import limits, record, rule, sources, status
 from tokencore.cache import Cache, longest
 from tokencore.errors import ConfigurationError
 from tokencore.issuance import with_marks
+from tokencore.ledger import Ledger
 from tokencore.limits import Standing, tell
 from tokencore.lock import KeyLock
 from tokencore.market import Market, digest, fingerprint, market_names
-from tokencore.record import GRANTED, IssuanceRecord
+from tokencore.record import IssuanceRecord
 from tokencore.settings import Settings, overrides
 
 if TYPE_CHECKING:
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from datetime import datetime
     from typing import Any
 
-    from tokencore.record import Attempt, Outcome
+    from tokencore.record import Outcome
     from tokencore.rule import Horizon
-    from tokencore.store import Signature
     from tokencore.tokens import Token
 
     Ahead = Callable[[tuple[str, ...], Market], Horizon | None]
@@ -168,7 +168,7 @@ class _Key:
         )
         self._credentials = digest(str(first.app_key), first.app_secret, length=8) if first.app_secret else ""
         self._lock = KeyLock(first.token_dir, self._cache.fingerprint)
-        self._ledger = _Ledger(IssuanceRecord(first.token_dir, self._cache.fingerprint))
+        self._ledger = Ledger(IssuanceRecord(first.token_dir, self._cache.fingerprint))
         self._codes = tuple(dict.fromkeys(code for one in markets for code in one.exchanges))
 
     def look(self, ahead: Ahead, now: datetime) -> list[Vitals]:
@@ -202,36 +202,6 @@ class _Key:
             _of_market(one, *seen, ahead(one.exchanges, one), shared, now)
             for one, seen in zip(self._markets, found, strict=True)
         ]
-
-
-class _Ledger:
-    """An issuance record, parsed when its file differs; of its attempts, those that can still matter.
-
-    `totals` is None where the record cannot be read.
-    """
-
-    def __init__(self, kept: IssuanceRecord) -> None:
-        self._record = kept
-        self._seen: Signature | None = None
-        self._attempts: list[Attempt] = []
-        self.totals: Counter[Outcome] | None = None
-
-    def read(self, now: datetime) -> list[Attempt]:
-        seen = store.signature(self._record.path)
-        if seen is None or seen != self._seen:
-            self._seen, self._attempts, self.totals = None, [], None
-            try:
-                history = self._record.read()
-            except ValueError:
-                return []
-            self._seen, self._attempts, self.totals = seen, _recent(history.attempts, now), history.totals()
-        return self._attempts
-
-
-def _recent(attempts: list[Attempt], now: datetime) -> list[Attempt]:
-    """What the limits can ask for: all of the last two days, and what came since a request was last granted."""
-    last = next((n for n in range(len(attempts) - 1, -1, -1) if attempts[n].outcome in GRANTED), 0)
-    return [attempt for attempt in attempts[:last] if attempt.at > now - 2 * record.DAY] + attempts[last:]
 
 
 def _of_market(
