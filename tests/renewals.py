@@ -107,14 +107,12 @@ class Renewals(RuleBasedStateMachine):
         if len(asked) > self.asked:
             assert self.failed or asked[-1].at >= self.holding, "a request although a market had a token that serves"
             self.asked = len(asked)
-        granted, held = self.desk.granted, {market: self.desk.token(market) for market in MARKETS}
-        newest = max((granted.index(token) for token in held.values() if token), default=-1)
-        for market, token in held.items():
-            before = self.seen.get(market)
+        granted = self.desk.granted
+        for market in MARKETS:
+            token, before = self.desk.token(market), self.seen.get(market)
             if before and token != before:
-                # What could not be read is set aside for a moment: another market has it then, or a later one.
-                kept = granted.index(token) if token else newest
-                assert kept >= granted.index(before) or self.desk.expiry(before) <= now, "a valid token is gone"
+                assert token, "a token file is gone"
+                assert granted.index(token) > granted.index(before), "an older token came back"
             if token:
                 self.seen[market] = token
                 self.handed.add(token)

@@ -297,14 +297,23 @@ def test_a_save_ends_what_was_kept_and_still_sets_aside_what_is_damaged(kept: Ca
     assert Path(f"{path}.aside").read_text(encoding="utf-8") == "damage"
 
 
-def test_a_failing_save_leaves_the_other_files_as_they_were(folder: Path) -> None:
-    """Where the second market's file cannot be written, the first has the new token and the second the old one."""
+@pytest.mark.parametrize("failing", ["us", "kr"])
+def test_a_token_reaches_every_file_that_takes_it(folder: Path, failing: str) -> None:
+    """Where one market's file and mark cannot be written, first or last, the other has the new ones and it the old."""
     cache = open_cache(folder, "us_", "kr_")
     cache.save(make_token(text="old"), NOW)
-    (folder / f".kr_api_token.json.{cache.fingerprint}.tmp").mkdir()  # where the draft has to be
+    for name in ("api_token.json", "token_issued_at.dat"):
+        (folder / f".{failing}_{name}.{cache.fingerprint}.tmp").mkdir()  # where the draft has to be
+    token = make_token(text="new")
     with pytest.raises(OSError, match="directory"):
-        cache.save(make_token(text="new"), NOW)
-    assert [text_of(cache.read(path)) for path in cache.paths] == ["new", "old"]
+        cache.save(token, NOW)
+    assert [text_of(cache.read(path)) for path in cache.paths] == (
+        ["old", "new"] if failing == "us" else ["new", "old"]
+    )
+    assert not cache.is_only_here(token)
+    with pytest.raises(OSError, match="directory"):
+        cache.mark_issued(NOW)
+    assert cache.issued_mark() == NOW
 
 
 def test_only_the_first_markets_file_is_deleted(folder: Path) -> None:

@@ -10,7 +10,7 @@ from tokencore.moments import UTC, datetime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from tokencore.store import Signature
     from tokencore.tokens import Token
@@ -94,17 +94,20 @@ class Cache:
         What stands there and is no token of this key is set aside first.
 
         Raises:
-            OSError: a file could not be written; those before it have the new token, the others the old one.
+            OSError: a file could not be written and is as it was; all that could be written have the new token.
 
         """
         import json  # not on the path of a cached token
 
         content = tokens.to_cache(token, now=now, environment=self._environment, key_fingerprint=self.fingerprint)
         text = json.dumps(content, indent=2) + "\n"
-        for path in self.paths:
+
+        def put(path: str) -> None:
             if self._on_file(path)[1]:
                 store.set_aside(path)
             store.write_text(path, text, temporary=self.fingerprint)
+
+        _try_all(put, self.paths)
         _kept.pop(self.fingerprint, None)
 
     def delete(self) -> bool:
@@ -146,8 +149,8 @@ class Cache:
             OSError: a mark could not be written; the record knows all the same.
 
         """
-        for path in map(_mark_file, self.paths):
-            store.write_text(path, f"{int(now.timestamp())}\n", temporary=self.fingerprint)
+        text = f"{int(now.timestamp())}\n"
+        _try_all(lambda path: store.write_text(_mark_file(path), text, temporary=self.fingerprint), self.paths)
 
     def _files(self) -> list[str]:
         try:
@@ -194,6 +197,18 @@ def longest(found: Iterable[Token | None]) -> Token | None:
     """Of these tokens the one that lasts longest; one rejected comes last."""
     known = (token for token in found if token is not None)
     return max(known, key=lambda token: (token.rejected_at is None, token.expires_at), default=None)
+
+
+def _try_all(write: Callable[[str], None], paths: Sequence[str]) -> None:
+    """One market's file may fail: any other that takes the token saves it. The first failure is raised at the end."""
+    failed = None
+    for path in paths:
+        try:
+            write(path)
+        except OSError as error:
+            failed = failed or error
+    if failed:
+        raise failed
 
 
 def _mark(path: str) -> datetime | None:

@@ -133,17 +133,28 @@ class Issuance:
         try:
             self._cache.save(token, now)
         except OSError as error:
+            self._tell_unsaved(token, error)
             self._cache.keep(token)
-            _log.critical(
-                "A token was issued but could not be saved (%s); only this process has it. Free space or mend "
-                "the permissions of %s: the next process would issue again.",
-                error.strerror,
-                self._cache.folder,
-            )
         try:
             self._cache.mark_issued(issued_at)
         except OSError as error:  # the record knows it too
             _log.error("The mark of the issue cannot be written: %s", error.strerror)
+
+    def _tell_unsaved(self, token: Token, error: OSError) -> None:
+        if not self._cache.is_only_here(token):
+            _log.error(
+                "The new token is saved, but not for every market of the key, or not safe from a power cut (%s); each "
+                "process finds it. Free space or mend the permissions of %s.",
+                error.strerror,
+                self._cache.folder,
+            )
+            return
+        _log.critical(
+            "A token was issued but could not be saved (%s); only this process has it. Free space or mend "
+            "the permissions of %s: the next process would issue again.",
+            error.strerror,
+            self._cache.folder,
+        )
 
     def _refused(self, refusal: Refusal, present: Token | None, now: datetime) -> TokenError:
         serves = limits.what_serves(present, now, self._market.buffer)
