@@ -98,7 +98,7 @@ def test_an_imported_token_starts_the_six_hours_but_neither_cool_down_nor_ceilin
         pytest.param(
             json.dumps({"access_token": make_jwt(APP_KEY), "expires_at": "2099-01-01T00:00Z", "environment": "paper"}),
             2,
-            "is of the paper environment",
+            "is paper",
             id="of the other environment",
         ),
         pytest.param(

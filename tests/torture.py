@@ -14,6 +14,7 @@ CLASSES = {
     "test_faults_crash.py": "killed at any call",
     "test_faults_calls.py": "calls that fail",
     "test_faults_files.py": "bad files",
+    "test_faults_parsers.py": "any bytes",
     "test_faults_time.py": "time",
     "test_faults_kis.py": "KIS",
     "test_faults_concurrency.py": "concurrency",

@@ -119,9 +119,9 @@ def _ours(content: bytes | None, holder: Holder, known: tuple[str, ...]) -> bool
     """Whether it names this key: by the `jti` of the tokens in it, else by the key or a known token in clear."""
     if content is None:
         return False
-    named = {claims.get("jti") for text in _JWT.findall(content) if (claims := jwt_claims(text.decode()))}
-    if named - {None}:
-        return named - {None} == {holder.app_key}
+    named = {jti for text in _JWT.findall(content) if isinstance(jti := jwt_claims(text.decode()).get("jti"), str)}
+    if named:
+        return named == {holder.app_key}
     return any(text.encode() in content for text in (holder.app_key, *known))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tokencore import tokens
 from tokencore.errors import ConfigurationError, TokenUnavailableError
 from tokencore.limits import tell
+from tokencore.market import HOSTS
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -40,10 +41,12 @@ def read(text: str, market: Market, now: datetime) -> Token:
             f"The token belongs to another app key than that of {market.name!r}. Nothing was saved; import it to the "
             "market with its key."
         )
-    if content.get("environment", market.environment) != market.environment:
+    environment = content.get("environment", market.environment)
+    if environment != market.environment:
+        told = environment if environment in tuple(HOSTS) else "unknown"  # it may hold anything
         raise ConfigurationError(
-            f"The token is of the {content['environment']} environment, and {market.name!r} is of the "
-            f"{market.environment} one. Nothing was saved."
+            f"The environment of the token is {told}, and that of {market.name!r} {market.environment}. "
+            "Nothing was saved."
         )
     if not token.serves(now, market.buffer):
         raise TokenUnavailableError(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from io import BufferedRandom
 
 LINE = 512  # bytes of a line with its newline: one disk sector, so that completing it in place cannot tear it
+CODE_LENGTH, DIGEST_LENGTH, PIDS = 12, 8, 1 << 32  # what is beyond them is not ours, and would not fit into a line
 KEEP, TRIM_AT = 1024, 2048  # lines: years of daily renewals, or four days of KIS being down
 DAY = timedelta(hours=24)
 
@@ -232,12 +233,12 @@ def _parse(line: bytes) -> Attempt | None:
         return Attempt(
             at=_aware(content["at"]),
             outcome=_outcome(content["outcome"]),
-            code=content.get("code"),
+            code=_word(content.get("code"), CODE_LENGTH) or None,
             expires_at=_aware(content["expires_at"]) if content.get("expires_at") else None,
             reason=str(content.get("reason", "")),
             by=str(content.get("by", "")),
-            credentials=str(content.get("credentials", "")),
-            pid=int(content.get("pid", 0)),
+            credentials=_word(content.get("credentials"), DIGEST_LENGTH),
+            pid=pid if 0 <= (pid := int(content.get("pid", 0))) < PIDS else 0,
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError):
         return None
@@ -246,6 +247,11 @@ def _parse(line: bytes) -> Attempt | None:
 def _outcome(word: str) -> Outcome:
     """What a line says; a later version's own word is an attempt of which no more is known than that it was made."""
     return Outcome(word) if word in _WORDS or not isinstance(word, str) else Outcome.SENT
+
+
+def _word(value: object, length: int) -> str:
+    """A short word as `_line` writes it; empty for anything else, which a line might have no room for."""
+    return value if isinstance(value, str) and len(value) <= length and value.isascii() and value.isprintable() else ""
 
 
 def _aware(text: str) -> datetime:

@@ -25,7 +25,7 @@ from tokencore.clients import target
 from tokencore.errors import ConfigurationError
 from tokencore.market import ISSUES, SECONDS, TIMEOUTS, credential, folder, items, listed, named, number
 from tokencore.sessions import Override, exchange
-from tokencore.sources import CONFIG_FILE, Gathered, gather
+from tokencore.sources import CONFIG_FILE, Gathered, gather, short
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -236,13 +236,13 @@ def unknown_names() -> dict[str, str]:
 
 def _variable(path: tuple[int | str, ...]) -> str:
     name = "__".join(step for step in path if isinstance(step, str) and step != "[key]").upper()
-    return name if name.startswith("SLACK_") else f"KIS_{name}"
+    return short(name if name.startswith("SLACK_") else f"KIS_{name}")
 
 
 def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"{_variable(error['loc'])} is no setting; see the README for their names, and remove or correct it."
-    told = error["msg"].removeprefix("Value error, ")
+    told = short(error["msg"].removeprefix("Value error, "))
     return f"{_variable(error['loc'])} cannot be used: {told[:1].lower()}{told[1:].rstrip('.')}. Correct or remove it."
 
 
@@ -262,4 +262,6 @@ def _refuse_unknown(found: Gathered) -> None:
     for name, origin in found.origins.items():
         top = name.lower().removeprefix("kis_").partition("__")[0]
         if origin == CONFIG_FILE and top not in Settings.model_fields:
-            raise ConfigurationError(f"{CONFIG_FILE} sets {top!r}, which is no setting; correct or remove it.")
+            raise ConfigurationError(
+                f"{CONFIG_FILE} sets {short(repr(top))}, which is no setting; correct or remove it."
+            )

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 CONFIG_FILE = "~/.tokencore/config.toml"
 DOTENV_FILE = ".env"
 SECRET_FILE_LIMIT = 65_536  # bytes; a mounted secret is one short line
+KEY_LENGTH = 36  # characters of an app key; secrets and tokens have more
+TOLD_LENGTH = 400  # characters of a sentence that repeats what it was given
 _warned: set[str] = set()  # sentences; once a process is enough
 _parsed: dict[bytes, dict[str, Any]] = {}  # the config file as it was last: a thousand markets take 30 ms to parse
 _PREFIXES = ("kis_", "slack_")
 _ALIEN = ("kis_secrets_dir",)  # says where to read, is no value itself
 _GROUPS = ("markets", "exchanges")  # names with names below them
+_LONGEST, _DEEPEST = 200, 8  # of a name: signs, and parts with `__` between them; what is more is no name
 
 
 class Gathered:
@@ -54,12 +57,14 @@ class Gathered:
         """Take a value unless an earlier source gave it; empty text counts as not given.
 
         Raises:
-            ConfigurationError: the name stands for a group of settings, or goes on where another one ends.
+            ConfigurationError: the name stands for a group of settings, goes on where another one ends, or is none.
 
         """
         name = name.upper()
         if value == "" or name in self.origins:
             return
+        if len(name) > _LONGEST or name.count("__") > _DEEPEST or not name.isprintable():
+            raise ConfigurationError(f"{origin} has a name that is too long, too deep or not printable; remove it.")
         *path, last = name.lower().removeprefix("kis_").split("__")
         if not path and last in _GROUPS:
             raise ConfigurationError(f"{name} alone sets nothing; set {name}__<NAME>__<FIELD>, and remove {name}.")
@@ -67,7 +72,7 @@ class Gathered:
         for step in path:
             branch = branch.setdefault(step, {}) if isinstance(branch, dict) else branch
         if not isinstance(branch, dict) or isinstance(branch.get(last), dict):
-            raise ConfigurationError(f"{name} contradicts a longer or shorter setting of this name; remove one.")
+            raise ConfigurationError(f"{short(name)} contradicts a longer or shorter setting of this name; remove one.")
         branch[last] = value
         self.origins[name] = origin
 
@@ -154,7 +159,7 @@ def _secrets(folder: str) -> Iterable[tuple[str, str]]:
             if name.lower().startswith(_PREFIXES):
                 with open(path, encoding="utf-8") as file:
                     yield name.lower(), file.read(SECRET_FILE_LIMIT).strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"KIS_SECRETS_DIR={folder} cannot be read ({_why(error)}); point it at a folder with a file per variable.",
         ) from None
@@ -165,10 +170,9 @@ def _config() -> Iterable[tuple[str, Any]]:
     if not os.path.exists(path):
         return
     try:
-        tree = _tree(path)
-    except (OSError, ValueError) as error:
+        yield from list(_leaves(_tree(path), ""))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{CONFIG_FILE} cannot be read ({_why(error)}); mend or remove it.") from None
-    yield from _leaves(tree, "")
 
 
 def _tree(path: str) -> dict[str, Any]:
@@ -197,4 +201,10 @@ def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
 
 
 def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return short(getattr(error, "strerror", None) or str(error).splitlines()[0])
+
+
+def short(text: str) -> str:
+    """`text` without the words and parts of names that are as long as a key: one may stand in the wrong place."""
+    words = (word.split("__") for word in text[:TOLD_LENGTH].split(" "))
+    return " ".join("__".join("***" if len(part) >= KEY_LENGTH else part for part in word) for word in words)
