@@ -39,7 +39,8 @@ clients: .venv/.dev
 	@TOKENCORE_CLIENTS=all $(RUN) pytest tests/test_clients.py $(ARGS)
 
 torture: .venv/.dev
-	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),$(wildcard tests/test_faults_*.py) tests/test_secrets.py)
+	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),$(wildcard tests/test_faults_*.py) tests/test_secrets.py \
+		tests/test_stack.py::test_an_interrupted_up_leaves_nothing tests/test_stack_killed.py::test_down_leaves_no_run_behind)
 
 # Seconds for each and names of parsers go into ARGS, such as `make fuzz ARGS="10 record"`.
 fuzz: .fuzz/.ready

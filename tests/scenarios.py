@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import pytest
 from stepping import START, Asked, Clock, Kis, Stepped, as_user, command, preload, settings
 
 from tokencore.sandbox_http import Handler
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from running import Ran
 
 FULL = "TORTURE" in os.environ  # every case; otherwise a part of them that changes with each fault class
+long = pytest.mark.skipif(not FULL, reason="takes minutes: make torture")
 HOUR, DAY = 3600.0, 86_400.0
 MINUTE = 60.0  # of KIS, which the test's clock makes short
 MARKETS = ("us", "kr")

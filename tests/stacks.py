@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "TOKENCORE_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
-SLOW = 240  # seconds; half a minute on two idle cores
+SLOW = 480  # seconds; half a minute on two idle cores
 PASSWORD = "admin:CanaryPassword"  # of the server that the tests share
 WEBHOOK = "CanaryWebhook"  # in the address of the Slack that a stack tells
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from running import until
+from scenarios import long
 from stacks import MARK, SLOW, WEBHOOK, Place, Up, free_port, in_proc
 
 from flows import board
@@ -180,7 +181,7 @@ def test_a_worker_that_dies_is_started_again(up: Up) -> None:
     assert up.processes()["server"] == before["server"]
 
 
-@pytest.mark.parametrize("member", ["server", "deploy"])
+@pytest.mark.parametrize("member", ["server", pytest.param("deploy", marks=long)])
 def test_an_interrupted_up_leaves_nothing(member: str, tmp_path: Path) -> None:
     """Ctrl-C while it starts ends the supervisor and its processes before `up` says so, exit 130."""
     folder = tmp_path / "tokens"

@@ -11,8 +11,13 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from faulty_stack import created, look
+from running import asked as requested
 from running import start, until
+from scenarios import long
 from stacks import SLOW, in_proc
+
+from flows.stack.crew import birth
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,12 +25,15 @@ if TYPE_CHECKING:
     from stacks import Up
 
 pytestmark = in_proc
-SLEEPER = """
+REFRESH = "refresh-token/refresh_token"
+NAP = 3.0  # seconds that count as a sleep; a busy machine takes its time too
+SLEEPER = f"""
+import os
 from pathlib import Path
 from flows.stack import crew
-crew.NAP = 0.5
+crew.NAP, crew.RESTART_PAUSE = {NAP}, 0.1
 with crew.Crew(Path.cwd()) as one:
-    print("ready", flush=True)
+    one.start("brief", ["true"], os.environ)
     one.watch(lambda: print("woken", flush=True))
 """
 
@@ -38,25 +46,19 @@ def slow_kis(up: Up) -> Iterator[None]:
     up.gateway.set_rules(latency=0)
 
 
-def created(up: Up, deployment: str, **content: object) -> str:
-    """A new run of the deployment; its id."""
-    found = up.api("GET", f"deployments/name/{deployment}").json()["id"]
-    number: str = up.api("POST", f"deployments/{found}/create_flow_run", content).json()["id"]
-    return number
+def deployment(up: Up, name: str) -> dict[str, Any]:
+    """The deployment as the server has it."""
+    found: dict[str, Any] = up.api("GET", f"deployments/name/{name}").json()
+    return found
 
 
 def refreshing(up: Up) -> tuple[str, int]:
     """A run that waits for KIS, and its process."""
     asked = {"market": "kr", "operator": "Kim", "force": True, "reason": "test"}
-    number = created(up, "refresh-token/refresh_token", parameters=asked)
-
-    def run() -> dict[str, Any]:
-        found: dict[str, Any] = up.api("GET", f"flow_runs/{number}").json()
-        return found
-
-    before = up.gateway.stats()["token_requests"]
-    until(lambda: up.gateway.stats()["token_requests"] > before, SLOW)
-    return number, int(run()["infrastructure_pid"])
+    before = requested(up.gateway)
+    number = created(up, REFRESH, parameters=asked)
+    until(lambda: requested(up.gateway) > before, SLOW)
+    return number, look(up, number).process
 
 
 def state(up: Up, number: str) -> tuple[str, str, str]:
@@ -76,6 +78,19 @@ def overdue(up: Up, deployment: str, hours: int, tag: str = "auto-scheduled") ->
     return created(up, deployment, state={"type": "SCHEDULED", "state_details": {"scheduled_time": due}}, tags=[tag])
 
 
+@long
+@pytest.mark.usefixtures("slow_kis")
+def test_down_leaves_no_run_behind(up: Up) -> None:
+    """A run that does not end by itself is Cancelled, with a sentence that says why."""
+    number, process = refreshing(up)
+    assert up.place.run("down") == (0, "Stopped.\n")
+    kind, _, message = state(up, number)
+    assert (kind, message.startswith("Stopped with its worker")) == ("CANCELLED", True)
+    assert birth(process) == ""
+    code, output = up.place.run("up")
+    assert code == 0, output
+
+
 @pytest.mark.usefixtures("slow_kis")
 def test_after_a_kill_of_everything_up_marks_what_was_left_and_catches_up_once(up: Up) -> None:
     """The dead run is Crashed; of missed runs only the last warm-up runs, beside one check for all of them."""
@@ -85,6 +100,7 @@ def test_after_a_kill_of_everything_up_marks_what_was_left_and_catches_up_once(u
         os.kill(processes[name], signal.SIGKILL)
     checks = [overdue(up, "check-tokens/check_tokens", hours) for hours in (5, 4, 3, 2, 1)]
     warm_ups = [overdue(up, "warm-up/KRX", hours) for hours in (72, 48, 24)]
+    up.api("PATCH", f"deployments/{deployment(up, REFRESH)['id']}", {"concurrency_limit": 1})  # as an earlier version
     os.kill(processes["server"], signal.SIGKILL)
     os.kill(process, signal.SIGKILL)
     until(lambda: not up.processes())
@@ -98,28 +114,20 @@ def test_after_a_kill_of_everything_up_marks_what_was_left_and_catches_up_once(u
     skipped = [up.api("GET", f"flow_runs/{one}").json() for one in (*checks, *warm_ups[:2])]
     assert {run["infrastructure_pid"] for run in skipped} == {None}  # without a process
     until(lambda: state(up, warm_ups[2])[0] == "COMPLETED", SLOW)
+    assert deployment(up, REFRESH)["global_concurrency_limit"] is None  # it would end a pause for a person
 
 
 @pytest.mark.usefixtures("slow_kis")
-def test_down_leaves_no_run_behind(up: Up) -> None:
-    """A run that does not end by itself is Cancelled, with a sentence that says why."""
-    number, process = refreshing(up)
-    assert up.place.run("down") == (0, "Stopped.\n")
-    kind, _, message = state(up, number)
-    assert (kind, message.startswith("Stopped with its worker")) == ("CANCELLED", True)
-    with pytest.raises(ProcessLookupError):
-        os.kill(process, 0)
-    code, output = up.place.run("up")
-    assert code == 0, output
-
-
 def test_down_stops_what_a_killed_supervisor_left(up: Up) -> None:
-    """Server and worker outlive a SIGKILL of their supervisor; `down` finds and ends them; once more is no error."""
+    """Server, worker and run outlive a SIGKILL of their supervisor; `down` ends them, the run as Cancelled."""
+    number, process = refreshing(up)
     os.kill(up.processes()["supervisor"], signal.SIGKILL)
     until(lambda: "supervisor" not in up.processes())
     assert sorted(up.processes()) == ["server", "worker"]
     assert up.place.run("down") == (0, "Stopped.\n")
-    assert up.place.living() == []
+    assert (up.place.living(), birth(process)) == ([], "")
+    kind, _, message = state(up, number)
+    assert (kind, message.startswith("Stopped with its worker")) == ("CANCELLED", True)
     assert up.place.run("down") == (0, "Nothing was running.\n")
 
 
@@ -127,12 +135,20 @@ def test_a_sleep_is_noticed_once() -> None:
     """A supervisor that did not run for a while, as in a sleep of the machine, says so when it wakes, and not again."""
     sleeper = start(SLEEPER)
     assert sleeper.stdout
-    assert sleeper.stdout.readline() == "ready\n"
-    time.sleep(0.5)  # it looks at the clock for the first time
+    assert sleeper.stderr
+
+    def next_look() -> None:
+        """It tells of a member that ended again at the look after its start."""
+        assert sleeper.stderr
+        while "brief exited" not in sleeper.stderr.readline():
+            assert sleeper.poll() is None
+
+    next_look()
     sleeper.send_signal(signal.SIGSTOP)
-    time.sleep(1)
+    time.sleep(NAP + 0.5)
     sleeper.send_signal(signal.SIGCONT)
     assert sleeper.stdout.readline() == "woken\n"
-    time.sleep(1)
+    for _ in range(3):
+        next_look()
     sleeper.send_signal(signal.SIGTERM)
     assert sleeper.communicate(timeout=30)[0] == ""

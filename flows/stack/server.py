@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 from flows.stack import leftovers, surroundings
 from flows.stack.api import Api
+from flows.stack.crew import CrewError
 from flows.stack.leftovers import POOL, WORKER
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 CHECK = "check-tokens/check_tokens"
 CHECKED = ("Completed", "AlreadyValid", "Renewed", "Failed")  # the names of its states where it did its work
 ARTIFACTS = ("tokens", "plan")  # what that run publishes; flows.board has the names too, but loads all of Prefect
-PATIENCE = 180.0  # seconds for each step: the longest, the first start of the server, takes 14 s on two idle cores
+PATIENCE = 300.0  # seconds for each step: two idle cores take 14 for the longest, the first start of the server
 GRACE = 10.0  # seconds that runs in flight get to end by themselves
 DEPLOY_TRIES = 3  # SQLite under load makes the server answer 503; Prefect's own client asks six times, then gives up
 WORKER_START = ("worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER)
@@ -102,7 +104,7 @@ class Prefect:
         """Run a deployment, named `flow/deployment`, to its end; the final state with `type`, `name` and `message`.
 
         Raises:
-            CrewError: it did not end in time, or the server could not be asked.
+            CrewError: it did not end in time, or could not be created.
             EndedError: the crew was asked to end.
 
         """
@@ -110,7 +112,8 @@ class Prefect:
         state: dict[str, Any] = {}
 
         def ended() -> bool:
-            state.update(self._api.ask("GET", f"flow_runs/{made['id']}")["state"] or {})
+            with contextlib.suppress(CrewError):  # a busy server may miss a question; the next one is soon
+                state.update(self._api.ask("GET", f"flow_runs/{made['id']}")["state"] or {})
             return state.get("type") in FINAL
 
         self._crew.wait(ended, f"the end of the run of {deployment}", PATIENCE)
