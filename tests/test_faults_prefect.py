@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from faulty_stack import Case, asleep, cached, created, end, get, kill, look, second_worker
 from running import until
-from scenarios import FULL
+from scenarios import FULL, long
 from stacks import in_proc
 
 from flows.incidents import CLAIM
@@ -33,7 +33,6 @@ SLACK = {
     "busy": ([429], PAUSE),
 }
 NAP = 65.0  # seconds; from 60 on the supervisor takes it for a sleep
-long = pytest.mark.skipif(not FULL, reason="takes minutes: make torture")
 pytestmark = in_proc
 
 
