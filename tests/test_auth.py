@@ -7,10 +7,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import requests
-from running import asked, cached
+from running import asked, cached, raised
 from scripted import Scripted
 
-from tokencore import KISAuth
+from tokencore import ConfigurationError, KISAuth
 
 if TYPE_CHECKING:
     import pytest
@@ -93,3 +93,11 @@ def test_threads_that_meet_a_dead_token_renew_it_once(gateway: Sandbox) -> None:
         thread.join()
     assert told == ["0"] * 16
     assert asked(gateway) == 1
+
+
+def test_prepared_address_that_readers_understand_in_different_ways_is_not_signed(gateway: Sandbox) -> None:
+    """To urlsplit this is KIS's address with a user's name before it; urllib3 would send the request to that name."""
+    request = requests.Request("GET", gateway.url).prepare()
+    request.url = gateway.url.replace("//", "//elsewhere.example\\@") + "/uapi"
+    assert isinstance(raised(lambda: KISAuth("us")(request)), ConfigurationError)
+    assert "appsecret" not in request.headers

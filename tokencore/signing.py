@@ -143,5 +143,6 @@ def _origin(url: str) -> Origin | None:
         port = parts.port or _PORTS.get(parts.scheme)
     except ValueError:
         return None
-    plain = parts.username is None and "\\" not in url  # which readers of addresses understand in different ways
-    return (parts.scheme, parts.hostname or "", port) if plain else None
+    if "\\" in url:  # where urllib3 ends the host and urlsplit does not
+        return None
+    return parts.scheme, parts.hostname or "", port
