@@ -106,12 +106,13 @@ endif
 docs: .venv/.flows
 	@.venv/bin/python docs/commands.py
 
-# Two interpreters, because Prefect takes another library for dates from Python 3.13 on.
+# Two interpreters, because Prefect takes another library for dates from Python 3.13 on; and async-timeout by name,
+# because only the Python 3.11 of some systems (Debian 12) is so old that redis needs it.
 pins:
 	@set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; touch "$$new/pins"; \
 	for python in python3.11 python3.13; do \
 		$$python -m venv "$$new/$$python"; \
-		"$$new/$$python/bin/python" -m pip install --quiet --quiet --constraint "$$new/pins" '.[flows,dev]'; \
+		"$$new/$$python/bin/python" -m pip install --quiet --quiet --constraint "$$new/pins" '.[flows,dev]' async-timeout; \
 		"$$new/$$python/bin/python" -m pip freeze --exclude tokencore >> "$$new/pins"; \
 	done; \
 	{ grep '^#' constraints.txt; sort --ignore-case --unique "$$new/pins"; } > "$$new/constraints.txt"; \

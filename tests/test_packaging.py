@@ -122,6 +122,20 @@ def needed_by(requirement: Requirement) -> set[str]:
     return {canonicalize_name(requirement.name)} | needed(requirement.name, requirement.extras)
 
 
+@pytest.mark.parametrize("python", ["3.11.2", "3.12.0", "3.13.0"])
+def test_every_python_finds_its_pins(python: str) -> None:
+    """What only another Python needs is pinned as well, as far as the packages here tell: Debian 12 has 3.11.2."""
+    names = {canonicalize_name(pin.partition("==")[0]) for pin in PINS}
+    here = {"python_version": python.rpartition(".")[0], "python_full_version": python}
+    lines = [
+        line for one in metadata.distributions() if canonicalize_name(one.name) in names for line in one.requires or []
+    ]
+    asked = {
+        one.name for one in map(Requirement, lines) if not one.marker or one.marker.evaluate({"extra": "", **here})
+    }
+    assert {canonicalize_name(name) for name in asked} - names == set()
+
+
 def test_no_registry_is_named() -> None:
     """No file of the tree says where packages come from."""
     hosts = re.compile(r"py[p]i|python[h]osted|index[-]url|find[-]links")
