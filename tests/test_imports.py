@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import CANARIES, make_jwt
+from builders import CANARIES, KEY, make_jwt
 from running import asked, on_disk, one_line, outcomes, tokencore
 
 from tokencore import TokenManager
@@ -66,6 +66,7 @@ def test_a_bare_token_tells_its_own_expiry(take: Callable[..., Ran], gateway: Sa
     assert ran.code == 0, ran.err
     assert timedelta(hours=1) < on_disk().expires_at - datetime.now(UTC) <= timedelta(hours=2)
     assert (asked(gateway), gateway.stats()["quotes"]) == (0, 0)
+    assert "Known already" in take(f"\ufeff{on_disk().access_token}\r\n", "--offline").out, "as PowerShell pipes it"
 
 
 def test_an_imported_token_starts_the_six_hours_but_neither_cool_down_nor_ceiling(
@@ -101,6 +102,13 @@ def test_an_imported_token_starts_the_six_hours_but_neither_cool_down_nor_ceilin
             "is paper",
             id="of the other environment",
         ),
+        pytest.param(
+            json.dumps({"access_token": make_jwt(APP_KEY), "expires_at": "2099-01-01T00:00Z", "environment": KEY}),
+            2,
+            "is unknown",
+            id="an environment that is none",
+        ),
+        pytest.param(f'"{make_jwt(APP_KEY)}"', 2, "tells its expiry", id="quoted, which KIS would not take"),
         pytest.param(
             json.dumps({"access_token": "opaque", "expires_at": "2099-01-01T00:00Z"}),
             2,

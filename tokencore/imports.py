@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 from tokencore import tokens
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from tokencore.market import Market
     from tokencore.tokens import Token
 
+_BARE = re.compile(r"[\w.+/=-]+", re.ASCII)  # else a quote that was copied along would go to KIS as a part of it
+_BYTE_ORDER_MARK = "\ufeff"  # which PowerShell puts before what it pipes
+
 
 def read(text: str, market: Market, now: datetime) -> Token:
     """The token in `text`, bare or in the JSON of `tokencore get --json`, if it is this market's and alive at `now`.
@@ -27,7 +31,7 @@ def read(text: str, market: Market, now: datetime) -> Token:
         TokenUnavailableError: it has expired, or is about to.
 
     """
-    content = _content(text.strip())
+    content = _content(text.removeprefix(_BYTE_ORDER_MARK).strip())
     try:
         token = tokens.from_cache(content)
     except ValueError:
@@ -94,4 +98,7 @@ def _content(text: str) -> dict[str, object]:
         except (ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
-    return {"access_token": text.removeprefix("Bearer ").strip(), "expires_at": tokens.jwt_claims(text).get("exp")}
+    token = text.removeprefix("Bearer ").strip()
+    if not _BARE.fullmatch(token):
+        return {}
+    return {"access_token": token, "expires_at": tokens.jwt_claims(token).get("exp")}
