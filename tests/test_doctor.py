@@ -212,7 +212,9 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
     (folder() / "old_api_token.json").chmod(0o644)
     lines = found(command, 3)  # the sandbox does not know the token
     assert only(lines, "token directory")["cure"] == f"chmod 700 {folder()}"
-    assert "old_api_token.json" in only(lines, "file modes")["detail"]
+    wide = only(lines, "file modes")
+    assert "old_api_token.json" in wide["detail"]
+    assert wide["cure"] == f"chmod go= {folder()}/*", "600 would lock the folder that Prefect has in there"
     told = only(lines, "leftover files")["detail"]
     assert "drafts of killed processes: .us_api_token.json.x.tmp" in told
     assert "set aside as no token of this key: us_api_token.json.aside" in told

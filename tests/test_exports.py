@@ -71,6 +71,15 @@ def test_mojito2s_file_is_plain_data_of_an_old_protocol(gateway: Sandbox, comman
     assert asked(gateway) == 1
 
 
+def test_a_folder_without_a_name_is_not_the_working_directory(gateway: Sandbox, command: Callable[..., Ran]) -> None:
+    """A shell's unset variable is an empty argument: no app secret is written to wherever the shell stands."""
+    ran = command("export", "us", "--to", "mojito2", "")
+    assert (ran.code, ran.out) == (2, "")
+    assert "DIR is empty" in ran.err
+    assert not Path("token.dat").exists()
+    assert asked(gateway) == 0
+
+
 def test_python_kis_file_is_what_tokenp_answers(gateway: Sandbox, command: Callable[..., Ran]) -> None:
     """Its name has the environment, the HTS id and a digest; its expiry is in KST; the app secret is not in it."""
     assert tokencore("export", "us", "--to", "python-kis", "there", KIS_HTS_ID="me").code == 0

@@ -97,6 +97,14 @@ def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, co
 
 
 @pytest.mark.usefixtures("gateway")
+def test_a_textfile_without_a_name_is_exit_2(command: Command) -> None:
+    """A shell's unset variable is no wish for standard output: cron would keep quiet about it."""
+    ran = command("metrics", "--textfile", "")
+    assert (ran.code, ran.out) == (2, "")
+    assert "cannot be written" in ran.err
+
+
+@pytest.mark.usefixtures("gateway")
 def test_a_textfile_that_cannot_be_written_is_exit_2(command: Command, tmp_path: Path) -> None:
     """One sentence with the path, and no draft is left."""
     target = tmp_path / "kis.prom"

@@ -42,6 +42,8 @@ def add(command: AddCommand) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     """The paths go to standard output, one a line, for programs; what people should know goes elsewhere."""
+    if not options.folder:
+        raise ConfigurationError("DIR is empty: name the folder where that client looks. Nothing was written.")
     manager = TokenManager(options.market)
     paths = manager.export(options.to, os.path.abspath(os.path.expanduser(options.folder)))
     print("\n".join(paths))

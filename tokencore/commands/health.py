@@ -39,7 +39,7 @@ def _metrics(options: argparse.Namespace) -> int:
 
     if options.listen:
         exporter.serve(*options.listen)
-    elif options.textfile:
+    elif options.textfile is not None:
         exporter.write_textfile(options.textfile)
     else:
         sys.stdout.write(exporter.text())

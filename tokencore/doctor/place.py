@@ -10,7 +10,6 @@ import stat
 from typing import TYPE_CHECKING
 
 from tokencore.doctor.finding import STORE, fail, ok, skipped, warn
-from tokencore.store import PRIVATE_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,10 +72,10 @@ def _modes(folder: str, names: list[str]) -> Finding:
     for name in names:
         with contextlib.suppress(OSError):
             found = os.lstat(os.path.join(folder, name))
-            if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) & ~PRIVATE_FILE:
+            if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) & _OTHERS:
                 wide.append(name)
     if wide:
-        return warn("file modes", f"open to more than their owner: {_some(wide)}", f"chmod 600 {folder}/*")
+        return warn("file modes", f"open to more than their owner: {_some(wide)}", f"chmod go= {folder}/*")
     return ok("file modes", "no file is open to other users")
 
 
