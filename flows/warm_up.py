@@ -128,6 +128,7 @@ def keep(manager: TokenManager, until: datetime, again_in: float | None = None) 
     try:
         with safe_errors():
             manager.get_valid_token(valid_until=until - CLOCK_SLACK)
+            manager.require_saved()
     except SAFE as error:
         alerts.report(manager, error, datetime.now(UTC), again_in)
         raise as_met(error, manager.history()) from None

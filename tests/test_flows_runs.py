@@ -7,16 +7,23 @@ import os
 import subprocess
 import sys
 import traceback
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import pytest
+from builders import ended, in_child
 from hypothesis import given
 from hypothesis import strategies as st
+from running import asked
 
+from flows import warm_up
 from flows.runs import UnforeseenError, failures, harmless, retry_delays, safe_errors
-from tokencore import IssuerUnavailableError, TokenError
+from tokencore import IssuerUnavailableError, TokenError, TokenManager, TokenStoreError
 from tokencore.policy import retry_delay
 from tokencore.sandbox import APP_KEY, APP_SECRET
+
+if TYPE_CHECKING:
+    from tokencore.sandbox import Sandbox
 
 CANARY = "canary-0123456789"
 
@@ -49,6 +56,20 @@ def test_a_token_error_leaves_without_the_errors_behind_it() -> None:
     with pytest.raises(TokenError, match="KIS cannot be reached") as caught, safe_errors():
         fail()
     assert CANARY not in traced(caught.value)
+
+
+def test_a_warm_up_whose_token_reaches_no_file_has_failed(gateway: Sandbox) -> None:
+    """On a full disk it does not say that the token is warm: no other process would find it."""
+
+    def warm_up_on_a_full_disk() -> None:
+        import resource  # not on every platform
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))  # a line of the record fits, a token file does not
+        with pytest.raises(TokenStoreError, match="only this process has it"):
+            warm_up.keep(TokenManager("us"), datetime.now(UTC) + timedelta(hours=1))
+
+    assert ended(in_child(warm_up_on_a_full_disk)) == 0
+    assert asked(gateway) == 1
 
 
 def test_what_is_harmless_is_logged_by_its_kind(caplog: pytest.LogCaptureFixture) -> None:

@@ -41,6 +41,13 @@ def test_a_server_for_others_always_has_a_password(place: str, folder: Path) -> 
         assert known["PREFECT_API_AUTH_STRING"] == known["PREFECT_SERVER_API_AUTH_STRING"] == found
 
 
+def test_a_password_that_prefect_cannot_compare_is_said(folder: Path) -> None:
+    """Its server would answer everything with an internal error; the sentence names the setting, not the password."""
+    with pytest.raises(ConfigurationError, match=r"^PREFECT_SERVER_API_AUTH_STRING holds characters") as caught:
+        surroundings.password(folder, {"PREFECT_SERVER_API_AUTH_STRING": "admin:비밀번호"})
+    assert "비밀" not in str(caught.value)
+
+
 def test_programs_of_this_machine_come_in_by_loopback(folder: Path) -> None:
     """Where the server listens everywhere they need no other address; a single one is kept."""
     assert surroundings.for_worker(folder, OPEN)["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"

@@ -78,7 +78,7 @@ class Keeper(Custody):
 
         """
         token, issued = self._renew(Intent.DUE, lambda found: _newer(found, present), Note(reason))
-        self._require_saved(token)
+        self.require_saved(token)
         return issued and _newer(token, present)
 
     def allowed_from(self, now: datetime) -> datetime | None:
@@ -97,7 +97,7 @@ class Keeper(Custody):
         before = self._cache.newest()
         intent = Intent.FORCE if force else Intent.REFRESH
         token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, note)
-        self._require_saved(token)
+        self.require_saved(token)
         return before is None or token.access_token != before.access_token
 
     def _renew(
@@ -155,8 +155,13 @@ class Keeper(Custody):
             f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for less, or later."
         )
 
-    def _require_saved(self, token: Token) -> None:
-        """Who renews for others has not done so while the token is in no file."""
+    def require_saved(self, token: Token) -> None:
+        """Return where a market's file has `token`: who renews for others has not renewed what one process keeps.
+
+        Raises:
+            TokenStoreError: none has it, as none could be written.
+
+        """
         if self._cache.is_only_here(token):
             raise TokenStoreError(
                 f"KIS issued a token that could not be saved in {self._cache.folder}: only this process has it. Free "

@@ -186,6 +186,16 @@ class BaseTokenManager(Serving):
         self._fresh_until = 0.0
         return self._keeper.renew_due(present, reason)
 
+    def require_saved(self) -> None:
+        """Return where the key's token is in a file, or there is none: for who renews for others.
+
+        Raises:
+            TokenStoreError: only this process has it, as no file could be written.
+
+        """
+        if token := self._cache.newest():
+            self._keeper.require_saved(token)
+
     def renewal_allowed_from(self, now: datetime) -> datetime | None:
         """When the limits allow a renewal that is due at `now` (aware); None where only a person can bring it about."""
         return self._keeper.allowed_from(now)

@@ -68,6 +68,7 @@ def up() -> int:
     known, home = environment(), _home()
     place, number = surroundings.host(known), surroundings.port(known)
     surroundings.refuse_database(known)
+    surroundings.refuse_password(known)
     private(home)
     with _lock(home, "up"):
         if "supervisor" in _running(home):

@@ -121,7 +121,12 @@ def password(home: Path, environment: Mapping[str, str]) -> str | None:
     """The server's password as `user:secret`; None where only this machine can come to a server without one.
 
     One that listens for others always has one: generated once into `home` unless PREFECT_SERVER_API_AUTH_STRING is set.
+
+    Raises:
+        ConfigurationError: the one that is set cannot be.
+
     """
+    refuse_password(environment)
     given = environment.get("PREFECT_SERVER_API_AUTH_STRING")
     if given or _is_loopback(host(environment)):
         return given or None
@@ -169,4 +174,18 @@ def refuse_database(environment: Mapping[str, str]) -> None:
         raise ConfigurationError(
             "PREFECT_SERVER_DATABASE_CONNECTION_URL names no database that Prefect can use; "
             "set postgresql+asyncpg://user:password@host/database.",
+        )
+
+
+def refuse_password(environment: Mapping[str, str]) -> None:
+    """Prefect's server compares ASCII only: with any other password it answers everything with an internal error.
+
+    Raises:
+        ConfigurationError: the password cannot be.
+
+    """
+    if not environment.get("PREFECT_SERVER_API_AUTH_STRING", "").isascii():
+        raise ConfigurationError(
+            "PREFECT_SERVER_API_AUTH_STRING holds characters that Prefect's server cannot compare; "
+            "set user:password in English letters, digits and signs.",
         )
