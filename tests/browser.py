@@ -33,6 +33,13 @@ def page(width: int = 1280, height: int = 800) -> Iterator[Page]:
         browser.close()
 
 
+def sign_in(page: Page, password: str) -> None:
+    """Answer the page that a server with a password shows first; it goes on to where one wanted to go."""
+    page.get_by_placeholder("admin:pass").fill(password)
+    page.get_by_role("button", name="Login").click()
+    page.get_by_placeholder("admin:pass").wait_for(state="detached")
+
+
 def submit(form: Page, market: str, operator: str, reason: str) -> None:
     """Fill the form of `refresh_token` and press its button."""
     texts = form.locator("textarea")

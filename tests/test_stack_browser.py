@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import browser
 from running import until
-from stacks import SLOW, in_proc
+from stacks import PASSWORD, SLOW, in_proc
 
 if TYPE_CHECKING:
     from stacks import Up
@@ -25,6 +25,7 @@ def test_a_person_refreshes_in_the_page_and_is_asked_first(up: Up) -> None:
     paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
     with browser.page() as page:
         page.goto(f"{up.url}/deployments/deployment/{form}/run")
+        browser.sign_in(page, PASSWORD)
         browser.submit(page, "us", "Kim Minji", "a bot lost it")
         until(lambda: bool(up.api("POST", "flow_runs/filter", paused).json()), SLOW)
         (run,) = up.api("POST", "flow_runs/filter", paused).json()

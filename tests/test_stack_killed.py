@@ -40,7 +40,10 @@ with crew.Crew(Path.cwd()) as one:
 
 @pytest.fixture
 def slow_kis(up: Up) -> Iterator[None]:
-    """A gateway that takes a minute to issue, so that a refresh lasts."""
+    """A gateway that takes a minute to issue, so that a refresh lasts; nobody knows of a request within the minute."""
+    for pattern in ("key-*.jsonl", "*_token_issued_at.dat"):
+        for file in up.folder.parent.glob(pattern):
+            file.unlink()
     up.gateway.set_rules(latency=60)
     yield
     up.gateway.set_rules(latency=0)

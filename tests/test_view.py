@@ -68,7 +68,9 @@ def test_check_on_a_terminal_is_aligned_and_coloured(terminal: Callable[..., str
     shown = terminal(140, "check")
     assert "\x1b[32mVALID\x1b[0m" in shown
     assert "\x1b[31mNO_TOKEN\x1b[0m" in shown
-    head, us, kr = plain(shown)
+    lines = plain(shown)
+    assert len(lines) == 3, shown
+    head, us, kr = lines
     assert re.search(r"\(KST\).*local \(E[SD]T\).*left.*next need", head)
     assert us.index("VALID") == kr.index("NO_TOKEN") == head.index("status")
     kst, local = re.findall(r"\d{4}-\d\d-\d\d \d\d:\d\d", us)[:2]
