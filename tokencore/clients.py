@@ -65,7 +65,7 @@ class Client(NamedTuple):
 
 
 def target(text: str, market: str, token_dir: str) -> Target:
-    """What a setting such as `mojito2`, `kis-auth` or `mojito2:/home/me/bot` asks for in `market`.
+    """What a setting such as `mojito2`, `kis-auth` or `mojito2:~/bot` asks for in `market`.
 
     Raises:
         ValueError: the client is unknown, or the folder is not absolute.
