@@ -34,6 +34,7 @@ def terminal() -> Callable[..., str]:
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         env: dict[str, str] = {**os.environ, "TERM": "xterm-256color", "TZ": "America/New_York", **settings}
+        env.pop("COLUMNS", None)  # which speaks of the terminal that the tests were started from
         shown = b""
         with subprocess.Popen(
             [sys.executable, "-m", "tokencore", *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=env
