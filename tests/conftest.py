@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = ("KIS_", "SLACK_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE")
 ISSUE_INTERVAL = 0.5  # seconds: KIS's minute, on the gateway and in the settings
-FIRST = (
-    "test_sandbox",
-    "test_issuer",
-    "test_view",
-)  # they fail in a process where whole systems ran; why is not known yet
 LATENCY = 0.3  # seconds that a slow gateway takes to issue
 QUICK = 0.1  # seconds: a shorter one, where a test has to sit out several
 
@@ -36,7 +31,7 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What stands on a running system takes longest, and begins, after the few that have to come first."""
+    """What stands on a running system takes longest, and begins."""
     items.sort(key=lambda item: _place(item.path)[0])
 
 
@@ -53,7 +48,7 @@ class _Scheduling(LoadFileScheduling):  # type: ignore[misc] # xdist ships no ty
 
 
 def _place(file: Path) -> tuple[int, str]:
-    for rank, group in enumerate((*FIRST, "test_stack", "test_faults_prefect", "test_flows")):
+    for rank, group in enumerate(("test_stack", "test_faults_prefect", "test_flows")):
         if file.stem.startswith(group):
             return rank, group
     return 9, file.stem

@@ -190,8 +190,9 @@ def desks() -> Iterator[Callable[[], Desk]]:
     preload()
     clock = Clock()
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a disk's own fsync proves nothing here
-    Handler.wbufsize = -1  # answers in one piece: how often a process reads must not depend on chance
-    with tempfile.TemporaryDirectory(dir=memory) as base, Kis(clock) as kis:
+    with pytest.MonkeyPatch.context() as only_here, tempfile.TemporaryDirectory(dir=memory) as base, Kis(clock) as kis:
+        # Answers in one piece: how often a process reads must not depend on chance.
+        only_here.setattr(Handler, "wbufsize", -1)
         yield lambda: Desk(kis, clock, Path(base))
 
 
