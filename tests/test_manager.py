@@ -41,6 +41,19 @@ def test_first_call_issues_once_and_every_manager_then_serves_the_same_token(gat
     assert outcomes() == ["issued"]
 
 
+def test_paper_has_files_of_its_own_where_one_address_serves_both(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same app key for real and for paper is two keys: neither's token takes the place of the other's."""
+    monkeypatch.setenv("KIS_MARKETS__TEST__ENVIRONMENT", "paper")
+    monkeypatch.setenv("KIS_MARKETS__TEST__BASE_URL", gateway.url)
+    USTokenManager().get_valid_token()
+    TokenManager("test").get_valid_token()
+    assert [TokenManager(market).get_token_status()["status"] for market in ("us", "kr", "test")] == ["VALID"] * 3
+    assert (KRTokenManager().sharing(), TokenManager("test").sharing()) == (["us", "kr"], ["test"])
+    assert asked(gateway) == 2
+
+
 @pytest.mark.usefixtures("gateway")
 def test_files_have_the_contracts_names_fields_and_modes() -> None:
     """The directory is 0700, its files 0600, and a token file has the contract's fields with offsets in its times."""

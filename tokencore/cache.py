@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 FOREIGN = "of another key or environment"
-_kept: dict[str, Token] = {}  # by fingerprint: tokens that could not be saved, for this process only
+_kept: dict[tuple[str, str], Token] = {}  # by fingerprint and environment: not saved, so for this process only
 
 
 class Cache:
@@ -65,7 +65,7 @@ class Cache:
         its inode, size or time differs, so that another process's renewal is seen by one `stat`.
         """
         token, problem = self._on_file(path or self.path)
-        kept = _kept.get(self.fingerprint)
+        kept = _kept.get((self.fingerprint, self._environment))
         if kept is not None and (token is None or token.expires_at < kept.expires_at):
             return kept, ""
         return token, problem
@@ -108,7 +108,7 @@ class Cache:
             store.write_text(path, text, temporary=self.fingerprint)
 
         _try_all(put, self.paths)
-        _kept.pop(self.fingerprint, None)
+        _kept.pop((self.fingerprint, self._environment), None)
 
     def delete(self) -> bool:
         """Remove the first market's token file; whether there was one. The caller holds the key's lock.
@@ -117,7 +117,7 @@ class Cache:
             OSError: it cannot be removed.
 
         """
-        _kept.pop(self.fingerprint, None)
+        _kept.pop((self.fingerprint, self._environment), None)
         try:
             os.unlink(self.path)
         except FileNotFoundError:
@@ -127,7 +127,7 @@ class Cache:
 
     def keep(self, token: Token) -> None:
         """Serve `token` to this process although it could not be saved."""
-        _kept[self.fingerprint] = token
+        _kept[self.fingerprint, self._environment] = token
 
     def is_only_here(self, token: Token) -> bool:
         """Whether no market's file holds this token, so that it ends with this process."""

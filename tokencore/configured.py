@@ -25,7 +25,7 @@ class Configured:
 
         """
         self.values: dict[str, Any] = (found or sources.gather()).values
-        self._by_key: dict[str, list[str]] | None = None
+        self._by_key: dict[tuple[str, str], list[str]] | None = None
 
     def __reduce__(self) -> str:
         raise TypeError("the settings hold credentials and are not pickled; gather them where they are needed")
@@ -45,16 +45,17 @@ class Configured:
             Settings.load()
             raise
 
-    def sharing(self, key_fingerprint: str) -> list[str]:
-        """The configured markets whose key it is."""
-        return [prefix.removesuffix("_") for prefix in self.prefixes(key_fingerprint)]
+    def sharing(self, key_fingerprint: str, environment: str) -> list[str]:
+        """The configured markets whose key it is, in this environment."""
+        return [prefix.removesuffix("_") for prefix in self.prefixes(key_fingerprint, environment)]
 
-    def prefixes(self, key_fingerprint: str) -> list[str]:
+    def prefixes(self, key_fingerprint: str, environment: str) -> list[str]:
         """What the names of their files begin with; all are looked at once, as each of a thousand managers asks."""
         if self._by_key is None:
-            found: dict[str, list[str]] = {}
+            found: dict[tuple[str, str], list[str]] = {}
             for market in map(self.market, market_names(self.values)):
                 if market.app_key:
-                    found.setdefault(fingerprint(market.app_key, market.base_url), []).append(f"{market.name}_")
+                    key = fingerprint(market.app_key, market.base_url), market.environment
+                    found.setdefault(key, []).append(f"{market.name}_")
             self._by_key = found
-        return self._by_key.get(key_fingerprint, [])
+        return self._by_key.get((key_fingerprint, environment), [])

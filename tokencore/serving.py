@@ -113,7 +113,7 @@ class Serving:
 
     def sharing(self) -> list[str]:
         """The configured markets with this key, in the settings' order: they share one token and one issuance."""
-        return self._configured.sharing(self._cache.fingerprint)
+        return self._configured.sharing(self._cache.fingerprint, self.market.environment)
 
     def key_exchanges(self) -> list[str]:
         """The exchanges of all markets with this key, as the user wrote them."""
@@ -197,8 +197,9 @@ class Serving:
         if self._cache_made is None:
             app_key, url = self._app_key(), self.get_api_url().rstrip("/")
             own = self.get_token_file_prefix()
-            siblings = self._configured.prefixes(fingerprint(app_key, url))
-            self._cache_made = Cache(self.market.token_dir, url, self.market.environment, app_key, siblings, own=own)
+            environment = self.market.environment
+            siblings = self._configured.prefixes(fingerprint(app_key, url), environment)
+            self._cache_made = Cache(self.market.token_dir, url, environment, app_key, siblings, own=own)
         return self._cache_made
 
     @property
