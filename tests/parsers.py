@@ -21,7 +21,7 @@ from builders import KEY, NOW, SECRET, make_answer, make_jwt, make_market, make_
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPResponse
 
-from tokencore import cache, clients, errors, exports, flatjson, imports, settings, sources
+from tokencore import cache, clients, errors, exports, flatjson, imports, ownership, settings, sources
 from tokencore.configured import Configured
 from tokencore.issuer import Issuer
 from tokencore.record import IssuanceRecord
@@ -138,15 +138,16 @@ def foreign_file(content: bytes) -> None:
     folder = FOLDER / "kis-auth"
     folder.mkdir(exist_ok=True)
     holder = clients.Holder("0" * 16, (KEY, SECRET), "real", None)
+    owned = ownership.Ownership(str(FOLDER), holder, sole=True)
     to, token = clients.Target("kis-auth", str(folder)), Token("opaque", NOW)
     (name, *_) = clients.CLIENTS["kis-auth"].files(to, holder, token, datetime.now(UTC))
     (folder / name).write_bytes(content)
     exports.current(to, holder, token)
     try:
-        exports.write(to, holder, token, ())
+        exports.write(to, holder, token, owned)
     except errors.ConfigurationError as error:
         told(str(error))
-        exports.withdraw(to, holder, None)
+        exports.withdraw(to, holder, owned)
         assert (folder / name).read_bytes() == content, "another's file was touched"
     else:
         named = KEY.encode() in content or b"eyJ" in content or b"opaque" in content or b"." in content

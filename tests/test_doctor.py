@@ -375,6 +375,25 @@ def test_prefect_is_asked_for_its_deployments_and_worker(
     assert "PREFECT_API_AUTH_STRING" in only(found(command, 1), "prefect")["cure"]
 
 
+def test_real_and_paper_with_one_app_key_are_two_keys(
+    gateway: Sandbox, isolated: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that the settings give to both is a failure, one for two markets of a key is none; no copy is foreign."""
+    gateway.set_rules(same_token=0)
+    monkeypatch.setenv("KIS_MARKETS__TEST__ENVIRONMENT", "paper")
+    monkeypatch.setenv("KIS_MARKETS__TEST__BASE_URL", gateway.url)
+    TokenManager("us").export("mojito2", str(isolated))
+    TokenManager("test").get_valid_token()
+    monkeypatch.setenv("KIS_MARKETS__TEST__EXPORTS", "kis-auth")
+    for market in ("US", "KR"):
+        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXPORTS", f"kis-auth:{isolated}/KIS/../KIS/config")
+    lines = found(command, 2)
+    assert "KIS/config (kis-auth) is named by" in only(lines, "exports")["detail"]
+    assert only(lines, "duplicates")["state"] == "ok"
+    monkeypatch.delenv("KIS_MARKETS__TEST__EXPORTS")
+    assert "exports" not in found(command, 0)
+
+
 class Bomb:
     """What unpickling would execute."""
 

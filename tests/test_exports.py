@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import pickletools
 import re
 import stat
@@ -204,6 +205,85 @@ def test_real_and_paper_share_no_file(
     ran = tokencore("export", "test", "--to", "kis-auth", str(copies))
     assert ran.code == 2
     assert "its file cannot hold both" in one_line(ran)
+
+
+PAPER = {  # the same app key, for another environment
+    "a market at the same address": {"KIS_MARKETS__TEST__ENVIRONMENT": "paper", "KIS_MARKETS__TEST__BASE_URL": "{ip}"},
+    "a market at another address": {"KIS_MARKETS__TEST__ENVIRONMENT": "paper", "KIS_MARKETS__TEST__BASE_URL": "{name}"},
+    "settings and a token directory of its own": {
+        "KIS_ENVIRONMENT": "paper",
+        "KIS_BASE_URL": "{name}",
+        "KIS_MARKETS__TEST__EXCHANGES": "KRX",
+        "KIS_TOKEN_DIR": "~/paper",
+    },
+}
+
+
+@pytest.mark.parametrize("paper", PAPER)
+def test_paper_takes_no_file_of_real_with_the_same_key(
+    paper: str, nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A hand-made export of the key for paper leaves the real one's files; those go on through renewals and links."""
+    nowhere.set_rules(same_token=0, issue_interval=0)
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
+    bot, alias = tmp_path / "bot", tmp_path / "alias"
+    alias.symlink_to(bot)
+    places = {"mojito2": bot, "kis-auth": alias}
+    us = TokenManager("us")
+    for client in places:
+        us.export(client, str(bot))
+    real = {path: path.read_bytes() for path in bot.iterdir()}
+    host = {"ip": nowhere.url, "name": nowhere.url.replace("127.0.0.1", "localhost")}
+    settings = {name: value.format(**host) for name, value in PAPER[paper].items()}
+    for client, folder in places.items():
+        ran = tokencore("export", "test", "--to", client, str(folder), **settings)
+        assert ran.code == 2
+        assert "is not this key's" in one_line(ran)
+    assert tokencore("delete", "test", **settings).code == 0
+    assert {path: path.read_bytes() for path in bot.iterdir()} == real
+    us.refresh(force=True)
+    for client, folder in places.items():
+        TokenManager("kr").export(client, str(folder))  # a market of the same key and environment
+    assert held(bot) == on_disk().access_token
+
+
+def test_paper_removes_no_copy_of_real_with_the_same_key(
+    copies: Path, nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A setting that sends paper's copies to where real's lie by hand neither overwrites nor removes them."""
+    monkeypatch.delenv("KIS_MARKETS__US__EXPORTS")
+    TokenManager("us").export("kis-auth", str(copies))
+    for name, value in (("ENVIRONMENT", "paper"), ("BASE_URL", nowhere.url), ("EXPORTS", f"kis-auth:{copies}")):
+        monkeypatch.setenv(f"KIS_MARKETS__TEST__{name}", value)
+    TokenManager("test").refresh()
+    assert "is not this key's" in caplog.text
+    TokenManager("test").delete_token()
+    assert held(copies) == on_disk().access_token
+
+
+@pytest.mark.parametrize(
+    ("protocol", "mode", "code"),
+    [
+        pytest.param(4, 0o600, 0, id="written over our file by mojito2"),
+        pytest.param(2, 0o644, 0, id="open to others, as tokencore makes none"),
+        pytest.param(2, 0o600, 2, id="as another set-up of tokencore would write it"),
+    ],
+)
+@pytest.mark.usefixtures("gateway")
+def test_what_a_client_wrote_by_itself_is_taken_over(
+    protocol: int, mode: int, code: int, command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that mojito2 asked for itself makes room, unless the key serves another environment in the settings."""
+    file, export = Path("token.dat"), ("export", "us", "--to", "mojito2", ".")
+    file.write_bytes(pickle.dumps({"access_token": make_jwt(APP_KEY), "api_key": APP_KEY}, protocol=protocol))
+    file.chmod(mode)
+    theirs = file.read_bytes()
+    with monkeypatch.context() as both:
+        both.setenv("KIS_MARKETS__TEST__ENVIRONMENT", "paper")
+        assert command(*export).code == 2
+    assert file.read_bytes() == theirs
+    assert command(*export).code == code
+    assert (on_disk().access_token.encode() in file.read_bytes()) == (code == 0)
 
 
 def test_mojito2s_copy_in_the_token_directory_is_off_by_default(

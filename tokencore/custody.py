@@ -149,12 +149,11 @@ class Custody:
         """
         store.private_folder(self._cache.folder)
         with self._lock.hold(wait=wait, give_up=give_up) as held:
-            before = self._cache.newest()
             try:
                 yield held
             finally:
                 if held and self._exporting():
-                    self._outlets.publish(before)
+                    self._outlets.publish()
 
     def _exporting(self) -> bool:
         try:

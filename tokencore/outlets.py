@@ -14,6 +14,7 @@ from tokencore import exports, sources
 from tokencore.clients import CLIENTS, Holder, Target, file_name, target
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
 from tokencore.market import Market, fingerprint, market_names
+from tokencore.ownership import Ownership
 from tokencore.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,13 +40,10 @@ class Outlets:
     def __reduce__(self) -> str:
         raise TypeError("Outlets know credentials and are not pickled")
 
-    def publish(self, before: Token | None) -> None:
-        """Write what the markets with a live token ask for, and remove what those without one had; never raises.
-
-        `before` is the token that the key had until now.
-        """
+    def publish(self) -> None:
+        """Write what the markets with a live token ask for, and remove what those without one had; never raises."""
         try:
-            self._publish(sources.gather().values, before)
+            self._publish(sources.gather().values)
         except Exception as error:  # noqa: BLE001 - a copy is no reason to lose a token
             _tell("The token's copies for other clients could not be written", error)
 
@@ -63,7 +61,8 @@ class Outlets:
             raise TokenUnavailableError("There is no valid token to export; nothing was written.")
         self.check(client, folder)
         exports.make_folder(to)
-        return exports.write(to, self._holder(Settings.load()), token, ())
+        holder = self._holder(Settings.load())
+        return exports.write(to, holder, token, self._owned(holder, sources.gather().values))
 
     def check(self, client: str, folder: str) -> None:
         """Return where nothing but the token may be missing for `export`.
@@ -77,7 +76,7 @@ class Outlets:
             raise _taken(to)
         file_name(to, self._holder(Settings.load()))
 
-    def _publish(self, values: dict[str, Any], before: Token | None) -> None:
+    def _publish(self, values: dict[str, Any]) -> None:
         settings, owners = Settings.load(), _owners(values)
         holder = self._holder(settings)
         wanted: dict[Target, Token | None] = {}
@@ -88,33 +87,38 @@ class Outlets:
                     _tell(f"The token was not copied for {to.client}", _taken(to))
                 else:  # another market of the key may want it there as well
                     wanted[to] = token if token and _live(token) else wanted.get(to)
+        owned = self._owned(holder, values)
         for to, token in wanted.items():
-            _update(to, holder, token, before)
+            _update(to, holder, token, owned)
+
+    def _owned(self, holder: Holder, values: dict[str, Any]) -> Ownership:
+        rivals = {owner for market, owner in _configured(values) if market.app_key == holder.app_key}
+        return Ownership(self._cache.folder, holder, sole=rivals <= {self._owner})
 
     def _holder(self, settings: Settings) -> Holder:
         return Holder(self._owner[0], self._credentials, self._owner[1], settings.hts_id)
 
 
-def _update(to: Target, holder: Holder, token: Token | None, before: Token | None) -> None:
+def _update(to: Target, holder: Holder, token: Token | None, owned: Ownership) -> None:
     try:
         if token:
-            _copy(to, holder, token, before)
+            _copy(to, holder, token, owned)
         else:
-            _withdraw(to, holder, before)
+            _withdraw(to, holder, owned)
     except Exception as error:  # noqa: BLE001 - the next copy gets its turn whatever befell this one
         _tell(f"The token's copy for {to.client} in {to.folder} is not up to date", error)
 
 
-def _copy(to: Target, holder: Holder, token: Token, before: Token | None) -> None:
+def _copy(to: Target, holder: Holder, token: Token, owned: Ownership) -> None:
     if exports.current(to, holder, token):
         return
-    paths = exports.write(to, holder, token, (before.access_token,) if before else ())
+    paths = exports.write(to, holder, token, owned)
     secret = ", with the app secret in it" if CLIENTS[to.client].holds_secret else ""
     _log.info("Copied the token for %s%s: %s", to.client, secret, ", ".join(paths))
 
 
-def _withdraw(to: Target, holder: Holder, before: Token | None) -> None:
-    for path in exports.withdraw(to, holder, before):
+def _withdraw(to: Target, holder: Holder, owned: Ownership) -> None:
+    for path in exports.withdraw(to, holder, owned):
         _log.warning(
             "Removed the copy for %s, as its token was deleted or is dead: %s. If started before the next renewal, "
             "that client asks KIS for a token itself.",
@@ -128,18 +132,35 @@ def _targets(market: str, settings: Settings, token_dir: str) -> list[Target]:
     return [target(text, market, token_dir) for text in (own.exports if own else [])]
 
 
+def clashes(values: dict[str, Any]) -> list[Target]:
+    """The places that markets with different keys or environments name both, so that only one of them exports there."""
+    owners = _owners(values)
+    return list(dict.fromkeys(place for place, owner in _wanted(values) if owners[place] != owner))
+
+
 def _owners(values: dict[str, Any]) -> dict[Target, Owner]:
     """Whose each place is: where two keys or environments want one, the first market of the settings has it."""
     owners: dict[Target, Owner] = {}
-    settings = Settings.load()
-    for name in market_names(values):
-        market = Market(name, values)
-        if market.app_key:
-            owner = (fingerprint(market.app_key, market.base_url), market.environment)
-            for to in _targets(name, settings, market.token_dir):
-                if to.client != "python-kis":  # names each key's file for itself
-                    owners.setdefault(_place(to), owner)
+    for place, owner in _wanted(values):
+        owners.setdefault(place, owner)
     return owners
+
+
+def _wanted(values: dict[str, Any]) -> list[tuple[Target, Owner]]:
+    """Who exports where by the settings; python-kis is left out, as it names each key's file for itself."""
+    settings = Settings.load()
+    return [
+        (_place(to), owner)
+        for market, owner in _configured(values)
+        for to in _targets(market.name, settings, market.token_dir)
+        if to.client != "python-kis"
+    ]
+
+
+def _configured(values: dict[str, Any]) -> list[tuple[Market, Owner]]:
+    """The markets that have an app key, in the order of the settings."""
+    markets = [Market(name, values) for name in market_names(values)]
+    return [(one, (fingerprint(one.app_key, one.base_url), one.environment)) for one in markets if one.app_key]
 
 
 def _place(to: Target) -> Target:

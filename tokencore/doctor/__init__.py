@@ -120,8 +120,11 @@ def _traded(keys: list[TokenManager]) -> list[str]:
 def _duplicates(keys: list[TokenManager]) -> list[Finding]:
     if not keys:
         return [skipped("duplicates", "the settings must be mended first")]
-    present = {str(key.market.app_key): key.newest_token() for key in keys}
-    return duplicates.check({app_key: token.access_token if token else "" for app_key, token in present.items()})
+    present: dict[str, list[str]] = {}
+    for key in keys:  # one app key may serve real and paper
+        token = key.newest_token()
+        present.setdefault(str(key.market.app_key), []).extend([token.access_token] if token else [])
+    return duplicates.check(present)
 
 
 def _fingerprint(key: TokenManager) -> str:

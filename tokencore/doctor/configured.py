@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from tokencore import settings, sources
+from tokencore import outlets, settings, sources
 from tokencore.doctor.finding import SETTINGS, fail, ok, warn
 from tokencore.errors import ConfigurationError
 from tokencore.settings import Settings
@@ -34,7 +34,8 @@ def check() -> list[Finding]:
         return [fail("settings", str(error), "mend or remove that source", SETTINGS)]
     unknown, kept = settings.unknown_names(), _in_keyring(found)
     known = [_one(name, found) for name in sorted(found.origins) if name not in unknown]
-    return [_loads(found), *known, *kept, *(_alien(*one) for one in unknown.items()), *_open_to_others(found)]
+    alien = [_alien(*one) for one in unknown.items()]
+    return [_loads(found), *known, *kept, *alien, *_shared_exports(found), *_open_to_others(found)]
 
 
 def _loads(found: Gathered) -> Finding:
@@ -91,6 +92,17 @@ def _in_keyring(found: Gathered) -> list[Finding]:
 def _alien(name: str, meant: str) -> Finding:
     cure = f"meant is perhaps {meant}" if meant else "remove it, unless another program uses it"
     return warn(f"setting {name}", "is none of tokencore's settings", cure)
+
+
+def _shared_exports(found: Gathered) -> list[Finding]:
+    """Real and paper, or two keys, in one file of another client."""
+    try:
+        places = outlets.clashes(found.values)
+    except (ConfigurationError, ValueError):  # the first line says why
+        return []
+    cure = "give each of them a folder of its own (KIS_MARKETS__<NAME>__EXPORTS)"
+    told = "is named by markets with different keys or environments; the first one alone has its token there"
+    return [fail("exports", f"{place.folder} ({place.client}) {told}", cure, SETTINGS) for place in places]
 
 
 def _open_to_others(found: Gathered) -> list[Finding]:

@@ -15,7 +15,7 @@ from tokencore.doctor.finding import ok, warn
 from tokencore.tokens import jwt_claims
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from tokencore.doctor.finding import Finding
 
@@ -30,8 +30,8 @@ SIZE_LIMIT = 65_536  # bytes; a token file has a thousand
 _JWT = re.compile(rb"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)
 
 
-def check(keys: Mapping[str, str]) -> list[Finding]:
-    """Each cache of another client that names one of the app keys; `keys` has the present token of each, or nothing."""
+def check(keys: Mapping[str, Collection[str]]) -> list[Finding]:
+    """Each cache of another client that names one of the app keys; `keys` has the present tokens of each."""
     found = {path: client for client, patterns in PLACES.items() for path in _files(patterns)}
     told = [one for path, client in found.items() if (one := _judged(path, client, keys))]
     return told or [ok("duplicates", "no other client's cache holds a token of your keys")]
@@ -42,7 +42,7 @@ def _files(patterns: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(os.path.abspath(path) for path in every))
 
 
-def _judged(path: str, client: str, keys: Mapping[str, str]) -> Finding | None:
+def _judged(path: str, client: str, keys: Mapping[str, Collection[str]]) -> Finding | None:
     try:
         content = store.read_bytes(path, SIZE_LIMIT) or b""
     except ValueError:
@@ -50,7 +50,7 @@ def _judged(path: str, client: str, keys: Mapping[str, str]) -> Finding | None:
     named = [key for key in keys if _names(content, key)]
     if not named:
         return None
-    if any(keys[key] and keys[key].encode() in content for key in named):
+    if any(token.encode() in content for key in named for token in keys[key]):
         return ok("duplicates", f"{path} ({client}) has the same token")
     return warn(
         "duplicates",
