@@ -211,7 +211,9 @@ class TokenManager(BaseTokenManager):
     """The token of a configured market, by its name: `us`, `kr`, or one of the user's own."""
 
     def __init__(self, market: str, *, configured: Configured | None = None) -> None:
-        """Take the settings (`configured`, or read now) and see whether there is a valid token; KIS is not asked yet.
+        """Take the settings and see whether there is a valid token; KIS is not asked yet.
+
+        With `configured`, which many managers share, nothing is read: most of them are only looked at.
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
@@ -219,7 +221,7 @@ class TokenManager(BaseTokenManager):
         """
         self._name = market
         super().__init__(configured=configured)
-        if self.market.app_key and self.is_token_expired():
+        if configured is None and self.market.app_key and self.is_token_expired():
             _import_ahead()
 
     def get_api_url(self) -> str:
