@@ -20,7 +20,7 @@ from flows.words import LANGUAGES
 from tokencore import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from uuid import UUID
 
     from prefect.events.actions import ActionTypes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 OWNED = "tokencore"  # the tag of the automations that are ours to change and to remove
 RUN, POOL = "prefect.flow-run.", "prefect.work-pool."
+_ID = "prefect.resource.id"
 ALIVE = ("Pending", "Submitting", "Running", "heartbeat")  # the events after which a run has to show another
 
 
@@ -62,63 +63,42 @@ class Rule(NamedTuple):
 
 def rules(patience: Patience, words: Words) -> list[Rule]:
     """Every automation of ours, its messages in that language."""
+    ended = EventTrigger(expect={f"{RUN}Crashed"}, match={_ID: f"{RUN}*"})
+    late = _absent(
+        f"{RUN}Pending",
+        within=patience.late,
+        after=[f"{RUN}Late"],
+        each="related:work-pool:prefect.resource.id",
+        flows=["warm-up", "refresh-token"],
+    )
+    idle = _absent(f"{POOL}ready", within=patience.worker, after=[f"{POOL}not-ready"], each=_ID, of=POOL)
+    lifeless = _absent(f"{RUN}*", within=patience.life, after=[RUN + name for name in ALIVE], each=_ID)
+    unchecked = _absent(*(RUN + name for name in CHECKED), within=patience.check, flows=["check-tokens"])
+    buried = ChangeFlowRunState(name=None, state=StateType.CRASHED, message=words("server.life"), force=False)
     return [
         Rule(
             "A run crashed",
             "A run's process ended before the run did. Failed runs tell it themselves.",
-            EventTrigger(expect={f"{RUN}Crashed"}, match={"prefect.resource.id": f"{RUN}*"}),
+            ended,
             notices.crashed(words),
         ),
         Rule(
             "A run is late",
             "A warm-up or a refresh is due, and none of them is being started.",
-            EventTrigger(
-                after={f"{RUN}Late"},
-                expect={f"{RUN}Pending"},
-                match={"prefect.resource.id": f"{RUN}*"},
-                match_related=_of_flows("warm-up", "refresh-token"),
-                for_each={"related:work-pool:prefect.resource.id"},
-                posture=Posture.Proactive,
-                within=patience.late,
-            ),
+            late,
             notices.late(words),
         ),
-        Rule(
-            "No worker",
-            "The work pool has no worker that is alive: nothing runs.",
-            EventTrigger(
-                after={f"{POOL}not-ready"},
-                expect={f"{POOL}ready"},
-                match={"prefect.resource.id": f"{POOL}*"},
-                for_each={"prefect.resource.id"},
-                posture=Posture.Proactive,
-                within=patience.worker,
-            ),
-            notices.no_worker(words),
-        ),
+        Rule("No worker", "The work pool has no worker that is alive: nothing runs.", idle, notices.no_worker(words)),
         Rule(
             "A run shows no life",
             "A run whose process is gone, killed together with its worker, is marked Crashed, and that is told.",
-            EventTrigger(
-                after={RUN + name for name in ALIVE},
-                expect={f"{RUN}*"},
-                match={"prefect.resource.id": f"{RUN}*"},
-                for_each={"prefect.resource.id"},
-                posture=Posture.Proactive,
-                within=patience.life,
-            ),
-            action=ChangeFlowRunState(name=None, state=StateType.CRASHED, message=words("server.life"), force=False),
+            lifeless,
+            action=buried,
         ),
         Rule(
             "The hourly check is missing",
             "No check has ended for a while; told again each time that it passes.",
-            EventTrigger(
-                expect={RUN + name for name in CHECKED},
-                match={"prefect.resource.id": f"{RUN}*"},
-                match_related=_of_flows("check-tokens"),
-                posture=Posture.Proactive,
-                within=patience.check,
-            ),
+            unchecked,
             notices.no_check(words, patience.check),
         ),
     ]
@@ -166,5 +146,21 @@ def _actions(rule: Rule, block: UUID | None) -> Sequence[ActionTypes]:
     return [*([rule.action] if rule.action else []), *told]
 
 
-def _of_flows(*names: str) -> dict[str, str | list[str]]:
-    return {"prefect.resource.role": "flow", "prefect.resource.name": list(names)}
+def _absent(
+    *expected: str,
+    within: timedelta,
+    after: Iterable[str] = (),
+    each: str = "",
+    flows: Sequence[str] = (),
+    of: str = RUN,
+) -> EventTrigger:
+    """Fires when none of the events comes in time: after others, for each thing of its own, or of these flows only."""
+    return EventTrigger(
+        after={*after},
+        expect={*expected},
+        match={_ID: f"{of}*"},
+        match_related={"prefect.resource.role": "flow", "prefect.resource.name": [*flows]} if flows else {},
+        for_each={each} if each else set(),
+        posture=Posture.Proactive,
+        within=within,
+    )
