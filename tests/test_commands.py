@@ -16,6 +16,7 @@ import pytest
 from builders import KEY, SECRET
 from running import Ran, asked, cached, folder, one_line, snapshot
 
+from tokencore import view
 from tokencore.commands import ROOMS, completion, parser
 
 if TYPE_CHECKING:
@@ -338,3 +339,17 @@ def test_a_command_loads_its_own_room_only() -> None:
     program = "import sys; from tokencore.commands import parser; parser('check'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"rich", "http.server", "requests", "tokencore.plan", "tokencore.sandbox"} & set(loaded)
+
+
+def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, command: Command) -> None:
+    """The plan, as lines and as data, and a tick say that a person has to act, not when the next renewal would be."""
+    cached(23 * 3600)
+    assert json.loads(command("plan", "--json").out)[0]["renewals"]
+    quick.fail("bad-key", 1)
+    assert command("refresh", "us", "--force", "--reason", "a test").code == 5
+    assert json.loads(command("plan", "--json").out)[0]["renewals"] == []
+    for name in ("plan", "tick"):
+        told = " ".join(command(name).out.split())
+        assert view.REFUSED in told
+        assert "next renewal" not in told
+    assert asked(quick) == 1

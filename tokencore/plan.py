@@ -38,8 +38,9 @@ class Plan(NamedTuple):
         start, now, until: the time that is shown, and the present moment in it.
         outlook: token, needs, quiet time, anchor and next renewal.
         rows: the key's exchanges.
-        renewals: the coming ones, if each succeeds and brings a token of 24 hours.
+        renewals: the coming ones, if each succeeds and brings a token of 24 hours; none of refused credentials.
         buffer: seconds before an expiry in which a token no longer counts.
+        refused: whether KIS refused the credentials, so that nothing renews until a person acts.
 
     """
 
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     rows: list[Row]
     renewals: list[Renewal]
     buffer: float
+    refused: bool = False
 
     @property
     def why(self) -> str:
@@ -81,8 +83,9 @@ def make_plan(manager: TokenManager, now: datetime, days: int = DAYS) -> Plan:
     codes = dict.fromkeys(sessions.exchange(code).code for code in manager.key_exchanges())
     rows = [_row(code, start, until, known) for code in codes]
     token = ahead.token if ahead.token and ahead.token.rejected_at is None else None
-    coming = [ahead.next] if ahead.next and not codes else []
-    if codes:
+    refused = manager.renewal_allowed_from(now) is None
+    coming = [ahead.next] if ahead.next and not codes and not refused else []
+    if codes and not refused:
         coming = policy.renewals(
             now,
             sessions.needs(list(codes), now - LIFE_AND_MORE, until + FUTURE, known),
@@ -92,7 +95,7 @@ def make_plan(manager: TokenManager, now: datetime, days: int = DAYS) -> Plan:
             anchor=ahead.anchor,
             buffer=timedelta(seconds=manager.market.buffer),
         )
-    return Plan(manager.sharing(), start, now, until, ahead, rows, coming, manager.market.buffer)
+    return Plan(manager.sharing(), start, now, until, ahead, rows, coming, manager.market.buffer, refused)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {"VALID": "green", "EXPIRING_SOON": "yellow"}  # everything else is red
 LABEL = 7  # characters of an order code and space, before a plan's line
+REFUSED = "KIS refused the credentials: no renewal until you correct them, or run `tokencore refresh`"
 _BROAD = 112  # characters: from here on every column fits; below, the least important one gives way
 _WIDE = 140  # characters, where no terminal says how wide it is: a pipe must not wrap a table
 
@@ -74,11 +75,12 @@ def print_history(lines: Sequence[Mapping[str, Any]]) -> None:
     console.print(table if lines else "No attempt has been recorded.")
 
 
-def print_decision(markets: str, decision: Decision) -> None:
-    """One line: renewed or not, and the next renewal with its reason."""
+def print_decision(markets: str, decision: Decision, *, refused: bool) -> None:
+    """One line: renewed or not, and the next renewal with its reason, unless `refused` credentials forbid it."""
     ahead = decision.outlook
     done = "renewed" if decision.renewed else "due, but not renewed" if decision.trouble else "nothing due"
     coming = f"next {moment(ahead.next.at, KST)} KST ({ahead.next.reason})" if ahead.next else "no need ahead"
+    coming = REFUSED if ahead.next and refused else coming
     print(f"{markets}: {done}; {coming}")
 
 
@@ -90,7 +92,8 @@ def print_plan(plan: Plan) -> None:
     for renewal in plan.renewals:
         why = renewal.reason + (f" [yellow]({renewal.exception})[/]" if renewal.exception else "")
         table.add_row(moment(renewal.at, KST), moment(renewal.at, None), why)
-    console.print(table if plan.renewals else "No renewal is needed in these days.")
+    none = REFUSED if plan.refused else "No renewal is needed in these days."
+    console.print(table if plan.renewals else none)
     width = max(40, console.width - LABEL - 1)
     console.print(" " * LABEL + _ruler(plan, width), style="dim")
     for row in plan.rows:

@@ -84,7 +84,8 @@ def _tick(_options: argparse.Namespace) -> int:
         except TokenError as error:
             trouble = error
         else:
-            view.print_decision("+".join(manager.sharing()), decision)
+            refused = manager.renewal_allowed_from(datetime.now(UTC)) is None
+            view.print_decision("+".join(manager.sharing()), decision, refused=refused)
         if trouble:
             print(f"tokencore: {manager.market.name}: {trouble}", file=sys.stderr)
             code = code or trouble.exit_code
