@@ -65,6 +65,11 @@ class Subject(NamedTuple):
             token.expires_at - timedelta(seconds=buffer) if token and serves else None,
         )
 
+    @property
+    def served(self) -> str:
+        """Whose token serves until when, for people."""
+        return f"{self.label}: " + (f"the token serves until {clock(self.reach)}" if self.reach else "no valid token")
+
 
 class _Attempt(NamedTuple):
     """What will be tried next by itself: the key of its text, and when; None where a person has to act first."""

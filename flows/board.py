@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from flows.runs import KST, clock
+from flows.runs import KST, clock, harmless
 from tokencore import Plan, draw_plans, look, make_plan, managers, next_attempt
 
 if TYPE_CHECKING:
@@ -17,16 +17,23 @@ if TYPE_CHECKING:
     from tokencore import Outlook, TokenManager
 
 TOKENS, PLAN = "tokens", "plan"
-REFUSED = "KIS refused the credentials: a person has to correct them and run refresh_token"
+REFUSED = (
+    "KIS refused the credentials: no renewal is tried until a person corrects them, "
+    "or runs refresh_token once KIS has restored them"
+)
+
+
+def update(now: datetime) -> None:
+    """Publish how the tokens are at `now` (aware); what fails here changes no run's end."""
+    with harmless("The table of tokens and the plan could not be published"):
+        publish(now)
 
 
 def publish(now: datetime) -> None:
     """Put the status of every market and the plan of every key, at `now` (aware), where the UI shows them."""
-    create_table_artifact(
-        key=TOKENS,
-        table=[row(manager, now) for manager in managers()],
-        description=f"The tokens at {clock(now)}, as `tokencore check` tells them.",
-    )
+    rows = [row(manager, now) for manager in managers()]
+    told = ", ".join(f"{one['market']} {one['status']}" for one in rows)
+    create_table_artifact(key=TOKENS, table=rows, description=f"{told}, at {clock(now)}.")
     plans = [make_plan(manager, now) for manager in managers(one_per_key=True)]
     create_markdown_artifact(
         key=PLAN,
@@ -45,7 +52,7 @@ def described(plans: list[Plan]) -> str:
             lines = [f"| {clock(one.at)} | {one.reason} | {one.exception or '-'} |" for one in plan.renewals]
             parts.append("\n".join(["| next renewal | why | exception |", "|---|---|---|", *lines]))
         else:
-            parts.append("No renewal is needed in these days.")
+            parts.append(f"{REFUSED}." if plan.refused else "No renewal is needed in these days.")
     return "\n\n".join(parts)
 
 
@@ -58,13 +65,13 @@ def row(manager: TokenManager, now: datetime) -> dict[str, Any]:
         "market": status["market"],
         "status": status["status"],
         "valid until (KST)": _short(status["expires_at"]),
+        f"valid until ({local})": _short(status["expires_at"], None),
         "need covered": {True: "yes", False: "not yet", None: "-"}[status["covers_next_need"]],
-        "next need (KST)": f"{_short(need['start'])} to {_short(need['end'])}" if need else "-",
+        "next need (KST)": f"{_short(need['start'])} to {_short(need['end']).split()[1]}" if need else "-",
         "next renewal (KST)": _short(tried.isoformat()) if tried else "-",
         "issued in 24 h": status["issues_last_24h"],
         "next request": f"from {_short(status['cooldown_until'])}" if status["cooldown_until"] else "allowed",
         "key": f"{'+'.join(manager.sharing())} ({status['environment']})",
-        f"valid until ({local})": _short(status["expires_at"], None),
         "why then": _why(look(manager, now), tried),
     }
 

@@ -37,13 +37,17 @@ class Progress(NamedTuple):
 
 
 def run_name() -> str:
-    """`check-tokens 2026-11-23 07:05 UTC`, when it was due."""
-    return f"check-tokens {runs.due().astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    """`check-tokens 2026-11-23 07:05 UTC`, when it was due; a planned renewal keeps the name that announced it."""
+    return planned.kept_name() or runs.check_name(runs.due())
 
 
+@runs.described
 @flow(flow_run_name=run_name, persist_result=False, log_prints=False)
 def check_tokens() -> State:
-    """Follow the renewal rule for every key, and publish how the tokens are (the artifacts `tokens` and `plan`).
+    """Follow the renewal rule for every key, and publish how the tokens are.
+
+    See the artifacts [tokens](/artifacts/key/tokens), a row per market, and [plan](/artifacts/key/plan), the days
+    ahead: of each, open the newest entry.
 
     A key is renewed when the rule says so: once a day, in the time that is quiet on all its exchanges.
     One key's trouble does not stop the others. The next renewal of each key stands as a scheduled run of
@@ -68,9 +72,9 @@ def check_tokens() -> State:
         alerts.report(EVERYONE, error, now)
         return Failed(message=str(error))
     alerts.all_clear(EVERYONE, now)
-    with runs.harmless("The table of tokens and the plan could not be published"):
-        board.publish(datetime.now(UTC))
+    board.update(datetime.now(UTC))
     planned.update(datetime.now(UTC))
+    planned.name_ahead()
     return ended(results)
 
 
@@ -125,7 +129,7 @@ def is_covered(manager: TokenManager, decision: Decision, now: datetime) -> bool
 def progress(manager: TokenManager, decision: Decision, now: datetime) -> Progress:
     """What the decision did, in words."""
     who, planned = alerts.Subject.of(manager, now), decision.outlook.next
-    told = [f"{who.label}: " + (f"the token serves until {clock(who.reach)}" if who.reach else "no valid token")]
+    told = [who.served]
     if decision.trouble:
         told.append(str(decision.trouble))
     tried = next_attempt(manager, now)

@@ -16,8 +16,7 @@ from prefect.input import RunInput
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows import alerts, causes, planned, runs
-from flows.messages import still_works
+from flows import alerts, board, causes, planned, runs
 from flows.runs import SAFE, safe_errors
 from tokencore import (
     NOTE_FIELDS,
@@ -75,6 +74,7 @@ def run_name() -> str:
     return f"refresh {given['market']}" + (" (forced)" if given.get("force") else "")
 
 
+@runs.described
 @flow(flow_run_name=run_name, persist_result=False, log_prints=False)
 def refresh_token(market: Market, operator: Operator, reason: Reason = "", force: bool = False) -> State:  # noqa: FBT001, FBT002 - the form's switch
     """Renew a market's token now. Every new token costs an issuance and a KakaoTalk message to the account's owner.
@@ -111,7 +111,10 @@ def refresh_token(market: Market, operator: Operator, reason: Reason = "", force
                 return Completed(name="Declined", message=why)
             manager = TokenManager(market)
             alerts.all_clear(form, now)
-            return renew(manager, now, force=force, note=note)
+            end = renew(manager, now, force=force, note=note)
+            board.update(datetime.now(UTC))
+            planned.update(datetime.now(UTC))
+            return end
     except SAFE as error:
         alerts.report(form, error, now)
         return Failed(message=str(error))
@@ -141,7 +144,6 @@ def renew(manager: TokenManager, now: datetime, *, force: bool, note: Note) -> S
     except SAFE as error:
         return unrenewed(manager, error, now)
     alerts.all_clear(manager, datetime.now(UTC))
-    planned.update(datetime.now(UTC))
     told: alerts.Notice = ("forced" if force else "renewed") if renewed else "same"
     alerts.announce(manager, told, who=note.by, why=note.reason, now=datetime.now(UTC))
     if renewed:
@@ -199,8 +201,7 @@ async def _answer(text: str) -> str:
 
 def works_now(manager: TokenManager) -> str:
     """Whose token serves until when, as one sentence."""
-    who = alerts.Subject.of(manager, datetime.now(UTC))
-    return f"{who.label}: {still_works(who.reach)}."
+    return f"{alerts.Subject.of(manager, datetime.now(UTC)).served}."
 
 
 def unrenewed(manager: TokenManager, error: Exception, now: datetime) -> State:

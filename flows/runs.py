@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import traceback
+from datetime import UTC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from zoneinfo import ZoneInfo
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from tokencore import IssuerUnavailableError, TokenError
+from tokencore import IssuerUnavailableError, TokenError, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from datetime import datetime, timedelta
+    from datetime import date, datetime, timedelta
 
-    from prefect import State, Task
+    from prefect import Flow, State, Task
     from prefect.client.schemas.objects import TaskRun
     from prefect.logging.loggers import LoggingAdapter
 
@@ -29,6 +31,7 @@ KST = ZoneInfo("Asia/Seoul")  # the time of KIS's own notices
 MARGIN = 5.0  # seconds after a cool-down before Prefect tries again
 QUICK, SLOW = 65 / 60, 5.0  # issue intervals between attempts: the first three, and those after
 TRIES = 20  # of Prefect in one run; enough for 45 minutes of KIS being down
+AnyFlow = TypeVar("AnyFlow", bound="Flow[..., Any]")
 
 
 class UnforeseenError(Exception):
@@ -64,6 +67,28 @@ def due() -> datetime:
     """When this run was scheduled to start, aware; for a run that somebody started, that moment."""
     scheduled: datetime = flow_run.scheduled_start_time
     return scheduled
+
+
+def described(made: AnyFlow) -> AnyFlow:
+    """The flow, its docstring as the page wants it: Markdown with a line a paragraph; the form shows the arguments."""
+    text, _, _ = (made.description or "").partition("\n\nArgs:")
+    made.description = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+    return made
+
+
+def check_name(at: datetime) -> str:
+    """What the check that is due then (aware) is called, before it starts and after."""
+    return f"check-tokens {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def warm_up_name(exchange: str, at: datetime) -> str:
+    """What the warm-up of an exchange that is due then (aware) is called, before it starts and after."""
+    return f"warm-up {exchange} {local_date(exchange, at)}"
+
+
+def local_date(exchange: str, at: datetime) -> date:
+    """The date in the exchange's zone."""
+    return at.astimezone(ZoneInfo(sessions.exchange(exchange).zone)).date()
 
 
 def parameters() -> dict[str, Any]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Literal, NamedTuple
-from zoneinfo import ZoneInfo
 
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
-from flows import alerts, planned, runs
+from flows import alerts, board, planned, runs
 from flows.causes import as_met
-from flows.runs import SAFE, clock, kis_is_down, safe_errors
+from flows.runs import SAFE, clock, kis_is_down, local_date, safe_errors
 from tokencore import CLOCK_SLACK, TokenManager, overrides, sessions, trading
 
 if TYPE_CHECKING:
@@ -47,10 +46,10 @@ class Kept(NamedTuple):
 
 def run_name() -> str:
     """`warm-up NASD 2026-11-23`, the day in the exchange's zone."""
-    exchange = runs.parameters()["exchange"]
-    return f"warm-up {exchange} {local_date(exchange, runs.due())}"
+    return runs.warm_up_name(runs.parameters()["exchange"], runs.due())
 
 
+@runs.described
 @flow(flow_run_name=run_name, persist_result=False, log_prints=False)
 def warm_up(exchange: Exchange) -> State:
     """Have a token for an exchange's session: valid now and until the session's need ends.
@@ -99,6 +98,8 @@ def visit(exchange: str, due: datetime, now: datetime) -> State:
     if due < day.session.open <= now and all(lasts(manager, day.until) for manager in keys):
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
     results = runs.each_key(ensure, keys, day.session.open - now, day.until)
+    if any(isinstance(one, Exception) or one.issued for one in results.values()):
+        board.update(datetime.now(UTC))
     planned.update(datetime.now(UTC))
     return ended(day, results)
 
@@ -148,11 +149,6 @@ def ended(day: Day, results: Mapping[str, Kept | Exception]) -> State:
     told = "; ".join(f"{one.label}: the token serves until {clock(one.reach)}" for one in kept)
     name = "Renewed" if any(one.issued for one in kept) else "Warm"
     return Completed(name=name, message=f"{told}. {day.exchange} needs it until {clock(day.until)}.")
-
-
-def local_date(exchange: str, at: datetime) -> date:
-    """The date in the exchange's zone."""
-    return at.astimezone(ZoneInfo(sessions.exchange(exchange).zone)).date()
 
 
 def trading_day(exchange: str, day: date) -> Day | None:

@@ -81,6 +81,8 @@ def test_a_deployment_tells_an_operator_what_to_do(name: str) -> None:
     assert "description" not in DEPLOYMENTS[name]  # then Prefect takes the flow's
     assert flow.description
     assert "**Triage:**" in flow.description
+    assert "Args:" not in flow.description  # the form shows them
+    assert not re.search(r"[^\n]\n[^\n]", flow.description)  # the page would break the line there
     fields = parameter_schema(flow.fn).properties.values()
     assert all(field.get("description") and field.get("type") for field in fields)
 

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -27,18 +27,21 @@ from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.flow_engine import run_flow
 from prefect.logging import get_run_logger
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_HOME,
     PREFECT_SERVER_DATABASE_CONNECTION_URL,
 )
+from prefect.states import Scheduled
 from running import cached
 from slack_endpoint import SlackEndpoint
 
 from flows import planned
-from flows.board import REFUSED, TOKENS
+from flows.board import PLAN, REFUSED, TOKENS
 from flows.check_tokens import check_tokens
+from flows.runs import KST
 from flows.stack.server import DEPLOY_TRIES
 from flows.warm_up import warm_up
 from tokencore import TokenManager, next_attempt, overrides, sessions
@@ -341,6 +344,9 @@ def test_a_renewal_that_nobody_will_try_is_not_promised(gateway: Sandbox, opens:
     assert "next renewal" not in str(state.message)
     assert REFUSED in str(state.message)
     assert {(row["next renewal (KST)"], row["why then"]) for row in table()} == {("-", REFUSED)}
+    plan = str(Artifact.get(PLAN).data)  # type: ignore[union-attr]
+    assert f"{REFUSED}." in plan
+    assert "| next renewal |" not in plan
 
 
 def test_of_checks_that_were_missed_one_catches_up(opens: Callable[[timedelta], str]) -> None:
@@ -416,7 +422,7 @@ def test_without_an_answer_a_refresh_is_declined(gateway: Sandbox, monkeypatch: 
     state = refreshed("us")
     assert told(state) == ("COMPLETED", "Declined")
     assert str(state.message).startswith("Nobody confirmed within ")
-    assert "the present token, until" in str(state.message)
+    assert "the token serves until" in str(state.message)
     assert requests_to(gateway) == 0
 
 
@@ -478,10 +484,14 @@ def test_a_forced_refresh_says_what_became_of_it(gateway: Sandbox, endpoint: Sla
     assert requests_to(gateway) == 3
 
 
-def test_a_refresh_is_declined_within_the_minute_without_an_alert(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
+def test_a_refresh_is_declined_within_the_minute_without_an_alert(
+    gateway: Sandbox, endpoint: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not even force passes KIS's minute; our own is no incident, KIS's refusal of it is one."""
     refreshed("us")
-    assert told(refreshed("us", force=True)) == ("COMPLETED", "Declined")
+    with monkeypatch.context() as patient:
+        patient.setenv("KIS_ISSUE_INTERVAL", "60")
+        assert told(refreshed("us", force=True)) == ("COMPLETED", "Declined")
     assert requests_to(gateway) == 1
     assert endpoint.headlines == ["us+kr: refreshed by hand"]
     time.sleep(1.1)  # two minutes of the gateway: what it refuses then is not our doing
@@ -631,6 +641,69 @@ def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes() -> None:
     assert planned_runs() == {"us+kr": [soon]}
     planned.keep({"us+kr": None})
     assert planned_runs() == {}
+
+
+def scheduled_names(*tags: str) -> list[str]:
+    """The names of the runs with these tags that are to come, in the order of time."""
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+    return [one.name for one in found if set(tags) <= set(one.tags) and one.state and one.state.is_scheduled()]
+
+
+def test_coming_runs_have_the_names_that_they_will_have() -> None:
+    """What a schedule made is called after what it will do and when, a run of somebody else's flow as Prefect likes."""
+    noon = datetime(2098, 6, 3, 12, 20, tzinfo=UTC)  # a Tuesday in New York, 21:20 in Korea
+    with get_client(sync_client=True) as client:
+        for tags, parameters in (
+            (["warm-up", "NASD"], {"exchange": "NASD"}),
+            (["check"], {}),
+            (["theirs"], {"exchange": "NASD"}),
+        ):
+            client.create_flow_run(
+                warm_up,
+                name="quick-fox",
+                parameters=parameters,
+                tags=["auto-scheduled", *tags],
+                state=Scheduled(scheduled_time=noon),
+            )
+    for _ in range(2):
+        planned.name_ahead()
+        assert scheduled_names("auto-scheduled", "warm-up") == ["warm-up NASD 2098-06-03"]
+        assert scheduled_names("auto-scheduled", "check") == ["check-tokens 2098-06-03 12:20 UTC"]
+        assert scheduled_names("auto-scheduled", "theirs") == ["quick-fox"]
+
+
+def test_a_planned_renewal_keeps_its_name(opens: Callable[[timedelta], str]) -> None:
+    """Who saw it coming finds it again after it ran."""
+    opens(MINUTES_40)
+    with get_client(sync_client=True) as client:
+        made = client.create_flow_run(
+            check_tokens, name="renew us+kr", tags=[planned.TAG], state=Scheduled(scheduled_time=datetime.now(UTC))
+        )
+        state = cast("State", run_flow(check_tokens, flow_run=made, return_type="state"))
+        assert told(state) == ("COMPLETED", "Renewed")
+        assert client.read_flow_run(made.id).name == "renew us+kr"
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_refresh_by_hand_is_in_the_table_at_once() -> None:
+    """Nobody has to wait for the next check to see the new token."""
+    assert told(refreshed("us")) == ("COMPLETED", "Renewed")
+    held = TokenManager("us").newest_token()
+    assert held
+    (shown,) = {row["valid until (KST)"] for row in table()}
+    assert shown == f"{held.expires_at.astimezone(KST):%m-%d %H:%M}"
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_table_that_cannot_be_published_fails_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token is there, and the run says so."""
+
+    def broken(**_: object) -> None:
+        raise OSError("the server is away")
+
+    monkeypatch.setattr("flows.board.create_table_artifact", broken)
+    assert told(refreshed("us")) == ("COMPLETED", "Renewed")
 
 
 def test_a_renewal_that_is_about_to_start_is_not_taken_back() -> None:
