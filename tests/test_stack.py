@@ -155,6 +155,16 @@ def test_status_tells_what_is_on_the_server(up: Up) -> None:
     assert re.search(r"^automations +5$", output, re.MULTILINE)
 
 
+def test_status_says_that_the_password_is_another(up: Up) -> None:
+    """What cannot be asked of the server is not left out: a sentence says why, and what to do."""
+    elsewhere = up.place._replace(
+        environment=up.place.environment | {"PREFECT_SERVER_API_AUTH_STRING": "admin:AnotherPassword"}
+    )
+    output = elsewhere.run("status")[1]
+    assert "NOT KNOWN. The server refuses the password; set PREFECT_SERVER_API_AUTH_STRING" in output
+    assert "AnotherPassword" not in output
+
+
 def test_up_again_changes_nothing(up: Up) -> None:
     """A second `up` finds the first one's processes and leaves them alone."""
     before = up.processes()

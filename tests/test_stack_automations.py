@@ -155,6 +155,8 @@ def test_without_slack_they_still_mark_dead_runs(up: Up) -> None:
     assert sorted(there) == sorted(NAMES)
     kinds = {action["type"] for one in there.values() for action in one["actions"]}
     assert kinds == {"do-nothing", "change-flow-run-state"}
+    unheard = {name for name, one in there.items() if automations.UNHEARD in one["description"]}
+    assert unheard == {name for name, one in there.items() if one["actions"][0]["type"] == "do-nothing"}
     assert up.api("POST", "block_documents/filter", {}).json() == []
 
 

@@ -6,6 +6,7 @@ import base64
 from typing import Any
 
 import requests
+from requests import codes
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
@@ -44,6 +45,10 @@ class Api:
         """
         try:
             answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=TIMEOUT)
+            if answer.status_code == codes.unauthorized:
+                raise CrewError(
+                    "The server refuses the password; set PREFECT_SERVER_API_AUTH_STRING as it was when it started."
+                )
             answer.raise_for_status()
             return answer.json() if answer.content else None
         except requests.RequestException as error:

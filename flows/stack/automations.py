@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OWNED = "tokencore"  # the tag of the automations that are ours to change and to remove
 RUN, POOL = "prefect.flow-run.", "prefect.work-pool."
 _ID = "prefect.resource.id"
+UNHEARD = "Nobody is told: the settings have no way to Slack."
 ALIVE = ("Pending", "Submitting", "Running", "heartbeat")  # the events after which a run has to show another
 
 
@@ -133,7 +134,7 @@ def upsert(patience: Patience | None = None) -> None:
 def _automation(rule: Rule, block: UUID | None, *, enabled: bool) -> AutomationCore:
     return AutomationCore(
         name=rule.name,
-        description=rule.about,
+        description=rule.about if block or not rule.notice else f"{rule.about} {UNHEARD}",
         enabled=enabled,
         tags=[OWNED],
         trigger=rule.trigger,

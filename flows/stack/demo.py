@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.stack.crew import Crew, CrewError
-from flows.stack.server import CHECK, Prefect, addresses
+from flows.stack.server import CHECK, REFRESH, Prefect, addresses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 WARM_UP = "warm-up/KRX"
-REFRESH = "refresh-token/refresh_token"
 PATIENCE = 30.0  # seconds for the sandbox to start
 END = """\
 The page: {page}
   The tokens: {tokens}
   The plan: {plan}
-  Deployments shows what runs when; refresh_token > Run > Custom run renews by hand.
+  Renew by hand: {form}
   Let KIS refuse the next request, then renew by hand, with force, and see what the run tells:
     curl -X POST {sandbox}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
 """
@@ -57,7 +56,8 @@ def demo(*, once: bool = False) -> int:
         print(flush=True)
         _tokencore(environment, "check")
         print(flush=True)
-        print(END.format(**addresses(prefect.url), sandbox=environment["KIS_BASE_URL"]), flush=True)
+        shown = addresses(prefect.url) | {"form": prefect.form(), "sandbox": environment["KIS_BASE_URL"]}
+        print(END.format(**shown), flush=True)
         if not once:
             print("Ctrl-C stops everything and leaves nothing behind.", flush=True)
             crew.watch()

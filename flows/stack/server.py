@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from flows.stack import leftovers, surroundings
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from flows.stack.crew import Crew
 
 CHECK = "check-tokens/check_tokens"
+REFRESH = "refresh-token/refresh_token"
 CHECKED = ("Completed", "AlreadyValid", "Renewed", "Failed")  # the names of its states where it did its work
 ARTIFACTS = ("tokens", "plan")  # what that run publishes; flows.board has the names too, but loads all of Prefect
 PATIENCE = 300.0  # seconds for each step: two idle cores take 14 for the longest, the first start of the server
@@ -85,6 +87,15 @@ class Prefect:
         """
         leftovers.skip_overdue(self._api, CHECK)
 
+    def form(self) -> str:
+        """Where in the browser a person renews a token.
+
+        Raises:
+            CrewError: the server could not be asked.
+
+        """
+        return form(self._api)
+
     def check(self) -> None:
         """Let the check run, without waiting for its end.
 
@@ -121,13 +132,26 @@ class Prefect:
 
     def _create(self, deployment: str, parameters: Mapping[str, object]) -> Any:  # noqa: ANN401 - as JSON is
         found = self._api.ask("GET", f"deployments/name/{deployment}")
-        return self._api.ask("POST", f"deployments/{found['id']}/create_flow_run", {"parameters": parameters})
+        flow, _, _ = deployment.partition("/")
+        name = f"{flow} {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"  # until it starts; else Prefect makes up a random one
+        asked = {"parameters": parameters, "name": name}
+        return self._api.ask("POST", f"deployments/{found['id']}/create_flow_run", asked)
 
 
 def addresses(url: str) -> dict[str, str]:
     """Where in the browser to look, by name, for the server at `url`."""
     shown = {name: f"{url}/artifacts/key/{name} (click its newest entry)" for name in ARTIFACTS}
     return {"page": url} | shown
+
+
+def form(api: Api) -> str:
+    """Where in the browser a person renews a token: the list of deployments has it on its second page.
+
+    Raises:
+        CrewError: the server could not be asked.
+
+    """
+    return f"{api.url}/deployments/deployment/{api.ask('GET', f'deployments/name/{REFRESH}')['id']}/run"
 
 
 def _prefect(*arguments: str) -> list[str]:

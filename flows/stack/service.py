@@ -22,7 +22,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from flows.stack import leftovers, surroundings
 from flows.stack.api import Api
 from flows.stack.crew import POLL, Asked, Crew, CrewError, EndedError, birth, crew_file, told
-from flows.stack.server import CHECK, Prefect, addresses
+from flows.stack.server import CHECK, Prefect, addresses, form
 from tokencore import ConfigurationError, Settings, managers
 
 if TYPE_CHECKING:
@@ -190,14 +190,16 @@ def _first_check(prefect: Prefect) -> str:
 
 
 def _on_the_server() -> dict[str, str]:
-    """What is on the server, by name; nothing where it does not answer."""
+    """What is on the server, by name, or why that is not known."""
+    server = api()
     try:
-        found = {one: len(api().ask("POST", f"{one}/filter", {})) for one in ("deployments", "automations")}
-    except CrewError:
-        return {}
+        found = {one: len(server.ask("POST", f"{one}/filter", {})) for one in ("deployments", "automations")}
+        by_hand = {"refresh": f"{form(server)} (renews by hand)"} if found["deployments"] else {}
+    except CrewError as error:
+        return {"deployments": f"NOT KNOWN. {error}"}
     shown = {one: str(count) if count else "NONE; `make down` and `make up` make them" for one, count in found.items()}
     kept = surroundings.password_file(_home())
-    return shown | ({"password": f"in {kept}"} if kept.exists() else {})
+    return by_hand | shown | ({"password": f"in {kept}"} if kept.exists() else {})
 
 
 def _clear(prefect: Prefect, restarting: str) -> None:
