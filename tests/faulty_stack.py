@@ -74,7 +74,7 @@ class Case(NamedTuple):
     def trade(self, *markets: str) -> None:
         """Let these and no others trade the exchange, each with its own key; a run reads the settings as it starts."""
         others = {"us", "kr", "hk"}.difference(markets)
-        lines = [*self.settings, *(f'markets.{name}.exchanges = ""' for name in others)]
+        lines = [*self.settings, *(f"markets.{name}.exchanges = []" for name in others)]
         for market in markets:
             lines += [f'markets.{market}.app_key = "PS{market}{self.seed}"']
             lines += [
