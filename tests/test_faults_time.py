@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -10,23 +12,30 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from builders import make_answer
+from conftest import LATENCY
+from running import Ran, asked, cached, on_disk, one_line, outcomes, start, until
 from scenarios import FULL, HOUR, MARKETS, MINUTE, SCENARIOS, Desk, desks, served, still_serving, tokens_of, untidy
 
 from tokencore.tokens import from_answer, from_cache
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
-    from running import Ran
     from scenarios import Scenario
+
+    from tokencore.sandbox import Sandbox
 
 make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
 JUMPS = (HOUR, -HOUR, 25 * HOUR, -25 * HOUR)
 SLEEPS = (8 * HOUR, 30 * HOUR)
 TIMED = ("first token", "expired", "about to expire", "refresh by hand")
-EVERY = 4 if FULL else 60  # calls; which ones is different for each jump
+EVERY = 1 if FULL else 60  # calls; which ones is different for each jump
 LONGEST = 200.0  # seconds: a command waits out two cool-downs at most, by a clock that does not jump
 CLEAR = (0, 3, 4, 6)
+STOPS = 24 if FULL else 2  # moments of a command's life at which it is stopped
+GET = "import sys; from tokencore.cli import main; sys.exit(main(('get', sys.argv[1])))"
 ZONES = ("Asia/Seoul", "America/New_York", "UTC", "Pacific/Kiritimati", "Pacific/Pago_Pago", "Asia/Kolkata")
 
 
@@ -95,6 +104,79 @@ def test_a_machine_that_sleeps_amid_a_renewal_costs_no_token(
             found += [(number, calls[number], what) for what in wrong(scenario, desk, old, ran, took)]
     assert not found, "\n".join(map(str, found))
     record_property("cases", cases)
+
+
+@contextlib.contextmanager
+def stopped(command: subprocess.Popen[str]) -> Iterator[None]:
+    """The process stands still, as one that a debugger, a full machine or a person at a terminal has stopped."""
+    command.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        command.send_signal(signal.SIGCONT)
+
+
+def end(command: subprocess.Popen[str]) -> Ran:
+    """How it ended."""
+    out, err = command.communicate(timeout=60)
+    return Ran(command.returncode, out, err)
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_others_go_on_beside_a_renewal_that_stands_still(
+    slow: Sandbox,
+    isolated: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Stopped at any moment, it delays nobody while the old token serves; in the end one request has been sent."""
+    began = time.monotonic()
+    assert end(start(GET, "us")).code == 0
+    life = time.monotonic() - began
+    for number in range(STOPS):
+        monkeypatch.setenv("KIS_APP_KEY", f"PSstopped{number:02d}" + "k" * 25)
+        monkeypatch.setenv("KIS_TOKEN_DIR", str(isolated / f"tokens-{number}"))
+        before, old = asked(slow), cached(1_500).access_token
+        first = start(GET, "us")
+        time.sleep(life * (number + 0.5) / STOPS)
+        with stopped(first):
+            others = [end(start(GET, market)) for market in MARKETS]
+        ends = [end(first), *others]
+        assert [one.code for one in ends] == [0] * 3, ends
+        assert {one.out.strip() for one in ends} <= {old, on_disk().access_token}
+        assert old != on_disk().access_token == on_disk("kr").access_token
+        assert asked(slow) - before == 1
+        assert outcomes() == ["issued"]
+    record_property("cases", STOPS)
+
+
+def test_a_renewal_that_stands_still_amid_its_request_keeps_the_only_one(slow: Sandbox) -> None:
+    """Who has no token waits for it; the answer that came meanwhile is read and saved, and serves them all."""
+    first = start(GET, "us")
+    until(lambda: asked(slow) == 1)
+    with stopped(first):
+        others = [start(GET, market) for market in MARKETS]
+        time.sleep(3 * LATENCY)
+        assert [one.poll() for one in others] == [None, None]
+    ends = [end(one) for one in (first, *others)]
+    assert {*ends} == {Ran(0, f"{on_disk().access_token}\n", "")}
+    assert asked(slow) == 1
+
+
+def test_a_renewal_that_stands_still_for_longer_than_anyone_waits_loses_nothing(
+    slow: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waited for it is told so and asks nothing of KIS; the answer is as good as it was when it came."""
+    monkeypatch.setenv("KIS_TIMEOUT", "0.5")
+    first = start(GET, "us")
+    until(lambda: asked(slow) == 1)
+    with stopped(first):
+        waited = end(start(GET, "kr"))
+        assert waited.code == 3
+        assert "Another process has held the key's lock" in one_line(waited)
+    assert end(first) == Ran(0, f"{on_disk().access_token}\n", "")
+    assert end(start(GET, "kr")).out.strip() == on_disk("kr").access_token == on_disk().access_token
+    assert asked(slow) == 1
 
 
 def test_zones_change_nothing(make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]) -> None:
