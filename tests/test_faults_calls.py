@@ -12,7 +12,7 @@ import pytest
 from scenarios import FULL, MARKETS, SCENARIOS, Desk, Scenario, desks, served, still_serving, tokens_of, untidy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from running import Ran
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
 RENEWALS = [name for name in SCENARIOS if name not in ("delete", "inside the minute")]
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EINTR, errno.EMFILE)
-EVERY = 2 if FULL else 19  # calls; the part that a run takes begins elsewhere in each scenario
+EVERY = 1 if FULL else 19  # calls; the part that a run takes begins elsewhere in each scenario
 CLEAR = (0, 3, 4, 6, 7)  # exit codes that say what is the matter
 NO_FILE = ("start", "sleep", "connect", "sendall", "recv_into", "close socket")
+LOOKS = ("open key", "read key", "fstat key")
 SPACE = ("write", "mkdir", "fsync")  # what a full disk refuses: what exists can be opened, read and renamed
 NOBODY = 65_534
 needs_root = pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root can mount")
@@ -39,12 +40,12 @@ def with_failing(number: int, error: int, process: Stepped) -> Ran:
     return process.finish()
 
 
-def with_full_disk(number: int, process: Stepped) -> Ran:
-    """Let the disk be full from the call with this number on."""
+def with_full_disk(number: int, error: int, process: Stepped) -> Ran:
+    """Let the disk be full from the call with this number on, and say so with the error."""
     made = 0
     while process.at is not None:
         full = made >= number and (process.at.startswith(SPACE) or process.at.endswith(".tmp"))
-        process.go(errno.ENOSPC if full and not process.at.startswith(("unlink", "close")) else 0)
+        process.go(error if full and not process.at.startswith(("unlink", "close")) else 0)
         made += 1
     return process.ran
 
@@ -67,43 +68,58 @@ def wrong(scenario: Scenario, desk: Desk, old: dict[str, str | None], issued: in
     yield from untidy(desk)
 
 
+def tortured(
+    desk: Desk,
+    name: str,
+    chosen: Callable[[list[str]], Iterable[tuple[int, int]]],
+    fault: Callable[[int, int, Stepped], Ran] = with_failing,
+) -> tuple[int, list[tuple[int, str, str, str]]]:
+    """Let the chosen ones of the scenario's calls meet their errors: how many there were, and all that went wrong."""
+    scenario, cases, found = SCENARIOS[name], 0, []
+    scenario.prepare(desk)
+    old, issued, again = tokens_of(desk), len(desk.granted), desk.saved()
+    calls = desk.calls(*scenario.arguments)
+    for number, error in chosen(calls):
+        again()
+        ran = fault(number, error, desk.start(*scenario.arguments))
+        cases += 1
+        bad = wrong(scenario, desk, old, issued, ran)
+        found += [(number, calls[number], errno.errorcode[error], what) for what in bad]
+    return cases, found
+
+
 @pytest.mark.parametrize("name", RENEWALS)
 def test_a_call_that_fails_costs_no_token(
     name: str, make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
 ) -> None:
     """Each error at each call: a documented exit code, no traceback, and a bought token in hand or on disk."""
-    scenario, found, cases = SCENARIOS[name], [], 0
+    turn = RENEWALS.index(name)
+
+    def chosen(calls: list[str]) -> Iterator[tuple[int, int]]:
+        for number in range(turn % EVERY, len(calls), EVERY):
+            if not calls[number].startswith(NO_FILE):
+                yield from ((number, error) for error in (ERRORS if FULL else [ERRORS[(number + turn) % len(ERRORS)]]))
+
     with make_desk() as desk:
-        scenario.prepare(desk)
-        old, issued, again = tokens_of(desk), len(desk.granted), desk.saved()
-        calls = desk.calls(*scenario.arguments)
-        for number in range(RENEWALS.index(name) % EVERY, len(calls), 1 if FULL and name == "expired" else EVERY):
-            if calls[number].startswith(NO_FILE):
-                continue
-            # Six errors at every call of one renewal; elsewhere each call has its turn with one of them.
-            turn = (number + RENEWALS.index(name)) % len(ERRORS)
-            for error in ERRORS if FULL and name == "expired" else ERRORS[turn : turn + 1]:
-                again()
-                ran = with_failing(number, error, desk.start(*scenario.arguments))
-                case, cases = (number, calls[number], errno.errorcode[error]), cases + 1
-                found += [(*case, what) for what in wrong(scenario, desk, old, issued, ran)]
+        cases, found = tortured(desk, name, chosen)
     assert not found, "\n".join(map(str, found))
     record_property("cases", cases)
 
 
-def test_a_record_that_cannot_be_read_does_not_cost_a_request(make_desk: Callable[[], Desk]) -> None:
+def test_a_record_that_cannot_be_read_does_not_cost_a_request(
+    make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
+) -> None:
     """Each look at the record fails once, ten seconds after a request: the rest of the minute is waited out."""
-    scenario, found = SCENARIOS["inside the minute"], []
+
+    def chosen(calls: list[str]) -> list[tuple[int, int]]:
+        looks = [number for number, call in enumerate(calls) if call.split("-")[0] in LOOKS]
+        return [(number, errno.EIO) for number in looks[:12]]
+
     with make_desk() as desk:
-        scenario.prepare(desk)
-        old, issued, again = tokens_of(desk), len(desk.granted), desk.saved()
-        calls = [call.split("-")[0] for call in desk.calls(*scenario.arguments)]
-        looks = [number for number, call in enumerate(calls) if call in ("open key", "read key", "fstat key")]
-        for number in looks[:12]:
-            again()
-            ran = with_failing(number, errno.EIO, desk.start(*scenario.arguments))
-            found += [(number, calls[number], what) for what in wrong(scenario, desk, old, issued, ran)]
+        cases, found = tortured(desk, "inside the minute", chosen)
     assert not found, "\n".join(map(str, found))
+    assert cases
+    record_property("cases", cases)
 
 
 @pytest.mark.parametrize("name", RENEWALS)
@@ -111,17 +127,13 @@ def test_a_disk_that_fills_up_costs_no_token(
     name: str, make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
 ) -> None:
     """Every write from some call on fails, as on a full disk: the same holds, and with space again all is well."""
-    scenario, found, cases = SCENARIOS[name], [], 0
+
+    def chosen(calls: list[str]) -> list[tuple[int, int]]:
+        writes = [(number, errno.ENOSPC) for number, call in enumerate(calls) if call.startswith(SPACE)]
+        return writes if FULL else writes[RENEWALS.index(name) % 3 :: 12]
+
     with make_desk() as desk:
-        scenario.prepare(desk)
-        old, issued, again = tokens_of(desk), len(desk.granted), desk.saved()
-        calls = desk.calls(*scenario.arguments)
-        points = [number for number, call in enumerate(calls) if call.startswith(SPACE)]
-        for number in points if FULL else points[RENEWALS.index(name) % 3 :: 12]:
-            again()
-            ran = with_full_disk(number, desk.start(*scenario.arguments))
-            cases += 1
-            found += [(number, calls[number], what) for what in wrong(scenario, desk, old, issued, ran)]
+        cases, found = tortured(desk, name, chosen, with_full_disk)
     assert not found, "\n".join(map(str, found))
     record_property("cases", cases)
 

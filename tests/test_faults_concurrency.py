@@ -36,7 +36,7 @@ make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
 PROCESSES, THREADS = (200, 4) if FULL else (24, 4)
 READS = 200_000 if FULL else 20_000
 RIVALS = ("first token", "expired", "about to expire", "refresh by hand", "damaged file", "lost record")
-EVERY = 5 if FULL else 48  # calls; the part that a run takes begins elsewhere in each case
+EVERY = 1 if FULL else 48  # calls; the part that a run takes begins elsewhere in each case
 CLEAR = (0, 3, 4, 7)  # exit codes of two that compete: a token, or a sentence about the rival, KIS's limit or the lock
 LONGEST = 200.0  # seconds: what a command may wait, with a rival that dies or stops
 EARLIER = "d01a11135083"  # the version before the product could import, hold approval keys and shorten its records
