@@ -1,7 +1,7 @@
 """The renewal as a protocol: processes of two markets step, die, fail and wait in any order, and what always holds.
 
 Nothing is paraphrased: each process is the real command on real files and locks, and KIS is the sandbox with KIS's own
-rules. Hypothesis only decides whose turn it is, and what befalls them.
+rules. Hypothesis only decides whose turn it is, what befalls them, and how wrong the machine's clock is meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scenarios import HOUR, MARKETS, MINUTE, Desk, served
+from scenarios import HOUR, MARKETS, MINUTE, Desk, needs_space, served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 3  # processes
 BUFFER, PROACTIVE = 300.0, 1800.0  # seconds before the expiry in which a token is renewed; the settings' defaults
+TROUBLES = ("crash", "fail", "fill", "jump")
+WRONG = (0.0, HOUR, 25 * HOUR)  # seconds by which the machine's clock may be ahead or behind
 FILES = ("open", "write", "fsync", "replace", "mkdir", "read", "close key", "close .")
 turns = st.integers(0, AT_ONCE - 1)
 
@@ -31,17 +33,25 @@ class Renewals(RuleBasedStateMachine):
     make_desk: Callable[[], Desk]
     planted: Callable[[], None] | None = None
 
-    @initialize()
-    def begin(self) -> None:
-        """A key without anything."""
+    @initialize(troubles=st.sets(st.sampled_from(TROUBLES)), side=st.sampled_from([1, -1]))
+    def begin(self, troubles: set[str], side: int) -> None:
+        """A key without anything; some troubles come in this example, which leaves more of it for the others.
+
+        Its clock is wrong to one side: a record that is two days ahead of it would be taken for damage.
+        """
+        self.troubles, self.side = troubles, side
         self.desk = type(self).make_desk()
         self.running: list[Stepped] = []
-        self.begun: dict[int, float] = {}  # when each process was started
+        self.earliest: dict[int, float] = {}  # the earliest time that the machine's clock showed to each process
+        self.misled: set[int] = set()  # processes in whose life the clock was set
+        self.ahead: list[tuple[float, list[int]]] = []  # when it was set ahead, and who ran
+        self.useless: set[str] = set()  # tokens that expired, by the machine's clock, while who asked had them in hand
         self.killed = 0  # processes
         self.handed: set[str] = set()  # tokens that stood in a file or went to a caller
         self.failed: set[int] = set()  # processes whose call failed: once each
+        self.full: set[int] = set()  # processes that find no more space
         self.seen: dict[str, str] = {}  # the last token in each market's file
-        self.asked = 0
+        self.askers: list[int] = []  # of each request that reached KIS
         self.holding = 0.0  # until when a token that any market has need not be renewed
 
     @precondition(lambda self: len(self.running) < AT_ONCE)
@@ -50,7 +60,7 @@ class Renewals(RuleBasedStateMachine):
         """Another process wants the token."""
         process = self.desk.start("get", market, first=type(self).planted)
         self.running.append(process)
-        self.begun[process.pid] = self.desk.clock.true
+        self.earliest[process.pid] = self.desk.clock.shown
 
     @precondition(lambda self: self.running)
     @rule(turn=turns, calls=st.sampled_from([1, 3, 10, 30, 90]))
@@ -59,13 +69,18 @@ class Renewals(RuleBasedStateMachine):
         process = self.running[turn % len(self.running)]
         for _ in range(calls):
             if process.at is not None:
-                slept = process.at.startswith("sleep")
-                process.go()
-                if not slept:
-                    self.look()
+                self.go(process)
         self.bury(process)
 
-    @precondition(lambda self: self.running)
+    def go(self, process: Stepped) -> None:
+        """Its next call, and what holds after it."""
+        assert process.at
+        slept, full = process.at.startswith("sleep"), process.pid in self.full and needs_space(process.at)
+        process.go(errno.ENOSPC if full else 0)
+        if not slept:
+            self.look(process.pid)
+
+    @precondition(lambda self: self.running and "crash" in self.troubles)
     @rule(turn=turns, torn=st.booleans())
     def crash(self, turn: int, torn: bool) -> None:  # noqa: FBT001 - Hypothesis passes it by name
         """One of them is killed, perhaps amid a write."""
@@ -77,36 +92,64 @@ class Renewals(RuleBasedStateMachine):
         self.killed += 1
         self.running.remove(process)
 
-    @precondition(lambda self: self.running)
+    @precondition(lambda self: self.running and "fail" in self.troubles)
     @rule(turn=turns, error=st.sampled_from([errno.EIO, errno.ENOSPC, errno.EACCES]), skip=st.integers(0, 60))
     def fail(self, turn: int, error: int, skip: int) -> None:
         """One of them goes on to a file call that fails; each meets that once at most."""
         process = self.running[turn % len(self.running)]
         while process.at and (skip > 0 or not process.at.startswith(FILES)):
-            process.go()
-            self.look()
+            self.go(process)
             skip -= 1
         if process.at and process.pid not in self.failed:
             self.failed.add(process.pid)
             process.go(error)
         self.bury(process)
 
-    @rule(hours=st.sampled_from([0.005, 1.0, 7.0, 23.6, 24.5]))
-    def wait(self, hours: float) -> None:
-        """Time passes while nobody does anything."""
-        self.desk.clock.true += hours * HOUR
+    @precondition(lambda self: self.running and "fill" in self.troubles)
+    @rule(turn=turns)
+    def fill(self, turn: int) -> None:
+        """The disk is full for one of them from now on."""
+        self.full.add(self.running[turn % len(self.running)].pid)
+
+    @rule(hours=st.sampled_from([0.005, 1.0, 7.0, 23.6, 24.5]), asleep=st.booleans())
+    def wait(self, hours: float, asleep: bool) -> None:  # noqa: FBT001 - Hypothesis passes it by name
+        """Time passes while nobody does anything, or while the machine sleeps."""
+        if asleep:
+            self.desk.clock.sleep(hours * HOUR)
+        else:
+            self.desk.clock.true += hours * HOUR
+
+    @precondition(lambda self: "jump" in self.troubles)
+    @rule(by=st.sampled_from(WRONG))
+    def jump(self, by: float) -> None:
+        """Someone sets the machine's clock, wrong or right."""
+        clock, pids, wrong = self.desk.clock, [process.pid for process in self.running], self.side * by
+        if wrong > clock.wrong:
+            self.ahead.append((clock.true, pids))
+        clock.wrong = wrong
+        self.misled.update(pids)
+        for pid in pids:
+            self.earliest[pid] = min(self.earliest[pid], clock.shown)
 
     @invariant()
-    def look(self) -> None:
-        """What holds at every step: one request a minute and none in vain, no valid token lost, no torn file."""
+    def look(self, pid: int = 0) -> None:
+        """What holds at every step: one request a minute and none in vain, no valid token lost, no torn file.
+
+        Nothing tells a machine whose clock is set ahead that KIS's minute goes on.
+        """
         if not hasattr(self, "desk"):
             return
-        now, asked = self.desk.clock.true, self.desk.asked
-        for earlier, later in itertools.pairwise(asked):
-            assert later.at - earlier.at >= MINUTE, "two requests within KIS's minute"
-        if len(asked) > self.asked:
-            assert self.failed or asked[-1].at >= self.holding, "a request although a market had a token that serves"
-            self.asked = len(asked)
+        now, asked = self.desk.clock.shown, self.desk.asked
+        if len(asked) > len(self.askers):
+            self.askers += [pid] * (len(asked) - len(self.askers))
+            excused = pid in self.failed or pid in self.misled
+            assert excused or now >= self.holding, "a request although a market had a token that serves"
+        for (earlier, later), asker in zip(itertools.pairwise(asked), self.askers, strict=False):
+            unknowing = any(earlier.at <= at <= later.at or asker in pids for at, pids in self.ahead)
+            assert unknowing or later.at - earlier.at >= MINUTE, "two requests within KIS's minute"
+        living = {process.pid for process in self.running}
+        in_hand = [one.token for one, asker in zip(asked, self.askers, strict=True) if asker in living and one.token]
+        self.useless.update(token for token in in_hand if self.desk.expiry(token) <= now)
         granted = self.desk.granted
         for market in MARKETS:
             token, before = self.desk.token(market), self.seen.get(market)
@@ -116,8 +159,8 @@ class Renewals(RuleBasedStateMachine):
             if token:
                 self.seen[market] = token
                 self.handed.add(token)
-        reach = [self.desk.expiry(token) - PROACTIVE for token in self.seen.values()]
-        self.holding = max(reach, default=0.0) if max(reach, default=0.0) > now else 0.0
+        reach = max((self.desk.told_expiry(market) - PROACTIVE for market in self.seen), default=0.0)
+        self.holding = reach if reach > now else 0.0
 
     def bury(self, process: Stepped) -> None:
         """What holds at the end of a process: a token that served since its start, or a sentence."""
@@ -127,12 +170,12 @@ class Renewals(RuleBasedStateMachine):
         ran, token = process.ran, process.ran.out.strip()
         assert ran.code in {0, 3, 4, 6, 7}, ran
         if ran.code == 0:
-            assert self.desk.expiry(token) > self.begun[process.pid], "an expired token was handed out"
+            assert self.desk.expiry(token) > self.earliest[process.pid], "an expired token was handed out"
         if token:
             self.handed.add(token)
 
     def teardown(self) -> None:
-        """At last all run to their ends, and fresh processes get one token for both markets."""
+        """At last all run to their ends, the clock is right, and fresh processes get one token for both markets."""
         if not hasattr(self, "desk"):
             return
         with self.desk:
@@ -141,8 +184,9 @@ class Renewals(RuleBasedStateMachine):
                     break
                 self.step(turn % AT_ONCE, 90)
             self.desk.clock.true += 2 * MINUTE
+            self.desk.clock.wrong = 0.0
             for token in served(self.desk):
                 assert self.desk.expiry(token) - self.desk.clock.true > BUFFER
             self.look()
-            lost = set(self.desk.granted) - self.handed
+            lost = set(self.desk.granted) - self.handed - self.useless
             assert len(lost) <= self.killed, "a bought token reached neither the cache nor its caller"

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +28,7 @@ long = pytest.mark.skipif(not FULL, reason="takes minutes: make torture")
 HOUR, DAY = 3600.0, 86_400.0
 MINUTE = 60.0  # of KIS, which the test's clock makes short
 MARKETS = ("us", "kr")
+SPACE = ("write", "mkdir", "fsync")
 ENDS = ("_api_token.json", "_token_issued_at.dat", ".lock", ".jsonl", ".aside")  # of names that may stay
 _keys = itertools.count(1)
 
@@ -74,11 +76,17 @@ class Desk:
 
     def token(self, market: str) -> str | None:
         """The token in the market's file; None without a file, and never half of one."""
+        content = self._content(market)
+        return content["access_token"] if content else None
+
+    def told_expiry(self, market: str) -> float:
+        """When the token in the market's file expires as the file tells it, in epoch seconds; 0 without a file."""
+        content = self._content(market)
+        return datetime.fromisoformat(content["expires_at"]).timestamp() if content else 0.0
+
+    def _content(self, market: str) -> dict[str, str] | None:
         path = self.folder / f"{market}_api_token.json"
-        if not path.exists():
-            return None
-        text: str = json.loads(path.read_text(encoding="utf-8"))["access_token"]
-        return text
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def saved(self) -> Callable[[], None]:
         """How folder, key and clock are now; the call brings that back."""
@@ -202,6 +210,11 @@ def tokens_of(desk: Desk) -> dict[str, str | None]:
         return {market: desk.token(market) for market in MARKETS}
     except ValueError:
         return {market: desk.token(market) if market != "us" else None for market in MARKETS}
+
+
+def needs_space(call: str) -> bool:
+    """Whether a full disk refuses the call: what exists can be opened, read, renamed and deleted."""
+    return call.startswith(SPACE) or (call.endswith(".tmp") and not call.startswith(("unlink", "close")))
 
 
 def still_serving(tokens: dict[str, str | None]) -> set[str]:

@@ -62,6 +62,11 @@ class Clock:
         self.wrong = 0.0  # seconds that the machine's clock is ahead
         self.slept = 0.0  # seconds in which the machine slept, which no monotonic clock counts
 
+    @property
+    def shown(self) -> float:
+        """What the machine's clock shows, in epoch seconds."""
+        return self.true + self.wrong
+
     def sleep(self, seconds: float) -> None:
         """Let the machine sleep."""
         self.true += seconds
@@ -141,8 +146,8 @@ class Stepped:
         slept = max(NAP, float(self.at.removeprefix("sleep "))) if self.at.startswith("sleep ") else TICK
         self._clock.true += slept
         self.failed = self.at if error else self.failed
-        now = self._clock.true
-        self._pipe.send(Order(now + self._clock.wrong, now - self._clock.slept, error, torn))
+        monotonic = self._clock.true - self._clock.slept
+        self._pipe.send(Order(self._clock.shown, monotonic, error, torn))
         self.at = self._arrived()
         return self.at
 

@@ -9,7 +9,20 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from scenarios import FULL, MARKETS, SCENARIOS, Desk, Scenario, desks, served, still_serving, tokens_of, untidy
+from scenarios import (
+    FULL,
+    MARKETS,
+    SCENARIOS,
+    SPACE,
+    Desk,
+    Scenario,
+    desks,
+    needs_space,
+    served,
+    still_serving,
+    tokens_of,
+    untidy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +38,6 @@ EVERY = 1 if FULL else 19  # calls; the part that a run takes begins elsewhere i
 CLEAR = (0, 3, 4, 6, 7)  # exit codes that say what is the matter
 NO_FILE = ("start", "sleep", "connect", "sendall", "recv_into", "close socket")
 LOOKS = ("open key", "read key", "fstat key")
-SPACE = ("write", "mkdir", "fsync")  # what a full disk refuses: what exists can be opened, read and renamed
 NOBODY = 65_534
 needs_root = pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root can mount")
 
@@ -44,8 +56,7 @@ def with_full_disk(number: int, error: int, process: Stepped) -> Ran:
     """Let the disk be full from the call with this number on, and say so with the error."""
     made = 0
     while process.at is not None:
-        full = made >= number and (process.at.startswith(SPACE) or process.at.endswith(".tmp"))
-        process.go(error if full and not process.at.startswith(("unlink", "close")) else 0)
+        process.go(error if made >= number and needs_space(process.at) else 0)
         made += 1
     return process.ran
 
