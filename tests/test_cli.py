@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -358,39 +356,3 @@ def test_misspelt_setting_is_told_once_but_not_by_a_cached_get(
     ran = tokencore("check")
     assert ran.err == "tokencore: KIS_TIMOUT is no setting, so it is ignored; KIS_TIMEOUT is one.\n"
     assert command("get", "us") == Ran(0, token.access_token + "\n", "")
-
-
-@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        (["g"], {"get"}),
-        (["get", ""], {"us", "kr", "hk"}),
-        (["get", "us", "--form"], {"--format"}),
-        (["get", "us", "--format", ""], {"process", "env", "header"}),
-        (["check", "us", "k"], {"kr"}),
-        (["completion", ""], {"bash", "zsh", "fish"}),
-    ],
-    ids=lambda words: " ".join(sorted(words)),
-)
-def test_bash_completes_commands_markets_and_options(
-    command: Command, monkeypatch: pytest.MonkeyPatch, typed: list[str], offered: set[str]
-) -> None:
-    """A real bash, with the script that the command wrote, and a market of the settings."""
-    monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
-    script = command("completion", "bash").out
-    words = " ".join(map(shlex.quote, ["tokencore", *typed]))
-    program = (
-        f'{script}\nCOMP_WORDS=({words}); COMP_CWORD={len(typed)}; _shtab_tokencore; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    )
-    ran = subprocess.run([str(shutil.which("bash")), "-c", program], capture_output=True, text=True, check=True)
-    assert (set(ran.stdout.split()), ran.stderr) == (offered, "")
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_get_a_script_with_the_markets(command: Command, shell: str) -> None:
-    """For zsh and fish too; another shell is a usage error."""
-    ran = command("completion", shell)
-    assert ran.code == 0
-    assert re.search(r"\bus kr\b", ran.out)
-    assert command("completion", "cmd").code == 2
