@@ -97,8 +97,10 @@ class Bots:
             one.communicate(timeout=60)
 
 
-def prepared(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folders of the three clients at their defaults, and the settings that export there."""
+def prepared(client: str, gateway: Sandbox, pythons: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folders of the three clients at their defaults, and the settings that export there; the client's Python."""
+    if client not in pythons:
+        pytest.skip(f"{client} cannot be installed here; `make clients` says why")
     monkeypatch.setenv("KIS_HTS_ID", "me")
     monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", f"mojito2:{Path.cwd()},python-kis,kis-auth")
     config = Path.home() / "KIS" / "config"
@@ -106,6 +108,7 @@ def prepared(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
         made.mkdir(parents=True)
     told = f"prod: {gateway.url}\nmy_app: {APP_KEY}\nmy_sec: {APP_SECRET}\n"
     (config / "kis_devlp.yaml").write_text(told)
+    return pythons[client]
 
 
 @pytest.mark.parametrize("client", QUOTES)
@@ -113,13 +116,11 @@ def test_a_client_uses_the_token_and_issues_none(
     client: str, nowhere: Sandbox, pythons: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every process takes the warm token for its quotes, and the next one after a renewal, without an issue request."""
-    if client not in pythons:
-        pytest.skip(f"{client} cannot be installed here; `make clients` says why")
+    python = prepared(client, nowhere, pythons, monkeypatch)
     nowhere.set_rules(same_token=0, issue_interval=0)
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
-    prepared(nowhere, monkeypatch)
     first = TokenManager("us").get_valid_token()
-    bots = Bots(client, pythons[client], PROCESSES)
+    bots = Bots(client, python, PROCESSES)
     assert bots.quoted() == PROCESSES
     assert (asked(nowhere), nowhere.stats()["quotes"]) == (1, PROCESSES * QUOTES[client][0])
     nowhere.kill_tokens()
@@ -137,10 +138,7 @@ def test_without_the_file_a_client_issues(
     client: str, gateway: Sandbox, pythons: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The counter-proof: the same code without a copy sends one request to tokenP, and the gateway sees it."""
-    if client not in pythons:
-        pytest.skip(f"{client} cannot be installed here; `make clients` says why")
-    prepared(gateway, monkeypatch)
-    bots = Bots(client, pythons[client], 1)
+    bots = Bots(client, prepared(client, gateway, pythons, monkeypatch), 1)
     assert bots.quoted() == 1
     bots.end()
     assert asked(gateway) == 1

@@ -69,6 +69,12 @@ def answers() -> Iterator[tuple[Answers, str]]:
         server.shutdown()
 
 
+@pytest.fixture
+def warm(gateway: Sandbox) -> None:  # noqa: ARG001 - KIS issues it
+    """A valid token for us and kr."""
+    TokenManager("us").get_valid_token()
+
+
 @pytest.fixture(autouse=True)
 def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Prefect server of this machine answers a test."""
@@ -324,13 +330,12 @@ def test_the_clock_is_compared_with_kis(
     assert only(found(command, 0), "clock")["state"] == "skipped"
 
 
-@pytest.mark.usefixtures("gateway")
+@pytest.mark.usefixtures("warm")
 def test_slack_is_asked_without_posting(
     command: Command, monkeypatch: pytest.MonkeyPatch, answers: tuple[Answers, str]
 ) -> None:
     """A bot by auth.test with its token, a webhook by its host alone: its path is a secret and would post."""
     told, url = answers
-    TokenManager("us").get_valid_token()
     monkeypatch.setattr(others, "SLACK_API", f"{url}/api/")
     monkeypatch.setenv("SLACK_BOT_TOKEN", "xoxb-Canary")
     monkeypatch.setenv("SLACK_CHANNEL", "#tokens")
@@ -350,13 +355,12 @@ def deployment(name: str, **more: object) -> dict[str, Any]:
     return {"name": name, "paused": False, "schedules": [{"active": True}], **more}
 
 
-@pytest.mark.usefixtures("gateway")
+@pytest.mark.usefixtures("warm")
 def test_prefect_is_asked_for_its_deployments_and_worker(
     command: Command, monkeypatch: pytest.MonkeyPatch, answers: tuple[Answers, str]
 ) -> None:
     """Lacking or paused deployments are a warning, a pool without a worker and other credentials a failure."""
     told, url = answers
-    TokenManager("us").get_valid_token()
     monkeypatch.setenv("PREFECT_API_URL", f"{url}/api")
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:Canary")
     names = ["check_tokens", "KRX", "NASD", "NYSE", "AMEX"]
