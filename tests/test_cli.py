@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -308,6 +309,21 @@ def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...]) -
         )
     assert ran.returncode == 1
     assert "No space left" in one_line(Ran(1, "", ran.stderr))
+
+
+@pytest.mark.usefixtures("gateway")
+@pytest.mark.parametrize("line", ["get us", "get us --approval-key", "get us --format env", "delete us"])
+def test_what_a_command_prints_leaves_in_one_piece(line: str) -> None:
+    """Processes that share a pipe mix no lines, with PYTHONUNBUFFERED too: here each write is a message by itself."""
+    cached(20_000)
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, its:
+        command, env = [sys.executable, "-m", "tokencore", *line.split()], {**os.environ, "PYTHONUNBUFFERED": "1"}
+        subprocess.run(command, env=env, stdout=its.fileno(), check=True, timeout=60)
+        ours.settimeout(0)
+        assert ours.recv(65_536).endswith(b"\n")
+        with pytest.raises(BlockingIOError):
+            ours.recv(65_536)
 
 
 def test_interrupted_command_ends_at_once_with_one_line(gateway: Sandbox) -> None:

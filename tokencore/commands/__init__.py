@@ -57,11 +57,11 @@ def run(arguments: Sequence[str]) -> int:
 
     """
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Korean or block characters shows question marks
+    _prepare_output()
     top = parser(arguments[0] if arguments else "")
     if not arguments:
         top.print_help()
+        sys.stdout.flush()  # the sentence on standard error comes after it
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
     options = top.parse_args(arguments)
     _warn_of_misspelt()
@@ -83,6 +83,17 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
     for room in [room for room, names in ROOMS.items() if asked in names] or ROOMS:
         import_module(room).add(command)
     return top
+
+
+def _prepare_output() -> None:
+    """A line leaves in one piece, also with PYTHONUNBUFFERED, which would send its end into a shared pipe by itself.
+
+    A terminal without Korean or block characters shows question marks.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace", write_through=False)
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(line_buffering=True, write_through=False)
 
 
 def _warn_of_misspelt() -> None:
