@@ -113,7 +113,7 @@ class Case(NamedTuple):
         self.up.gateway.set_rules(latency=latency)
         run = self.warm_up()
         until(lambda: len(self.requests()) > 0 or look(self.up, run).kind in FINAL, SLOW)
-        assert look(self.up, run).kind == "RUNNING", look(self.up, run)
+        assert self.requests(), look(self.up, run)  # to look is no part of it: a busy server may take as long as KIS
         self.up.gateway.set_rules(latency=0)
         return run
 

@@ -226,7 +226,7 @@ def test_a_silent_slack_holds_nobody_up(
     manager, error = refused(gateway)
     begun = time.monotonic()
     alerts.report(manager, error, MONDAY)
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < slack.TIMEOUT  # of the first try; to load slack_sdk takes a busy machine a second
 
 
 def test_slack_being_away_is_logged_without_its_address(
