@@ -185,13 +185,15 @@ def test_a_secret_in_the_keyring_is_told_without_its_text(isolated: Path, monkey
 def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(
     gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    """The sentence names the variable; what depends on it is skipped, and the directory and the disk are not."""
+    """The sentence names the variable; what depends on it is skipped, and nobody is told to delete the key's record."""
+    TokenManager("us").get_valid_token()
     monkeypatch.setenv(name, value)
     lines = found(command, 2)
+    assert only(lines, "leftover files")["detail"] == "none"
     assert name in only(lines, "settings")["detail"]
     assert only(lines, "tokens")["state"] == "skipped"
     assert {"token directory", "disk", "slack", "prefect"} <= set(lines)
-    assert asked(gateway) == 0
+    assert asked(gateway) == 1
 
 
 @pytest.mark.usefixtures("gateway")

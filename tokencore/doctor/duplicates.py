@@ -55,7 +55,7 @@ def _judged(path: str, client: str, keys: Mapping[str, Collection[str]]) -> Find
     return warn(
         "duplicates",
         f"{path} ({client}) has another token of the same key: that client issues for itself",
-        "let tokencore feed it (tokencore export), or delete the file if nothing uses it",
+        "delete the file; if that client is used, let tokencore feed it (tokencore export)",
     )
 
 

@@ -80,16 +80,22 @@ def _modes(folder: str, names: list[str]) -> Finding:
 
 
 def _leftovers(names: list[str], markets: set[str], keys: set[str]) -> Finding:
-    """What nobody needs any more, and what is not ours: told, never removed."""
+    """What nobody needs any more, and what is not ours: told, never removed.
+
+    While the settings name no key at all, nothing is called another's: a record that is deleted is missed.
+    """
     found = {
         "drafts of killed processes": [n for n in names if n.endswith(".tmp")],
         "set aside as no token of this key": [n for n in names if n.endswith(".aside")],
-        "of a key that is not configured": [n for n in names if (of := _OF_KEY.search(n)) and of[1] not in keys],
-        "of a market that is not configured": [
-            n for n in names if (of := _OF_MARKET.fullmatch(n)) and of[1] not in markets
-        ],
         "not tokencore's": [n for n in names if not _known(n)],
     }
+    if keys:
+        found |= {
+            "of a key that is not configured": [n for n in names if (of := _OF_KEY.search(n)) and of[1] not in keys],
+            "of a market that is not configured": [
+                n for n in names if (of := _OF_MARKET.fullmatch(n)) and of[1] not in markets
+            ],
+        }
     told = [f"{what}: {_some(which)}" for what, which in found.items() if which]
     if told:
         return warn("leftover files", "; ".join(told), "look at them, and delete those that you do not need")
