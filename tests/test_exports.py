@@ -286,6 +286,20 @@ def test_what_a_client_wrote_by_itself_is_taken_over(
     assert (on_disk().access_token.encode() in file.read_bytes()) == (code == 0)
 
 
+@pytest.mark.usefixtures("gateway")
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"{}", b""])
+def test_without_the_memory_of_exports_a_file_is_left_once(damage: bytes, command: Callable[..., Ran]) -> None:
+    """A damaged list of what was written ends in the sentence; when the file is removed, all is as before."""
+    export = ("export", "us", "--to", "mojito2", ".")
+    assert command(*export).code == 0
+    (memory,) = (Path.home() / ".tokencore").glob("key-*-exports.txt")
+    memory.write_bytes(damage)
+    assert "remove the file" in one_line(command(*export))
+    Path("token.dat").unlink()
+    assert [command(*export).code for _ in range(2)] == [0, 0]
+    assert stat.S_IMODE(memory.stat().st_mode) == 0o600
+
+
 def test_mojito2s_copy_in_the_token_directory_is_off_by_default(
     nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch, isolated: Path
 ) -> None:
