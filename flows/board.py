@@ -70,7 +70,7 @@ def row(manager: TokenManager, now: datetime) -> dict[str, Any]:
         "next need (KST)": f"{_short(need['start'])} to {_short(need['end']).split()[1]}" if need else "-",
         "next renewal (KST)": _short(tried.isoformat()) if tried else "-",
         "issued in 24 h": status["issues_last_24h"],
-        "next request": f"from {_short(status['cooldown_until'])}" if status["cooldown_until"] else "allowed",
+        "cool-down": f"until {_short(status['cooldown_until'])}" if status["cooldown_until"] else "none",
         "key": f"{'+'.join(manager.sharing())} ({status['environment']})",
         "why then": _why(look(manager, now), tried),
     }

@@ -352,4 +352,5 @@ def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, com
         told = " ".join(command(name).out.split())
         assert view.REFUSED in told
         assert "next renewal" not in told
+    assert "no renewal until a person acts" in command("plan", "--svg", "-").out
     assert asked(quick) == 1

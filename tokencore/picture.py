@@ -84,6 +84,8 @@ def _title(plan: Plan) -> str:
 
 
 def _rule(plan: Plan) -> str:
+    if plan.refused:
+        return "KIS refused the credentials: no renewal until a person acts"
     anchor = plan.outlook.anchor
     return f"one token, renewal aimed at {anchor:%H:%M} KST" if anchor else "one token, renewed before it expires"
 
