@@ -282,6 +282,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b"timeout = 1" + b"0" * 400,
             b"max_issues_per_day = inf",
             b"'a\nb' = 1",
+            f"ex{SECRET[20:42]}.x = 1\nmarkets.us.{SECRET[20:42]} = 1".encode(),
             b'"a\\nb" = 1',
             b'[markets."a\\nb"]\nx = 1',
             b'exchanges."a\\nb" = 1\nexchanges.b.hours.x = 1',

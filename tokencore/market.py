@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from tokencore.errors import ConfigurationError
-from tokencore.sources import CONFIG_FILE, KEY_LENGTH
+from tokencore.sources import CONFIG_FILE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ TIMEOUT = 10.0  # seconds to connect, and to wait for an answer
 MAX_ISSUES_PER_DAY = 2  # in any 24 hours; KIS asks for one
 SECONDS, TIMEOUTS, ISSUES = (0, 86_400), (0.001, 300), (1, 24)  # lowest and highest that make sense
 DEFAULT_EXCHANGES = {"us": ("NASD", "NYSE", "AMEX"), "kr": ("KRX",)}
+KEY_LENGTH = 36  # characters of an app key; secrets and tokens have more
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "~/.tokencore/config.toml"
 DOTENV_FILE = ".env"
 SECRET_FILE_LIMIT = 65_536  # bytes; a mounted secret is one short line
-KEY_LENGTH = 36  # characters of an app key; secrets and tokens have more
+TELLING = 20  # signs in a row: no word of a setting has so many, and of a key they would tell too much
 TOLD_LENGTH = 400  # characters of a sentence that repeats what it was given
 _warned: set[str] = set()  # sentences; once a process is enough
 _parsed: dict[bytes, dict[str, Any]] = {}  # the config file as it was last: a thousand markets take 30 ms to parse
@@ -205,6 +205,6 @@ def _why(error: Exception) -> str:
 
 
 def short(text: str) -> str:
-    """`text` without the words and parts of names that are as long as a key: one may stand in the wrong place."""
-    words = (word.split("__") for word in text[:TOLD_LENGTH].split(" "))
-    return " ".join("__".join("***" if len(part) >= KEY_LENGTH else part for part in word) for word in words)
+    """`text` without words and parts of names that are too long for it: a key, or half of one, in the wrong place."""
+    words = (word.split("_") for word in text[:TOLD_LENGTH].split(" "))
+    return " ".join("_".join("***" if len(part) >= TELLING else part for part in word) for word in words)
