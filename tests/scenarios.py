@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+from builders import forms
 from stepping import START, Asked, Clock, Kis, Stepped, as_user, command, preload, settings
 
+from tokencore.sandbox import APP_SECRET
 from tokencore.sandbox_http import Handler
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ HOUR, DAY = 3600.0, 86_400.0
 MINUTE = 60.0  # of KIS, which the test's clock makes short
 MARKETS = ("us", "kr")
 SPACE = ("write", "mkdir", "fsync")
+TOKENS = ("_api_token.json", ".aside")  # of names of files that may hold a token
 ENDS = ("_api_token.json", "_token_issued_at.dat", ".lock", ".jsonl", ".aside")  # of names that may stay
 _keys = itertools.count(1)
 
@@ -39,20 +42,32 @@ class Desk:
     def __init__(self, kis: Kis, clock: Clock, base: Path) -> None:
         """Take a new key and name the folder; the product makes it."""
         self.key = f"PSfault{next(_keys):029d}"
-        self.folder = base / self.key / "tokens"
+        self.folder = base / f"desk-{self.key[-5:]}" / "tokens"
         clock.set(START)
         self.clock = clock
         self._kis = kis
         self.user = 0  # who runs the commands, where it is not the one who runs the tests
         self._started: list[Stepped] = []
+        self._secrets = forms(self.key) | forms(APP_SECRET) | {b"eyJ"}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for process in self._started:
             if process.at is not None:
                 process.kill()
+        assert kind or not self._leaks(), "\n".join(self._leaks())
+
+    def _leaks(self) -> list[str]:
+        """What its commands wrote and should not have; a token is for standard output, alone."""
+        said = [process.ran.err for process in self._started]
+        said += [process.ran.out for process in self._started if not process.ran.out.startswith("eyJ")]
+        return [text for text in said if self.finds_secret(text.encode())]
+
+    def finds_secret(self, content: bytes) -> bool:
+        """Whether the app key, its secret or a token is in there, in whichever dress."""
+        return any(form in content for form in self._secrets)
 
     def start(self, *arguments: str, first: Callable[[], None] | None = None, **variables: str) -> Stepped:
         """A command in a process of its own, before its first call, with environment variables beside its settings.
@@ -237,6 +252,8 @@ def untidy(desk: Desk) -> Iterator[str]:
     for path in desk.folder.iterdir():
         if not path.name.endswith(ENDS) or stat.S_IMODE(path.stat().st_mode) != 0o600:
             yield f"left over: {path.name} of mode {stat.S_IMODE(path.stat().st_mode):o}"
+        if not path.name.endswith(TOKENS) and desk.finds_secret(path.read_bytes()):
+            yield f"a secret stands in {path.name}"
     times = [asked.at for asked in desk.asked]
     if any(later - earlier < MINUTE for earlier, later in itertools.pairwise(times)):
         yield "KIS was asked twice within its minute"
