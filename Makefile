@@ -16,7 +16,7 @@ help:
 	@echo 'make test-alert  send a test message to Slack, and say whether it took it'
 	@echo 'make test    the tests'
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
-	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks, Prefect (half an hour)'
+	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks, Prefect (up to 45 min)'
 	@echo 'make fuzz    any bytes to each parser, guided by coverage, a minute each: installs atheris into .fuzz'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes ten minutes'
 	@echo 'make postgres  two workers on a PostgreSQL server of their own, one of them killed'

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
 EXAMPLES, STEPS = (400, 40) if FULL else (12, 25)
-SEARCH = 300  # examples in which a planted bug has to show itself
+SEARCH = 800  # examples in which a planted bug has to show itself
 SHOWN = BUGS if FULL else {name: BUGS[name] for name in ("no lock", "written in place")}
 
 
