@@ -55,6 +55,14 @@ def test_no_credentials_at_all_says_what_to_set() -> None:
     assert "KIS_APP_KEY" in str(error)
 
 
+def test_a_key_without_its_secret_says_so_before_anything_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token is looked for when many managers are made, but half of the credentials is told then."""
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
+    error = raised(managers)
+    assert isinstance(error, ConfigurationError)
+    assert str(error).startswith("KIS_APP_SECRET is not set for the market 'kr'")
+
+
 @pytest.mark.usefixtures("common")
 @pytest.mark.parametrize("alias", ["NASD", "NAS", "XNAS", "NASDAQ", "nasd"])
 def test_exchange_is_found_by_every_name(alias: str) -> None:

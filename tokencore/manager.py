@@ -213,7 +213,7 @@ class TokenManager(BaseTokenManager):
     def __init__(self, market: str, *, configured: Configured | None = None) -> None:
         """Take the settings and see whether there is a valid token; KIS is not asked yet.
 
-        With `configured`, which many managers share, nothing is read: most of them are only looked at.
+        With `configured`, which many managers share, no token is looked for: most of them are read once, and later.
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
@@ -221,7 +221,11 @@ class TokenManager(BaseTokenManager):
         """
         self._name = market
         super().__init__(configured=configured)
-        if configured is None and self.market.app_key and self.is_token_expired():
+        if not self.market.app_key:
+            return
+        if configured:
+            self._app_key()  # a secret that is missing is said now
+        elif self.is_token_expired():
             _import_ahead()
 
     def get_api_url(self) -> str:
