@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Configured:
     """One reading of the settings, and which markets share a key: for one manager, or for all that a command needs."""
 
-    __slots__ = ("_by_key", "values")  # what `vars` shows has no secret
+    __slots__ = ("_by_key", "_markets", "values")  # what `vars` shows has no secret
 
     def __init__(self, found: Gathered | None = None) -> None:
         """Take the settings that were found, or gather them.
@@ -25,6 +25,7 @@ class Configured:
 
         """
         self.values: dict[str, Any] = (found or sources.gather()).values
+        self._markets: dict[str, Market] = {}
         self._by_key: dict[tuple[str, str], list[str]] | None = None
 
     def __reduce__(self) -> str:
@@ -37,8 +38,10 @@ class Configured:
             ConfigurationError: it is not configured, or a setting cannot be used.
 
         """
+        if known := self._markets.get(name):
+            return known
         try:
-            return Market(name, self.values)
+            return self._markets.setdefault(name, Market(name, self.values))
         except (ValueError, TypeError):
             from tokencore.settings import Settings  # only a mistake needs its words
 

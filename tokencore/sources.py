@@ -22,7 +22,7 @@ SECRET_FILE_LIMIT = 65_536  # bytes; a mounted secret is one short line
 TELLING = 20  # signs in a row: no word of a setting has so many, and of a key they would tell too much
 TOLD_LENGTH = 400  # characters of a sentence that repeats what it was given
 _warned: set[str] = set()  # sentences; once a process is enough
-_parsed: dict[bytes, dict[str, Any]] = {}  # the config file as it was last: a thousand markets take 30 ms to parse
+_parsed: dict[bytes, list[tuple[str, Any]]] = {}  # the config file as it was last: a thousand markets take 30 ms
 _PREFIXES = ("kis_", "slack_")
 _ALIEN = ("kis_secrets_dir",)  # says where to read, is no value itself
 _GROUPS = ("markets", "exchanges")  # names with names below them
@@ -170,22 +170,22 @@ def _config() -> Iterable[tuple[str, Any]]:
     if not os.path.exists(path):
         return
     try:
-        yield from list(_leaves(_tree(path), ""))
+        yield from _settings_of(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{CONFIG_FILE} cannot be read ({_why(error)}); mend or remove it.") from None
 
 
-def _tree(path: str) -> dict[str, Any]:
+def _settings_of(path: str) -> list[tuple[str, Any]]:
     import tomllib  # only who has a config file pays for its parser
 
     with open(path, "rb") as file:
         content = file.read()
-    tree = _parsed.get(content)
-    if tree is None:
-        tree = tomllib.loads(content.decode())
+    found = _parsed.get(content)
+    if found is None:
+        found = list(_leaves(tomllib.loads(content.decode()), ""))
         _parsed.clear()
-        _parsed[content] = tree
-    return tree
+        _parsed[content] = found
+    return found
 
 
 def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:

@@ -27,8 +27,15 @@ def add_json(to: argparse._ActionsContainer) -> None:
 
 
 def print_json(content: object) -> None:
-    """Print `content` as ASCII, which passes through every pipe unharmed; times as ISO 8601."""
-    print(json.dumps(content, indent=2, default=_iso))
+    """Print `content` as ASCII, which passes through every pipe unharmed; times as ISO 8601, an item of a list a line.
+
+    Indented further, a thousand markets would take five times as long: only the plain encoder is in C.
+    """
+    if isinstance(content, list):
+        text = ",\n".join(json.dumps(item, default=_iso) for item in content)
+        print(f"[\n{text}\n]" if content else "[]")
+    else:
+        print(json.dumps(content, indent=2, default=_iso))
 
 
 def _iso(value: object) -> str:
