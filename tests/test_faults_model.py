@@ -39,7 +39,7 @@ def explore(make: Callable[[], Desk], bug: Callable[[], None] | None, examples: 
             max_examples=examples,
             stateful_step_count=STEPS,
             deadline=None,
-            derandomize=bool(bug),
+            derandomize=bool(bug) or not FULL,
             database=None,
             phases=[Phase.generate],  # shrinking takes minutes; the steps are printed as they are
             suppress_health_check=list(HealthCheck),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import signal
 import time
@@ -14,7 +16,20 @@ import pytest
 from builders import make_answer
 from conftest import LATENCY
 from running import Ran, asked, cached, on_disk, one_line, outcomes, start, until
-from scenarios import FULL, HOUR, MARKETS, MINUTE, SCENARIOS, Desk, desks, served, still_serving, tokens_of, untidy
+from scenarios import (
+    FULL,
+    HOUR,
+    MARKETS,
+    MINUTE,
+    SCENARIOS,
+    Desk,
+    desks,
+    needs_space,
+    served,
+    still_serving,
+    tokens_of,
+    untidy,
+)
 
 from tokencore.tokens import from_answer, from_cache
 
@@ -32,6 +47,7 @@ JUMPS = (HOUR, -HOUR, 25 * HOUR, -25 * HOUR)
 SLEEPS = (8 * HOUR, 30 * HOUR)
 TIMED = ("first token", "expired", "about to expire", "refresh by hand")
 EVERY = 1 if FULL else 60  # calls; which ones is different for each jump
+CLOSELY = 1 if FULL else 4  # calls: so many lie between the line in the record and the request
 LONGEST = 200.0  # seconds: a command waits out two cool-downs at most, by a clock that does not jump
 CLEAR = (0, 3, 4, 6)
 STOPS = 24 if FULL else 2  # moments of a command's life at which it is stopped
@@ -102,6 +118,34 @@ def test_a_machine_that_sleeps_amid_a_renewal_costs_no_token(
             ran, took = amid(desk, name, number, lambda: desk.clock.sleep(asleep))
             cases += 1
             found += [(number, calls[number], what) for what in wrong(scenario, desk, old, ran, took)]
+    assert not found, "\n".join(map(str, found))
+    record_property("cases", cases)
+
+
+@pytest.mark.parametrize("name", ["first token", "expired"])
+def test_a_request_after_a_sleep_on_a_full_disk_starts_the_minute(
+    name: str, make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
+) -> None:
+    """A machine sleeps between any two calls and finds its disk full: the next process keeps KIS's minute all the same.
+
+    The line in the record, of before the sleep, can then not be completed.
+    """
+    scenario, found, cases = SCENARIOS[name], [], 0
+    with make_desk() as desk:
+        scenario.prepare(desk)
+        again, calls = desk.saved(), desk.calls(*scenario.arguments)
+        for number in range(0, len(calls), CLOSELY):
+            again()
+            process = desk.start(*scenario.arguments)
+            for _ in range(number):
+                process.go()
+            desk.clock.sleep(SLEEPS[0])
+            while process.at is not None:
+                process.go(errno.ENOSPC if needs_space(process.at) else 0)
+            served(desk)
+            cases += 1
+            times = [asked.at for asked in desk.asked]
+            found += [(number, calls[number]) for a, b in itertools.pairwise(times) if b - a < MINUTE]
     assert not found, "\n".join(map(str, found))
     record_property("cases", cases)
 

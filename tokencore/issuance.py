@@ -127,6 +127,7 @@ class Issuance:
             self._record.complete(position, attempt)
         except OSError as error:
             _log.error("The outcome %s could not be recorded: %s", attempt.outcome, error.strerror)
+            self._lock.mark_unrecorded(attempt.at)  # the request may have left long after its line was written
 
     def _save(self, token: Token, now: datetime, *, issued_at: datetime) -> None:
         """Save for every market; a token that was paid for goes to its caller even where that fails."""
@@ -172,8 +173,10 @@ def with_marks(attempts: list[Attempt], cache: Cache, lock: KeyLock) -> list[Att
     issued = None if attempts else cache.issued_mark()
     if issued:
         issued += timedelta(seconds=1)  # it is cut to whole ones, and KIS counts the rest of it too
-    marks = sorted(mark for mark in (issued, lock.unrecorded()) if mark)
-    return attempts + [Attempt(at, Outcome.ISSUED) for at in marks if at > known]
+    marks = [mark for mark in sorted(mark for mark in (issued, lock.unrecorded()) if mark) if mark > known]
+    if marks and attempts and attempts[-1].outcome is Outcome.SENT:  # its outcome found no room in the record
+        return [*attempts[:-1], attempts[-1]._replace(at=marks[-1])]
+    return attempts + [Attempt(at, Outcome.ISSUED) for at in marks]
 
 
 def _handed_back(answer: Token, standing: Standing) -> bool:
