@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
+import os
 import pickle
 import pickletools
 import re
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +23,7 @@ from builders import make_jwt, make_token
 from running import asked, cached, on_disk, one_line, tokencore
 
 from flows.check_tokens import follow
-from tokencore import TokenManager
+from tokencore import ConfigurationError, TokenManager, exports
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
@@ -245,6 +250,52 @@ def test_paper_takes_no_file_of_real_with_the_same_key(
     for client, folder in places.items():
         TokenManager("kr").export(client, str(folder))  # a market of the same key and environment
     assert held(bot) == on_disk().access_token
+
+
+@pytest.mark.parametrize("client", ["mojito2", "kis-auth"])
+def test_of_two_first_exports_at_once_one_is_written(
+    client: str, nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Real and paper have different locks, and on a slow disk meet in the empty folder: one writes, one is refused."""
+    for name, value in PAPER["a market at another address"].items():
+        monkeypatch.setenv(name, value.format(name=nowhere.url.replace("127.0.0.1", "localhost")))
+    tokens = {market: TokenManager(market).get_valid_token() for market in ("us", "test")}
+    sync, bot = os.fsync, tmp_path / "bot"
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.1)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+
+    def export(market: str) -> str | None:
+        with contextlib.suppress(ConfigurationError):
+            TokenManager(market).export(client, str(bot))
+            return tokens[market]
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        written = [text for text in pool.map(export, tokens) if text]
+    assert len(written) == 1
+    assert all(written[0].encode() in path.read_bytes() for path in bot.iterdir())
+
+
+def test_a_folder_that_another_process_holds_ends_the_export(
+    gateway: Sandbox, command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who cannot be alone in the folder writes nothing there and says so; afterwards all is as before."""
+    monkeypatch.setattr(exports, "WAIT", 0.1)
+    export = ("export", "us", "--to", "mojito2", "there")
+    Path("there").mkdir()
+    descriptor = os.open("there", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    ran = command(*export)
+    assert ran.code == 7
+    assert "Another process has held" in one_line(ran)
+    assert list(Path("there").iterdir()) == []
+    os.close(descriptor)
+    assert command(*export).code == 0
+    assert asked(gateway) == 1
 
 
 def test_paper_removes_no_copy_of_real_with_the_same_key(

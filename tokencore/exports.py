@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING
 from tokencore import store
 from tokencore.clients import CLIENTS, file_name
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
+from tokencore.lock import alone_in
 from tokencore.ownership import content, tells_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tokencore.clients import Holder, Target
     from tokencore.ownership import Ownership
     from tokencore.tokens import Token
 
+WAIT = 5  # seconds: another key's export writes two small files
 _DATED = re.compile(r"KIS[0-9]{8}", re.ASCII)
 
 
@@ -31,22 +35,24 @@ def write(to: Target, holder: Holder, token: Token, owned: Ownership) -> list[st
 
     Raises:
         ConfigurationError: a file there is not this key's, or python-kis lacks KIS_HTS_ID; nothing was written.
-        TokenStoreError: the system refuses; files before that one are written, the others as they were.
+        TokenStoreError: the system refuses; files before that one are written, the others as they were. Or another
+            process holds the folder; none is written.
 
     """
     now = datetime.now(UTC)
     files = CLIENTS[to.client].files(to, holder, token, now)
     paths = {os.path.join(to.folder, name): text for name, text in files.items()}
-    for path in paths:
-        _refuse_foreign(path, owned)
-    owned.note(paths.values())
-    try:
-        for path, text in paths.items():
-            store.write_bytes(path, text, temporary=holder.fingerprint)
-    except OSError as error:
-        raise _unwritable(to, error) from None
-    if to.client == "kis-auth":
-        _tidy(to, owned, before=min(files))
+    with _alone(to):
+        for path in paths:
+            _refuse_foreign(path, owned)
+        owned.note(paths.values())
+        try:
+            for path, text in paths.items():
+                store.write_bytes(path, text, temporary=holder.fingerprint)
+        except OSError as error:
+            raise _unwritable(to, error) from None
+        if to.client == "kis-auth":
+            _tidy(to, owned, before=min(files))
     return list(paths)
 
 
@@ -74,20 +80,33 @@ def withdraw(to: Target, holder: Holder, owned: Ownership) -> list[str]:
 
     Raises:
         ConfigurationError: python-kis' file cannot be named without KIS_HTS_ID.
-        TokenStoreError: the system refuses; the sentence names the folder.
+        TokenStoreError: the system refuses, or another process holds the folder, which the sentence names.
 
     """
     name = file_name(to, holder)
     names = [name] if name else _dated(to.folder)
-    paths = [path for name in names if owned.has(path := os.path.join(to.folder, name))]
-    try:
-        for path in paths:
-            os.unlink(path)
-        if paths:
-            store.sync_folder(to.folder)
-    except OSError as error:
-        raise _unwritable(to, error) from None
+    with _alone(to):
+        paths = [path for name in names if owned.has(path := os.path.join(to.folder, name))]
+        try:
+            for path in paths:
+                os.unlink(path)
+            if paths:
+                store.sync_folder(to.folder)
+        except OSError as error:
+            raise _unwritable(to, error) from None
     return paths
+
+
+@contextlib.contextmanager
+def _alone(to: Target) -> Iterator[None]:
+    """Whose a file is stays as it was found until ours is written: another key or environment has another lock."""
+    with alone_in(to.folder, wait=WAIT) as held:
+        if not held:
+            raise TokenStoreError(
+                f"Another process has held {to.folder} for {WAIT} s. The files of {to.client} in it are as they were, "
+                "and so is the token; look for a hanging process there."
+            )
+        yield
 
 
 def _dated(folder: str) -> list[str]:

@@ -19,7 +19,6 @@ from tokencore.store import PRIVATE_FILE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from filelock import BaseFileLock
 
 SHORTEST, LONGEST = 0.008, 0.1  # seconds between two looks at what another process is about to finish
 SHARE = 0.2  # of the time waited so far: the wait then ends at most that much late, however many wait with us
@@ -63,7 +62,7 @@ class KeyLock:
 
     @contextlib.contextmanager
     def _among_processes(self, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
-        from filelock import FileLock  # 60 ms that a cached get must not pay
+        from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
 
         # A new object each time: one made before a fork refuses to work in the child.
         lock = FileLock(
@@ -74,7 +73,7 @@ class KeyLock:
             on_acquired=self._remember,
         )
         try:
-            held = _won(lock, wait, give_up)
+            held = _won(lambda: lock.acquire(blocking=False), Timeout, wait, give_up)
         except OSError as error:
             raise store.unusable(self.path, error) from None
         try:
@@ -108,6 +107,31 @@ class KeyLock:
         return datetime.fromtimestamp(found.st_mtime, UTC) if found.st_atime == _UNRECORDED else None
 
 
+@contextlib.contextmanager
+def alone_in(folder: str, *, wait: float) -> Iterator[bool]:
+    """Nobody else who asks for it works in `folder` inside the block, whichever key's lock they hold.
+
+    The folder itself is locked, which leaves no file there. Yields False where it was not had within `wait` seconds.
+    Where folders cannot be locked (Windows, network drives), or this one cannot be opened, nobody is kept waiting.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (ImportError, OSError):
+        yield True
+        return
+    held = True
+    try:
+        with contextlib.suppress(OSError):  # the system knows no such lock there
+            held = _won(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), BlockingIOError, wait)
+        yield held
+    finally:
+        with contextlib.suppress(OSError):  # a child that was forked meanwhile has the descriptor as well
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
 def pause_after(waited: float) -> float:
     """How many seconds to sleep before the next look, for one who has waited so long already.
 
@@ -116,14 +140,14 @@ def pause_after(waited: float) -> float:
     return min(max(SHORTEST, SHARE * waited), LONGEST)
 
 
-def _won(lock: BaseFileLock, wait: float, give_up: Callable[[], bool]) -> bool:
+def _won(
+    acquire: Callable[[], object], taken: type[Exception], wait: float, give_up: Callable[[], bool] = lambda: False
+) -> bool:
     """Try for `wait` seconds, or until the waiter gives up; whether the lock is had."""
-    from filelock import Timeout
-
     began = time.monotonic()
     while True:
-        with contextlib.suppress(Timeout):
-            lock.acquire(blocking=False)
+        with contextlib.suppress(taken):
+            acquire()
             return True
         waited = time.monotonic() - began
         if waited >= wait or give_up():
