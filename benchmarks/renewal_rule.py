@@ -1,8 +1,8 @@
 """Eleven years of sessions, four ways to renew, with and without faults of KIS: a Markdown table.
 
 Run `python benchmarks/renewal_rule.py`. The table is simulated: there is no network and no waiting,
-and one version of the `holidays` package gives the same figures on every run. Only the time that one
-decision takes, printed last, is measured.
+and one version of the `holidays` package gives the same figures on every run. Only the times that one
+decision and its needs take, printed last, are measured.
 
 A token lives for 24 hours and does not count in its last five minutes. While KIS is up, an issue
 succeeds at once. For the last column KIS is down for 180 minutes in each week, from a random minute
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be ins
 from tokencore.exchanges import EVENING_PAD
 from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal, retry_delay
 from tokencore.sessions import EXCHANGES, need, session
+from tokencore.sessions import needs as merged_needs
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:
@@ -236,6 +237,7 @@ def main() -> None:
         for lines in pool.map(rows, SETS):
             print(*lines, sep="\n")
     print(f"\nOne decision with {DECISION_NEEDS} needs: {decision_time() * 1000:.3f} ms.")
+    print(f"The needs of all exchanges for 14 days, calendars loaded: {needs_time() * 1000:.2f} ms.")
 
 
 def decision_time() -> float:
@@ -250,6 +252,12 @@ def decision_time() -> float:
         )
 
     return min(timeit.repeat(decide, number=200, repeat=5)) / 200
+
+
+def needs_time() -> float:
+    """Seconds that the merged needs of all exchanges take for `HORIZON`, once the calendars are loaded."""
+    now = datetime(2026, 11, 21, tzinfo=UTC)
+    return min(timeit.repeat(lambda: merged_needs(EXCHANGES, now, now + HORIZON), number=5, repeat=5)) / 5
 
 
 if __name__ == "__main__":
