@@ -83,6 +83,7 @@ class Exporter:
 
     def __enter__(self) -> Self:
         host, port = self._address
+        self._watch.look(datetime.now(UTC))  # a year of records and the calendars: no scrape waits for them
         try:
             self._server = _server(self, host, port)
         except (OSError, OverflowError) as error:

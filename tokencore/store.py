@@ -70,10 +70,11 @@ def read_bytes(path: str, limit: int) -> bytes | None:
     except OSError as error:
         raise ValueError(error.strerror) from None
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise ValueError("not a regular file")
-        content = b""
-        while len(content) <= limit and (piece := os.read(descriptor, limit + 1 - len(content))):
+        content, room = b"", min(limit, found.st_size) + 1  # what is asked for is allocated
+        while len(content) <= limit and (piece := os.read(descriptor, room)):
             content += piece
     except OSError as error:
         raise ValueError(error.strerror) from None
