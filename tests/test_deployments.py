@@ -24,6 +24,7 @@ import flows
 from flows.messages import CHECK_MINUTE
 from flows.refresh_token import Market
 from flows.runs import kis_is_down
+from flows.stack import deploy
 from flows.warm_up import Exchange
 from tokencore import sessions
 
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 FILE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {deployment["name"]: deployment for deployment in FILE["deployments"]}
 WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint"] == "flows.warm_up.warm_up"}
+LIMITS = {deploy.QUEUE: deploy.AT_ONCE}  # of the work queues
 OFF = "off"  # the tag that tells inactive deployments apart in the page's list, which shows two short ones
 DEFAULTS = {"KRX", "NASD", "NYSE", "AMEX"}  # what the markets `us` and `kr` trade
 WEEKS = (
@@ -67,10 +69,11 @@ def test_a_deployment_loads_and_its_parameters_validate(name: str) -> None:
 
 @every_deployment
 def test_runs_of_a_deployment_wait_for_each_other(name: str) -> None:
-    """One at a time, and the further one waits: CANCEL_NEW would cancel the run that is on time."""
+    """One at a time, or its queue's few, and the further one waits: CANCEL_NEW would cancel the run that is on time."""
+    own, queue = DEPLOYMENTS[name].get("concurrency_limit"), DEPLOYMENTS[name]["work_pool"].get("work_queue_name")
     waits_for_people = name == "refresh_token"  # Prefect crashes a paused run that holds a slot, see prefect.yaml
-    expected = None if waits_for_people else {"limit": 1, "collision_strategy": "ENQUEUE"}
-    assert DEPLOYMENTS[name].get("concurrency_limit") == expected
+    one_at_a_time = {"limit": 1, "collision_strategy": "ENQUEUE"}
+    assert (own, LIMITS.get(queue)) == ((None, 3) if waits_for_people else (one_at_a_time, None))
 
 
 @every_deployment
@@ -92,10 +95,8 @@ def test_a_deployment_leaves_no_secret_and_no_path_behind(name: str) -> None:
     """Prefect resolves templates when it deploys and stores them in clear: there are none. Nothing is pulled."""
     assert FILE["pull"] == []
     assert "{{" not in yaml.safe_dump(DEPLOYMENTS[name])
-    assert DEPLOYMENTS[name]["work_pool"] == {
-        "name": "tokens",
-        "job_variables": {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}},
-    }
+    pool = {key: value for key, value in DEPLOYMENTS[name]["work_pool"].items() if key != "work_queue_name"}
+    assert pool == {"name": "tokens", "job_variables": {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}}}
 
 
 @every_deployment

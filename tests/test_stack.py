@@ -19,6 +19,8 @@ from stacks import MARK, SLOW, WEBHOOK, Place, Up, free_port, in_proc
 
 from flows import board
 from flows.stack.crew import Crew, CrewError, birth, crew_file, told
+from flows.stack.deploy import AT_ONCE, QUEUE
+from flows.stack.leftovers import POOL
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 pytestmark = in_proc
@@ -105,6 +107,12 @@ def test_the_form_lists_the_markets_of_the_settings(up: Up) -> None:
     """A market that only `.env` names is in refresh_token's drop-down."""
     deployment = up.api("GET", "deployments/name/refresh-token/refresh_token").json()
     assert sorted(deployment["parameter_openapi_schema"]["properties"]["market"]["enum"]) == ["hk", "kr", "us"]
+
+
+def test_refreshes_have_a_queue_with_a_limit(up: Up) -> None:
+    """The queue that prefect.yaml names for refresh_token is its deployment's, and has its limit, when `up` returns."""
+    assert up.api("GET", "deployments/name/refresh-token/refresh_token").json()["work_queue_name"] == QUEUE
+    assert up.api("GET", f"work_pools/{POOL}/queues/{QUEUE}").json()["concurrency_limit"] == AT_ONCE
 
 
 def test_runs_are_scheduled(up: Up) -> None:

@@ -10,6 +10,9 @@ import browser
 from running import until
 from stacks import PASSWORD, SLOW, in_proc
 
+from flows.stack.deploy import QUEUE
+from flows.stack.leftovers import POOL
+
 if TYPE_CHECKING:
     from stacks import Up
 
@@ -37,6 +40,8 @@ def test_a_person_refreshes_in_the_page_and_is_asked_first(up: Up) -> None:
         browser.submit(page, "us", "Kim Minji", "a bot lost it")
         until(lambda: bool(up.api("POST", "flow_runs/filter", paused).json()), SLOW)
         (run,) = up.api("POST", "flow_runs/filter", paused).json()
+        queue = up.api("GET", f"work_pools/{POOL}/queues/{run['work_queue_name']}").json()
+        assert (queue["name"], queue["active_slots"]) == (QUEUE, 0)  # a person takes no slot
         page.goto(f"{up.url}/runs/flow-run/{run['id']}")
         assert "KIS would hand back the present token" in browser.resume(page, "leave the token as it is")
         page.get_by_text("Declined").first.wait_for()

@@ -18,6 +18,8 @@ from scenarios import long
 from stacks import SLOW, in_proc
 
 from flows.stack.crew import birth
+from flows.stack.deploy import QUEUE
+from flows.stack.leftovers import POOL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,7 +105,8 @@ def test_after_a_kill_of_everything_up_marks_what_was_left_and_catches_up_once(u
         os.kill(processes[name], signal.SIGKILL)
     checks = [overdue(up, "check-tokens/check_tokens", hours) for hours in (5, 4, 3, 2, 1)]
     warm_ups = [overdue(up, "warm-up/KRX", hours) for hours in (72, 48, 24)]
-    up.api("PATCH", f"deployments/{deployment(up, REFRESH)['id']}", {"concurrency_limit": 1})  # as an earlier version
+    earlier = {"concurrency_limit": 1, "work_pool_name": POOL, "work_queue_name": "default"}  # as once
+    assert up.api("PATCH", f"deployments/{deployment(up, REFRESH)['id']}", earlier).ok
     os.kill(processes["server"], signal.SIGKILL)
     os.kill(process, signal.SIGKILL)
     until(lambda: not up.processes())
@@ -118,6 +121,7 @@ def test_after_a_kill_of_everything_up_marks_what_was_left_and_catches_up_once(u
     assert {run["infrastructure_pid"] for run in skipped} == {None}  # without a process
     until(lambda: state(up, warm_ups[2])[0] == "COMPLETED", SLOW)
     assert deployment(up, REFRESH)["global_concurrency_limit"] is None  # it would end a pause for a person
+    assert deployment(up, REFRESH)["work_queue_name"] == QUEUE
 
 
 @pytest.mark.usefixtures("slow_kis")

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flows.stack.leftovers import POOL
+
 PREFECT_FILE = Path(__file__).resolve().parents[2] / "prefect.yaml"
+QUEUE = "by-hand"  # of refresh_token, as prefect.yaml names it
+AT_ONCE = 3  # of its runs: two go on beside one whose process was killed, for the minutes until that is marked Crashed
 
 
 def deploy() -> int:
@@ -16,5 +20,15 @@ def deploy() -> int:
     if not done.returncode:
         from flows.stack import automations  # loads all of Prefect
 
+        _limit()
         automations.upsert()
     return done.returncode
+
+
+def _limit() -> None:
+    """prefect.yaml, which makes the queue, has no place for its limit; a pause of it, made in the page, stays."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        queue = client.read_work_queue_by_name(QUEUE, POOL)
+        client.update_work_queue(queue.id, concurrency_limit=AT_ONCE)
