@@ -73,7 +73,7 @@ def at_a_barrier(program: str, arguments: Sequence[Sequence[str]]) -> tuple[floa
     return began, [Ran(one.returncode, out, err) for one, out, err in ends]
 
 
-def until(happened: Callable[[], bool], within: float = 10) -> float:
+def until(happened: Callable[[], bool], within: float = 30) -> float:
     """Wait for something to happen; how many seconds it took."""
     began = time.monotonic()
     while not happened():

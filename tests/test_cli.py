@@ -329,7 +329,8 @@ def test_what_a_command_prints_leaves_in_one_piece(line: str) -> None:
 def test_interrupted_command_ends_at_once_with_one_line(gateway: Sandbox) -> None:
     """Ctrl-C while KIS is asked: one line, no traceback; the attempt stays recorded."""
     gateway.fail("hang")
-    running = start("import sys; from tokencore.cli import main; sys.exit(main(['get', 'us']))")
+    listening = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background, too
+    running = start(f"{listening}; from tokencore.cli import main; sys.exit(main(['get', 'us']))")
     until(lambda: asked(gateway) == 1)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
