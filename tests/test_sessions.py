@@ -403,3 +403,30 @@ assert not hasattr(holidays.countries, "Nowhere"), "nothing else"
 """
     ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_while_a_thread_loads_a_calendar_has_it_too() -> None:
+    """No lock of ours stays held in the child, where the thread that held it does not go on."""
+    program = """
+import importlib.util, os, signal, threading, time
+from datetime import date
+from tokencore import sessions
+find, there = importlib.util.find_spec, threading.Event()
+def slow(name):
+    there.set()
+    time.sleep(60)
+importlib.util.find_spec = slow
+day = date(2026, 12, 25)
+threading.Thread(target=sessions.closure, args=("NYSE", day), daemon=True).start()
+there.wait()
+importlib.util.find_spec = find
+if not os.fork():
+    signal.alarm(10)
+    print(sessions.closure("NYSE", day), flush=True)
+    os._exit(0)
+os.wait()
+os._exit(0)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=20)
+    assert "Christmas" in ran.stdout, ran.stderr

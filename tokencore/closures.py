@@ -100,9 +100,8 @@ def _open_on_demand(package: str) -> None:
     from importlib.util import find_spec, module_from_spec
 
     name = f"holidays.{package}"
-    with _turn:
-        if name not in sys.modules and (spec := find_spec(name)):
-            module = module_from_spec(spec)
-            module.__class__ = _OnDemand
-            sys.modules[name] = module
-            setattr(sys.modules["holidays"], package, module)
+    if name not in sys.modules and (spec := find_spec(name)):
+        module = module_from_spec(spec)
+        module.__class__ = _OnDemand
+        # Of two threads the first one's, without a lock that a fork would leave held in the child.
+        setattr(sys.modules["holidays"], package, sys.modules.setdefault(name, module))
