@@ -298,6 +298,22 @@ def test_a_folder_that_another_process_holds_ends_the_export(
     assert asked(gateway) == 1
 
 
+def test_a_bot_that_locks_its_folder_for_its_life_gets_every_renewal(
+    copies: Path, command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`flock -n DIR bot` keeps a second bot away, but not the next token, nor the removal of one that is deleted."""
+    monkeypatch.setattr(exports, "WAIT", 0)
+    assert command("refresh", "us").code == 0
+    descriptor = os.open(copies, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    first = held(copies)
+    assert command("refresh", "us", "--force").code == 0
+    assert held(copies) == on_disk().access_token != first
+    assert command("delete", "us").code == 0
+    assert list(copies.iterdir()) == []
+    os.close(descriptor)
+
+
 def test_paper_removes_no_copy_of_real_with_the_same_key(
     copies: Path, nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,7 +18,7 @@ from tokencore.lock import alone_in
 from tokencore.ownership import content, tells_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from tokencore.clients import Holder, Target
     from tokencore.ownership import Ownership
@@ -42,7 +42,7 @@ def write(to: Target, holder: Holder, token: Token, owned: Ownership) -> list[st
     now = datetime.now(UTC)
     files = CLIENTS[to.client].files(to, holder, token, now)
     paths = {os.path.join(to.folder, name): text for name, text in files.items()}
-    with _alone(to):
+    with _alone(to, paths, owned):
         for path in paths:
             _refuse_foreign(path, owned)
         owned.note(paths.values())
@@ -85,8 +85,9 @@ def withdraw(to: Target, holder: Holder, owned: Ownership) -> list[str]:
     """
     name = file_name(to, holder)
     names = [name] if name else _dated(to.folder)
-    with _alone(to):
-        paths = [path for name in names if owned.has(path := os.path.join(to.folder, name))]
+    paths = [path for name in names if owned.has(path := os.path.join(to.folder, name))]
+    with _alone(to, paths, owned):
+        paths = [path for path in paths if owned.has(path)]
         try:
             for path in paths:
                 os.unlink(path)
@@ -98,8 +99,14 @@ def withdraw(to: Target, holder: Holder, owned: Ownership) -> list[str]:
 
 
 @contextlib.contextmanager
-def _alone(to: Target) -> Iterator[None]:
-    """Whose a file is stays as it was found until ours is written: another key or environment has another lock."""
+def _alone(to: Target, paths: Iterable[str], owned: Ownership) -> Iterator[None]:
+    """Whose a file is stays as it was found until ours is written: another key or environment has another lock.
+
+    What we wrote ourselves nobody else writes over, so then a bot that locks its folder for its life stops no copy.
+    """
+    if all(owned.wrote(path) for path in paths):
+        yield
+        return
     with alone_in(to.folder, wait=WAIT) as held:
         if not held:
             raise TokenStoreError(

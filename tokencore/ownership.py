@@ -56,10 +56,15 @@ class Ownership:
         named = {jti for text in _JWT.findall(found) if isinstance(jti := jwt_claims(text.decode()).get("jti"), str)}
         if named - {self._holder.app_key}:
             return False
-        if self._digest(found) in self._remembered():
+        if self._known(found):
             return True
         tells_key = bool(named) or self._holder.app_key.encode() in found
         return tells_key and (tells_environment(path) or (self._sole and _of_client(path, found)))
+
+    def wrote(self, path: str) -> bool:
+        """Whether what stands there was written from this token directory for the holder, as it is."""
+        found = content(path)
+        return found is not None and self._known(found)
 
     def note(self, contents: Iterable[bytes]) -> None:
         """Remember what is about to be written.
@@ -77,6 +82,9 @@ class Ownership:
             store.write_text(self._path, text, temporary=self._holder.fingerprint)
         except OSError as error:
             raise store.unusable(os.path.dirname(self._path), error) from None
+
+    def _known(self, found: bytes) -> bool:
+        return self._digest(found) in self._remembered()
 
     def _remembered(self) -> list[str]:
         """The digests, oldest first; of an unreadable file none."""
