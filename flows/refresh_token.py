@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Literal
+from uuid import uuid4
 
 from prefect import State, flow
 from prefect.flow_runs import apause_flow_run
@@ -195,7 +196,10 @@ async def _answer(text: str) -> str:
     # Prefect's own time-out would end the run as Failed, sooner or later than it raises here.
     async with asyncio.timeout(PATIENCE.total_seconds()):
         asked = Confirmation.with_initial_data(description=text)
-        given = await apause_flow_run(asked, timeout=round((PATIENCE + MARGIN).total_seconds()), poll_interval=LOOK)
+        # Prefect counts a run's pauses from one again after Retry, and would refuse the second question of that number.
+        given = await apause_flow_run(
+            asked, timeout=round((PATIENCE + MARGIN).total_seconds()), poll_interval=LOOK, key=uuid4().hex
+        )
     return given.decision
 
 

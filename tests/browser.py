@@ -67,3 +67,9 @@ def resume(run: Page, decision: str) -> str:
     choose(run, decision)
     run.get_by_role("button", name="Submit").click()
     return asked
+
+
+def retry(run: Page) -> None:
+    """Press the button with which the page runs what has ended once more, and confirm it."""
+    run.get_by_role("button", name="Retry").click()
+    run.locator(".p-modal").get_by_role("button", name="Retry").click()
