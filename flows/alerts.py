@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flows.causes import Cause
     from flows.incidents import Incident
     from flows.slack import Thread
+    from flows.words import Words
 
 Notice = Literal["renewed", "forced", "same"]
 FAILED = "An alert could not be made"
@@ -100,7 +101,8 @@ def all_clear(who: TokenManager | str, now: datetime) -> None:
         subject, pen = Subject.of(who, now), _pen(now)
         lasting = _lasting(who, now)
         over = incidents_here().over(subject.name, now, but=lasting)
-        deliver([*(_end(pen, subject, one) for one in over), *_foreign(who, now)], now)
+        works = _works(who, subject, pen.words)
+        deliver([*(_end(pen, subject.label, works, one) for one in over), *_foreign(who, now)], now)
 
 
 def foreign(who: TokenManager | str, now: datetime) -> None:
@@ -177,7 +179,7 @@ def _trouble(who: TokenManager | str, cause: Cause, happened: str, attempt: _Att
     if telling is None:
         return []
     pen = _pen(now)
-    works = pen.words("works.cached") if isinstance(who, str) else still_works(subject.reach, pen.words)
+    works = _works(who, subject, pen.words)
     tried = pen.words(attempt.key, at=clock(attempt.at)) if attempt.at else pen.words("next.person")
     case = Case(subject.label, risk.exchanges, works, risk.reach, happened, tried)
     message = pen.trouble(case, incident, telling)
@@ -204,8 +206,13 @@ def _at_risk(who: TokenManager | str, subject: Subject, now: datetime) -> _Risk:
     return _Risk(key.key_exchanges(), Subject.of(key, now).reach, need)
 
 
-def _end(pen: Pen, subject: Subject, incident: Incident) -> Post:
-    message = pen.end(subject.label, subject.reach, incident)
+def _works(who: TokenManager | str, subject: Subject, words: Words) -> str:
+    """Until when the key's token serves; of trouble that came to no key, what holds for all tokens."""
+    return words("works.cached") if isinstance(who, str) else still_works(subject.reach, words)
+
+
+def _end(pen: Pen, label: str, works: str, incident: Incident) -> Post:
+    message = pen.end(label, works, incident)
     logger().info(message.plain)
     return Post(message, lambda _: incidents_here().end_heard(incident), incident.thread)
 

@@ -69,15 +69,15 @@ class Pen(NamedTuple):
             self.mention if telling.page else "",
         )
 
-    def end(self, who: str, reach: datetime | None, incident: Incident) -> Message:
-        """An incident that is over."""
+    def end(self, who: str, works: str, incident: Incident) -> Message:
+        """An incident that is over, and what works now."""
         words = self.words
         gone = words.lasted((incident.closed_at or self.now) - incident.opened_at)
         return self._message(
             ":white_check_mark:",
             words("head.solved", who=who, title=self._title(incident)),
             words("said.solved", gone=gone, since=clock(incident.opened_at)),
-            [("works_now", still_works(reach, words))],
+            [("works_now", works)],
         )
 
     def notice(self, what: str, label: str, reach: datetime | None, *, person: str, why: str) -> Message:

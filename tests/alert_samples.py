@@ -81,7 +81,7 @@ def messages(words: Words) -> Iterator[Message]:
     over = new(KEY, causes.DOWN, NEED, ANCHOR)
     over.closed_at = ANCHOR + timedelta(minutes=365)
     reach = over.closed_at + timedelta(hours=23, minutes=55)
-    yield pen(words, over.closed_at).end(KEY, reach, over)
+    yield pen(words, over.closed_at).end(KEY, still_works(reach, words), over)
     yield foreign(words)
     yield pen(words, ANCHOR).notice("forced", KEY, reach, person="Kim", why="KIS support revoked it")
     yield pen(words, ANCHOR)._replace(run=("", None)).test()

@@ -145,6 +145,15 @@ def test_a_recovery_is_one_message_with_its_length(gateway: Sandbox, endpoint: S
     assert "It lasted 1 h 35 min, from 2026-11-23 08:20 KST." in text_of(endpoint.told[1])
 
 
+def test_the_end_of_trouble_that_came_to_no_key_denies_no_token(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
+    """Nobody has looked at the tokens of what is solved there: they serve until they expire."""
+    assert gateway.url
+    alerts.report("KRX", ConfigurationError("A setting is wrong."), MONDAY)
+    alerts.all_clear("KRX", MONDAY + timedelta(minutes=5))
+    for message, label in zip(endpoint.told, ("Still works", "Works now"), strict=True):
+        assert f"*{label}:* cached tokens, until they expire" in text_of(message)
+
+
 def test_a_refresh_by_hand_is_announced(gateway: Sandbox, endpoint: SlackEndpoint) -> None:
     """Slack hears who had which token refreshed, when, why, and what works now."""
     assert gateway.url
