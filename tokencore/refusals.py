@@ -20,7 +20,8 @@ from tokencore.record import Outcome
 
 DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired, on a business call
 SERVER_FAULT = 500
-WAIT = "wait: the next attempt is automatic"
+AGAIN = "the next call or check tries again"
+WAIT = f"wait: {AGAIN}"
 WAIT_LONGER = "wait: the request may have counted, so the next attempt comes after the cool-down"
 
 
@@ -110,7 +111,7 @@ def unreachable(why: str) -> Refusal:
         Outcome.UNREACHABLE,
         None,
         f"KIS cannot be reached: {why}",
-        "check the network and KIS_BASE_URL; the next attempt is automatic",
+        f"check the network and KIS_BASE_URL; {AGAIN}",
         IssuerUnavailableError,
     )
 
