@@ -261,6 +261,16 @@ def test_a_port_that_cannot_be_had_is_said(port: str, tmp_path: Path) -> None:
     assert place.living() == []
 
 
+def test_an_address_of_another_machine_is_said(tmp_path: Path) -> None:
+    """The sentence names the setting of the address, and does not blame another program for a free port."""
+    own = {"PREFECT_SERVER_API_HOST": "192.0.2.7", "PREFECT_SERVER_API_PORT": str(free_port())}
+    place = Place.made(tmp_path, KIS_APP_KEY=APP_KEY, KIS_APP_SECRET=APP_SECRET, **own)
+    code, output = place.run("up")
+    assert code == 2
+    assert output.startswith("PREFECT_SERVER_API_HOST=192.0.2.7 cannot be listened on")
+    assert place.living() == []
+
+
 def started_with_database(folder: Path, url: str) -> tuple[Place, int, str]:
     """`up` with another database: where, its exit code and what it printed."""
     place = Place.made(

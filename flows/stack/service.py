@@ -7,6 +7,7 @@ the processes by number and birth, so that none but these is ever stopped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -221,14 +222,18 @@ def _catch_up(prefect: Prefect) -> None:
 
 
 def _refuse_taken(place: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
-        try:
-            probe.bind((place, port))
-        except OSError:
-            raise ConfigurationError(
-                f"Port {port} is taken by another program; set PREFECT_SERVER_API_PORT to a free one.",
-            ) from None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(place, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            cure = f"Port {port} is taken by another program; set PREFECT_SERVER_API_PORT to a free one."
+        else:
+            cure = f"PREFECT_SERVER_API_HOST={place} cannot be listened on, at port {port}: {error.strerror}. "
+            cure += "Set it to an address of this machine."
+        raise ConfigurationError(cure) from None
 
 
 def _refuse_full(home: Path) -> None:
