@@ -394,6 +394,9 @@ def test_a_test_message_says_whether_slack_took_it(
     endpoint.answers = [404]
     assert trial.send() == 1
     assert "(HTTP 404). Correct SLACK_WEBHOOK_URL" in capsys.readouterr().out
+    monkeypatch.setenv("SLACK_WEBHOOK_URL", "hooks.slack.com/services/Canary")
+    assert trial.send() == 1
+    assert "Correct SLACK_WEBHOOK_URL: it is no address" in capsys.readouterr().out
     (told,) = endpoint.told
     assert told["text"].startswith("Test message of the token keeper.")
     assert "&lt;!channel&gt;" in text_of(told)

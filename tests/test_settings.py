@@ -183,6 +183,7 @@ MALFORMED = [
     ("KIS_TIMEOUT", "0", "number from 0.001 to 300"),
     ("KIS_MAX_ISSUES_PER_DAY", "0", "whole number from 1 to 24"),
     ("KIS_MAX_ISSUES_PER_DAY", "1.5", "whole number from 1 to 24"),
+    ("SLACK_MENTION", "@channel", "such as <!channel>, <@U024BE7LH> or <!subteam^S024BE7>. "),
     ("KIS_MARKETS", "us,kr", "KIS_MARKETS__<NAME>__<FIELD>"),
     ("KIS_MARKETS__US", "Canary", "valid dictionary"),
     ("KIS_MARKETS__US__APPKEY", "Canary", "no setting"),

@@ -93,7 +93,7 @@ def _mention(text: str) -> str:
         re.fullmatch(r"<(!channel|!here|!everyone|@[UW][A-Z0-9]+|!subteam\^S[A-Z0-9]+)>", who) for who in text.split()
     ):
         raise ValueError(
-            "must be mentions as Slack writes them, such as <!channel>, <@U024BE7LH> or <!subteam^S024BE7LH>"
+            "must be mentions as Slack writes them, such as <!channel>, <@U024BE7LH> or <!subteam^S024BE7>"
         )
     return " ".join(text.split())
 

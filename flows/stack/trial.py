@@ -19,6 +19,7 @@ CURES = {
     "invalid_auth": "Correct SLACK_BOT_TOKEN: it begins with xoxb-.",
     "HTTP 403": "Correct SLACK_WEBHOOK_URL, or ask who administers Slack why it is forbidden.",
     "HTTP 404": "Correct SLACK_WEBHOOK_URL, or make a new webhook: this one is unknown or was removed.",
+    "ValueError": "Correct SLACK_WEBHOOK_URL: it is no address; copy it again from Slack.",
     "URLError": "Look at this machine's network and its proxy.",
 }
 
