@@ -97,7 +97,9 @@ def refresh_token(market: Market, operator: Operator, reason: Reason = "", force
     and `make up`, run it again. *KIS cannot be reached*, *a fault of its own*: run it again after a minute.
 
     Args:
-        market: Whose token. Markets with the same app key are renewed together.
+        market: Whose token. KIS is asked for a new one at once; markets with the same app key get it too. Only where it
+            would be a second one in 24 hours, change inside a session or come back the same, the run waits for your
+            answer first: press Resume on its page, within 15 minutes.
         operator: Your name, for the issuance record and Slack: Prefect knows no users. At most 40 characters.
         reason: Why, at most 80 characters, for the issuance record and Slack. It is stored in clear: no key, no token.
         force: Renew without a confirmation, also while KIS would hand back the same token or when the day's ceiling
