@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stepping import Stepped
 
 AT_ONCE = 3  # processes
-SLACK = 5.0  # seconds that a request may leave after its line in the record, whose outcome nobody learns
+SLACK = 5.0  # seconds that a request may leave after its connection stands, whose outcome nobody learns
 BUFFER, PROACTIVE = 300.0, 1800.0  # seconds before the expiry in which a token is renewed; the settings' defaults
 TROUBLES = ("crash", "fail", "fill", "jump")
 WRONG = (0.0, HOUR, 25 * HOUR)  # seconds by which the machine's clock may be ahead or behind
@@ -49,7 +49,8 @@ class Renewals(RuleBasedStateMachine):
         self.ahead: list[tuple[float, list[int]]] = []  # when it was set ahead, and who ran
         self.useless: set[str] = set()  # tokens that expired, by the machine's clock, while who asked had them in hand
         self.went: dict[int, float] = {}  # when each process made its last call
-        self.stood: set[int] = set()  # processes that stood still for longer than a renewal's slack
+        self.connected: set[int] = set()  # processes that have connected to KIS
+        self.stood: set[int] = set()  # those of them that stood still since, for longer than the slack
         self.killed: set[int] = set()  # processes
         self.handed: set[str] = set()  # tokens that stood in a file or went to a caller
         self.failed: set[int] = set()  # processes whose call failed: once each
@@ -79,8 +80,11 @@ class Renewals(RuleBasedStateMachine):
     def go(self, process: Stepped) -> None:
         """Its next call, and what holds after it."""
         assert process.at
-        if self.desk.clock.true - self.went.get(process.pid, self.desk.clock.true) > SLACK:
+        still = self.desk.clock.true - self.went.get(process.pid, self.desk.clock.true)
+        if still > SLACK and process.pid in self.connected:
             self.stood.add(process.pid)
+        if process.at.startswith("connect"):
+            self.connected.add(process.pid)
         slept, full = process.at.startswith("sleep"), process.pid in self.full and needs_space(process.at)
         process.go(errno.ENOSPC if full else 0)
         self.went[process.pid] = self.desk.clock.true
@@ -146,7 +150,7 @@ class Renewals(RuleBasedStateMachine):
         """What holds at every step: one request a minute and none in vain, no valid token lost, no torn file.
 
         Nothing tells a machine whose clock is set ahead that KIS's minute goes on. Nor does anything tell when the
-        request left of a process that stood still after its line in the record, and died before its answer.
+        request left of a process that stood still with its connection to KIS, and died before its answer.
         """
         if not hasattr(self, "desk"):
             return

@@ -48,6 +48,7 @@ SLEEPS = (8 * HOUR, 30 * HOUR)
 TIMED = ("first token", "expired", "about to expire", "refresh by hand")
 EVERY = 1 if FULL else 60  # calls; which ones is different for each jump
 CLOSELY = 1 if FULL else 4  # calls: so many lie between the line in the record and the request
+LATE = 40.0  # seconds that three tries to connect can take
 LONGEST = 200.0  # seconds: a command waits out two cool-downs at most, by a clock that does not jump
 CLEAR = (0, 3, 4, 6)
 STOPS = 24 if FULL else 2  # moments of a command's life at which it is stopped
@@ -142,6 +143,35 @@ def test_a_request_after_a_sleep_on_a_full_disk_starts_the_minute(
             desk.clock.sleep(SLEEPS[0])
             while process.at is not None:
                 process.go(errno.ENOSPC if needs_space(process.at) else 0)
+            served(desk)
+            cases += 1
+            times = [asked.at for asked in desk.asked]
+            found += [(number, calls[number]) for a, b in itertools.pairwise(times) if b - a < MINUTE]
+    assert not found, "\n".join(map(str, found))
+    record_property("cases", cases)
+
+
+@pytest.mark.parametrize("name", ["first token", "expired"])
+def test_a_request_that_leaves_late_starts_the_minute_then(
+    name: str, make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
+) -> None:
+    """A process stands still before any call until the connection stands, asks, and is killed before the answer.
+
+    The next one counts KIS's minute from the request, not from the line that was written before it.
+    """
+    scenario, found, cases = SCENARIOS[name], [], 0
+    with make_desk() as desk:
+        scenario.prepare(desk)
+        again, calls = desk.saved(), desk.calls(*scenario.arguments)
+        for number in range(calls.index("connect socket"), -1, -CLOSELY):
+            again()
+            process, before = desk.start(*scenario.arguments), len(desk.asked)
+            for _ in range(number):
+                process.go()
+            desk.clock.true += LATE
+            while len(desk.asked) == before:
+                process.go()
+            process.kill()
             served(desk)
             cases += 1
             times = [asked.at for asked in desk.asked]

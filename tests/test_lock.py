@@ -171,17 +171,18 @@ def test_an_impossible_lock_is_one_sentence(lock: KeyLock, folder: Path, kind: s
         pass
 
 
-def test_an_attempt_without_a_record_is_kept_in_the_lock_file(lock: KeyLock) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_attempt_without_a_record_is_kept_in_the_lock_file(begun: bool, lock: KeyLock) -> None:  # noqa: FBT001 - a case
     """The time survives further locking, also by another process, and a fresh lock file tells of none."""
     with lock.hold(wait=1):
         assert lock.unrecorded() is None
         at = datetime.now(UTC).replace(microsecond=0)
-        lock.mark_unrecorded(at)
+        lock.mark_unrecorded(at, begun=begun)
 
     def work() -> None:
         with lock.hold(wait=1):
-            assert lock.unrecorded() == at
+            assert lock.unrecorded() == (at, begun)
 
     assert ended(in_child(work)) == 0
-    assert lock.unrecorded() == at
+    assert lock.unrecorded() == (at, begun)
     assert KeyLock(os.path.dirname(lock.path), "another").unrecorded() is None

@@ -30,10 +30,14 @@ class Wire:
         self.url = f"{'https' if context else 'http'}://{host}:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A thread that waits on a closed descriptor would answer for the server that gets its number next.
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(timeout=10)
         self._socket.close()
 
     def answer(self, status: int, body: object, **headers: str) -> None:

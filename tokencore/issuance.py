@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tokencore.remarks import Note
 
 _log = logging.getLogger("tokencore")
+PROMPT = timedelta(seconds=1)  # from the record's line to the request; after slow tries to connect it is a minute
 FOREIGN_AGE = timedelta(minutes=10)  # of a token that answers our request: more than clocks differ, so not our issue
 
 
@@ -86,7 +87,7 @@ class Issuance:
             pid=os.getpid(),
         )
         position = self._begin(attempt)
-        answer = issuer.issue()
+        answer = issuer.issue(lambda: self._date(position, attempt))
         now = datetime.now(UTC)
         if not isinstance(answer, Token):
             self._complete(position, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
@@ -116,18 +117,26 @@ class Issuance:
                 "The issuance record cannot be written: %s. The lock file keeps the time.",
                 error.strerror,
             )
-            self._lock.mark_unrecorded(attempt.at)
+            self._lock.mark_unrecorded(attempt.at, begun=False)
             return None
+
+    def _date(self, position: int | None, attempt: Attempt) -> None:
+        """The request leaves now: its line, which KIS's minute is counted from where we get no further, says so."""
+        now = datetime.now(UTC)
+        if now - attempt.at > PROMPT:
+            self._complete(position, attempt._replace(at=now))
 
     def _complete(self, position: int | None, attempt: Attempt) -> None:
         if position is None:
-            self._lock.mark_unrecorded(attempt.at)
+            self._lock.mark_unrecorded(attempt.at, begun=False)
             return
         try:
             self._record.complete(position, attempt)
         except OSError as error:
             _log.error("The outcome %s could not be recorded: %s", attempt.outcome, error.strerror)
-            self._lock.mark_unrecorded(attempt.at)  # the request may have left long after its line was written
+            self._lock.mark_unrecorded(
+                attempt.at, begun=True
+            )  # the request may have left long after its line
 
     def _save(self, token: Token, now: datetime, *, issued_at: datetime) -> None:
         """Save for every market; a token that was paid for goes to its caller even where that fails."""
@@ -173,10 +182,11 @@ def with_marks(attempts: list[Attempt], cache: Cache, lock: KeyLock) -> list[Att
     issued = None if attempts else cache.issued_mark()
     if issued:
         issued += timedelta(seconds=1)  # it is cut to whole ones, and KIS counts the rest of it too
-    marks = [mark for mark in sorted(mark for mark in (issued, lock.unrecorded()) if mark) if mark > known]
-    if marks and attempts and attempts[-1].outcome is Outcome.SENT:  # its outcome found no room in the record
-        return [*attempts[:-1], attempts[-1]._replace(at=marks[-1])]
-    return attempts + [Attempt(at, Outcome.ISSUED) for at in marks]
+    unrecorded, begun = lock.unrecorded() or (None, False)
+    if unrecorded and unrecorded > known and begun and attempts and attempts[-1].outcome is Outcome.SENT:
+        return [*attempts[:-1], attempts[-1]._replace(at=unrecorded)]
+    marks = sorted(mark for mark in (issued, unrecorded) if mark)
+    return attempts + [Attempt(at, Outcome.ISSUED) for at in marks if at > known]
 
 
 def _handed_back(answer: Token, standing: Standing) -> bool:

@@ -20,7 +20,7 @@ from tokencore.tokens import Token, from_answer
 from tokencore.wire import Answer, NoAnswerError, NotAskedError, send
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
     from typing import Self
 
     from tokencore.quotes import Quote
@@ -64,9 +64,12 @@ class Issuer:
         Settings.load()
         return cls(checked_url(base_url), *credentials, timeout=timeout)
 
-    def issue(self) -> Token | Refusal:
-        """One request to tokenP; only a request that cannot have reached KIS is repeated, three times at most."""
-        answer = self._granted("/oauth2/tokenP", "appsecret")
+    def issue(self, connected: Callable[[], None] = lambda: None) -> Token | Refusal:
+        """One request to tokenP; only a request that cannot have reached KIS is repeated, three times at most.
+
+        `connected` is called when it is about to leave, which can be a minute after the first try to connect.
+        """
+        answer = self._granted("/oauth2/tokenP", "appsecret", connected)
         if isinstance(answer, Refusal):
             return answer
         received_at = datetime.now(UTC)
@@ -127,10 +130,10 @@ class Issuer:
             return Evidence(None, f"KIS could not be asked: {error}")
         return quotes.judge(answer.status, answer.code, answer.body, self._told(answer))
 
-    def _granted(self, path: str, secrets_field: str) -> Answer | Refusal:
+    def _granted(self, path: str, secrets_field: str, connected: Callable[[], None] = lambda: None) -> Answer | Refusal:
         body = {"grant_type": "client_credentials", "appkey": self._app_key, secrets_field: self._app_secret}
         try:
-            answer = self._asked_once(path, body)
+            answer = self._asked_once(path, json=body, connected=connected)
         except NotAskedError as error:
             return unreachable(str(error))
         except NoAnswerError as error:
@@ -139,10 +142,10 @@ class Issuer:
             return refused(answer.status, answer.code, self._told(answer))
         return answer
 
-    def _asked_once(self, path: str, body: Mapping[str, str]) -> Answer:
+    def _asked_once(self, path: str, **kwargs: Any) -> Answer:  # noqa: ANN401 - as `send` takes them
         for attempt in range(1, CONNECT_TRIES + 1):
             try:
-                return self._send("POST", path, json=body)
+                return self._send("POST", path, **kwargs)
             except NotAskedError:
                 if attempt == CONNECT_TRIES:
                     raise

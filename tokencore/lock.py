@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SHORTEST, LONGEST = 0.008, 0.1  # seconds between two looks at what another process is about to finish
 SHARE = 0.2  # of the time waited so far: the wait then ends at most that much late, however many wait with us
-_UNRECORDED = 1.0  # an access time that no clock gives: the modification time is then an attempt's
+_UNRECORDED, _UNFINISHED = 1.0, 2.0  # access times that no clock gives: the modification time is then an attempt's
 _gates: dict[str, threading.Lock] = {}  # by path
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_gates.clear)  # a gate may be held by a thread that the child does not have
@@ -93,18 +93,23 @@ class KeyLock:
         except OSError:
             return False
 
-    def mark_unrecorded(self, at: datetime) -> None:
-        """Keep the time of an attempt in the lock file's times: all that can be written on a full disk."""
-        with contextlib.suppress(OSError):
-            os.utime(self.path, (_UNRECORDED, at.timestamp()))
+    def mark_unrecorded(self, at: datetime, *, begun: bool) -> None:
+        """Keep the time of an attempt in the lock file's times: all that can be written on a full disk.
 
-    def unrecorded(self) -> datetime | None:
-        """When an attempt was made that the record could not take, or None."""
+        `begun` says that the record has its line, but not its outcome.
+        """
+        with contextlib.suppress(OSError):
+            os.utime(self.path, (_UNFINISHED if begun else _UNRECORDED, at.timestamp()))
+
+    def unrecorded(self) -> tuple[datetime, bool] | None:
+        """When an attempt was made that the record could not take, and whether it has the attempt's line; or None."""
         try:
             found = os.stat(self.path)
         except OSError:
             return None
-        return datetime.fromtimestamp(found.st_mtime, UTC) if found.st_atime == _UNRECORDED else None
+        if found.st_atime not in (_UNRECORDED, _UNFINISHED):
+            return None
+        return datetime.fromtimestamp(found.st_mtime, UTC), found.st_atime == _UNFINISHED
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from urllib3.connection import HTTPConnection
 
@@ -50,10 +50,18 @@ class NoAnswerError(Exception):
     """The request may have reached KIS, but no whole answer came back."""
 
 
-def send(base_url: str, method: str, path: str, *, timeout: float, **kwargs: Any) -> Answer:  # noqa: ANN401 - requests' own keywords
+def send(
+    base_url: str,
+    method: str,
+    path: str,
+    *,
+    timeout: float,
+    connected: Callable[[], None] = lambda: None,
+    **kwargs: Any,  # noqa: ANN401 - requests' own keywords
+) -> Answer:
     """One request to KIS's gateway at `base_url`; `timeout` in seconds, to connect and for each wait for data.
 
-    The whole answer has twice that time.
+    The whole answer has twice that time. `connected` is called when the request is about to leave.
 
     Raises:
         NotAskedError: it cannot have reached KIS.
@@ -69,7 +77,7 @@ def send(base_url: str, method: str, path: str, *, timeout: float, **kwargs: Any
         )
         session.auth = _no_netrc
         session.headers["Content-Type"] = "application/json; charset=UTF-8"
-        whole = _InTime(2 * timeout)
+        whole = _InTime(2 * timeout, connected)
         session.mount(f"{urlsplit(base_url).scheme}://", whole)
         try:
             with session.request(
@@ -99,9 +107,10 @@ class _InTime(HTTPAdapter):
     A time-out is for each wait: an answer that comes byte by byte, its header too, would never meet it.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, connected: Callable[[], None]) -> None:
         super().__init__()
         self.late = False
+        self._connected = connected
         self._seconds = seconds
         self._timers: list[threading.Timer] = []
 
@@ -111,6 +120,7 @@ class _InTime(HTTPAdapter):
         def connect(connection: HTTPConnection, plain: type[HTTPConnection] = pool.ConnectionCls) -> None:
             plain.connect(connection)
             self._watch(connection.sock)
+            self._connected()
 
         pool.ConnectionCls = type("Watched", (pool.ConnectionCls,), {"connect": connect})
         return pool
