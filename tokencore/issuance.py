@@ -134,9 +134,7 @@ class Issuance:
             self._record.complete(position, attempt)
         except OSError as error:
             _log.error("The outcome %s could not be recorded: %s", attempt.outcome, error.strerror)
-            self._lock.mark_unrecorded(
-                attempt.at, begun=True
-            )  # the request may have left long after its line
+            self._lock.mark_unrecorded(attempt.at, begun=True)  # the request may have left long after its line
 
     def _save(self, token: Token, now: datetime, *, issued_at: datetime) -> None:
         """Save for every market; a token that was paid for goes to its caller even where that fails."""

@@ -55,7 +55,7 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         for one in found:
             print(_lines(one))
-    return next((one.exit_code for one in found if one.exit_code), 0)
+    return next((one.exit_code for one in found if one.state == "fail"), int(any(one.state == "warn" for one in found)))
 
 
 def _lines(one: Finding) -> str:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from tokencore import outlets, settings, sources
-from tokencore.doctor.finding import SETTINGS, fail, ok, warn
+from tokencore.doctor.finding import SETTINGS, fail, ok, skipped, warn
 from tokencore.errors import ConfigurationError
 from tokencore.settings import Settings
 from tokencore.sources import CONFIG_FILE, DOTENV_FILE
@@ -55,7 +55,7 @@ def _one(name: str, found: Gathered) -> Finding:
     shown = f"{_shown(field, value)}, from {_place(found.origins[name])}"
     usual = LENGTHS.get(field)
     if usual and isinstance(value, str) and len(value.strip()) != usual:
-        return warn(f"setting {name}", shown, f"KIS's have {usual} characters: copy it again if KIS refuses it")
+        shown += f"; KIS's have {usual}: copy it again if KIS refuses it"
     return ok(f"setting {name}", shown)
 
 
@@ -90,8 +90,10 @@ def _in_keyring(found: Gathered) -> list[Finding]:
 
 
 def _alien(name: str, meant: str) -> Finding:
-    cure = f"meant is perhaps {meant}" if meant else "remove it, unless another program uses it"
-    return warn(f"setting {name}", "is none of tokencore's settings", cure)
+    told = "is none of tokencore's settings"
+    if not meant:
+        return skipped(f"setting {name}", told, "remove it, unless another program uses it")
+    return warn(f"setting {name}", told, f"meant is perhaps {meant}")
 
 
 def _shared_exports(found: Gathered) -> list[Finding]:

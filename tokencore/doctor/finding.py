@@ -9,16 +9,16 @@ UNEXPECTED, SETTINGS, NO_TOKEN, CREDENTIALS, UNREACHABLE, STORE = 1, 2, 3, 5, 6,
 
 
 class State(StrEnum):
-    """How a thing is; only `fail` makes the command's exit code."""
+    """How a thing is; the command's exit code is the first `fail`'s own, or 1 where there are warnings alone."""
 
     OK = "ok"
-    WARN = "warn"  # it works, but look at it
+    WARN = "warn"  # it works, but something is to be done
     FAIL = "fail"
     SKIPPED = "skipped"  # it could not be looked at, or is not used
 
 
 class Finding(NamedTuple):
-    """What was looked at, how it is, what that means, and the cure; `exit_code` is what it makes of the command."""
+    """What was looked at, how it is, what that means, and the cure; `exit_code` is a failure's."""
 
     name: str
     state: State
@@ -33,7 +33,7 @@ def ok(name: str, detail: str) -> Finding:
 
 
 def warn(name: str, detail: str, cure: str) -> Finding:
-    """It works, but a person should look at it."""
+    """It works, but a person should do something."""
     return Finding(name, State.WARN, detail, cure)
 
 

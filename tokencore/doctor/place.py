@@ -122,7 +122,7 @@ def _lock(key: str, path: str, *, several: bool) -> Finding:
     if not holders:
         return ok(name, "free")
     who = ", ".join(f"process {pid} ({_command(pid)})" for pid in holders)
-    return warn(name, f"held now by {who}", "normal while it renews; if it lasts for minutes, end that process")
+    return ok(name, f"held now by {who}: normal while it renews; if it lasts for minutes, end that process")
 
 
 def _holders(path: str) -> list[int]:
