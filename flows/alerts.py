@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from flows.slack import Thread
     from flows.words import Words
 
-Notice = Literal["renewed", "forced", "same"]
+Notice = Literal["renewed", "forced", "same", "failed"]
 FAILED = "An alert could not be made"
 
 

@@ -145,7 +145,7 @@ def renew(manager: TokenManager, now: datetime, *, force: bool, note: Note) -> S
         with safe_errors():
             renewed = manager.refresh(force=force or bool(ahead), reason=note.reason or "refresh_token", by=note.by)
     except SAFE as error:
-        return unrenewed(manager, error, now)
+        return unrenewed(manager, error, note, now)
     alerts.all_clear(manager, datetime.now(UTC))
     told: alerts.Notice = ("forced" if force else "renewed") if renewed else "same"
     alerts.announce(manager, told, who=note.by, why=note.reason, now=datetime.now(UTC))
@@ -210,13 +210,14 @@ def works_now(manager: TokenManager) -> str:
     return f"{alerts.Subject.of(manager, datetime.now(UTC)).served}."
 
 
-def unrenewed(manager: TokenManager, error: Exception, now: datetime) -> State:
+def unrenewed(manager: TokenManager, error: Exception, note: Note, now: datetime) -> State:
     """Declined where a limit forbids it and the present token serves, else Failed.
 
-    Slack hears of what more people must know than who started it.
+    Slack hears of what more people must know than who started it, and who did.
     """
     limited = isinstance(error, IssuanceLimitError)
     if not limited or causes.cause_of(error, manager.history()) in causes.REFUSED:
         alerts.report(manager, error, now)
+        alerts.announce(manager, "failed", who=note.by, why=note.reason, now=now)
     serves = alerts.Subject.of(manager, now).reach is not None
     return Completed(name="Declined", message=str(error)) if limited and serves else Failed(message=str(error))

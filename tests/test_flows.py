@@ -478,8 +478,10 @@ def test_a_forced_refresh_says_what_became_of_it(gateway: Sandbox, endpoint: Sla
     ]
     time.sleep(0.6)
     gateway.fail("down", 1)
-    failed = refreshed("us", force=True)
+    failed = refreshed("us", force=True, operator="Kim Minji")
     assert told(failed) == ("FAILED", "Failed")
+    assert endpoint.headlines[-1] == "us+kr: a refresh by hand brought no new token"
+    assert "Kim Minji asked for it" in json.dumps(endpoint.told[-1])
     assert "The present token goes on serving" in str(failed.message)
     assert requests_to(gateway) == 3
 
@@ -497,7 +499,10 @@ def test_a_refresh_is_declined_within_the_minute_without_an_alert(
     time.sleep(1.1)  # two minutes of the gateway: what it refuses then is not our doing
     gateway.fail("limit", 1)
     assert told(refreshed("us", force=True)) == ("COMPLETED", "Declined")
-    assert endpoint.headlines[1:] == ["us+kr: Someone else issues with this key: KIS's limit refused us"]
+    assert endpoint.headlines[1:] == [
+        "us+kr: Someone else issues with this key: KIS's limit refused us",
+        "us+kr: a refresh by hand brought no new token",
+    ]
 
 
 @flow

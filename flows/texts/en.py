@@ -72,6 +72,7 @@ TEXTS = {
     "notice.renewed": "{who}: refreshed by hand",
     "notice.forced": "{who}: refreshed by hand, with force",
     "notice.same": "{who}: a refresh by hand brought the same token",
+    "notice.failed": "{who}: a refresh by hand brought no new token",
     "notice.asked": "{person} asked for it, {at}.",
     "notice.somebody": "Somebody",
     "notice.unreasoned": "no reason given",

@@ -72,6 +72,7 @@ TEXTS = {
     "notice.renewed": "{who}: 접근토큰 수동 갱신",
     "notice.forced": "{who}: 접근토큰 수동 강제 갱신",
     "notice.same": "{who}: 수동 갱신 결과 동일한 접근토큰이 반환됨",
+    "notice.failed": "{who}: 수동 갱신으로 새 접근토큰을 받지 못함",
     "notice.asked": "요청자: {person}, {at}.",
     "notice.somebody": "미기재",
     "notice.unreasoned": "미기재",
