@@ -159,6 +159,12 @@ def test_an_unreadable_source_is_named_in_one_sentence(
     assert "Canary" not in told
 
 
+def test_a_key_in_place_of_the_secrets_folder_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is not there is named in the error, but for a name in it that may be a credential."""
+    monkeypatch.setenv("KIS_SECRETS_DIR", f"/run/secrets/{KEY}")
+    assert "KIS_SECRETS_DIR=/run/secrets/*** cannot be read" in refusal()
+
+
 MALFORMED = [
     ("KIS_ENVIRONMENT", "demo", "'real' or 'paper'"),
     ("KIS_ENVIRONMENT", "real ", "'real' or 'paper'"),

@@ -160,8 +160,9 @@ def _secrets(folder: str) -> Iterable[tuple[str, str]]:
                 with open(path, encoding="utf-8") as file:
                     yield name.lower(), file.read(SECRET_FILE_LIMIT).strip()
     except (OSError, ValueError) as error:
+        told = "/".join(short(name) for name in folder[:TOLD_LENGTH].split("/"))
         raise ConfigurationError(
-            f"KIS_SECRETS_DIR={folder} cannot be read ({_why(error)}); point it at a folder with a file per variable.",
+            f"KIS_SECRETS_DIR={told} cannot be read ({_why(error)}); point it at a folder with a file per variable.",
         ) from None
 
 
