@@ -160,9 +160,11 @@ def test_an_unreadable_source_is_named_in_one_sentence(
 
 
 def test_a_key_in_place_of_the_secrets_folder_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is not there is named in the error, but for a name in it that may be a credential."""
+    """A folder that is not there is named in one line, but for a name in it that may be a credential."""
     monkeypatch.setenv("KIS_SECRETS_DIR", f"/run/secrets/{KEY}")
     assert "KIS_SECRETS_DIR=/run/secrets/*** cannot be read" in refusal()
+    monkeypatch.setenv("KIS_SECRETS_DIR", "a\n.b")
+    assert "KIS_SECRETS_DIR=a?.b cannot be read" in refusal()
 
 
 MALFORMED = [

@@ -160,7 +160,8 @@ def _secrets(folder: str) -> Iterable[tuple[str, str]]:
                 with open(path, encoding="utf-8") as file:
                     yield name.lower(), file.read(SECRET_FILE_LIMIT).strip()
     except (OSError, ValueError) as error:
-        told = "/".join(short(name) for name in folder[:TOLD_LENGTH].split("/"))
+        shown = "".join(sign if sign.isprintable() else "?" for sign in folder[:TOLD_LENGTH])
+        told = "/".join(short(name) for name in shown.split("/"))
         raise ConfigurationError(
             f"KIS_SECRETS_DIR={told} cannot be read ({_why(error)}); point it at a folder with a file per variable.",
         ) from None
