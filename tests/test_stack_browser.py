@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -14,7 +15,12 @@ from flows.stack.deploy import QUEUE
 from flows.stack.leftovers import POOL
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from playwright.sync_api import Page
     from stacks import Up
+
+HEARD = 100  # seconds; then it is pressed again, as docs/operating.md says: a busy SQLite drops a person's answer
 
 pytestmark = [in_proc, browser.needs_chromium]
 
@@ -24,6 +30,19 @@ def at_work(up: Up, deployment: str) -> list[str]:
     lasting = {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]}}}
     asked = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": lasting}
     return [run["name"] for run in up.api("POST", "flow_runs/filter", asked).json()]
+
+
+def insist(page: Page, press: Callable[[], None], state: Callable[[], str], then: str) -> None:
+    """Press, three times at most, until the state is another one; then wait for the one that it leads to."""
+    before = state()
+    for _ in range(3):
+        press()
+        with contextlib.suppress(AssertionError):
+            until(lambda: state() != before, HEARD)
+            break
+        page.reload()
+    until(lambda: state() == then, SLOW)
+    page.reload()
 
 
 def test_a_person_refreshes_in_the_page_and_is_asked_first(up: Up) -> None:
@@ -43,9 +62,14 @@ def test_a_person_refreshes_in_the_page_and_is_asked_first(up: Up) -> None:
         queue = up.api("GET", f"work_pools/{POOL}/queues/{run['work_queue_name']}").json()
         assert (queue["name"], queue["active_slots"]) == (QUEUE, 0)  # a person takes no slot
         page.goto(f"{up.url}/runs/flow-run/{run['id']}")
-        assert "KIS would hand back the present token" in browser.resume(page, "leave the token as it is")
-        page.get_by_text("Declined").first.wait_for()
-        browser.retry(page)
-        assert "KIS would hand back the present token" in browser.resume(page, "leave the token as it is")
-        until(lambda: up.api("GET", f"flow_runs/{run['id']}").json()["state"]["name"] == "Declined", SLOW)
+
+        def state() -> str:
+            return str(up.api("GET", f"flow_runs/{run['id']}").json()["state"]["name"])
+
+        def decline() -> None:
+            assert "KIS would hand back the present token" in browser.resume(page, "leave the token as it is")
+
+        insist(page, decline, state, "Declined")
+        insist(page, lambda: browser.retry(page), state, "Paused")
+        insist(page, decline, state, "Declined")
     assert up.gateway.stats()["token_requests"] == before
