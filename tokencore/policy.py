@@ -3,7 +3,7 @@
 The rule as pure functions, so that anyone can simulate it: no clock, no files, no network. All
 datetimes that go in must be aware, in any zone; those that come out are aware UTC. A need is a
 time in which a token must be valid. `needs` is a sorted sequence of merged (start, end) pairs,
-from the present one, or earlier, to 14 days ahead or more; whatever lies outside them is quiet.
+from the present one, or earlier, to 14 days ahead or more; the time outside them is quiet.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ __all__ = ["Renewal", "daily_anchor", "next_renewal", "quiet_time", "renewals", 
 
 BUFFER = timedelta(seconds=300)  # before its expiry a token no longer counts as valid
 LIFE = timedelta(hours=24)  # of a token still to be issued; of the present one its own expiry counts
-LEAD = timedelta(minutes=60)  # before a need or an expiry: time for a fault of KIS to pass
+LEAD = timedelta(minutes=60)  # before a need or an expiry: time for an outage of KIS to pass
 ONE_A_DAY = LIFE + timedelta(seconds=2)  # between issues; two more, as KIS cuts times to the second
 SETTLE = timedelta(minutes=5)  # after a need; the buffer's length, so that the next day is served whole
-CLOCK_SLACK = timedelta(seconds=30)  # an issue this little ahead of `now` is another clock's, not a wrong one's
+CLOCK_SLACK = timedelta(seconds=30)  # an issue this little ahead of `now` comes from another clock, not a wrong one
 
 _DAY = timedelta(days=1)
 _MINUTE = timedelta(minutes=1)
 _MINUTES_A_DAY = 1440
 _EPOCH = datetime(1970, 1, 1, tzinfo=KST)
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _start, _end = itemgetter(0), itemgetter(1)
 
 
@@ -41,9 +42,9 @@ class Renewal(NamedTuple):
 
     Attributes:
         at: when, aware UTC; not before the `now` that was asked about, and equal to it when due.
-        reason: for people, one line.
+        reason: for people, one line: by which clause of the rule, and when the token is needed next.
         exception: None if `at` is 24 hours or more after the last issue and outside all needs, and
-            the new token lasts through the next one. Otherwise one line on what is not so, and why.
+            the new token lasts through the next one. Otherwise one line on what is different, and why.
 
     """
 
@@ -110,7 +111,8 @@ def next_renewal(
         window = _Window.of(needs, index, buffer)
         at, why = _moment(past, window, needs[:index], anchor)
         if at < window.end:  # else the six hours last longer than this need: it is lost
-            return Renewal(at, f"{why}: no token lasts through {window}", _exception(at, past, window))
+            needed = "needed since" if window.start <= at else "next needed"
+            return Renewal(at, f"{why}; {needed} {_kst(window.start)}", _exception(at, past, window))
     return None
 
 
@@ -138,7 +140,7 @@ def renewals(
 
 
 class _Past(NamedTuple):
-    """The present and what was before it, in UTC."""
+    """The present and the last issue, in UTC; KIS gives another token from `allowed` on, the rule from `regular`."""
 
     now: datetime
     issued: datetime | None
@@ -150,11 +152,11 @@ class _Past(NamedTuple):
     def of(cls, now: datetime, issued: datetime | None, expires: datetime | None) -> _Past:
         now = now.astimezone(UTC)
         expires = expires and expires.astimezone(UTC)
-        # An issue in the future is a wrong clock's: believing it could stop all renewals for long.
+        # An issue in the future comes from a wrong clock: believing it could stop all renewals for long.
         if issued is None or issued > now + CLOCK_SLACK:
-            return cls(now, None, expires, now, now)
+            return cls(now, None, expires, _LONG_AGO, _LONG_AGO)
         issued = issued.astimezone(UTC)
-        return cls(now, issued, expires, max(now, issued + SAME_TOKEN), max(now, issued + ONE_A_DAY))
+        return cls(now, issued, expires, issued + SAME_TOKEN, issued + ONE_A_DAY)
 
 
 class _Window(NamedTuple):
@@ -188,22 +190,20 @@ class _Window(NamedTuple):
     def too_long(self) -> bool:
         return self.earliest > self.start
 
-    def __str__(self) -> str:
-        start, end = self.start.astimezone(KST), self.end.astimezone(KST)
-        return f"{start:%m-%d %H:%M} to {end:%m-%d %H:%M} KST"
-
 
 def _moment(past: _Past, window: _Window, earlier: Needs, anchor: time | None) -> tuple[datetime, str]:
     """When to issue for the first need that the present token does not serve, and by which clause."""
-    at_once = past.now, "now"
-    allowed = past.allowed, "6 h after the last issue"
+    at_once = past.now, "renews at once"
+    allowed = past.allowed, "renews as soon as KIS gives a new token, 6 h after the last issue"
     if window.too_long and past.expires and past.expires - LEAD > window.latest:
-        return max((past.expires - LEAD, "an hour before the expiry"), allowed, at_once)
-    at, why = max(_ideal(window, anchor), (past.regular, "24 h after the last issue"), at_once)
+        return max((past.expires - LEAD, "renews an hour before the token expires"), allowed, at_once)
+    regular = past.regular, f"renews daily at {past.regular.astimezone(KST):%H:%M} KST, 24 h after the last issue"
+    at, why = max(_ideal(window, anchor), regular)
+    at = max(at, past.now)  # a daily renewal that is due stays one: only what is late in earnest says so
     if (quiet := _quiet(at, earlier, window)) != at:
-        at, why = quiet, "in the quiet after a need"
+        at, why = quiet, "renews after the session"
     if at > window.latest:
-        return max((window.early, "ahead of the need"), allowed, at_once)
+        return max((window.early, "renews ahead of the session"), allowed, at_once)
     return at, why
 
 
@@ -212,8 +212,10 @@ def _ideal(window: _Window, anchor: time | None) -> tuple[datetime, str]:
     if anchor is not None:
         at = _last(anchor, window.latest)
         if at >= window.earliest:
-            return at, "at the daily anchor"
-    return min(max(window.earliest, window.quiet + SETTLE), window.latest), "in the quiet before"
+            return at, f"renews daily at {anchor:%H:%M} KST"
+    return min(
+        max(window.earliest, window.quiet + SETTLE), window.latest
+    ), "renews in the quiet time before the session"
 
 
 def _last(anchor: time, moment: datetime) -> datetime:
@@ -243,6 +245,10 @@ def _exception(at: datetime, past: _Past, window: _Window) -> str | None:
     if at >= window.start:
         found.append("inside the need, because no token serves it to its end")
     return "; ".join(found) or None
+
+
+def _kst(at: datetime) -> str:
+    return f"{at.astimezone(KST):%m-%d %H:%M} KST"
 
 
 def _hours(span: timedelta) -> str:
