@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tokencore.keys import Key, KeyState
     from tokencore.manager import BaseTokenManager, KRTokenManager, TokenManager, USTokenManager
     from tokencore.reports.plan_svg import draw_plans
+    from tokencore.stores import open_document
 
 __all__ = [
     "BaseTokenManager",
@@ -46,6 +47,7 @@ __all__ = [
     "TokenUnavailableError",
     "USTokenManager",
     "draw_plans",
+    "open_document",
     "sessions",
 ]
 
@@ -56,6 +58,7 @@ _PLACES = {
     "config.settings": ("Settings",),
     "keys": ("Key", "KeyState"),
     "reports.plan_svg": ("draw_plans",),
+    "stores": ("open_document",),
 }
 
 

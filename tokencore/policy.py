@@ -213,9 +213,7 @@ def _ideal(window: _Window, anchor: time | None) -> tuple[datetime, str]:
         at = _last(anchor, window.latest)
         if at >= window.earliest:
             return at, f"renews daily at {anchor:%H:%M} KST"
-    return min(
-        max(window.earliest, window.quiet + SETTLE), window.latest
-    ), "renews in the quiet time before the session"
+    return min(max(window.earliest, window.quiet + SETTLE), window.latest), "renews in the quiet before the session"
 
 
 def _last(anchor: time, moment: datetime) -> datetime:
