@@ -1,0 +1,349 @@
+"""A market: its key, its environment, and the few values that a cached token needs, read without pydantic."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from tokencore.config.sources import CONFIG_FILE, ENVIRONMENT, TRUSTED, address_refused
+from tokencore.errors import ConfigurationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from tokencore.config.settings import MarketSettings, Settings
+    from tokencore.config.sources import Found
+
+HOSTS = {
+    "real": "https://openapi.koreainvestment.com:9443",
+    "paper": "https://openapivts.koreainvestment.com:29443",
+}
+PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
+TOKEN_DIR = "~/.tokencore"  # noqa: S105 - a folder
+ISSUE_INTERVAL = 60.0  # seconds between issue requests of a key: KIS's EGW00133
+BUFFER = 300.0  # seconds before expiry in which a token no longer counts as valid
+PROACTIVE_WINDOW = 1800.0  # seconds before expiry in which a renewal is tried ahead
+TIMEOUT = 10.0  # seconds to connect, and to wait for an answer
+MAX_ISSUES_PER_DAY = 2  # in any 24 hours; KIS asks for one
+SECONDS, TIMEOUTS, ISSUES = (0, 86_400), (0.001, 300), (1, 24)  # lowest and highest that make sense
+DEFAULT_EXCHANGES = {"us": ("NASD", "NYSE", "AMEX"), "kr": ("KRX",)}
+HIGHEST_PORT = 65_535
+LONGEST_NAME = 100  # characters of a market: it is part of file names
+LONGEST = 1024  # characters of a credential, an address, a path; KIS's secrets have 180
+KEY_LENGTH = 36  # characters of an app key; secrets and tokens have more
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+_HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Market:
+    """One market's settings. What a cached token needs is read at once; the rest when it is first asked for.
+
+    Attributes:
+        name: the market, in lower case, such as `us`.
+        app_key: None when not set.
+        environment: `real` or `paper`.
+        base_url: where KIS is asked, without a trailing slash.
+        token_dir: absolute folder of the token files.
+        buffer, proactive_window: seconds before expiry.
+
+    """
+
+    __slots__ = (
+        "_address_origin", "_app_secret", "_in_keyring", "_keyring", "_load", "_settings",
+        "app_key", "base_url", "buffer", "environment", "name", "proactive_window", "token_dir",
+    )  # fmt: skip
+
+    def __init__(self, name: str, found: Found, load: Callable[[], Settings]) -> None:
+        """Take the values of the market `name` from the merged settings; `load` gives the validated ones.
+
+        Raises:
+            ConfigurationError: the market is not configured, or its address is the other environment's.
+            ValueError: a value cannot be used; `Settings.load()` says which.
+
+        """
+        self.name = _known(name, found)
+        own, get = f"KIS_MARKETS__{self.name.upper()}__", found.values.get
+        self._load = load
+        self._settings: Settings | None = None
+        self.app_key = credential(get(f"{own}APP_KEY")) or credential(get("KIS_APP_KEY"))
+        self._app_secret = credential(get(f"{own}APP_SECRET")) or credential(get("KIS_APP_SECRET"))
+        self._keyring = text(get("KIS_KEYRING", ""))
+        self._in_keyring = _variables_in_keyring(own, found) if self._keyring else []
+        common = environment(get("KIS_ENVIRONMENT", "real"))
+        self.environment = environment(get(f"{own}ENVIRONMENT", common))
+        self.base_url, self._address_origin = self._address(own, found, shared=self.environment == common)
+        self.token_dir = folder(get("KIS_TOKEN_DIR", TOKEN_DIR))
+        self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)
+        self.proactive_window = number(get("KIS_PROACTIVE_WINDOW", PROACTIVE_WINDOW), *SECONDS)
+
+    def _address(self, own: str, found: Found, *, shared: bool) -> tuple[str, str]:
+        """The market's own URL, else the one for all markets of its environment, else the environment's host."""
+        for name in (f"{own}BASE_URL", *(["KIS_BASE_URL"] if shared else [])):
+            if url := found.values.get(name):
+                return self._checked(address(url), name), found.origins[name]
+        return HOSTS[self.environment], ENVIRONMENT
+
+    def _checked(self, url: str, variable: str) -> str:
+        other = "paper" if self.environment == "real" else "real"
+        if _parts(url)[1] == _parts(HOSTS[other])[1]:
+            raise ConfigurationError(
+                f"{variable} is the address of the {other} environment, but the market {self.name!r} is set to "
+                f"{self.environment}; set KIS_ENVIRONMENT={other}, or remove {variable}."
+            )
+        return url
+
+    @property
+    def settings(self) -> Settings:
+        """The validated settings, read when first asked for.
+
+        Raises:
+            ConfigurationError: one of them cannot be used; cached tokens stay usable.
+
+        """
+        self._settings = self._settings or self._load()
+        return self._settings
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the key at its address without showing it; of an empty key when none is set."""
+        return fingerprint(self.app_key or "", self.base_url)
+
+    @property
+    def exchanges(self) -> tuple[str, ...]:
+        """What the market trades, as the user wrote it, in upper case."""
+        own = self._own
+        return DEFAULT_EXCHANGES.get(self.name, ()) if own is None or own.exchanges is None else tuple(own.exchanges)
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The clients whose files follow every renewal, such as `mojito2` or `python-kis:DIR`."""
+        return tuple(self._own.exports) if self._own else ()
+
+    @property
+    def issue_interval(self) -> float:
+        """Seconds between two requests of the key."""
+        return self.settings.issue_interval
+
+    @property
+    def timeout(self) -> float:
+        """Seconds to connect, and to wait for an answer."""
+        return self.settings.timeout
+
+    @property
+    def max_issues_per_day(self) -> int:
+        """The ceiling of issuances in any 24 hours."""
+        return self.settings.max_issues_per_day
+
+    @property
+    def hts_id(self) -> str | None:
+        """The account's HTS id."""
+        return self.settings.hts_id
+
+    @property
+    def _own(self) -> MarketSettings | None:
+        return self.settings.markets.get(self.name)
+
+    def identified(self) -> str:
+        """The app key, where a secret is set too or may be in the keyring, which is not asked.
+
+        Raises:
+            ConfigurationError: one of them is not set; the message names the variable.
+
+        """
+        if not self.app_key:
+            raise self._missing("APP_KEY", "; the keyring keeps its secret only" if self._keyring else "")
+        if not self._app_secret and not self._in_keyring:
+            raise self._missing("APP_SECRET")
+        return self.app_key
+
+    def credentials(self) -> tuple[str, str]:
+        """The app key and app secret; the keyring is asked once for what no other source gives.
+
+        Raises:
+            ConfigurationError: one of them is not set, or the keyring cannot be used.
+
+        """
+        app_key = self.identified()
+        if self._in_keyring:
+            self._app_secret = credential(self.settings.in_keyring(self._in_keyring)) or self._app_secret
+            if not self._app_secret:
+                raise self._missing("APP_SECRET", f"; or run `keyring set {self._keyring} {self._in_keyring[0]}`")
+            self._in_keyring = []
+        return app_key, str(self._app_secret)
+
+    def check_address_for_program(self) -> None:
+        """Refuse an address from `.env` or a secrets folder where the program itself gives the credentials.
+
+        Raises:
+            ConfigurationError: the market's address is one.
+
+        """
+        if self._address_origin not in TRUSTED:
+            raise address_refused("BASE_URL", self._address_origin, "app secret", "this program")
+
+    def _missing(self, field: str, more: str = "") -> ConfigurationError:
+        return ConfigurationError(
+            f"KIS_{field} is not set for the market {self.name!r}; set KIS_{field} (or "
+            f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or {CONFIG_FILE}{more}."
+        )
+
+    def __repr__(self) -> str:
+        return f"Market({self.name!r}, {self.environment!r}, {self.base_url!r})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Market holds credentials and is not pickled; read it where it is needed")
+
+
+def digest(*parts: str, length: int) -> str:
+    """So many hex digits that change with any of the parts and show none of them."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:length]
+
+
+def fingerprint(app_key: str, base_url: str) -> str:
+    """16 hex digits that name a key at an address without showing the key."""
+    return digest("tokencore", base_url, app_key, length=16)
+
+
+def named(name: str) -> str:
+    """`name` in lower case, if files and variables can have it.
+
+    Raises:
+        ValueError: they cannot.
+
+    """
+    lower = name.lower()
+    if not lower or len(lower) > LONGEST_NAME or not _NAME_CHARACTERS.issuperset(lower):
+        shown = repr(name) if len(name) < KEY_LENGTH else "What was given"  # a key, perhaps, in the wrong place
+        raise ValueError(f"{shown} is not a market's name: use letters, digits, - and _")
+    return lower
+
+
+def text(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
+    """`value`, if it is text.
+
+    Raises:
+        ValueError: it is not.
+
+    """
+    if not isinstance(value, str):
+        raise ValueError("must be text")  # noqa: TRY004 - pydantic words ValueError
+    return value
+
+
+def credential(value: Any) -> str | None:  # noqa: ANN401 - text, or a type of TOML
+    """An app key or secret without the white space around it; None for nothing.
+
+    Raises:
+        ValueError: it cannot be one; the message does not repeat it.
+
+    """
+    found = "" if value is None else text(value).strip()
+    if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
+        raise ValueError("must not have quotes around it; remove them")
+    if not found.isascii() or not found.isprintable() or " " in found or len(found) > LONGEST:
+        raise ValueError("must be one word of letters, digits and signs, as KIS shows it")
+    return found or None
+
+
+def environment(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
+    """`real` or `paper`, also by the words that other tools have for it.
+
+    Raises:
+        ValueError: it is neither.
+
+    """
+    if isinstance(value, str) and value.lower() in PAPER_WORDS:
+        return "paper"
+    if value not in tuple(HOSTS):
+        raise ValueError("must be 'real' or 'paper'")
+    return str(value)
+
+
+def address(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
+    """A base URL without a trailing slash, if credentials may be sent there.
+
+    Raises:
+        ValueError: it is not a plain https address, nor one on loopback.
+
+    """
+    url = text(value).rstrip("/")
+    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url or len(url) > LONGEST:
+        raise ValueError("must be an address without spaces or other signs that none has")
+    if {"@", "?", "#"} & set(url):
+        raise ValueError("must be a plain address without user, query or fragment")
+    scheme, host, port = _parts(url)
+    if not host or not (scheme == "https" or (scheme == "http" and host in _LOOPBACK)):
+        raise ValueError("must start with https:// (http:// only on loopback)")
+    if not _HOST_CHARACTERS.issuperset(host) and host != "::1":
+        raise ValueError("has an invalid host")
+    if port and not (port[1:].isdigit() and len(port) <= len(":65535") and 0 < int(port[1:]) <= HIGHEST_PORT):
+        raise ValueError("has an invalid port")
+    return url
+
+
+def _parts(url: str) -> tuple[str, str, str]:
+    """Scheme and host in lower case, and the port with its colon."""
+    scheme, _, rest = url.partition("://")
+    place = rest.partition("/")[0].lower()
+    host, _, port = place[1:].partition("]") if place.startswith("[") else place.partition(":")
+    return scheme.lower(), host, f":{port}" if port and port[0] != ":" else port
+
+
+def folder(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
+    """An absolute path from one that is absolute or begins with a `~` that resolves.
+
+    Raises:
+        ValueError: it is neither, so that it would be another folder in each place.
+
+    """
+    path = os.path.expanduser(text(value))
+    if not os.path.isabs(path) or "\0" in path:
+        raise ValueError("set it to an absolute path, or to one in a home (~) that this machine knows")
+    if len(path) > LONGEST:
+        raise ValueError("is too long for a path")
+    return os.path.abspath(path)
+
+
+def number(value: Any, lowest: float, highest: float, *, whole: bool = False) -> float:  # noqa: ANN401 - text or number
+    """`value` as a number between two others.
+
+    Raises:
+        ValueError: it is none, or not between them; the message names both.
+
+    """
+    try:
+        found = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if not lowest <= found <= highest or (whole and not found.is_integer()):
+        raise ValueError(f"must be a {'whole ' if whole else ''}number from {lowest:g} to {highest:g}")
+    return found
+
+
+def _known(name: str, found: Found) -> str:
+    try:
+        known = named(name)
+    except ValueError as error:
+        raise ConfigurationError(f"{error}.") from None
+    if known not in DEFAULT_EXCHANGES and known not in found.markets:
+        raise ConfigurationError(
+            f"The market {known!r} is not configured (known: {', '.join(market_names(found))}); "
+            f"set KIS_MARKETS__{known.upper()}__EXCHANGES to the exchanges it trades, such as SEHK."
+        )
+    return known
+
+
+def market_names(found: Found) -> list[str]:
+    """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
+    return [*DEFAULT_EXCHANGES, *sorted(found.markets - set(DEFAULT_EXCHANGES))]
+
+
+def _variables_in_keyring(own: str, found: Found) -> list[str]:
+    """Which variables to ask a keyring for, in this order: only those that no other source gives."""
+    if f"{own}APP_SECRET" in found.values:
+        return []
+    of_market = [f"{own}APP_SECRET"] if f"{own}APP_KEY" in found.values else []
+    return of_market + ([] if "KIS_APP_SECRET" in found.values else ["KIS_APP_SECRET"])

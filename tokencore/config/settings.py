@@ -1,0 +1,330 @@
+"""The settings, validated: every value has a type, every mistake a message that names its variable."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from datetime import date, time
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+)
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tokencore.calendars.sessions import Override, exchange
+from tokencore.config import market as values
+from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
+from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, short, warn
+from tokencore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+CLIENTS = ("mojito2", "python-kis", "kis-auth")
+_REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전", "실전투자")
+_SIGNS = dict.fromkeys(_REAL_WORDS, "real") | dict.fromkeys((*values.PAPER_WORDS, "paper", "true", "1", "yes"), "paper")
+PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
+_OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
+_ALIKE = 0.85  # of two names: a letter or two are wrong
+_DIAGNOSE = "run `keyring diagnose`"
+_KEYRING = {
+    "NoKeyringError": ("this machine has none that programs can use", "install one, or give the secret in another way"),
+    "KeyringLocked": ("it is locked", "unlock it, by logging in or with its own program"),
+}
+
+
+def _items(value: object) -> object:
+    """The items of `A, B` or `["A", "B"]` as text; what is no list stays for the validator."""
+    if isinstance(value, str):
+        value = value.strip().strip("[]").replace('"', "").split(",")
+    return [str(item).strip() for item in value if str(item).strip()] if isinstance(value, list) else value
+
+
+def _exchange(name: str) -> str:
+    try:
+        exchange(name)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+def _export(text: str) -> str:
+    client, _, folder = (part.strip() for part in text.partition(":"))
+    if client not in CLIENTS:
+        raise ValueError(f"must be one of the clients {', '.join(CLIENTS)}, or CLIENT:FOLDER")
+    if folder:
+        values.folder(folder)
+    return text
+
+
+def _hours(value: object) -> object:
+    return tuple(part.strip() for part in value.split("-", 1)) if isinstance(value, str) else value
+
+
+def _in_order(hours: tuple[time, time]) -> tuple[time, time]:
+    if hours[0] >= hours[1]:
+        raise ValueError("must open before it closes")
+    return hours
+
+
+def _mention(text: str) -> str:
+    known = r"<(!channel|!here|!everyone|@[UW][A-Z0-9]+|!subteam\^S[A-Z0-9]+)>"
+    if not all(re.fullmatch(known, who) for who in text.split()):
+        raise ValueError("must be as Slack writes mentions, such as <!channel>, <@U024BE7LH> or <!subteam^S024BE7>")
+    return " ".join(text.split())
+
+
+def _number(lowest: float, highest: float, *, whole: bool = False) -> BeforeValidator:
+    return BeforeValidator(lambda value: values.number(value, lowest, highest, whole=whole))
+
+
+# What `Market` converts on the path of a cached token is converted here by the same functions, so that both agree.
+Credential = Annotated[SecretStr | None, BeforeValidator(values.credential)]
+Environment = Annotated[Literal["real", "paper"], BeforeValidator(values.environment)]
+Url = Annotated[str, BeforeValidator(values.address)]
+Seconds = Annotated[float, _number(*SECONDS)]
+Exchange = Annotated[str, AfterValidator(str.upper), AfterValidator(_exchange)]
+Day = date
+Days = Annotated[list[date], BeforeValidator(_items)]
+Hours = Annotated[tuple[time, time], BeforeValidator(_hours), AfterValidator(_in_order)]
+Secrets = Annotated[list[SecretStr], BeforeValidator(_items)]
+
+
+class MarketSettings(BaseModel):
+    """What one market has of its own; everything else it takes from the settings for all."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    app_key: Credential = None
+    app_secret: Credential = None
+    environment: Environment | None = None
+    base_url: Url | None = None
+    exchanges: Annotated[list[Exchange], BeforeValidator(_items)] | None = None
+    exports: Annotated[list[Annotated[str, AfterValidator(_export)]], BeforeValidator(_items)] = []
+
+
+class ExchangeSettings(BaseModel):
+    """What the user knows better than the calendar: closed days, other hours, extended hours."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    closed: Days = []
+    hours: dict[Day, Hours] = {}
+    extended: bool = False
+
+
+class _Merged(EnvSettingsSource):
+    """What `sources` has merged, for pydantic-settings to nest; it decodes nothing, as the validators take text."""
+
+    def _load_env_vars(self) -> Mapping[str, Any]:
+        self.found = gather()
+        _check_names(self.found)
+        return {name.lower().removeprefix("kis_"): value for name, value in self.found.values.items()}
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ANN401, ARG002 - as inherited
+        return value
+
+    def __call__(self) -> dict[str, Any]:
+        return {**super().__call__(), "found": self.found}
+
+
+class Settings(BaseSettings):
+    """All settings of this process; `KIS_` variables with other names are other programs'."""
+
+    model_config = SettingsConfigDict(
+        extra="ignore", hide_input_in_errors=True, env_nested_delimiter="__", arbitrary_types_allowed=True
+    )
+
+    found: Found = Field(default_factory=Found, exclude=True, repr=False)
+    app_key: Credential = None
+    app_secret: Credential = None
+    environment: Environment = "real"
+    base_url: Url | None = None
+    token_dir: Annotated[str, BeforeValidator(values.folder)] = Field(default=values.TOKEN_DIR, validate_default=True)
+    markets: dict[Annotated[str, AfterValidator(values.named)], MarketSettings] = {}
+    exchanges: dict[Exchange, ExchangeSettings] = {}
+    issue_interval: Seconds = values.ISSUE_INTERVAL
+    buffer: Seconds = values.BUFFER
+    proactive_window: Seconds = values.PROACTIVE_WINDOW
+    timeout: Annotated[float, _number(*TIMEOUTS)] = values.TIMEOUT
+    max_issues_per_day: Annotated[int, _number(*ISSUES, whole=True)] = values.MAX_ISSUES_PER_DAY
+    prove_tokens: bool = True
+    hts_id: str | None = None
+    keyring: str | None = None
+    store: SecretStr | None = None  # an address with a password
+    store_keys: Secrets = []
+    slack_webhook_url: SecretStr | None = None
+    slack_bot_token: SecretStr | None = None
+    slack_channel: str | None = None
+    slack_mention: Annotated[str, AfterValidator(_mention)] = ""
+    slack_language: Literal["en", "ko"] = "en"
+    prefect_ui_url: str | None = None
+    _markets: dict[str, Market] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """One source, as the fast reader has: precedence and trust are decided in one place."""
+        return (_Merged(settings_cls),)
+
+    @classmethod
+    def load(cls) -> Self:
+        """The validated settings of this process.
+
+        Raises:
+            ConfigurationError: a value is malformed or a source unreadable; cached tokens stay usable.
+
+        """
+        try:
+            loaded = cls()
+        except ValidationError as error:
+            problem = _message(error.errors(include_input=False, include_url=False)[0])
+        else:
+            loaded.all_markets()
+            _warn(loaded)
+            return loaded
+        raise ConfigurationError(problem)
+
+    def market(self, name: str) -> Market:
+        """The market of that name, in lower or upper case.
+
+        Raises:
+            ConfigurationError: it is not configured, or its address is the other environment's.
+
+        """
+        if name not in self._markets:
+            made = Market(name, self.found, lambda: self)
+            self._markets[name] = self._markets.setdefault(made.name, made)
+        return self._markets[name]
+
+    def all_markets(self) -> list[Market]:
+        """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
+        return [self.market(name) for name in values.market_names(self.found)]
+
+    def able_markets(self) -> list[Market]:
+        """The markets that have an app key.
+
+        Raises:
+            ConfigurationError: none has; the message says what to set.
+
+        """
+        able = [market for market in self.all_markets() if market.app_key]
+        if not able:
+            raise ConfigurationError(
+                "No market has an app key; set KIS_APP_KEY and KIS_APP_SECRET in the environment, "
+                f".env or {CONFIG_FILE}."
+            )
+        return able
+
+    @property
+    def overrides(self) -> dict[str, Override]:
+        """What the user says about exchanges, by order code."""
+        return {
+            exchange(name).code: Override(frozenset(own.closed), own.hours, own.extended)
+            for name, own in self.exchanges.items()
+        }
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The source of each setting by its variable: `environment`, a file or folder, or the keyring, which is asked."""
+        own = [f"KIS_MARKETS__{name.upper()}__APP_SECRET" for name in self.found.markets]
+        wanted = ["KIS_APP_SECRET", *own] if self.keyring else []
+        kept = [name for name in wanted if name not in self.found.origins and self.in_keyring([name])]
+        return self.found.origins | dict.fromkeys(kept, f"keyring {self.keyring}")
+
+    def misspelt(self) -> dict[str, str]:
+        """The `KIS_` names that are no settings, each with the one it resembles, or nothing: another program's."""
+        unknown = {name: _meant(name) for name in self.found.origins if name.startswith("KIS_")}
+        return {name: meant for name, meant in unknown.items() if meant is not None}
+
+    def in_keyring(self, names: Sequence[str]) -> str | None:
+        """What the keyring keeps under KIS_KEYRING for the first of the variables `names` that it knows.
+
+        It keeps secrets only: every cached `get` must know the app key, and a keyring is slow or asks for a password.
+
+        Raises:
+            ConfigurationError: there is no keyring, or it is locked; cached tokens are served without it.
+
+        """
+        service = str(self.keyring)
+        try:
+            import keyring  # an extra, and slow to load
+
+            return next((found for name in names if (found := keyring.get_password(service, name))), None)
+        except ImportError:
+            why, fix = "the package is not installed", "pip install 'tokencore[keyring]'"
+        except Exception as error:  # noqa: BLE001 - a backend's own, whose text may contain anything
+            why, fix = _KEYRING.get(type(error).__name__, (f"it failed ({type(error).__name__})", _DIAGNOSE))
+        raise ConfigurationError(
+            f"The app secret should come from the system's keyring (KIS_KEYRING={short(service)}), but {why}. "
+            f"Cached tokens are served anyway. To do: {fix}; or remove KIS_KEYRING."
+        )
+
+    def __reduce__(self) -> str:
+        raise TypeError("Settings hold credentials and are not pickled; load them where they are needed")
+
+
+def _variable(path: Sequence[int | str]) -> str:
+    name = "__".join(step for step in path if isinstance(step, str) and step != "[key]").upper()
+    return name if name.startswith(("SLACK_", "PREFECT_")) else f"KIS_{name}"
+
+
+_GROUPS: dict[str, type[BaseModel]] = {"KIS_MARKETS": MarketSettings, "KIS_EXCHANGES": ExchangeSettings}
+_KNOWN = [*(_variable((field,)) for field in Settings.model_fields), SECRETS_DIR, *_OUTPUT, *PAPER_SIGNS]
+
+
+def _message(error: ErrorDetails) -> str:
+    why = short(error["msg"].removeprefix("Value error, "))
+    name = short(_variable(error["loc"]))
+    return f"{name} cannot be used: {why[:1].lower()}{why[1:].rstrip('.')}. Correct or remove it."
+
+
+def _meant(name: str) -> str | None:
+    """None for a setting; for another name the one that it resembles, or nothing."""
+    top, *rest = name.split("__")
+    if top in _GROUPS and len(rest) > 1:
+        fields = [field.upper() for field in _GROUPS[top].model_fields]
+        if rest[1] in fields and len(rest) == (3 if rest[1] == "HOURS" else 2):
+            return None
+        alike = difflib.get_close_matches(rest[1], fields, 1, _ALIKE)
+        return "__".join([top, rest[0], alike[0], *rest[2:]]) if alike else ""
+    if top in _KNOWN and not rest and top not in _GROUPS:
+        return None
+    alike = difflib.get_close_matches(top, _KNOWN, 1, _ALIKE)
+    return "__".join([alike[0], *rest]) if alike and alike[0] != top else ""
+
+
+def _check_names(found: Found) -> None:
+    """Refuse unknown names where they can only be ours, and warn of those that resemble one of ours."""
+    for name, origin in found.origins.items():
+        meant = _meant(name)
+        if meant is None:
+            continue
+        hint = f"did you mean {short(meant)}?" if meant else "the README lists the settings."
+        if origin == CONFIG_FILE or name.split("__")[0] in _GROUPS:
+            raise ConfigurationError(f"Unknown setting {short(name)} in {short(origin, ' _/')}; {hint}")
+        if meant:
+            warn(f"Unknown setting {short(name)}; {hint}")
+
+
+def _warn(settings: Settings) -> None:
+    for name, value in settings.found.values.items():
+        if name.endswith(("APP_KEY", "APP_SECRET")) and value != value.strip():
+            warn(f"{short(name)} has white space around it, which was removed.")
+        if name.endswith("ENVIRONMENT") and value not in values.HOSTS:
+            warn(f"{short(name)}={value} was read as paper; set {short(name)}=paper.")
+        if name in PAPER_SIGNS and _SIGNS.get(str(value).strip().lower()) != settings.environment:
+            right = _SIGNS.get(str(value).strip().lower(), "real or paper")
+            warn(f"{name} is not a setting, so the environment is {settings.environment}; set KIS_ENVIRONMENT={right}.")

@@ -1,0 +1,292 @@
+"""Where settings come from: the environment, `.env`, a secrets folder, `~/.tokencore/config.toml`.
+
+The first source that has a name wins. Every cached `get` passes through this module, so it imports only `os` and
+`stat`; the parsers of `.env` and TOML are imported where such a file exists.
+
+A `.env` counts only where nobody else can have written it. Even then it may not say where a secret of another source
+is sent: the `.env` of a cloned repository is the user's own file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from tokencore.errors import ConfigurationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+CONFIG_FILE = "~/.tokencore/config.toml"
+DOTENV_FILE = ".env"
+ENVIRONMENT = "environment"
+TRUSTED = (ENVIRONMENT, CONFIG_FILE)  # may give an address for any secret
+SECRETS_DIR = "KIS_SECRETS_DIR"
+FILE_LIMIT = 65_536  # bytes of a file of settings
+SHOWN = 400  # characters of a message that repeat what was given
+SECRET_LENGTH = 20  # characters in a row that no word of a setting has; of a key they would show too much
+_OTHERS = 0o022  # writable by the group, by all
+_LINKS = 40  # in a row; no system follows more
+_PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
+_parsed: dict[bytes, dict[str, Any]] = {}  # the last config file: to parse a thousand markets takes 30 ms
+_warned: set[str] = set()  # messages; once a process is enough
+
+
+class Found:
+    """The merged settings: values as text (of config.toml: typed) and their sources, by variable name in upper case."""
+
+    __slots__ = ("markets", "origins", "values")
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.markets: set[str] = set()  # those that have a setting of their own
+
+    def add(self, origin: str, values: Mapping[str, Any]) -> None:
+        """Take what no earlier source gave; empty text counts as not given, other programs' names do not count."""
+        for given, value in values.items():
+            name = given.upper()
+            if name not in self.values and value != "" and name.startswith(_PREFIXES):
+                self.values[name], self.origins[name] = value, origin
+                if name.startswith("KIS_MARKETS__"):
+                    self.markets.add(name.split("__")[1].lower())
+
+    def __repr__(self) -> str:
+        return f"Found({sorted(self.origins)})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("the settings hold credentials and are not pickled; read them where they are needed")
+
+
+def gather() -> Found:
+    """All settings of this process.
+
+    Raises:
+        ConfigurationError: a source exists but cannot be read, or gives an address for a secret of another source.
+
+    """
+    found = Found()
+    found.add(ENVIRONMENT, os.environ)
+    found.add(DOTENV_FILE, _dotenv())
+    if folder := _secrets_dir(found):
+        found.add(folder, dict(_secrets(folder)))
+    found.add(CONFIG_FILE, _config())
+    for name, origin in found.origins.items():
+        if origin not in TRUSTED and (name == "KIS_STORE" or name.endswith("BASE_URL")):
+            _check_address(name, found)
+    return found
+
+
+def read_regular(path: str, limit: int = FILE_LIMIT) -> bytes:
+    """The content of a file, links followed; a FIFO or a device is not waited for.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a regular file, or has more than `limit` bytes.
+
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: that alone makes some devices act
+        raise ValueError("not a regular file")
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"larger than {limit // 1024} KiB")
+    return content
+
+
+def warn(message: str) -> None:
+    """Log `message` as a warning, once a process."""
+    if message not in _warned:
+        import logging  # only for a mistake
+
+        _warned.add(message)
+        logging.getLogger("tokencore").warning(message)
+
+
+def short(text: str, apart: str = " _") -> str:
+    """`text` on one line, without words as long as a key, which may be one in the wrong place.
+
+    Args:
+        text: what was given by the user or the system.
+        apart: the characters between words.
+
+    """
+    import re  # only for a mistake
+
+    line = "".join(sign if sign.isprintable() else "?" for sign in text[:SHOWN])
+    return re.sub(f"[^{apart}]{{{SECRET_LENGTH},}}", "***", line)
+
+
+def trusted_dotenv() -> dict[str, str]:
+    """What `.env` adds to this process's environment, for whoever hands both on to another process.
+
+    Raises:
+        ConfigurationError: as from `gather`.
+
+    """
+    gather()
+    known = {name.upper() for name, value in os.environ.items() if value}
+    return {name.upper(): value for name, value in _dotenv().items() if value and name.upper() not in known}
+
+
+def _secrets_dir(found: Found) -> str:
+    """The secrets folder that the environment names, or else the config file; `.env` may not."""
+    if found.origins.get(SECRETS_DIR) == DOTENV_FILE:
+        raise ConfigurationError(
+            f"{SECRETS_DIR} in {DOTENV_FILE} is refused, because a .env may not say where secrets come from; "
+            f"set it in the environment, or as secrets_dir in {CONFIG_FILE}."
+        )
+    folder = str(found.values.get(SECRETS_DIR) or _config().get(SECRETS_DIR, ""))
+    return folder and os.path.abspath(os.path.expanduser(folder))
+
+
+def _check_address(name: str, found: Found) -> None:
+    """Refuse an address whose users have their secret from another source or, where `.env` gives it, their key."""
+    origin, origins = found.origins[name], found.origins
+    if name == "KIS_STORE" and origins.get("KIS_STORE_KEYS") != origin:
+        raise address_refused(name, origin, "secrets", origins.get("KIS_STORE_KEYS", ""))
+    for users in _users(name, found):
+        givers = {"app secret": _secret_from(users, origins)}
+        if origin == DOTENV_FILE:
+            givers["app key"] = origins.get(f"{users}APP_KEY") or origins.get("KIS_APP_KEY", "")
+        for what, giver in givers.items():
+            if giver and giver != origin:
+                raise address_refused(name, origin, what, giver)
+
+
+def _users(name: str, found: Found) -> list[str]:
+    """What the variables of those who use the address `name` begin with."""
+    if name != "KIS_BASE_URL":
+        return [name.removesuffix("BASE_URL")]
+    own = (f"KIS_MARKETS__{market.upper()}__" for market in found.markets)
+    return ["KIS_", *(market for market in own if f"{market}BASE_URL" not in found.values)]
+
+
+def _secret_from(users: str, origins: dict[str, str]) -> str:
+    """The source of the secret of those whose variables begin with `users`; empty where there is none."""
+    keyring = "the keyring" if "KIS_KEYRING" in origins else ""
+    if f"{users}APP_SECRET" in origins or (keyring and users != "KIS_" and f"{users}APP_KEY" in origins):
+        return origins.get(f"{users}APP_SECRET", keyring)
+    return origins.get("KIS_APP_SECRET", keyring)
+
+
+def address_refused(name: str, origin: str, what: str, giver: str) -> ConfigurationError:
+    """The error for an address that would send a secret of the source `giver` where the source `origin` says."""
+    place = short(origin, " _/")
+    return ConfigurationError(
+        f"{short(name)} in {place} is refused, because it would send there the {what} that "
+        f"{short(giver, ' _/') or 'another source'} gives; set it in the environment or in {CONFIG_FILE} instead, "
+        f"or remove it from {place}."
+    )
+
+
+def _dotenv() -> dict[str, str]:
+    """The pairs of `.env`, the last one of each name; none where others can have written it."""
+    path = os.path.abspath(DOTENV_FILE)
+    if not os.path.exists(path) or os.path.isdir(path):  # a folder of this name is a virtual environment
+        return {}
+    try:
+        why = _written_by_others(path)
+        if not why:
+            return _pairs(read_regular(path).decode("utf-8-sig"), path)
+    except (OSError, ValueError) as error:
+        why = _why(error)
+    else:
+        warn(f"{short(path, '/')} is ignored, because {why}.")
+        return {}
+    raise ConfigurationError(f"{DOTENV_FILE} cannot be read ({why}); fix or remove it.")
+
+
+def _pairs(text: str, path: str) -> dict[str, str]:
+    import io
+
+    from dotenv.parser import parse_stream
+
+    lines = list(parse_stream(io.StringIO(text)))
+    for line in lines:
+        if line.error:
+            warn(f"{path}, line {line.original.line}, is not NAME=value, so it is ignored; fix or remove it.")
+    return {line.key: line.value or "" for line in lines if line.key}
+
+
+def _written_by_others(path: str) -> str:
+    """Why the file may be somebody else's, and what to do; empty where it, its folder and its links are safe."""
+    if os.name != "posix":
+        return ""  # the modes say nothing there
+    for _ in range(_LINKS):
+        folder = os.path.dirname(path)
+        if why := _open_to_others(folder):
+            return why
+        if not os.path.islink(path):
+            break
+        path = os.path.join(folder, os.readlink(path))
+    return _open_to_others(path)
+
+
+def _open_to_others(path: str) -> str:
+    found, shown = os.stat(path), short(path, "/")
+    if found.st_uid not in (0, os.geteuid()):
+        return f"{shown} belongs to another user; keep your settings in a folder and a file of your own"
+    if found.st_mode & stat.S_ISVTX and found.st_mode & _OTHERS:
+        return f"{shown} is open to all users; keep your settings in a folder that only you can write"
+    return f"others can write {shown}; run `chmod go-w {shown}`" if found.st_mode & _OTHERS else ""
+
+
+def _secrets(folder: str) -> Iterable[tuple[str, str]]:
+    path = folder
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.name.upper().startswith(_PREFIXES) and not e.is_dir())
+        for name in names:
+            path = os.path.join(folder, name)
+            yield name, read_regular(path).decode().strip()
+        return  # noqa: TRY300 - raised below, where no error with the file's content is its context
+    except (OSError, ValueError) as error:
+        why = _why(error)
+    raise ConfigurationError(
+        f"{SECRETS_DIR}: {short(path, ' _/')} cannot be read ({why}); point it at a folder with a file per variable."
+    )
+
+
+def _config() -> dict[str, Any]:
+    path = os.path.expanduser(CONFIG_FILE)
+    if not os.path.isabs(path) or not os.path.exists(path):  # without a home there is none, least of all in `./~`
+        return {}
+    try:
+        return _settings_of(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
+        why = _why(error)
+    raise ConfigurationError(f"{CONFIG_FILE} cannot be read ({why}); fix or remove it.")
+
+
+def _settings_of(content: bytes) -> dict[str, Any]:
+    import tomllib
+
+    found = _parsed.get(content)
+    if found is None:
+        found = dict(_leaves(tomllib.loads(content.decode()), ""))
+        _parsed.clear()
+        _parsed[content] = found
+    return found
+
+
+def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
+    """Flatten tables into variable names, so that every source names a setting in the same way."""
+    for key, value in tree.items():
+        name = f"{above}__{key}".upper() if above else key.upper()
+        if not above and not name.startswith(_PREFIXES):
+            name = f"KIS_{name}"
+        if isinstance(value, dict):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _why(error: Exception) -> str:
+    return short(getattr(error, "strerror", None) or str(error).partition("\n")[0])
