@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokencore import limits, outlook, policy
 from tokencore.attempts import Attempt, Outcome, issued_within, last_issue
 from tokencore.calendars import sessions
-from tokencore.errors import ConfigurationError, IssuanceLimitError, TokenError, TokenUnavailableError
+from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import format_time
 from tokencore.manager import make_renewer
 from tokencore.outlook import CLOCK_SLACK, Plan, RefreshWarning
-from tokencore.renewer import FOREIGN_AGE, LOCK_WAIT
+from tokencore.renewer import FOREIGN_AGE
 from tokencore.stores import open_store
 
 if TYPE_CHECKING:
@@ -283,9 +283,7 @@ class KeyState(NamedTuple):
             )
         rows = outlook.make_rows(key.exchanges, start, until, key.overrides)
         names = [one.name for one in key.markets]
-        return Plan(
-            names, start, self.now, until, self.token, ahead, rows, coming, key.market.buffer, refused
-        )
+        return Plan(names, start, self.now, until, self.token, ahead, rows, coming, key.market.buffer, refused)
 
 
 class Decision(NamedTuple):
@@ -303,5 +301,3 @@ def _issued_here(attempt: Attempt) -> bool:
     import os
 
     return attempt.outcome is Outcome.ISSUED and attempt.pid == os.getpid()
-
-

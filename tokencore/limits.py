@@ -39,7 +39,7 @@ class Intent(Enum):
 
 
 class Standing(NamedTuple):
-    """What the rules are judged on; `waited_out` is the time of an attempt whose cool-down the caller has waited out."""
+    """What the rules are judged on; `waited_out` is when the attempt was whose cool-down the caller has waited out."""
 
     now: datetime
     attempts: Sequence[Attempt]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime, timedelta
 
-from tokencore.config.market import read_market
+from tokencore.config import market_of_program, read_market
 from tokencore.errors import ConfigurationError, IssuanceLimitError, TokenError, TokenUnavailableError
 from tokencore.sealing import sealed, sealed_class
 from tokencore.stores import open_store
@@ -18,11 +18,9 @@ from tokencore.stores import open_store
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from threading import Thread
 
     from tokencore.attempts import Attempt
     from tokencore.config.market import Market
-    from tokencore.config.settings import Settings
     from tokencore.kis.quotes import Evidence
     from tokencore.renewer import Renewer
     from tokencore.reports.status import MarketStatus
@@ -341,9 +339,8 @@ class BaseTokenManager:
 
     def _read_market(self) -> Market:
         """The market that the file prefix names, with the key and address that the subclass gives."""
-        return read_market(
-            self.get_token_file_prefix().rstrip("_"), self.get_app_credentials(), self.get_api_url().rstrip("/")
-        )
+        name = self.get_token_file_prefix().rstrip("_")
+        return market_of_program(name, self.get_app_credentials(), self.get_api_url().rstrip("/"))
 
     def _reload(self) -> None:
         """A key that was replaced in the settings while the program runs is seen with the next renewal."""
@@ -406,7 +403,12 @@ class TokenManager(BaseTokenManager):
         return f"{self._name}_"
 
     def _read_market(self) -> Market:
-        return read_market(self._name)
+        """The settings' market; a subclass that gives a key or an address of its own is asked for them."""
+        self.market = read_market(self._name)
+        own = type(self)
+        if (own.get_app_credentials, own.get_api_url) == (TokenManager.get_app_credentials, TokenManager.get_api_url):
+            return self.market
+        return super()._read_market()
 
 
 @sealed_class()
@@ -484,4 +486,6 @@ def _warn(error: Exception) -> None:
 
     detail = error if isinstance(error, TokenError) else type(error).__name__  # another error's text may hold anything
     limit = "KIS's limit: " if isinstance(error, IssuanceLimitError) else ""
-    logging.getLogger("tokencore").warning("The renewal ahead failed; the present token still serves. %s%s", limit, detail)
+    logging.getLogger("tokencore").warning(
+        "The renewal ahead failed; the present token still serves. %s%s", limit, detail
+    )

@@ -242,7 +242,7 @@ class Renewer:
                     living = token and token.rejected_at is None and token.expires_at > datetime.now(UTC)
                     self.copies.sync(token if living else None)
 
-    def _renew(  # noqa: PLR0913 - one attempt has that many sides
+    def _renew(
         self,
         intent: Intent,
         serves: Serves,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokencore.config.market import Market
 from tokencore.config.sources import gather
+from tokencore.errors import ConfigurationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +23,23 @@ def read_market(name: str) -> Market:
     except ValueError:
         pass  # Settings have the message; outside, so that no frame with the value is its context
     return _load().market(name)
+
+
+def market_of_program(name: str, credentials: tuple[str, str], base_url: str) -> Market:
+    """The market `name`, configured or not, with the key and the address that a program gives itself.
+
+    Raises:
+        ConfigurationError: a setting cannot be used, or the address or a credential.
+
+    """
+    found = gather()
+    found.markets.add(name.lower())
+    try:
+        return Market(name, found, _load).given(credentials, base_url)
+    except ValueError as error:
+        message = str(error)
+    _load()
+    raise ConfigurationError(f"What get_app_credentials or get_api_url of {name!r} gives {message}.")
 
 
 def _load() -> Settings:

@@ -174,6 +174,20 @@ class Market:
             self._in_keyring = []
         return app_key, str(self._app_secret)
 
+    def given(self, credentials: tuple[str, str], base_url: str) -> Market:
+        """This market, with the key and the address that the program gives instead of the settings.
+
+        Raises:
+            ConfigurationError: the address is one of `.env` or a secrets folder.
+            ValueError: a credential or the address cannot be used.
+
+        """
+        if base_url == self.base_url:
+            self.check_address_for_program()
+        self.app_key, self._app_secret = map(credential, credentials)
+        self.base_url, self._in_keyring = address(base_url), []
+        return self
+
     def check_address_for_program(self) -> None:
         """Refuse an address from `.env` or a secrets folder where the program itself gives the credentials.
 
