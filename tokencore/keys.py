@@ -11,7 +11,7 @@ from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import format_time
 from tokencore.manager import make_renewer
-from tokencore.outlook import CLOCK_SLACK, Plan, RefreshWarning
+from tokencore.outlook import CLOCK_SLACK, PLAN_DAYS, Plan, RefreshWarning
 from tokencore.renewer import FOREIGN_AGE
 from tokencore.stores import open_store
 
@@ -263,7 +263,7 @@ class KeyState(NamedTuple):
         running = {code: found[-1][1] for code, found in needs.items() if found}
         return outlook.preview_refresh(self.now, self.token, self.attempts, running, self.key.market)
 
-    def plan(self, days: int = outlook.PLAN_DAYS) -> Plan:
+    def plan(self, days: int = PLAN_DAYS) -> Plan:
         """The coming `days` of KST, if every renewal succeeds."""
         key, ahead, buffer = self.key, self.outlook, timedelta(seconds=self.key.market.buffer)
         start = outlook.plan_start(self.now)

@@ -11,7 +11,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from tokencore.config import market_of_program, read_market
-from tokencore.errors import ConfigurationError, IssuanceLimitError, TokenError, TokenUnavailableError
+from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
 from tokencore.sealing import sealed, sealed_class
 from tokencore.stores import open_store
 
@@ -239,7 +239,9 @@ class BaseTokenManager:
             TokenError: there is no token and none could be issued, or the system refuses; the token is untouched.
 
         """
-        exports = self._renewer.copies
+        from tokencore.clients.exports import Exports
+
+        exports = Exports(self._sharing(), self._store)
         exports.check(client, folder)
         token = self._serving(None)
         with self._renewer.changing():
@@ -303,7 +305,7 @@ class BaseTokenManager:
         self._fresh_until = time.monotonic() + min(FRESH, left)
 
     def _renew_beside(self, token: Token) -> None:
-        """Try for a successor in a thread of its own; the caller, whose token serves, waits less than a second for it."""
+        """Try for a successor in a thread; the caller, whose token serves, waits less than a second for it."""
         if time.monotonic() < self._next_try:
             return
         self._next_try = time.monotonic() + AHEAD_PAUSE
@@ -485,7 +487,4 @@ def _warn(error: Exception) -> None:
     import logging  # not on the path of a cached token
 
     detail = error if isinstance(error, TokenError) else type(error).__name__  # another error's text may hold anything
-    limit = "KIS's limit: " if isinstance(error, IssuanceLimitError) else ""
-    logging.getLogger("tokencore").warning(
-        "The renewal ahead failed; the present token still serves. %s%s", limit, detail
-    )
+    logging.getLogger("tokencore").warning("The renewal ahead failed; the present token still serves. %s", detail)

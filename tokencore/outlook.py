@@ -1,4 +1,4 @@
-"""What lies ahead of a key: its needs, the next renewal, the plan of the coming days, what a refresh would cost. Pure."""
+"""What lies ahead of a key: its needs, the next renewal, the coming days, what a refresh would bring about. Pure."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def look(
 
 
 def attempt_at(planned: Renewal | None, allowed: datetime | None, market: Market, now: datetime) -> datetime | None:
-    """When a `planned` renewal is tried next, where the limits allow it from `allowed` on; None where a person must act.
+    """When a `planned` renewal is tried next, if the limits allow it from `allowed` on; None where a person must act.
 
     That is the plan's moment or, where it is due, when limits and pauses allow it, a minute from now at the soonest.
     """
@@ -264,7 +264,8 @@ def _issues(now: datetime, token: Token, attempts: Sequence[Attempt]) -> list[da
 def _same(until: datetime, token: Token, now: datetime, market: Market) -> str:
     return (
         f"Nothing would change: KIS returns the present token until {limits.format_time(until)}, six hours after its "
-        f"issue, and the key's next request would have to wait a minute. {limits.what_serves(token, now, market.buffer)}"
+        "issue, and the key's next request would have to wait a minute. "
+        f"{limits.what_serves(token, now, market.buffer)}"
     )
 
 

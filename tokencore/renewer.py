@@ -1,7 +1,7 @@
 """Renewing one key's token: check, lock, check again, ask the limits, record, request, save.
 
-Of all threads, processes and machines that want the token at once one sends a request; the others get its token. The old
-token is never given up before its successor is stored, and no refusal is answered by another request at once.
+Of all threads, processes and machines that want the token at once one sends a request; the others get its token. The
+old token is never given up before its successor is stored, and no refusal is answered by another request at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tokencore.config.market import Market
     from tokencore.kis.codes import Refusal
     from tokencore.kis.gateway import Gateway
-    from tokencore.stores.base import Store
+    from tokencore.stores.base import Fence, Store
 
     Serves = Callable[[Token], bool]
 
@@ -224,7 +224,7 @@ class Renewer:
             )
 
     def sync_copies(self) -> None:
-        """Bring the files of other clients up to date, unless another process holds the lock, who does it; never raises."""
+        """Bring the files of other clients up to date, unless another process that holds the lock does so; never raises."""
         try:
             with self._locked(0):
                 pass
@@ -304,7 +304,8 @@ class Renewer:
         except OSError as error:
             raise self._unwritable(error) from None
         if fence is None:
-            raise IssuanceLimitError("Another machine is asking KIS for this key's token now.", **_MOMENT)
+            busy = "Another machine is asking KIS for this key's token now. Try again in a minute."
+            raise IssuanceLimitError(busy, retry_at=None, cause="minute")
         answer = gateway.issue(lambda: self._store.depart(fence))
         now = datetime.now(UTC)
         if not isinstance(answer, Token):
@@ -315,7 +316,7 @@ class Renewer:
         self._finish(fence, attempt._replace(at=now, outcome=outcome, expires_at=answer.expires_at), answer)
         return answer
 
-    def _finish(self, fence: object, attempt: Attempt, token: Token | None = None) -> None:
+    def _finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
         """A token that was issued reaches its caller even where it cannot be saved."""
         try:
             self._store.finish(fence, attempt, token)
@@ -394,9 +395,6 @@ class Renewer:
 def newer(token: Token, before: Token | None) -> bool:
     """Whether `token` is a living successor of `before`."""
     return token.rejected_at is None and (before is None or token.expires_at > before.expires_at)
-
-
-_MOMENT = {"retry_at": None, "cause": "minute"}
 
 
 def _refused_by_kis(attempts: list[Attempt]) -> bool:

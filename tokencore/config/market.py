@@ -72,28 +72,25 @@ class Market:
         self._app_secret = credential(get(f"{own}APP_SECRET")) or credential(get("KIS_APP_SECRET"))
         self._keyring = text(get("KIS_KEYRING", ""))
         self._in_keyring = _variables_in_keyring(own, found) if self._keyring else []
-        common = environment(get("KIS_ENVIRONMENT", "real"))
-        self.environment = environment(get(f"{own}ENVIRONMENT", common))
-        self.base_url, self._address_origin = self._address(own, found, shared=self.environment == common)
+        self.environment = environment(get(f"{own}ENVIRONMENT", get("KIS_ENVIRONMENT", "real")))
+        self.base_url, self._address_origin = self._address(own, found)
         self.token_dir = folder(get("KIS_TOKEN_DIR", TOKEN_DIR))
         self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)
         self.proactive_window = number(get("KIS_PROACTIVE_WINDOW", PROACTIVE_WINDOW), *SECONDS)
 
-    def _address(self, own: str, found: Found, *, shared: bool) -> tuple[str, str]:
-        """The market's own URL, else the one for all markets of its environment, else the environment's host."""
-        for name in (f"{own}BASE_URL", *(["KIS_BASE_URL"] if shared else [])):
-            if url := found.values.get(name):
-                return self._checked(address(url), name), found.origins[name]
-        return HOSTS[self.environment], ENVIRONMENT
-
-    def _checked(self, url: str, variable: str) -> str:
+    def _address(self, own: str, found: Found) -> tuple[str, str]:
+        """The market's own URL, else the one for all of its environment, else KIS's; and the source that gives it."""
+        name = "KIS_BASE_URL" if found.common_address_serves(own) else f"{own}BASE_URL"
+        if name not in found.values:
+            return HOSTS[self.environment], ENVIRONMENT
+        url = address(found.values[name])
         other = "paper" if self.environment == "real" else "real"
         if _parts(url)[1] == _parts(HOSTS[other])[1]:
             raise ConfigurationError(
-                f"{variable} is the address of the {other} environment, but the market {self.name!r} is set to "
-                f"{self.environment}; set KIS_ENVIRONMENT={other}, or remove {variable}."
+                f"{name} is the address of the {other} environment, but the market {self.name!r} is set to "
+                f"{self.environment}; set KIS_ENVIRONMENT={other}, or remove {name}."
             )
-        return url
+        return url, found.origins[name]
 
     @property
     def settings(self) -> Settings:
@@ -222,12 +219,7 @@ def fingerprint(app_key: str, base_url: str) -> str:
 
 
 def named(name: str) -> str:
-    """`name` in lower case, if files and variables can have it.
-
-    Raises:
-        ValueError: they cannot.
-
-    """
+    """`name` in lower case; ValueError if files and variables cannot have it."""
     lower = name.lower()
     if not lower or len(lower) > LONGEST_NAME or not _NAME_CHARACTERS.issuperset(lower):
         shown = repr(name) if len(name) < KEY_LENGTH else "What was given"  # a key, perhaps, in the wrong place
@@ -236,24 +228,14 @@ def named(name: str) -> str:
 
 
 def text(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
-    """`value`, if it is text.
-
-    Raises:
-        ValueError: it is not.
-
-    """
+    """`value`; ValueError unless it is text."""
     if not isinstance(value, str):
         raise ValueError("must be text")  # noqa: TRY004 - pydantic words ValueError
     return value
 
 
 def credential(value: Any) -> str | None:  # noqa: ANN401 - text, or a type of TOML
-    """An app key or secret without the white space around it; None for nothing.
-
-    Raises:
-        ValueError: it cannot be one; the message does not repeat it.
-
-    """
+    """An app key or secret without the white space around it, None for nothing; ValueError does not repeat it."""
     found = "" if value is None else text(value).strip()
     if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
         raise ValueError("must not have quotes around it; remove them")
@@ -263,12 +245,7 @@ def credential(value: Any) -> str | None:  # noqa: ANN401 - text, or a type of T
 
 
 def environment(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
-    """`real` or `paper`, also by the words that other tools have for it.
-
-    Raises:
-        ValueError: it is neither.
-
-    """
+    """`real` or `paper`, also by the words that other tools have for it; ValueError for others."""
     if isinstance(value, str) and value.lower() in PAPER_WORDS:
         return "paper"
     if value not in tuple(HOSTS):
@@ -277,24 +254,14 @@ def environment(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
 
 
 def address(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
-    """A base URL without a trailing slash, if credentials may be sent there.
-
-    Raises:
-        ValueError: it is not a plain https address, nor one on loopback.
-
-    """
+    """A base URL without a trailing slash; ValueError unless it is plain https, or http on loopback."""
     url = text(value).rstrip("/")
-    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url or len(url) > LONGEST:
-        raise ValueError("must be an address without spaces or other signs that none has")
-    if {"@", "?", "#"} & set(url):
-        raise ValueError("must be a plain address without user, query or fragment")
     scheme, host, port = _parts(url)
-    if not host or not (scheme == "https" or (scheme == "http" and host in _LOOPBACK)):
-        raise ValueError("must start with https:// (http:// only on loopback)")
-    if not _HOST_CHARACTERS.issuperset(host) and host != "::1":
-        raise ValueError("has an invalid host")
-    if port and not (port[1:].isdigit() and len(port) <= len(":65535") and 0 < int(port[1:]) <= HIGHEST_PORT):
-        raise ValueError("has an invalid port")
+    plain = url.isascii() and url.isprintable() and len(url) <= LONGEST and not set(url) & set(" \\@?#")
+    trusted = scheme == "https" or (scheme == "http" and host in _LOOPBACK)
+    numbered = not port or (port[1:].isdigit() and 0 < int(port[1:]) <= HIGHEST_PORT)
+    if not (plain and trusted and numbered and host and (_HOST_CHARACTERS.issuperset(host) or host == "::1")):
+        raise ValueError("must be a plain address such as https://host:9443 (http:// only on loopback)")
     return url
 
 
@@ -307,12 +274,7 @@ def _parts(url: str) -> tuple[str, str, str]:
 
 
 def folder(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
-    """An absolute path from one that is absolute or begins with a `~` that resolves.
-
-    Raises:
-        ValueError: it is neither, so that it would be another folder in each place.
-
-    """
+    """The path, absolute or from a `~` that resolves; ValueError if it would be another one in each folder."""
     path = os.path.expanduser(text(value))
     if not os.path.isabs(path) or "\0" in path:
         raise ValueError("set it to an absolute path, or to one in a home (~) that this machine knows")
@@ -322,12 +284,7 @@ def folder(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
 
 
 def number(value: Any, lowest: float, highest: float, *, whole: bool = False) -> float:  # noqa: ANN401 - text or number
-    """`value` as a number between two others.
-
-    Raises:
-        ValueError: it is none, or not between them; the message names both.
-
-    """
+    """`value` as a number between two others; ValueError names both."""
     try:
         found = float("nan" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):

@@ -238,7 +238,7 @@ class Settings(BaseSettings):
 
     @property
     def origins(self) -> dict[str, str]:
-        """The source of each setting by its variable: `environment`, a file or folder, or the keyring, which is asked."""
+        """The source of each setting: `environment`, a file or folder, or the keyring, which is asked for secrets."""
         own = [f"KIS_MARKETS__{name.upper()}__APP_SECRET" for name in self.found.markets]
         wanted = ["KIS_APP_SECRET", *own] if self.keyring else []
         kept = [name for name in wanted if name not in self.found.origins and self.in_keyring([name])]

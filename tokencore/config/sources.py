@@ -25,8 +25,8 @@ ENVIRONMENT = "environment"
 TRUSTED = (ENVIRONMENT, CONFIG_FILE)  # may give an address for any secret
 SECRETS_DIR = "KIS_SECRETS_DIR"
 FILE_LIMIT = 65_536  # bytes of a file of settings
-SHOWN = 400  # characters of a message that repeat what was given
-SECRET_LENGTH = 20  # characters in a row that no word of a setting has; of a key they would show too much
+SHOWN = 400  # characters that a message repeats of what was given
+SECRET_LENGTH = 20  # characters in a row: no word of a setting has so many, and of a key they would show too much
 _OTHERS = 0o022  # writable by the group, by all
 _LINKS = 40  # in a row; no system follows more
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
@@ -35,12 +35,11 @@ _warned: set[str] = set()  # messages; once a process is enough
 
 
 class Found:
-    """The merged settings: values as text (of config.toml: typed) and their sources, by variable name in upper case."""
+    """The merged settings by variable name in upper case: text, of config.toml also its types, and their sources."""
 
     __slots__ = ("markets", "origins", "values")
 
     def __init__(self) -> None:
-        """Start with nothing."""
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.markets: set[str] = set()  # those that have a setting of their own
@@ -53,6 +52,11 @@ class Found:
                 self.values[name], self.origins[name] = value, origin
                 if name.startswith("KIS_MARKETS__"):
                     self.markets.add(name.split("__")[1].lower())
+
+    def common_address_serves(self, own: str) -> bool:
+        """Whether KIS_BASE_URL is also for the market whose variables begin with `own`: it has the same environment."""
+        common = self.values.get("KIS_ENVIRONMENT", "real")
+        return f"{own}BASE_URL" not in self.values and self.values.get(f"{own}ENVIRONMENT", common) == common
 
     def __repr__(self) -> str:
         return f"Found({sorted(self.origins)})"
@@ -85,7 +89,7 @@ def read_regular(path: str, limit: int = FILE_LIMIT) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not a regular file, or has more than `limit` bytes.
+        ValueError: it is not a regular file of at most `limit` bytes.
 
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: that alone makes some devices act
@@ -96,7 +100,7 @@ def read_regular(path: str, limit: int = FILE_LIMIT) -> bytes:
             raise ValueError("not a regular file")
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"larger than {limit // 1024} KiB")
+        raise ValueError(f"more than {limit} bytes")
     return content
 
 
@@ -110,17 +114,14 @@ def warn(message: str) -> None:
 
 
 def short(text: str, apart: str = " _") -> str:
-    """`text` on one line, without words as long as a key, which may be one in the wrong place.
-
-    Args:
-        text: what was given by the user or the system.
-        apart: the characters between words.
-
-    """
+    """`text` on one line without words (between the characters `apart`) as long as a key: they may be one."""
     import re  # only for a mistake
 
-    line = "".join(sign if sign.isprintable() else "?" for sign in text[:SHOWN])
-    return re.sub(f"[^{apart}]{{{SECRET_LENGTH},}}", "***", line)
+    return re.sub(f"[^{apart}]{{{SECRET_LENGTH},}}", "***", _printable(text[:SHOWN]))
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def trusted_dotenv() -> dict[str, str]:
@@ -139,7 +140,7 @@ def _secrets_dir(found: Found) -> str:
     """The secrets folder that the environment names, or else the config file; `.env` may not."""
     if found.origins.get(SECRETS_DIR) == DOTENV_FILE:
         raise ConfigurationError(
-            f"{SECRETS_DIR} in {DOTENV_FILE} is refused, because a .env may not say where secrets come from; "
+            f"{SECRETS_DIR} in {_place(DOTENV_FILE)} is refused, because a .env may not say where secrets come from; "
             f"set it in the environment, or as secrets_dir in {CONFIG_FILE}."
         )
     folder = str(found.values.get(SECRETS_DIR) or _config().get(SECRETS_DIR, ""))
@@ -165,7 +166,7 @@ def _users(name: str, found: Found) -> list[str]:
     if name != "KIS_BASE_URL":
         return [name.removesuffix("BASE_URL")]
     own = (f"KIS_MARKETS__{market.upper()}__" for market in found.markets)
-    return ["KIS_", *(market for market in own if f"{market}BASE_URL" not in found.values)]
+    return ["KIS_", *filter(found.common_address_serves, own)]
 
 
 def _secret_from(users: str, origins: dict[str, str]) -> str:
@@ -177,13 +178,16 @@ def _secret_from(users: str, origins: dict[str, str]) -> str:
 
 
 def address_refused(name: str, origin: str, what: str, giver: str) -> ConfigurationError:
-    """The error for an address that would send a secret of the source `giver` where the source `origin` says."""
-    place = short(origin, " _/")
+    """The error for an address of the source `origin` that would get a secret of the source `giver`."""
+    place = _place(origin)
     return ConfigurationError(
-        f"{short(name)} in {place} is refused, because it would send there the {what} that "
-        f"{short(giver, ' _/') or 'another source'} gives; set it in the environment or in {CONFIG_FILE} instead, "
-        f"or remove it from {place}."
+        f"{short(name)} in {place} is refused, because it would send there the {what} that {_place(giver)} gives; "
+        f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
     )
+
+
+def _place(origin: str) -> str:
+    return _printable(os.path.abspath(origin)) if origin == DOTENV_FILE else short(origin, " _/")
 
 
 def _dotenv() -> dict[str, str]:
@@ -198,9 +202,9 @@ def _dotenv() -> dict[str, str]:
     except (OSError, ValueError) as error:
         why = _why(error)
     else:
-        warn(f"{short(path, '/')} is ignored, because {why}.")
+        warn(f"{_printable(path)} is ignored, because {why}.")
         return {}
-    raise ConfigurationError(f"{DOTENV_FILE} cannot be read ({why}); fix or remove it.")
+    raise ConfigurationError(f"{_printable(path)} cannot be read ({why}); fix or remove it.")
 
 
 def _pairs(text: str, path: str) -> dict[str, str]:
@@ -211,7 +215,9 @@ def _pairs(text: str, path: str) -> dict[str, str]:
     lines = list(parse_stream(io.StringIO(text)))
     for line in lines:
         if line.error:
-            warn(f"{path}, line {line.original.line}, is not NAME=value, so it is ignored; fix or remove it.")
+            warn(
+                f"{_printable(path)}, line {line.original.line}, is not NAME=value, so it is ignored; fix or remove it."
+            )
     return {line.key: line.value or "" for line in lines if line.key}
 
 
@@ -230,7 +236,7 @@ def _written_by_others(path: str) -> str:
 
 
 def _open_to_others(path: str) -> str:
-    found, shown = os.stat(path), short(path, "/")
+    found, shown = os.stat(path), _printable(path)
     if found.st_uid not in (0, os.geteuid()):
         return f"{shown} belongs to another user; keep your settings in a folder and a file of your own"
     if found.st_mode & stat.S_ISVTX and found.st_mode & _OTHERS:

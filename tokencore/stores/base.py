@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tokencore.attempts import Attempt
     from tokencore.tokens import Token
 
-    Fence = object  # what `begin` gives and `depart` and `finish` take; only the store knows what is in it
+    Fence = Any  # what `begin` gives and `depart` and `finish` take; only the store knows what is in it
 
 
 class Document(Protocol):

@@ -1,7 +1,8 @@
 """A key's token, issuance record and lock as files in the token directory, shared by every process of the machine.
 
-`key-<fingerprint>.json` holds the token; `<market>_api_token.json` is each market's view of it; `key-<fingerprint>.jsonl`
-is the issuance record; `key-<fingerprint>.lock` is locked by the system, so that the lock ends with its holder.
+`key-<fingerprint>.json` holds the token; `<market>_api_token.json` is each market's view of it;
+`key-<fingerprint>.jsonl` is the issuance record; `key-<fingerprint>.lock` is locked by the system, so that the lock
+ends with its holder.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ POLL = 0.02  # seconds between two tries for the lock
 PROMPT = timedelta(seconds=1)  # from the record's line to the request
 VIEW, MARK = "api_token.json", "token_issued_at.dat"
 OURS = ("key-", VIEW, MARK, "_krs_token.dat", "incidents.", "config.toml", "prefect", ".gitignore")
-# Access times that no clock gives: the lock file's modification time is then the last attempt's, as the record could not
-# take it. Each second more than the first is an issue that the record does not know.
+# An access time that no clock gives: the lock file's modification time is then that of the last attempt, which the
+# record could not take. Each second more than the first is an issue that the record does not know.
 UNRECORDED, MANY = 1, 50
 _unsaved: dict[tuple[str, str], Token] = {}  # by path and environment: what could not be saved, for this process only
 
