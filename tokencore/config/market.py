@@ -52,7 +52,7 @@ class Market:
     """
 
     __slots__ = (
-        "_address_origin", "_app_secret", "_in_keyring", "_keyring", "_load", "_settings",
+        "_address_from", "_app_secret", "_in_keyring", "_keyring", "_load", "_settings",
         "app_key", "base_url", "buffer", "environment", "name", "proactive_window", "token_dir",
     )  # fmt: skip
 
@@ -73,24 +73,30 @@ class Market:
         self._keyring = text(get("KIS_KEYRING", ""))
         self._in_keyring = _variables_in_keyring(own, found) if self._keyring else []
         self.environment = environment(get(f"{own}ENVIRONMENT", get("KIS_ENVIRONMENT", "real")))
-        self.base_url, self._address_origin = self._address(own, found)
+        variable = "KIS_BASE_URL" if found.common_address_serves(own) else f"{own}BASE_URL"
+        self.base_url = self._address(variable, found)
+        self._address_from = variable, found.origins.get(variable, ENVIRONMENT)
         self.token_dir = folder(get("KIS_TOKEN_DIR", TOKEN_DIR))
         self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)
         self.proactive_window = number(get("KIS_PROACTIVE_WINDOW", PROACTIVE_WINDOW), *SECONDS)
 
-    def _address(self, own: str, found: Found) -> tuple[str, str]:
-        """The market's own URL, else the one for all of its environment, else KIS's; and the source that gives it."""
-        name = "KIS_BASE_URL" if found.common_address_serves(own) else f"{own}BASE_URL"
+    def _address(self, name: str, found: Found) -> str:
+        """The URL that the variable `name` gives, else KIS's own.
+
+        Raises:
+            ConfigurationError: it is the other environment's.
+            ValueError: it cannot be used.
+
+        """
         if name not in found.values:
-            return HOSTS[self.environment], ENVIRONMENT
-        url = address(found.values[name])
-        other = "paper" if self.environment == "real" else "real"
+            return HOSTS[self.environment]
+        url, other = address(found.values[name]), "paper" if self.environment == "real" else "real"
         if _parts(url)[1] == _parts(HOSTS[other])[1]:
             raise ConfigurationError(
                 f"{name} is the address of the {other} environment, but the market {self.name!r} is set to "
                 f"{self.environment}; set KIS_ENVIRONMENT={other}, or remove {name}."
             )
-        return url, found.origins[name]
+        return url
 
     @property
     def settings(self) -> Settings:
@@ -179,21 +185,12 @@ class Market:
             ValueError: a credential or the address cannot be used.
 
         """
-        if base_url == self.base_url:
-            self.check_address_for_program()
+        variable, origin = self._address_from
+        if base_url == self.base_url and origin not in TRUSTED:
+            raise address_refused(variable, origin, "app secret", "this program")
         self.app_key, self._app_secret = map(credential, credentials)
         self.base_url, self._in_keyring = address(base_url), []
         return self
-
-    def check_address_for_program(self) -> None:
-        """Refuse an address from `.env` or a secrets folder where the program itself gives the credentials.
-
-        Raises:
-            ConfigurationError: the market's address is one.
-
-        """
-        if self._address_origin not in TRUSTED:
-            raise address_refused("BASE_URL", self._address_origin, "app secret", "this program")
 
     def _missing(self, field: str, more: str = "") -> ConfigurationError:
         return ConfigurationError(

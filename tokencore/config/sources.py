@@ -40,6 +40,7 @@ class Found:
     __slots__ = ("markets", "origins", "values")
 
     def __init__(self) -> None:
+        """Start with nothing."""
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.markets: set[str] = set()  # those that have a setting of their own
