@@ -1,0 +1,336 @@
+"""Sessions and needs of the exchanges that KIS trades, against known days and against `exchange_calendars`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import UTC, date, datetime, time, timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokencore.calendars.sessions import (
+    EXCHANGES,
+    Override,
+    Session,
+    certain_until,
+    closure,
+    exchange,
+    is_session,
+    need,
+    needs,
+    next_open,
+    session,
+    session_close,
+    session_open,
+)
+from tokencore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DAY = timedelta(days=1)
+FIRST, LAST = date(2016, 1, 4), date(2026, 11, 20)  # fixed: an answer about the past must not change with today
+
+
+def utc(text: str) -> datetime:
+    """An aware time from ISO text without offset, read as UTC."""
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+def days(first: date, last: date) -> Iterator[date]:
+    """Every day from the first to the last."""
+    return (first + n * DAY for n in range((last - first).days + 1))
+
+
+def local_hours(code: str, day: date, override: Override = Override()) -> str:  # noqa: B008 - immutable
+    """The session's hours as people at the exchange would write them; `closed` on a closed day."""
+    found = session(code, day, {code: override})
+    zone = ZoneInfo(exchange(code).zone)
+    return "-".join(f"{edge.astimezone(zone):%H:%M}" for edge in found) if found else "closed"
+
+
+HOURS = {  # the exchange's own hours on days that are known from the world
+    "KRX": "2016-01-04 10:00-15:00, 2016-07-29 09:00-15:00, 2016-08-01 09:00-15:30, 2017-11-16 10:00-16:30,"
+    "2017-11-23 10:00-16:30, 2020-12-03 10:00-16:30, 2022-12-30 closed, 2025-12-31 closed, 2026-01-01 closed,"
+    "2026-01-02 10:00-15:30, 2026-01-05 09:00-15:30, 2026-02-16 closed, 2026-02-18 closed, 2026-06-03 closed,"
+    "2026-07-17 closed, 2026-11-19 10:00-16:30, 2026-11-20 09:00-15:30, 2027-01-04 10:00-15:30,"
+    "2028-11-16 09:00-16:30",  # a guessed CSAT day covers both hours
+    "NXT": "2025-02-28 closed, 2025-03-04 08:00-20:00, 2025-12-31 closed, 2026-01-02 10:00-20:00,"
+    "2026-11-19 10:00-20:00, 2026-11-20 08:00-20:00",
+    "NASD": "2018-12-05 closed, 2026-11-20 09:30-16:00, 2026-12-24 09:30-13:00",
+    "NYSE": "2021-12-31 09:30-16:00, 2026-07-02 09:30-16:00, 2026-07-03 closed, 2026-11-20 09:30-16:00,"
+    "2026-11-26 closed, 2026-11-27 09:30-13:00",
+    "AMEX": "2025-01-09 closed, 2025-07-03 09:30-13:00, 2026-11-20 09:30-16:00",
+    "SEHK": "2023-09-08 closed, 2025-12-31 09:30-12:00, 2026-02-16 09:30-12:00, 2026-02-17 closed,"
+    "2026-02-19 closed, 2026-11-20 09:30-16:00, 2026-12-24 09:30-12:00",
+    "SHAA": "2026-02-16 closed, 2026-02-23 closed, 2026-10-10 closed, 2026-11-20 09:30-15:00",  # a Saturday of work
+    "SZAA": "2026-02-16 closed, 2026-02-23 closed, 2026-11-20 09:30-15:00",
+    "TKSE": "2024-11-01 09:00-15:00, 2024-11-05 09:00-15:30, 2025-12-31 closed, 2026-01-02 closed,"
+    "2026-02-17 09:00-15:30",
+    "VNSE": "2026-02-16 closed, 2026-02-20 closed, 2026-11-20 09:00-15:00",
+    "HASE": "2026-08-31 closed, 2026-09-02 closed, 2026-11-20 09:00-15:00",
+}
+
+
+@pytest.mark.parametrize("code", EXCHANGES)
+def test_hours_of_known_days(code: str) -> None:
+    """A session has the hours that the exchange really kept on that day, and none on its closed days."""
+    known = dict(row.split() for row in HOURS[code].split(","))
+    found = {day: local_hours(code, date.fromisoformat(day)) for day in known}
+    assert found == known
+
+
+def test_a_closed_day_has_nothing_of_a_session() -> None:
+    """On a closed day there is a reason, and neither open nor close nor need; on an open one it is the reverse."""
+    for day, opened in ((date(2026, 11, 26), False), (date(2026, 11, 25), True)):
+        facts = session("NYSE", day), session_open("NYSE", day), session_close("NYSE", day), need("NYSE", day)
+        assert [fact is not None for fact in facts] == [opened] * 4
+        assert is_session("NYSE", day) is (closure("NYSE", day) is None) is opened
+
+
+def test_a_vietnamese_year_has_the_days_off_that_its_exchange_announced() -> None:
+    """The country's calendar gives the closures of the Ho Chi Minh exchange's notice for 2025."""
+    year = days(date(2025, 1, 1), date(2025, 12, 31))
+    assert [f"{day:%m-%d}" for day in year if day.weekday() < 5 and not is_session("HSX", day)] == [
+        *("01-01", "01-27", "01-28", "01-29", "01-30", "01-31"),
+        *("04-07", "04-30", "05-01", "05-02", "09-01", "09-02"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "day", "reason"),
+    [
+        ("SEHK", date(2025, 10, 29), "Chung Yeung Festival"),
+        ("KRX", date(2026, 12, 31), "End of Year Holiday"),
+        ("TKSE", date(2026, 11, 22), "weekend"),
+        ("NXT", date(2025, 2, 28), "Nextrade trades since 2025-03-04"),
+    ],
+)
+def test_a_closure_is_given_in_words(code: str, day: date, reason: str) -> None:
+    """A closed day has a reason that a person understands, in the English of the place."""
+    assert closure(code, day) == reason
+
+
+@pytest.mark.parametrize("opens", ["2026-03-06T14:30", "2026-03-09T13:30", "2026-10-30T13:30", "2026-11-02T14:30"])
+def test_new_york_opens_follow_daylight_saving(opens: str) -> None:
+    """The open in New York moves by an hour in UTC over each change of the clocks."""
+    day = utc(opens).date()
+    assert session("NYSE", day) == (utc(opens), utc(opens) + timedelta(hours=6, minutes=30))
+
+
+def test_the_known_horizon_is_the_last_year_that_was_announced() -> None:
+    """No exchange's closures are called certain beyond the notices in the package, whatever the law computes."""
+    horizon = {certain_until(code) for code in EXCHANGES}
+    assert len(horizon) == 1
+    end = horizon.pop()
+    assert date(2026, 12, 31) <= end <= date(datetime.now(UTC).year + 1, 12, 31)
+    assert not is_session("SHAA", date(end.year, 10, 2))
+    with pytest.raises(ConfigurationError):
+        certain_until("LSE")
+
+
+def test_after_the_horizon_only_guesses_are_dropped() -> None:
+    """China's weekdays all count as open until its next notice; what the law of others says still counts."""
+    later = certain_until("SHAA").year + 1
+    weekdays = [day for day in days(date(later, 1, 1), date(later, 12, 31)) if day.weekday() < 5]
+    assert all(is_session("SHAA", day) and is_session("SZAA", day) for day in weekdays)
+    assert all(sum(not is_session(code, day) for day in weekdays) > 5 for code in ("KRX", "NYSE", "SEHK", "TKSE"))
+
+
+def test_overrides_close_and_open_days_of_their_exchange() -> None:
+    """A day that the settings close is closed there alone; hours from the settings open even a day closed twice."""
+    thursday, sunday = date(2026, 11, 19), date(2026, 11, 22)
+    overrides = {"SEHK": Override(closed=frozenset({thursday}))}
+    assert closure("HKS", thursday, overrides) == "closed by your settings"
+    assert is_session("SHAA", thursday, overrides)
+    hours = dict.fromkeys((thursday, sunday), (time(11), time(17, 15)))
+    overrides = {"KRX": Override(frozenset(hours), hours, extended=True)}
+    for day in hours:
+        assert session("KRX", day, overrides) == Session(utc(f"{day}T02:00"), utc(f"{day}T08:15"))
+        assert need("KRX", day, overrides) == (utc(f"{day}T01:30"), utc(f"{day}T09:15"))
+
+
+@pytest.mark.parametrize(
+    ("code", "day", "hours"),
+    [
+        pytest.param("KRX", "2026-09-11", "09:00-15:30", id="no after-market before it existed"),
+        pytest.param("KRX", "2026-09-14", "09:00-20:00", id="KRX's after-market"),
+        pytest.param("KRX", "2026-11-19", "10:00-20:00", id="KRX's after-market on CSAT day"),
+        pytest.param("NASD", "2026-11-25", "04:00-20:00", id="pre- and after-market in New York"),
+        pytest.param("NASD", "2026-11-27", "04:00-17:00", id="a half day's after-market"),
+        pytest.param("SEHK", "2026-11-25", "09:30-16:00", id="nothing to extend in Hong Kong"),
+    ],
+)
+def test_extended_hours_count_where_asked_for(code: str, day: str, hours: str) -> None:
+    """Extended hours widen the session only with the override that asks for them."""
+    assert local_hours(code, date.fromisoformat(day), Override(extended=True)) == hours
+
+
+@pytest.mark.parametrize(
+    ("code", "override", "begins", "ends"),
+    [
+        pytest.param("KRX", Override(), "19T23:30", "20T07:30", id="KRX pads an hour"),
+        pytest.param("KRX", Override(extended=True), "19T23:30", "20T11:10", id="extended has the evening's pad"),
+        pytest.param("NXT", Override(), "19T22:30", "20T11:10", id="NXT has the evening's pad"),
+        pytest.param("SEHK", Override(), "20T01:00", "20T08:10", id="SEHK pads 10 min"),
+        pytest.param("NYSE", Override(), "20T14:00", "20T21:00", id="NYSE has no pad"),
+    ],
+)
+def test_a_need_reaches_from_before_the_open_to_the_pad(code: str, override: Override, begins: str, ends: str) -> None:
+    """A need is the session with 30 minutes before it and the exchange's pad after it."""
+    found = need(code, date(2026, 11, 20), {code: override})
+    assert found == (utc(f"2026-11-{begins}"), utc(f"2026-11-{ends}"))
+
+
+def test_needs_merge_where_they_overlap_or_touch() -> None:
+    """Needs without a second between them become one; those apart stay apart."""
+    start, end = utc("2026-11-19T20:00"), utc("2026-11-20T20:00")
+    american = (utc("2026-11-19T14:00"), utc("2026-11-19T21:00")), (utc("2026-11-20T14:00"), utc("2026-11-20T21:00"))
+    asian = utc("2026-11-19T23:30"), utc("2026-11-20T08:10")
+    assert needs(["KRX", "TKSE", "SEHK", "NYSE"], start, end) == [american[0], asian, american[1]]
+    touching = {"TKSE": Override(hours={date(2026, 11, 20): (time(17), time(18))})}  # its need starts as KRX's ends
+    assert needs(["KRX", "TKSE"], start, end, touching) == [(asian[0], utc("2026-11-20T09:00"))]
+
+
+def test_needs_take_what_overlaps_and_nothing_that_only_touches_the_range() -> None:
+    """The range is half open: a need that ends at its start or starts at its end is outside."""
+    begins, ends = utc("2026-11-19T23:30"), utc("2026-11-20T07:30")
+    second = timedelta(seconds=1)
+    assert needs(["KRX"], ends, ends + 3 * second) == needs(["KRX"], begins - second, begins) == []
+    assert needs(["KRX"], ends - second, ends) == needs(["KRX"], begins, begins + second) == [(begins, ends)]
+
+
+def test_needs_reach_over_midnight() -> None:
+    """Lead and pad that lie on another day than the session are found from that day."""
+    overrides = {"KRX": Override(hours={date(2026, 11, 20): (time(0, 10), time(23, 30))})}
+    whole = [(utc("2026-11-19T14:40"), utc("2026-11-20T15:30"))]
+    assert needs(["KRX"], utc("2026-11-19T14:45"), utc("2026-11-19T14:50"), overrides) == whole
+    assert needs(["KRX"], utc("2026-11-20T15:20"), utc("2026-11-20T15:25"), overrides) == whole
+
+
+@pytest.mark.parametrize(
+    ("code", "now", "expected"),
+    [
+        pytest.param("KRX", "2026-11-20T00:00", "2026-11-23T00:00", id="an open is not its own next"),
+        pytest.param("KRX", "2026-11-19T23:59", "2026-11-20T00:00", id="a minute before the open"),
+        pytest.param("NYSE", "2026-11-25T22:00", "2026-11-27T14:30", id="over Thanksgiving"),
+        pytest.param("KRX", "2026-12-30T12:00", "2027-01-04T01:00", id="over the year's end"),
+        pytest.param("NXT", "2024-06-01T00:00", "2025-03-03T23:00", id="before the exchange existed"),
+    ],
+)
+def test_next_open_is_the_first_after_now(code: str, now: str, expected: str) -> None:
+    """The next open lies strictly after now and skips closed days."""
+    assert next_open(code, utc(now)) == utc(expected)
+
+
+def test_times_without_a_zone_are_refused() -> None:
+    """A naive time is an error, not a guess by the machine's zone."""
+    naive = datetime(2026, 11, 20, 9)  # noqa: DTZ001 - the point of the test
+    with pytest.raises(TypeError):
+        next_open("KRX", naive)
+    with pytest.raises(TypeError):
+        needs(["KRX"], naive, naive + DAY)
+
+
+def test_exchanges_answer_to_all_their_names() -> None:
+    """Order code, quote code, MIC and alias mean the same exchange in any case of letters; others list the codes."""
+    names = "KRX krx XKRX, NXT nxt, NASD NAS XNAS NASDAQ Nasdaq, NYSE NYS XNYS, AMEX AMS XASE, SEHK HKS XHKG"
+    names += ", SHAA SHS XSHG, SZAA SZS XSHE, TKSE TSE XTKS, VNSE HSX XSTC, HASE HNX XHNX"
+    rows = [row.split() for row in names.split(",")]
+    assert [row[0] for row in rows] == list(EXCHANGES)
+    assert all(exchange(f" {name} ") is EXCHANGES[row[0]] for row in rows for name in row)
+    with pytest.raises(ConfigurationError, match="'LSE'") as caught:
+        exchange("LSE")
+    assert all(code in str(caught.value) for code in EXCHANGES)
+
+
+@given(
+    codes=st.lists(st.sampled_from(sorted(EXCHANGES)), max_size=5),
+    start=st.datetimes(
+        datetime(2016, 1, 1),  # noqa: DTZ001 - hypothesis adds the zone
+        datetime(2027, 12, 1),  # noqa: DTZ001
+        timezones=st.timezones(),
+    ),
+    length=st.timedeltas(timedelta(0), 20 * DAY),
+    override=st.builds(Override, extended=st.booleans()),
+)
+def test_needs_are_sorted_disjoint_aware_and_complete(
+    codes: list[str], start: datetime, length: timedelta, override: Override
+) -> None:
+    """Merged needs are in order, apart and in UTC, and are just the union of the single needs."""
+    end = start + length
+    overrides = dict.fromkeys(EXCHANGES, override)
+    found = needs(codes, start, end, overrides)
+    edges = [edge for interval in found for edge in interval]
+    assert all(earlier < later for earlier, later in pairwise(edges))
+    assert all(edge.tzinfo is UTC for edge in edges)
+    around = days(start.date() - 3 * DAY, start.date() + (length.days + 4) * DAY)
+    single = [one for day in around for code in codes if (one := need(code, day, overrides))]
+    touched = [one for one in single if one[0] < end and one[1] > start]
+    assert all(any(a <= one[0] and one[1] <= b for a, b in found) for one in touched)
+    assert set(edges) <= {edge for one in touched for edge in one}
+
+
+def test_the_zone_of_the_machine_changes_nothing() -> None:
+    """The same needs and opens come out under any TZ."""
+    program = (
+        "from datetime import UTC, datetime as d, timedelta as t\n"
+        "from tokencore.calendars.sessions import *\n"
+        "now = d(2026, 3, 5, 23, 59, tzinfo=UTC)\n"
+        "print(needs(EXCHANGES, now, now + t(20)), [next_open(c, now) for c in EXCHANGES])"
+    )
+    answers = {
+        subprocess.check_output([sys.executable, "-c", program], env={**os.environ, "TZ": zone}, text=True)
+        for zone in ("UTC", "America/New_York", "Pacific/Kiritimati")
+    }
+    assert len(answers) == 1
+    assert "datetime.datetime(2026, 3, 6, 0, 0" in answers.pop()
+
+
+def test_importing_sessions_loads_no_heavy_package() -> None:
+    """The calendar package is loaded by the first question, not by the import."""
+    program = "import sys, tokencore.calendars.sessions; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert "tokencore.calendars.sessions" in loaded
+    assert not {"holidays", "pydantic", "requests", "filelock"} & set(loaded)
+
+
+# Vietnam and Nextrade are missing in `exchange_calendars`; Nasdaq, NYSE American and Shenzhen keep a neighbour's days.
+THEIR_NAMES = {"KRX": "XKRX", "NASD": "XNYS", "NYSE": "XNYS", "AMEX": "XNYS"}
+THEIR_NAMES |= {"SEHK": "XHKG", "SHAA": "XSHG", "SZAA": "XSHG", "TKSE": "XTKS"}
+DIFFERENCES = {  # exchange and day: our hours, theirs
+    # They have no CSAT days after 2020; KRX traded from 10:00 to 16:30.
+    **{
+        ("KRX", day): ("10:00-16:30", "09:00-15:30")
+        for day in ("2021-11-18", "2022-11-17", "2023-11-16", "2024-11-14", "2025-11-13", "2026-11-19")
+    },
+    ("KRX", "2026-06-03"): ("closed", "09:00-15:30"),  # local elections
+    ("KRX", "2026-07-17"): ("closed", "09:00-15:30"),  # Constitution Day, a holiday again since 2026
+    ("SEHK", "2023-09-01"): ("closed", "09:30-16:00"),  # typhoon Saola: no trading at all
+    ("SEHK", "2023-09-08"): ("closed", "09:30-16:00"),  # black rainstorm, the same
+    ("TKSE", "2020-10-01"): ("09:00-15:00", "closed"),  # a session that opened to a broken system
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pandas, about itself
+def test_every_difference_from_a_second_opinion_is_listed_with_its_reason() -> None:
+    """Since 2016 sessions, opens and closes are those of `exchange_calendars`, except on the listed days."""
+    import exchange_calendars  # takes seconds, for this test alone
+
+    found = {}
+    calendars = {name: exchange_calendars.get_calendar(name, start=FIRST, end=LAST) for name in THEIR_NAMES.values()}
+    for code, name in THEIR_NAMES.items():
+        calendar, zone = calendars[name], EXCHANGES[code].zone
+        opens, closes = (edge.dt.tz_convert(zone).dt.strftime("%H:%M") for edge in (calendar.opens, calendar.closes))
+        theirs = {day.date(): f"{opens[day]}-{closes[day]}" for day in calendar.sessions}
+        assert len(theirs) > 2600
+        for day in days(FIRST, LAST):
+            if (pair := (local_hours(code, day), theirs.get(day, "closed"))) != (pair[1], pair[1]):
+                found[code, str(day)] = pair
+    assert found == DIFFERENCES
