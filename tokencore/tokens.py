@@ -21,7 +21,7 @@ TOKEN_NAMES = ("access_token", "token", "kis_access_token", "authorization", "ac
 KST_NAMES = ("access_token_token_expired", "expired_at", "token_expired")
 LOCAL_NAMES = ("expires_at", "valid_date", "expires_datetime")
 OTHER_NAMES = ("expiration", "expires", "expire", "expiry", "timestamp", "kis_token_expires_at", "expires_on")
-ISSUE_NAMES = ("issued_at", "created_at", "cached_at")
+ISSUE_NAMES = ("issued_at", "created_at", "cached_at")  # the first one that is there counts
 
 
 class Token:
@@ -132,7 +132,8 @@ def from_text(text: str) -> tuple[Token, dict[str, Any]]:
         raise ValueError("no access_token")  # noqa: TRY004 - one error for all that is wrong with a file
     access_token = access_token.removeprefix("Bearer ").strip()
     claims = jwt_claims(access_token)
-    issues = [at for name in ISSUE_NAMES for at in _time(content.get(name))] + [*_time(claims.get("iat"))]
+    issued = next((content[name] for name in ISSUE_NAMES if content.get(name)), None)
+    issues = [*_time(issued), *_time(claims.get("iat"))]
     expiries = [*_expiries(content), *_time(claims.get("exp"))]
     if not expiries:
         raise ValueError("no expiry")

@@ -1,0 +1,121 @@
+"""Values for tests: tokens, JWTs, answers and markets, with secrets that are easy to find."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import signal
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, quote_plus
+
+from tokencore.config.market import HOSTS, Market
+from tokencore.config.sources import Found
+from tokencore.tokens import Token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KEY = "PSCanaryKey" + "k" * 25
+SECRET = "CanarySecret/" + "s" * 160 + "+Canary="
+CANARIES = ("Canary", "eyJ")  # what no message, repr or record may contain: of the credentials, of a JWT
+DAY = timedelta(hours=24)
+NOW = datetime(2026, 11, 23, 8, 15, tzinfo=UTC)  # for what takes `now`; a Monday, 17:15 KST
+
+
+def forms(text: str) -> set[bytes]:
+    """The text as bytes, as it is and in every dress in which a log, file or database may have it.
+
+    In base64 it looks different at each of three places; of these only what its neighbours do not change.
+    """
+    raw = text.encode()
+    dresses = {raw, text.encode("utf-16-le"), raw.hex().encode(), quote(text).encode(), quote_plus(text).encode()}
+    dresses |= {json.dumps(text)[1:-1].encode(), json.dumps(text).replace("/", "\\/")[1:-1].encode()}
+    dresses |= {html.escape(text).encode(), repr(text)[1:-1].encode()}
+    for before in range(3):
+        whole = len(raw) - (len(raw) + before) % 3
+        packed = base64.b64encode(b"\0" * before + raw[:whole])[4 * (before > 0) :]
+        dresses |= {packed, packed.replace(b"+", b"-").replace(b"/", b"_")}
+    return dresses
+
+
+def make_jwt(key: str = KEY, *, life: float = 86_400, issued: datetime | None = None, **claims: object) -> str:
+    """A three-part JWT of `key` as KIS makes them, issued now for `life` seconds; a claim of None is left out."""
+    iat = int((issued or datetime.now(UTC)).timestamp())
+    body = {"iss": "unogw", "iat": iat, "exp": iat + int(life), "jti": key, **claims}
+    present = {name: value for name, value in body.items() if value is not None}
+    parts = ({"typ": "JWT", "alg": "HS512"}, present)
+    return ".".join([*(_base64url(json.dumps(part).encode()) for part in parts), _base64url(b"signature" * 7)])
+
+
+def make_token(
+    life: float = 86_400,
+    *,
+    age: float = 0,
+    now: datetime | None = None,
+    text: str | None = None,
+    rejected: bool = False,
+) -> Token:
+    """A token that was issued `age` seconds before `now` (the present) to live `life` seconds."""
+    now = now or datetime.now(UTC)
+    issued = now - timedelta(seconds=age)
+    text = text or make_jwt(life=life, issued=issued)
+    return Token(text, issued + timedelta(seconds=life), issued, rejected_at=now if rejected else None)
+
+
+def make_answer(life: float = 86_400, *, now: datetime | None = None) -> dict[str, object]:
+    """What tokenP answers at `now` (the present): a token of `life` seconds, its expiry told three times."""
+    now = (now or datetime.now(UTC)).replace(microsecond=0)
+    expiry = now + timedelta(seconds=life, hours=9)
+    return {
+        "access_token": make_jwt(life=life, issued=now),
+        "access_token_token_expired": f"{expiry:%Y-%m-%d %H:%M:%S}",
+        "token_type": "Bearer",
+        "expires_in": int(life),
+    }
+
+
+def make_market(name: str = "us", /, **numbers: float) -> Market:
+    """A market of the key `KEY` in the real environment; `numbers` are fields of the settings, such as `buffer`."""
+    found = Found()
+    found.add("environment", {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET})
+    found.add("environment", {f"KIS_{field.upper()}": str(value) for field, value in numbers.items()})
+    found.markets.add(name)
+    defaults = {"issue_interval": 60.0, "timeout": 10.0, "max_issues_per_day": 2, "markets": {}, "overrides": {}}
+    settings: Any = SimpleNamespace(**{**defaults, **numbers})
+    return Market(name, found, lambda: settings)
+
+
+def make_url() -> str:
+    """The base URL of the real environment."""
+    return HOSTS["real"]
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Start `work` in a forked process and return its id; it ends with 0, or 1 if `work` raised."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+    except BaseException:  # noqa: BLE001 - the child must not run the parent's tests on
+        os._exit(1)
+    os._exit(0)
+
+
+def ended(child: int) -> int:
+    """Wait for a process of `in_child`; its exit code, or the negative number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed(child: int) -> None:
+    """Kill a process of `in_child` as `kill -9` does, and wait for its end."""
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def _base64url(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()

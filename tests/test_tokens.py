@@ -1,0 +1,283 @@
+"""The token as a value: when it ends, whose file it came from, and that it shows itself to nobody."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from builders import CANARIES, DAY, KEY, NOW, make_answer, make_jwt, make_token
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokencore.tokens import Token, as_answer, from_answer, from_text, jwt_claims, to_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HOUR = timedelta(hours=1)
+PLAIN = "opaque-token-of-another-format"
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Lets a test set this machine's zone through `TZ` and `time.tzset`; it is put back afterwards."""
+    with monkeypatch.context() as patch:
+        yield patch
+    time.tzset()
+
+
+def from_content(content: dict[str, Any]) -> Token:
+    """The token in a file with these fields."""
+    return from_text(json.dumps(content, default=str))[0]
+
+
+def kst(at: datetime) -> str:
+    """A time as KIS's text tells it."""
+    return f"{at.astimezone(UTC) + 9 * HOUR:%Y-%m-%d %H:%M:%S}"
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(-100_000, 10_000_000)), min_size=3, max_size=3))
+def test_the_expiry_is_the_earliest_of_all_that_kis_says(told: list[int | None]) -> None:
+    """Text in KST, the JWT's `exp` and `expires_in` each win when they are earliest; a missing one is no matter."""
+    text, claim, lifetime = told
+    answer: dict[str, object] = {"access_token": make_jwt(issued=NOW, exp=None), "token_type": "Bearer"}
+    if text is not None:
+        answer["access_token_token_expired"] = kst(NOW + timedelta(seconds=text))
+    if claim is not None:
+        answer["access_token"] = make_jwt(issued=NOW, exp=int(NOW.timestamp()) + claim)
+    if lifetime is not None:
+        answer["expires_in"] = lifetime
+    known = [seconds for seconds in told if seconds is not None]
+    if not known:
+        with pytest.raises(ValueError, match="no readable expiry"):
+            from_answer(answer, NOW)
+        return
+    assert from_answer(answer, NOW).expires_at == NOW + timedelta(seconds=min(known))
+
+
+def test_the_answer_of_kis_is_read_whole() -> None:
+    """A usual answer gives the token's text, its issue from `iat` and its expiry, all aware UTC."""
+    token = from_answer(make_answer(now=NOW), NOW + timedelta(seconds=3))
+    assert (token.issued_at, token.expires_at, token.token_type) == (NOW, NOW + DAY, "Bearer")
+    assert token.expires_at.tzinfo is UTC
+
+
+def test_a_repeated_token_tells_its_own_issue_and_expiry() -> None:
+    """KIS's token of five hours ago is not taken for a new one, though `expires_in` says a day again."""
+    answer = make_answer(now=NOW - 5 * HOUR)
+    token = from_answer(answer, NOW)
+    assert (token.issued_at, token.expires_at) == (NOW - 5 * HOUR, NOW + 19 * HOUR)
+
+
+def test_a_life_of_three_months_is_believed() -> None:
+    """Partner corporates' tokens last 90 days; no 24 hours are assumed anywhere."""
+    assert from_answer(make_answer(90 * 86_400, now=NOW), NOW).expires_at == NOW + 90 * DAY
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "seconds"),
+    [("86400", 86_400), (" 3600 ", 3600), (3600.5, 3600.5), (0, 0), (-5, -5)],
+)
+def test_expires_in_may_be_a_number_or_digits(lifetime: object, seconds: float) -> None:
+    """The time of receipt and `expires_in` give the expiry, also of a token that is no JWT."""
+    token = from_answer({"access_token": PLAIN, "expires_in": lifetime}, NOW)
+    assert token.expires_at == NOW + timedelta(seconds=seconds)
+    assert token.issued_at == NOW
+
+
+@pytest.mark.parametrize("lifetime", [True, None, "", "soon", math.nan, math.inf, 1e300, 10**400, "9" * 50, [86_400]])
+@pytest.mark.parametrize("text", [None, "", "tomorrow", "2026-13-01 00:00:00", "9999-12-31 23:59:59", 5])
+def test_an_expiry_that_cannot_be_one_counts_for_nothing(lifetime: object, text: object) -> None:
+    """Neither a damaged lifetime nor a damaged text is taken for an expiry."""
+    answer = {"access_token": PLAIN, "expires_in": lifetime, "access_token_token_expired": text}
+    with pytest.raises(ValueError, match="no readable expiry"):
+        from_answer(answer, NOW)
+
+
+@pytest.mark.parametrize("text", [None, "", 5, "two words", "line\nbreak", "토큰", "\x7f", "x" * 5000])
+def test_what_cannot_stand_in_a_header_is_no_token(text: object) -> None:
+    """A text that would break or forge a header never becomes a token, and is not repeated in the error."""
+    with pytest.raises(ValueError, match="access_token") as caught:
+        from_answer({**make_answer(now=NOW), "access_token": text}, NOW)
+    assert not text or str(text) not in str(caught.value)
+
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+    max_leaves=5,
+)
+FIELDS = ("access_token", "expires_at", "cached_at", "created_at", "issued_at", "expires_in", "rejected_at")
+TEXTS = st.sampled_from(
+    [PLAIN, make_jwt(), make_jwt(exp=1e300, iat="x"), "a.b.c", "a.!!.c", "a.W10.c", "0001-01-01", "2026-02-30T00:00"],
+)
+
+
+@given(st.dictionaries(st.sampled_from([*FIELDS, "access_token_token_expired"]), st.one_of(JSON, TEXTS)))
+def test_no_content_breaks_the_reading(content: dict[str, Any]) -> None:
+    """Whatever stands in a file or an answer, it is a token with aware times, or a `ValueError`."""
+    for from_file in (True, False):
+        try:
+            token = from_content(content) if from_file else from_answer(content, NOW)
+        except ValueError:
+            continue
+        assert token.expires_at.utcoffset() == timedelta(0)
+        assert token.issued_at is None or token.issued_at.utcoffset() == timedelta(0)
+        token.same_until()
+
+
+@given(
+    st.datetimes(datetime(2020, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001 - hypothesis wants it
+    st.integers(1, 10**7),
+    st.booleans(),
+)
+def test_a_token_file_gives_back_what_was_saved(issued: datetime, life: int, rejected: bool) -> None:  # noqa: FBT001
+    """Text, expiry, issue and rejection survive the file to the microsecond."""
+    saved = Token(PLAIN, issued + timedelta(seconds=life), issued, rejected_at=issued if rejected else None)
+    found, content = from_text(to_cache(saved, now=NOW, environment="paper", key_fingerprint="ab"))
+    for field in ("access_token", "expires_at", "issued_at", "rejected_at", "token_type"):
+        assert getattr(found, field) == getattr(saved, field)
+    assert found.cached_at == NOW
+    assert (content["environment"], content["key_fingerprint"]) == ("paper", "ab")
+
+
+@pytest.mark.parametrize("machine", ["Asia/Seoul", "UTC", "America/New_York"])
+def test_naive_times_of_earlier_tools_are_this_machines(machine: str, zone: pytest.MonkeyPatch) -> None:
+    """`{"access_token", "expires_at", "cached_at"}` with naive local times is read in the zone it was written in."""
+    zone.setenv("TZ", machine)
+    time.tzset()
+    local = NOW.astimezone().replace(tzinfo=None)
+    found = from_content(
+        {"access_token": PLAIN, "expires_at": (local + DAY).isoformat(), "cached_at": local.isoformat()},
+    )
+    assert (found.issued_at, found.cached_at) == (NOW, NOW)
+    assert abs(found.expires_at - NOW - DAY) < timedelta(seconds=1)
+
+
+def test_a_jwt_bounds_a_naive_time_from_another_zone(zone: pytest.MonkeyPatch) -> None:
+    """A file that was written in Seoul and is read in New York does not keep its token 14 hours too long."""
+    zone.setenv("TZ", "America/New_York")
+    time.tzset()
+    written = (NOW + DAY + 9 * HOUR).replace(tzinfo=None)
+    found = from_content({"access_token": make_jwt(issued=NOW), "expires_at": written.isoformat()})
+    assert found.expires_at == NOW + DAY
+
+
+@pytest.mark.parametrize("machine", ["Asia/Seoul", "America/New_York"])
+def test_epoch_seconds_of_earlier_tools_are_read_in_any_zone(machine: str, zone: pytest.MonkeyPatch) -> None:
+    """`{"access_token", "expires_at", "created_at", "expires_datetime"}` with epoch floats needs no zone."""
+    zone.setenv("TZ", machine)
+    time.tzset()
+    epoch = NOW.timestamp() + 0.25
+    content = {"access_token": PLAIN, "expires_at": epoch + 86_400, "created_at": epoch, "expires_datetime": "x"}
+    found = from_content(content)
+    assert (found.issued_at, found.expires_at) == (NOW + timedelta(seconds=0.25), NOW + DAY + timedelta(seconds=0.25))
+
+
+@pytest.mark.parametrize("expiry", [None, "", "soon", True, math.nan, math.inf, 1e400, 10**400, -1, "0001-01-01T00:00"])
+def test_a_file_needs_a_readable_expiry(expiry: object) -> None:
+    """Of an opaque token nothing else tells when it ends; a JWT's own `exp` suffices."""
+    with pytest.raises(ValueError, match="no expiry"):
+        from_content({"access_token": PLAIN, "expires_at": expiry})
+    assert from_content({"access_token": make_jwt(issued=NOW), "expires_at": expiry}).expires_at == NOW + DAY
+
+
+JWT = make_jwt(issued=NOW)
+IN_KST, IN_UTC = "2026-11-24 17:15:00", "2026-11-24T08:15:00Z"
+FORMS = {
+    "tokenP's own answer": json.dumps(make_answer(now=NOW)),
+    "tokenP's answer with an opaque token": json.dumps({"access_token": PLAIN, "access_token_token_expired": IN_KST}),
+    "other names": json.dumps({"token": PLAIN, "expired_at": IN_KST}),
+    "camel and dashes": json.dumps({"Token": PLAIN, "Expiration": IN_UTC}),
+    "epoch": json.dumps({"access_token": PLAIN, "expires_on": (NOW + DAY).timestamp()}),
+    "epoch as text": json.dumps({"access_token": PLAIN, "timestamp": str(int((NOW + DAY).timestamp()))}),
+    "the official sample's YAML": f"token: {JWT}\nvalid-date: 2026-11-24 17:15:00\n",
+    "process": json.dumps({"Version": 1, "token": PLAIN, "Expiration": IN_UTC}),
+    "env": f"export KIS_ACCESS_TOKEN={PLAIN}\nexport KIS_TOKEN_EXPIRES_AT={IN_UTC}\n",
+    "dotenv": f"KIS_ACCESS_TOKEN={PLAIN}\nKIS_TOKEN_EXPIRES_AT={IN_UTC}\n",
+    "header": f"Authorization: Bearer {JWT}",
+    "bearer": f"Bearer {JWT}\n",
+    "bare": f"\ufeff{JWT}\r\n",
+    "expires_in of a known issue": json.dumps(
+        {"access_token": PLAIN, "issued_at": NOW.isoformat(), "expires_in": 86400}
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_people_already_have_is_understood(form: str, zone: pytest.MonkeyPatch) -> None:
+    """Every form in which a token and its expiry are found in the field is read, with the same expiry."""
+    zone.setenv("TZ", "Asia/Seoul")
+    time.tzset()
+    token = from_text(FORMS[form])[0]
+    assert token.access_token in {PLAIN, JWT}
+    assert token.expires_at == NOW + DAY
+
+
+def test_an_ambiguous_naive_time_is_read_as_the_earlier_one(zone: pytest.MonkeyPatch) -> None:
+    """Where nothing tells whether a time is KST or this machine's, the token is not believed longer than sure."""
+    zone.setenv("TZ", "America/New_York")
+    time.tzset()
+    assert from_content({"token": PLAIN, "expire": IN_KST}).expires_at == NOW + DAY
+
+
+def test_the_answer_form_is_what_tokenp_would_say() -> None:
+    """Bots that read tokenP's own fields read ours: the expiry in KST, the remaining seconds."""
+    token = make_token(now=NOW)
+    answer = as_answer(token, NOW + HOUR)
+    assert answer["access_token_token_expired"] == IN_KST
+    assert answer["expires_in"] == 23 * 3600
+    assert from_text(json.dumps(answer))[0].expires_at == token.expires_at
+
+
+def test_a_token_serves_until_the_buffer_before_its_expiry() -> None:
+    """At expiry minus buffer it no longer counts, a microsecond before it does; a rejected one never."""
+    token = make_token(now=NOW)
+    end = NOW + DAY - timedelta(seconds=300)
+    assert token.serves(end - timedelta(microseconds=1), 300)
+    assert not token.serves(end, 300)
+    assert not make_token(now=NOW, rejected=True).serves(NOW, 0)
+
+
+def test_the_same_token_comes_back_for_six_hours() -> None:
+    """Six hours after the issue KIS gives another one; on a fast clock it is a quarter of the life."""
+    assert make_token(now=NOW).same_until() == NOW + 6 * HOUR
+    assert make_token(90 * 86_400, now=NOW).same_until() == NOW + 6 * HOUR
+    assert make_token(8, now=NOW).same_until() == NOW + timedelta(seconds=2)
+    assert Token(PLAIN, NOW + DAY).same_until() is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a.b", "a.b.c.d", "a.é.c", "a.W10.c", "a.bnVsbA.c", f"a.{'W1tb' * 9999}.c", "..."]
+)
+def test_what_is_no_jwt_has_no_claims(text: str) -> None:
+    """Any other format, nested without end or not an object, counts as a token that tells nothing."""
+    assert jwt_claims(text) == {}
+
+
+def test_a_jwt_names_its_key() -> None:
+    """The claims are read without the signature; `jti` is the app key."""
+    assert jwt_claims(make_jwt())["jti"] == KEY
+
+
+def test_a_token_shows_itself_to_nobody() -> None:
+    """Neither repr nor text contains the token; it goes into no pickle and no copy."""
+    token = make_token()
+    for shown in (repr(token), str(token), f"{[token]}"):
+        assert not any(canary in shown for canary in CANARIES)
+    for leave in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError) as caught:
+            leave(token)
+        assert not any(canary in str(caught.value) for canary in CANARIES)
+
+
+def test_an_expiry_without_a_zone_is_refused() -> None:
+    """A naive time never gets into a token."""
+    with pytest.raises(ValueError, match="zone"):
+        Token(PLAIN, NOW.replace(tzinfo=None))
