@@ -12,7 +12,7 @@ try:
     from anyio import CapacityLimiter, to_thread
     from anyio.lowlevel import RunVar
 except ImportError as error:
-    raise ImportError("KISHttpxAuth needs httpx: pip install 'tokencore[httpx]'") from error
+    raise ImportError("KISHttpxAuth needs httpx: pip install 'httpx>=0.28' 'anyio>=4.1'") from error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
