@@ -11,14 +11,14 @@ in must be aware. The zone of the machine plays no part.
 from __future__ import annotations
 
 from datetime import MINYEAR, UTC, date, datetime, time, timedelta
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 from zoneinfo import ZoneInfo
 
 from tokencore.calendars.exchanges import CSAT_DAYS, EXCHANGES, LEAD, Exchange, Extended, exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = [
     "EXCHANGES",
@@ -74,13 +74,7 @@ def closure(code: str, day: date, overrides: Mapping[str, Override] = {}) -> str
     override = overrides.get(place.code, _NONE)
     if day in override.hours:
         return None
-    if day in override.closed:
-        return "closed by your settings"
-    if day.weekday() >= _SATURDAY:
-        return "weekend"
-    if day < place.since:
-        return f"{place.name} trades since {place.since}"
-    return _year(place, day).closures.get(day)
+    return "closed by your settings" if day in override.closed else _closure(place, day)
 
 
 def is_session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> bool:
@@ -90,12 +84,9 @@ def is_session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> 
 
 def session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> Session | None:
     """The exchange's session of that day, aware UTC; None on a closed day."""
-    if not is_session(code, day, overrides):
-        return None
     place = exchange(code)
-    override = overrides.get(place.code, _NONE)
-    hours = override.hours.get(day) or _hours(place, day, _extended(place, day, override))
-    return Session(*(datetime.combine(day, edge, ZoneInfo(place.zone)).astimezone(UTC) for edge in hours))
+    found = _day(place, day, overrides.get(place.code, _NONE))
+    return found and found.session
 
 
 def session_open(code: str, day: date, overrides: Mapping[str, Override] = {}) -> datetime | None:
@@ -128,12 +119,9 @@ def need(code: str, day: date, overrides: Mapping[str, Override] = {}) -> tuple[
 
     From 30 minutes before the open to the close and the exchange's pad, or the extended hours' own.
     """
-    found = session(code, day, overrides)
-    if found is None:
-        return None
     place = exchange(code)
-    extended = _extended(place, day, overrides.get(place.code, _NONE))
-    return found.open - LEAD, found.close + (extended or place).pad
+    found = _day(place, day, overrides.get(place.code, _NONE))
+    return found and found.need
 
 
 def needs(
@@ -150,7 +138,7 @@ def needs(
         TypeError: `start` or `end` has no zone.
 
     """
-    found = (one for code in codes for one in _needs_of(code, start, end, overrides))
+    found = [one for code in codes for one in _needs_of(code, start, end, overrides)]
     merged: list[tuple[datetime, datetime]] = []
     for begins, ends in sorted(found):
         if merged and begins <= merged[-1][1]:
@@ -173,27 +161,61 @@ def certain_until(code: str) -> date:
 
 def _needs_of(
     code: str, start: datetime, end: datetime, overrides: Mapping[str, Override]
-) -> Iterator[tuple[datetime, datetime]]:
+) -> list[tuple[datetime, datetime]]:
     # A need may begin the day before its session's and end the day after, by lead and pad.
-    zone = ZoneInfo(exchange(code).zone)
+    place = exchange(code)
+    zone, override = ZoneInfo(place.zone), overrides.get(place.code, _NONE)
     day, last = start.astimezone(zone).date() - _DAY, end.astimezone(zone).date() + _DAY
+    found = []
     while day <= last:
-        found = need(code, day, overrides)
-        if found and found[0] < end and found[1] > start:
-            yield found
+        one = _day(place, day, override)
+        if one and one.need[0] < end and one.need[1] > start:
+            found.append(one.need)
         day += _DAY
+    return found
 
 
-def _extended(place: Exchange, day: date, override: Override) -> Extended | None:
-    """The extended hours that count on that day; hours set by the user are meant as they are."""
-    if not override.extended or place.extended is None or day in override.hours:
+class _Day(NamedTuple):
+    """An exchange's day with a session, and when a token must be valid for it; aware UTC."""
+
+    session: Session
+    need: tuple[datetime, datetime]
+
+
+def _day(place: Exchange, day: date, override: Override) -> _Day | None:
+    """By the user's settings; hours set there are meant as they are."""
+    if day in override.hours:
+        return _made(place, day, override.hours[day], place.pad)
+    return None if day in override.closed else _by_calendar(place.code, day, extended=override.extended)
+
+
+@lru_cache(maxsize=16_384)  # days; every run asks for the same weeks again and again
+def _by_calendar(code: str, day: date, *, extended: bool) -> _Day | None:
+    place = EXCHANGES[code]
+    if _closure(place, day):
         return None
-    return place.extended if day >= place.extended.since else None
+    longer = place.extended if extended and place.extended and day >= place.extended.since else None
+    return _made(place, day, _hours(place, day, longer), (longer or place).pad)
+
+
+def _closure(place: Exchange, day: date) -> str | None:
+    if day.weekday() >= _SATURDAY:
+        return "weekend"
+    if day < place.since:
+        return f"{place.name} trades since {place.since}"
+    return _year(place.code, day.year).closures.get(day)
+
+
+def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) -> _Day:
+    zone = ZoneInfo(place.zone)
+    opens = datetime.combine(day, hours[0], zone).astimezone(UTC)
+    closes = datetime.combine(day, hours[1], zone).astimezone(UTC)
+    return _Day(Session(opens, closes), (opens - LEAD, closes + pad))
 
 
 def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time, time]:
     opens, closes = _regular_hours(place, day)
-    half = place.half_close if day in _year(place, day).half_days else None
+    half = place.half_close if day in _year(place.code, day.year).half_days else None
     if extended:
         ends = half and extended.half_close
         return min(opens, extended.open), ends or extended.close
@@ -208,7 +230,7 @@ def _regular_hours(place: Exchange, day: date) -> tuple[time, time]:
         return place.csat
     if place.csat and _may_be_csat_day(day):
         return opens, place.csat[1]
-    if place.first_open and day == _year(place, day).first_session:
+    if place.first_open and day == _year(place.code, day.year).first_session:
         return place.first_open, closes
     return opens, closes
 
@@ -230,11 +252,13 @@ class _Year(NamedTuple):
     first_session: date = date.min
 
 
-def _year(place: Exchange, day: date) -> _Year:
-    """The calendar's year of that day; empty where it would be a guess."""
-    if place.by_notice and day.year > _last_announced_year():
+@cache
+def _year(code: str, year: int) -> _Year:
+    """That year of the exchange's calendar; empty where it would be a guess."""
+    place = EXCHANGES[code]
+    if place.by_notice and year > _last_announced_year():
         return _Year()
-    return _load(place.calendar, day.year)
+    return _load(place.calendar, year)
 
 
 @cache
