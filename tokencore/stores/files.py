@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from tokencore.errors import TokenStoreError
 
@@ -107,7 +108,8 @@ def write_bytes(path: str, content: bytes, *, writer: str = "") -> None:
     """
     folder, name = os.path.split(path)
     draft = os.path.join(folder, f".{name}.{writer}.tmp")
-    _unlink(draft)
+    if os.path.lexists(draft):
+        os.unlink(draft)
     try:
         _write_new(draft, content)
         os.replace(draft, path)
@@ -133,12 +135,27 @@ def remove(path: str) -> bool:
 
 
 def set_aside(path: str) -> None:
-    """Move what is no file of ours to `<name>.aside`, readable by its owner only; what cannot be moved stays."""
-    try:
-        os.replace(path, f"{path}.aside")
-        os.chmod(f"{path}.aside", PRIVATE_FILE, follow_symlinks=os.chmod not in os.supports_follow_symlinks)
-    except OSError:
-        return
+    """Keep what is no file of ours as `<name>.aside`, readable by its owner only; nothing is thrown away at once.
+
+    A file gets that as its second name and stays in its place until a successor replaces it there: it may be a good
+    one that could not be read just now. Anything else is moved out of the way.
+    """
+    import contextlib  # not on the path of a cached token
+
+    aside, spare = f"{path}.aside", f"{path}.{time.time_ns()}.aside"
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
+                os.chmod(path, PRIVATE_FILE)  # it may hold another key's token
+            if not (os.path.exists(aside) and os.path.samefile(path, aside)):
+                os.link(path, spare)
+                with contextlib.suppress(OSError):  # a file does not replace a folder
+                    os.replace(spare, aside)
+            return
+    for name in (aside, spare):  # a folder does not replace a file, nor a file it
+        with contextlib.suppress(OSError):
+            os.replace(path, name)
+            return
 
 
 def sync_folder(folder: str) -> None:

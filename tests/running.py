@@ -1,0 +1,138 @@
+"""The real command, real processes and real token files, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from builders import make_token
+
+from tokencore import TokenError, TokenManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+
+    from tokencore.sandbox import Sandbox
+    from tokencore.tokens import Token
+
+DAY = 86_400.0  # seconds
+
+
+class Ran(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def tokencore(*arguments: str, **settings: str) -> Ran:
+    """Run `python -m tokencore` to its end, with environment variables beside the present ones."""
+    command = [sys.executable, "-m", "tokencore", *arguments]
+    done = subprocess.run(
+        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=60, check=False
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def start(program: str, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+    """Start a Python program, given as text, with pipes to its standard input and output."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **settings},
+    )
+
+
+def at_a_barrier(program: str, arguments: Sequence[Sequence[str]]) -> tuple[float, list[Ran]]:
+    """Start the program once for each list of arguments and let all go at once.
+
+    Returns when that was, by the monotonic clock of all processes, and their ends. The program says `ready` on
+    a line of its own, then waits for a line on standard input.
+    """
+    started = [start(program, *own) for own in arguments]
+    for one in started:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    for one in started:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    ends = [(one, *one.communicate(timeout=60)) for one in started]
+    return began, [Ran(one.returncode, out, err) for one, out, err in ends]
+
+
+def until(happened: Callable[[], bool], within: float = 30) -> float:
+    """Wait for something to happen; how many seconds it took."""
+    began = time.monotonic()
+    while not happened():
+        assert time.monotonic() - began < within, "it did not happen"
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def asked(gateway: Sandbox) -> int:
+    """How many requests have reached tokenP."""
+    count: int = gateway.stats()["token_requests"]
+    return count
+
+
+def on_disk(market: str = "us") -> Token:
+    """The token in the market's file."""
+    token = TokenManager(market).load_token()
+    assert token is not None
+    return token
+
+
+def cached(left: float = DAY, age: float | None = None) -> Token:
+    """A token in the files of us and kr that has `left` seconds to live; it was issued `age` seconds ago."""
+    age = DAY - left if age is None else age
+    TokenManager("us").save_token(make_token(age + left, age=age))
+    return on_disk()
+
+
+def one_line(ran: Ran) -> str:
+    """The sentence on standard error: one line, without a traceback; nothing on standard output."""
+    assert ran.out == ""
+    assert re.fullmatch(r"tokencore: [^\n]+[.!]\n", ran.err), ran.err
+    return ran.err
+
+
+def issue_of(token: Token) -> datetime:
+    """When the token was issued."""
+    assert token.issued_at is not None
+    return token.issued_at
+
+
+def outcomes() -> list[str]:
+    """What the issuance record says of every attempt."""
+    return [attempt.outcome.value for attempt in TokenManager("us").history()]
+
+
+def folder() -> Path:
+    """The token directory."""
+    return Path.home() / ".tokencore"
+
+
+def raised(work: Callable[[], object]) -> TokenError:
+    """The package's error that `work` ends with."""
+    with pytest.raises(TokenError) as caught:
+        work()
+    return caught.value
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Everything under a folder that a write would change."""
+    found = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
+    return {str(path): (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_mode) for path, s in found.items()}
