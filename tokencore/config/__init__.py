@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from tokencore.config.market import Market
 from tokencore.config.sources import gather
-from tokencore.errors import ConfigurationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tokencore.config.settings import Settings
+    from tokencore.config.sources import Found
 
 
 def read_market(name: str) -> Market:
@@ -18,14 +20,10 @@ def read_market(name: str) -> Market:
         ConfigurationError: it is not configured, or a setting cannot be used.
 
     """
-    try:
-        return Market(name, gather(), _load)
-    except ValueError:
-        pass  # Settings have the message; outside, so that no frame with the value is its context
-    return _load().market(name)
+    return _read(name, gather())
 
 
-def market_of_program(name: str, credentials: tuple[str, str], base_url: str) -> Market:
+def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
     """The market `name`, configured or not, with the key and the address that a program gives itself.
 
     Raises:
@@ -34,12 +32,15 @@ def market_of_program(name: str, credentials: tuple[str, str], base_url: str) ->
     """
     found = gather()
     found.markets.add(name.lower())
+    return _read(name, found).given(credentials, base_url)
+
+
+def _read(name: str, found: Found) -> Market:
     try:
-        return Market(name, found, _load).given(credentials, base_url)
-    except ValueError as error:
-        message = str(error)
-    _load()
-    raise ConfigurationError(f"What get_app_credentials or get_api_url of {name!r} gives {message}.")
+        return Market(name, found, _load)
+    except ValueError:
+        pass  # Settings have the message; outside, so that no frame with the value is its context
+    return _load().market(name)
 
 
 def _load() -> Settings:

@@ -20,7 +20,6 @@ HOSTS = {
     "real": "https://openapi.koreainvestment.com:9443",
     "paper": "https://openapivts.koreainvestment.com:29443",
 }
-PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
 TOKEN_DIR = "~/.tokencore"  # noqa: S105 - a folder
 ISSUE_INTERVAL = 60.0  # seconds between issue requests of a key: KIS's EGW00133
 BUFFER = 300.0  # seconds before expiry in which a token no longer counts as valid
@@ -169,28 +168,33 @@ class Market:
             ConfigurationError: one of them is not set, or the keyring cannot be used.
 
         """
-        app_key = self.identified()
+        self.identified()  # no local name: nothing secret is in a traceback's frames
         if self._in_keyring:
             self._app_secret = credential(self.settings.in_keyring(self._in_keyring)) or self._app_secret
             if not self._app_secret:
                 raise self._missing("APP_SECRET", f"; or run `keyring set {self._keyring} {self._in_keyring[0]}`")
             self._in_keyring = []
-        return app_key, str(self._app_secret)
+        return str(self.app_key), str(self._app_secret)
 
-    def given(self, credentials: tuple[str, str], base_url: str) -> Market:
+    def given(self, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
         """This market, with the key and the address that the program gives instead of the settings.
 
         Raises:
-            ConfigurationError: the address is one of `.env` or a secrets folder.
-            ValueError: a credential or the address cannot be used.
+            ConfigurationError: a credential or the address cannot be used, or `.env` or a secrets folder gives it.
 
         """
         variable, origin = self._address_from
         if base_url == self.base_url and origin not in TRUSTED:
             raise address_refused(variable, origin, "app secret", "this program")
-        self.app_key, self._app_secret = map(credential, credentials)
-        self.base_url, self._in_keyring = address(base_url), []
-        return self
+        self.app_key, self._app_secret = credentials()  # no local name: nothing secret is in a traceback's frames
+        try:
+            self.app_key, self._app_secret = credential(self.app_key), credential(self._app_secret)
+            self.base_url, self._in_keyring = address(base_url), []
+        except ValueError as error:
+            why = str(error)
+        else:
+            return self
+        raise ConfigurationError(f"What get_app_credentials or get_api_url of {self.name!r} gives {why}.")
 
     def _missing(self, field: str, more: str = "") -> ConfigurationError:
         return ConfigurationError(
@@ -199,7 +203,7 @@ class Market:
         )
 
     def __repr__(self) -> str:
-        return f"Market({self.name!r}, {self.environment!r}, {self.base_url!r})"
+        return f"Market({getattr(self, 'name', '')!r})"
 
     def __reduce__(self) -> str:
         raise TypeError("a Market holds credentials and is not pickled; read it where it is needed")
@@ -242,9 +246,7 @@ def credential(value: Any) -> str | None:  # noqa: ANN401 - text, or a type of T
 
 
 def environment(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
-    """`real` or `paper`, also by the words that other tools have for it; ValueError for others."""
-    if isinstance(value, str) and value.lower() in PAPER_WORDS:
-        return "paper"
+    """`real` or `paper`; ValueError for others."""
     if value not in tuple(HOSTS):
         raise ValueError("must be 'real' or 'paper'")
     return str(value)
@@ -266,8 +268,11 @@ def _parts(url: str) -> tuple[str, str, str]:
     """Scheme and host in lower case, and the port with its colon."""
     scheme, _, rest = url.partition("://")
     place = rest.partition("/")[0].lower()
-    host, _, port = place[1:].partition("]") if place.startswith("[") else place.partition(":")
-    return scheme.lower(), host, f":{port}" if port and port[0] != ":" else port
+    if place.startswith("["):
+        host, closed, port = place[1:].partition("]")
+        return scheme.lower(), host if closed else "", port
+    host, colon, port = place.partition(":")
+    return scheme.lower(), host, f"{colon}{port}"
 
 
 def folder(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML

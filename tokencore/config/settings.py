@@ -22,7 +22,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from tokencore.calendars.sessions import Override, exchange
 from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
-from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, short, warn
+from tokencore.config.sources import CONFIG_FILE, PAPER_WORDS, SECRETS_DIR, Found, gather, short, warn
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CLIENTS = ("mojito2", "python-kis", "kis-auth")
 _REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전", "실전투자")
-_SIGNS = dict.fromkeys(_REAL_WORDS, "real") | dict.fromkeys((*values.PAPER_WORDS, "paper", "true", "1", "yes"), "paper")
+_SIGNS = dict.fromkeys(_REAL_WORDS, "real") | dict.fromkeys((*PAPER_WORDS, "paper", "true", "1", "yes"), "paper")
 PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
 _OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
 _ALIKE = 0.85  # of two names: a letter or two are wrong
@@ -231,10 +231,13 @@ class Settings(BaseSettings):
     @property
     def overrides(self) -> dict[str, Override]:
         """What the user says about exchanges, by order code."""
-        return {
-            exchange(name).code: Override(frozenset(own.closed), own.hours, own.extended)
-            for name, own in self.exchanges.items()
-        }
+        found: dict[str, Override] = {}
+        for name, own in self.exchanges.items():
+            code = exchange(name).code
+            other = found.get(code, Override())  # of another name of the exchange
+            closed, extended = other.closed | set(own.closed), other.extended or own.extended
+            found[code] = Override(closed, {**other.hours, **own.hours}, extended)
+        return found
 
     @property
     def origins(self) -> dict[str, str]:
@@ -323,8 +326,6 @@ def _warn(settings: Settings) -> None:
     for name, value in settings.found.values.items():
         if name.endswith(("APP_KEY", "APP_SECRET")) and value != value.strip():
             warn(f"{short(name)} has white space around it, which was removed.")
-        if name.endswith("ENVIRONMENT") and value not in values.HOSTS:
-            warn(f"{short(name)}={value} was read as paper; set {short(name)}=paper.")
         if name in PAPER_SIGNS and _SIGNS.get(str(value).strip().lower()) != settings.environment:
             right = _SIGNS.get(str(value).strip().lower(), "real or paper")
             warn(f"{name} is not a setting, so the environment is {settings.environment}; set KIS_ENVIRONMENT={right}.")

@@ -27,6 +27,7 @@ SECRETS_DIR = "KIS_SECRETS_DIR"
 FILE_LIMIT = 65_536  # bytes of a file of settings
 SHOWN = 400  # characters that a message repeats of what was given
 SECRET_LENGTH = 20  # characters in a row: no word of a setting has so many, and of a key they would show too much
+PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
 _OTHERS = 0o022  # writable by the group, by all
 _LINKS = 40  # in a row; no system follows more
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
@@ -50,7 +51,7 @@ class Found:
         for given, value in values.items():
             name = given.upper()
             if name not in self.values and value != "" and name.startswith(_PREFIXES):
-                self.values[name], self.origins[name] = value, origin
+                self.values[name], self.origins[name] = _read_as(name, value), origin
                 if name.startswith("KIS_MARKETS__"):
                     self.markets.add(name.split("__")[1].lower())
 
@@ -83,6 +84,13 @@ def gather() -> Found:
         if origin not in TRUSTED and (name == "KIS_STORE" or name.endswith("BASE_URL")):
             _check_address(name, found)
     return found
+
+
+def _read_as(name: str, value: Any) -> Any:  # noqa: ANN401 - text, or a type of TOML
+    if name.endswith("ENVIRONMENT") and isinstance(value, str) and value.lower() in PAPER_WORDS:
+        warn(f"{short(name)}={value} was read as paper; set {short(name)}=paper.")
+        return "paper"
+    return value
 
 
 def read_regular(path: str, limit: int = FILE_LIMIT) -> bytes:
@@ -238,6 +246,8 @@ def _written_by_others(path: str) -> str:
 
 def _open_to_others(path: str) -> str:
     found, shown = os.stat(path), _printable(path)
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        return ""  # is not read anyway
     if found.st_uid not in (0, os.geteuid()):
         return f"{shown} belongs to another user; keep your settings in a folder and a file of your own"
     if found.st_mode & stat.S_ISVTX and found.st_mode & _OTHERS:

@@ -1,0 +1,445 @@
+"""What settings may be, what a market makes of them, and that the fast reader and `Settings` agree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import keyring
+import pytest
+from builders import KEY, SECRET
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from keyring.backend import KeyringBackend
+from keyring.errors import KeyringLocked, NoKeyringError
+from test_settings import PAIR, config, dotenv, give, in_frames, refusal
+
+from tokencore.config import read_market
+from tokencore.config.market import HOSTS, Market
+from tokencore.config.settings import Settings
+from tokencore.config.sources import gather
+from tokencore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REAL, PAPER = HOSTS["real"], HOSTS["paper"]
+LONG = "Canary" * 20_000  # 120 KB
+MALFORMED = [
+    ("KIS_ENVIRONMENT", "Canary", "'real' or 'paper'"),
+    ("KIS_ENVIRONMENT", "real ", "'real' or 'paper'"),
+    ("KIS_MARKETS__KR__ENVIRONMENT", "Paper", "'real' or 'paper'"),
+    ("KIS_APP_KEY", "Canary Canary", "one word"),
+    ("KIS_APP_KEY", '"Canary"', "quotes"),
+    ("KIS_MARKETS__HK__APP_SECRET", "'Canary", "quotes"),
+    ("KIS_APP_SECRET", "Canary\nCanary", "one word"),
+    ("KIS_APP_SECRET", "Canary열쇠", "one word"),
+    ("KIS_APP_SECRET", LONG, "one word"),
+    ("KIS_APP_KEY", "Canary\udcff", "one word"),
+    ("KIS_BASE_URL", "http://openapi.koreainvestment.com:9443", "https://"),
+    ("KIS_BASE_URL", "https://someone:Canary@host", "https://"),
+    ("KIS_BASE_URL", "https://host/?q=Canary", "https://"),
+    ("KIS_BASE_URL", "https://", "https://"),
+    ("KIS_BASE_URL", "https://host:99999", "https://"),
+    ("KIS_BASE_URL", "https://host:0", "https://"),
+    ("KIS_BASE_URL", "https://host\t:9443", "https://"),
+    ("KIS_BASE_URL", "https://127.0.0.1\\@Canary", "https://"),
+    ("KIS_BASE_URL", "https://host:", "https://"),
+    ("KIS_BASE_URL", "https://[::1", "https://"),
+    ("KIS_BASE_URL", "http://[::1]80", "https://"),
+    ("KIS_BASE_URL", f"https://{LONG}", "https://"),
+    ("KIS_MARKETS__HK__BASE_URL", "ftp://127.0.0.1", "https://"),
+    ("KIS_BUFFER", "five", "number from 0 to 86400"),
+    ("KIS_BUFFER", "nan", "number from 0 to 86400"),
+    ("KIS_PROACTIVE_WINDOW", "-1", "number from 0 to 86400"),
+    ("KIS_ISSUE_INTERVAL", "inf", "number from 0 to 86400"),
+    ("KIS_TIMEOUT", "0", "number from 0.001 to 300"),
+    ("KIS_MAX_ISSUES_PER_DAY", "0", "whole number from 1 to 24"),
+    ("KIS_MAX_ISSUES_PER_DAY", "1.5", "whole number from 1 to 24"),
+    ("KIS_TOKEN_DIR", "relative/folder", "absolute path"),
+    ("KIS_TOKEN_DIR", "~nobody-here/tokens", "absolute path"),
+    ("KIS_TOKEN_DIR", f"/{LONG}", "too long"),
+    ("KIS_PROVE_TOKENS", "perhaps", "boolean"),
+    ("SLACK_MENTION", "@channel", "such as <!channel>, <@U024BE7LH> or <!subteam^S024BE7>"),
+    ("SLACK_LANGUAGE", "de", "'en' or 'ko'"),
+    ("KIS_MARKETS", "us,kr", "lists the settings"),
+    ("KIS_MARKETS__US", "Canary", "lists the settings"),
+    ("KIS_MARKETS__US__APPKEY", "Canary", "did you mean KIS_MARKETS__US__APP_KEY?"),
+    ("KIS_MARKETS__US__APP_KEY__MORE", "Canary", "did you mean"),
+    ("KIS_MARKETS__HK__EXCHANGES", "LSE", "unknown exchange"),
+    ("KIS_MARKETS__HK__EXPORTS", "mojito", "mojito2, python-kis, kis-auth"),
+    ("KIS_MARKETS__HK__EXPORTS", "mojito2, python-kis:here", "absolute path"),
+    ("KIS_MARKETS__H.K__EXCHANGES", "SEHK", "not a market's name"),
+    ("KIS_EXCHANGES__LSE__CLOSED", "2026-12-31", "unknown exchange"),
+    ("KIS_EXCHANGES__KRX__CLOSED", "31.12.2026", "date"),
+    ("KIS_EXCHANGES__KRX__HOURS__2026-12-30", "15:00-09:00", "open before it closes"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "why"), MALFORMED, ids=lambda value: ascii(value[:30]))
+def test_a_malformed_setting_gets_one_sentence_that_names_it(
+    variable: str, value: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every mistake names its variable, says what would be right, and repeats no value that may be secret."""
+    monkeypatch.setenv(variable, value)
+    message = refusal()
+    named = message.removeprefix("Unknown setting ").split()[0].rstrip(";")
+    assert f"{variable}__".startswith(f"{named}__")  # of a group, its name is enough
+    assert why in message
+
+
+@pytest.mark.parametrize(
+    ("line", "variable"),
+    [
+        ("app_key = 12345", "KIS_APP_KEY"),
+        ("base_url = 5", "KIS_BASE_URL"),
+        ("environment = ['real']", "KIS_ENVIRONMENT"),
+        ("token_dir = 7", "KIS_TOKEN_DIR"),
+        ('token_dir = "/a\\u0000"', "KIS_TOKEN_DIR"),
+        ("keyring = 7", "KIS_KEYRING"),
+        ("buffer = true", "KIS_BUFFER"),
+        (f"buffer = 1{'0' * 400}", "KIS_BUFFER"),
+    ],
+)
+def test_values_of_the_wrong_type_in_the_config_file_are_named(line: str, variable: str) -> None:
+    """TOML's types are judged like text: both readers end in the same sentence."""
+    config(line)
+    assert refusal() == refusal(lambda: read_market("us"))
+    assert refusal().startswith(f"{variable} cannot be used: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [("app_kee = 'Canary'", "did you mean KIS_APP_KEY?"), ("[slack]\nwebhook_url = 'Canary'", "lists the settings.")],
+)
+def test_unknown_names_are_refused_only_where_they_can_be_ours(
+    line: str, hint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A misspelt name in our own file is an error, in the environment one warning; other programs' names are left."""
+    names = ("KIS_TIMOUT", "KIS_SECRET_DIR", "KIS_MARKET__HK__APP_KEY", "KIS_ACCOUNT_NO", "KIS_ACCESS_TOKEN")
+    for name in names:
+        monkeypatch.setenv(name, "Canary")
+    right = ("KIS_TIMEOUT", "KIS_SECRETS_DIR", "KIS_MARKETS__HK__APP_KEY", "")
+    assert Settings.load().misspelt() == dict(zip(names[:4], right, strict=True))
+    known = [f"Unknown setting {wrong}; did you mean {name}?" for wrong, name in zip(names, right, strict=False)]
+    assert set(caplog.messages) <= set(known[:3])
+    config(line)
+    assert refusal().endswith(hint)
+
+
+# --- a market
+
+
+def test_fast_reader_imports_no_parser_and_no_validator() -> None:
+    """With nothing but the environment, a cached `get` pays for neither pydantic nor dotenv nor typing."""
+    program = "import sys; from tokencore.config import read_market; read_market('us'); print(*sys.modules)"
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {os.environ['PYTHONPATH']!r}); {program}"]
+    env = {"HOME": str(Path.home()), **PAIR, "KIS_BASE_URL": "http://127.0.0.1:1"}
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+    slow = {"pydantic", "pydantic_settings", "dotenv", "typing", "tomllib", "logging", "re", "json", "keyring"}
+    assert not slow & set(out)
+
+
+def test_the_defaults_are_the_contracts(isolated: Path) -> None:
+    """Without any setting, the values of the contract's table."""
+    loaded = Settings.load()
+    us, kr = loaded.all_markets()
+    assert (us.exchanges, kr.exchanges, us.exports) == (("NASD", "NYSE", "AMEX"), ("KRX",), ())
+    assert (us.issue_interval, us.buffer, us.proactive_window, us.timeout, us.max_issues_per_day) == (
+        60, 300, 1800, 10, 2,
+    )  # fmt: skip
+    assert (us.environment, us.base_url, us.token_dir) == ("real", REAL, str(isolated / ".tokencore"))
+    assert (loaded.prove_tokens, loaded.slack_language, us.hts_id, us.app_key) == (True, "en", None, None)
+    assert "set KIS_APP_KEY and KIS_APP_SECRET" in refusal(loaded.able_markets)
+
+
+def test_a_market_has_values_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a market sets for itself holds for it alone; lists may be text or TOML's, and names in any case."""
+    config('[markets.hk]\napp_key = " OwnKey "\nexchanges = ["sehk", "SHAA"]\nexports = ["mojito2:~/bot"]\n')
+    give("environment", {**PAIR, "KIS_MARKETS__US__EXCHANGES": ' nas, "nys" '}, monkeypatch)
+    monkeypatch.setenv("kis_markets__AB__exports", "kis-auth, python-kis:/tmp")
+    loaded = Settings.load()
+    assert [one.name for one in loaded.able_markets()] == ["us", "kr", "ab", "hk"]
+    hk = loaded.market("HK")
+    assert (hk is loaded.market("hk"), hk.credentials(), hk.exchanges) == (True, ("OwnKey", SECRET), ("SEHK", "SHAA"))
+    assert (hk.exports, loaded.market("ab").exports) == (("mojito2:~/bot",), ("kis-auth", "python-kis:/tmp"))
+    assert (loaded.market("us").exchanges, read_market("us").exchanges) == (("NAS", "NYS"),) * 2
+    assert read_market("Us").fingerprint == loaded.market("kr").fingerprint != hk.fingerprint
+
+
+@pytest.mark.parametrize("name", ["jp", "", "../us", "us/", "u s", "us\n", "서울", "x" * 200])
+def test_an_unknown_market_is_refused(name: str) -> None:
+    """A name that is not configured, or that no file should have, is an error with what is known or allowed."""
+    for read in (read_market, Settings.load().market):
+        with pytest.raises(ConfigurationError, match=r"not configured \(known: us, kr\)|not a market's name"):
+            read(name)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, ("real", "https://proxy:1")),
+        ({"ENVIRONMENT": "paper"}, ("paper", PAPER)),
+        ({"BASE_URL": "HTTPS://own/kis/"}, ("real", "HTTPS://own/kis")),
+        ({"BASE_URL": "http://[::1]:80", "ENVIRONMENT": "paper"}, ("paper", "http://[::1]:80")),
+    ],
+)
+def test_a_market_asks_where_its_own_settings_say(
+    own: dict[str, str], expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A market's own URL comes first, then the one for all of its environment, then its environment's host."""
+    own = {f"KIS_MARKETS__HK__{name}": value for name, value in own.items()}
+    give("environment", {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_BASE_URL": "https://proxy:1/", **own}, monkeypatch)
+    found = read_market("hk")
+    assert (found.environment, found.base_url) == expected
+
+
+@pytest.mark.parametrize(("address", "environment"), [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real")])
+def test_the_other_environments_address_is_refused(
+    address: str, environment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key would be sent where it is not known: both readers say which of the two to set."""
+    give("environment", {"KIS_BASE_URL": address, "KIS_ENVIRONMENT": environment}, monkeypatch)
+    message = refusal(lambda: read_market("us"))
+    assert message == refusal()
+    assert f"set KIS_ENVIRONMENT={'paper' if environment == 'real' else 'real'}" in message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected", "right"),
+    [
+        *(("KIS_ENVIRONMENT", word, "paper", "paper") for word in ("virtual", "demo", "VPS", "mock", "모의")),
+        ("KIS_MARKETS__US__ENVIRONMENT", "demo", "paper", "paper"),
+        ("KIS_ENV", "paper", "real", "paper"),
+        ("KIS_MODE", "모의", "real", "paper"),
+        ("KIS_IS_PAPER", "True", "real", "paper"),
+        ("KIS_ACCOUNT_TYPE", "VIRTUAL", "real", "paper"),
+        ("KIS_MODE", "fast", "real", "real or paper"),
+        ("KIS_IS_PAPER", "false", "real", ""),
+    ],
+)
+def test_other_tools_words_for_the_environment_draw_one_warning(
+    variable: str,
+    value: str,
+    expected: str,
+    right: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With the right setting; a word for paper in our own setting counts, another tool's variable does not."""
+    monkeypatch.setattr("tokencore.config.sources._warned", set())
+    monkeypatch.setenv(variable, value)
+    assert [Settings.load().market("us").environment for _ in range(2)] == [expected] * 2
+    name = variable if "ENVIRONMENT" in variable else "KIS_ENVIRONMENT"
+    assert [message.endswith(f"set {name}={right}.") for message in caplog.messages] == [True] * bool(right)
+
+
+def test_white_space_around_keys_is_removed_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pasted newline costs no issuance: both readers strip it, and one warning names the variable only."""
+    give("environment", {"KIS_APP_KEY": f" {KEY}\t", "KIS_MARKETS__KR__APP_SECRET": f"{SECRET}\r\n"}, monkeypatch)
+    assert [Settings.load().market("kr").credentials() for _ in range(2)] == [(KEY, SECRET)] * 2
+    assert read_market("kr").credentials() == (KEY, SECRET)
+    assert [message.split()[0] for message in caplog.messages] == ["KIS_APP_KEY", "KIS_MARKETS__KR__APP_SECRET"]
+    assert "Canary" not in caplog.text
+
+
+def test_what_the_user_knows_of_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed days and hours are read from text and from TOML, under any alias of the exchange."""
+    monkeypatch.setenv("KIS_EXCHANGES__XKRX__CLOSED", "2026-12-31, 2027-01-04")
+    monkeypatch.setenv("KIS_EXCHANGES__KRX__HOURS__2026-12-30", "10:00-15:30")
+    config('[exchanges.SEHK]\nextended = true\n[exchanges.SEHK.hours]\n2026-12-24 = "09:30 - 12:00"\n')
+    found = Settings.load().overrides
+    assert sorted(map(str, found["KRX"].closed)) == ["2026-12-31", "2027-01-04"]
+    assert [
+        (str(day), *map(str, hours)) for day, hours in [*found["KRX"].hours.items(), *found["SEHK"].hours.items()]
+    ] == [
+        ("2026-12-30", "10:00:00", "15:30:00"),
+        ("2026-12-24", "09:30:00", "12:00:00"),
+    ]
+    assert found["SEHK"].extended
+
+
+def test_no_secret_is_shown_or_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No repr, text or pickle of settings contains a credential."""
+    values = {**PAIR, "KIS_MARKETS__US__APP_SECRET": SECRET, "KIS_STORE": f"postgresql://u:{SECRET}@h"}
+    values |= {"KIS_STORE_KEYS": f"{SECRET},{KEY}", "SLACK_WEBHOOK_URL": SECRET, "SLACK_BOT_TOKEN": SECRET}
+    give("environment", values, monkeypatch)
+    for shown in (Settings.load(), read_market("us"), gather()):
+        assert "Canary" not in repr(shown) + str(shown)
+        with pytest.raises(TypeError) as caught:
+            pickle.dumps(shown)
+        assert "Canary" not in str(caught.value) + in_frames(caught.value)
+    assert "Canary" not in Settings.load().model_dump_json()
+
+
+# --- the two readers
+
+NUMBERS = st.one_of(
+    st.sampled_from(["0", "60", "1e2", "1_0", "2.0", "-0", "0x10", "٣", " 5 ", "nan", "-inf", "1e400", "true"]),
+    st.floats(-10, 90_000).map(repr),
+)
+CREDENTIALS = st.one_of(
+    st.sampled_from(["", " ", "key", " key\n", "two words", "tab\there", "키", "\x7f", "'quoted'", 'half"']),
+    st.text(st.characters(codec="ascii", min_codepoint=32), max_size=12),
+)
+ENVIRONMENTS = st.sampled_from(["real", "paper", "Real", " paper", "demo", "모의", ""])
+URLS = st.sampled_from([REAL, PAPER, "https://host:1/kis/", "http://localhost:1", "http://host", "https://a b", ""])
+FOLDERS = st.sampled_from(["", "~/tokens", "relative", "/absolute/../folder", "~nobody-here", "~"])
+PLAUSIBLE = {
+    **dict.fromkeys(("KIS_BUFFER", "KIS_PROACTIVE_WINDOW"), NUMBERS),
+    **dict.fromkeys(("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_MARKETS__HK__APP_KEY", "kis_app_key"), CREDENTIALS),
+    **dict.fromkeys(("KIS_ENVIRONMENT", "KIS_MARKETS__US__ENVIRONMENT", "KIS_MARKETS__HK__ENVIRONMENT"), ENVIRONMENTS),
+    **dict.fromkeys(("KIS_BASE_URL", "KIS_MARKETS__KR__BASE_URL", "KIS_MARKETS__HK__BASE_URL"), URLS),
+    "KIS_TOKEN_DIR": FOLDERS,
+}
+SOURCES = ("environment", ".env", "secrets folder", "config.toml")
+PLACED = st.fixed_dictionaries({}, optional={k: st.tuples(st.sampled_from(SOURCES), v) for k, v in PLAUSIBLE.items()})
+
+
+@given(PLACED)
+@hypothesis_settings(max_examples=400)
+def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tuple[str, str]]) -> None:
+    """For any settings in any sources both accept the same ones and read the same values from them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for source in SOURCES:
+            give(source, {}, patch)
+            for old in Path("secrets").glob("*") if source == "secrets folder" else ():
+                old.unlink()
+            give(source, {name: value for name, (place, value) in placed.items() if place == source}, patch)
+        try:
+            found = gather()
+            fast = [Market(name, found, Settings.load) for name in ("us", "kr", *(found.markets & {"hk"}))]
+        except (ConfigurationError, ValueError):
+            assert refusal()
+            return
+        loaded = Settings.load()
+    for market in fast:
+        own = loaded.markets.get(market.name)
+        keys = [part.app_key.get_secret_value() for part in (own, loaded) if part and part.app_key]
+        environment = (own and own.environment) or loaded.environment
+        common = loaded.base_url if environment == loaded.environment else None
+        url = (own and own.base_url) or common or HOSTS[environment]
+        expected = (next(iter(keys), None), environment, url, loaded.token_dir, loaded.buffer, loaded.proactive_window)
+        assert six(market) == six(loaded.market(market.name)) == expected
+
+
+def six(market: Market) -> tuple[object, ...]:
+    """What a cached token needs."""
+    key, url, folder = market.app_key, market.base_url, market.token_dir
+    return key, market.environment, url, folder, market.buffer, market.proactive_window
+
+
+@pytest.mark.parametrize("write", [dotenv, config])
+@given(st.one_of(st.binary(max_size=60), st.text(st.sampled_from("KIS_APP_KEY=\"'[]{}.#\n \0markets=5ü"), max_size=60)))
+@hypothesis_settings(max_examples=150)
+def test_any_bytes_are_settings_or_one_sentence(write: object, content: bytes | str) -> None:
+    """Whatever stands in a file, the answer is settings or a refusal without a traceback of a parser."""
+    path = dotenv() if write is dotenv else config()
+    path.write_bytes(f"KIS_APP_SECRET={SECRET}\n".encode() if write is dotenv else b"")
+    with path.open("ab") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+    with contextlib.suppress(AcceptedError):
+        refusal(load_all)
+
+
+class AcceptedError(Exception):
+    """There was nothing to refuse."""
+
+
+def load_all() -> None:
+    """Read the settings in both ways."""
+    Settings.load().all_markets()
+    raise AcceptedError
+
+
+# --- the keyring
+
+
+class Keeper(KeyringBackend):
+    """A keyring that notes what it is asked for; without secrets it is locked."""
+
+    priority = 1
+
+    def __init__(self, secrets: dict[str, str] | Exception) -> None:
+        """Keep `secrets` by variable, or fail with the error."""
+        super().__init__()
+        self.secrets, self.asked = secrets, list[str]()
+
+    def get_password(self, service: str, username: str) -> str | None:
+        """The secret of `username`."""
+        self.asked.append(f"{service} {username}")
+        if isinstance(self.secrets, Exception):
+            raise self.secrets
+        return self.secrets.get(username)
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        """Not by us."""
+
+
+@pytest.fixture
+def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
+    """The process's keyring, switched on by KIS_KEYRING, where only the key is set."""
+    give("environment", {"KIS_APP_KEY": KEY, "KIS_KEYRING": "kis"}, monkeypatch)
+    before, ours = keyring.get_keyring(), Keeper({"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"})
+    keyring.set_keyring(ours)
+    yield ours
+    keyring.set_keyring(before)
+
+
+def test_secret_that_no_other_source_gives_comes_from_the_keyring_once(keeper: Keeper) -> None:
+    """It is asked for with the variable's name when a request needs the secret, and not before."""
+    us = read_market("us")
+    assert (us.identified(), keeper.asked) == (KEY, [])
+    assert [us.credentials() for _ in range(2)] == [(KEY, SECRET)] * 2
+    assert keeper.asked == ["kis KIS_APP_SECRET"]
+    assert Settings.load().origins["KIS_APP_SECRET"] == "keyring kis"
+
+
+def test_other_sources_come_before_the_keyring_and_the_own_secret_before_the_common_one(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gives the secret elsewhere asks no keyring; a market with a key of its own has its own secret there."""
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
+    assert [read_market(name).credentials()[1] for name in ("us", "kr")] == [SECRET, "of-kr"]
+    give("environment", {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}, monkeypatch)
+    keeper.asked.clear()
+    assert [read_market(name).credentials()[1] for name in ("us", "kr")] == ["given", "too"]
+    assert keeper.asked == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "why"),
+    [
+        (KeyringLocked("Canary"), "it is locked"),
+        (NoKeyringError("Canary"), "this machine has none"),
+        (RuntimeError("Canary"), "it failed (RuntimeError)"),
+        ({}, "`keyring set kis KIS_APP_SECRET`"),
+    ],
+)
+def test_a_keyring_that_does_not_serve_is_one_sentence(
+    problem: Exception | dict[str, str], why: str, keeper: Keeper
+) -> None:
+    """It says what is wrong and what to do; the backend's own words are not repeated."""
+    keeper.secrets = problem
+    assert why in refusal(read_market("us").credentials)
+
+
+def test_missing_credentials_are_named_with_both_ways_to_set_them(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key is not looked for in the keyring, whose package may be missing; without the switch none is asked."""
+    monkeypatch.setitem(sys.modules, "keyring", None)
+    assert "pip install 'tokencore[keyring]'" in refusal(read_market("us").credentials)
+    monkeypatch.setenv("KIS_APP_KEY", "")
+    assert "keyring keeps its secret only" in refusal(read_market("us").identified)
+    give("environment", {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}, monkeypatch)
+    assert "set KIS_APP_SECRET (or KIS_MARKETS__KR__APP_SECRET)" in refusal(read_market("kr").credentials)
+    assert keeper.asked == []

@@ -1,0 +1,442 @@
+"""Where settings come from, whom they trust, what they may be, and what is said where one is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from builders import KEY, SECRET, ended, in_child
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tokencore.config import market_of_program, read_market
+from tokencore.config.settings import Settings
+from tokencore.config.sources import FILE_LIMIT, trusted_dotenv
+from tokencore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tokencore.config.market import Market
+
+PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
+EVIL = "http://127.0.0.1:1"
+SPARSE = 48 * 1024 * 1024  # bytes
+PROMPT = 20.0  # seconds in which a busy machine has started Python; a reader that blocks never ends
+NAMELESS = 54_321  # a user id that no system gives a name
+as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
+
+
+def config(text: str = "", **values: str) -> Path:
+    """`~/.tokencore/config.toml` with this text, or these variables."""
+    path = Path.home() / ".tokencore" / "config.toml"
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    lines = [f"{name.lower().removeprefix('kis_').replace('__', '.')} = {json.dumps(values[name])}" for name in values]
+    path.write_text("\n".join([text, *lines]), encoding="utf-8")
+    return path
+
+
+def dotenv(text: str = "", **values: str) -> Path:
+    """`.env` in the working directory with this text, or these variables."""
+    path = Path(".env").absolute()
+    path.write_text(text + "".join(f"{name}={value}\n" for name, value in values.items()), encoding="utf-8")
+    return path
+
+
+def secrets(**values: str) -> str:
+    """The secrets folder with a file for each variable."""
+    folder = Path("secrets").absolute()
+    folder.mkdir(exist_ok=True)
+    for name, value in values.items():
+        (folder / name).write_text(f"{value}\n", encoding="utf-8")
+    return str(folder)
+
+
+def give(source: str, values: Mapping[str, str], patch: pytest.MonkeyPatch) -> None:
+    """Have the variables come from the source of that name."""
+    if source == "environment":
+        for name, value in values.items():
+            patch.setenv(name, value)
+    elif source == "secrets folder":
+        patch.setenv("KIS_SECRETS_DIR", secrets(**values))
+    else:
+        {".env": dotenv, "config.toml": config}[source](**values)
+
+
+def refusal(work: Callable[[], object] = Settings.load) -> str:
+    """The one sentence of the refusal; no frame of ours on its way has a credential."""
+    with pytest.raises(ConfigurationError) as caught:
+        work()
+    message = str(caught.value)
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+    assert len(message) < 1000
+    assert "Canary" not in message + in_frames(caught.value)
+    return message
+
+
+def in_frames(error: BaseException | None) -> str:
+    """What an error tracker shows of the frames of the settings, of the error and what it came from."""
+    shown = ""
+    while error:
+        trace = error.__traceback__
+        while trace:
+            own = "tokencore/config" in trace.tb_frame.f_code.co_filename
+            shown += repr(trace.tb_frame.f_locals) if own else ""
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+    return shown
+
+
+def us() -> Market:
+    """The market `us` as a cached `get` reads it."""
+    return read_market("us")
+
+
+# --- where settings come from
+
+
+def test_environment_beats_dotenv_beats_secrets_beats_config_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all four sources present the first one counts, then the next one when it is gone."""
+    config("buffer = 64\n[markets.hk]\nenvironment = 'paper'\n")
+    give("secrets folder", {"KIS_BUFFER": "63"}, monkeypatch)
+    path = dotenv("export KIS_BUFFER='62'\n")
+    monkeypatch.setenv("KIS_BUFFER", "61")
+    seen = [(us().buffer, Settings.load().buffer)]
+    monkeypatch.delenv("KIS_BUFFER")
+    seen.append((us().buffer, Settings.load().buffer))
+    path.unlink()
+    seen.append((us().buffer, Settings().buffer))
+    monkeypatch.delenv("KIS_SECRETS_DIR")
+    seen.append((us().buffer, Settings().buffer))
+    assert seen == [(61, 61), (62, 62), (63, 63), (64, 64)]
+    assert read_market("HK").environment == "paper"
+
+
+def test_empty_values_count_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is set to nothing, as container files often do, hides no other source."""
+    config(f"secrets_dir = '{secrets(kis_app_key=KEY)}'\n")
+    dotenv(KIS_BUFFER="7")
+    for name in ("KIS_BUFFER", "KIS_SECRETS_DIR", "KIS_APP_KEY"):
+        monkeypatch.setenv(name, "")
+    assert (us().buffer, us().app_key) == (7, KEY)
+
+
+def test_secrets_folder_as_kubernetes_mounts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files behind links count, final newlines do not; folders and other programs' files are not opened."""
+    secrets(**PAIR)
+    mount = Path("mount")
+    mount.mkdir()
+    for name in PAIR:
+        (mount / name).symlink_to(Path("../secrets") / name)
+    (mount / "tls.key").write_bytes(b"\xff\xfe")
+    os.mkfifo(mount / "pipe")
+    (mount / "kis_certificates").mkdir()
+    monkeypatch.setenv("KIS_SECRETS_DIR", str(mount))
+    assert us().credentials() == (KEY, SECRET)
+
+
+def test_dotenv_survives_a_byte_order_mark_and_a_virtual_environment_is_none() -> None:
+    """A `.env` that Windows' editor saved names its first variable rightly; a folder `.env` is ignored."""
+    path = dotenv(f"\ufeffKIS_APP_KEY={KEY}\n")
+    assert us().app_key == KEY
+    path.unlink()
+    path.mkdir()
+    assert us().app_key is None
+
+
+def test_line_of_dotenv_that_is_none_is_reported_once_with_file_and_line(caplog: pytest.LogCaptureFixture) -> None:
+    """What the line says is not repeated, and the lines around it count."""
+    path = dotenv("KIS_TIMEOUT=7\nexport the secret Canary\nKIS_BUFFER=9\n")
+    assert [(us().buffer, Settings.load().timeout) for _ in range(2)] == [(9, 7)] * 2
+    assert caplog.messages == [f"{path}, line 2, is not NAME=value, so it is ignored; fix or remove it."]
+
+
+UNREADABLE = {
+    "no value": ("~/.tokencore/config.toml", b"buffer = \n"),
+    "no end": ("~/.tokencore/config.toml", b'app_secret = "Canary\n'),
+    "config not UTF-8": ("~/.tokencore/config.toml", b'app_secret = "Canary\xff"'),
+    "too deep": ("~/.tokencore/config.toml", b"a = " + b"[" * 20_000),
+    "a folder": ("~/.tokencore/config.toml", None),
+    "dotenv not UTF-8": (".env", b"KIS_APP_SECRET=Canary\xff\n"),
+    "secret not UTF-8": ("secrets/KIS_APP_KEY", b"Canary\xff"),
+    "secrets no folder": ("secrets", b"Canary"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_source_is_named_in_one_sentence(
+    name: str, content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What exists but cannot be read is an error that names it; its content is in no message and no frame."""
+    give("environment", PAIR, monkeypatch)
+    place = Path(name).expanduser()
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir() if content is None else place.write_bytes(content)
+    if "secrets" in name:
+        monkeypatch.setenv("KIS_SECRETS_DIR", "secrets")
+    for work in (us, Settings.load):
+        assert place.name in refusal(work)
+
+
+def test_the_name_of_a_secrets_folder_is_not_repeated_where_it_may_be_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is not there is named in one short line, but for what may be a credential."""
+    monkeypatch.setenv("KIS_SECRETS_DIR", f"/run/secrets/{KEY}")
+    with pytest.raises(ConfigurationError, match=r"^KIS_SECRETS_DIR: /run/secrets/\*\*\* cannot be read"):
+        us()
+    monkeypatch.setenv("KIS_SECRETS_DIR", "/run/a\n.b" + "/long" * 20_000)
+    assert "KIS_SECRETS_DIR: /run/a?.b/long/" in refusal()
+
+
+def test_each_setting_has_an_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By variable name: the environment, `.env`, the secrets folder, config.toml; the first one that gave it."""
+    folder = secrets(KIS_APP_SECRET=SECRET)
+    dotenv(KIS_APP_KEY=KEY, KIS_TIMEOUT="7")
+    config(f"secrets_dir = '{folder}'\nbuffer = 200\n[markets.hk]\nexchanges = ['SEHK']\n")
+    monkeypatch.setenv("KIS_TIMEOUT", "5")
+    monkeypatch.setenv("PREFECT_UI_URL", "https://prefect")
+    toml = dict.fromkeys(("KIS_SECRETS_DIR", "KIS_BUFFER", "KIS_MARKETS__HK__EXCHANGES"), "~/.tokencore/config.toml")
+    environment = dict.fromkeys(("KIS_TIMEOUT", "PREFECT_UI_URL"), "environment")
+    assert Settings.load().origins == {"KIS_APP_KEY": ".env", "KIS_APP_SECRET": folder, **toml, **environment}
+
+
+# --- whom they trust
+
+
+@pytest.mark.parametrize("variable", ["KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "KIS_STORE"])
+@pytest.mark.parametrize("source", ["config.toml", "environment", "secrets folder"])
+def test_a_cloned_repository_gets_no_secret_of_another_source(
+    source: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address in the `.env` of the folder, the user's own file, is refused by every reader alike."""
+    give(source, {**PAIR, "KIS_STORE_KEYS": SECRET}, monkeypatch)
+    if source != "secrets folder" or variable != "KIS_SECRETS_DIR":
+        path = dotenv(**{variable: EVIL})
+        messages = {refusal(work) for work in (us, Settings.load, Settings, trusted_dotenv)}
+        assert len(messages) == 1
+        assert messages.pop().startswith(f"{variable} in {path} is refused, because ")
+
+
+@pytest.mark.parametrize("address", ["environment", "config.toml", "secret's own"])
+@pytest.mark.parametrize("secret", ["environment", ".env", "secrets folder", "config.toml"])
+def test_an_address_counts_from_the_source_of_its_secret_and_from_trusted_ones(
+    secret: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment and config.toml may say where any secret goes; other sources where their own goes."""
+    where = {"KIS_BASE_URL": EVIL, "KIS_STORE": "postgresql://store"}
+    pair = {**PAIR, "KIS_STORE_KEYS": SECRET}
+    if address in (secret, "secret's own"):
+        give(secret, {**pair, **where}, monkeypatch)
+    else:
+        give(secret, pair, monkeypatch)
+        give(address, where, monkeypatch)
+    store = Settings.load().store
+    assert (us().base_url, store and store.get_secret_value()) == (EVIL, "postgresql://store")
+
+
+def test_a_secrets_folder_gives_no_address_for_a_secret_of_the_config_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is as good as its own secret, and no better."""
+    config(**PAIR)
+    give("secrets folder", {"KIS_BASE_URL": EVIL}, monkeypatch)
+    assert "would send there the app secret" in refusal(us)
+
+
+def test_a_market_that_dotenv_alone_describes_stands_beside_others() -> None:
+    """Its own address serves its own key and secret, while the secret for all markets comes from config.toml."""
+    config(**PAIR)
+    own = {name.replace("KIS_", "KIS_MARKETS__HK__"): value for name, value in PAIR.items()}
+    dotenv(**own, KIS_MARKETS__HK__BASE_URL=EVIL)
+    assert (read_market("hk").base_url, us().base_url.startswith("https://openapi.")) == (EVIL, True)
+
+
+def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None:
+    """A subclass that gives the credentials itself is as safe as a secret in config.toml."""
+    dotenv(KIS_APP_KEY="bait", KIS_APP_SECRET="bait", KIS_BASE_URL=EVIL)
+    assert "KIS_BASE_URL in " in refusal(lambda: market_of_program("us", lambda: (KEY, SECRET), us().base_url))
+    assert market_of_program("us", lambda: (KEY, SECRET), "https://own").credentials() == (KEY, SECRET)
+    assert "quotes" in refusal(lambda: market_of_program("own", lambda: (KEY, f"'{SECRET}'"), "https://own"))
+
+
+SOURCES = st.sampled_from(["environment", ".env", "secrets folder", "config.toml"])
+ASKED = [f"{stem}{field}" for stem in ("KIS_", "KIS_MARKETS__HK__") for field in ("APP_KEY", "APP_SECRET", "BASE_URL")]
+
+
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys([*ASKED, "KIS_KEYRING"], SOURCES)),
+    st.sampled_from(["", "real", "paper"]),
+)
+@hypothesis_settings(max_examples=200)
+def test_every_reader_keeps_the_rule_of_addresses(places: dict[str, str], hk: str) -> None:
+    """Wherever each variable comes from, both readers refuse an address exactly where the rule says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        shutil.rmtree("secrets", ignore_errors=True)
+        for source in ("environment", ".env", "secrets folder", "config.toml"):
+            names = [name for name, place in places.items() if place == source]
+            give(source, {name: "https://127.0.0.1:1" if name.endswith("URL") else "word" for name in names}, patch)
+        patch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
+        patch.setenv("KIS_MARKETS__HK__ENVIRONMENT", hk)
+        expected = any(is_foreign(stem, places, hk) for stem in ("KIS_", "KIS_MARKETS__HK__"))
+        assert [refuses(us), refuses(lambda: read_market("hk")), refuses(Settings.load)] == [expected] * 3
+
+
+def refuses(work: Callable[[], object]) -> bool:
+    """Whether it refuses an address."""
+    try:
+        work()
+    except ConfigurationError as error:
+        return "is refused, because" in str(error)
+    return False
+
+
+def is_foreign(stem: str, places: Mapping[str, str], hk: str) -> bool:
+    """The rule in other words than the product's: for all markets (`KIS_`) or for hk."""
+    address = places.get(f"{stem}BASE_URL") or (places.get("KIS_BASE_URL") if hk != "paper" else None)
+    if address in (None, "environment", "config.toml"):
+        return False
+    own_key = "KIS_MARKETS__HK__APP_KEY" in places and stem != "KIS_"
+    if f"{stem}APP_SECRET" in places:
+        secret = places[f"{stem}APP_SECRET"]
+    elif "KIS_KEYRING" in places and (own_key or "KIS_APP_SECRET" not in places):
+        secret = "keyring"
+    else:
+        secret = places.get("KIS_APP_SECRET", address)
+    key = places.get(f"{stem}APP_KEY") or places.get("KIS_APP_KEY") or address
+    return secret != address or (address == ".env" and key != address)
+
+
+def linked_into_an_open_folder() -> None:
+    """Have `.env` be a link to a file that others can exchange."""
+    shared = Path("shared").absolute()
+    shared.mkdir()
+    Path(".env").rename(shared / "env")
+    Path(".env").symlink_to(shared / "env")
+    shared.chmod(0o777)
+
+
+def give_away(path: Path) -> None:
+    """Have it belong to another user."""
+    os.chown(path, NAMELESS, NAMELESS)
+
+
+OPEN = {
+    "another user's file": lambda: give_away(Path(".env")),
+    "another user's folder": lambda: give_away(Path.cwd()),
+    "file for all": lambda: Path(".env").chmod(0o666),
+    "file for the group": lambda: Path(".env").chmod(0o660),
+    "folder for all": lambda: Path.cwd().chmod(0o777),
+    "folder like /tmp": lambda: Path.cwd().chmod(0o1777),
+    "link into a folder for all": linked_into_an_open_folder,
+}
+
+
+@as_root
+@pytest.mark.parametrize("opened", OPEN.values(), ids=OPEN)
+def test_dotenv_that_others_can_have_written_is_ignored(
+    opened: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning names the file and why; nothing in it counts, not even for who hands it on."""
+    config(**PAIR)
+    path = dotenv(KIS_APP_KEY="a", KIS_APP_SECRET="b", KIS_BASE_URL=EVIL)
+    assert us().base_url == EVIL
+    opened()
+    assert [us().app_key, Settings.load().base_url, trusted_dotenv()] == [KEY, None, {}]
+    assert [message.startswith(f"{path} is ignored, because ") for message in caplog.messages] == [True]
+
+
+@as_root
+def test_dotenv_of_root_counts_for_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service's user reads what root wrote and no config.toml of a folder named `~`; its token folder must be set."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.chdir(folder)
+        trap = Path("~/.tokencore")
+        trap.mkdir(parents=True)
+        (trap / "config.toml").write_text("proactive_window = 8\n")
+        dotenv(KIS_BUFFER="7", KIS_TOKEN_DIR="/nowhere")
+        assert us().buffer == Settings.load().buffer == 7  # what is imported late is known before the user changes
+        assert ended(in_child(as_nameless)) == 0
+        dotenv(KIS_BUFFER="7")
+        assert ended(in_child(as_nameless_without_folder)) == 0
+
+
+def as_nameless() -> None:
+    """Become a user without name and home, and read the settings."""
+    os.setgroups([])
+    os.setgid(NAMELESS)
+    os.setuid(NAMELESS)
+    del os.environ["HOME"]
+    assert (us().buffer, us().proactive_window, Settings.load().buffer) == (7, 1800, 7)
+
+
+def as_nameless_without_folder() -> None:
+    """The same, where nobody says where the tokens go."""
+    for work in (as_nameless, Settings.load):
+        assert "KIS_TOKEN_DIR cannot be used: set it to an absolute path" in refusal(work)
+
+
+def test_dotenv_adds_to_the_environment_only_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For who hands it on: names in upper case, the environment's own not among them."""
+    monkeypatch.setenv("KIS_TIMEOUT", "7")
+    monkeypatch.setenv("KIS_BUFFER", "")
+    dotenv(kis_timeout="9", KIS_BUFFER="9", PREFECT_SERVER_API_PORT="4201")
+    assert trusted_dotenv() == {"KIS_BUFFER": "9", "PREFECT_SERVER_API_PORT": "4201"}
+
+
+# --- one reader for every file
+
+FILES = [".env", "~/.tokencore/config.toml", "secrets/KIS_APP_KEY"]
+KINDS = ["pipe", "link to a pipe", "link to a device", "socket", "48 MB", "65,537 bytes"]
+
+
+def make_strange(path: Path, kind: str, patch: pytest.MonkeyPatch) -> None:
+    """Put something in place of a file of settings."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to a pipe":
+        os.mkfifo(path.with_name("pipe"))
+        path.symlink_to("pipe")
+    elif kind == "link to a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as one, patch.context() as inside:
+            inside.chdir(path.parent)  # the address of a socket is short
+            one.bind(path.name)
+    else:
+        with path.open("wb") as file:
+            file.truncate(SPARSE if kind == "48 MB" else FILE_LIMIT + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_of_a_sensible_size_is_one_sentence_at_once(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the fast reader nor `Settings` waits or reads on, whatever stands in place of the file."""
+    path = Path(name).expanduser().absolute()
+    path.parent.mkdir(exist_ok=True)
+    make_strange(path, kind, monkeypatch)
+    if "secrets" in name:
+        monkeypatch.setenv("KIS_SECRETS_DIR", str(path.parent))
+    began = time.monotonic()
+    for work in (us, Settings.load):
+        message = refusal(work)
+        assert path.name in message
+        assert ("65536 bytes" if "bytes" in kind or "MB" in kind else "not a regular file") in message
+    assert time.monotonic() - began < PROMPT
+
+
+def test_files_as_large_as_allowed_count() -> None:
+    """64 KiB are read to the last line."""
+    filling = f"# {'x' * 61}\n" * 1024
+    for make, last in ((dotenv, "KIS_TIMEOUT=7\n"), (config, "buffer = 9\n")):
+        path = make(filling[: FILE_LIMIT - len(last) - 1] + "\n" + last)
+        os.truncate(path, FILE_LIMIT)
+    assert (Settings.load().timeout, Settings.load().buffer) == (7, 9)
