@@ -222,6 +222,7 @@ def test_the_other_environments_address_is_refused(
         ("KIS_ACCOUNT_TYPE", "VIRTUAL", "real", "paper"),
         ("KIS_MODE", "fast", "real", "real or paper"),
         ("KIS_IS_PAPER", "false", "real", ""),
+        ("KIS_MODE", "fast", "paper", ""),
     ],
 )
 def test_other_tools_words_for_the_environment_draw_one_warning(
@@ -235,6 +236,8 @@ def test_other_tools_words_for_the_environment_draw_one_warning(
     """With the right setting; a word for paper in our own setting counts, another tool's variable does not."""
     monkeypatch.setattr("tokencore.config.sources._warned", set())
     monkeypatch.setenv(variable, value)
+    if expected == "paper" and "ENVIRONMENT" not in variable:
+        monkeypatch.setenv("KIS_ENVIRONMENT", "paper")
     assert [Settings.load().market("us").environment for _ in range(2)] == [expected] * 2
     name = variable if "ENVIRONMENT" in variable else "KIS_ENVIRONMENT"
     assert [message.endswith(f"set {name}={right}.") for message in caplog.messages] == [True] * bool(right)
@@ -422,6 +425,7 @@ def test_other_sources_come_before_the_keyring_and_the_own_secret_before_the_com
         (NoKeyringError("Canary"), "this machine has none"),
         (RuntimeError("Canary"), "it failed (RuntimeError)"),
         ({}, "`keyring set kis KIS_APP_SECRET`"),
+        ({"KIS_APP_SECRET": "Canary Canary"}, "not a secret as KIS shows it"),
     ],
 )
 def test_a_keyring_that_does_not_serve_is_one_sentence(

@@ -170,7 +170,7 @@ class Market:
         """
         self.identified()  # no local name: nothing secret is in a traceback's frames
         if self._in_keyring:
-            self._app_secret = credential(self.settings.in_keyring(self._in_keyring)) or self._app_secret
+            self._app_secret = self.settings.in_keyring(self._in_keyring) or self._app_secret
             if not self._app_secret:
                 raise self._missing("APP_SECRET", f"; or run `keyring set {self._keyring} {self._in_keyring[0]}`")
             self._in_keyring = []

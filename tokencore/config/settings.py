@@ -22,7 +22,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from tokencore.calendars.sessions import Override, exchange
 from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
-from tokencore.config.sources import CONFIG_FILE, PAPER_WORDS, SECRETS_DIR, Found, gather, short, warn
+from tokencore.config.sources import CONFIG_FILE, PAPER_WORDS, SECRETS_DIR, Found, gather, place_of, short, warn
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ _SIGNS = dict.fromkeys(_REAL_WORDS, "real") | dict.fromkeys((*PAPER_WORDS, "pape
 PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
 _OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
 _ALIKE = 0.85  # of two names: a letter or two are wrong
-_DIAGNOSE = "run `keyring diagnose`"
 _KEYRING = {
     "NoKeyringError": ("this machine has none that programs can use", "install one, or give the secret in another way"),
+    "ValueError": ("what it keeps is not a secret as KIS shows it", "set it again with `keyring set`"),
     "KeyringLocked": ("it is locked", "unlock it, by logging in or with its own program"),
 }
 
@@ -265,11 +265,15 @@ class Settings(BaseSettings):
         try:
             import keyring  # an extra, and slow to load
 
-            return next((found for name in names if (found := keyring.get_password(service, name))), None)
+            return next(
+                (found for name in names if (found := values.credential(keyring.get_password(service, name)))), None
+            )
         except ImportError:
             why, fix = "the package is not installed", "pip install 'tokencore[keyring]'"
         except Exception as error:  # noqa: BLE001 - a backend's own, whose text may contain anything
-            why, fix = _KEYRING.get(type(error).__name__, (f"it failed ({type(error).__name__})", _DIAGNOSE))
+            why, fix = _KEYRING.get(
+                type(error).__name__, (f"it failed ({type(error).__name__})", "run `keyring diagnose`")
+            )
         raise ConfigurationError(
             f"The app secret should come from the system's keyring (KIS_KEYRING={short(service)}), but {why}. "
             f"Cached tokens are served anyway. To do: {fix}; or remove KIS_KEYRING."
@@ -317,7 +321,7 @@ def _check_names(found: Found) -> None:
             continue
         hint = f"did you mean {short(meant)}?" if meant else "the README lists the settings."
         if origin == CONFIG_FILE or name.split("__")[0] in _GROUPS:
-            raise ConfigurationError(f"Unknown setting {short(name)} in {short(origin, ' _/')}; {hint}")
+            raise ConfigurationError(f"Unknown setting {short(name)} in {place_of(origin)}; {hint}")
         if meant:
             warn(f"Unknown setting {short(name)}; {hint}")
 
@@ -326,6 +330,9 @@ def _warn(settings: Settings) -> None:
     for name, value in settings.found.values.items():
         if name.endswith(("APP_KEY", "APP_SECRET")) and value != value.strip():
             warn(f"{short(name)} has white space around it, which was removed.")
-        if name in PAPER_SIGNS and _SIGNS.get(str(value).strip().lower()) != settings.environment:
-            right = _SIGNS.get(str(value).strip().lower(), "real or paper")
-            warn(f"{name} is not a setting, so the environment is {settings.environment}; set KIS_ENVIRONMENT={right}.")
+        if name in PAPER_SIGNS:
+            unclear = settings.environment if "KIS_ENVIRONMENT" in settings.found.values else "real or paper"
+            meant = _SIGNS.get(str(value).strip().lower(), unclear)
+            if meant != settings.environment:
+                now = f"{name} is not a setting, so the environment is {settings.environment}"
+                warn(f"{now}; set KIS_ENVIRONMENT={meant}.")

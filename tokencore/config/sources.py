@@ -149,7 +149,7 @@ def _secrets_dir(found: Found) -> str:
     """The secrets folder that the environment names, or else the config file; `.env` may not."""
     if found.origins.get(SECRETS_DIR) == DOTENV_FILE:
         raise ConfigurationError(
-            f"{SECRETS_DIR} in {_place(DOTENV_FILE)} is refused, because a .env may not say where secrets come from; "
+            f"{SECRETS_DIR} in {place_of(DOTENV_FILE)} is refused, because a .env may not say where secrets come from; "
             f"set it in the environment, or as secrets_dir in {CONFIG_FILE}."
         )
     folder = str(found.values.get(SECRETS_DIR) or _config().get(SECRETS_DIR, ""))
@@ -160,7 +160,7 @@ def _check_address(name: str, found: Found) -> None:
     """Refuse an address whose users have their secret from another source or, where `.env` gives it, their key."""
     origin, origins = found.origins[name], found.origins
     if name == "KIS_STORE" and origins.get("KIS_STORE_KEYS") != origin:
-        raise address_refused(name, origin, "secrets", origins.get("KIS_STORE_KEYS", ""))
+        raise address_refused(name, origin, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
     for users in _users(name, found):
         givers = {"app secret": _secret_from(users, origins)}
         if origin == DOTENV_FILE:
@@ -188,22 +188,25 @@ def _secret_from(users: str, origins: dict[str, str]) -> str:
 
 def address_refused(name: str, origin: str, what: str, giver: str) -> ConfigurationError:
     """The error for an address of the source `origin` that would get a secret of the source `giver`."""
-    place = _place(origin)
+    place = place_of(origin)
     return ConfigurationError(
-        f"{short(name)} in {place} is refused, because it would send there the {what} that {_place(giver)} gives; "
+        f"{short(name)} in {place} is refused, because it would send there the {what} that {place_of(giver)} gives; "
         f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
     )
 
 
-def _place(origin: str) -> str:
-    return _printable(os.path.abspath(origin)) if origin == DOTENV_FILE else short(origin, " _/")
+def place_of(origin: str) -> str:
+    """A source as messages call it."""
+    if origin == DOTENV_FILE:
+        return _printable(os.path.abspath(origin))
+    return "the environment" if origin == ENVIRONMENT else short(origin, " _/")
 
 
 def _dotenv() -> dict[str, str]:
     """The pairs of `.env`, the last one of each name; none where others can have written it."""
-    path = os.path.abspath(DOTENV_FILE)
-    if not os.path.exists(path) or os.path.isdir(path):  # a folder of this name is a virtual environment
+    if not os.path.exists(DOTENV_FILE) or os.path.isdir(DOTENV_FILE):  # a folder of this name is a virtualenv
         return {}
+    path = os.path.abspath(DOTENV_FILE)
     try:
         why = _written_by_others(path)
         if not why:
@@ -224,9 +227,8 @@ def _pairs(text: str, path: str) -> dict[str, str]:
     lines = list(parse_stream(io.StringIO(text)))
     for line in lines:
         if line.error:
-            warn(
-                f"{_printable(path)}, line {line.original.line}, is not NAME=value, so it is ignored; fix or remove it."
-            )
+            place = f"{_printable(path)}, line {line.original.line},"
+            warn(f"{place} is not NAME=value, so it is ignored; fix or remove it.")
     return {line.key: line.value or "" for line in lines if line.key}
 
 
