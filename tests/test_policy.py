@@ -1,0 +1,401 @@
+"""The renewal rule: properties over random needs, and decisions that a person can check with pen and paper."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, time, timedelta
+from typing import TYPE_CHECKING, NamedTuple
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from tokencore.calendars import sessions
+from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals, retry_delay, serves_until
+from tokencore.tokens import KST
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Span = tuple[datetime, datetime]
+
+MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
+LIFE = timedelta(hours=24)
+COUNTS = LIFE - timedelta(seconds=300)  # how long a token serves: its life less the buffer
+ALL_BUT_NXT = [code for code in sessions.EXCHANGES if code != "NXT"]
+ZONES = ["Asia/Seoul", "America/New_York", "Europe/London", "Australia/Lord_Howe", "UTC"]
+
+steady = settings(
+    derandomize=True,  # the same examples on every run
+    database=None,
+    deadline=None,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def kst(text: str) -> datetime:
+    """A moment of 2026, written as `06-01 16:35` or `06-01 16:35:02` in KST."""
+    return datetime.fromisoformat(f"2026-{text}").replace(tzinfo=KST).astimezone(UTC)
+
+
+def spans(start: datetime, steps: list[tuple[timedelta, timedelta]]) -> list[Span]:
+    """Needs from pairs of a quiet time and the length of the need after it."""
+    found = []
+    for quiet, length in steps:
+        found.append((start + quiet, start + quiet + length))
+        start = found[-1][1]
+    return found
+
+
+def minutes(least: int, most: int) -> st.SearchStrategy[timedelta]:
+    """Whole minutes as a timedelta."""
+    return st.integers(least, most).map(lambda n: n * MINUTE)
+
+
+starts = st.datetimes(datetime(2016, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+steps = st.lists(st.tuples(minutes(1, 9) | minutes(1, 4000), minutes(1, 2400)), min_size=1, max_size=12)
+wild_needs = st.builds(spans, starts, steps)
+"""Anything: a minute of quiet, needs of a minute or of 40 hours."""
+calm_steps = st.lists(st.tuples(minutes(120, 4000), minutes(1, 960)), min_size=1, max_size=12)
+calm_needs = st.builds(spans, starts, calm_steps)
+"""What exchanges are like: two quiet hours or more before each need, no need above 16 hours."""
+anchors = st.none() | st.times().map(lambda at: at.replace(microsecond=0))
+"""Derived, or whatever a caller may have kept from some other horizon."""
+outages = st.lists(st.tuples(minutes(0, 1200), minutes(1, 900)), max_size=8)
+
+
+def decide(
+    now: datetime, needs: Sequence[Span], issued: datetime | None, anchor: time | None = None, *, lost: bool = False
+) -> Renewal | None:
+    """The rule's answer, where the last issue brought a token of 24 hours that may be lost."""
+    expires = issued.astimezone(UTC) + LIFE if issued and not lost else None
+    return next_renewal(now, needs, issued_at=issued, expires_at=expires, anchor=anchor)
+
+
+def run(needs: list[Span], anchor: time | None = None, faulty: Sequence[Span] = ()) -> list[Renewal]:
+    """A program that starts two hours before the first need, issues when due and backs off after failures."""
+    now, issued, failures = needs[0][0] - 2 * HOUR, None, 0
+    done: list[Renewal] = []
+    while planned := decide(now, needs, issued, anchor):
+        now = planned.at
+        if any(start <= now < end for start, end in faulty):
+            failures += 1
+            now += retry_delay(failures)
+            continue
+        done.append(planned)
+        issued, failures = now, 0
+        assert len(done) < 1000, "the rule never comes to an end"
+    return done
+
+
+class Faults(NamedTuple):
+    """What a run did wrong: the needs or the issues concerned."""
+
+    uncovered: list[Span]
+    too_soon: list[datetime]
+    unrecorded: list[datetime]
+    disturbing: list[datetime]
+
+
+NONE = Faults([], [], [], [])
+
+
+def judge(needs: list[Span], done: list[Renewal]) -> Faults:
+    """Hold a run against the promises, without any of the rule's own arithmetic."""
+    issues = [one.at for one in done]
+    pairs = list(zip([datetime(1, 1, 3, tzinfo=UTC), *issues], done, strict=False))
+    return Faults(
+        uncovered=[need for need in needs if not _covered(*need, issues)],
+        too_soon=[one.at for last, one in pairs if one.at < last + 6 * HOUR],
+        unrecorded=[one.at for last, one in pairs if one.at < last + DAY and not one.exception],
+        disturbing=[
+            one.at
+            for last, one in pairs
+            for start, end in needs
+            if start < one.at < end and (last + COUNTS >= end or max(last + 6 * HOUR, end - COUNTS) <= start)
+        ],
+    )
+
+
+def _covered(start: datetime, end: datetime, issues: list[datetime]) -> bool:
+    for at in issues:
+        if at <= start < at + COUNTS:
+            start = at + COUNTS
+    return start >= end
+
+
+@steady
+@given(wild_needs, anchors)
+def test_every_need_is_covered_and_none_disturbed_while_kis_is_up(needs: list[Span], anchor: time | None) -> None:
+    """A token is there from start to end, changed inside only if none from before the need could last through it."""
+    faults = judge(needs, run(needs, anchor))
+    assert (faults.uncovered, faults.disturbing) == ([], [])
+
+
+@steady
+@given(wild_needs, anchors, outages)
+def test_outages_lead_to_no_issue_too_many(
+    needs: list[Span], anchor: time | None, steps: list[tuple[timedelta, timedelta]]
+) -> None:
+    """Six hours lie between issues, and a day or an exception; without one, no need is going on and it is served."""
+    done = run(needs, anchor, spans(needs[0][0] - DAY, steps))
+    faults = judge(needs, done)
+    assert (faults.too_soon, faults.unrecorded) == ([], [])
+    last = datetime.min.replace(tzinfo=UTC)
+    for one in done:
+        start, end = next(need for need in needs if need[1] > max(one.at, last + COUNTS))
+        assert one.at + COUNTS >= end or "longer than one token" in str(one.exception)
+        assert one.at <= start or "inside the need" in str(one.exception)
+        last = one.at
+
+
+@steady
+@given(wild_needs, anchors, minutes(-3000, 9000), st.none() | minutes(0, 2000), minutes(-100, 9000))
+def test_a_decision_lies_ahead_and_leaves_served_needs_alone(
+    needs: list[Span], anchor: time | None, offset: timedelta, age: timedelta | None, left: timedelta
+) -> None:
+    """Whatever the token's age and life, even unknown or odd: never in the past nor inside a served need."""
+    now = needs[0][0] + offset
+    issued = None if age is None else now - age
+    planned = next_renewal(now, needs, issued_at=issued, expires_at=now + left, anchor=anchor)
+    if planned:
+        assert planned.at >= now
+        assert not any(start < planned.at < end <= serves_until(now + left) for start, end in needs)
+
+
+@steady
+@given(calm_needs, st.lists(st.tuples(minutes(720, 4000), minutes(1, 54)), max_size=12), st.data())
+def test_an_outage_before_the_need_leaves_no_hole(
+    needs: list[Span], steps: list[tuple[timedelta, timedelta]], data: st.DataObject
+) -> None:
+    """One retry before the need is enough after any outage, and the lead after all of up to 54 minutes."""
+    done = run(needs)
+    number = data.draw(st.integers(0, len(done) - 1))
+    counted = done[number - 1].at + COUNTS if number else needs[0][0]
+    outage = done[number].at, next(start for start, end in needs if end > counted) - 5 * MINUTE
+    assert judge(needs, run(needs, None, [outage])).uncovered == []
+    short = spans(needs[0][0] - DAY, steps)
+    assume(not any(start <= needs[0][0] - 2 * HOUR < end for start, end in short))
+    assert judge(needs, run(needs, None, short)).uncovered == []
+
+
+@steady
+@given(wild_needs, anchors, st.data())
+def test_asking_again_before_the_time_changes_nothing(
+    needs: list[Span], anchor: time | None, data: st.DataObject
+) -> None:
+    """A plan holds until it is due, so that hourly runs and a waiting one come to the same issue."""
+    now, issued = needs[0][0] - 3 * DAY, None
+    while planned := decide(now, needs, issued, anchor):
+        again = decide(now + data.draw(st.floats(0, 1)) * (planned.at - now), needs, issued, anchor)
+        assert again
+        assert again.at == planned.at
+        now = issued = planned.at
+
+
+changes = st.sampled_from([kst("03-08 16:00"), kst("03-29 10:00"), kst("10-04 00:30"), kst("11-01 15:00")])
+
+
+@steady
+@given(
+    st.builds(lambda at, before, pairs: spans(at - before, pairs), changes, minutes(0, 3000), steps),
+    anchors,
+    st.lists(st.sampled_from(ZONES).map(ZoneInfo), min_size=4, max_size=4),
+    minutes(-3000, 9000),
+    minutes(0, 2000),
+)
+def test_the_zone_of_the_inputs_changes_nothing(
+    needs: list[Span], anchor: time | None, zones: list[ZoneInfo], offset: timedelta, age: timedelta
+) -> None:
+    """Around changes to and from summer time the same instants give the same decision, in any zones."""
+    a, b, c, d = zones
+    now = needs[0][0] + offset
+    elsewhere = [(start.astimezone(a), end.astimezone(b)) for start, end in needs]
+    planned = decide(now.astimezone(c), elsewhere, (now - age).astimezone(d), anchor)
+    assert planned == decide(now, needs, now - age, anchor)
+    assert planned is None or planned.at.tzinfo is UTC
+    assert daily_anchor(needs) == daily_anchor(elsewhere)
+
+
+@steady
+@given(wild_needs)
+def test_the_anchor_begins_the_longest_common_quiet(needs: list[Span]) -> None:
+    """Counting every minute of the day gives the same anchor, or as well that there is none."""
+    busy: set[time] = set()
+    for start, end in needs:
+        minute = start.astimezone(KST).replace(second=0, microsecond=0)
+        while minute < end:
+            busy.add(minute.time())
+            minute += MINUTE
+    day = [time(*divmod(n % 1440, 60)) not in busy for n in range(2880)]
+    runs = {n: day.index(False, n) - n for n in range(1440) if day[n] and not day[n - 1] and False in day[n:]}
+    longest = max(runs.values(), default=0)
+    if (anchor := daily_anchor(needs)) is None:
+        assert longest <= 5
+    else:
+        assert runs[(anchor.hour * 60 + anchor.minute - 5) % 1440] == longest > 5
+
+
+WEEKDAYS = [(kst(f"06-{day:02} 08:30"), kst(f"06-{day:02} 16:30")) for day in (1, 2, 3, 4, 5, 8, 9)]
+LATE = "after the last issue, because 24 h would be too late for the need"
+DAILY = "renews daily at 16:35 KST"
+
+
+@pytest.mark.parametrize(
+    ("now", "issued", "at", "reason", "exception"),
+    [
+        pytest.param("05-31 12:00", None, "05-31 16:35", DAILY, "", id="no token: at the anchor, so that it lasts"),
+        pytest.param("05-31 22:00", None, "05-31 22:00", DAILY, "", id="no token and the anchor is past"),
+        pytest.param("06-01 08:00", None, "06-01 08:00", "at once", "", id="no token half an hour before a need"),
+        pytest.param("06-01 10:00", None, "06-01 10:00", "needed since 06-01", "inside the need, because", id="in it"),
+        pytest.param("06-01 12:00", "05-31 16:35", "06-01 16:35:02", DAILY, "", id="a plain day"),
+        pytest.param("06-01 22:00", "05-31 16:35", "06-01 22:00", DAILY, "", id="the machine slept over the anchor"),
+        pytest.param("06-01 06:00", "05-31 16:34:59", "06-01 07:25", "ahead", f"14 h 50 min {LATE}", id="a second"),
+        pytest.param("06-02 12:00", "06-01 21:00", "06-02 21:00:02", "at 21:00 KST, 24 h", "", id="issued late"),
+        pytest.param("06-01 12:00", "06-01 12:00", "06-02 07:25", "ahead", f"19 h 25 min {LATE}", id="issued at noon"),
+        pytest.param("06-02 12:00", "06-02 07:25", "06-03 07:25:02", "24 h after", "", id="the day after an exception"),
+        pytest.param("06-05 17:00", "06-04 16:35", "06-07 16:35", DAILY, "", id="Friday after the close: Sunday"),
+        pytest.param("06-01 12:00", "06-03 12:00", "06-03 16:35", DAILY, "", id="an issue in the future: unknown"),
+    ],
+)
+def test_decisions(now: str, issued: str | None, at: str, reason: str, exception: str) -> None:
+    """With a need from 08:30 to 16:30 on weekdays, each decision can be checked against the rule's text."""
+    planned = decide(kst(now), WEEKDAYS, kst(issued) if issued else None)
+    assert planned
+    assert planned.at == kst(at)
+    assert reason in planned.reason
+    assert (exception in planned.exception) if planned.exception and exception else planned.exception is None
+
+
+@pytest.mark.parametrize(
+    ("now", "issued", "at", "age"),
+    [("06-01 10:00", "06-01 08:00", "06-01 14:00", "6 h"), ("06-01 13:00", "06-01 11:00", "06-02 07:25", "20 h")],
+)
+def test_a_lost_token_is_replaced_when_kis_gives_another(now: str, issued: str, at: str, age: str) -> None:
+    """Not before six hours after the issue; where that is too late for the running need, for the next one."""
+    planned = decide(kst(now), WEEKDAYS, kst(issued), lost=True)
+    assert planned
+    assert planned.at == kst(at)
+    assert (planned.exception or "").startswith(age)
+
+
+def test_a_healthy_renewal_reads_as_one() -> None:
+    """The reason of a daily renewal gives its hour and the next need, and nothing that sounds like an outage."""
+    planned = decide(kst("06-05 17:00"), WEEKDAYS, kst("06-04 16:35"))
+    assert planned
+    assert planned.reason == "renews daily at 16:35 KST; next needed 06-08 08:30 KST"
+    following = decide(kst("06-01 16:35"), WEEKDAYS, kst("05-31 16:35"))
+    assert following
+    assert following.reason == "renews daily at 16:35 KST, 24 h after the last issue; next needed 06-02 08:30 KST"
+
+
+def test_an_overdue_renewal_waits_for_the_end_of_a_served_need() -> None:
+    """Inside a need that the token serves there is no hurry: half of the three quiet minutes after it will do."""
+    needs = spans(kst("06-01 17:00"), [(5 * HOUR, 7 * HOUR), (3 * MINUTE, 1 * HOUR), (147 * MINUTE, 8 * HOUR)])
+    expires, anchor = kst("06-02 12:00"), time(16, 35)
+    planned = next_renewal(kst("06-01 23:00"), needs, issued_at=None, expires_at=expires, anchor=anchor)
+    assert planned
+    assert (planned.at, planned.exception) == (kst("06-02 05:01:30"), None)
+
+
+def test_an_anchor_too_near_a_need_is_not_waited_for() -> None:
+    """An anchor kept from other hours, half an hour before the need: the quiet of the day before is better."""
+    planned = decide(kst("05-31 12:00"), WEEKDAYS, None, time(8))
+    assert planned
+    assert planned.at == kst("05-31 16:35")
+
+
+def test_nothing_to_renew_for() -> None:
+    """Without a need, or with a token that serves them all, there is no renewal, no anchor and no quiet time."""
+    now, later = kst("06-01 12:00"), kst("07-01 12:00")
+    assert decide(now, [], None) is None
+    assert next_renewal(now, WEEKDAYS, issued_at=now, expires_at=later) is None
+    assert (daily_anchor([]), quiet_time([])) == (None, None)
+    assert quiet_time([(kst("06-01 08:30"), kst("06-02 08:30"))]) is None
+    assert quiet_time(WEEKDAYS) == (time(16, 30), time(8, 30))
+
+
+def test_a_need_longer_than_a_token_is_chained_and_says_so() -> None:
+    """56 hours take three tokens, each an hour before the last one ends; all three are exceptions."""
+    need = kst("06-01 08:30"), kst("06-03 16:30")
+    assert daily_anchor([need]) is None
+    done = run([need])
+    assert [one.at for one in done] == [kst("06-01 07:30"), kst("06-02 06:30"), kst("06-03 05:30")]
+    assert all("the need lasts 56 h, longer than one token" in str(one.exception) for one in done)
+    assert judge([need], done).uncovered == []
+
+
+def test_a_longer_buffer_moves_the_anchor() -> None:
+    """With a buffer of ten minutes the anchor comes later by as much, and no day needs an exception."""
+    start, until, buffer = kst("05-31 12:00"), kst("06-09 12:00"), 10 * MINUTE
+    assert daily_anchor(WEEKDAYS, buffer=buffer) == time(16, 40)
+    done = renewals(start, WEEKDAYS, until=until, issued_at=None, expires_at=None, buffer=buffer)
+    assert [one.exception for one in done] == [None] * 7
+    assert renewals(start, WEEKDAYS, until=done[2].at, issued_at=None, expires_at=None, buffer=buffer) == done[:3]
+
+
+def test_a_time_without_a_zone_is_refused() -> None:
+    """A naive time is an error and never taken for the machine's own zone."""
+    with pytest.raises(TypeError):
+        decide(datetime(2026, 6, 1, 12), WEEKDAYS, None)  # noqa: DTZ001
+
+
+def test_back_off_and_buffer() -> None:
+    """Three retries after 65 seconds, past KIS's minute, then one every five; a token counts until five before its end."""
+    assert [retry_delay(n).seconds for n in (1, 2, 3, 4, 50)] == [65, 65, 65, 300, 300]
+    assert serves_until(kst("06-01 16:35")) == kst("06-01 16:30")
+
+
+def live(codes: list[str], first: str, days: int) -> list[Renewal]:
+    """What a program with a horizon of 14 days does from that day of 2026 on, starting at noon KST."""
+    now, issued = kst(f"{first} 12:00"), None
+    done: list[Renewal] = []
+    until = now + days * DAY
+    while planned := decide(now, sessions.needs(codes, now - DAY, now + 14 * DAY), issued):
+        if planned.at > until:
+            break
+        done.append(planned)
+        now = issued = planned.at
+    assert judge(sessions.needs(codes, done[0].at, done[-1].at), done) == NONE
+    assert [one.exception for one in done] == [None] * len(done)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("codes", "first", "days", "expected"),
+    [
+        pytest.param("KRX NASD", "06-07", 8, "7 8 9 10 11 12 14", id="a plain week has no issue on Saturday"),
+        pytest.param("KRX", "06-07", 8, "7 8 9 10 11 14", id="nor on Friday without New York"),
+        pytest.param("KRX", "02-08", 12, "8 9 10 11 12 18 19", id="Lunar New Year in Seoul"),
+        pytest.param("KRX NASD", "02-08", 12, "8 9 10 11 12 13 17 18 19", id="New York rests on Monday 16 too"),
+        pytest.param("KRX", "12-27", 9, "27 28 29 3 4", id="the turn of the year"),
+    ],
+)
+def test_real_weeks(codes: str, first: str, days: int, expected: str) -> None:
+    """One issue at 16:35 on the days before which a need begins, and none while everything rests."""
+    found = [one.at.astimezone(KST) for one in live(codes.split(), first, days)]
+    assert " ".join(str(at.day) for at in found) == expected
+    assert {f"{at:%H:%M}" for at in found} == {"16:35"}
+
+
+@pytest.mark.parametrize("first", ["03-01", "10-25", "11-08"], ids=["DST begins", "DST ends", "CSAT day"])
+@pytest.mark.parametrize("codes", [["NASD"], ["KRX", "NASD"], ALL_BUT_NXT], ids=len)
+def test_a_change_of_hours_makes_no_exception(codes: list[str], first: str) -> None:
+    """The anchor moves with the hours, and every need is covered by one issue a day anyway."""
+    assert len(live(codes, first, 18)) > 12
+
+
+def test_anchors_of_real_exchanges() -> None:
+    """The anchor lies in the afternoon gap of Korea; to 20:00, in the evening of winter or the morning of summer."""
+
+    def anchor(codes: list[str], first: str, *, extended: bool = False) -> time | None:
+        start, override = kst(f"{first} 00:00"), sessions.Override(extended=extended)
+        return daily_anchor(sessions.needs(codes, start, start + 14 * DAY, {"KRX": override}))
+
+    for first in ("02-02", "07-06"):
+        assert anchor(["KRX"], first) == anchor(["KRX", "NASD"], first) == time(16, 35)
+        assert anchor(ALL_BUT_NXT, first) == time(17, 15)
+    assert anchor(["KRX"], "11-10") == time(17, 35), "CSAT day is ahead"
+    assert anchor(ALL_BUT_NXT, "12-01", extended=True) == time(20, 15)
+    assert anchor(ALL_BUT_NXT, "09-14", extended=True) == time(5, 5)
