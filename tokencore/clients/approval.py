@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokencore.config.market import Market
     from tokencore.kis.codes import Refusal
     from tokencore.renewer import Renewer
-    from tokencore.stores.base import Store
+    from tokencore.stores.base import Document, Store
 
 _log = logging.getLogger("tokencore")
 LIFE = timedelta(hours=24)  # by KIS's documentation; its answer does not say
@@ -91,11 +91,6 @@ class ApprovalKeys:
             _log.warning("The approval key was not renewed, and the present one goes on serving: %s", error)
             return last.text
 
-    def expires_at(self) -> datetime | None:
-        """When the last key expires, aware UTC; None where none was ever asked for."""
-        found = self._read()
-        return found.issued_at + LIFE if found else None
-
     def _renewed(self, rejected: str, until: datetime) -> Approval:
         began, wait = datetime.now(UTC), LOCK_WAIT * self._market.timeout
         with self._document.lock(wait=wait, give_up=lambda: self._serving(rejected, until) is not None) as held:
@@ -106,7 +101,7 @@ class ApprovalKeys:
                     f"Another process has been asking KIS for an approval key for {wait:.0f} s; try again, or look "
                     f"for a hanging process that uses {self._document.place}."
                 )
-            attempts = record.parse("\n".join(map(str, self._document.read().get("attempts", ()))))
+            attempts = self._attempts()
             self._check(attempts, began)
             return self._issue(attempts)
 
@@ -172,14 +167,11 @@ class ApprovalKeys:
         return found if found and found.text != rejected and found.serves(until) else None
 
     def _read(self) -> Approval | None:
-        """The key in the document; None where there is none of this app key that could be read."""
-        content = self._document.read()
-        try:
-            issued_at = datetime.fromisoformat(content["issued_at"]).astimezone(UTC)
-            known = content["key_fingerprint"] == self._store.fingerprint and sane(issued_at)
-            return Approval(str(content["approval_key"]), issued_at) if known else None
-        except (ValueError, KeyError, TypeError, OverflowError):
-            return None
+        return _read(self._document, self._store.fingerprint)
+
+    def _attempts(self) -> list[Attempt]:
+        lines = self._document.read().get("attempts")
+        return record.parse("\n".join(map(str, lines))) if isinstance(lines, list) else []
 
     def _complete(self, approval: Approval | None, attempts: list[Attempt]) -> None:
         try:
@@ -198,3 +190,20 @@ class ApprovalKeys:
                 "key_fingerprint": self._store.fingerprint,
             }
         self._document.write(content)
+
+
+def approval_expiry(store: Store) -> datetime | None:
+    """When the last approval key of this app key expires, aware UTC; None where none was ever asked for."""
+    found = _read(store.document("approval"), store.fingerprint)
+    return found.issued_at + LIFE if found else None
+
+
+def _read(document: Document, fingerprint: str) -> Approval | None:
+    """The key in the document; None where there is none of this app key that could be read."""
+    content = document.read()
+    try:
+        issued_at = datetime.fromisoformat(content["issued_at"]).astimezone(UTC)
+        known = content["key_fingerprint"] == fingerprint and sane(issued_at)
+        return Approval(str(content["approval_key"]), issued_at) if known else None
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None

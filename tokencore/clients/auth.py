@@ -184,7 +184,7 @@ class KISAuth(AuthBase):
 
 
 def may_refuse(status: int, headers: Any) -> bool:  # noqa: ANN401 - a mapping of either library
-    """Whether a streamed answer can be a refusal of KIS: JSON, or short and an error or text. Others are left unread."""
+    """Whether a streamed answer can be a refusal of KIS: JSON, or short and an error or text. Others stay unread."""
     kind = headers.get("content-type", "").lower()
     if "json" in kind:
         return True

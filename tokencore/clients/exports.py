@@ -124,8 +124,9 @@ class Exports:
             ConfigurationError: no such client, a file there is not this key's, or KIS_HTS_ID is missing.
 
         """
-        for path in _present(_target(client, folder), self._markets[0]):
-            self._refuse_foreign(path)
+        target = _target(client, folder)
+        for path in _present(target, self._markets[0]):
+            self._refuse_foreign(target, path)
 
     def failures(self) -> dict[str, str]:
         """The copies that the settings ask for and that could not be brought up to date last time, and why."""
@@ -145,7 +146,7 @@ class Exports:
             self._note(written=present.values())  # whoever wrote it: with the token it goes
             return list(paths)
         for path in paths:
-            self._refuse_foreign(path)
+            self._refuse_foreign(target, path)
         if any(self._outlasting(path, token, now) for path in paths):
             _log.warning("%s has a token of this key that lasts longer than ours; it is left there.", target)
             return list(paths)
@@ -165,8 +166,9 @@ class Exports:
 
     def _tidy(self, target: Target, token: Token, first: str, now: datetime) -> None:
         """Remove this key's dated files of past days: a token, even an expired one, reveals the app key."""
-        for path in _present(target, self._markets[0]) if target.client == "kis-auth" else ():
-            if os.path.basename(path) < first and self._is_keys(path) and not self._outlasting(path, token, now):
+        past = [path for path in _present(target, self._markets[0]) if os.path.basename(path) < first]
+        for path in past if target.client == "kis-auth" else ():
+            if self._is_keys(target, path) and not self._outlasting(path, token, now):
                 with contextlib.suppress(OSError):
                     files.remove(path)
 
@@ -188,24 +190,22 @@ class Exports:
         theirs = longest([from_text(text)[0] for text in texts if _key_of(text) == self._app_key and text != known])
         return theirs if theirs and theirs.expires_at > max(now, ours.expires_at if ours else now) else None
 
-    def _refuse_foreign(self, path: str) -> None:
-        if os.path.lexists(path) and not self._is_keys(path):
+    def _refuse_foreign(self, target: Target, path: str) -> None:
+        if os.path.lexists(path) and not self._is_keys(target, path):
             raise ConfigurationError(
                 f"{path} holds no token of this key, as far as can be seen: it was left as it is, and nothing was "
                 "written. Give this market a folder of its own, or remove the file."
             )
 
-    def _is_keys(self, path: str) -> bool:
+    def _is_keys(self, target: Target, path: str) -> bool:
         """Whether the file may be written over: empty, ours, or that client's own with a token of this key."""
         content = _content(path)
-        if content is None:
-            return False
+        if content is None or not content.strip() or self._is_ours(content):
+            return content is not None
         named = {key for text in _jwts(content) if (key := _key_of(text))}
-        if named - {self._app_key}:
-            return False
+        by_name = target.client == "python-kis"  # a digest of the key is in it
         by_content = self._app_key.encode() in content if content.startswith(_PICKLED) else bool(named)
-        by_name = path.endswith(".json")  # python-kis': a digest of the key is in it
-        return by_content or by_name or not content.strip() or self._is_ours(content)
+        return (by_name or by_content) and named <= {self._app_key}
 
     def _is_ours(self, content: bytes | None) -> bool:
         return content is not None and _digest(content) in self._written()
