@@ -342,7 +342,7 @@ def test_a_time_without_a_zone_is_refused() -> None:
 
 
 def test_back_off_and_buffer() -> None:
-    """Three retries after 65 seconds, past KIS's minute, then one every five; a token counts until five before its end."""
+    """Three retries after 65 seconds, past KIS's minute, then every five; a token serves until five before its end."""
     assert [retry_delay(n).seconds for n in (1, 2, 3, 4, 50)] == [65, 65, 65, 300, 300]
     assert serves_until(kst("06-01 16:35")) == kst("06-01 16:30")
 

@@ -1,0 +1,506 @@
+"""The sandbox gateway, asked over real HTTP as a client would ask KIS."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import requests
+
+from tokencore.errors import ConfigurationError
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
+from tokencore.sandbox.rules import APPROVAL, FAILURES, QUOTES, REVOKE, TEXTS, TOKEN, Gateway, Request
+from tokencore.tokens import KST
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KEY, SECRET = "canary-key-" + "k" * 25, "canary-secret-" + "s" * 166
+DOMESTIC, _, PRICE, _, DAILY = QUOTES
+COMMAND = (
+    "import argparse, sys; from tokencore import sandbox as s; p = argparse.ArgumentParser();"
+    " s.add(lambda *_: p); sys.exit(s.run(p.parse_args()))"
+)
+
+
+@pytest.fixture
+def kis() -> Iterator[Sandbox]:
+    """A gateway with KIS's own lengths."""
+    with Sandbox() as running:
+        yield running
+
+
+@pytest.fixture
+def lenient() -> Iterator[Sandbox]:
+    """A gateway without the minute limit."""
+    with Sandbox(issue_interval=0) as running:
+        yield running
+
+
+def post(kis: Sandbox, path: str, body: object, timeout: float = 5) -> requests.Response:
+    """The answer to a JSON body, redirects not followed."""
+    return requests.post(kis.url + path, json=body, timeout=timeout, allow_redirects=False)
+
+
+def credentials(**changes: object) -> dict[str, object]:
+    """The body of a right token request, with changes; None leaves a field out."""
+    body = {"grant_type": "client_credentials", "appkey": KEY, "appsecret": SECRET, **changes}
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def issue(kis: Sandbox, timeout: float = 5, **changes: object) -> requests.Response:
+    """The answer of tokenP."""
+    return post(kis, TOKEN, credentials(**changes), timeout)
+
+
+def token_of(kis: Sandbox) -> str:
+    """The token that tokenP grants."""
+    token: str = issue(kis).json()["access_token"]
+    return token
+
+
+def claims_of(token: str) -> dict[str, Any]:
+    """The claims of a JWT."""
+    part = token.split(".")[1]
+    claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    return claims
+
+
+def quote(kis: Sandbox, token: str, path: str = DOMESTIC, *, excd: str = "NAS", **changes: str) -> requests.Response:
+    """The answer of a business call, its headers changed."""
+    known = {"authorization": f"Bearer {token}", "appkey": KEY, "appsecret": SECRET, "tr_id": QUOTES[path]}
+    params = {"EXCD": excd, "SYMB": "AAPL"} if path != DOMESTIC else {"FID_INPUT_ISCD": "005930"}
+    return requests.get(kis.url + path, headers={**known, **changes}, params=params, timeout=5)
+
+
+def test_a_token_is_a_jwt_whose_expiry_is_the_text_in_kst(kis: Sandbox) -> None:
+    """A new token says the same expiry twice, as `exp` and as KST text, and its `jti` is the app key."""
+    before = int(time.time())
+    answer = issue(kis)
+    body, claims = answer.json(), claims_of(answer.json()["access_token"])
+    assert (answer.status_code, body["token_type"], body["expires_in"]) == (200, "Bearer", 86400)
+    expiry = datetime.fromtimestamp(claims["exp"], KST)
+    assert body["access_token_token_expired"] == f"{expiry:%Y-%m-%d %H:%M:%S}"
+    assert (claims["iss"], claims["jti"], claims["exp"] - claims["iat"]) == ("unogw", KEY, 86400)
+    assert before <= claims["iat"] <= time.time()
+    assert len(body["access_token"].split(".")) == 3
+
+
+def test_the_minute_rolls_from_the_last_grant_and_the_six_hours_from_the_issue() -> None:
+    """Refused requests do not prolong the wait, and a token handed out again starts a new minute."""
+    gateway = Gateway()
+    asked = Request("POST", TOKEN, credentials())
+    outcomes = {now: gateway.respond(asked, now).outcome for now in (0, 59, 60, 119, 120, 21_599, 21_600, 21_660)}
+    assert list(outcomes.values()) == ["new", "EGW00133", "same", "EGW00133", "same", "same", "EGW00133", "new"]
+
+
+def test_a_token_handed_out_again_is_the_same_to_the_letter(lenient: Sandbox) -> None:
+    """Inside the six hours the whole answer comes back, its `expires_in` overstated; then another token."""
+    first = issue(lenient).json()
+    assert issue(lenient).json() == first
+    lenient.set_rules(same_token=0)
+    assert token_of(lenient) != first["access_token"]
+    stats = lenient.stats()
+    assert (stats["token_requests"], stats["granted_new"], stats["granted_same"]) == (3, 2, 1)
+
+
+def test_tokenp_takes_its_latency_and_nothing_else_does(kis: Sandbox) -> None:
+    """`latency` delays tokenP alone; a kept connection takes no 40 ms a call, as if bodies awaited an ACK."""
+    kis.set_rules(latency=0.3)
+    assert issue(kis).elapsed >= timedelta(seconds=0.3)
+    with requests.Session() as session:
+        start = time.monotonic()
+        for _ in range(100):
+            session.get(f"{kis.url}/sandbox/stats", timeout=5)
+    assert time.monotonic() - start < 3
+
+
+def test_64_requests_at_once_are_granted_one_token(kis: Sandbox) -> None:
+    """However many ask in one instant, one is granted and the others are refused; another key has its own minute."""
+    barrier = threading.Barrier(64)
+
+    def ask(_: int) -> int:
+        barrier.wait()
+        return issue(kis, timeout=15).status_code
+
+    with ThreadPoolExecutor(64) as pool:
+        statuses = sorted(pool.map(ask, range(64)))
+    stats = kis.stats()
+    assert statuses == [200] + [403] * 63
+    assert (stats["granted_new"], stats["granted_same"], stats["refused"]) == (1, 0, {"EGW00133": 63})
+    assert issue(kis, appkey="x" * 36).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        pytest.param(b"{not json", "EGW00101", id="no JSON"),
+        pytest.param(b"\xff\xfe", "EGW00101", id="no text"),
+        pytest.param(b"[" * 50_000, "EGW00101", id="nested too deep"),
+        pytest.param(b"[1]", "EGW00101", id="no object"),
+        pytest.param(b'{"a": "' + b"x" * 200_000 + b'"}', "EGW00101", id="far too long"),
+        pytest.param({"grant_type": "password"}, "EGW00116", id="another grant"),
+        pytest.param({"appkey": None}, "EGW00102", id="no key"),
+        pytest.param({"appkey": 7}, "EGW00102", id="a key that is no text"),
+        pytest.param({"appsecret": None}, "EGW00104", id="no secret"),
+        pytest.param({"appsecret": "another"}, "EGW00105", id="not the first secret of this key"),
+    ],
+)
+def test_malformed_requests_are_refused_with_a_code(
+    lenient: Sandbox, body: bytes | dict[str, object], code: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is wrong with a request, it is refused in KIS's shape and words, and nothing is printed."""
+    issue(lenient)
+    data = body if isinstance(body, bytes) else json.dumps(credentials(**body)).encode()
+    answer = requests.post(lenient.url + TOKEN, data=data, timeout=5)
+    assert (answer.status_code, answer.json()) == (403, {"error_code": code, "error_description": TEXTS[code]})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_short_life_is_lived_to_its_end() -> None:
+    """A day counts from the whole second of the issue, as at KIS; two seconds are not cut by that."""
+    for life, expires in ((0.4, 1002), (2, 1003), (86400, 87400)):
+        content = Gateway(token_life=life).respond(Request("POST", TOKEN, credentials()), 1000.7).content
+        assert not isinstance(content, str)
+        assert claims_of(content["access_token"])["exp"] == expires
+
+
+def test_an_expired_token_is_refused_and_replaced() -> None:
+    """A token past its expiry is refused as expired, and tokenP does not hand it out again."""
+    gateway = Gateway(token_life=2, issue_interval=0)
+    first, second = (gateway.respond(Request("POST", TOKEN, credentials()), now) for now in (1000, 1002))
+    assert [first.outcome, second.outcome] == ["new", "new"]
+    assert not isinstance(first.content, str)
+    headers = {"authorization": f"Bearer {first.content['access_token']}", "appkey": KEY, "appsecret": SECRET}
+    call = Request("GET", DOMESTIC, headers={**headers, "tr_id": QUOTES[DOMESTIC]})
+    assert [gateway.respond(call, now).outcome for now in (1001.9, 1002)] == ["ok", "EGW00123"]
+
+
+def test_a_dead_token_is_refused_and_handed_out_again(lenient: Sandbox) -> None:
+    """Revoked, by its own key only, or killed by maintenance, it is refused, yet tokenP returns it for six hours."""
+    token = token_of(lenient)
+    body = {"appkey": KEY, "appsecret": SECRET, "token": token}
+    for change, code in (({"appkey": "x" * 36}, "EGW00121"), ({"appsecret": "y"}, "EGW00105")):
+        assert post(lenient, REVOKE, {**body, **change}).json()["error_code"] == code
+    assert quote(lenient, token).status_code == 200
+    assert post(lenient, REVOKE, body).json() == {"code": 200, "message": "접근토큰 폐기에 성공하였습니다"}
+    assert quote(lenient, token).json()["msg_cd"] == "EGW00121"
+    assert token_of(lenient) == token
+    assert post(lenient, REVOKE, body).json()["error_code"] == "EGW00121"
+    assert lenient.stats()["revokes"] == 1
+    lenient.set_rules(same_token=0)
+    token = token_of(lenient)
+    assert quote(lenient, token).status_code == 200
+    lenient.kill_tokens()
+    assert quote(lenient, token).json()["msg_cd"] == "EGW00121"
+
+
+def test_credentials_are_checked_where_they_are_given() -> None:
+    """With a pair given, others are refused; Approval takes the secret as `secretkey` alone."""
+    with Sandbox(app_key=KEY, app_secret=SECRET) as gateway:
+        wrong = issue(gateway, appkey="x"), issue(gateway, appsecret=SECRET + "\n")
+        assert [each.json()["error_code"] for each in wrong] == ["EGW00103", "EGW00105"]
+        assert issue(gateway).status_code == 200
+        assert post(gateway, APPROVAL, credentials()).json()["error_code"] == "EGW00104"
+        answer = post(gateway, APPROVAL, credentials(appsecret=None, secretkey=SECRET))
+        assert (len(answer.json()["approval_key"]), gateway.stats()["approvals"]) == (36, 1)
+
+
+def test_quotes_answer_rows_of_text(kis: Sandbox) -> None:
+    """Every business call answers `rt_cd` 0 and strings; daily prices have no row for an order code, and no error."""
+    token = token_of(kis)
+    answers = {path: quote(kis, token, path).json() for path in QUOTES}
+    assert {answer["rt_cd"] for answer in answers.values()} == {"0"}
+    assert (answers[DOMESTIC]["output"]["stck_prpr"], answers[PRICE]["output"]["last"]) == ("71500", "231.1000")
+    rows = [row for answer in answers.values() for row in [*answer.get("output2", ()), answer.get("output", {})]]
+    assert all(isinstance(value, str) for row in rows for value in row.values())
+    assert len(answers[DAILY]["output2"]) == 5
+    assert {"xymd", "open", "high", "low", "clos", "tvol"} <= answers[DAILY]["output2"][0].keys()
+    ordered = quote(kis, token, DAILY, excd="NASD").json()
+    assert (ordered["rt_cd"], ordered["output2"]) == ("0", [])
+    assert kis.stats()["quotes"] == len(QUOTES) + 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        pytest.param({"authorization": ""}, "EGW00122", id="no bearer"),
+        pytest.param({"authorization": "Bearer"}, "EGW00122", id="an empty bearer"),
+        pytest.param({"authorization": "Bearer a.b.c"}, "EGW00121", id="a foreign token"),
+        pytest.param({"appkey": "x"}, "EGW00103", id="another key than the token's"),
+        pytest.param({"appsecret": ""}, "EGW00105", id="no secret"),
+        pytest.param({"tr_id": "HHDFS00000300"}, "EGW00203", id="another call's tr_id"),
+    ],
+)
+def test_business_calls_check_their_headers(kis: Sandbox, headers: dict[str, str], code: str) -> None:
+    """A business call with a wrong header is refused with status 500 in the business shape."""
+    answer = quote(kis, token_of(kis), **headers)
+    assert (answer.status_code, answer.json()) == (500, {"rt_cd": "1", "msg_cd": code, "msg1": TEXTS[code]})
+    assert kis.stats()["quotes_refused"] == {code: 1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "code"),
+    [
+        ("limit", 403, "EGW00133"),
+        ("bad-key", 403, "EGW00103"),
+        ("bad-secret", 403, "EGW00105"),
+        ("server-error", 403, "EGW00002"),
+        ("down", 500, "EGW00002"),
+        ("EGW00210", 403, "EGW00210"),
+    ],
+)
+def test_refusals_on_request_last_as_long_as_asked(kis: Sandbox, mode: str, status: int, code: str) -> None:
+    """A refusal by name or code happens once if asked for once, is counted and leaves the minute alone."""
+    kis.fail(mode, count=1)
+    answer = issue(kis)
+    assert (answer.status_code, answer.json()["error_code"]) == (status, code)
+    assert answer.json()["error_description"]
+    assert issue(kis).status_code == 200
+    assert kis.stats()["refused"] == {code: 1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "error"),
+    [
+        ("drop", requests.ConnectionError),
+        ("hang", requests.ReadTimeout),
+        ("half", requests.exceptions.ChunkedEncodingError),
+    ],
+)
+@pytest.mark.parametrize("path", [TOKEN, PRICE])
+def test_answers_that_never_arrive_whole_are_network_errors(
+    kis: Sandbox, mode: str, error: type[Exception], path: str
+) -> None:
+    """A dropped, hanging or half answer of any endpoint is a client's network error, and grants nothing."""
+    kis.fail(mode, 1, path=path)
+    with pytest.raises(error):
+        requests.request("POST" if path == TOKEN else "GET", kis.url + path, json=credentials(), timeout=0.3)
+    assert issue(kis).status_code == 200
+    assert kis.stats()["failed"] == ({mode: 1} if path == TOKEN else {})
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "kind", "begins"),
+    [
+        ("html", 403, "text/html", b"<html>"),
+        ("garbage", 200, "application/json", b"\0"),
+        ("redirect", 302, "application/json", b""),
+        ("no-token", 200, "application/json", b'{"access_token_token_expired'),
+    ],
+)
+def test_answers_that_are_no_token(kis: Sandbox, mode: str, status: int, kind: str, begins: bytes) -> None:
+    """A proxy's page, garbage, a redirect and an answer without its token arrive whole, until they are cleared."""
+    kis.fail(mode)
+    for answer in (issue(kis), issue(kis)):
+        assert (answer.status_code, answer.headers["Content-Type"].split(";")[0]) == (status, kind)
+        assert answer.content.startswith(begins)
+        assert "access_token" not in answer.json() if mode == "no-token" else b"access_token" not in answer.content
+    assert "Location" in answer.headers if mode == "redirect" else "Location" not in answer.headers
+    assert (kis.stats()["failed"], kis.stats()["failure"]) == ({mode: 2}, mode)
+    kis.clear()
+    assert issue(kis).status_code == 200
+    first, *_, last = kis.stats()["requests"]
+    assert (first["outcome"], last["outcome"]) == (mode, "new")
+    assert time.time() - 60 < first["at"] < last["at"] < time.time()
+
+
+def test_true_answers_that_are_hard_to_use(kis: Sandbox) -> None:
+    """`past` answers an expired token as if it lived; `drip` the real answer a byte at a time, so no read times out."""
+    kis.fail("past", count=1)
+    body = issue(kis).json()
+    expiry = datetime.fromisoformat(body["access_token_token_expired"]).replace(tzinfo=KST)
+    assert expiry.timestamp() == claims_of(body["access_token"])["exp"] < datetime.now(UTC).timestamp()
+    assert quote(kis, body["access_token"]).json()["msg_cd"] == "EGW00123"
+    kis.fail("drip", count=1)
+    start = time.monotonic()
+    with requests.post(kis.url + TOKEN, json=credentials(), timeout=0.5, stream=True) as answer:
+        begun = b"".join(next(answer.iter_content(1)) for _ in range(18))
+        assert int(answer.headers["Content-Length"]) > 400
+    assert begun == b'{"access_token": "'
+    assert 0.5 < time.monotonic() - start < 5
+    assert issue(kis).json()["error_code"] == "EGW00133"
+
+
+def test_a_huge_answer_has_64_megabytes(kis: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
+    """`huge` sends 64 MB of one JSON object, and a client that turns away is no reason for a traceback."""
+    kis.fail("huge", count=2)
+    with requests.post(kis.url + TOKEN, json=credentials(), timeout=5, stream=True) as answer:
+        assert next(answer.iter_content(18)) == b'{"access_token": "'
+    with requests.post(kis.url + TOKEN, json=credentials(), timeout=5, stream=True) as answer:
+        *_, last = chunks = list(answer.iter_content(1 << 20))
+    assert sum(map(len, chunks)) == int(answer.headers["Content-Length"]) == 64 << 20
+    assert last.endswith(b'x"}')
+    assert issue(kis).status_code == 200
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "kind", "refused"),
+    [
+        pytest.param({"error_code": "EGW00121"}, 401, "application/json", {"EGW00121": 1}, id="tokenP's shape"),
+        pytest.param({"msg_cd": "EGW00123"}, 500, "text/html", {"EGW00123": 1}, id="JSON that is called HTML"),
+        pytest.param("<p>점검 중</p>", 503, "text/html; charset=utf-8", {}, id="a page of maintenance"),
+        pytest.param({"rt_cd": "7", "msg_cd": "IGW00002"}, 200, "text/plain", {}, id="a refusal of the call itself"),
+    ],
+)
+def test_any_answer_can_be_scripted_for_a_path(
+    kis: Sandbox, content: dict[str, str] | str, status: int, kind: str, refused: dict[str, int]
+) -> None:
+    """A path answers just what a test wants, as often as wanted; of paths that begin alike the longest counts."""
+    token = token_of(kis)
+    kis.fail("EGW00201", path="/uapi/")
+    wish = {"path": PRICE, "content": content, "status": status, "content_type": kind, "count": 1}
+    assert post(kis, "/sandbox/answer", wish).json() == {"ok": True}
+    assert post(kis, "/uapi/order", {}).json()["msg_cd"] == "EGW00201"
+    answer = quote(kis, token, PRICE)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (status, kind)
+    assert (answer.content.decode() if isinstance(content, str) else answer.json()) == content
+    assert quote(kis, token, PRICE).json()["msg_cd"] == "EGW00201"
+    assert kis.stats()["quotes_refused"] == {**refused, "EGW00201": 2}
+    kis.clear()
+    assert post(kis, "/uapi/order", {}).status_code == 404
+
+
+def test_it_is_driven_over_http(kis: Sandbox) -> None:
+    """Another process can ask for a failure, end it, kill the tokens and change a rule."""
+    assert post(kis, "/sandbox/fail", {"mode": "down", "count": None}).status_code == 200
+    assert [issue(kis).status_code for _ in range(2)] == [500, 500]
+    post(kis, "/sandbox/clear", {})
+    token = token_of(kis)
+    post(kis, "/sandbox/fail", {"mode": "dead-token"})
+    assert quote(kis, token).json()["msg_cd"] == "EGW00121"
+    post(kis, "/sandbox/rules", {"issue_interval": 0, "same_token": 0})
+    assert quote(kis, token_of(kis)).status_code == 200
+    stats = requests.get(f"{kis.url}/sandbox/stats", timeout=5).json()
+    assert stats == kis.stats()
+    assert (stats["rules"]["issue_interval"], stats["failure"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("fail", {}),
+        ("fail", {"mode": "sulk"}),
+        ("fail", {"mode": ["limit"]}),
+        ("fail", {"mode": "limit", "count": 0}),
+        ("fail", {"mode": "limit", "count": True}),
+        ("answer", {"path": PRICE}),
+        ("answer", {"path": PRICE, "content": 7}),
+        ("answer", {"path": PRICE, "content": {}, "status": "200"}),
+        ("answer", {"path": 7, "content": {}}),
+        ("rules", {"token_life": 0}),
+        ("rules", {"latency": -1}),
+        ("rules", {"latency": "1"}),
+        ("rules", {"latency": True}),
+        ("rules", {"latency": 1e300}),
+        ("rules", {"self": 1}),
+    ],
+)
+def test_impossible_wishes_change_nothing(kis: Sandbox, path: str, body: object) -> None:
+    """A wish that makes no sense is answered 400 with a sentence, and the gateway is as it was."""
+    before = kis.stats()
+    answer = post(kis, f"/sandbox/{path}", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"].endswith(".")
+    assert kis.stats() == before
+    assert quote(kis, token_of(kis), PRICE).status_code == 200
+
+
+def test_stats_and_log_hold_no_secret(capfd: pytest.CaptureFixture[str]) -> None:
+    """After every kind of request neither the statistics nor the verbose log show token, key or secret."""
+    with Sandbox(verbose=True, issue_interval=0) as gateway:
+        token = token_of(gateway)
+        quote(gateway, token)
+        requests.get(gateway.url + TOKEN, params={"appkey": KEY, "appsecret": SECRET}, timeout=5)
+        for mode in ("no-token", "half"):
+            gateway.fail(mode, 1)
+            with pytest.raises((requests.RequestException, KeyError)):
+                token_of(gateway)
+        post(gateway, APPROVAL, {**credentials(), "secretkey": SECRET})
+        post(gateway, REVOKE, {"appkey": KEY, "appsecret": SECRET, "token": token})
+        issue(gateway, appsecret="wrong-" + SECRET)
+        seen = json.dumps(gateway.stats()) + repr(gateway.stats())
+    log = capfd.readouterr().err
+    for line in (f"POST {TOKEN} new\n", f"POST {TOKEN} EGW00105\n", f"GET {DOMESTIC} ok\n"):
+        assert line in log
+    assert [secret for secret in (KEY, SECRET, *token.split(".")[1:]) if secret in seen + log] == []
+
+
+@pytest.mark.parametrize("mode", ["hang", "drip", "slow"])
+def test_leaving_ends_port_connections_and_threads(mode: str) -> None:
+    """When the block ends the gateway is gone, even for clients that are still connected or waiting."""
+    before = set(threading.enumerate())
+    with requests.Session() as session, ThreadPoolExecutor(1) as pool:
+        with Sandbox(latency=60 if mode == "slow" else 0) as gateway:
+            assert session.get(f"{gateway.url}/sandbox/stats", timeout=5).status_code == 200
+            if mode in FAILURES:
+                gateway.fail(mode)
+            waiting = pool.submit(issue, gateway, timeout=30)
+            while not gateway.stats()["requests"]:
+                time.sleep(0.01)
+        with pytest.raises(requests.RequestException):
+            waiting.result(timeout=2)
+        with pytest.raises(requests.ConnectionError):
+            session.get(f"{gateway.url}/sandbox/stats", timeout=5)
+    deadline = time.monotonic() + 2
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_port_that_is_not_free_is_one_sentence(kis: Sandbox) -> None:
+    """A port that is in use, or is none at all, is a ConfigurationError that names the option."""
+    for port in (int(kis.url.rpartition(":")[2]), 70_000):
+        with (
+            pytest.raises(ConfigurationError, match=rf"^Cannot listen on 127.0.0.1:{port} .* --port\.$"),
+            Sandbox(port=port),
+        ):
+            pass
+
+
+def test_only_this_machine_reaches_it(kis: Sandbox) -> None:
+    """It has no password, so it listens on the loopback address alone."""
+    port = int(kis.url.rpartition(":")[2])
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", port))  # would be taken if it listened everywhere
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_says_how_to_point_the_settings_here(sign: signal.Signals) -> None:
+    """The command prints settings and a scripted answer that work as they stand, and ends with 0."""
+    options = ["--port", "0", "--issue-interval", "0.5", "--fail", "limit", "--verbose"]
+    command = [sys.executable, "-c", COMMAND, *options]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            printed = list(takewhile(lambda line: "/sandbox/stats" not in line, process.stdout))
+            exports = [line.removeprefix("export ") for line in printed if line.startswith("export ")]
+            settings = dict(each.strip().split("=") for each in exports)
+            body = credentials(appkey=settings["KIS_APP_KEY"], appsecret=settings["KIS_APP_SECRET"])
+            answer = requests.post(settings["KIS_BASE_URL"] + TOKEN, json=body, timeout=5)
+            assert answer.json()["error_code"] == "EGW00133"
+            script = next(line for line in printed if "/sandbox/answer" in line).strip().partition("-d '")[2]
+            requests.post(settings["KIS_BASE_URL"] + "/sandbox/answer", data=script.removesuffix("'"), timeout=5)
+            assert requests.get(settings["KIS_BASE_URL"] + DOMESTIC, timeout=5).json() == {"error_code": "EGW00121"}
+            process.send_signal(sign)
+            rest, errors = process.communicate(timeout=5)
+        finally:
+            process.kill()
+    log = f"POST {TOKEN} EGW00133\nPOST /sandbox/answer 200\nGET {DOMESTIC} EGW00121\n"
+    assert (process.returncode, rest, errors) == (0, "", log)
+    assert all(mode in "".join(printed) for mode in (*FAILURES, "dead-token"))
+    assert (len(APP_KEY), len(APP_SECRET)) == (36, 180)
