@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import limits, outlook, policy
-from tokencore.attempts import Attempt, Outcome, issued_within, last_issue
+from tokencore.attempts import Attempt, Note, Outcome, issued_within, last_issue
 from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import format_time
 from tokencore.manager import make_renewer
 from tokencore.outlook import CLOCK_SLACK, PLAN_DAYS, Plan, RefreshWarning
-from tokencore.renewer import FOREIGN_AGE
+from tokencore.renewer import ADOPTED, FOREIGN_AGE
 from tokencore.stores import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tokencore.attempts import Note
     from tokencore.calendars.sessions import Override
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
@@ -149,13 +149,13 @@ class Key:
         return Decision(renewed=renewed, trouble=None, state=self.state(state.now))
 
     def obtain(self, until: datetime, now: datetime) -> bool:
-        """Have a saved token that lasts to `until` (aware); whether it was issued by this call.
+        """Have a saved token that lasts to `until` (aware), give or take `CLOCK_SLACK`; whether this call issued it.
 
         Raises:
             TokenError: no such token can be had; a present one is untouched.
 
         """
-        buffer, began = self.market.buffer, self.store.attempts()
+        buffer, began, until = self.market.buffer, self.store.attempts(), until - CLOCK_SLACK
         token = self.store.newest()
         if token is None or not token.serves(until, buffer):
             token = self.renewer.obtain(lambda found: found.serves(max(until, now), buffer), f"get {self.name}")
@@ -163,9 +163,19 @@ class Key:
         fresh = self.store.attempts()[-1:]
         return bool(fresh) and fresh != began[-1:] and _issued_here(fresh[0])
 
-    def refresh(self, *, force: bool, note: Note) -> bool:
+    def refresh(self, *, force: bool, reason: str, by: str) -> bool:
         """Renew now; True for a new token, False where KIS returned the present one; see `BaseTokenManager.refresh`."""
-        return self.renewer.refresh(force=force, note=note.checked())
+        return self.renewer.refresh(force=force, note=Note(reason, by).checked())
+
+    @staticmethod
+    def note(reason: str, by: str) -> tuple[str, str]:
+        """A reason and a name as the record keeps them: on one line, cut to length, without what a terminal acts on.
+
+        Raises:
+            ConfigurationError: one of them contains a word as long as an app key.
+
+        """
+        return Note(reason, by).checked()
 
     def prove(self, token: Token) -> Evidence:
         """What one quote call tells of `token`; never raises because of KIS."""
@@ -176,6 +186,10 @@ class Key:
     def reject(self, token: Token, now: datetime) -> None:
         """Mark `token` dead for all processes."""
         self.renewer.reject(token.access_token, now)
+
+    def sync_exports(self) -> None:
+        """Bring the files of other clients up to date with the key's token; never raises."""
+        self.renewer.sync_copies()
 
 
 class KeyState(NamedTuple):
@@ -197,6 +211,11 @@ class KeyState(NamedTuple):
     problem: str
     attempts: list[Attempt]
     outlook: Outlook
+
+    @property
+    def status(self) -> str:
+        """`VALID`, `EXPIRING_SOON`, `EXPIRED`, `NO_TOKEN`, `REJECTED` or `UNREADABLE`."""
+        return outlook.word(self.token, self.problem, self.key.market, self.now)
 
     @property
     def serves_until(self) -> datetime | None:
@@ -249,12 +268,19 @@ class KeyState(NamedTuple):
 
     @property
     def foreign_issue(self) -> datetime | None:
-        """When another program issued the present token; None where it is our own, or there is none."""
-        if self.token is None or self.token.issued_at is None or not self.attempts:
+        """When another program issued the present token, aware UTC; None where it is our own, or there is none.
+
+        KIS returned it to us, the record knows no issue of it, and no request of ours from about that time. A token
+        that nobody here asked KIS for, such as one put in by a person, is nobody's fault.
+        """
+        if self.token is None or self.token.issued_at is None:
             return None
-        known = {attempt.expires_at for attempt in self.attempts}
-        ours = any(abs(one.at - self.token.issued_at) < FOREIGN_AGE for one in self.attempts if one.counts)
-        return None if self.token.expires_at in known and ours else None if ours else self.token.issued_at
+        issued_at, expires_at = self.token.issued_at, self.token.expires_at
+        first = next((one for one in self.attempts if one.expires_at == expires_at), None)
+        if first is None or first.outcome is not Outcome.SAME:
+            return None
+        ours = any(abs(one.at - issued_at) <= FOREIGN_AGE for one in self.attempts if one.counts)
+        return None if ours else issued_at
 
     def warnings(self) -> list[RefreshWarning]:
         """What a refresh now would bring about, for the person who asks for it; empty where it harms nothing."""
@@ -262,6 +288,13 @@ class KeyState(NamedTuple):
         needs = {code: sessions.needs([code], self.now, soon, self.key.overrides) for code in self.key.exchanges}
         running = {code: found[-1][1] for code, found in needs.items() if found}
         return outlook.preview_refresh(self.now, self.token, self.attempts, running, self.key.market)
+
+    def need_of(self, market: Market) -> tuple[datetime, datetime] | None:
+        """The present or coming need of one of the key's markets; None without exchanges."""
+        coming = self.outlook.needs
+        if len(self.key.markets) > 1:
+            coming = sessions.needs(market.exchanges, self.now, self.now + outlook.FUTURE, self.key.overrides)
+        return coming[0] if coming else None
 
     def plan(self, days: int = PLAN_DAYS) -> Plan:
         """The coming `days` of KST, if every renewal succeeds."""
@@ -298,6 +331,4 @@ NO_TOKEN = "no valid token"  # noqa: S105 - words
 
 
 def _issued_here(attempt: Attempt) -> bool:
-    import os
-
     return attempt.outcome is Outcome.ISSUED and attempt.pid == os.getpid()

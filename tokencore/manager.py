@@ -11,6 +11,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from tokencore.config import market_of_program, read_market
+from tokencore.config.market import ISSUE_INTERVAL
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
 from tokencore.sealing import sealed, sealed_class
 from tokencore.stores import open_store
@@ -320,14 +321,15 @@ class BaseTokenManager:
         thread.join(PATIENCE)
 
     def _renew_ahead(self, token: Token) -> None:
-        now = datetime.now(UTC)
+        now, interval = datetime.now(UTC), ISSUE_INTERVAL
         try:
             self._reload()
+            interval = self.market.issue_interval
             newer = self._renewer.renew_ahead(
                 token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now)
             )
-        except Exception as error:  # noqa: BLE001 - whatever fails, settings and imports too, the present token is served
-            self._next_try = time.monotonic() + max(AHEAD_PAUSE, getattr(self.market, "issue_interval", 0))
+        except Exception as error:  # noqa: BLE001 - whatever fails, the present token is served
+            self._next_try = time.monotonic() + max(AHEAD_PAUSE, interval)
             _warn(error)
             return
         if newer is not None:
@@ -342,7 +344,7 @@ class BaseTokenManager:
     def _read_market(self) -> Market:
         """The market that the file prefix names, with the key and address that the subclass gives."""
         name = self.get_token_file_prefix().rstrip("_")
-        return market_of_program(name, self.get_app_credentials(), self.get_api_url().rstrip("/"))
+        return market_of_program(name, self.get_app_credentials, self.get_api_url().rstrip("/"))
 
     def _reload(self) -> None:
         """A key that was replaced in the settings while the program runs is seen with the next renewal."""

@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokencore")
 LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
+ADOPTED = "issued by another client"  # what the record says of a token that another client's file brought
 FOREIGN_AGE = timedelta(minutes=10)  # a token this old at its arrival was not issued for our request
 POLL = 0.1  # seconds between two looks for the token of whoever was first
-ROUNDS = 3  # cool-downs that a caller without a token waits out, at most
+ROUNDS, REQUESTS = 4, 2  # cool-downs that a caller without a token waits out, and requests it makes, at most
 SPREAD = 0.1  # of a cool-down by which waiters start apart, so that not all ask in the same second
 
 
@@ -100,13 +101,15 @@ class Renewer:
 
         """
         waited_out: datetime | None = None
+        refused = 0
         for left in reversed(range(ROUNDS)):
             try:
                 return self._renew(Intent.REQUIRED, serves, Note(reason), waited_out=waited_out)[0]
             except IssuanceLimitError as limit:
-                if limit.cause != "minute" or not left:
-                    raise
                 last = latest(self._store.attempts())
+                refused += _is_own_refusal(last)
+                if limit.cause != "minute" or not left or refused == REQUESTS:
+                    raise
             if token := self._await(serves):
                 return token
             waited_out = last.at if last else None
@@ -126,7 +129,7 @@ class Renewer:
         except TokenUnavailableError as busy:
             _log.debug("No renewal ahead: %s", busy)
         except IssuanceLimitError as limit:
-            if limit.cause == "minute" and _refused_by_kis(self._store.attempts()):
+            if limit.cause == "minute" and _is_own_refusal(latest(self._store.attempts())):
                 raise
             _log.debug("No renewal ahead: %s", limit)
         return None
@@ -286,7 +289,7 @@ class Renewer:
             return None
         _log.warning("Another client has issued a token with this key; it is used, and nothing was issued.")
         with contextlib.suppress(OSError):
-            self._store.note(self._imported(token, "issued by another client"))
+            self._store.note(self._imported(token, ADOPTED))
         return token
 
     def _keep(self, token: Token, *, held: bool) -> None:
@@ -397,8 +400,8 @@ def newer(token: Token, before: Token | None) -> bool:
     return token.rejected_at is None and (before is None or token.expires_at > before.expires_at)
 
 
-def _refused_by_kis(attempts: list[Attempt]) -> bool:
-    last = latest(attempts)
+def _is_own_refusal(last: Attempt | None) -> bool:
+    """Whether KIS refused the last request, and this process sent it."""
     return last is not None and last.outcome is Outcome.LIMIT and last.pid == os.getpid()
 
 

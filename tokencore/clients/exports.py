@@ -220,7 +220,7 @@ class Exports:
         before = self._document.read()
         digests = dict.fromkeys([*self._written(), *map(_digest, written)])
         after = {"written": list(digests)[-REMEMBERED:], "failures": self.failures() if failures is None else failures}
-        if after != before:
+        if after != (before or {"written": [], "failures": {}}):
             with contextlib.suppress(OSError):
                 self._document.write(after)
 
