@@ -94,6 +94,10 @@ FAILURES = (*_REFUSALS, *_BROKEN, "half", "no-token", "past", "drip")
 KILL = "dead-token"  # requested like a failure, but it affects the tokens that are out already
 
 
+class _RefusedError(Exception):
+    """KIS refuses with the code that is given."""
+
+
 def refused(code: str, path: str = TOKEN, status: int | None = None) -> Answer:
     """A refusal with the portal's text, in the shape that KIS uses at that path."""
     text = TEXTS.get(code, "요청하신 오류입니다.")
@@ -282,24 +286,27 @@ class Gateway:
         return Answer(200, content, mode, delivery=mode)
 
     def _judged(self, request: Request, now: float) -> Answer:
-        if request.method == "GET" and request.path in QUOTES:
-            return self._quote(request, now)
-        match request.method, request.path:
-            case "POST", "/oauth2/tokenP":
-                return self._issue(request.body, now)
-            case "POST", "/oauth2/revokeP":
-                return self._revoke(request.body)
-            case "POST", "/oauth2/Approval":
-                code = self._grant_fault({**request.body, "appsecret": request.body.get("secretkey")})
-                return refused(code) if code else Answer(200, {"approval_key": str(uuid.uuid4())}, "ok")
+        try:
+            match request.method, request.path:
+                case "POST", "/oauth2/tokenP":
+                    return self._issue(request.body, now)
+                case "POST", "/oauth2/revokeP":
+                    return self._revoke(request.body)
+                case "POST", "/oauth2/Approval":
+                    self._customer({**request.body, "appsecret": request.body.get("secretkey")})
+                    return Answer(200, {"approval_key": str(uuid.uuid4())}, "ok")
+                case "GET", path if path in QUOTES:
+                    self._check_headers(request, now)
+                    success = {"rt_cd": "0", "msg_cd": "MCA00000", "msg1": "정상처리 되었습니다."}
+                    return Answer(200, {**_rows(request, now), **success}, "ok")
+        except _RefusedError as refusal:
+            return refused(str(refusal), request.path)
         return Answer(404, {"error": "The sandbox has no such path."}, "404")
 
     def _issue(self, asked: Mapping[str, Any], now: float) -> Answer:
-        if code := self._grant_fault(asked):
-            return refused(code)
-        customer = self._customers[asked["appkey"]]
+        customer = self._customer(asked)
         if now - customer.granted < self.rules["issue_interval"]:
-            return refused("EGW00133")
+            raise _RefusedError("EGW00133")
         customer.granted = now
         token = customer.token
         if token and now < min(token.issued + self.rules["same_token"], token.expires):
@@ -308,52 +315,46 @@ class Gateway:
         return Answer(200, customer.token.content(), "new")
 
     def _revoke(self, asked: Mapping[str, Any]) -> Answer:
-        code = self._credentials_fault(asked)
+        self._customer({"grant_type": "client_credentials", **asked})
         token = self._tokens.get(str(asked.get("token")))
-        if code or token is None or token.dead or token.key != asked["appkey"]:
-            return refused(code or "EGW00121")
+        if token is None or token.dead or token.key != asked["appkey"]:
+            raise _RefusedError("EGW00121")
         token.dead = True
         return Answer(200, {"code": 200, "message": "접근토큰 폐기에 성공하였습니다"}, "ok")
 
-    def _quote(self, request: Request, now: float) -> Answer:
-        code = self._headers_fault(request.headers, now)
-        if code is None and request.headers.get("tr_id") != QUOTES[request.path]:
-            code = "EGW00203"
-        if code:
-            return refused(code, request.path)
-        success = {"rt_cd": "0", "msg_cd": "MCA00000", "msg1": "정상처리 되었습니다."}
-        return Answer(200, {**_rows(request, now), **success}, "ok")
-
-    def _grant_fault(self, asked: Mapping[str, Any]) -> str | None:
-        if not asked:
-            return "EGW00101"
-        if asked.get("grant_type") != "client_credentials":
-            return "EGW00116"
-        return self._credentials_fault(asked)
-
-    def _credentials_fault(self, asked: Mapping[str, Any]) -> str | None:
+    def _customer(self, asked: Mapping[str, Any]) -> _Customer:
         key, secret = asked.get("appkey"), asked.get("appsecret")
+        if not asked:
+            raise _RefusedError("EGW00101")
+        if asked.get("grant_type") != "client_credentials":
+            raise _RefusedError("EGW00116")
         if not (key and isinstance(key, str)):
-            return "EGW00102"
+            raise _RefusedError("EGW00102")
         if not (secret and isinstance(secret, str)):
-            return "EGW00104"
+            raise _RefusedError("EGW00104")
         if self._app_key not in ("", key):
-            return "EGW00103"
+            raise _RefusedError("EGW00103")
         customer = self._customers.setdefault(key, _Customer(self._app_secret or secret))
-        return None if customer.secret == secret else "EGW00105"
+        if customer.secret != secret:
+            raise _RefusedError("EGW00105")
+        return customer
 
-    def _headers_fault(self, headers: Mapping[str, str], now: float) -> str | None:
+    def _check_headers(self, request: Request, now: float) -> None:
+        headers = request.headers
         scheme, _, text = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not text:
-            return "EGW00122"
+            raise _RefusedError("EGW00122")
         token = self._tokens.get(text)
         if token is None or token.dead:
-            return "EGW00121"
+            raise _RefusedError("EGW00121")
         if token.expires <= now:
-            return "EGW00123"
+            raise _RefusedError("EGW00123")
         if headers.get("appkey") != token.key:
-            return "EGW00103"
-        return None if headers.get("appsecret") == self._customers[token.key].secret else "EGW00105"
+            raise _RefusedError("EGW00103")
+        if headers.get("appsecret") != self._customers[token.key].secret:
+            raise _RefusedError("EGW00105")
+        if headers.get("tr_id") != QUOTES[request.path]:
+            raise _RefusedError("EGW00203")
 
     def _mint(self, key: str, now: float) -> _Issued:
         life = self.rules["token_life"]
