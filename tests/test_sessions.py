@@ -152,6 +152,7 @@ def test_overrides_close_and_open_days_of_their_exchange() -> None:
     hours = dict.fromkeys((thursday, sunday), (time(11), time(17, 15)))
     overrides = {"KRX": Override(frozenset(hours), hours, extended=True)}
     for day in hours:
+        assert is_session("KRX", day, overrides)
         assert session("KRX", day, overrides) == Session(utc(f"{day}T02:00"), utc(f"{day}T08:15"))
         assert need("KRX", day, overrides) == (utc(f"{day}T01:30"), utc(f"{day}T09:15"))
 
