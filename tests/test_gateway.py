@@ -309,7 +309,12 @@ def test_redirect_is_never_followed_with_credentials(wire: Wire) -> None:
 def test_refused_connection_is_tried_four_times_with_growing_pauses(closed: int) -> None:
     """What cannot have reached KIS is tried three times more, later each time, and starts no cool-down."""
     departures: list[float] = []
-    found = refused(kis(f"http://127.0.0.1:{closed}").issue(lambda: not departures.append(time.monotonic())))
+
+    def depart() -> bool:
+        departures.append(time.monotonic())
+        return True
+
+    found = refused(kis(f"http://127.0.0.1:{closed}").issue(depart))
     assert (found.outcome, found.error) == (Outcome.UNREACHABLE, IssuerUnavailableError)
     assert not Attempt(datetime.now(UTC), found.outcome).counts
     pauses = [later - earlier for earlier, later in pairwise(_connects[closed])]

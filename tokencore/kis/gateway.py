@@ -157,7 +157,7 @@ class Gateway:
         except (requests.RequestException, HTTPError, OSError, RuntimeError, ValueError) as error:
             if body is None or body.left:
                 return codes.no_answer(_fault(error, "the connection failed or broke off"))
-            return codes.unreachable(_fault(error, _never_left(error)))
+            return codes.unreachable(_fault(error, "the connection was refused or the name not found"))
 
     def _detail(self, answer: _Answer) -> str:
         """The status and KIS's own words, on one line, without anything secret."""
@@ -219,6 +219,8 @@ _FAULTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     ((requests.ReadTimeout, ReadTimeoutError), "no answer within the time-out (KIS_TIMEOUT)"),
     (requests.exceptions.ProxyError, "the proxy could not be reached"),
     (ValueError, "KIS_BASE_URL is no address"),
+    ((requests.RequestException, HTTPError), ""),
+    (OSError, "its certificates cannot be checked (REQUESTS_CA_BUNDLE)"),  # requests' own check
     (RuntimeError, "this machine has no room for another thread"),
 )
 
@@ -227,14 +229,7 @@ def _fault(error: Exception, otherwise: str) -> str:
     """What failed, without the address and headers that the libraries' own texts repeat."""
     if reason := _openssl_reason(error):
         return f"the encrypted connection failed ({reason})"
-    return next((words for kinds, words in _FAULTS if isinstance(error, kinds)), otherwise)
-
-
-def _never_left(error: Exception) -> str:
-    """What failed before the request could leave, where its class does not say so: OSError is requests' own check."""
-    if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
-        return "its certificates cannot be checked (REQUESTS_CA_BUNDLE)"
-    return "the connection was refused or the name not found"
+    return next((words for kinds, words in _FAULTS if isinstance(error, kinds)), "") or otherwise
 
 
 def _openssl_reason(error: BaseException | None) -> str:
