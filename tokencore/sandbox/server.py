@@ -28,7 +28,7 @@ _HANG = 300.0  # seconds after which even `hang` lets go of its client
 _DRIP = 0.05  # seconds between two bytes: each read is quick, the whole takes about half a minute
 _CHUNK = b"x" * 65536
 _HUGE = 1024  # chunks: 64 MiB
-_LONGEST_BODY = 100_000  # bytes that are read; no real request comes near it
+_LONGEST_BODY = 1 << 20  # bytes that are read; no real request comes near it
 _REDIRECT = 302
 
 
