@@ -89,6 +89,8 @@ def test_a_malformed_setting_gets_one_sentence_that_names_it(
     """Every mistake names its variable, says what would be right, and repeats no value that may be secret."""
     monkeypatch.setenv(variable, value)
     message = refusal()
+    if variable in ("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_BASE_URL"):
+        assert refusal(lambda: read_market("us")) == message
     named = message.removeprefix("Unknown setting ").split()[0].rstrip(";")
     assert f"{variable}__".startswith(f"{named}__")  # of a group, its name is enough
     assert why in message

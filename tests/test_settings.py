@@ -8,18 +8,19 @@ import shutil
 import socket
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import KEY, SECRET, ended, in_child
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tokencore.config import market_of_program, read_market
 from tokencore.config.settings import Settings
-from tokencore.config.sources import FILE_LIMIT, trusted_dotenv
+from tokencore.config.sources import FILE_LIMIT, read_regular, trusted_dotenv
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -269,6 +270,10 @@ SOURCES = st.sampled_from(["environment", ".env", "secrets folder", "config.toml
 ASKED = [f"{stem}{field}" for stem in ("KIS_", "KIS_MARKETS__HK__") for field in ("APP_KEY", "APP_SECRET", "BASE_URL")]
 
 
+KEYRING_FIRST = dict.fromkeys(("KIS_MARKETS__HK__APP_KEY", "KIS_MARKETS__HK__BASE_URL", "KIS_APP_SECRET"), ".env")
+
+
+@example({**KEYRING_FIRST, "KIS_KEYRING": "environment"}, "")
 @given(
     st.fixed_dictionaries({}, optional=dict.fromkeys([*ASKED, "KIS_KEYRING"], SOURCES)),
     st.sampled_from(["", "real", "paper"]),
@@ -431,6 +436,17 @@ def test_what_is_no_file_of_a_sensible_size_is_one_sentence_at_once(
         assert path.name in message
         assert ("65536 bytes" if "bytes" in kind or "MB" in kind else "not a regular file") in message
     assert time.monotonic() - began < PROMPT
+
+
+def test_a_huge_file_takes_no_memory() -> None:
+    """What does not fit is not read to its end."""
+    make_strange(path := Path("huge"), "48 MB", pytest.MonkeyPatch())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more than 65536 bytes"):
+        read_regular(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < SPARSE / 16
 
 
 def test_files_as_large_as_allowed_count() -> None:
