@@ -1,0 +1,189 @@
+"""The commands that use a token: `get`, `exec`, `reject` and `delete`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tokencore.commands import add_json, add_market, confirm, key_of, print_json, read_input
+from tokencore.errors import ConfigurationError, TokenUnavailableError
+from tokencore.manager import TokenManager
+from tokencore.tokens import as_answer, from_text
+
+if TYPE_CHECKING:
+    import argparse
+
+    from tokencore.commands import AddCommand
+    from tokencore.tokens import Token
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands to the parser."""
+    get = command("get", _get, "print the token, and nothing else; renews if it must")
+    add_market(get)
+    get.add_argument("--no-renew", action="store_true", help="only what is cached: ask KIS for nothing")
+    output = get.add_mutually_exclusive_group()
+    add_json(output)
+    output.add_argument(
+        "--format",
+        choices=_FORMATS,
+        help="process: JSON with version, token and expiration; env: for a shell's eval; dotenv: for docker's "
+        "--env-file; header: for an HTTP request; answer: JSON as tokenP answers",
+    )
+    output.add_argument("--approval-key", action="store_true", help="the websocket's key instead of the token")
+    program = command("exec", _exec, "run a program with KIS_ACCESS_TOKEN and KIS_TOKEN_EXPIRES_AT set; its exit code")
+    add_market(program)
+    program.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
+    reject = command("reject", _reject, "report a token that KIS has rejected, given on standard input; prints nothing")
+    add_market(reject)
+    reject.add_argument("--approval-key", action="store_true", help="it is the websocket's key")
+    delete = command("delete", _delete, "remove the market's token file; the issuance record stays")
+    add_market(delete)
+    delete.add_argument(
+        "--revoke",
+        action="store_true",
+        help="also make KIS forget the token, for all who use it; a new one can be had six hours after its issue. Asks "
+        "first: any answer but yes ends it with 2, and nothing is done",
+    )
+    delete.add_argument("--yes", action="store_true", help="revoke without the question; needed without a terminal")
+
+
+def _get(options: argparse.Namespace) -> int:
+    manager = TokenManager(options.market)
+    if options.approval_key:
+        if options.no_renew:
+            raise ConfigurationError("--no-renew is for tokens, not for the --approval-key; leave one of them out.")
+        print(manager.get_approval_key())
+    elif options.json:
+        token = _served(manager, renew=not options.no_renew)
+        print_json({"access_token": token.access_token, "token_type": "Bearer"} | _facts(manager))
+    else:
+        token = _served(manager, renew=not options.no_renew)
+        print(_FORMATS[options.format](token) if options.format else token.access_token)
+    return 0
+
+
+def _served(manager: TokenManager, *, renew: bool) -> Token:
+    """The token as a whole, so that its text and its expiry are of one renewal."""
+    if renew:
+        manager.get_valid_token()
+    token = manager.load_token()
+    if token is None or not token.serves(datetime.now(UTC), manager.market.buffer):
+        why = "another process has just removed it" if renew else "--no-renew forbids to ask for one"
+        raise TokenUnavailableError(
+            f"There is no valid token for {manager.market.name!r} in the cache "
+            f"({manager.get_token_status()['status']}), and {why}.",
+        )
+    return token
+
+
+def _facts(manager: TokenManager) -> dict[str, object]:
+    shown = {"market", "environment", "expires_at", "issued_at", "remaining_seconds"}
+    return {name: value for name, value in manager.get_token_status().items() if name in shown}
+
+
+def _as_process(token: Token) -> str:
+    """The shape of AWS's `credential_process`, which many launchers of processes can read."""
+    return json.dumps({"Version": 1, "token": token.access_token, "Expiration": _expiry(token)})
+
+
+def _as_env(token: Token) -> str:
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in _variables(token).items())
+
+
+def _as_dotenv(token: Token) -> str:
+    """Without quotes, which docker would take as a part of the value."""
+    return "\n".join(f"{name}={value}" for name, value in _variables(token).items())
+
+
+def _as_header(token: Token) -> str:
+    return f"Authorization: Bearer {token.access_token}"
+
+
+def _as_answer(token: Token) -> str:
+    return json.dumps(as_answer(token, datetime.now(UTC)))
+
+
+def _variables(token: Token) -> dict[str, str]:
+    return {"KIS_ACCESS_TOKEN": token.access_token, "KIS_TOKEN_EXPIRES_AT": _expiry(token)}
+
+
+def _expiry(token: Token) -> str:
+    return token.expires_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+_FORMATS = {
+    "process": _as_process, "env": _as_env, "dotenv": _as_dotenv, "header": _as_header, "answer": _as_answer,
+}  # fmt: skip
+
+
+def _exec(options: argparse.Namespace) -> int:
+    token = _served(TokenManager(options.market), renew=True)
+    program, environment = options.command[0], {**os.environ, **_variables(token)}
+    try:
+        if os.name == "posix":
+            os.execvpe(program, options.command, environment)  # noqa: S606 - the user's own command, without a shell
+        return subprocess.run(options.command, env=environment, check=False).returncode  # noqa: S603 - the same
+    except OSError as error:
+        why = error.strerror
+    raise ConfigurationError(f"The program {program!r} cannot be run ({why}); the token is there and untouched.")
+
+
+def _reject(options: argparse.Namespace) -> int:
+    manager, text = TokenManager(options.market), read_input()
+    if options.approval_key:
+        manager.get_approval_key(rejected=text)
+    else:
+        manager.report_rejected(_bare(text))
+    return 0
+
+
+def _bare(text: str) -> str:
+    """The token in any form that `get` prints, or the text as it is."""
+    try:
+        return from_text(text)[0].access_token
+    except ValueError:  # an opaque token alone, which gives no expiry
+        return text.removeprefix("Bearer ").strip()
+
+
+def _delete(options: argparse.Namespace) -> int:
+    manager, revoked = TokenManager(options.market), False
+    if options.revoke:
+        if not options.yes:
+            _confirm_revocation(manager)
+        revoked = _revoke(manager)
+    removed = manager.delete_token() or revoked
+    print("Deleted." if removed else f"There was no token file for {manager.market.name!r}.")
+    return 0
+
+
+def _confirm_revocation(manager: TokenManager) -> None:
+    token = manager.load_token()
+    if token is None and sys.stdin is not None and sys.stdin.isatty():
+        return
+    markets = ", ".join(market.name for market in key_of(manager.market.settings, manager.market.name).markets)
+    later = (token and _reissue(token)) or "KIS issues a new one at the next request."
+    question = f"Every program that uses the token of {markets} loses it. {later} Revoke it?"
+    confirm("--revoke", question, "Nothing was revoked or deleted.")
+
+
+def _revoke(manager: TokenManager) -> bool:
+    token = manager.load_token()
+    if token is None or not manager.revoke():
+        print("There is no token to revoke.")
+        return False
+    print(f"Revoked at KIS, for every market of the key. {_reissue(token)}".rstrip())
+    return True
+
+
+def _reissue(token: Token) -> str:
+    """From when KIS issues another one; empty where it does so at once."""
+    from tokencore.limits import format_time
+
+    until = token.same_until()
+    return f"KIS issues a new one only from {format_time(until)}." if until and until > datetime.now(UTC) else ""
