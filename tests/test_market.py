@@ -375,7 +375,7 @@ class Keeper(KeyringBackend):
 
     def __init__(self, secrets: dict[str, str] | Exception) -> None:
         """Keep `secrets` by variable, or fail with the error."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # keyring ships no types
         self.secrets, self.asked = secrets, list[str]()
 
     def get_password(self, service: str, username: str) -> str | None:

@@ -237,7 +237,7 @@ def _written_by_others(path: str) -> str:
     if os.name != "posix":
         return ""  # the modes say nothing there
     for _ in range(_LINKS):
-        folder = os.path.dirname(path)
+        folder = os.path.realpath(os.path.dirname(path))
         if why := _open_to_others(folder):
             return why
         if not os.path.islink(path):
@@ -252,9 +252,13 @@ def _open_to_others(path: str) -> str:
         return ""  # is not read anyway
     if found.st_uid not in (0, os.geteuid()):
         return f"{shown} belongs to another user; keep your settings in a folder and a file of your own"
-    if found.st_mode & stat.S_ISVTX and found.st_mode & _OTHERS:
+    if not found.st_mode & _OTHERS:
+        return ""
+    if found.st_mode & stat.S_ISVTX:
         return f"{shown} is open to all users; keep your settings in a folder that only you can write"
-    return f"others can write {shown}; run `chmod go-w {shown}`" if found.st_mode & _OTHERS else ""
+    import shlex  # only for a mistake
+
+    return f"others can write {shown}; run `chmod go-w {shlex.quote(shown)}`"
 
 
 def _secrets(folder: str) -> Iterable[tuple[str, str]]:
