@@ -161,9 +161,9 @@ def test_what_fails_harms_neither_the_token_nor_the_other_copies(
     assert foreign.read_text() == "somebody's notes"
     assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
     failed = exports_of().failures()
-    assert list(failed) == [f"kis-auth:{copies}/missing/", f"mojito2:{copies}/"]
-    assert "cannot be written: No such file or directory" in failed[f"kis-auth:{copies}/missing/"]
-    assert "holds no token of this key" in failed[f"mojito2:{copies}/"]
+    assert list(failed) == [f"kis-auth:{copies}/missing", f"mojito2:{copies}"]
+    assert "cannot be written: No such file or directory" in failed[f"kis-auth:{copies}/missing"]
+    assert "holds no token of this key" in failed[f"mojito2:{copies}"]
     foreign.unlink()
     (copies / "missing").mkdir()
     exports_of().sync(on_disk())

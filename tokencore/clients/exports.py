@@ -47,7 +47,7 @@ class Target(NamedTuple):
     name: str = ""
 
     def __str__(self) -> str:
-        return f"{self.client}:{os.path.join(self.folder, self.name)}"
+        return f"{self.client}:{os.path.join(self.folder, self.name) if self.name else self.folder}"
 
 
 class Client(NamedTuple):
@@ -77,14 +77,15 @@ class Exports:
 
     def found(self, now: datetime) -> Token | None:
         """The living token of this key that another client has put into one of its files, if it outlasts ours."""
+        theirs: list[Token | None] = []
         try:
-            paths = [path for target in self._targets() for path in _present(target, self._markets[0])]
             ours = self._store.newest()
-            theirs = longest([self._outlasting(path, ours, now) for path in paths])
+            for target in self._targets():
+                with contextlib.suppress(TokenError):  # what cannot be named is for `sync` to report
+                    theirs += [self._outlasting(path, ours, now) for path in _present(target, self._markets[0])]
         except Exception as error:  # noqa: BLE001 - another program's files are no reason to fail
             _log.warning("The files of other clients could not be searched for a token: %s", _words(error))
-            return None
-        return theirs
+        return longest(theirs)
 
     def sync(self, token: Token | None) -> None:
         """Write what the settings ask for, or remove the copies where the key has no living token; never raises."""
@@ -96,7 +97,8 @@ class Exports:
                 except Exception as error:  # noqa: BLE001 - the next copy gets its turn whatever happened to this one
                     failed[str(target)] = _words(error)
                     _log.error("The token's copy %s is not up to date: %s", target, failed[str(target)])
-            self._note(failures=failed)
+            if failed != self.failures():
+                self._note(failures=failed)
         except Exception as error:  # noqa: BLE001 - a copy is no reason to lose a token
             _log.error("The token's copies for other clients could not be written: %s", _words(error))
 
@@ -130,8 +132,9 @@ class Exports:
 
     def failures(self) -> dict[str, str]:
         """The copies that the settings ask for and that could not be brought up to date last time, and why."""
-        failed = self._document.read().get("failures")
-        return {str(name): str(why) for name, why in failed.items()} if isinstance(failed, dict) else {}
+        wanted = {str(target) for target in self._targets()}
+        failed = self._document.read().get("failures") if wanted else None
+        return {name: str(why) for name, why in failed.items() if name in wanted} if isinstance(failed, dict) else {}
 
     def _targets(self) -> list[Target]:
         wanted = [_configured(text, market) for market in self._markets for text in market.exports]
@@ -148,7 +151,7 @@ class Exports:
         for path in paths:
             self._refuse_foreign(target, path)
         if any(self._outlasting(path, token, now) for path in paths):
-            _log.warning("%s has a token of this key that lasts longer than ours; it is left there.", target)
+            _log.info("%s has a token of this key that lasts longer than ours; it is left there.", target)
             return list(paths)
         self._put(target, paths)
         secret = ", with the app secret in it" if client.holds_secret else ""
@@ -220,7 +223,7 @@ class Exports:
         before = self._document.read()
         digests = dict.fromkeys([*self._written(), *map(_digest, written)])
         after = {"written": list(digests)[-REMEMBERED:], "failures": self.failures() if failures is None else failures}
-        if after != (before or {"written": [], "failures": {}}):
+        if after != before:
             with contextlib.suppress(OSError):
                 self._document.write(after)
 
@@ -232,7 +235,7 @@ class Exports:
 def _configured(text: str, market: Market) -> Target:
     """What a setting such as `mojito2`, `kis-auth` or `mojito2:~/bot` asks for in `market`."""
     client, _, folder = (part.strip() for part in text.partition(":"))
-    folder = folder or (CLIENTS[client].folder or "" if client in CLIENTS else "")
+    folder = folder or CLIENTS[client].folder or ""
     return _target(client, folder) if folder else Target(client, market.token_dir, f"{market.name}_krs_token.dat")
 
 
