@@ -82,14 +82,11 @@ _REFUSALS = {
 }
 _HTML = "<html><head><title>403 Forbidden</title></head><body><h1>Forbidden</h1></body></html>"
 _BROKEN = {
-    "drop": Answer(200, "", "drop", delivery="drop"),
-    "hang": Answer(200, "", "hang", delivery="hang"),
     "html": Answer(403, _HTML, "html", "text/html; charset=UTF-8"),
     "garbage": Answer(200, "\0<<< this is not JSON >>>", "garbage"),
-    "huge": Answer(200, "", "huge", delivery="huge"),
     "redirect": Answer(302, "", "redirect"),
 }
-FAILURES = (*_REFUSALS, *_BROKEN, "half", "no-token", "past", "drip")
+FAILURES = (*_REFUSALS, *_BROKEN, "drop", "hang", "half", "huge", "no-token", "past", "drip")
 """What a request can be made to meet, beside KIS's codes; `drip` delivers the real answer, byte by byte."""
 KILL = "dead-token"  # requested like a failure, but it affects the tokens that are out already
 
@@ -376,45 +373,47 @@ def _base64url(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
-_DOMESTIC, _OVERSEAS = "/uapi/domestic-stock/v1/quotations/", "/uapi/overseas-price/v1/quotations/"
-QUOTES = {  # the business calls and their tr_id
-    _DOMESTIC + "inquire-price": "FHKST01010100",
-    _DOMESTIC + "search-info": "CTPF1604R",
-    _OVERSEAS + "price": "HHDFS00000300",
-    _OVERSEAS + "price-detail": "HHDFS76200200",
-    _OVERSEAS + "dailyprice": "HHDFS76240000",
-}
+_CALLS = """
+/uapi/domestic-stock/v1/quotations/inquire-price FHKST01010100
+stck_prpr=71500 prdy_vrss=500 prdy_vrss_sign=2 prdy_ctrt=0.70 stck_oprc=71100 stck_hgpr=71900 stck_lwpr=70900
+stck_sdpr=71000 acml_vol=12345678 acml_tr_pbmn=882715977000 prdy_vrss_vol_rate=3.10 bstp_kor_isnm=전기·전자
+hts_avls=4268386 stck_mxpr=92300 stck_llam=49700 aspr_unit=100 eps=4950.00 bps=57930.00 per=14.44 pbr=1.23
+w52_hgpr=79400 w52_hgpr_date=20260916 w52_lwpr=51800 w52_lwpr_date=20260408 mrkt_warn_cls_code=00 temp_stop_yn=N
+short_over_yn=N
+
+/uapi/domestic-stock/v1/quotations/search-info CTPF1604R
+prdt_name=모의 prdt_name120=모의 prdt_abrv_name=모의 prdt_eng_name=Made-Up prdt_eng_name120=Made-Up
+prdt_eng_abrv_name=Made-Up
+
+/uapi/overseas-price/v1/quotations/price HHDFS00000300
+base=229.3500 last=231.1000 sign=2 diff=1.7500 rate=+0.76 zdiv=4 pvol=51216482 tvol=48123456 tamt=11121330682
+
+/uapi/overseas-price/v1/quotations/price-detail HHDFS76200200
+zdiv=4 curr=USD vnit=1 open=229.8000 high=232.0000 low=229.1000 last=231.1000 base=229.3500 pvol=51216482
+tvol=48123456 tamt=11121330682 uplp=0.0000 dnlp=0.0000 h52p=260.1000 h52d=20260716 l52p=169.2100 l52d=20260408
+perx=35.12 pbrx=52.01 epsx=6.58 bpsx=4.44 tomv=3429612 t_rate=1391.50 t_xsgn=2 e_hogau=0.0100 e_ordyn=매매가능
+e_icod=컴퓨터
+
+/uapi/overseas-price/v1/quotations/dailyprice HHDFS76240000
+open=229.8000 high=232.0000 low=229.1000 clos=231.1000 tvol=481234
+"""  # path, tr_id and the fields that client libraries read
+_PARTS = [call.split() for call in _CALLS.split("\n\n")]
+QUOTES = {path: tr_id for path, tr_id, *_ in _PARTS}
+_ROWS = {path: dict(pair.split("=") for pair in pairs) for path, _, *pairs in _PARTS}
 _QUOTE_CODES = {"NAS", "NYS", "AMS", "HKS", "SHS", "SZS", "TSE", "HNX", "HSX"}
-_ROWS = {  # the fields that client libraries read, by the last part of the path
-    "inquire-price": "stck_prpr=71500 prdy_vrss=500 prdy_vrss_sign=2 prdy_ctrt=0.70 stck_oprc=71100 stck_hgpr=71900"
-    " stck_lwpr=70900 stck_sdpr=71000 acml_vol=12345678 acml_tr_pbmn=882715977000 prdy_vrss_vol_rate=3.10"
-    " bstp_kor_isnm=전기·전자 hts_avls=4268386 stck_mxpr=92300 stck_llam=49700 aspr_unit=100 eps=4950.00 bps=57930.00"
-    " per=14.44 pbr=1.23 w52_hgpr=79400 w52_hgpr_date=20260916 w52_lwpr=51800 w52_lwpr_date=20260408"
-    " mrkt_warn_cls_code=00 temp_stop_yn=N short_over_yn=N",
-    "search-info": "prdt_name=모의 prdt_name120=모의 prdt_abrv_name=모의 prdt_eng_name=Made-Up"
-    " prdt_eng_name120=Made-Up prdt_eng_abrv_name=Made-Up",
-    "price": "base=229.3500 last=231.1000 sign=2 diff=1.7500 rate=+0.76 zdiv=4 pvol=51216482 tvol=48123456"
-    " tamt=11121330682",
-    "price-detail": "zdiv=4 curr=USD vnit=1 open=229.8000 high=232.0000 low=229.1000 last=231.1000 base=229.3500"
-    " pvol=51216482 tvol=48123456 tamt=11121330682 uplp=0.0000 dnlp=0.0000 h52p=260.1000 h52d=20260716 l52p=169.2100"
-    " l52d=20260408 perx=35.12 pbrx=52.01 epsx=6.58 bpsx=4.44 tomv=3429612 t_rate=1391.50 t_xsgn=2 e_hogau=0.0100"
-    " e_ordyn=매매가능 e_icod=컴퓨터",
-    "dailyprice": "open=229.8000 high=232.0000 low=229.1000 clos=231.1000 tvol=481234",
-}
 
 
 def _rows(request: Request, now: float) -> dict[str, Any]:
     """The rows of a business call; order codes such as NASD get empty ones and no error, as at KIS."""
-    name, params = request.path.rpartition("/")[2], request.params
-    row = dict(pair.split("=") for pair in _ROWS[name].split())
-    if request.path.startswith(_DOMESTIC):
+    params, row = request.params, _ROWS[request.path]
+    if request.path.startswith("/uapi/domestic-stock/"):
         code = params.get("PDNO", "")
         product = {"pdno": code, "shtn_pdno": code, "std_pdno": f"KR7{code}003"}
         asked = {"prdt_type_cd": params.get("PRDT_TYPE_CD", ""), "stck_shrn_iscd": params.get("FID_INPUT_ISCD", "")}
         return {"output": {**row, **product, **asked}}
     known = params.get("EXCD") in _QUOTE_CODES
     symbol = {"rsym": f"D{params.get('EXCD', '')}{params.get('SYMB', '')}"}
-    if name != "dailyprice":
+    if not request.path.endswith("/dailyprice"):
         return {"output": {**symbol, **(row if known else dict.fromkeys(row, ""))}}
     past = [datetime.fromtimestamp(now, KST) - timedelta(days=n) for n in range(1, 8)]
     rows = [{"xymd": f"{day:%Y%m%d}", **row} for day in past if known and day.weekday() < 5]  # noqa: PLR2004 - Saturday
