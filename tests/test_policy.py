@@ -265,7 +265,8 @@ def test_decisions(now: str, issued: str | None, at: str, reason: str, exception
     assert planned
     assert planned.at == kst(at)
     assert reason in planned.reason
-    assert (exception in planned.exception) if planned.exception and exception else planned.exception is None
+    assert (planned.exception is None) == (not exception)
+    assert exception in (planned.exception or "")
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def test_it_is_driven_over_http(kis: Sandbox) -> None:
     assert (stats["rules"]["issue_interval"], stats["failure"]) == (0, None)
 
 
-WISHES: list[tuple[str, dict[str, object]]] = [
+WISHES: list[tuple[str, Any]] = [
     *[("fail", wish) for wish in ({}, {"mode": "sulk"}, {"mode": ["limit"]})],
     *[("fail", {"mode": "limit", "count": count}) for count in (0, True)],
     *[("answer", {"path": path, "content": {}}) for path in (7, "uapi")],
