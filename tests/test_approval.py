@@ -17,11 +17,13 @@ from tokencore import (
     CredentialsError,
     IssuanceLimitError,
     IssuerUnavailableError,
+    Key,
     KRTokenManager,
+    Settings,
     TokenStoreError,
     USTokenManager,
 )
-from tokencore.clients.approval import Approval
+from tokencore.clients.approval import Approval, approval_expiry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,11 +76,14 @@ def test_start_of_many_processes_makes_one_request(gateway: Sandbox) -> None:
 
 def test_key_is_shared_in_a_private_file_that_names_no_app_key(gateway: Sandbox) -> None:
     """Every market of the app key reads one file, 0600, with the day that the key lives; nothing else is touched."""
+    (store,) = [key.store for key in Key.load(Settings.load())]
+    assert approval_expiry(store) is None
     key = USTokenManager().get_approval_key()
     assert KRTokenManager().get_approval_key() == key
     content = json.loads(file().read_text())
     issued, expires = (datetime.fromisoformat(content[name]) for name in ("issued_at", "expires_at"))
     assert (content["approval_key"], expires - issued) == (key, 24 * HOURS)
+    assert approval_expiry(store) == expires
     assert stat.S_IMODE(file().stat().st_mode) == 0o600
     assert not list(folder().glob("*_api_token.json"))
     assert USTokenManager().history() == []
