@@ -385,6 +385,8 @@ def as_nameless_without_folder() -> None:
     """The same, where nobody says where the tokens go."""
     for work in (as_nameless, Settings.load):
         assert "KIS_TOKEN_DIR cannot be used: set it to an absolute path" in refusal(work)
+    os.environ.update(KIS_TOKEN_DIR="/nowhere", KIS_MARKETS__US__EXPORTS="kis-auth")
+    assert "KIS_MARKETS__US__EXPORTS cannot be used: set it to an absolute path" in refusal()
 
 
 def test_dotenv_adds_to_the_environment_only_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,8 +63,8 @@ def _export(text: str) -> str:
     client, _, folder = (part.strip() for part in text.partition(":"))
     if client not in CLIENTS:
         raise ValueError(f"must be one of the clients {', '.join(CLIENTS)}, or CLIENT:FOLDER")
-    if folder:
-        values.folder(folder)
+    if folder or client != "mojito2":  # whose file is beside the tokens; the others' own folders are in the home
+        values.folder(folder or "~")
     return text
 
 
