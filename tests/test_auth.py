@@ -116,6 +116,17 @@ def test_request_carries_token_key_secret_and_customer_type(kis: Callable[..., S
     assert (second["appkey"], second["appsecret"], second["custtype"]) == (APP_KEY, APP_SECRET, "B")
 
 
+def test_renewal_elsewhere_is_seen_within_a_second(kis: Callable[..., Scripted], send: Send) -> None:
+    """A signer that goes on for days signs with the present token, whoever renewed it."""
+    server, auth = kis(), KISAuth("us") if send is by_requests else KISHttpxAuth("us")
+    tokens = [cached(17 * HOUR)]
+    send(server.url, auth)
+    tokens.append(cached(20 * HOUR))
+    time.sleep(1)
+    send(server.url, auth)
+    assert [seen["authorization"] for seen, _ in server.seen] == [f"Bearer {one.access_token}" for one in tokens]
+
+
 @pytest.mark.parametrize(
     "dead",
     [
