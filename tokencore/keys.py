@@ -13,7 +13,7 @@ from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import format_time
 from tokencore.manager import make_renewer
 from tokencore.outlook import CLOCK_SLACK, PLAN_DAYS, Plan, RefreshWarning
-from tokencore.renewer import ADOPTED, FOREIGN_AGE
+from tokencore.renewer import FOREIGN_AGE
 from tokencore.stores import open_store
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ class KeyState(NamedTuple):
         if key.exchanges and not refused:
             coming = policy.renewals(
                 self.now,
-                sessions.needs(key.exchanges, self.now - outlook.RAN_BEFORE, until + outlook.FUTURE, key.overrides),
+                sessions.needs(key.exchanges, self.now - outlook.RAN_BEFORE, until + outlook.AFTER, key.overrides),
                 until=until,
                 issued_at=self.token.issued_at if self.token else None,
                 expires_at=token.expires_at + CLOCK_SLACK if token else None,

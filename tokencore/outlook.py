@@ -25,6 +25,7 @@ CLOCK_SLACK = timedelta(seconds=30)  # KIS's clock is not ours, and a need ends 
 VALID = ("VALID", "EXPIRING_SOON")  # the words for a token that serves
 PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # of the needs that are looked at: the anchor wants two weeks
 PLAN_DAYS = 7  # unless asked otherwise
+AFTER = FUTURE - timedelta(days=PLAN_DAYS)  # a plan's end, of the needs that its last renewals may be for
 RAN_BEFORE = timedelta(hours=36)  # before now: the session that runs, and the one the token was issued for
 _MOMENT = timedelta(seconds=1)
 
@@ -289,11 +290,9 @@ def _inside(running: Mapping[str, datetime]) -> str:
 
 
 def _row(code: str, start: datetime, until: datetime, known: Mapping[str, Override]) -> Row:
-    first = start.astimezone(UTC).date() - timedelta(days=1)
-    days = [first + timedelta(days=n) for n in range((until - start).days + 3)]
-    found = [session for day in days if (session := sessions.session(code, day, known))]
-    shown = [(session.open, session.close) for session in found if session.close > start and session.open < until]
-    needs = [need for need in sessions.needs([code], start, until, known) if need[1] > start]
+    days = sessions.days(code, start, until, known)
+    shown = [tuple(one.session) for one in days if one.session.close > start and one.session.open < until]
+    needs = [one.need for one in days]
     return Row(code, sessions.exchange(code).zone, sessions.certain_until(code).isoformat(), shown, needs)
 
 

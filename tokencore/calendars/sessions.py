@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXCHANGES",
+    "Day",
     "Exchange",
     "Override",
     "Session",
     "certain_until",
     "closure",
+    "days",
     "exchange",
     "is_session",
     "need",
@@ -47,6 +49,13 @@ class Session(NamedTuple):
 
     open: datetime
     close: datetime
+
+
+class Day(NamedTuple):
+    """An exchange's day with a session, and when a token must be valid for it; aware UTC."""
+
+    session: Session
+    need: tuple[datetime, datetime]
 
 
 class Override(NamedTuple):
@@ -138,7 +147,7 @@ def needs(
         TypeError: `start` or `end` has no zone.
 
     """
-    found = [one for code in codes for one in _needs_of(code, start, end, overrides)]
+    found = [one.need for code in codes for one in days(code, start, end, overrides)]
     merged: list[tuple[datetime, datetime]] = []
     for begins, ends in sorted(found):
         if merged and begins <= merged[-1][1]:
@@ -146,6 +155,26 @@ def needs(
         else:
             merged.append((begins, ends))
     return merged
+
+
+def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Override] = {}) -> list[Day]:
+    """The exchange's days with a session whose needs overlap [start, end), in order.
+
+    Raises:
+        TypeError: `start` or `end` has no zone.
+
+    """
+    # A need may begin the day before its session's and end the day after, by lead and pad.
+    place = exchange(code)
+    zone, override = ZoneInfo(place.zone), overrides.get(place.code, _NONE)
+    day, last = start.astimezone(zone).date() - _DAY, end.astimezone(zone).date() + _DAY
+    found = []
+    while day <= last:
+        one = _by_calendar(place.code, day) if override is _NONE else _day(place, day, override)
+        if one and one.need[0] < end and one.need[1] > start:
+            found.append(one)
+        day += _DAY
+    return found
 
 
 def certain_until(code: str) -> date:
@@ -159,30 +188,7 @@ def certain_until(code: str) -> date:
     return date(_last_announced_year(), 12, 31)
 
 
-def _needs_of(
-    code: str, start: datetime, end: datetime, overrides: Mapping[str, Override]
-) -> list[tuple[datetime, datetime]]:
-    # A need may begin the day before its session's and end the day after, by lead and pad.
-    place = exchange(code)
-    zone, override = ZoneInfo(place.zone), overrides.get(place.code, _NONE)
-    day, last = start.astimezone(zone).date() - _DAY, end.astimezone(zone).date() + _DAY
-    found = []
-    while day <= last:
-        one = _day(place, day, override)
-        if one and one.need[0] < end and one.need[1] > start:
-            found.append(one.need)
-        day += _DAY
-    return found
-
-
-class _Day(NamedTuple):
-    """An exchange's day with a session, and when a token must be valid for it; aware UTC."""
-
-    session: Session
-    need: tuple[datetime, datetime]
-
-
-def _day(place: Exchange, day: date, override: Override) -> _Day | None:
+def _day(place: Exchange, day: date, override: Override) -> Day | None:
     """By the user's settings; hours set there are meant as they are."""
     if day in override.hours:
         return _made(place, day, override.hours[day], place.pad)
@@ -190,9 +196,9 @@ def _day(place: Exchange, day: date, override: Override) -> _Day | None:
 
 
 @lru_cache(maxsize=16_384)  # days; every run asks for the same weeks again and again
-def _by_calendar(code: str, day: date, *, extended: bool) -> _Day | None:
+def _by_calendar(code: str, day: date, *, extended: bool = False) -> Day | None:
     place = EXCHANGES[code]
-    if _closure(place, day):
+    if day.weekday() >= _SATURDAY or _closure(place, day):
         return None
     longer = place.extended if extended and place.extended and day >= place.extended.since else None
     return _made(place, day, _hours(place, day, longer), (longer or place).pad)
@@ -206,33 +212,26 @@ def _closure(place: Exchange, day: date) -> str | None:
     return _year(place.code, day.year).closures.get(day)
 
 
-def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) -> _Day:
+def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) -> Day:
     zone = ZoneInfo(place.zone)
     opens = datetime.combine(day, hours[0], zone).astimezone(UTC)
     closes = datetime.combine(day, hours[1], zone).astimezone(UTC)
-    return _Day(Session(opens, closes), (opens - LEAD, closes + pad))
+    return Day(Session(opens, closes), (opens - LEAD, closes + pad))
 
 
 def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time, time]:
-    opens, closes = _regular_hours(place, day)
-    half = place.half_close if day in _year(place.code, day.year).half_days else None
-    if extended:
-        ends = half and extended.half_close
-        return min(opens, extended.open), ends or extended.close
-    return opens, half or closes
-
-
-def _regular_hours(place: Exchange, day: date) -> tuple[time, time]:
     opens, closes = place.open, place.close
+    year = _year(place.code, day.year)
     if place.earlier_close and day < place.earlier_close[0]:
         closes = place.earlier_close[1]
-    if place.csat and day in CSAT_DAYS:
-        return place.csat
-    if place.csat and _may_be_csat_day(day):
-        return opens, place.csat[1]
-    if place.first_open and day == _year(place.code, day.year).first_session:
-        return place.first_open, closes
-    return opens, closes
+    if place.csat and (day in CSAT_DAYS or _may_be_csat_day(day)):
+        opens, closes = place.csat[0] if day in CSAT_DAYS else opens, place.csat[1]
+    elif place.first_open and day == year.first_session:
+        opens = place.first_open
+    half = place.half_close if day in year.half_days else None
+    if extended:
+        return min(opens, extended.open), (half and extended.half_close) or extended.close
+    return opens, half or closes
 
 
 def _may_be_csat_day(day: date) -> bool:

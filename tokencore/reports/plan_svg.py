@@ -18,7 +18,7 @@ from tokencore.tokens import KST
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tokencore.outlook import Plan
+    from tokencore.outlook import Plan, Row
 
 WIDTH, MARGIN, LABEL = 420, 10, 46  # units; the label column holds an order code
 ROW, BAR = 22, 12  # units: a row's height, a session's
@@ -56,23 +56,28 @@ def draw_plans(plans: Sequence[Plan]) -> str:
     )
 
 
-def _panel(plan: Plan) -> Iterable[str]:
-    bottom = _bottom(plan)
-    yield _text(MARGIN, 18, textwrap.shorten(" + ".join(plan.markets), TITLE, placeholder=" …"), "title")
-    yield _text(MARGIN, 31, f"{_rule(plan)}; days and times in KST", "small")
-    yield from _quiet(plan, bottom)
-    yield from _days(plan, bottom)
-    for number, row in enumerate(plan.rows):
-        top = HEAD + ROW * number
-        yield _text(MARGIN, top + 14, row.code)
-        yield from (_bar(plan, need, top + 3, BAR + 4, "need") for need in row.needs)
-        yield from (_bar(plan, session, top + 5, BAR, "session") for session in row.sessions)
-    yield from _token(plan, bottom - ROW)
-    yield from (_renewal(plan, renewal.at, bottom) for renewal in plan.renewals)
-    x = _x(plan, plan.now)
-    yield f'<path d="M{x} {HEAD - 4}V{bottom}" stroke="var(--ink)" stroke-width="1.2"/>'
-    yield _text(x + 2, bottom + 10, "now", "small")
-    yield from _legend(bottom + FOOT - 8)
+def _panel(plan: Plan) -> list[str]:
+    bottom, x = _bottom(plan), _x(plan, plan.now)
+    return [
+        _text(MARGIN, 18, textwrap.shorten(" + ".join(plan.markets), TITLE, placeholder=" …"), "title"),
+        _text(MARGIN, 31, f"{_rule(plan)}; days and times in KST", "small"),
+        *_quiet(plan, bottom),
+        *_days(plan, bottom),
+        *[part for number, row in enumerate(plan.rows) for part in _row(plan, row, HEAD + ROW * number)],
+        *_token(plan, bottom - ROW),
+        *[_renewal(plan, renewal.at, bottom) for renewal in plan.renewals],
+        f'<path d="M{x} {HEAD - 4}V{bottom}" stroke="var(--ink)" stroke-width="1.2"/>',
+        _text(x + 2, bottom + 10, "now", "small"),
+        *_legend(bottom + FOOT - 8),
+    ]
+
+
+def _row(plan: Plan, row: Row, top: float) -> list[str]:
+    return [
+        _text(MARGIN, top + 14, row.code),
+        *[_bar(plan, need, top + 3, BAR + 4, "need") for need in row.needs],
+        *[_bar(plan, session, top + 5, BAR, "session") for session in row.sessions],
+    ]
 
 
 def _bottom(plan: Plan) -> int:
@@ -178,5 +183,5 @@ def _text(x: float, y: float, words: str, style: str = "") -> str:
 
 
 def _span(span: tuple[datetime, datetime]) -> str:
-    begin, end = (at.astimezone(KST).strftime("%m-%d %H:%M") for at in span)
+    begin, end = f"{span[0].astimezone(KST):%m-%d %H:%M}", f"{span[1].astimezone(KST):%m-%d %H:%M}"
     return f"{begin} KST" if begin == end else f"{begin} to {end} KST"

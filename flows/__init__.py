@@ -1,0 +1,1 @@
+"""The Prefect flows: thin, one per file; they call tokencore's front door and say what happened."""

@@ -1,0 +1,191 @@
+"""What the flows share: when a run was due, which errors may leave it, when Prefect tries again, one step per key."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from zoneinfo import ZoneInfo
+
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from tokencore import IssuerUnavailableError, TokenError, sessions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import date, timedelta
+
+    from prefect import Flow, State, Task
+    from prefect.client.schemas.objects import TaskRun
+    from prefect.logging.loggers import LoggingAdapter
+
+    from tokencore import Key, KeyState, Settings
+
+    View = tuple[Key, KeyState | str]  # a key with its state, or with why that cannot be read
+
+KST = ZoneInfo("Asia/Seoul")  # the time of KIS's own notices
+MARGIN = 5.0  # seconds after a cool-down before Prefect tries again
+QUICK, SLOW = 65 / 60, 5.0  # issue intervals between attempts: the first three, and those after
+TRIES = 20  # of Prefect in one run; enough for 45 minutes of KIS being down
+AnyFlow = TypeVar("AnyFlow", bound="Flow[..., Any]")
+
+
+class UnforeseenError(Exception):
+    """An error that nobody planned for: only its kind and place are said, as its own text may contain anything."""
+
+
+SAFE = (TokenError, UnforeseenError)  # what `safe_errors` lets out
+
+
+class Done(NamedTuple):
+    """What a step made of a key: its state after it, whether it issued a token, and what else there is to say."""
+
+    state: KeyState
+    renewed: bool
+    remark: str = ""
+
+
+@contextlib.contextmanager
+def safe_errors() -> Iterator[None]:
+    """Let errors out only with texts that Prefect may store in clear, and without the errors behind them."""
+    try:
+        yield
+    except TokenError as error:
+        raise error from None
+    except Exception as error:  # noqa: BLE001 - whatever it is, its text must not reach Prefect's database
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise UnforeseenError(f"Unexpected {type(error).__name__} at {place}; its text is withheld.") from None
+
+
+@contextlib.contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Let nothing out that would change how a run ends; the log gets `what` and the error's kind, never its text."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
+        logger().warning("%s: %s.", what, type(error).__name__)
+
+
+def due() -> datetime:
+    """When this run was scheduled to start, aware; for a run that somebody started, that moment."""
+    scheduled: datetime = flow_run.scheduled_start_time
+    return scheduled
+
+
+def parameters() -> dict[str, Any]:
+    """The parameters of this run."""
+    given: dict[str, Any] = flow_run.parameters
+    return given
+
+
+def described(made: AnyFlow) -> AnyFlow:
+    """The flow, its docstring as the page wants it: Markdown with a line a paragraph; the form shows the arguments."""
+    text, _, _ = (made.description or "").partition("\n\nArgs:")
+    made.description = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+    return made
+
+
+def check_name(at: datetime) -> str:
+    """The name of the check that is due then (aware), before it starts and after."""
+    return f"check-tokens {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def warm_up_name(exchange: str, at: datetime) -> str:
+    """The name of the warm-up of an exchange that is due then (aware), before it starts and after."""
+    return f"warm-up {exchange} {local_date(exchange, at)}"
+
+
+def local_date(exchange: str, at: datetime) -> date:
+    """The date in the exchange's zone."""
+    return at.astimezone(ZoneInfo(sessions.exchange(exchange).zone)).date()
+
+
+def logger() -> logging.Logger | LoggingAdapter:
+    """The run's logger, whose lines show in the UI; outside of a run a plain one."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return logging.getLogger("flows")
+
+
+def clock(at: datetime) -> str:
+    """A time for people, in KST."""
+    return at.astimezone(KST).strftime("%Y-%m-%d %H:%M KST")
+
+
+def retry_delays(interval: float, span: timedelta) -> list[float]:
+    """The pauses between Prefect's attempts, in seconds, as many as end within `span`.
+
+    They follow the renewal rule, 65 s three times and then 5 min, stretch with the issue `interval` (seconds, of
+    which KIS's is 60), and never end inside the cool-down of the attempt before.
+    """
+    quick, slow = QUICK * interval + MARGIN, SLOW * interval + MARGIN
+    delays: list[float] = []
+    for delay in [quick] * 3 + [slow] * (TRIES - 3):
+        if sum(delays) + delay > span.total_seconds():
+            break
+        delays.append(delay)
+    return delays
+
+
+def kis_is_down(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether Prefect shall try again: only where KIS gave no token, never after a limit or a refusal."""
+    return isinstance(state.data, IssuerUnavailableError)
+
+
+def each_key(step: Task[..., Any], keys: Sequence[Key], span: timedelta, *more: object) -> dict[Key, Any]:
+    """What a task made of each key, or the error it met.
+
+    The keys are processed side by side: one that waits for KIS keeps no other waiting. `span` is how long Prefect
+    tries again; the task gets the key, `more`, and after how many seconds that is.
+    """
+    futures = {}
+    for key in keys:
+        delays = retry_delays(key.market.settings.issue_interval, span)
+        again = step.with_options(
+            retries=len(delays), retry_delay_seconds=delays, task_run_name=f"token of {key.label}"
+        )
+        futures[key] = again.submit(key, *more, delays[0] if delays else None)
+    return {key: future.result(raise_on_failure=False) for key, future in futures.items()}
+
+
+def failures(results: Mapping[Key, object]) -> str:
+    """The sentences of the keys that failed; empty when none did."""
+    failed = {key.label: str(result) for key, result in results.items() if isinstance(result, Exception)}
+    return " ".join(
+        failed.values() if len(results) == 1 else (f"{label}: {message}" for label, message in failed.items())
+    )
+
+
+def views(keys: Sequence[Key], results: Mapping[Key, object], now: datetime) -> list[View]:
+    """Every key as a run leaves it at `now` (aware), read anew only where no step has; or why it cannot be read."""
+    done = {key: result.state for key, result in results.items() if isinstance(result, Done)}
+    return [(key, done.get(key) or _read(key, now)) for key in keys]
+
+
+def proven(state: KeyState, settings: Settings) -> tuple[KeyState, str]:
+    """`state` after one quote call with its token (KIS_PROVE_TOKENS), and what to say where KIS gave no answer.
+
+    A token that KIS rejects is marked dead for all processes. Nothing is asked where there is no token to prove.
+    """
+    if not settings.prove_tokens or state.token is None or state.serves_until is None:
+        return state, ""
+    evidence = state.key.prove(state.token)
+    if evidence.accepted is False:
+        state.key.reject(state.token, state.now)
+        return state.key.state(state.now), ""
+    return state, "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
+
+
+def _read(key: Key, now: datetime) -> KeyState | str:
+    try:
+        return key.state(now)
+    except TokenError as error:
+        return str(error)
