@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked, NoKeyringError
-from test_settings import PAIR, config, dotenv, give, in_frames, refusal
+from test_settings import PAIR, config, dotenv, give, in_frames, own_environment, refusal, restored  # noqa: F401 - a fixture
 
 from tokencore.config import read_market
 from tokencore.config.market import HOSTS, Market
@@ -83,11 +83,9 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("variable", "value", "why"), MALFORMED, ids=lambda value: ascii(value[:30]))
-def test_a_malformed_setting_gets_one_sentence_that_names_it(
-    variable: str, value: str, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_malformed_setting_gets_one_sentence_that_names_it(variable: str, value: str, why: str) -> None:
     """Every mistake names its variable, says what would be right, and repeats no value that may be secret."""
-    monkeypatch.setenv(variable, value)
+    os.environ[variable] = value
     message = refusal()
     if variable in ("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_BASE_URL"):
         assert refusal(lambda: read_market("us")) == message
@@ -121,12 +119,12 @@ def test_values_of_the_wrong_type_in_the_config_file_are_named(line: str, variab
     [("app_kee = 'Canary'", "did you mean KIS_APP_KEY?"), ("[slack]\nwebhook_url = 'Canary'", "lists the settings.")],
 )
 def test_unknown_names_are_refused_only_where_they_can_be_ours(
-    line: str, hint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    line: str, hint: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A misspelt name in our own file is an error, in the environment one warning; other programs' names are left."""
     names = ("KIS_TIMOUT", "KIS_SECRET_DIR", "KIS_MARKET__HK__APP_KEY", "KIS_ACCOUNT_NO", "KIS_ACCESS_TOKEN")
     for name in names:
-        monkeypatch.setenv(name, "Canary")
+        os.environ[name] = "Canary"
     right = ("KIS_TIMEOUT", "KIS_SECRETS_DIR", "KIS_MARKETS__HK__APP_KEY", "")
     assert Settings.load().misspelt() == dict(zip(names[:4], right, strict=True))
     known = [f"Unknown setting {wrong}; did you mean {name}?" for wrong, name in zip(names, right, strict=False)]
@@ -161,11 +159,11 @@ def test_the_defaults_are_the_contracts(isolated: Path) -> None:
     assert "set KIS_APP_KEY and KIS_APP_SECRET" in refusal(loaded.able_markets)
 
 
-def test_a_market_has_values_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_market_has_values_of_its_own() -> None:
     """What a market sets for itself holds for it alone; lists may be text or TOML's, and names in any case."""
     config('[markets.hk]\napp_key = " OwnKey "\nexchanges = ["sehk", "SHAA"]\nexports = ["mojito2:~/bot"]\n')
-    give("environment", {**PAIR, "KIS_MARKETS__US__EXCHANGES": ' nas, "nys" '}, monkeypatch)
-    monkeypatch.setenv("kis_markets__AB__exports", "kis-auth, python-kis:/tmp")
+    give("environment", {**PAIR, "KIS_MARKETS__US__EXCHANGES": ' nas, "nys" '})
+    give("environment", {"kis_markets__AB__exports": "kis-auth, python-kis:/tmp"})
     loaded = Settings.load()
     assert [one.name for one in loaded.able_markets()] == ["us", "kr", "ab", "hk"]
     hk = loaded.market("HK")
@@ -192,22 +190,18 @@ def test_an_unknown_market_is_refused(name: str) -> None:
         ({"BASE_URL": "http://[::1]:80", "ENVIRONMENT": "paper"}, ("paper", "http://[::1]:80")),
     ],
 )
-def test_a_market_asks_where_its_own_settings_say(
-    own: dict[str, str], expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_market_asks_where_its_own_settings_say(own: dict[str, str], expected: tuple[str, str]) -> None:
     """A market's own URL comes first, then the one for all of its environment, then its environment's host."""
     own = {f"KIS_MARKETS__HK__{name}": value for name, value in own.items()}
-    give("environment", {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_BASE_URL": "https://proxy:1/", **own}, monkeypatch)
+    give("environment", {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_BASE_URL": "https://proxy:1/", **own})
     found = read_market("hk")
     assert (found.environment, found.base_url) == expected
 
 
 @pytest.mark.parametrize(("address", "environment"), [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real")])
-def test_the_other_environments_address_is_refused(
-    address: str, environment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_other_environments_address_is_refused(address: str, environment: str) -> None:
     """A key would be sent where it is not known: both readers say which of the two to set."""
-    give("environment", {"KIS_BASE_URL": address, "KIS_ENVIRONMENT": environment}, monkeypatch)
+    give("environment", {"KIS_BASE_URL": address, "KIS_ENVIRONMENT": environment})
     message = refusal(lambda: read_market("us"))
     assert message == refusal()
     assert f"set KIS_ENVIRONMENT={'paper' if environment == 'real' else 'real'}" in message
@@ -237,29 +231,27 @@ def test_other_tools_words_for_the_environment_draw_one_warning(
 ) -> None:
     """With the right setting; a word for paper in our own setting counts, another tool's variable does not."""
     monkeypatch.setattr("tokencore.config.sources._warned", set())
-    monkeypatch.setenv(variable, value)
+    os.environ[variable] = value
     if expected == "paper" and "ENVIRONMENT" not in variable:
-        monkeypatch.setenv("KIS_ENVIRONMENT", "paper")
+        os.environ["KIS_ENVIRONMENT"] = "paper"
     assert [Settings.load().market("us").environment for _ in range(2)] == [expected] * 2
     name = variable if "ENVIRONMENT" in variable else "KIS_ENVIRONMENT"
     assert [message.endswith(f"set {name}={right}.") for message in caplog.messages] == [True] * bool(right)
 
 
-def test_white_space_around_keys_is_removed_with_one_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_white_space_around_keys_is_removed_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     """A pasted newline costs no issuance: both readers strip it, and one warning names the variable only."""
-    give("environment", {"KIS_APP_KEY": f" {KEY}\t", "KIS_MARKETS__KR__APP_SECRET": f"{SECRET}\r\n"}, monkeypatch)
+    give("environment", {"KIS_APP_KEY": f" {KEY}\t", "KIS_MARKETS__KR__APP_SECRET": f"{SECRET}\r\n"})
     assert [Settings.load().market("kr").credentials() for _ in range(2)] == [(KEY, SECRET)] * 2
     assert read_market("kr").credentials() == (KEY, SECRET)
     assert [message.split()[0] for message in caplog.messages] == ["KIS_APP_KEY", "KIS_MARKETS__KR__APP_SECRET"]
     assert "Canary" not in caplog.text
 
 
-def test_what_the_user_knows_of_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_knows_of_exchanges() -> None:
     """Closed days and hours are read from text and from TOML, under any alias of the exchange."""
-    monkeypatch.setenv("KIS_EXCHANGES__XKRX__CLOSED", "2026-12-31, 2027-01-04")
-    monkeypatch.setenv("KIS_EXCHANGES__KRX__HOURS__2026-12-30", "10:00-15:30")
+    os.environ["KIS_EXCHANGES__XKRX__CLOSED"] = "2026-12-31, 2027-01-04"
+    os.environ["KIS_EXCHANGES__KRX__HOURS__2026-12-30"] = "10:00-15:30"
     config('[exchanges.SEHK]\nextended = true\n[exchanges.SEHK.hours]\n2026-12-24 = "09:30 - 12:00"\n')
     found = Settings.load().overrides
     assert sorted(map(str, found["KRX"].closed)) == ["2026-12-31", "2027-01-04"]
@@ -272,11 +264,11 @@ def test_what_the_user_knows_of_exchanges(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["SEHK"].extended
 
 
-def test_no_secret_is_shown_or_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_is_shown_or_pickled() -> None:
     """No repr, text or pickle of settings contains a credential."""
     values = {**PAIR, "KIS_MARKETS__US__APP_SECRET": SECRET, "KIS_STORE": f"postgresql://u:{SECRET}@h"}
     values |= {"KIS_STORE_KEYS": f"{SECRET},{KEY}", "SLACK_WEBHOOK_URL": SECRET, "SLACK_BOT_TOKEN": SECRET}
-    give("environment", values, monkeypatch)
+    give("environment", values)
     for shown in (Settings.load(), read_market("us"), gather()):
         assert "Canary" not in repr(shown) + str(shown)
         with pytest.raises(TypeError) as caught:
@@ -313,12 +305,12 @@ PLACED = st.fixed_dictionaries({}, optional={k: st.tuples(st.sampled_from(SOURCE
 @hypothesis_settings(max_examples=400)
 def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tuple[str, str]]) -> None:
     """For any settings in any sources both accept the same ones and read the same values from them."""
-    with pytest.MonkeyPatch.context() as patch:
+    with restored():
         for source in SOURCES:
-            give(source, {}, patch)
+            give(source, {})
             for old in Path("secrets").glob("*") if source == "secrets folder" else ():
                 old.unlink()
-            give(source, {name: value for name, (place, value) in placed.items() if place == source}, patch)
+            give(source, {name: value for name, (place, value) in placed.items() if place == source})
         try:
             found = gather()
             fast = [Market(name, found, Settings.load) for name in ("us", "kr", *(found.markets & {"hk"}))]
@@ -390,9 +382,9 @@ class Keeper(KeyringBackend):
 
 
 @pytest.fixture
-def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
+def keeper() -> Iterator[Keeper]:
     """The process's keyring, switched on by KIS_KEYRING, where only the key is set."""
-    give("environment", {"KIS_APP_KEY": KEY, "KIS_KEYRING": "kis"}, monkeypatch)
+    give("environment", {"KIS_APP_KEY": KEY, "KIS_KEYRING": "kis"})
     before, ours = keyring.get_keyring(), Keeper({"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"})
     keyring.set_keyring(ours)
     yield ours
@@ -408,13 +400,11 @@ def test_secret_that_no_other_source_gives_comes_from_the_keyring_once(keeper: K
     assert Settings.load().origins["KIS_APP_SECRET"] == "keyring kis"
 
 
-def test_other_sources_come_before_the_keyring_and_the_own_secret_before_the_common_one(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_sources_come_before_the_keyring_and_the_own_secret_before_the_common_one(keeper: Keeper) -> None:
     """Who gives the secret elsewhere asks no keyring; a market with a key of its own has its own secret there."""
-    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
+    os.environ["KIS_MARKETS__KR__APP_KEY"] = KEY
     assert [read_market(name).credentials()[1] for name in ("us", "kr")] == [SECRET, "of-kr"]
-    give("environment", {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}, monkeypatch)
+    give("environment", {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"})
     keeper.asked.clear()
     assert [read_market(name).credentials()[1] for name in ("us", "kr")] == ["given", "too"]
     assert keeper.asked == []
@@ -444,8 +434,8 @@ def test_missing_credentials_are_named_with_both_ways_to_set_them(
     """A key is not looked for in the keyring, whose package may be missing; without the switch none is asked."""
     monkeypatch.setitem(sys.modules, "keyring", None)
     assert "pip install 'tokencore[keyring]'" in refusal(read_market("us").credentials)
-    monkeypatch.setenv("KIS_APP_KEY", "")
+    os.environ["KIS_APP_KEY"] = ""
     assert "keyring keeps its secret only" in refusal(read_market("us").identified)
-    give("environment", {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}, monkeypatch)
+    give("environment", {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""})
     assert "set KIS_APP_SECRET (or KIS_MARKETS__KR__APP_SECRET)" in refusal(read_market("kr").credentials)
     assert keeper.asked == []

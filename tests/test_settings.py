@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from tokencore.config.sources import FILE_LIMIT, read_regular, trusted_dotenv
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from tokencore.config.market import Market
 
@@ -34,6 +35,24 @@ SPARSE = 48 * 1024 * 1024  # bytes
 PROMPT = 20.0  # seconds in which a busy machine has started Python; a reader that blocks never ends
 NAMELESS = 54_321  # a user id that no system gives a name
 as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """For a while, changes of the environment that are taken back."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(isolated: Path) -> Iterator[Path]:
+    """Each test may set what it wants."""
+    with restored():
+        yield isolated
 
 
 def config(text: str = "", **values: str) -> Path:
@@ -61,13 +80,12 @@ def secrets(**values: str) -> str:
     return str(folder)
 
 
-def give(source: str, values: Mapping[str, str], patch: pytest.MonkeyPatch) -> None:
+def give(source: str, values: Mapping[str, str]) -> None:
     """Have the variables come from the source of that name."""
     if source == "environment":
-        for name, value in values.items():
-            patch.setenv(name, value)
+        os.environ.update(values)
     elif source == "secrets folder":
-        patch.setenv("KIS_SECRETS_DIR", secrets(**values))
+        os.environ["KIS_SECRETS_DIR"] = secrets(**values)
     else:
         {".env": dotenv, "config.toml": config}[source](**values)
 
@@ -105,33 +123,33 @@ def us() -> Market:
 # --- where settings come from
 
 
-def test_environment_beats_dotenv_beats_secrets_beats_config_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_beats_dotenv_beats_secrets_beats_config_file() -> None:
     """With all four sources present the first one counts, then the next one when it is gone."""
     config("buffer = 64\n[markets.hk]\nenvironment = 'paper'\n")
-    give("secrets folder", {"KIS_BUFFER": "63"}, monkeypatch)
+    give("secrets folder", {"KIS_BUFFER": "63"})
     path = dotenv("export KIS_BUFFER='62'\n")
-    monkeypatch.setenv("KIS_BUFFER", "61")
+    os.environ["KIS_BUFFER"] = "61"
     seen = [(us().buffer, Settings.load().buffer)]
-    monkeypatch.delenv("KIS_BUFFER")
+    del os.environ["KIS_BUFFER"]
     seen.append((us().buffer, Settings.load().buffer))
     path.unlink()
     seen.append((us().buffer, Settings().buffer))
-    monkeypatch.delenv("KIS_SECRETS_DIR")
+    del os.environ["KIS_SECRETS_DIR"]
     seen.append((us().buffer, Settings().buffer))
     assert seen == [(61, 61), (62, 62), (63, 63), (64, 64)]
     assert read_market("HK").environment == "paper"
 
 
-def test_empty_values_count_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_values_count_as_not_given() -> None:
     """A variable that is set to nothing, as container files often do, hides no other source."""
     config(f"secrets_dir = '{secrets(kis_app_key=KEY)}'\n")
     dotenv(KIS_BUFFER="7")
     for name in ("KIS_BUFFER", "KIS_SECRETS_DIR", "KIS_APP_KEY"):
-        monkeypatch.setenv(name, "")
+        os.environ[name] = ""
     assert (us().buffer, us().app_key) == (7, KEY)
 
 
-def test_secrets_folder_as_kubernetes_mounts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_folder_as_kubernetes_mounts_it() -> None:
     """Files behind links count, final newlines do not; folders and other programs' files are not opened."""
     secrets(**PAIR)
     mount = Path("mount")
@@ -141,7 +159,7 @@ def test_secrets_folder_as_kubernetes_mounts_it(monkeypatch: pytest.MonkeyPatch)
     (mount / "tls.key").write_bytes(b"\xff\xfe")
     os.mkfifo(mount / "pipe")
     (mount / "kis_certificates").mkdir()
-    monkeypatch.setenv("KIS_SECRETS_DIR", str(mount))
+    os.environ["KIS_SECRETS_DIR"] = str(mount)
     assert us().credentials() == (KEY, SECRET)
 
 
@@ -174,36 +192,34 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("name", "content"), UNREADABLE.values(), ids=UNREADABLE)
-def test_an_unreadable_source_is_named_in_one_sentence(
-    name: str, content: bytes | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_source_is_named_in_one_sentence(name: str, content: bytes | None) -> None:
     """What exists but cannot be read is an error that names it; its content is in no message and no frame."""
-    give("environment", PAIR, monkeypatch)
+    give("environment", PAIR)
     place = Path(name).expanduser()
     place.parent.mkdir(exist_ok=True)
     place.mkdir() if content is None else place.write_bytes(content)
     if "secrets" in name:
-        monkeypatch.setenv("KIS_SECRETS_DIR", "secrets")
+        os.environ["KIS_SECRETS_DIR"] = "secrets"
     for work in (us, Settings.load):
         assert place.name in refusal(work)
 
 
-def test_the_name_of_a_secrets_folder_is_not_repeated_where_it_may_be_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_secrets_folder_is_not_repeated_where_it_may_be_a_key() -> None:
     """A folder that is not there is named in one short line, but for what may be a credential."""
-    monkeypatch.setenv("KIS_SECRETS_DIR", f"/run/secrets/{KEY}")
+    os.environ["KIS_SECRETS_DIR"] = f"/run/secrets/{KEY}"
     with pytest.raises(ConfigurationError, match=r"^KIS_SECRETS_DIR: /run/secrets/\*\*\* cannot be read"):
         us()
-    monkeypatch.setenv("KIS_SECRETS_DIR", "/run/a\n.b" + "/long" * 20_000)
+    os.environ["KIS_SECRETS_DIR"] = "/run/a\n.b" + "/long" * 20_000
     assert "KIS_SECRETS_DIR: /run/a?.b/long/" in refusal()
 
 
-def test_each_setting_has_an_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_setting_has_an_origin() -> None:
     """By variable name: the environment, `.env`, the secrets folder, config.toml; the first one that gave it."""
     folder = secrets(KIS_APP_SECRET=SECRET)
     dotenv(KIS_APP_KEY=KEY, KIS_TIMEOUT="7")
     config(f"secrets_dir = '{folder}'\nbuffer = 200\n[markets.hk]\nexchanges = ['SEHK']\n")
-    monkeypatch.setenv("KIS_TIMEOUT", "5")
-    monkeypatch.setenv("PREFECT_UI_URL", "https://prefect")
+    os.environ["KIS_TIMEOUT"] = "5"
+    os.environ["PREFECT_UI_URL"] = "https://prefect"
     toml = dict.fromkeys(("KIS_SECRETS_DIR", "KIS_BUFFER", "KIS_MARKETS__HK__EXCHANGES"), "~/.tokencore/config.toml")
     environment = dict.fromkeys(("KIS_TIMEOUT", "PREFECT_UI_URL"), "environment")
     assert Settings.load().origins == {"KIS_APP_KEY": ".env", "KIS_APP_SECRET": folder, **toml, **environment}
@@ -214,11 +230,9 @@ def test_each_setting_has_an_origin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("variable", ["KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "KIS_STORE"])
 @pytest.mark.parametrize("source", ["config.toml", "environment", "secrets folder"])
-def test_a_cloned_repository_gets_no_secret_of_another_source(
-    source: str, variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cloned_repository_gets_no_secret_of_another_source(source: str, variable: str) -> None:
     """An address in the `.env` of the folder, the user's own file, is refused by every reader alike."""
-    give(source, {**PAIR, "KIS_STORE_KEYS": SECRET}, monkeypatch)
+    give(source, {**PAIR, "KIS_STORE_KEYS": SECRET})
     if source != "secrets folder" or variable != "KIS_SECRETS_DIR":
         path = dotenv(**{variable: EVIL})
         messages = {refusal(work) for work in (us, Settings.load, Settings, trusted_dotenv)}
@@ -228,25 +242,23 @@ def test_a_cloned_repository_gets_no_secret_of_another_source(
 
 @pytest.mark.parametrize("address", ["environment", "config.toml", "secret's own"])
 @pytest.mark.parametrize("secret", ["environment", ".env", "secrets folder", "config.toml"])
-def test_an_address_counts_from_the_source_of_its_secret_and_from_trusted_ones(
-    secret: str, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_counts_from_the_source_of_its_secret_and_from_trusted_ones(secret: str, address: str) -> None:
     """The environment and config.toml may say where any secret goes; other sources where their own goes."""
     where = {"KIS_BASE_URL": EVIL, "KIS_STORE": "postgresql://store"}
     pair = {**PAIR, "KIS_STORE_KEYS": SECRET}
     if address in (secret, "secret's own"):
-        give(secret, {**pair, **where}, monkeypatch)
+        give(secret, {**pair, **where})
     else:
-        give(secret, pair, monkeypatch)
-        give(address, where, monkeypatch)
+        give(secret, pair)
+        give(address, where)
     store = Settings.load().store
     assert (us().base_url, store and store.get_secret_value()) == (EVIL, "postgresql://store")
 
 
-def test_a_secrets_folder_gives_no_address_for_a_secret_of_the_config_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secrets_folder_gives_no_address_for_a_secret_of_the_config_file() -> None:
     """The folder is as good as its own secret, and no better."""
     config(**PAIR)
-    give("secrets folder", {"KIS_BASE_URL": EVIL}, monkeypatch)
+    give("secrets folder", {"KIS_BASE_URL": EVIL})
     assert "would send there the app secret" in refusal(us)
 
 
@@ -281,13 +293,13 @@ KEYRING_FIRST = dict.fromkeys(("KIS_MARKETS__HK__APP_KEY", "KIS_MARKETS__HK__BAS
 @hypothesis_settings(max_examples=200)
 def test_every_reader_keeps_the_rule_of_addresses(places: dict[str, str], hk: str) -> None:
     """Wherever each variable comes from, both readers refuse an address exactly where the rule says so."""
-    with pytest.MonkeyPatch.context() as patch:
+    with restored():
         shutil.rmtree("secrets", ignore_errors=True)
         for source in ("environment", ".env", "secrets folder", "config.toml"):
             names = [name for name, place in places.items() if place == source]
-            give(source, {name: "https://127.0.0.1:1" if name.endswith("URL") else "word" for name in names}, patch)
-        patch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
-        patch.setenv("KIS_MARKETS__HK__ENVIRONMENT", hk)
+            give(source, {name: "https://127.0.0.1:1" if name.endswith("URL") else "word" for name in names})
+        os.environ["KIS_MARKETS__HK__EXCHANGES"] = "SEHK"
+        os.environ["KIS_MARKETS__HK__ENVIRONMENT"] = hk
         expected = any(is_foreign(stem, places, hk) for stem in ("KIS_", "KIS_MARKETS__HK__"))
         assert [refuses(us), refuses(lambda: read_market("hk")), refuses(Settings.load)] == [expected] * 3
 
@@ -357,11 +369,10 @@ def test_dotenv_that_others_can_have_written_is_ignored(
 
 
 @as_root
-def test_dotenv_of_root_counts_for_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
     """A service's user reads what root wrote and no config.toml of a folder named `~`; its token folder must be set."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path(folder).chmod(0o755)
-        monkeypatch.chdir(folder)
         trap = Path("~/.tokencore")
         trap.mkdir(parents=True)
         (trap / "config.toml").write_text("proactive_window = 8\n")
@@ -389,10 +400,10 @@ def as_nameless_without_folder() -> None:
     assert "KIS_MARKETS__US__EXPORTS cannot be used: set it to an absolute path" in refusal()
 
 
-def test_dotenv_adds_to_the_environment_only_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dotenv_adds_to_the_environment_only_what_counts() -> None:
     """For who hands it on: names in upper case, the environment's own not among them."""
-    monkeypatch.setenv("KIS_TIMEOUT", "7")
-    monkeypatch.setenv("KIS_BUFFER", "")
+    os.environ["KIS_TIMEOUT"] = "7"
+    os.environ["KIS_BUFFER"] = ""
     dotenv(kis_timeout="9", KIS_BUFFER="9", PREFECT_SERVER_API_PORT="4201")
     assert trusted_dotenv() == {"KIS_BUFFER": "9", "PREFECT_SERVER_API_PORT": "4201"}
 
@@ -403,7 +414,7 @@ FILES = [".env", "~/.tokencore/config.toml", "secrets/KIS_APP_KEY"]
 KINDS = ["pipe", "link to a pipe", "link to a device", "socket", "48 MB", "65,537 bytes"]
 
 
-def make_strange(path: Path, kind: str, patch: pytest.MonkeyPatch) -> None:
+def make_strange(path: Path, kind: str) -> None:
     """Put something in place of a file of settings."""
     if kind == "pipe":
         os.mkfifo(path)
@@ -413,8 +424,7 @@ def make_strange(path: Path, kind: str, patch: pytest.MonkeyPatch) -> None:
     elif kind == "link to a device":
         path.symlink_to("/dev/zero")
     elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as one, patch.context() as inside:
-            inside.chdir(path.parent)  # the address of a socket is short
+        with socket.socket(socket.AF_UNIX) as one, contextlib.chdir(path.parent):  # a socket's address is short
             one.bind(path.name)
     else:
         with path.open("wb") as file:
@@ -423,15 +433,13 @@ def make_strange(path: Path, kind: str, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_no_file_of_a_sensible_size_is_one_sentence_at_once(
-    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_file_of_a_sensible_size_is_one_sentence_at_once(name: str, kind: str) -> None:
     """Neither the fast reader nor `Settings` waits or reads on, whatever stands in place of the file."""
     path = Path(name).expanduser().absolute()
     path.parent.mkdir(exist_ok=True)
-    make_strange(path, kind, monkeypatch)
+    make_strange(path, kind)
     if "secrets" in name:
-        monkeypatch.setenv("KIS_SECRETS_DIR", str(path.parent))
+        os.environ["KIS_SECRETS_DIR"] = str(path.parent)
     began = time.monotonic()
     for work in (us, Settings.load):
         message = refusal(work)
@@ -442,7 +450,7 @@ def test_what_is_no_file_of_a_sensible_size_is_one_sentence_at_once(
 
 def test_a_huge_file_takes_no_memory() -> None:
     """What does not fit is not read to its end."""
-    make_strange(path := Path("huge"), "48 MB", pytest.MonkeyPatch())
+    make_strange(path := Path("huge"), "48 MB")
     tracemalloc.start()
     with pytest.raises(ValueError, match="more than 65536 bytes"):
         read_regular(str(path))
