@@ -272,6 +272,10 @@ def test_token_is_not_adopted_where_it_is_dead_ours_or_another_keys(nowhere: San
     assert exports_of().found(datetime.now(UTC)) is None
     assert exports_of().found(datetime.now(UTC) + timedelta(days=3)) is None
     assert asked(nowhere) == 1
+    longer = issued_elsewhere()  # than we take it to live, as KIS's answer said less, or our clock is slow
+    us.save_token(make_token(80_000, text=longer, rejected=True))
+    other.write_bytes(pickled(longer, 5))
+    assert exports_of().found(datetime.now(UTC)) is None
 
 
 class Evil:
