@@ -73,10 +73,12 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments:
         top.print_help()
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
+    at = arguments.index("--") if arguments[0] == "exec" and "--" in arguments else len(arguments)
     try:
-        options = top.parse_args(arguments)
+        options = top.parse_args(arguments[:at])
     except SystemExit:  # after --help and --version; a mistake is a ConfigurationError
         return 0
+    options.program = [*arguments[at + 1 :]]  # argparse would take a second `--` out of it
     code: int = options.run(options)
     return code
 

@@ -38,7 +38,7 @@ def add(command: AddCommand) -> None:
     output.add_argument("--approval-key", action="store_true", help="the websocket's key instead of the token")
     program = command("exec", _exec, "run a program with KIS_ACCESS_TOKEN and KIS_TOKEN_EXPIRES_AT set; its exit code")
     add_market(program)
-    program.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
+    program.usage = "%(prog)s [-h] MARKET -- COMMAND [ARGUMENT ...]"
     reject = command("reject", _reject, "report a token that KIS has rejected, given on standard input; prints nothing")
     add_market(reject)
     reject.add_argument("--approval-key", action="store_true", help="it is the websocket's key")
@@ -123,15 +123,17 @@ _FORMATS = {
 
 
 def _exec(options: argparse.Namespace) -> int:
+    if not options.program:
+        raise ConfigurationError("No program was given; name it after --: `tokencore exec MARKET -- COMMAND`.")
     token = _served(TokenManager(options.market), renew=True)
-    program, environment = options.command[0], {**os.environ, **_variables(token)}
+    environment = {**os.environ, **_variables(token)}
     try:
         if os.name == "posix":
-            os.execvpe(program, options.command, environment)  # noqa: S606 - the user's own command, without a shell
-        return subprocess.run(options.command, env=environment, check=False).returncode  # noqa: S603 - the same
+            os.execvpe(options.program[0], options.program, environment)  # noqa: S606 - the user's own, without a shell
+        return subprocess.run(options.program, env=environment, check=False).returncode  # noqa: S603 - the same
     except OSError as error:
         why = error.strerror
-    raise ConfigurationError(f"The program {program!r} cannot be run ({why}); the token is there and untouched.")
+    raise ConfigurationError(f"{options.program[0]!r} cannot be run ({why}); the token is there, correct the command.")
 
 
 def _reject(options: argparse.Namespace) -> int:

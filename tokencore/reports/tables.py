@@ -54,9 +54,9 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None,
     for one in seen:
         if not broad:
             console.print(f"{one.status['market']}: next need {_need(one.status)}")
-        console.print(f"{one.status['market']}: {_file(one)}", markup=False, highlight=False)
+        console.print(f"{one.status['market']}: {_file(one)}", markup=False, soft_wrap=True)
     for market, (accepted, detail) in proofs.items():
-        console.print(f"{market}: {ANSWERS[accepted]} ({detail})", markup=False, highlight=False)
+        console.print(f"{market}: {ANSWERS[accepted]} ({detail})", markup=False, soft_wrap=True)
 
 
 def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:

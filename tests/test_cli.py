@@ -1,0 +1,412 @@
+"""The command's front door: what `get` prints and imports, exit codes, one line on standard error, broken pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import pytest
+from builders import make_token
+from running import Ran, asked, cached, folder, one_line, start, tokencore, until
+
+from tokencore import TokenManager, USTokenManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokencore.sandbox import Sandbox
+
+    Command = Callable[..., Ran]
+
+HEAVY = ("requests", "urllib3", "pydantic", "pydantic_settings", "filelock", "prefect", "rich", "argparse", "holidays")
+SLOW = ("typing", "contextlib", "pathlib", "logging", "tomllib", "dotenv")  # a millisecond each
+GET = """if True:
+    import sys
+    before = {*sys.modules}
+    from tokencore.cli import main
+    code = main(["get", "us"])
+    print(*{*sys.modules} - before, file=sys.stderr)
+"""
+FAILURES = {"limit": 4, "bad-key": 5, "bad-secret": 5, "down": 6, "drop": 6, "garbage": 6, "html": 6}
+
+
+def test_get_prints_the_token_and_nothing_else(gateway: Sandbox) -> None:
+    """Standard output is the token and a newline, exit 0; the second call asks nothing."""
+    first, second = tokencore("get", "us"), tokencore("get", "kr")
+    assert (first.code, first.err, first.out.count("\n")) == (0, "", 1)
+    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", first.out)
+    assert second == first
+    assert asked(gateway) == 1
+
+
+@pytest.mark.usefixtures("gateway")
+def test_cached_get_imports_nothing_heavy() -> None:
+    """Printing a cached token imports neither HTTP, validation and locking, nor what takes a millisecond."""
+    token = cached(20_000)
+    child = start(GET)
+    out, modules = child.communicate(timeout=30)
+    assert out == token.access_token + "\n"
+    assert set(modules.split()).isdisjoint((*HEAVY, *SLOW))
+    assert "tokencore.manager" in modules
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_get_while_another_process_renews_prints_the_old_token_and_asks_nothing(gateway: Sandbox) -> None:
+    """In the proactive window one process asks KIS; the others print the old token."""
+    gateway.set_rules(latency=3)
+    token = cached(1_500)
+    assert USTokenManager().get_valid_token() == token.access_token
+    until(lambda: asked(gateway) == 1)
+    assert tokencore("get", "us") == Ran(0, token.access_token + "\n", "")
+    assert asked(gateway) == 1
+    gateway.set_rules(latency=0)
+    until(lambda: USTokenManager().get_valid_token() != token.access_token)
+
+
+@pytest.mark.usefixtures("nowhere")
+@pytest.mark.parametrize("mode", ["limit", "down", "drop", "bad-key", "garbage", "html"])
+def test_get_with_25_minutes_left_prints_the_old_token_whatever_kis_answers(
+    quick: Sandbox, command: Command, mode: str
+) -> None:
+    """Exit 0 and the old token while KIS fails, in one request and a warning; the next success replaces it."""
+    old = cached(25 * 60).access_token + "\n"
+    quick.fail(mode)
+    ran = command("get", "us")
+    assert (ran.code, ran.out) == (0, old)
+    until(lambda: asked(quick) == 1)
+    quick.clear()
+    until(lambda: command("get", "us").out != old)
+    assert asked(quick) == 2
+
+
+@pytest.mark.parametrize(("mode", "code"), FAILURES.items())
+def test_get_without_a_token_fails_with_the_contracts_code(
+    quick: Sandbox, command: Command, mode: str, code: int
+) -> None:
+    """Each refusal has its exit code and one sentence that says what still works and what to do."""
+    quick.fail(mode)
+    ran = command("get", "us")
+    assert ran.code == code
+    assert "There is no token." in one_line(ran)
+
+
+def test_bad_key_is_not_asked_again_by_get_but_by_a_persons_refresh(quick: Sandbox, command: Command) -> None:
+    """The second `get` fails with 5 without a request; `refresh` asks."""
+    quick.fail("bad-key", 1)
+    assert command("get", "us").code == 5
+    time.sleep(0.1)
+    ran = command("get", "us")
+    assert ran.code == 5
+    assert "EGW00103" in one_line(ran)
+    assert asked(quick) == 1
+    assert command("refresh", "us").code == 0
+    assert asked(quick) == 2
+
+
+@pytest.mark.usefixtures("gateway")
+def test_get_as_json_names_the_expiry_in_utc(command: Command) -> None:
+    """For programs: the token, its type, environment and times with offset."""
+    token = cached(20_000)
+    ran = command("get", "us", "--json")
+    said = json.loads(ran.out)
+    assert (ran.code, ran.err) == (0, "")
+    assert (said["access_token"], said["token_type"], said["environment"]) == (token.access_token, "Bearer", "real")
+    assert datetime.fromisoformat(said["expires_at"]).utcoffset() == timedelta(0)
+    assert 19_900 < said["remaining_seconds"] <= 20_000
+
+
+def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
+    """Only what is cached: the token while it is valid, even late in its life; exit 3 and a sentence without one."""
+    ran = command("get", "us", "--no-renew")
+    assert ran.code == 3
+    assert "NO_TOKEN" in one_line(ran)
+    token = cached(1_000)
+    assert command("get", "--no-renew", "us") == Ran(0, token.access_token + "\n", "")
+    cached(299)
+    assert "EXPIRED" in one_line(command("get", "us", "--no-renew"))
+    assert asked(gateway) == 0
+
+
+@pytest.mark.usefixtures("gateway")
+def test_get_in_the_shape_of_credential_process(command: Command) -> None:
+    """JSON with a version, the token, and its expiry in UTC as AWS's tools spell it."""
+    token = cached(20_000)
+    ran = command("get", "us", "--format", "process")
+    said = json.loads(ran.out)
+    assert (ran.code, ran.err, list(said)) == (0, "", ["Version", "token", "Expiration"])
+    assert (said["Version"], said["token"]) == (1, token.access_token)
+    assert said["Expiration"] == f"{token.expires_at:%Y-%m-%dT%H:%M:%SZ}"
+
+
+@pytest.mark.usefixtures("gateway")
+def test_get_for_a_shells_eval_sets_variables_that_children_see(command: Command) -> None:
+    """Whatever signs a token has: the shell takes them as they are, and runs none of them."""
+    odd = "$(>ran)`>ran`;>ran;\\'\"&*"
+    USTokenManager().save_token(make_token(text=odd))
+    lines = command("get", "us", "--format", "env").out
+    program = f"eval \"$(cat)\"; {sys.executable} -c \"import os; print(os.environ['KIS_ACCESS_TOKEN'], end='')\""
+    ran = subprocess.run(["/bin/sh", "-euc", program], input=lines, capture_output=True, text=True, check=True)
+    assert ran.stdout == odd
+    assert not os.path.exists("ran")
+    assert re.search(r"^export KIS_TOKEN_EXPIRES_AT=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", lines, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("gateway")
+def test_get_as_other_programs_read_it(command: Command) -> None:
+    """What `curl -H` takes, docker's `--env-file` (without quotes), and tokenP's own answer with its expiry in KST."""
+    token = cached(20_000)
+    assert command("get", "us", "--format", "header").out == f"Authorization: Bearer {token.access_token}\n"
+    lines = command("get", "us", "--format", "dotenv").out.splitlines()
+    assert lines[0] == f"KIS_ACCESS_TOKEN={token.access_token}"
+    assert re.fullmatch(r"KIS_TOKEN_EXPIRES_AT=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[1])
+    said = json.loads(command("get", "us", "--format", "answer").out)
+    assert said["access_token_token_expired"] == f"{token.expires_at + timedelta(hours=9):%Y-%m-%d %H:%M:%S}"
+    assert (said["access_token"], said["token_type"]) == (token.access_token, "Bearer")
+    assert 19_900 < said["expires_in"] <= 20_000
+
+
+@pytest.mark.usefixtures("gateway")
+def test_names_of_markets_may_be_in_capitals(command: Command) -> None:
+    """`get US` and `check US us` are about `us`, once."""
+    token = cached(20_000)
+    assert command("get", "US") == Ran(0, token.access_token + "\n", "")
+    ran = command("check", "US", "us", "us", "--json")
+    assert (ran.code, [one["market"] for one in json.loads(ran.out)]) == (0, ["us"])
+
+
+@pytest.mark.parametrize("style", ["process", "env", "dotenv", "header", "answer"])
+def test_every_format_renews_as_get_does_and_obeys_no_renew(gateway: Sandbox, command: Command, style: str) -> None:
+    """Without a token: exit 3 with --no-renew and nothing printed; otherwise one issue, and the token in it."""
+    assert "NO_TOKEN" in one_line(command("get", "us", "--format", style, "--no-renew"))
+    ran = command("get", "us", "--format", style)
+    assert (ran.code, USTokenManager().get_valid_token() in ran.out) == (0, True)
+    assert command("get", "us", "--no-renew", "--format", style) == ran
+    assert asked(gateway) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("get", "us", "--json", "--format", "env"),
+        ("get", "us", "--format", "yaml"),
+        ("get",),
+        ("gett", "us"),
+        ("get", "us", "kr"),
+        ("get", "us", "--force"),
+        ("get", "hk"),
+        ("get", "../us"),
+        ("get", ""),
+        ("get", "\udcff"),
+        ("check", "us", "hk"),
+        ("check", "--probed"),
+        ("refresh",),
+        ("delete",),
+        ("history", "us", "kr"),
+        ("tick", "us"),
+        ("exec", "us"),
+        ("exec", "us", "--", "no-such-program"),
+        ("reject", "us", "--json"),
+        ("completion", "cmd"),
+        ("metrics", "--listen", "localhost"),
+        ("sandbox", "--port", "x"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("gateway")
+def test_wrong_usage_is_one_sentence_and_exit_2(command: Command, arguments: tuple[str, ...]) -> None:
+    """No usage text, no traceback: a sentence that says what was wrong."""
+    ran = command(*arguments)
+    assert ran.code == 2
+    assert one_line(ran)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KIS_BUFFER", "nan"),
+        ("KIS_BUFFER", "five"),
+        ("KIS_ENVIRONMENT", "prod"),
+        ("KIS_BASE_URL", "http://openapi.koreainvestment.com"),
+        ("KIS_MARKETS__US__EXCHANGES", "MARS"),
+        ("KIS_APP_KEY", ""),
+        ("KIS_APP_SECRET", ""),
+    ],
+)
+def test_bad_setting_is_named_and_exit_2(
+    gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """A malformed or missing setting is one sentence with its variable, from every command that needs it."""
+    monkeypatch.setenv(variable, value)
+    for arguments in (("get", "us"), ("check",), ("refresh", "us"), ("tick",)):
+        ran = command(*arguments)
+        assert (ran.code, variable in one_line(ran)) == (2, True), arguments
+    assert asked(gateway) == 0
+
+
+def test_help_lists_every_command_and_exit_code() -> None:
+    """The whole command line on one screen."""
+    ran = tokencore("--help")
+    assert ran.code == 0
+    for word in (
+        "get",
+        "check",
+        "refresh",
+        "delete",
+        "history",
+        "tick",
+        "exec",
+        "reject",
+        "sandbox",
+        "7 store unusable",
+    ):
+        assert word in ran.out
+
+
+@pytest.mark.parametrize("arguments", [("get", "us"), ("refresh", "us"), ("delete", "us")])
+def test_unusable_store_is_exit_7_and_costs_no_request(
+    gateway: Sandbox, command: Command, arguments: tuple[str, ...]
+) -> None:
+    """A token directory that is no directory: one sentence with its path, nothing issued."""
+    path = folder()
+    path.write_text("")
+    ran = command(*arguments)
+    assert ran.code == 7
+    assert str(path) in one_line(ran)
+    assert asked(gateway) == 0
+
+
+@pytest.mark.usefixtures("gateway")
+def test_unexpected_error_is_one_line_without_its_text(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug ends with 1 and its place, and says nothing that could be a secret."""
+
+    def bug(_: TokenManager) -> str:
+        raise RuntimeError("the secret is Canary")
+
+    monkeypatch.setattr(TokenManager, "get_valid_token", bug)
+    ran = command("get", "us")
+    assert ran.code == 1
+    assert "RuntimeError at test_cli.py" in one_line(ran)
+    assert "Canary" not in ran.err
+
+
+OUTPUTS = ["get us", "check", "check --json", "history", "--help", "plan --svg -"]
+
+
+@pytest.mark.parametrize("line", OUTPUTS)
+@pytest.mark.usefixtures("gateway")
+def test_reader_that_has_gone_is_no_error(line: str) -> None:
+    """A closed pipe ends the command with 0 and without a word."""
+    cached(20_000)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen(
+        [sys.executable, "-m", "tokencore", *line.split()], stdout=writing, stderr=subprocess.PIPE
+    ) as running:
+        os.close(writing)
+        _, err = running.communicate(timeout=30)
+    assert (running.returncode, err) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("line", OUTPUTS)
+@pytest.mark.usefixtures("gateway")
+def test_output_that_cannot_be_written_is_one_line_and_1(line: str, redirect: str) -> None:
+    """Full or closed: exit 1 and one sentence that does not ask to be reported, nothing at the interpreter's end."""
+    cached(20_000)
+    program = f"{sys.executable} -m tokencore {line} {redirect}"
+    ran = subprocess.run(["/bin/sh", "-c", program], stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert ran.returncode == 1
+    assert "Standard output cannot be written" in one_line(Ran(1, "", ran.stderr))
+
+
+@pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-"])
+def test_an_error_that_nobody_can_read_keeps_its_code(redirect: str) -> None:
+    """Standard error full or closed: the documented exit code all the same, and nothing on standard output."""
+    program = f"{sys.executable} -m tokencore get hk {redirect}"
+    ran = subprocess.run(["/bin/sh", "-c", program], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (ran.returncode, ran.stdout) == (2, "")
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_get_with_a_valid_token_waits_for_a_hanging_kis_no_longer_than_a_second(quick: Sandbox) -> None:
+    """In the proactive window: the present token and 0, while KIS accepts the request and never answers."""
+    token = cached(1_500)
+    alone = min(_seconds(lambda: tokencore("get", "us", KIS_PROACTIVE_WINDOW="0")) for _ in range(3))
+    quick.fail("hang")
+    ran: list[Ran] = []
+    took = _seconds(lambda: ran.append(tokencore("get", "us", KIS_TIMEOUT="20")))
+    assert (ran[0].code, ran[0].out) == (0, token.access_token + "\n")
+    assert took - alone < 2.5, "a second, and the imports of the request on a busy machine"
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+@pytest.mark.usefixtures("gateway")
+@pytest.mark.parametrize("line", ["get us", "get us --approval-key", "get us --format env", "delete us"])
+def test_what_a_command_prints_leaves_in_one_piece(line: str) -> None:
+    """Processes that share a pipe mix no lines, with PYTHONUNBUFFERED too: here each write is a message by itself."""
+    cached(20_000)
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, its:
+        command, env = [sys.executable, "-m", "tokencore", *line.split()], {**os.environ, "PYTHONUNBUFFERED": "1"}
+        subprocess.run(command, env=env, stdout=its.fileno(), check=True, timeout=60)
+        ours.settimeout(0)
+        assert ours.recv(65_536).endswith(b"\n")
+        with pytest.raises(BlockingIOError):
+            ours.recv(65_536)
+
+
+def test_interrupted_command_ends_at_once_with_one_line(gateway: Sandbox) -> None:
+    """Ctrl-C while KIS is asked: one line, no traceback; the attempt stays recorded."""
+    gateway.fail("hang")
+    listening = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background, too
+    running = start(f"{listening}; from tokencore.cli import main; sys.exit(main(['get', 'us']))")
+    until(lambda: asked(gateway) == 1)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert (running.returncode, out, err) == (130, "", "tokencore: Interrupted.\n")
+    assert [attempt.outcome.value for attempt in USTokenManager().history()] == ["sent"]
+
+
+def test_command_alone_prints_the_help_and_says_what_is_missing(command: Command) -> None:
+    """The list of commands on standard output, one sentence on standard error, exit 2."""
+    ran = command()
+    assert (ran.code, ran.out.startswith("usage: tokencore"), "doctor" in ran.out) == (2, True, True)
+    assert re.fullmatch(r"tokencore: No command was given[^\n]+\n", ran.err)
+
+
+def test_version_is_the_installed_packages() -> None:
+    """The version of the package's metadata, or that there is none."""
+    ran = tokencore("--version")
+    assert (ran.code, ran.err) == (0, "")
+    try:
+        assert ran.out == f"tokencore {metadata.version('tokencore')}\n"
+    except metadata.PackageNotFoundError:
+        assert "not installed" in ran.out
+
+
+@pytest.mark.usefixtures("gateway")
+def test_misspelt_setting_is_told_once_but_not_by_a_cached_get(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`KIS_TIMOUT` is ignored, and the sentence has the right name; another program's variable is none of ours."""
+    monkeypatch.setenv("KIS_TIMOUT", "3")
+    monkeypatch.setenv("KIS_ACCOUNT_NO", "3")
+    token = cached(20_000)
+    ran = tokencore("check")
+    assert ran.err == "tokencore: Unknown setting KIS_TIMOUT; did you mean KIS_TIMEOUT?\n"
+    assert command("get", "us") == Ran(0, token.access_token + "\n", "")

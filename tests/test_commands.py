@@ -1,0 +1,556 @@
+"""The commands beside `get`: what they answer, what they leave alone, and their exit codes."""
+
+from __future__ import annotations
+
+import getpass
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from builders import CANARIES, KEY, SECRET, make_jwt
+from running import Ran, asked, cached, folder, on_disk, one_line, outcomes, snapshot, tokencore
+
+from tokencore import TokenManager
+from tokencore.clients.exports import CLIENTS
+from tokencore.commands import MODULES, parser, parsers
+from tokencore.reports.tables import REFUSED
+from tokencore.sandbox import APP_KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokencore.sandbox import Sandbox
+
+    Command = Callable[..., Ran]
+    Give = Callable[..., Ran]
+
+CHECK_FIELDS: dict[str, tuple[type, ...]] = {
+    "market": (str,),
+    "status": (str,),
+    "valid": (bool,),
+    "expires_at": (str,),
+    "remaining_seconds": (int,),
+    "remaining_hours": (float,),
+    "buffer_seconds": (int, float),
+    "proactive_refresh_seconds": (int, float),
+    "cache_exists": (bool,),
+    "environment": (str,),
+    "issued_at": (str,),
+    "cached_at": (str,),
+    "file": (str,),
+    "permissions": (str,),
+    "cooldown_until": (str,),
+    "issues_last_24h": (int,),
+    "next_need": (dict,),
+    "covers_next_need": (bool,),
+}
+NEVER_NULL = {
+    "market",
+    "status",
+    "valid",
+    "remaining_seconds",
+    "remaining_hours",
+    "cache_exists",
+    "environment",
+    "file",
+}
+
+
+def test_refresh_renews_or_declines_with_4(quick: Sandbox, command: Command) -> None:
+    """A young token: declined with 4 and the time from which it is possible. An old one: renewed, exit 0."""
+    cached(86_000)
+    ran = command("refresh", "us")
+    assert ran.code == 4
+    assert re.search(r"from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d KST", one_line(ran))
+    assert asked(quick) == 0
+    old = cached(50_000)
+    ran = command("refresh", "us", "--reason", "수동 갱신", "--by", "김민지")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith("Renewed.\n")
+    assert command("get", "kr").out != old.access_token + "\n"
+    assert "김민지  수동 갱신" in command("history").out
+
+
+def test_refresh_keeps_the_login_of_who_asked(quick: Sandbox, command: Command) -> None:
+    """Without `--by` the record has the name of whoever is logged in; nothing else leaves one."""
+    assert command("refresh", "us").code == 0
+    assert command("get", "us").code == 0
+    assert [line["by"] for line in json.loads(command("history", "--json").out)] == [getpass.getuser()]
+    assert asked(quick) == 1
+
+
+@pytest.mark.parametrize("option", ["--reason", "--by"])
+def test_refresh_keeps_no_key_that_was_pasted_by_mistake(quick: Sandbox, command: Command, option: str) -> None:
+    """A word as long as a key is refused with 2, before KIS is asked, and not repeated."""
+    ran = command("refresh", "us", option, f"for {KEY}")
+    assert ran.code == 2
+    assert "contains a word of 36 characters or more" in one_line(ran)
+    assert KEY not in ran.err
+    assert asked(quick) == 0
+
+
+def test_forced_refresh_passes_the_ceiling_and_says_when_nothing_changed(
+    quick: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the ceiling: 4 without force, 0 with it; KIS's same token is told as such."""
+    monkeypatch.setenv("KIS_MAX_ISSUES_PER_DAY", "1")
+    assert command("get", "us").code == 0
+    cached(50_000)
+    time.sleep(0.1)
+    ran = command("refresh", "us")
+    assert ran.code == 4
+    assert "KIS_MAX_ISSUES_PER_DAY" in one_line(ran)
+    assert "--force" in ran.err
+    ran = command("refresh", "us", "--force")
+    assert (ran.code, ran.out.splitlines()[0]) == (0, "Renewed.")
+    time.sleep(0.1)
+    refused = command("refresh", "us", "--force")  # the second one within an hour, as of a scheduler that runs amok
+    assert (refused.code, "add --yes" in one_line(refused), asked(quick)) == (2, True, 2)
+    ran = command("refresh", "us", "--force", "--yes")
+    assert ran.code == 0
+    assert "returned the present token" in ran.out
+    assert asked(quick) == 3
+
+
+def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: Sandbox, command: Command) -> None:
+    """The record and the issue mark stay; the other market goes on; the last one takes the key's token with it."""
+    command("get", "us")
+    record = next(folder().glob("key-*.jsonl")).read_bytes()
+    assert command("delete", "us") == Ran(0, "Deleted.\n", "")
+    assert not (folder() / "us_api_token.json").exists()
+    assert (folder() / "us_token_issued_at.dat").exists()
+    assert command("check", "kr").code == 0
+    assert command("delete", "KR") == Ran(0, "Deleted.\n", "")
+    assert command("check").code == 3
+    assert next(folder().glob("key-*.jsonl")).read_bytes() == record
+    ran = command("delete", "us")
+    assert (ran.code, "no token file" in ran.out) == (0, True)
+    assert gateway.stats()["revokes"] == 0
+
+
+def test_delete_revoke_makes_kis_forget_the_token_for_every_market(gateway: Sandbox, command: Command) -> None:
+    """KIS is asked once, and the other market of the key is without the dead token too; from when on is said."""
+    command("get", "us")
+    ran = command("delete", "us", "--revoke", "--yes")
+    assert (ran.code, ran.err) == (0, "")
+    assert re.search(r"Revoked at KIS, .* only from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d KST\.\nDeleted\.", ran.out)
+    assert gateway.stats()["revokes"] == 1
+    assert command("check", "kr").code == 3
+
+
+def test_delete_revoke_asks_first(gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal: 2, and nothing is done. On one it names the markets and the time; only yes revokes."""
+    token = command("get", "us").out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n"))
+    ran = command("delete", "us", "--revoke")
+    assert (ran.code, "add --yes" in one_line(ran)) == (2, True)
+    for answer, code in (("\n", 2), ("n\n", 2), ("yes\n", 0)):
+        assert command("get", "us").out == token
+        monkeypatch.setattr(sys, "stdin", terminal := io.StringIO(answer))
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        ran = command("delete", "us", "--revoke")
+        assert ran.code == code
+        assert re.search(r"the token of us, kr loses it\. KIS issues a new one only from .* \[y/N\]", ran.err)
+    assert gateway.stats()["revokes"] == 1
+
+
+def test_delete_revoke_that_fails_deletes_nothing(gateway: Sandbox, command: Command) -> None:
+    """KIS unreachable: exit 6, and the token is still served."""
+    token = command("get", "us").out
+    gateway.__exit__()
+    ran = command("delete", "us", "--revoke", "--yes")
+    assert ran.code == 6
+    assert one_line(ran)
+    assert command("get", "us").out == token
+
+
+def test_history_tells_every_attempt_of_every_key(
+    quick: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table for people, JSON for programs; attempts of markets with one key appear once, with both names."""
+    monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
+    monkeypatch.setenv("KIS_MARKETS__HK__APP_KEY", KEY)
+    monkeypatch.setenv("KIS_MARKETS__HK__APP_SECRET", SECRET)
+    quick.fail("limit", 1)
+    assert command("get", "us").code == 0
+    assert command("get", "hk").code == 0
+    lines = json.loads(command("history", "--json").out)
+    said = [(line["markets"], line["outcome"], line["code"]) for line in lines]
+    assert said == [
+        (["us", "kr"], "limit", "EGW00133"),
+        (["us", "kr"], "issued", None),
+        (["hk"], "issued", None),
+    ]
+    assert set(lines[0]) == {"markets", "at", "outcome", "code", "expires_at", "reason", "by"}
+    assert datetime.fromisoformat(lines[1]["expires_at"]) > datetime.now(UTC)
+    table = command("history", "kr").out.splitlines()
+    assert len(table) == 3
+    assert "EGW00133" in table[1]
+    assert "us+kr" in table[2]
+
+
+@pytest.mark.usefixtures("gateway")
+def test_history_without_attempts_says_so(command: Command) -> None:
+    """Nothing recorded is a sentence for people and an empty list for programs."""
+    assert command("history").out == "No attempt has been recorded.\n"
+    assert json.loads(command("history", "us", "--json").out) == []
+
+
+@pytest.mark.usefixtures("slow")
+def test_check_json_has_exactly_the_contracts_fields_and_types(command: Command) -> None:
+    """One object for every market, in the settings' order; every field has its type, with a token or without."""
+    empty = json.loads(command("check", "--json").out)
+    command("get", "us")
+    ran = command("check", "--json")
+    full = json.loads(ran.out)
+    assert (ran.code, ran.err) == (0, "")
+    assert [one["market"] for one in full] == ["us", "kr"]
+    for one in full:
+        assert list(one) == list(CHECK_FIELDS)
+        assert all(type(one[name]) in types for name, types in CHECK_FIELDS.items()), one
+    for one in empty:
+        assert list(one) == list(CHECK_FIELDS)
+        assert all(one[name] is None or type(one[name]) in types for name, types in CHECK_FIELDS.items())
+        assert all(one[name] is not None for name in NEVER_NULL)
+        assert (one["status"], one["valid"], one["cache_exists"]) == ("NO_TOKEN", False, False)
+        assert (one["remaining_seconds"], one["remaining_hours"], one["issues_last_24h"]) == (0, 0, 0)
+
+
+@pytest.mark.usefixtures("slow")
+def test_check_json_tells_facts(command: Command) -> None:
+    """Times are ISO 8601 with offset, file and mode are real, cool-down and count come from the record."""
+    command("get", "us")
+    one = json.loads(command("check", "us", "--json").out)[0]
+    times = {name: datetime.fromisoformat(one[name]) for name in ("expires_at", "issued_at", "cooldown_until")}
+    assert all(at.utcoffset() is not None for at in times.values())
+    assert times["expires_at"] - times["issued_at"] == timedelta(days=1)
+    assert one["remaining_hours"] == pytest.approx(one["remaining_seconds"] / 3600, abs=0.01)
+    assert (one["file"], one["permissions"]) == (str(folder() / "us_api_token.json"), "0600")
+    assert (one["issues_last_24h"], one["buffer_seconds"], one["proactive_refresh_seconds"]) == (1, 300, 1800)
+    start_of_need, end_of_need = (datetime.fromisoformat(one["next_need"][edge]) for edge in ("start", "end"))
+    assert start_of_need < end_of_need
+    assert end_of_need > datetime.now(UTC)
+    assert one["covers_next_need"] is (end_of_need < times["expires_at"] - timedelta(seconds=270))
+
+
+@pytest.mark.parametrize(
+    ("left", "status", "code"),
+    [(20_000, "VALID", 0), (1_700, "EXPIRING_SOON", 0), (290, "EXPIRED", 3), (-5_000, "EXPIRED", 3)],
+)
+@pytest.mark.usefixtures("gateway")
+def test_check_words_and_exit_codes(command: Command, left: float, status: str, code: int) -> None:
+    """Exit 0 only while every asked market is valid; what remains is never negative."""
+    cached(left)
+    ran = command("check", "--json")
+    one = json.loads(ran.out)[0]
+    assert (ran.code, one["status"], one["valid"]) == (code, status, code == 0)
+    assert one["remaining_seconds"] >= 0
+    assert one["remaining_hours"] >= 0
+    assert command("check").code == code
+
+
+@pytest.mark.usefixtures("gateway")
+def test_check_creates_nothing_where_nothing_is(command: Command) -> None:
+    """Without a token directory `check` reports exit 3 and makes none."""
+    assert command("check").code == 3
+    assert command("check", "--json").code == 3
+    assert not folder().exists()
+
+
+@pytest.mark.parametrize("line", ["check", "check --json", "check --probe", "history", "tick", "plan", "metrics"])
+def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Command, line: str) -> None:
+    """Neither contents, nor times, nor modes of the directory and its files change, and KIS is asked for no token."""
+    command("get", "us")
+    before = snapshot(Path.home())
+    assert command(*line.split()).code == 0
+    assert snapshot(Path.home()) == before
+    assert asked(gateway) == 1
+
+
+@pytest.mark.usefixtures("gateway")
+def test_check_of_a_file_that_is_no_token_says_so(command: Command) -> None:
+    """Where no market of the key has one: UNREADABLE, exit 3; the market without a file has NO_TOKEN."""
+    folder().mkdir(0o700)
+    (folder() / "us_api_token.json").write_text("{")
+    (folder() / "us_api_token.json").chmod(0o600)
+    one, other = json.loads(command("check", "--json").out)
+    assert (one["status"], one["valid"], one["cache_exists"], one["expires_at"]) == ("UNREADABLE", False, True, None)
+    assert (other["status"], other["cache_exists"]) == ("NO_TOKEN", False)
+    assert (command("check", "us").code, command("check").code) == (3, 3)
+
+
+def test_probe_proves_each_valid_token_with_one_call(
+    gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accepted: 0. Dead at KIS: 3. KIS gone: 6. Nothing is issued, and the proof has a field of its own."""
+    command("get", "us")
+    ran = command("check", "--probe")
+    assert (ran.code, ran.out.count("KIS accepts the token")) == (0, 2)
+    assert gateway.stats()["quotes"] == 2
+    gateway.kill_tokens()
+    ran = command("check", "us", "--probe", "--json")
+    one = json.loads(ran.out)[0]
+    assert (ran.code, one["probe"]["accepted"], one["status"]) == (3, False, "VALID")
+    assert "EGW00121" in one["probe"]["told"]
+    monkeypatch.setenv("KIS_TIMEOUT", "1")
+    gateway.__exit__()
+    ran = command("check", "kr", "--probe")
+    assert ran.code == 6
+    assert "not known" in ran.out
+    assert asked(gateway) == 1
+
+
+def test_probe_without_a_valid_token_asks_nothing(gateway: Sandbox, command: Command) -> None:
+    """What has expired needs no proof."""
+    cached(100)
+    assert command("check", "--probe").code == 3
+    assert gateway.stats()["quotes_refused"] == {}
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_tick_without_exchanges_renews_in_the_proactive_window(quick: Sandbox, command: Command) -> None:
+    """The plain rule: nothing to do early, a renewal with 25 minutes left, and one line says what was done."""
+    cached(20_000)
+    ran = command("tick")
+    assert (ran.code, ran.out.startswith("us+kr: nothing due; next ")) == (0, True)
+    old = cached(1_500)
+    ran = command("tick")
+    assert (ran.code, ran.err, ran.out.startswith("us+kr: renewed; next ")) == (0, "", True)
+    assert command("get", "us").out != old.access_token + "\n"
+    assert asked(quick) == 1
+
+
+@pytest.mark.usefixtures("nowhere")
+@pytest.mark.parametrize(("mode", "code", "then"), [("limit", 4, 4), ("bad-key", 5, 5), ("down", 6, 4)])
+def test_tick_that_cannot_renew_says_why_and_keeps_its_pause(
+    gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, mode: str, code: int, then: int
+) -> None:
+    """A due renewal that fails is told with its market and code; the next tick leaves KIS alone and says why."""
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    cached(1_500)
+    gateway.fail(mode)
+    ran = command("tick")
+    assert ran.code == code
+    assert ran.out.startswith("us+kr: due, but not renewed; ")
+    assert re.fullmatch(r"tokencore: us: [^\n]+\n", ran.err)
+    assert command("tick").code == then
+    assert asked(gateway) == 1
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_tick_gives_every_key_its_turn(gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key in trouble does not stop another one; the trouble is the exit code."""
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", SECRET)
+    gateway.fail("down", 1)
+    ran = command("tick")
+    assert ran.code == 6
+    assert "us: due, but not renewed" in ran.out
+    assert "kr: renewed" in ran.out
+
+
+def test_a_command_loads_its_own_room_only() -> None:
+    """The parser made for one command knows it as the whole one does; `check --json` pays for no other's imports."""
+    whole = parsers(parser())
+    assert [name for names in MODULES.values() for name in names] == list(whole)
+    for name, one in whole.items():
+        assert parsers(parser(name))[name].format_help() == one.format_help()
+    program = "import sys; from tokencore.commands import parser; parser('check'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"rich", "http.server", "requests", "tokencore.keys", "tokencore.sandbox"} & set(loaded)
+
+
+def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, command: Command) -> None:
+    """The plan, as lines and as data, and a tick say that a person has to act, not when the next renewal would be."""
+    cached(23 * 3600)
+    assert json.loads(command("plan", "--json").out)[0]["renewals"]
+    quick.fail("bad-key", 1)
+    assert command("refresh", "us", "--force", "--reason", "a test").code == 5
+    assert json.loads(command("plan", "--json").out)[0]["renewals"] == []
+    for name in ("plan", "tick"):
+        said = " ".join(command(name).out.split())
+        assert REFUSED in said
+        assert "next renewal" not in said
+    assert "no renewal until a person acts" in command("plan", "--svg", "-").out
+    assert asked(quick) == 1
+
+
+def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandbox) -> None:
+    """Token and expiry are in its environment, its arguments are its own, and its code is the command's."""
+    program = "import os, sys; print(os.environ['KIS_ACCESS_TOKEN'], os.environ['KIS_TOKEN_EXPIRES_AT'], *sys.argv[1:])"
+    ran = tokencore("exec", "us", "--", sys.executable, "-c", f"{program}; sys.exit(7)", "--", "-x")
+    token = on_disk()
+    assert ran == Ran(7, f"{token.access_token} {token.expires_at:%Y-%m-%dT%H:%M:%SZ} -- -x\n", "")
+    assert asked(gateway) == 1
+
+
+@pytest.fixture
+def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Give:
+    """Run a command with a text on standard input."""
+
+    def run(text: str, *arguments: str) -> Ran:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        ran = command(*arguments)
+        assert not any(canary in ran.out + ran.err for canary in CANARIES)
+        return ran
+
+    return run
+
+
+def test_reject_replaces_an_old_token_and_prints_nothing(quick: Sandbox, give: Give, command: Command) -> None:
+    """Reported in any form: renewed where the six hours are over; reported again by a latecomer, nothing is asked."""
+    old = cached(50_000)
+    quick.fail("dead-token")
+    assert give(f"Authorization: Bearer {old.access_token}\n", "reject", "us") == Ran(0, "", "")
+    assert command("get", "kr").out != old.access_token + "\n"
+    assert give(old.access_token, "reject", "kr") == Ran(0, "", "")
+    assert asked(quick) == 1
+
+
+def test_reject_of_a_young_token_says_when_a_new_one_comes(quick: Sandbox, give: Give, command: Command) -> None:
+    """Within KIS's six hours: 4 with the time, and no process serves it any more; nothing on standard input: 2."""
+    young = cached(86_000)
+    ran = give(young.access_token, "reject", "us")
+    assert (ran.code, "six hours after its issue" in ran.err) == (4, True)
+    assert json.loads(command("check", "us", "--json").out)[0]["status"] == "REJECTED"
+    assert (give("\n", "reject", "us").code, asked(quick)) == (2, 0)
+
+
+def test_reject_replaces_an_approval_key(quick: Sandbox, give: Give, command: Command) -> None:
+    """The rejected one is not served again; `check --json` says when the present one expires, once there is any."""
+    assert "approval_key_expires_at" not in command("check", "us", "--json").out
+    first = command("get", "us", "--approval-key").out
+    assert "approval_key_expires_at" in json.loads(command("check", "--json").out)[1]
+    time.sleep(0.1)
+    assert give(first, "reject", "us", "--approval-key") == Ran(0, "", "")
+    assert command("get", "us", "--approval-key").out != first
+    assert asked(quick) == 0
+
+
+@pytest.fixture
+def elsewhere(gateway: Sandbox, tmp_path: Path) -> str:
+    """What `get us --json` prints on another machine with the same key."""
+    gateway.set_rules(issue_interval=0)
+    ran = tokencore("get", "us", "--json", KIS_TOKEN_DIR=str(tmp_path / "elsewhere"))
+    assert ran.code == 0
+    return ran.out
+
+
+def test_a_token_moves_to_another_machine_without_an_issue(elsewhere: str, gateway: Sandbox, give: Give) -> None:
+    """It is proven by one quote call, serves all markets of the key, and starts the six hours but not our limits."""
+    ran = give(elsewhere, "import", "us")
+    assert ran.code == 0, ran.err
+    assert TokenManager("kr").get_valid_token() == json.loads(elsewhere)["access_token"]
+    assert on_disk().issued_at == datetime.fromisoformat(json.loads(elsewhere)["issued_at"]).replace(microsecond=0)
+    assert outcomes() == ["imported"]
+    assert (asked(gateway), gateway.stats()["quotes"]) == (1, 1)
+    assert "Known already" in give(elsewhere, "import", "us").out
+    status = TokenManager("us").get_token_status()
+    assert (status["issues_last_24h"], status["cooldown_until"]) == (0, None)
+    assert "six hours after its issue" in tokencore("refresh", "us").err
+
+
+FORMS = {
+    "bare": "{token}",
+    "as PowerShell pipes it": "\ufeff{token}\r\n",
+    "a header": "Authorization: Bearer {token}",
+    "for a shell": "export KIS_ACCESS_TOKEN='{token}'\nexport KIS_TOKEN_EXPIRES_AT=2099-01-01T00:00:00Z",
+    "for docker": "KIS_ACCESS_TOKEN={token}\nKIS_TOKEN_EXPIRES_AT=2099-01-01T00:00:00Z",
+    "credential_process": '{{"Version": 1, "token": "{token}", "Expiration": "2099-01-01T00:00:00Z"}}',
+    "tokenP's answer": '{{"access_token": "{token}", "access_token_token_expired": "2099-01-01 00:00:00"}}',
+    "the sample's YAML": "token: {token}\nvalid-date: 2099-01-01 00:00:00\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_token_is_taken_in_every_form(form: str, give: Give, gateway: Sandbox) -> None:
+    """Its own `exp` decides where it is earlier than what stands beside it; --offline asks nobody."""
+    token = make_jwt(APP_KEY, life=7200)
+    ran = give(FORMS[form].format(token=token), "import", "us", "--offline")
+    assert ran.code == 0, ran.err
+    assert on_disk().access_token == token
+    assert timedelta(hours=1) < on_disk().expires_at - datetime.now(UTC) <= timedelta(hours=2)
+    assert gateway.stats()["requests"] == []
+
+
+LATE = {"access_token": make_jwt(APP_KEY), "expires_at": "2099-01-01T00:00Z"}
+REFUSED_INPUT = {
+    "nothing": ("", 2, "holds no token"),
+    "far too much": ("x" * 70_000, 2, "holds no token"),
+    "an opaque token without an expiry": ("not-a-jwt", 2, "gives its expiry"),
+    "JSON that is no object": ("[1]", 2, "gives its expiry"),
+    "another key's": (make_jwt(), 2, "another app key"),
+    "expired": (make_jwt(APP_KEY, life=-60), 3, "of no use any more"),
+    "about to expire": (make_jwt(APP_KEY, life=200), 3, "of no use any more"),
+    "of the other environment": (json.dumps({**LATE, "environment": "paper"}), 2, "is paper"),
+    "an environment that is none": (json.dumps({**LATE, "environment": KEY}), 2, "is unknown"),
+    "an opaque one that nobody proves": (json.dumps({**LATE, "access_token": "opaque"}), 2, "does not say whose it is"),
+}
+
+
+@pytest.mark.usefixtures("gateway")
+@pytest.mark.parametrize("case", REFUSED_INPUT)
+def test_what_is_no_token_of_the_key_is_refused(case: str, give: Give) -> None:
+    """A sentence says what is wrong, nothing is saved, and no output repeats the token."""
+    text, code, words = REFUSED_INPUT[case]
+    ran = give(text, "import", "us", "--offline")
+    assert (ran.code, words in one_line(ran)) == (code, True), ran.err
+    assert TokenManager("us").load_token() is None
+    assert outcomes() == []
+
+
+def test_a_token_that_kis_refuses_is_not_saved(gateway: Sandbox, give: Give) -> None:
+    """The probe's refusal has KIS's code; where KIS cannot be asked, --offline is offered."""
+    refused = give(make_jwt(APP_KEY), "import", "us")
+    assert (refused.code, "EGW00121" in one_line(refused)) == (3, True)
+    gateway.__exit__()  # KIS is gone
+    unknown = give(make_jwt(APP_KEY), "import", "us")
+    assert (unknown.code, "--offline" in one_line(unknown)) == (6, True)
+    assert TokenManager("us").load_token() is None
+    gateway.__enter__()
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_better_token_is_not_overwritten(give: Give) -> None:
+    """The present token that lasts longer stays, unless --force says otherwise."""
+    longer, shorter = make_jwt(APP_KEY, life=80_000), make_jwt(APP_KEY, life=40_000)
+    assert give(longer, "import", "us", "--offline").code == 0
+    declined = give(shorter, "import", "us", "--offline")
+    assert (declined.code, "lasts longer" in one_line(declined)) == (2, True)
+    assert on_disk().access_token == longer
+    assert give(shorter, "import", "us", "--offline", "--force").code == 0
+    assert on_disk().access_token == shorter
+
+
+def test_a_token_that_is_known_to_be_dead_needs_proof(elsewhere: str, gateway: Sandbox, give: Give) -> None:
+    """What KIS has rejected comes back only when KIS accepts it again."""
+    assert give(elsewhere, "import", "us").code == 0
+    gateway.fail("down")
+    assert give(elsewhere, "reject", "us").code == 4
+    declined = give(elsewhere, "import", "us", "--offline")
+    assert (declined.code, "rejected this very token" in one_line(declined)) == (3, True)
+    assert give(elsewhere, "import", "us").code == 0
+    assert not TokenManager("us").is_token_expired()
+
+
+@pytest.mark.usefixtures("gateway")
+def test_completion_knows_commands_options_and_the_settings_markets(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script for bash, asked by bash itself; those for zsh and fish have the markets too."""
+    monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
+    Path("script").write_text(command("completion", "bash").out)
+    for line, offered in {"ge": {"get"}, "get ": {"us", "kr", "hk"}, "export kr --to ": {*CLIENTS}}.items():
+        words = ["tokencore", *line.split(), *([""] if line.endswith(" ") else [])]
+        typed = f"COMP_WORDS=({' '.join(word or repr('') for word in words)}); COMP_CWORD={len(words) - 1}"
+        ask = 'compopt() { :; }; _shtab_tokencore; printf "%s\\n" "${COMPREPLY[@]}"'
+        program = ["bash", "-c", f"source ./script\n{typed}\n{ask}"]
+        assert set(subprocess.run(program, capture_output=True, text=True, check=True).stdout.split()) == offered
+    assert all("us kr hk" in command("completion", shell).out for shell in ("zsh", "fish"))
