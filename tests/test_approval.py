@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 import stat
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -167,11 +168,18 @@ def test_damaged_file_is_a_miss(gateway: Sandbox, content: str) -> None:
     assert approvals(gateway) == 2
 
 
-def test_folder_that_cannot_be_used_costs_no_request(gateway: Sandbox) -> None:
-    """Where nothing can be recorded nothing is asked."""
+def test_request_that_cannot_be_recorded_is_not_made(gateway: Sandbox) -> None:
+    """Where the document or the whole directory cannot be written nothing is asked, and the error says so."""
+    USTokenManager().get_approval_key()
+    file().unlink()
+    (place := next(folder().glob("key-*-approval.lock")).with_suffix(".json")).mkdir()
+    error = raised(USTokenManager().get_approval_key)
+    assert isinstance(error, TokenStoreError)
+    assert f"none was made: {place}" in str(error)
+    shutil.rmtree(folder())
     folder().write_text("")
     assert isinstance(raised(USTokenManager().get_approval_key), TokenStoreError)
-    assert approvals(gateway) == 0
+    assert approvals(gateway) == 1
 
 
 def test_no_repr_or_pickle_has_the_key() -> None:
