@@ -1,7 +1,7 @@
 """`tokencore doctor`: everything that a working set-up needs, looked at once, with the fix for what is wrong.
 
-Nothing is issued or posted, and no token is written: each lock is taken for a moment, and a temporary file is made where
-tokens are saved. Each group of checks has a thread of its own, and none is waited for longer than `DEADLINE`.
+Nothing is issued or posted, and no token is written: each lock is taken for a moment, and a temporary file is made
+where tokens are saved. Each group of checks has a thread of its own, and none is waited for longer than `DEADLINE`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tokencore.clients.approval import approval_expiry
 from tokencore.clients.exports import Exports
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
-from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, gather, short, trusted_dotenv
+from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, gather, place_of, short, trusted_dotenv
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.kis import quotes
 from tokencore.kis.codes import KEY_LENGTH, KNOWN, SECRET_LENGTH
 from tokencore.kis.gateway import LOOPBACK, Gateway
 from tokencore.limits import format_time
 from tokencore.outlook import CLOCK_SLACK
-from tokencore.reports.status import look
+from tokencore.reports.status import look, next_attempt
 from tokencore.stores import files
 from tokencore.tokens import jwt_claims
 
@@ -92,7 +92,7 @@ class State(StrEnum):
 
 
 class Finding(NamedTuple):
-    """What was looked at, how it is, what that means, and what to do (`cure`, to programs); `exit_code` of a failure."""
+    """What was looked at, how it is, what that means, and the fix, which programs know as `cure`."""
 
     name: str
     state: State
@@ -117,7 +117,7 @@ def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
     }
     for url in dict.fromkeys(key.market.base_url for key in keys):
         checks[f"kis {url}"] = partial(_kis, url, [key for key in keys if key.market.base_url == url])
-    checks["slack"] = _slack
+    checks["slack"] = partial(_slack, settings)
     checks["prefect"] = partial(_prefect, keys, os.path.join(folder, "prefect"))
     checks["duplicates"] = partial(_duplicates, keys)
     return _all(checks)
@@ -191,14 +191,14 @@ def _settings(settings: Settings | None, problem: str) -> Iterator[Finding]:
 def _setting(name: str, value: object, origin: str) -> Finding:
     if value is None:
         return _ok(f"setting {name}", f"kept, in {origin}")
-    field, origin = name.rpartition("__")[2].removeprefix("KIS_"), origin.replace("environment", "the environment")
+    field = name.rpartition("__")[2].removeprefix("KIS_")
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value).strip()
     shown = "".join(sign if sign.isprintable() else "?" for sign in text[:LONGEST]) + "..." * (len(text) > LONGEST)
     if field not in PUBLIC or "@" in text or "?" in text:
         shown = f"{len(text)} characters"
     usual = LENGTHS.get(field, len(text))
     odd = "" if len(text) == usual else f"; KIS's have {usual}: copy it again if KIS refuses it"
-    return _ok(f"setting {short(name)}", f"{shown}, from {origin}{odd}")
+    return _ok(f"setting {short(name)}", f"{shown}, from {place_of(origin)}{odd}")
 
 
 def _directory(folder: str, settings: Settings | None, keys: list[Key]) -> Iterator[Finding]:
@@ -289,8 +289,20 @@ def _lock(key: Key, name: str) -> Finding:
                 return _ok(name, "free")
     except TokenError as error:
         return _fail(name, str(error), "do what it says", error.exit_code)
-    detail = f"held by another process for {PATIENCE:.0f} s: normal while that waits for KIS"
-    return _warn(name, detail, "if it lasts for minutes, find that process (lslocks) and end it")
+    holders = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
+    who = f"process {', '.join(holders)}" if holders else "another process"
+    detail = f"held by {who} for {PATIENCE:g} s: normal while that waits for KIS"
+    return _warn(name, detail, "if it lasts for minutes, end that process")
+
+
+def _holders(path: str) -> list[str]:
+    """The processes that hold a lock on the file, as Linux lists them: `1: FLOCK ADVISORY WRITE 71 08:01:913 0 EOF`."""
+    with contextlib.suppress(OSError, ValueError):
+        found = os.stat(path)
+        place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+        lines = (files.read_bytes("/proc/locks", trusted=False) or b"").decode()
+        return [line.split()[4] for line in lines.splitlines() if f" {place} " in line and " -> " not in line]
+    return []
 
 
 def _disk(folder: str) -> Finding:
@@ -308,7 +320,7 @@ def _tokens(keys: list[Key]) -> Iterator[Finding]:
     now = datetime.now(UTC)
     for key in keys:
         state, allowed = key.state(now), key.market.max_issues_per_day
-        hope = f"the next renewal is planned for {format_time(at)}" if (at := state.next_attempt) else ""
+        hope = f"the next renewal is planned for {format_time(at)}" if (at := next_attempt(state)) else ""
         until = f"serves until {format_time(state.serves_until)}" if state.serves_until else ""
         yield from (_token(one.status, until, hope) for one in look(key.markets, now))
         name, detail, last = f"issuing {key.label}", "no request is on record", latest(state.attempts)
@@ -410,9 +422,9 @@ def _calls(places: list[Exchange]) -> Iterator[tuple[str, quotes.Quote, str]]:
         yield "order code", quotes.daily(abroad.code, symbol), meaning
 
 
-def _slack() -> Iterator[Finding]:
+def _slack(settings: Settings | None) -> Iterator[Finding]:
     """Whether Slack would take an alert; a webhook's path is a secret and would post, so only its host is asked."""
-    given = {name: str(value).strip() for name, value in gather().values.items() if name.startswith("SLACK_")}
+    given = {name: str(value).strip() for name, value in (settings.found.values if settings else {}).items()}
     webhook, bot, channel = (given.get(f"SLACK_{name}", "") for name in ("WEBHOOK_URL", "BOT_TOKEN", "CHANNEL"))
     parts, proof = urlsplit(webhook), "only a message proves it: make test-alert"
     try:
@@ -431,7 +443,8 @@ def _slack() -> Iterator[Finding]:
             else:
                 yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
         else:
-            yield _skipped("slack", "not set up: alerts are logged only", "set SLACK_WEBHOOK_URL to hear of trouble")
+            detail = "not set up: alerts are logged only" if settings else FIRST_FIX
+            yield _skipped("slack", detail, "set SLACK_WEBHOOK_URL to hear of trouble" if settings else "")
     except OSError as error:
         yield _fail("slack", str(error), NETWORK)
 

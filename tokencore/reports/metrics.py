@@ -31,6 +31,7 @@ from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
 from tokencore.limits import format_time
 from tokencore.outlook import CLOCK_SLACK, VALID, covers, word
+from tokencore.reports.status import next_attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,11 +73,11 @@ def _of_key(value: Callable[[KeyState], Value]) -> Callable[[Vitals], Value]:
 GAUGES: dict[str, tuple[str, Callable[[Vitals], Value]]] = {
     "kis_token_expiration_timestamp_seconds": (
         "When the market's token expires.",
-        _of_key(lambda state: state.token and state.token.expires_at),
+        _of_key(lambda state: state.token.expires_at if state.token else None),
     ),
     "kis_token_issue_timestamp_seconds": (
         "When the market's token was issued.",
-        _of_key(lambda state: state.token and state.token.issued_at),
+        _of_key(lambda state: state.token.issued_at if state.token else None),
     ),
     "kis_token_renewal_timestamp_seconds": (
         "When the next renewal will be tried; absent where none is planned, or only a person can bring it about.",
@@ -322,7 +323,7 @@ def _vitals(market: Market, state: KeyState, approval_expires_at: datetime | Non
     need = next((need for need in ahead.needs if need[1] > now), None) if ahead else None
     valid = word(state.token, state.problem, market, now) in VALID
     covered = covers(state.token, need, market) if need else None
-    one = Vitals(market, state, "", valid, need, covered, state.next_attempt, approval_expires_at)
+    one = Vitals(market, state, "", valid, need, covered, next_attempt(state), approval_expires_at)
     return one._replace(unready=_unready(one))
 
 

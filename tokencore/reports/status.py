@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 from tokencore import limits
 from tokencore.attempts import issued_within
 from tokencore.calendars import sessions
+from tokencore.errors import ConfigurationError
 from tokencore.outlook import VALID, covers, word
 from tokencore.stores import open_store
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from tokencore.attempts import Attempt
     from tokencore.config.market import Market
+    from tokencore.keys import KeyState
     from tokencore.stores.base import Store
     from tokencore.tokens import Token
 
@@ -107,6 +109,14 @@ def next_need(market: Market, now: datetime) -> Span | None:
     """
     coming = sessions.needs(market.exchanges, now, now + HORIZON, market.settings.overrides)
     return next((need for need in coming if need[1] > now), None)
+
+
+def next_attempt(state: KeyState) -> datetime | None:
+    """When the key's next renewal will be tried; None where none is planned, or only a person can bring it about."""
+    try:
+        return state.next_attempt
+    except ConfigurationError:  # the keyring with the secret is locked
+        return None
 
 
 def _status(
