@@ -259,18 +259,16 @@ def _message(  # noqa: PLR0913 - a message has that many parts
 
 
 def _preview(texts: Texts, facts: Facts) -> str:
-    """`no token · NASD opens in 9 min`."""
+    """`no token · NASD opens in 9 min`: of the sessions at risk only the first, of its exchanges as well."""
     found = []
     if facts.reached:
-        until = facts.until and f"{facts.until.astimezone(KST):%H:%M} KST"
+        until = f"{facts.until.astimezone(KST):%H:%M} KST" if facts.until else ""
         found.append(texts("preview.until", until=until) if until else texts("preview.none"))
     if facts.risks:
-        risk = facts.risks[0]
-        key = "preview.opens" if risk.session.open > facts.now else "preview.running"
-        left = texts.lasted(risk.session.open - facts.now)
-        found.append(
-            texts(key, who=", ".join(risk.exchanges), left=left, closes=f"{risk.session.close.astimezone(KST):%H:%M}")
-        )
+        session, who = facts.risks[0].session, facts.risks[0].exchanges[0]
+        closes, left = f"{session.close.astimezone(KST):%H:%M}", texts.lasted(session.open - facts.now)
+        key = "preview.opens" if session.open > facts.now else "preview.running"
+        found.append(texts(key, who=who, left=left, closes=closes))
     return " · ".join(found)
 
 
