@@ -155,6 +155,25 @@ def test_dead_token_is_seen_by_its_code_wherever_that_stands(
     assert asked(gateway) == 1
 
 
+def test_key_that_was_replaced_in_the_settings_is_sent_with_its_token(
+    kis: Callable[..., Scripted], send: Send, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set while the program runs, the new key and secret are used from the next renewal on, never beside the old."""
+    server, auth = (
+        kis(Answer(), Answer(500, "EGW00121"), Answer()),
+        KISAuth("us") if send is by_requests else KISHttpxAuth("us"),
+    )
+    cached(17 * HOUR)
+    send(server.url, auth)
+    monkeypatch.setenv("KIS_APP_KEY", KEY)
+    monkeypatch.setenv("KIS_APP_SECRET", SECRET)
+    send(server.url, auth)
+    assert [(seen["appkey"], seen["appsecret"]) for seen, _ in server.seen] == [(APP_KEY, APP_SECRET)] * 2 + [
+        (KEY, SECRET)
+    ]
+    assert server.seen[2][0]["authorization"] == f"Bearer {USTokenManager().get_valid_token()}"
+
+
 @pytest.mark.parametrize("code", ["EGW00201", "EGW00122", "EGW00002", "40310000"])
 def test_other_refusals_say_nothing_about_the_token(
     gateway: Sandbox, kis: Callable[..., Scripted], send: Send, code: str
@@ -253,16 +272,16 @@ def test_without_a_token_nothing_is_sent(gateway: Sandbox, send: Send) -> None:
 
 
 def test_valid_token_is_used_at_once_while_kis_hangs(
-    gateway: Sandbox, kis: Callable[..., Scripted], send: Send
+    nowhere: Sandbox, kis: Callable[..., Scripted], send: Send
 ) -> None:
     """In the proactive window a renewal that gets no answer costs a caller less than a second."""
     server = kis()
     cached(900)
-    gateway.fail("hang")
+    nowhere.fail("hang")
     began = time.monotonic()
     assert send(server.url).status == 200
     assert time.monotonic() - began < 1.5  # with the time that a client takes to start
-    assert asked(gateway) == 1
+    assert asked(nowhere) == 1
 
 
 @pytest.mark.parametrize("twin", [KISAuth, KISHttpxAuth])
@@ -380,7 +399,7 @@ def test_cached_token_needs_no_thread_after_the_first_call(gateway: Sandbox) -> 
     """Calls with a valid token start no thread, also where the file is looked at again."""
     cached(17 * HOUR)
     auth = KISHttpxAuth("us")
-    by_httpx(gateway.url + PRICE, auth, headers=TR_ID)  # the first one asks the settings for the secret
+    by_httpx(gateway.url + PRICE, auth, headers=TR_ID)  # the first one may ask a keyring
     known: list[set[threading.Thread]] = []
 
     async def work() -> None:

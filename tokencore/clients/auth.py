@@ -56,7 +56,7 @@ class Signer:
 
     """
 
-    __slots__ = ("_credentials", "_custtype", "_manager", "_prefix", "_present", "origin")
+    __slots__ = ("_custtype", "_manager", "_prefix", "_present", "origin")
 
     def __init__(self, market: str, custtype: str) -> None:
         """Sign for the configured `market`; credentials and token are asked for with the first request."""
@@ -65,7 +65,6 @@ class Signer:
         url = urlsplit(self._manager.get_api_url())
         self._prefix = f"{url.scheme}://{url.netloc}/".lower()  # as clients normally spell every address of it
         self.origin: Origin = (url.scheme, url.hostname or "", url.port or PORTS.get(url.scheme))
-        self._credentials: tuple[str, str] | None = None
         self._present: Signature | None = None
 
     def __repr__(self) -> str:
@@ -81,10 +80,10 @@ class Signer:
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
-        if self._credentials is None:  # asked for first: what fails below has no token beside it
-            self._credentials = self._manager.get_app_credentials()
-        token, present = self._manager.get_valid_token(), self._present
-        return present if present is not None and present.token == token else self._signed(token)
+        present = self._present
+        if present is None or present.token != self._manager.get_valid_token():
+            return self._signed()
+        return present
 
     def signature_for(self, url: str) -> Signature:
         """The same for a request to `url`.
@@ -101,14 +100,15 @@ class Signer:
     def signature_at_hand(self) -> Signature | None:
         """The headers where credentials and token are there and no renewal is due; None where `signature` may wait."""
         token, present = self._manager.token_at_hand(), self._present
-        if token is None or self._credentials is None:
+        if token is None or present is None:
             return None
-        return present if present is not None and present.token == token else self._signed(token)
+        return present if present.token == token else self._signed()
 
     def successor(self, rejected: Signature) -> Signature | None:
         """Report that KIS rejected a token; a signature with its successor, None where there is none yet."""
         try:
-            return self._signed(self._manager.report_rejected(rejected.token))
+            self._manager.report_rejected(rejected.token)
+            return self._signed()
         except TokenError as error:
             _log.warning("KIS rejected the token of %r, and there is no other yet: %s", self, error)
             return None
@@ -121,8 +121,10 @@ class Signer:
             "sent. Correct the address, or KIS_BASE_URL and KIS_ENVIRONMENT.",
         )
 
-    def _signed(self, token: str) -> Signature:
-        self._present = signature = Signature(token, self._credentials or ("", ""), self._custtype)
+    def _signed(self) -> Signature:
+        """With a new token the credentials are read again: its key may be another one than before."""
+        credentials = self._manager.get_app_credentials()
+        self._present = signature = Signature(self._manager.get_valid_token(), credentials, self._custtype)
         return signature
 
 
