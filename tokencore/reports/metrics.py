@@ -51,80 +51,40 @@ ALERT_BEFORE = timedelta(hours=1)  # of an open: from then on a market without a
 DAY = timedelta(days=1)
 
 
+# One value a market; absent where it is not known.
+GAUGES = {
+    "kis_token_expiration_timestamp_seconds": "When the market's token expires.",
+    "kis_token_issue_timestamp_seconds": "When the market's token was issued.",
+    "kis_token_renewal_timestamp_seconds": "When the next renewal will be tried; absent where a person has to act first.",
+    "kis_token_valid": "Whether the market has a token that serves now.",
+    "kis_token_covers_next_need": "Whether the token lasts to the end of the market's present or next need.",
+    "kis_token_need_start_timestamp_seconds": "When the present or next need begins: 30 minutes before an open.",
+    "kis_token_need_end_timestamp_seconds": "When the present or next need ends: at the close, or some minutes later.",
+    "kis_approval_key_expiration_timestamp_seconds": "When the approval key expires; absent where none was asked for.",
+    "kis_issuance_cooldown_end_timestamp_seconds": "Until when no request for a token is allowed; absent outside it.",
+    "kis_issuance_last_day_issues": "Tokens issued for the market's key in the last 24 hours.",
+    "kis_issuance_last_day_ceiling": "How many may be issued in 24 hours (KIS_MAX_ISSUES_PER_DAY).",
+    "kis_issuance_record_readable": "Whether the issuance record of the market's key can be read.",
+    "kis_market_readable": "Whether the market's state could be read; where it is 0, its other values are absent.",
+}
+ATTEMPTS = "kis_issuance_attempts"  # with the suffix that counters have: kis_issuance_attempts_total
+
+
 class Vitals(NamedTuple):
-    """A market at one moment: what of its key's `state` is its own; without a state there is the `trouble` instead."""
+    """A market at one moment.
+
+    Attributes:
+        market: whose they are.
+        state: of its key; None where that could not be read.
+        values: by the names of `GAUGES`, those that are known.
+        unready: why the session that runs or opens soon has no token that lasts through it; empty otherwise.
+
+    """
 
     market: Market
     state: KeyState | None
-    trouble: str = ""
-    valid: bool = False
-    need: tuple[datetime, datetime] | None = None
-    covered: bool | None = None
-    renewal_at: datetime | None = None
-    approval_expires_at: datetime | None = None
-    unready: str = ""
-
-
-def _of_key(value: Callable[[KeyState], Value]) -> Callable[[Vitals], Value]:
-    return lambda one: value(one.state) if one.state else None
-
-
-# One value a market; None where it has none.
-GAUGES: dict[str, tuple[str, Callable[[Vitals], Value]]] = {
-    "kis_token_expiration_timestamp_seconds": (
-        "When the market's token expires.",
-        _of_key(lambda state: state.token.expires_at if state.token else None),
-    ),
-    "kis_token_issue_timestamp_seconds": (
-        "When the market's token was issued.",
-        _of_key(lambda state: state.token.issued_at if state.token else None),
-    ),
-    "kis_token_renewal_timestamp_seconds": (
-        "When the next renewal will be tried; absent where none is planned, or only a person can bring it about.",
-        lambda one: one.renewal_at,
-    ),
-    "kis_token_valid": (
-        "Whether the market has a token that serves now.",
-        lambda one: one.valid if one.state else None,
-    ),
-    "kis_token_covers_next_need": (
-        "Whether the token lasts to the end of the present or next need of the market's exchanges.",
-        lambda one: one.covered,
-    ),
-    "kis_token_need_start_timestamp_seconds": (
-        "When the present or next need began or begins: 30 minutes before an open.",
-        lambda one: one.need and one.need[0],
-    ),
-    "kis_token_need_end_timestamp_seconds": (
-        "When the present or next need ends: at the close, or some minutes later.",
-        lambda one: one.need and one.need[1],
-    ),
-    "kis_approval_key_expiration_timestamp_seconds": (
-        "When the websocket's approval key of the market's key expires; absent where none was ever asked for.",
-        lambda one: one.approval_expires_at,
-    ),
-    "kis_issuance_cooldown_end_timestamp_seconds": (
-        "Until when no request for a token is allowed for the market's key; absent outside a cool-down.",
-        _of_key(lambda state: state.cooldown_until),
-    ),
-    "kis_issuance_last_day_issues": (
-        "Tokens issued for the market's key in the last 24 hours.",
-        _of_key(lambda state: state.issues_last_24h),
-    ),
-    "kis_issuance_last_day_ceiling": (
-        "How many tokens may be issued for the market's key in 24 hours (KIS_MAX_ISSUES_PER_DAY).",
-        _of_key(lambda state: state.key.market.max_issues_per_day),
-    ),
-    "kis_issuance_record_readable": (
-        "Whether the issuance record of the market's key can be read.",
-        _of_key(lambda state: not any(_only_a_time(one) for one in state.attempts)),
-    ),
-    "kis_market_readable": (
-        "Whether the market's state could be read; where it is 0, its other values are absent.",
-        lambda one: one.state is not None,
-    ),
-}
-ATTEMPTS = "kis_issuance_attempts"  # with the suffix that counters have: kis_issuance_attempts_total
+    values: dict[str, Value]
+    unready: str
 
 
 class Watch:
@@ -177,8 +137,14 @@ class TokenCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """All metrics at this moment."""
         vitals = self._watch.look(datetime.now(UTC))
-        for name, (text, value) in GAUGES.items():
-            yield _gauge(name, text, vitals, value)
+        for name, text in GAUGES.items():
+            family = GaugeMetricFamily(name, text, labels=("market",))
+            for one in vitals:
+                known = one.values.get(name)
+                if known is not None:
+                    at = known.timestamp() if isinstance(known, datetime) else known
+                    family.add_metric((one.market.name,), at)
+            yield family
         yield _info(vitals)
         yield _attempts(vitals)
         yield GaugeMetricFamily(
@@ -311,41 +277,53 @@ class _Server6(_Server):
 def _look_at(key: Key, now: datetime) -> list[Vitals]:
     try:
         state = key.state(now)
-        approval = approval_expiry(key.store)
-        return [_vitals(market, state, approval) for market in key.markets]
+        of_key = _values_of_key(state)
+        return [_vitals(market, state, of_key) for market in key.markets]
     except Exception as error:  # noqa: BLE001 - one key's trouble must not hide the others; its text may hold anything
         trouble = f"it cannot be read ({type(error).__name__})"
-        return [Vitals(market, None, trouble, unready=trouble) for market in key.markets]
+        return [Vitals(market, None, {"kis_market_readable": False}, trouble) for market in key.markets]
 
 
-def _vitals(market: Market, state: KeyState, approval_expires_at: datetime | None) -> Vitals:
-    now, ahead = state.now, state.key.horizon(market.exchanges, state.now)
-    need = next((need for need in ahead.needs if need[1] > now), None) if ahead else None
-    valid = word(state.token, state.problem, market, now) in VALID
-    covered = covers(state.token, need, market) if need else None
-    one = Vitals(market, state, "", valid, need, covered, next_attempt(state), approval_expires_at)
-    return one._replace(unready=_unready(one))
+def _values_of_key(state: KeyState) -> dict[str, Value]:
+    token = state.token
+    lost = any(one.outcome is Outcome.SENT and not one.pid for one in state.attempts)  # only known by the file's time
+    return {
+        "kis_token_expiration_timestamp_seconds": token.expires_at if token else None,
+        "kis_token_issue_timestamp_seconds": token.issued_at if token else None,
+        "kis_token_renewal_timestamp_seconds": next_attempt(state),
+        "kis_approval_key_expiration_timestamp_seconds": approval_expiry(state.key.store),
+        "kis_issuance_cooldown_end_timestamp_seconds": state.cooldown_until,
+        "kis_issuance_last_day_issues": state.issues_last_24h,
+        "kis_issuance_last_day_ceiling": state.key.market.max_issues_per_day,
+        "kis_issuance_record_readable": not lost,
+        "kis_market_readable": True,
+    }
 
 
-def _unready(one: Vitals) -> str:
-    """Why the market's session that runs, or opens within an hour, has no token that lasts through it; else nothing."""
-    state = one.state
-    if state is None:
-        return one.trouble
-    close = _session_close(one.market.exchanges, state.now, state.key.overrides)
-    if close is None or (state.token and state.token.serves(close - CLOCK_SLACK, one.market.buffer)):
+def _vitals(market: Market, state: KeyState, of_key: dict[str, Value]) -> Vitals:
+    ahead = state.key.horizon(market.exchanges, state.now)  # kept by the key for some minutes
+    need = next((need for need in ahead.needs if need[1] > state.now), None) if ahead else None
+    values = of_key | {
+        "kis_token_valid": word(state.token, state.problem, market, state.now) in VALID,
+        "kis_token_covers_next_need": covers(state.token, need, market) if need else None,
+        "kis_token_need_start_timestamp_seconds": need and need[0],
+        "kis_token_need_end_timestamp_seconds": need and need[1],
+    }
+    return Vitals(market, state, values, _unready(market, state, next_attempt(state)))
+
+
+def _unready(market: Market, state: KeyState, renewal_at: datetime | None) -> str:
+    token, close = state.token, _session_close(market.exchanges, state.now, state.key.overrides)
+    if close is None or (token and token.serves(close - CLOCK_SLACK, market.buffer)):
         return ""
-    hope = f"next renewal at {format_time(one.renewal_at)}" if one.renewal_at else "no renewal is planned"
-    return f"{_lack(one, state)}; the session ends at {format_time(close)}; {hope}"
-
-
-def _lack(one: Vitals, state: KeyState) -> str:
-    if state.token is None:
-        return "the token file cannot be used" if state.problem else "there is no token"
-    if state.token.rejected_at is not None:
-        return "KIS has rejected the token"
-    until = state.token.expires_at - timedelta(seconds=one.market.buffer)
-    return f"the token {'serves' if one.valid else 'served'} until {format_time(until)}"
+    if token is None:
+        lack = "the token file cannot be used" if state.problem else "there is no token"
+    elif token.rejected_at is not None:
+        lack = "KIS has rejected the token"
+    else:
+        lack = f"the token serves until {format_time(token.expires_at - timedelta(seconds=market.buffer))}"
+    hope = f"next renewal at {format_time(renewal_at)}" if renewal_at else "no renewal is planned"
+    return f"{lack}; the session ends at {format_time(close)}; {hope}"
 
 
 def _session_close(codes: Iterable[str], now: datetime, known: Mapping[str, Override]) -> datetime | None:
@@ -358,20 +336,6 @@ def _session_close(codes: Iterable[str], now: datetime, known: Mapping[str, Over
             if one and one.open - ALERT_BEFORE <= now < one.close:
                 found.append(one.close)
     return max(found, default=None)
-
-
-def _only_a_time(attempt: Any) -> bool:  # noqa: ANN401 - an attempt
-    """Whether nobody wrote it: the store knows by other means that there was one, as its record cannot be read."""
-    return attempt.outcome is Outcome.SENT and not attempt.pid
-
-
-def _gauge(name: str, text: str, vitals: Iterable[Vitals], value: Callable[[Vitals], Value]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text, labels=("market",))
-    for one in vitals:
-        known = value(one)
-        if known is not None:
-            family.add_metric((one.market.name,), known.timestamp() if isinstance(known, datetime) else known)
-    return family
 
 
 def _info(vitals: Iterable[Vitals]) -> GaugeMetricFamily:

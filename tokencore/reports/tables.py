@@ -51,12 +51,10 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None,
             *[_need(status)] * broad,
         )
     console.print(table)
-    for one in seen:
-        if not broad:
-            console.print(f"{one.status['market']}: next need {_need(one.status)}")
-        console.print(f"{one.status['market']}: {_file(one)}", markup=False, soft_wrap=True)
-    for market, (accepted, detail) in proofs.items():
-        console.print(f"{market}: {ANSWERS[accepted]} ({detail})", markup=False, soft_wrap=True)
+    lines = [] if broad else [f"{one.status['market']}: next need {_need(one.status)}" for one in seen]
+    lines += [f"{one.status['market']}: {_file(one)}" for one in seen]
+    lines += [f"{market}: {ANSWERS[accepted]} ({detail})" for market, (accepted, detail) in proofs.items()]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
