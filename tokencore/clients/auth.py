@@ -122,9 +122,9 @@ class Signer:
         )
 
     def _signed(self) -> Signature:
-        """With a new token the credentials are read again: its key may be another one than before."""
-        credentials = self._manager.get_app_credentials()
-        self._present = signature = Signature(self._manager.get_valid_token(), credentials, self._custtype)
+        """With a new token the credentials are read again, after it: its key may be another one than before."""
+        ask = self._manager  # neither answer becomes a variable, which an error's traceback would show
+        self._present = signature = Signature(ask.get_valid_token(), ask.get_app_credentials(), self._custtype)
         return signature
 
 
