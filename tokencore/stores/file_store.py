@@ -36,6 +36,7 @@ OURS = ("key-", VIEW, MARK, "_krs_token.dat", "incidents.", "config.toml", "pref
 # An access time that no clock gives: the lock file's modification time is then that of the last attempt, which the
 # record could not take. Each second more than the first is an issue that the record does not know.
 UNRECORDED, MANY = 1, 50
+_owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # whose token a file has: keys do not parse each other's
 _unsaved: dict[tuple[str, str], Token] = {}  # by path and environment: what could not be saved, for this process only
 
 
@@ -222,13 +223,16 @@ class FileStore:
             return None, ""
         known = self._known.get(path)
         if known is None or known[0] != seen:
-            token, problem = self._parse(path)
+            owner = _owners.get(path)
+            if owner and owner[0] == seen and owner[1] != self._identity:
+                return None, FOREIGN
+            token, problem = self._parse(path, seen)
             if token is None:  # perhaps only for now: the next look reads it again
                 return None, problem
             known = self._known[path] = (seen, token)
         return known[1], ""
 
-    def _parse(self, path: str) -> tuple[Token | None, str]:
+    def _parse(self, path: str, seen: Signature) -> tuple[Token | None, str]:
         files.refuse_strangers(self.folder)
         try:
             text = files.read_text(path)
@@ -239,6 +243,8 @@ class FileStore:
             return None, (str(error).splitlines() or ["unreadable"])[0][:80]
         # Caches of other tools name no key; then the JWT's `jti`, where there is one, has to be ours.
         bound = content.get("key_fingerprint")
+        if isinstance(bound, str) and isinstance(content.get("environment"), str):
+            _owners[path] = seen, (bound, content["environment"])
         if bound is None and tokens.jwt_claims(token.access_token).get("jti", self._app_key) == self._app_key:
             bound = self.fingerprint
         if (bound, content.get("environment", self._identity[1])) != self._identity:
