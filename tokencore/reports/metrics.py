@@ -55,7 +55,7 @@ DAY = timedelta(days=1)
 GAUGES = {
     "kis_token_expiration_timestamp_seconds": "When the market's token expires.",
     "kis_token_issue_timestamp_seconds": "When the market's token was issued.",
-    "kis_token_renewal_timestamp_seconds": "When the next renewal will be tried; absent where a person has to act first.",
+    "kis_token_renewal_timestamp_seconds": "When the next renewal is tried; absent where a person has to act first.",
     "kis_token_valid": "Whether the market has a token that serves now.",
     "kis_token_covers_next_need": "Whether the token lasts to the end of the market's present or next need.",
     "kis_token_need_start_timestamp_seconds": "When the present or next need begins: 30 minutes before an open.",
