@@ -41,7 +41,7 @@ def record(key: Key, *attempts: Attempt) -> None:
 
 @pytest.mark.usefixtures("gateway")
 def test_markets_with_one_key_are_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They share a label, the exchanges and the numbers of the first; another app key, or paper, is a key of its own."""
+    """They share a label and the exchanges; another app key, or another environment, is a key of its own."""
     monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
     monkeypatch.setenv("KIS_MARKETS__JP__APP_KEY", "another-key")
     monkeypatch.setenv("KIS_MARKETS__JP__EXCHANGES", "TKSE")
