@@ -276,15 +276,16 @@ class BaseTokenManager:
         return self._serving(valid_until).access_token
 
     def _serving(self, valid_until: datetime | None) -> Token:
-        now = datetime.now(UTC)
-        until = now if valid_until is None else max(now, valid_until)
-        token = self.load_token()
-        if token is None or not token.serves(until, self.market.buffer):
-            _refuse_hopeless(token, now, until, self.market.buffer)
+        def until() -> datetime:  # anew at each look: a clock that is set back meanwhile costs no token
+            now = datetime.now(UTC)
+            return now if valid_until is None else max(now, valid_until)
+
+        now, token = datetime.now(UTC), self.load_token()
+        if token is None or not token.serves(until(), self.market.buffer):
+            _refuse_hopeless(token, now, until(), self.market.buffer)
             self._reload()
             token = self._renewer.obtain(
-                lambda found: found.serves(max(until, datetime.now(UTC)), self.market.buffer),
-                f"get {self.market.name}",
+                lambda found: found.serves(until(), self.market.buffer), f"get {self.market.name}"
             )
         self._remember(token, now)
         if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:

@@ -157,8 +157,11 @@ class FileStore:
     def depart(self, fence: Fence) -> bool:
         """Whoever holds the lock may send; connecting before that may have taken most of a minute."""
         now = datetime.now(UTC)
-        if now - fence.attempt.at > PROMPT:
-            self._replace(fence, fence.attempt._replace(at=now))
+        if abs(now - fence.attempt.at) > PROMPT:
+            try:
+                self._replace(fence, fence.attempt._replace(at=now))
+            except OSError:
+                return False
         return True
 
     def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
@@ -278,8 +281,7 @@ class FileStore:
             try:
                 found = record.parse(files.read_text(self._record_path, limit=RECORD_LIMIT, tail=True) or "")
             except ValueError:  # an attempt was made when it was last changed
-                changed = os.lstat(self._record_path).st_mtime
-                found = [Attempt(datetime.fromtimestamp(changed, UTC), Outcome.SENT)]
+                found = [Attempt(datetime.fromtimestamp(seen[2] / 1e9, UTC), Outcome.SENT)] if seen else []
             self._record = seen, found
         return self._record[1]
 
