@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
-from tokencore.exchanges import EVENING_PAD
+from tokencore.calendars.exchanges import EVENING_PAD, EXCHANGES
+from tokencore.calendars.sessions import need, session
+from tokencore.calendars.sessions import needs as merged_needs
 from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal, retry_delay
-from tokencore.sessions import EXCHANGES, need, session
-from tokencore.sessions import needs as merged_needs
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:
