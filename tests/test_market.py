@@ -151,11 +151,11 @@ def test_the_defaults_are_the_contracts(isolated: Path) -> None:
     loaded = Settings.load()
     us, kr = loaded.all_markets()
     assert (us.exchanges, kr.exchanges, us.exports) == (("NASD", "NYSE", "AMEX"), ("KRX",), ())
-    assert (us.issue_interval, us.buffer, us.proactive_window, us.timeout, us.max_issues_per_day) == (
+    assert (loaded.issue_interval, us.buffer, us.proactive_window, loaded.timeout, loaded.max_issues_per_day) == (
         60, 300, 1800, 10, 2,
     )  # fmt: skip
     assert (us.environment, us.base_url, us.token_dir) == ("real", REAL, str(isolated / ".tokencore"))
-    assert (loaded.prove_tokens, loaded.slack_language, us.hts_id, us.app_key) == (True, "en", None, None)
+    assert (loaded.prove_tokens, loaded.slack_language, loaded.hts_id, us.app_key) == (True, "en", None, None)
     assert "set KIS_APP_KEY and KIS_APP_SECRET" in refusal(loaded.able_markets)
 
 

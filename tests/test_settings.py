@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from tokencore.config import market_of_program, read_market
 from tokencore.config.settings import Settings
-from tokencore.config.sources import FILE_LIMIT, read_regular, trusted_dotenv
+from tokencore.config.sources import FILE_LIMIT, trusted_dotenv
+from tokencore.stores import files
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -453,7 +454,7 @@ def test_a_huge_file_takes_no_memory() -> None:
     make_strange(path := Path("huge"), "48 MB")
     tracemalloc.start()
     with pytest.raises(ValueError, match="more than 65536 bytes"):
-        read_regular(str(path))
+        files.read_bytes(str(path), FILE_LIMIT)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < SPARSE / 16

@@ -87,9 +87,9 @@ def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -
     last = record.latest(attempts)
     if last is None or last.at > now + CLOCK_ERROR:
         return None
-    length = timedelta(seconds=market.issue_interval)
+    length = timedelta(seconds=market.settings.issue_interval)
     if last.outcome is Outcome.SENT:
-        length = pause(1, market.issue_interval) + timedelta(seconds=market.timeout)
+        length = pause(1, market.settings.issue_interval) + timedelta(seconds=market.settings.timeout)
     until = min(last.at, now) + length
     return until if until > now else None
 
@@ -163,7 +163,7 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
             retry_at=until,
             cause="minute",
         )
-    until = paused_until(attempts, now, market.issue_interval)
+    until = paused_until(attempts, now, market.settings.issue_interval)
     if until and intent in (Intent.DUE, Intent.AHEAD):
         raise IssuanceLimitError(
             f"The last attempt brought no new token ({attempts[-1].outcome}). {serves} "
@@ -190,12 +190,12 @@ def _check_same_token(standing: Standing, market: Market) -> None:
 
 def _check_ceiling(standing: Standing, market: Market) -> None:
     issued = record.issued_within(standing.attempts, standing.now)
-    if len(issued) < market.max_issues_per_day:
+    if len(issued) < market.settings.max_issues_per_day:
         return
-    until = issued[-market.max_issues_per_day].at + record.DAY
+    until = issued[-market.settings.max_issues_per_day].at + record.DAY
     raise IssuanceLimitError(
         f"The 24-hour limit is reached: this key has issued {len(issued)} tokens in 24 hours, and "
-        f"KIS_MAX_ISSUES_PER_DAY is {market.max_issues_per_day}. "
+        f"KIS_MAX_ISSUES_PER_DAY is {market.settings.max_issues_per_day}. "
         f"{what_serves(standing.token, standing.now, market.buffer)} The next is allowed at {format_time(until)}; "
         f"`tokencore refresh {market.name} --force` passes the limit.",
         retry_at=until,

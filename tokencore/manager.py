@@ -325,7 +325,7 @@ class BaseTokenManager:
         now, interval = datetime.now(UTC), ISSUE_INTERVAL
         try:
             self._reload()
-            interval = self.market.issue_interval
+            interval = self.market.settings.issue_interval
             newer = self._renewer.renew_ahead(
                 token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now)
             )

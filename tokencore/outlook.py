@@ -168,7 +168,7 @@ def attempt_at(planned: Renewal | None, allowed: datetime | None, market: Market
         return None
     if planned.at > now:
         return planned.at
-    return allowed if allowed > now else now + timedelta(seconds=market.issue_interval)
+    return allowed if allowed > now else now + timedelta(seconds=market.settings.issue_interval)
 
 
 def in_served_session(
@@ -273,8 +273,8 @@ def _same(until: datetime, token: Token, now: datetime, market: Market) -> str:
 
 
 def _another(issues: Sequence[datetime], market: Market) -> str:
-    over = len(issues) >= market.max_issues_per_day
-    ceiling = f" It passes your limit, KIS_MAX_ISSUES_PER_DAY={market.max_issues_per_day}." if over else ""
+    over = len(issues) >= market.settings.max_issues_per_day
+    ceiling = f" It passes your limit, KIS_MAX_ISSUES_PER_DAY={market.settings.max_issues_per_day}." if over else ""
     return (
         f"It would be token number {len(issues) + 1} of this key in 24 hours, after the one of "
         f"{limits.format_time(issues[-1])}. KIS asks for one a day and may restrict a key that takes more; the "

@@ -90,7 +90,7 @@ class Renewer:
         if self._gateway is None:
             from tokencore.kis.gateway import Gateway
 
-            self._gateway = Gateway(self._base_url, self._secrets, timeout=self._market.timeout)
+            self._gateway = Gateway(self._base_url, self._secrets, timeout=self._market.settings.timeout)
         return self._gateway
 
     def obtain(self, serves: Serves, reason: str) -> Token:
@@ -204,7 +204,7 @@ class Renewer:
             TokenStoreError: another process holds the lock for too long, or the store cannot be written.
 
         """
-        wait = LOCK_WAIT * self._market.timeout
+        wait = LOCK_WAIT * self._market.settings.timeout
         with self._locked(wait) as held:
             if not held:
                 raise TokenStoreError(self._busy(wait))
@@ -256,7 +256,7 @@ class Renewer:
         unwanted: Callable[[], bool] = lambda: False,
     ) -> tuple[Token, bool]:
         """A token that `serves`, and whether it was issued here rather than by a quicker process."""
-        wait = LOCK_WAIT * self._market.timeout if wait is None else wait
+        wait = LOCK_WAIT * self._market.settings.timeout if wait is None else wait
         began = datetime.now(UTC)
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves) or (self._adopted(serves) if held else None):
@@ -344,7 +344,7 @@ class Renewer:
         serves = limits.what_serves(present, now, self._market.buffer)
         text = f"{refusal.what}. {serves} To do: {refusal.fix}."
         if refusal.error is IssuanceLimitError:
-            retry_at = now + timedelta(seconds=self._market.issue_interval)
+            retry_at = now + timedelta(seconds=self._market.settings.issue_interval)
             return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
         return refusal.error(text)
 
@@ -365,7 +365,7 @@ class Renewer:
         left = (until - now).total_seconds() if until else 0.0
         if left > 1:
             _log.warning("Waiting %.0f s: KIS allows one request a minute.", left)
-        left += self._market.issue_interval * random.uniform(0, SPREAD)  # noqa: S311 - spreads waiters, no secret
+        left += self._market.settings.issue_interval * random.uniform(0, SPREAD)  # noqa: S311 - spreads waiters, no secret
         end = time.monotonic() + left
         while not (token := self._serving(serves)) and (rest := end - time.monotonic()) > 0:
             time.sleep(min(POLL, rest))

@@ -92,7 +92,7 @@ class ApprovalKeys:
             return last.text
 
     def _renewed(self, rejected: str, until: datetime) -> Approval:
-        began, wait = datetime.now(UTC), LOCK_WAIT * self._market.timeout
+        began, wait = datetime.now(UTC), LOCK_WAIT * self._market.settings.timeout
         with self._document.lock(wait=wait, give_up=lambda: self._serving(rejected, until) is not None) as held:
             if found := self._serving(rejected, until):
                 return found
@@ -158,7 +158,7 @@ class ApprovalKeys:
     def _refused(self, refusal: Refusal, now: datetime) -> TokenError:
         text = f"There is no new approval key. {refusal.what}. To do: {refusal.fix}."
         if refusal.error is IssuanceLimitError:
-            retry_at = now + timedelta(seconds=self._market.issue_interval)
+            retry_at = now + timedelta(seconds=self._market.settings.issue_interval)
             return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
         return refusal.error(text)
 

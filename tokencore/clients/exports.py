@@ -272,7 +272,7 @@ def _python_kis(target: Target, market: Market, token: Token, now: datetime) -> 
 
 def _python_kis_name(market: Market) -> str:
     """The name that python-kis computes, with a digest of the key in it."""
-    hts_id = market.hts_id or ""
+    hts_id = market.settings.hts_id or ""
     if not hts_id or os.path.basename(hts_id) != hts_id:
         raise ConfigurationError(
             "KIS_HTS_ID is not set to the account's HTS id, which python-kis has in the name of its file; set it."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokencore.config.market import Market
-from tokencore.config.sources import gather
+from tokencore.config.sources import ENVIRONMENT, TRUSTED, address_refused, gather
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,12 +27,18 @@ def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], bas
     """The market `name`, configured or not, with the key and the address that a program gives itself.
 
     Raises:
-        ConfigurationError: a setting cannot be used, or the address or a credential.
+        ConfigurationError: a setting cannot be used, or a credential, or the address; or `.env` or a secrets folder
+            gives that.
 
     """
     found = gather()
     found.markets.add(name.lower())
-    return _read(name, found).given(credentials, base_url)
+    market = _read(name, found)
+    variable = found.address_variable(market.name)
+    origin = found.origins.get(variable, ENVIRONMENT)
+    if base_url == market.base_url and origin not in TRUSTED:
+        raise address_refused(variable, origin, "app secret", "this program")
+    return market.given(credentials, base_url)
 
 
 def _read(name: str, found: Found) -> Market:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 
-from tokencore.config.sources import CONFIG_FILE, ENVIRONMENT, TRUSTED, address_refused
 from tokencore.errors import ConfigurationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
-    from tokencore.config.settings import MarketSettings, Settings
+    from tokencore.config.settings import Settings
     from tokencore.config.sources import Found
 
 HOSTS = {
@@ -34,7 +33,7 @@ LONGEST = 1024  # characters of a credential, an address, a path; KIS's secrets 
 KEY_LENGTH = 36  # characters of an app key; secrets and tokens have more
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Market:
@@ -51,7 +50,7 @@ class Market:
     """
 
     __slots__ = (
-        "_address_from", "_app_secret", "_in_keyring", "_keyring", "_load", "_settings",
+        "_app_secret", "_in_keyring", "_load", "_settings",
         "app_key", "base_url", "buffer", "environment", "name", "proactive_window", "token_dir",
     )  # fmt: skip
 
@@ -63,37 +62,27 @@ class Market:
             ValueError: a value cannot be used; `Settings.load()` says which.
 
         """
-        self.name = _known(name, found)
-        own, get = f"KIS_MARKETS__{self.name.upper()}__", found.values.get
+        get = found.values.get
+        self.name = known(name, found)
         self._load = load
         self._settings: Settings | None = None
-        self.app_key = credential(get(f"{own}APP_KEY")) or credential(get("KIS_APP_KEY"))
-        self._app_secret = credential(get(f"{own}APP_SECRET")) or credential(get("KIS_APP_SECRET"))
-        self._keyring = text(get("KIS_KEYRING", ""))
-        self._in_keyring = _variables_in_keyring(own, found) if self._keyring else []
-        self.environment = environment(get(f"{own}ENVIRONMENT", get("KIS_ENVIRONMENT", "real")))
-        variable = "KIS_BASE_URL" if found.common_address_serves(own) else f"{own}BASE_URL"
-        self.base_url = self._address(variable, found)
-        self._address_from = variable, found.origins.get(variable, ENVIRONMENT)
+        self.app_key = credential(get(found.variable(self.name, "APP_KEY")))
+        self._app_secret = credential(get(found.variable(self.name, "APP_SECRET")))
+        self._in_keyring = found.in_keyring(self.name) if text(get("KIS_KEYRING", "")) else []
+        self.environment = environment(get(found.variable(self.name, "ENVIRONMENT"), "real"))
+        self.base_url = self._address(found.address_variable(self.name), found.values)
         self.token_dir = folder(get("KIS_TOKEN_DIR", TOKEN_DIR))
         self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)
         self.proactive_window = number(get("KIS_PROACTIVE_WINDOW", PROACTIVE_WINDOW), *SECONDS)
 
-    def _address(self, name: str, found: Found) -> str:
-        """The URL that the variable `name` gives, else KIS's own.
-
-        Raises:
-            ConfigurationError: it is the other environment's.
-            ValueError: it cannot be used.
-
-        """
-        if name not in found.values:
-            return HOSTS[self.environment]
-        url, other = address(found.values[name]), "paper" if self.environment == "real" else "real"
+    def _address(self, variable: str, values: Mapping[str, Any]) -> str:
+        """What the variable says, else KIS's own address."""
+        url = address(values.get(variable, HOSTS[self.environment]))
+        other = "paper" if self.environment == "real" else "real"
         if _parts(url)[1] == _parts(HOSTS[other])[1]:
             raise ConfigurationError(
-                f"{name} is the address of the {other} environment, but the market {self.name!r} is set to "
-                f"{self.environment}; set KIS_ENVIRONMENT={other}, or remove {name}."
+                f"{variable} is the address of the {other} environment, but the market {self.name!r} is set to "
+                f"{self.environment}; set KIS_ENVIRONMENT={other}, or remove {variable}."
             )
         return url
 
@@ -116,37 +105,14 @@ class Market:
     @property
     def exchanges(self) -> tuple[str, ...]:
         """What the market trades, as the user wrote it, in upper case."""
-        own = self._own
+        own = self.settings.markets.get(self.name)
         return DEFAULT_EXCHANGES.get(self.name, ()) if own is None or own.exchanges is None else tuple(own.exchanges)
 
     @property
     def exports(self) -> tuple[str, ...]:
         """The clients whose files follow every renewal, such as `mojito2` or `python-kis:DIR`."""
-        return tuple(self._own.exports) if self._own else ()
-
-    @property
-    def issue_interval(self) -> float:
-        """Seconds between two requests of the key."""
-        return self.settings.issue_interval
-
-    @property
-    def timeout(self) -> float:
-        """Seconds to connect, and to wait for an answer."""
-        return self.settings.timeout
-
-    @property
-    def max_issues_per_day(self) -> int:
-        """The ceiling of issuances in any 24 hours."""
-        return self.settings.max_issues_per_day
-
-    @property
-    def hts_id(self) -> str | None:
-        """The account's HTS id."""
-        return self.settings.hts_id
-
-    @property
-    def _own(self) -> MarketSettings | None:
-        return self.settings.markets.get(self.name)
+        own = self.settings.markets.get(self.name)
+        return tuple(own.exports) if own else ()
 
     def identified(self) -> str:
         """The app key, where a secret is set too or may be in the keyring, which is not asked.
@@ -156,7 +122,7 @@ class Market:
 
         """
         if not self.app_key:
-            raise self._missing("APP_KEY", "; the keyring keeps its secret only" if self._keyring else "")
+            raise self._missing("APP_KEY", "; the keyring keeps its secret only" if self._in_keyring else "")
         if not self._app_secret and not self._in_keyring:
             raise self._missing("APP_SECRET")
         return self.app_key
@@ -172,7 +138,8 @@ class Market:
         if self._in_keyring:
             self._app_secret = self.settings.in_keyring(self._in_keyring) or self._app_secret
             if not self._app_secret:
-                raise self._missing("APP_SECRET", f"; or run `keyring set {self._keyring} {self._in_keyring[0]}`")
+                command = f"keyring set {self.settings.keyring} {self._in_keyring[0]}"
+                raise self._missing("APP_SECRET", f"; or run `{command}`")
             self._in_keyring = []
         return str(self.app_key), str(self._app_secret)
 
@@ -180,12 +147,9 @@ class Market:
         """This market, with the key and the address that the program gives instead of the settings.
 
         Raises:
-            ConfigurationError: a credential or the address cannot be used, or `.env` or a secrets folder gives it.
+            ConfigurationError: a credential or the address cannot be used.
 
         """
-        variable, origin = self._address_from
-        if base_url == self.base_url and origin not in TRUSTED:
-            raise address_refused(variable, origin, "app secret", "this program")
         self.app_key, self._app_secret = credentials()  # no local name: nothing secret is in a traceback's frames
         try:
             self.app_key, self._app_secret = credential(self.app_key), credential(self._app_secret)
@@ -199,7 +163,7 @@ class Market:
     def _missing(self, field: str, more: str = "") -> ConfigurationError:
         return ConfigurationError(
             f"KIS_{field} is not set for the market {self.name!r}; set KIS_{field} (or "
-            f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or {CONFIG_FILE}{more}."
+            f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or ~/.tokencore/config.toml{more}."
         )
 
     def __repr__(self) -> str:
@@ -258,21 +222,18 @@ def address(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
     scheme, host, port = _parts(url)
     plain = url.isascii() and url.isprintable() and len(url) <= LONGEST and not set(url) & set(" \\@?#")
     trusted = scheme == "https" or (scheme == "http" and host in _LOOPBACK)
-    numbered = not port or (port[1:].isdigit() and 0 < int(port[1:]) <= HIGHEST_PORT)
-    if not (plain and trusted and numbered and host and (_HOST_CHARACTERS.issuperset(host) or host == "::1")):
+    numbered = port.isdigit() and 0 < int(port) <= HIGHEST_PORT
+    if not (plain and trusted and numbered and host and (_HOST_CHARACTERS.issuperset(host) or host in _LOOPBACK)):
         raise ValueError("must be a plain address such as https://host:9443 (http:// only on loopback)")
     return url
 
 
 def _parts(url: str) -> tuple[str, str, str]:
-    """Scheme and host in lower case, and the port with its colon."""
-    scheme, _, rest = url.partition("://")
-    place = rest.partition("/")[0].lower()
-    if place.startswith("["):
-        host, closed, port = place[1:].partition("]")
-        return scheme.lower(), host if closed else "", port
-    host, colon, port = place.partition(":")
-    return scheme.lower(), host, f"{colon}{port}"
+    """Scheme and host in lower case, and the port, 443 without one; urllib would be a tenth of a cached `get`."""
+    scheme, _, rest = url.lower().partition("://")
+    host = rest.partition("/")[0]
+    port = "443" if ":" not in host.rpartition("]")[2] else host.rpartition(":")[2]
+    return scheme, host.removesuffix(f":{port}"), port
 
 
 def folder(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
@@ -296,27 +257,20 @@ def number(value: Any, lowest: float, highest: float, *, whole: bool = False) ->
     return found
 
 
-def _known(name: str, found: Found) -> str:
+def known(name: str, found: Found) -> str:
+    """`name` in lower case; ConfigurationError if no such market is configured."""
     try:
-        known = named(name)
+        lower = named(name)
     except ValueError as error:
         raise ConfigurationError(f"{error}.") from None
-    if known not in DEFAULT_EXCHANGES and known not in found.markets:
+    if lower not in (names := market_names(found)):
         raise ConfigurationError(
-            f"The market {known!r} is not configured (known: {', '.join(market_names(found))}); "
-            f"set KIS_MARKETS__{known.upper()}__EXCHANGES to the exchanges it trades, such as SEHK."
+            f"The market {lower!r} is not configured (known: {', '.join(names)}); "
+            f"set KIS_MARKETS__{lower.upper()}__EXCHANGES to the exchanges it trades, such as SEHK."
         )
-    return known
+    return lower
 
 
 def market_names(found: Found) -> list[str]:
     """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
     return [*DEFAULT_EXCHANGES, *sorted(found.markets - set(DEFAULT_EXCHANGES))]
-
-
-def _variables_in_keyring(own: str, found: Found) -> list[str]:
-    """Which variables to ask a keyring for, in this order: only those that no other source gives."""
-    if f"{own}APP_SECRET" in found.values:
-        return []
-    of_market = [f"{own}APP_SECRET"] if f"{own}APP_KEY" in found.values else []
-    return of_market + ([] if "KIS_APP_SECRET" in found.values else ["KIS_APP_SECRET"])

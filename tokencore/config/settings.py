@@ -17,7 +17,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
 )
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tokencore.calendars.sessions import Override, exchange
 from tokencore.config import market as values
@@ -26,9 +26,8 @@ from tokencore.config.sources import CONFIG_FILE, PAPER_WORDS, SECRETS_DIR, Foun
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 CLIENTS = ("mojito2", "python-kis", "kis-auth")
@@ -124,27 +123,10 @@ class ExchangeSettings(BaseModel):
     extended: bool = False
 
 
-class _Merged(EnvSettingsSource):
-    """What `sources` has merged, for pydantic-settings to nest; it decodes nothing, as the validators take text."""
-
-    def _load_env_vars(self) -> Mapping[str, Any]:
-        self.found = gather()
-        _check_names(self.found)
-        return {name.lower().removeprefix("kis_"): value for name, value in self.found.values.items()}
-
-    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ANN401, ARG002 - as inherited
-        return value
-
-    def __call__(self) -> dict[str, Any]:
-        return {**super().__call__(), "found": self.found}
-
-
 class Settings(BaseSettings):
     """All settings of this process; `KIS_` variables with other names are other programs'."""
 
-    model_config = SettingsConfigDict(
-        extra="ignore", hide_input_in_errors=True, env_nested_delimiter="__", arbitrary_types_allowed=True
-    )
+    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True, arbitrary_types_allowed=True)
 
     found: Found = Field(default_factory=Found, exclude=True, repr=False)
     app_key: Credential = None
@@ -177,7 +159,8 @@ class Settings(BaseSettings):
         cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """One source, as the fast reader has: precedence and trust are decided in one place."""
-        return (_Merged(settings_cls),)
+        found = gather()
+        return (InitSettingsSource(settings_cls, _nested(found, _known_names(found))),)
 
     @classmethod
     def load(cls) -> Self:
@@ -192,26 +175,26 @@ class Settings(BaseSettings):
         except ValidationError as error:
             problem = _message(error.errors(include_input=False, include_url=False)[0])
         else:
-            loaded.all_markets()
             _warn(loaded)
             return loaded
         raise ConfigurationError(problem)
+
+    def model_post_init(self, context: Any, /) -> None:  # noqa: ANN401, ARG002 - as inherited
+        """Make the markets."""
+        self._markets = {name: Market(name, self.found, lambda: self) for name in values.market_names(self.found)}
 
     def market(self, name: str) -> Market:
         """The market of that name, in lower or upper case.
 
         Raises:
-            ConfigurationError: it is not configured, or its address is the other environment's.
+            ConfigurationError: it is not configured.
 
         """
-        if name not in self._markets:
-            made = Market(name, self.found, lambda: self)
-            self._markets[name] = self._markets.setdefault(made.name, made)
-        return self._markets[name]
+        return self._markets[values.known(name, self.found)]
 
     def all_markets(self) -> list[Market]:
         """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
-        return [self.market(name) for name in values.market_names(self.found)]
+        return list(self._markets.values())
 
     def able_markets(self) -> list[Market]:
         """The markets that have an app key.
@@ -289,7 +272,9 @@ def _variable(path: Sequence[int | str]) -> str:
 
 
 _GROUPS: dict[str, type[BaseModel]] = {"KIS_MARKETS": MarketSettings, "KIS_EXCHANGES": ExchangeSettings}
-_KNOWN = [*(_variable((field,)) for field in Settings.model_fields), SECRETS_DIR, *_OUTPUT, *PAPER_SIGNS]
+_KNOWN = [*map(_variable, zip(Settings.model_fields.keys() - {"found", "markets", "exchanges"}))]
+_KNOWN += [f"{group}__*__{field.upper()}" for group, model in _GROUPS.items() for field in model.model_fields]
+_KNOWN += ["KIS_EXCHANGES__*__HOURS__*", SECRETS_DIR, *_OUTPUT, *PAPER_SIGNS]
 
 
 def _message(error: ErrorDetails) -> str:
@@ -300,30 +285,39 @@ def _message(error: ErrorDetails) -> str:
 
 def _meant(name: str) -> str | None:
     """None for a setting; for another name the one that it resembles, or nothing."""
-    top, *rest = name.split("__")
-    if top in _GROUPS and len(rest) > 1:
-        fields = [field.upper() for field in _GROUPS[top].model_fields]
-        if rest[1] in fields and len(rest) == (3 if rest[1] == "HOURS" else 2):
-            return None
-        alike = difflib.get_close_matches(rest[1], fields, 1, _ALIKE)
-        return "__".join([top, rest[0], alike[0], *rest[2:]]) if alike else ""
-    if top in _KNOWN and not rest and top not in _GROUPS:
+    steps = name.split("__")
+    free = steps[1::2]  # a market or an exchange, and a day
+    steps[1::2] = ["*"] * len(free)
+    pattern = "__".join(steps)
+    if pattern in _KNOWN:
         return None
-    alike = difflib.get_close_matches(top, _KNOWN, 1, _ALIKE)
-    return "__".join([alike[0], *rest]) if alike and alike[0] != top else ""
+    alike = "".join(difflib.get_close_matches(pattern, _KNOWN, 1, _ALIKE))
+    for step in free:
+        alike = alike.replace("*", step, 1)
+    return alike
 
 
-def _check_names(found: Found) -> None:
-    """Refuse unknown names where they can only be ours, and warn of those that resemble one of ours."""
-    for name, origin in found.origins.items():
-        meant = _meant(name)
-        if meant is None:
-            continue
+def _known_names(found: Found) -> list[str]:
+    """The names of settings; refuses others where they can only be ours, and warns of those that resemble ours."""
+    unknown = {name: meant for name in found.values if (meant := _meant(name)) is not None}
+    for name, meant in unknown.items():
         hint = f"did you mean {short(meant)}?" if meant else "the README lists the settings."
-        if origin == CONFIG_FILE or name.split("__")[0] in _GROUPS:
-            raise ConfigurationError(f"Unknown setting {short(name)} in {place_of(origin)}; {hint}")
+        if found.origins[name] == CONFIG_FILE or name.split("__")[0] in _GROUPS:
+            raise ConfigurationError(f"Unknown setting {short(name)} in {place_of(found.origins[name])}; {hint}")
         if meant:
             warn(f"Unknown setting {short(name)}; {hint}")
+    return [name for name in found.values if name not in unknown]
+
+
+def _nested(found: Found, names: list[str]) -> dict[str, Any]:
+    """The settings as pydantic takes them; nothing is raised here, where a frame has their values."""
+    tree: dict[str, Any] = {"found": found}
+    for name in names:
+        branch, (*steps, field) = tree, name.lower().removeprefix("kis_").split("__")
+        for step in steps:
+            branch = branch.setdefault(step, {})
+        branch[field] = found.values[name]
+    return tree
 
 
 def _warn(settings: Settings) -> None:

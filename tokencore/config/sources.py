@@ -1,7 +1,7 @@
 """Where settings come from: the environment, `.env`, a secrets folder, `~/.tokencore/config.toml`.
 
-The first source that has a name wins. Every cached `get` passes through this module, so it imports only `os` and
-`stat`; the parsers of `.env` and TOML are imported where such a file exists.
+The first source that has a name wins. Every cached `get` passes through this module, so the parsers of `.env` and
+TOML are imported only where such a file exists.
 
 A `.env` counts only where nobody else can have written it. Even then it may not say where a secret of another source
 is sent: the `.env` of a cloned repository is the user's own file.
@@ -13,11 +13,14 @@ import os
 import stat
 
 from tokencore.errors import ConfigurationError
+from tokencore.stores import files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from typing import Any
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any, TypeVar
+
+    _Read = TypeVar("_Read")
 
 CONFIG_FILE = "~/.tokencore/config.toml"
 DOTENV_FILE = ".env"
@@ -28,10 +31,7 @@ FILE_LIMIT = 65_536  # bytes of a file of settings
 SHOWN = 400  # characters that a message repeats of what was given
 SECRET_LENGTH = 20  # characters in a row: no word of a setting has so many, and of a key they would show too much
 PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
-_OTHERS = 0o022  # writable by the group, by all
-_LINKS = 40  # in a row; no system follows more
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
-_parsed: dict[bytes, dict[str, Any]] = {}  # the last config file: to parse a thousand markets takes 30 ms
 _warned: set[str] = set()  # messages; once a process is enough
 
 
@@ -47,18 +47,37 @@ class Found:
         self.markets: set[str] = set()  # those that have a setting of their own
 
     def add(self, origin: str, values: Mapping[str, Any]) -> None:
-        """Take what no earlier source gave; empty text counts as not given, other programs' names do not count."""
+        """Take what no earlier source gave; blank text counts as not given, other programs' names do not count."""
         for given, value in values.items():
             name = given.upper()
-            if name not in self.values and value != "" and name.startswith(_PREFIXES):
-                self.values[name], self.origins[name] = _read_as(name, value), origin
-                if name.startswith("KIS_MARKETS__"):
-                    self.markets.add(name.split("__")[1].lower())
+            if name in self.values or not name.startswith(_PREFIXES) or (isinstance(value, str) and not value.strip()):
+                continue
+            self.values[name], self.origins[name] = value, origin
+            if name.startswith("KIS_MARKETS__"):
+                self.markets.add(name.split("__")[1].lower())
+            if name.endswith("ENVIRONMENT") and str(value).lower() in PAPER_WORDS:
+                warn(f"{short(name)}={value} was read as paper; set {short(name)}=paper.")
+                self.values[name] = "paper"
 
-    def common_address_serves(self, own: str) -> bool:
-        """Whether KIS_BASE_URL is also for the market whose variables begin with `own`: it has the same environment."""
-        common = self.values.get("KIS_ENVIRONMENT", "real")
-        return f"{own}BASE_URL" not in self.values and self.values.get(f"{own}ENVIRONMENT", common) == common
+    def variable(self, market: str, field: str) -> str:
+        """The variable that gives a field of the market: its own where that is set, else the one for all."""
+        own = f"KIS_MARKETS__{market.upper()}__{field}"
+        return own if own in self.values else f"KIS_{field}"
+
+    def address_variable(self, market: str) -> str:
+        """The variable that says where the market is asked; the one for all serves only its own environment."""
+        name, common = self.variable(market, "BASE_URL"), self.values.get("KIS_ENVIRONMENT", "real")
+        if name == "KIS_BASE_URL" and self.values.get(self.variable(market, "ENVIRONMENT"), common) != common:
+            return f"KIS_MARKETS__{market.upper()}__BASE_URL"
+        return name
+
+    def in_keyring(self, market: str) -> list[str]:
+        """Which variables to ask the keyring for, in this order: only those that no other source gives."""
+        own = f"KIS_MARKETS__{market.upper()}__"
+        if "KIS_KEYRING" not in self.values or f"{own}APP_SECRET" in self.values:
+            return []
+        of_market = [f"{own}APP_SECRET"] if f"{own}APP_KEY" in self.values else []
+        return of_market + ([] if "KIS_APP_SECRET" in self.values else ["KIS_APP_SECRET"])
 
     def __repr__(self) -> str:
         return f"Found({sorted(self.origins)})"
@@ -77,40 +96,64 @@ def gather() -> Found:
     found = Found()
     found.add(ENVIRONMENT, os.environ)
     found.add(DOTENV_FILE, _dotenv())
-    if folder := _secrets_dir(found):
-        found.add(folder, dict(_secrets(folder)))
-    found.add(CONFIG_FILE, _config())
-    for name, origin in found.origins.items():
-        if origin not in TRUSTED and (name == "KIS_STORE" or name.endswith("BASE_URL")):
-            _check_address(name, found)
+    if found.origins.get(SECRETS_DIR) == DOTENV_FILE:
+        raise ConfigurationError(
+            f"{SECRETS_DIR} in {place_of(DOTENV_FILE)} is refused, because a .env may not say where secrets come from; "
+            f"set it in the environment, or as secrets_dir in {CONFIG_FILE}."
+        )
+    config = Found()  # a dictionary would show its values in a traceback
+    config.add(CONFIG_FILE, _config())
+    if folder := str(found.values.get(SECRETS_DIR) or config.values.get(SECRETS_DIR, "")):
+        folder = os.path.abspath(os.path.expanduser(folder))
+        found.add(folder, _secrets(folder))
+    found.add(CONFIG_FILE, config.values)
+    _check_addresses(found)
     return found
 
 
-def _read_as(name: str, value: Any) -> Any:  # noqa: ANN401 - text, or a type of TOML
-    if name.endswith("ENVIRONMENT") and isinstance(value, str) and value.lower() in PAPER_WORDS:
-        warn(f"{short(name)}={value} was read as paper; set {short(name)}=paper.")
-        return "paper"
-    return value
-
-
-def read_regular(path: str, limit: int = FILE_LIMIT) -> bytes:
-    """The content of a file, links followed; a FIFO or a device is not waited for.
+def trusted_dotenv() -> dict[str, str]:
+    """What `.env` adds to this process's environment, for whoever hands both on to another process.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a regular file of at most `limit` bytes.
+        ConfigurationError: as from `gather`.
 
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: that alone makes some devices act
-        raise ValueError("not a regular file")
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not a regular file")
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"more than {limit} bytes")
-    return content
+    gather()
+    known = {name.upper() for name, value in os.environ.items() if value}
+    return {name.upper(): value for name, value in _dotenv().items() if value and name.upper() not in known}
+
+
+def _check_addresses(found: Found) -> None:
+    """Refuse an address whose users have their secret from another source or, where `.env` gives it, their key."""
+    origins = found.origins
+    _check("KIS_STORE", found, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
+    for market in ("", *sorted(found.markets)):  # without a name: all that have nothing of their own
+        address, secret = found.address_variable(market), origins.get(found.variable(market, "APP_SECRET"), "")
+        _check(address, found, "app secret", "the keyring" if found.in_keyring(market) else secret)
+        if origins.get(address) == DOTENV_FILE:
+            _check(address, found, "app key", origins.get(found.variable(market, "APP_KEY"), ""))
+
+
+def _check(address: str, found: Found, what: str, giver: str) -> None:
+    origin = found.origins.get(address, ENVIRONMENT)
+    if origin not in TRUSTED and giver not in ("", origin):
+        raise address_refused(address, origin, what, giver)
+
+
+def address_refused(name: str, origin: str, what: str, giver: str) -> ConfigurationError:
+    """The error for an address of the source `origin` that would get a secret of the source `giver`."""
+    place = place_of(origin)
+    return ConfigurationError(
+        f"{short(name)} in {place} is refused, because it would send there the {what} that {place_of(giver)} gives; "
+        f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
+    )
+
+
+def place_of(origin: str) -> str:
+    """A source as messages call it."""
+    if origin == DOTENV_FILE:
+        return _printable(os.path.abspath(origin))
+    return "the environment" if origin == ENVIRONMENT else short(origin, " _/")
 
 
 def warn(message: str) -> None:
@@ -133,102 +176,23 @@ def _printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
-def trusted_dotenv() -> dict[str, str]:
-    """What `.env` adds to this process's environment, for whoever hands both on to another process.
-
-    Raises:
-        ConfigurationError: as from `gather`.
-
-    """
-    gather()
-    known = {name.upper() for name, value in os.environ.items() if value}
-    return {name.upper(): value for name, value in _dotenv().items() if value and name.upper() not in known}
-
-
-def _secrets_dir(found: Found) -> str:
-    """The secrets folder that the environment names, or else the config file; `.env` may not."""
-    if found.origins.get(SECRETS_DIR) == DOTENV_FILE:
-        raise ConfigurationError(
-            f"{SECRETS_DIR} in {place_of(DOTENV_FILE)} is refused, because a .env may not say where secrets come from; "
-            f"set it in the environment, or as secrets_dir in {CONFIG_FILE}."
-        )
-    folder = str(found.values.get(SECRETS_DIR) or _config().get(SECRETS_DIR, ""))
-    return folder and os.path.abspath(os.path.expanduser(folder))
-
-
-def _check_address(name: str, found: Found) -> None:
-    """Refuse an address whose users have their secret from another source or, where `.env` gives it, their key."""
-    origin, origins = found.origins[name], found.origins
-    if name == "KIS_STORE" and origins.get("KIS_STORE_KEYS") != origin:
-        raise address_refused(name, origin, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
-    for users in _users(name, found):
-        givers = {"app secret": _secret_from(users, origins)}
-        if origin == DOTENV_FILE:
-            givers["app key"] = origins.get(f"{users}APP_KEY") or origins.get("KIS_APP_KEY", "")
-        for what, giver in givers.items():
-            if giver and giver != origin:
-                raise address_refused(name, origin, what, giver)
-
-
-def _users(name: str, found: Found) -> list[str]:
-    """What the variables of those who use the address `name` begin with."""
-    if name != "KIS_BASE_URL":
-        return [name.removesuffix("BASE_URL")]
-    own = (f"KIS_MARKETS__{market.upper()}__" for market in found.markets)
-    return ["KIS_", *filter(found.common_address_serves, own)]
-
-
-def _secret_from(users: str, origins: dict[str, str]) -> str:
-    """The source of the secret of those whose variables begin with `users`; empty where there is none."""
-    keyring = "the keyring" if "KIS_KEYRING" in origins else ""
-    if f"{users}APP_SECRET" in origins or (keyring and users != "KIS_" and f"{users}APP_KEY" in origins):
-        return origins.get(f"{users}APP_SECRET", keyring)
-    return origins.get("KIS_APP_SECRET", keyring)
-
-
-def address_refused(name: str, origin: str, what: str, giver: str) -> ConfigurationError:
-    """The error for an address of the source `origin` that would get a secret of the source `giver`."""
-    place = place_of(origin)
-    return ConfigurationError(
-        f"{short(name)} in {place} is refused, because it would send there the {what} that {place_of(giver)} gives; "
-        f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
-    )
-
-
-def place_of(origin: str) -> str:
-    """A source as messages call it."""
-    if origin == DOTENV_FILE:
-        return _printable(os.path.abspath(origin))
-    return "the environment" if origin == ENVIRONMENT else short(origin, " _/")
-
-
 def _dotenv() -> dict[str, str]:
     """The pairs of `.env`, the last one of each name; none where others can have written it."""
     if not os.path.exists(DOTENV_FILE) or os.path.isdir(DOTENV_FILE):  # a folder of this name is a virtualenv
         return {}
     path = os.path.abspath(DOTENV_FILE)
-    try:
-        why = _written_by_others(path)
-        if not why:
-            return _pairs(read_regular(path).decode("utf-8-sig"), path)
-    except (OSError, ValueError) as error:
-        why = _why(error)
-    else:
-        warn(f"{_printable(path)} is ignored, because {why}.")
+    shown = _printable(path)
+    if why := _readable(_written_by_others, path, shown):
+        warn(f"{shown} is ignored, because {why}.")
         return {}
-    raise ConfigurationError(f"{_printable(path)} cannot be read ({why}); fix or remove it.")
-
-
-def _pairs(text: str, path: str) -> dict[str, str]:
     import io
 
     from dotenv.parser import parse_stream
 
-    lines = list(parse_stream(io.StringIO(text)))
+    lines = list(parse_stream(io.StringIO(_readable(_text, path, shown))))
     for line in lines:
         if line.error:
-            place = f"{_printable(path)}, line {line.original.line},"
-            warn(f"{place} is not NAME=value, so it is ignored; fix or remove it.")
+            warn(f"{shown}, line {line.original.line}, is not NAME=value, so it is ignored; fix or remove it.")
     return {line.key: line.value or "" for line in lines if line.key}
 
 
@@ -236,14 +200,11 @@ def _written_by_others(path: str) -> str:
     """Why the file may be somebody else's, and what to do; empty where it, its folder and its links are safe."""
     if os.name != "posix":
         return ""  # the modes say nothing there
-    for _ in range(_LINKS):
-        folder = os.path.realpath(os.path.dirname(path))
-        if why := _open_to_others(folder):
-            return why
+    while not (why := _open_to_others(folder := os.path.realpath(os.path.dirname(path)))):
         if not os.path.islink(path):
-            break
+            return _open_to_others(path)
         path = os.path.join(folder, os.readlink(path))
-    return _open_to_others(path)
+    return why
 
 
 def _open_to_others(path: str) -> str:
@@ -252,7 +213,7 @@ def _open_to_others(path: str) -> str:
         return ""  # is not read anyway
     if found.st_uid not in (0, os.geteuid()):
         return f"{shown} belongs to another user; keep your settings in a folder and a file of your own"
-    if not found.st_mode & _OTHERS:
+    if not found.st_mode & files.OTHERS_WRITE:
         return ""
     if found.st_mode & stat.S_ISVTX:
         return f"{shown} is open to all users; keep your settings in a folder that only you can write"
@@ -261,42 +222,32 @@ def _open_to_others(path: str) -> str:
     return f"others can write {shown}; run `chmod go-w {shlex.quote(shown)}`"
 
 
-def _secrets(folder: str) -> Iterable[tuple[str, str]]:
-    path = folder
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.name.upper().startswith(_PREFIXES) and not e.is_dir())
-        for name in names:
-            path = os.path.join(folder, name)
-            yield name, read_regular(path).decode().strip()
-        return  # noqa: TRY300 - raised below, where no error with the file's content is its context
-    except (OSError, ValueError) as error:
-        why = _why(error)
-    raise ConfigurationError(
-        f"{SECRETS_DIR}: {short(path, ' _/')} cannot be read ({why}); point it at a folder with a file per variable."
-    )
+def _secrets(folder: str) -> dict[str, str]:
+    fix = "point it at a folder with a file per variable"
+    paths = {name: os.path.join(folder, name) for name in _readable(_secret_names, folder, _secret_shown(folder), fix)}
+    return {name: _readable(_text, path, _secret_shown(path), fix).strip() for name, path in paths.items()}
+
+
+def _secret_shown(path: str) -> str:
+    return f"{SECRETS_DIR}: {short(path, ' _/')}"
+
+
+def _secret_names(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(one.name for one in entries if one.name.upper().startswith(_PREFIXES) and not one.is_dir())
 
 
 def _config() -> dict[str, Any]:
     path = os.path.expanduser(CONFIG_FILE)
     if not os.path.isabs(path) or not os.path.exists(path):  # without a home there is none, least of all in `./~`
         return {}
-    try:
-        return _settings_of(read_regular(path))
-    except (OSError, ValueError, RecursionError) as error:
-        why = _why(error)
-    raise ConfigurationError(f"{CONFIG_FILE} cannot be read ({why}); fix or remove it.")
+    return _readable(_toml, path, CONFIG_FILE)
 
 
-def _settings_of(content: bytes) -> dict[str, Any]:
+def _toml(path: str) -> dict[str, Any]:
     import tomllib
 
-    found = _parsed.get(content)
-    if found is None:
-        found = dict(_leaves(tomllib.loads(content.decode()), ""))
-        _parsed.clear()
-        _parsed[content] = found
-    return found
+    return dict(_leaves(tomllib.loads(_text(path)), ""))
 
 
 def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
@@ -311,5 +262,17 @@ def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
-def _why(error: Exception) -> str:
-    return short(getattr(error, "strerror", None) or str(error).partition("\n")[0])
+def _text(path: str) -> str:
+    content = files.read_bytes(path, FILE_LIMIT, trusted=False, links=True)
+    if content is None:
+        raise ValueError("it is not there any more")
+    return content.decode("utf-8-sig")
+
+
+def _readable(read: Callable[[str], _Read], path: str, shown: str, fix: str = "fix or remove it") -> _Read:
+    """What `read` makes of the path; else a ConfigurationError behind which no frame has the content."""
+    try:
+        return read(path)
+    except (OSError, ValueError, RecursionError) as error:
+        why = short(getattr(error, "strerror", None) or str(error).partition("\n")[0])
+    raise ConfigurationError(f"{shown} cannot be read ({why}); {fix}.")

@@ -319,7 +319,7 @@ def _tokens(keys: list[Key]) -> Iterator[Finding]:
         yield _skipped("tokens", FIRST_FIX)
     now = datetime.now(UTC)
     for key in keys:
-        state, allowed = key.state(now), key.market.max_issues_per_day
+        state, allowed = key.state(now), key.market.settings.max_issues_per_day
         hope = f"the next renewal is planned for {format_time(at)}" if (at := next_attempt(state)) else ""
         until = f"serves until {format_time(state.serves_until)}" if state.serves_until else ""
         yield from (_token(one.status, until, hope) for one in look(key.markets, now))
@@ -388,7 +388,7 @@ def _accepted(key: Key, name: str) -> Iterator[Finding]:
     if token is None or not token.serves(datetime.now(UTC), market.buffer):
         yield _skipped(name, "there is no valid token to try")
         return
-    gateway = Gateway(market.base_url, market.credentials(), timeout=min(market.timeout, PATIENCE))
+    gateway = Gateway(market.base_url, market.credentials(), timeout=min(market.settings.timeout, PATIENCE))
     for what, asked, meaning in _calls([exchange(code) for code in key.exchanges]):
         said = gateway.quote(token.access_token, asked)
         if said.msg_cd == TOO_OFTEN:

@@ -294,7 +294,7 @@ def _values_of_key(state: KeyState) -> dict[str, Value]:
         "kis_approval_key_expiration_timestamp_seconds": approval_expiry(state.key.store),
         "kis_issuance_cooldown_end_timestamp_seconds": state.cooldown_until,
         "kis_issuance_last_day_issues": state.issues_last_24h,
-        "kis_issuance_last_day_ceiling": state.key.market.max_issues_per_day,
+        "kis_issuance_last_day_ceiling": state.key.market.settings.max_issues_per_day,
         "kis_issuance_record_readable": not lost,
         "kis_market_readable": True,
     }

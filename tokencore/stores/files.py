@@ -12,8 +12,8 @@ from tokencore.errors import TokenStoreError
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 SIZE_LIMIT = 1 << 20  # bytes; a token file has about 700
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-_BINARY = getattr(os, "O_BINARY", 0)
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_FLAGS = _NO_LINKS | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _IN_PLACE = (errno.EBUSY, errno.EXDEV)  # a single file that is mounted, as Docker does, cannot be replaced
 
 Signature = tuple[int, int, int]  # inode, size, mtime_ns: a difference means another content
@@ -34,8 +34,12 @@ def read_text(path: str, *, limit: int = SIZE_LIMIT, tail: bool = False) -> str 
     return None if content is None else content.decode(errors="replace" if tail else "strict").removeprefix("\ufeff")
 
 
-def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, trusted: bool = True) -> bytes | None:
+def read_bytes(
+    path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, trusted: bool = True, links: bool = False
+) -> bytes | None:
     """The content of a regular file, or None when there is no file; of a larger one the end, with `tail`.
+
+    A FIFO or a device is not waited for, nor opened, which alone makes some act; `links` are refused or followed.
 
     Raises:
         ValueError: something is there, but no readable file of at most `limit` bytes.
@@ -43,20 +47,18 @@ def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, truste
 
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | _FLAGS | _BINARY)
+        if not stat.S_ISREG(os.stat(path, follow_symlinks=links).st_mode):
+            raise ValueError("not a regular file")
+        descriptor = os.open(path, os.O_RDONLY | (_FLAGS & ~_NO_LINKS if links else _FLAGS))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise ValueError(error.strerror) from None
     try:
         found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("not a regular file")
         if trusted:
             refuse_strangers(path, found)
-        if found.st_size > limit:
-            if not tail:
-                raise ValueError(f"larger than {limit} bytes")
+        if tail and found.st_size > limit:
             os.lseek(descriptor, -limit, os.SEEK_END)
         content = b""
         while len(content) <= limit and (piece := os.read(descriptor, limit + 1 - len(content))):
@@ -65,6 +67,8 @@ def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, truste
         raise ValueError(error.strerror) from None
     finally:
         _close(descriptor)
+    if len(content) > limit and not tail:
+        raise ValueError(f"more than {limit} bytes")
     return content
 
 
@@ -240,7 +244,7 @@ def _has(name: str, parts: tuple[str, ...]) -> bool:
 
 
 def _write_new(path: str, content: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS | _BINARY
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS
     with open(os.open(path, flags, PRIVATE_FILE), "wb") as file:
         file.write(content)
         file.flush()
@@ -248,7 +252,7 @@ def _write_new(path: str, content: bytes) -> None:
 
 
 def _overwrite(path: str, content: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | _FLAGS | _BINARY), "wb") as file:
+    with open(os.open(path, os.O_WRONLY | _FLAGS), "wb") as file:
         file.write(content)
         file.truncate()
         file.flush()
