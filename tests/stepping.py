@@ -368,7 +368,7 @@ def _preload() -> None:
     for room in pkgutil.walk_packages(tokencore.__path__, "tokencore."):
         if not room.name.endswith("__main__"):
             importlib.import_module(room.name)
-    for late in ("filelock", "binascii", "_strptime", "encodings.idna", "holidays", "keyring"):
+    for late in ("filelock", "binascii", "_strptime", "encodings.ascii", "encodings.idna", "holidays"):
         importlib.import_module(late)
 
 

@@ -147,7 +147,7 @@ class Case:
 
 def part(calls: Iterable[int], name: str, every: int) -> list[int]:
     """All calls, or every so many of them from one that differs from case to case."""
-    found = list(calls)
+    found = list(calls) or [0]
     return found if FULL else found[list(SCENARIOS).index(name) * 7 % min(every, len(found)) :: every]
 
 
@@ -373,7 +373,7 @@ def test_a_full_file_system_costs_no_token(small: Desk, left: int) -> None:
     filler, room = small.folder / "filler", os.statvfs(small.folder)
     filler.write_bytes(b"x" * room.f_bsize * (room.f_bavail - left))
     ran = small.run("get", "us")
-    assert (ran.code, ran.out.strip()) == (0, small.granted[0])
+    assert (ran.code, [ran.out.strip()]) == (0, small.granted), ran
     filler.unlink()
     assert small.served() == {small.granted[0]}
     assert len(small.granted) == 1
