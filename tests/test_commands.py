@@ -119,6 +119,22 @@ def test_forced_refresh_passes_the_ceiling_and_says_when_nothing_changed(
     assert asked(quick) == 3
 
 
+def test_a_second_forced_refresh_asks_on_a_terminal(
+    quick: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names who had the key renewed and when; what programs renewed by themselves is no reason to ask."""
+    quick.set_rules(same_token=0)
+    assert command("get", "us").code == 0
+    for by, answer, code in (("김민지", None, 0), ("Kim", "no\n", 2), ("Kim", "y\n", 0)):
+        time.sleep(0.1)
+        if answer:
+            monkeypatch.setattr(sys, "stdin", terminal := io.StringIO(answer))
+            monkeypatch.setattr(terminal, "isatty", lambda: True)
+        ran = command("refresh", "us", "--force", "--by", by)
+        assert (ran.code, "김민지 had this key renewed at" in ran.err) == (code, bool(answer))
+    assert asked(quick) == 3
+
+
 def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: Sandbox, command: Command) -> None:
     """The record and the issue mark stay; the other market goes on; the last one takes the key's token with it."""
     command("get", "us")
@@ -272,6 +288,15 @@ def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Comma
     assert command(*line.split()).code == 0
     assert snapshot(Path.home()) == before
     assert asked(gateway) == 1
+
+
+@pytest.mark.usefixtures("gateway")
+def test_check_is_0_only_while_every_asked_market_is_valid(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two keys has no token: 3 for both and for the one, 0 for the other."""
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", SECRET)
+    cached(20_000)
+    assert [command("check", *names).code for names in ((), ("us", "kr"), ("kr",), ("us",))] == [3, 3, 3, 0]
 
 
 @pytest.mark.usefixtures("gateway")
