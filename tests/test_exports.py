@@ -106,7 +106,7 @@ def test_samples_files_speak_the_readers_time(zone: str) -> None:
     before = datetime.now(ZoneInfo(zone))
     program = "from tokencore import TokenManager; TokenManager('us').export('kis-auth', 'there')"
     subprocess.run([sys.executable, "-c", program], env={**os.environ, "TZ": zone}, check=True)
-    names = sorted(path.name for path in Path("there").iterdir())
+    names = sorted(path.name for path in Path("there").glob("[!.]*"))
     days = (before, datetime.now(ZoneInfo(zone)))
     assert names in [[f"KIS{day + timedelta(days=n):%Y%m%d}" for n in (0, 1)] for day in days]
     lines = Path("there", names[0]).read_text().splitlines()

@@ -8,12 +8,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore.errors import ConfigurationError
+from tokencore.sealing import sealed_class
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DAY = timedelta(hours=24)
 REASON_LENGTH, BY_LENGTH = 80, 40  # characters that are kept
+_ESCAPE_SEQUENCE = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]")  # what a terminal obeys: colours, moves, erasing
 SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"  # no run of visible ASCII as long as an app key (36)
 
 
@@ -70,6 +72,7 @@ class Attempt(NamedTuple):
         return self.outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)
 
 
+@sealed_class()
 class Note(NamedTuple):
     """Why an issue was asked for, and by which person; no name where a program asked."""
 
@@ -83,19 +86,24 @@ class Note(NamedTuple):
             ConfigurationError: a word is as long as an app key; nothing was asked of KIS.
 
         """
-        for name, text in (("reason", self.reason), ("name", self.by)):
+        reason, by = clean(self.reason), clean(self.by)
+        for name, text in (("reason", reason), ("name", by)):
             if not re.fullmatch(SHORT_WORDS, text):
                 raise ConfigurationError(
                     f"The {name} contains a word of 36 characters or more, as keys and tokens are, so it is not kept. "
                     "Nothing was asked of KIS; use shorter words."
                 )
-        return Note(clean(self.reason, REASON_LENGTH), clean(self.by, BY_LENGTH))
+        return Note(reason[:REASON_LENGTH].rstrip(), by[:BY_LENGTH].rstrip())
 
 
-def clean(text: str, length: int) -> str:
-    """`text` on one line, without what a terminal or Slack would act on: control, escape and direction characters."""
-    kept = "".join(sign if sign.isprintable() else " " for sign in text[: 4 * length])
-    return " ".join(kept.split())[:length]
+def clean(text: str) -> str:
+    """`text` on one line that shows as what it is: no terminal obeys anything in it, and no word runs backwards.
+
+    Escape sequences go whole; whatever else does not print (control and direction characters, line separators, half
+    characters) becomes a space.
+    """
+    shown = "".join(sign if sign.isprintable() else " " for sign in _ESCAPE_SEQUENCE.sub(" ", text))
+    return " ".join(shown.split())
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:

@@ -67,15 +67,13 @@ def _fail(message: str, code: int) -> int:
         sys.stdout.flush()  # what was printed before comes first
     except OSError:
         _discard_output()
+    from tokencore.attempts import clean  # not for an answer
+
     try:
-        sys.stderr.write(f"tokencore: {_one_line(message)}\n")
+        sys.stderr.write(f"tokencore: {clean(message)}\n")
     except (OSError, AttributeError):  # it is full or closed: the exit code says it
         _discard(2)
     return code
-
-
-def _one_line(message: str) -> str:
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in message).split())
 
 
 def _output_failure(error: Exception) -> str:

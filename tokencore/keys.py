@@ -14,6 +14,7 @@ from tokencore.limits import format_time
 from tokencore.manager import make_renewer
 from tokencore.outlook import CLOCK_SLACK, PLAN_DAYS, Plan, RefreshWarning
 from tokencore.renewer import FOREIGN_AGE
+from tokencore.sealing import sealed_class
 from tokencore.stores import open_store
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 
+@sealed_class()
 class Key:
     """One app key in one environment: its markets, where its token is kept, and how it is renewed.
 
@@ -192,6 +194,7 @@ class Key:
         self.renewer.sync_copies()
 
 
+@sealed_class()
 class KeyState(NamedTuple):
     """A key at one moment; times are aware UTC.
 

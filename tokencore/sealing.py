@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 
 
 def sealed_class(*, but: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
-    """Seal every public method of the class's own, `__init__` and `__call__` too, `but` those that do so inside."""
+    """Seal what is public of the class's own, `__init__` and `__call__` too, `but` what is sealed further inside."""
 
     def seal(cls: _Class) -> _Class:
         for name, member in list(vars(cls).items()):
-            public = name in ("__init__", "__call__") or not name.startswith("_")
-            if public and name not in but and isinstance(member, type(sealed)):
-                setattr(cls, name, sealed(member))
+            if name not in but and (name in ("__init__", "__call__") or not name.startswith("_")):
+                setattr(cls, name, _sealed(member))
         return cls
 
     return seal
+
+
+def _sealed(member: Any) -> Any:  # noqa: ANN401 - whatever stands in a class
+    if isinstance(member, property):
+        return property(sealed(member.fget), doc=member.__doc__) if member.fget else member
+    if isinstance(member, (classmethod, staticmethod)):
+        return type(member)(sealed(member.__func__))
+    return sealed(member) if isinstance(member, type(sealed)) else member
 
 
 def sealed(work: _Function) -> _Function:

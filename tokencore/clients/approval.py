@@ -21,6 +21,7 @@ from tokencore.errors import (
     TokenStoreError,
     TokenUnavailableError,
 )
+from tokencore.sealing import sealed_class
 from tokencore.stores import record
 from tokencore.tokens import sane
 
@@ -50,6 +51,7 @@ class Approval(NamedTuple):
         return until < self.issued_at + LIFE
 
 
+@sealed_class()
 class ApprovalKeys:
     """The approval key of one app key, for all its markets and any number of processes."""
 

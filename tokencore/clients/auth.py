@@ -18,6 +18,7 @@ from requests.utils import rewind_body
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.kis.codes import ANSWER_LIMIT, is_dead
 from tokencore.manager import TokenManager
+from tokencore.sealing import sealed, sealed_class
 
 if TYPE_CHECKING:
     from typing import Any, NoReturn
@@ -97,6 +98,7 @@ class Signer:
             self.refuse(url)
         return self.signature()
 
+    @sealed
     def signature_at_hand(self) -> Signature | None:
         """The headers where credentials and token are there and no renewal is due; None where `signature` may wait."""
         token, present = self._manager.token_at_hand(), self._present
@@ -121,6 +123,7 @@ class Signer:
             "sent. Correct the address, or KIS_BASE_URL and KIS_ENVIRONMENT.",
         )
 
+    @sealed
     def _signed(self) -> Signature:
         """With a new token the credentials are read again, after it: its key may be another one than before."""
         ask = self._manager  # neither answer becomes a variable, which an error's traceback would show
@@ -128,6 +131,7 @@ class Signer:
         return signature
 
 
+@sealed_class()
 class KISAuth(AuthBase):
     """`requests` authentication for a market: `requests.get(url, auth=KISAuth("us"))`.
 
@@ -166,6 +170,7 @@ class KISAuth(AuthBase):
         request.hooks["response"].append(partial(self._answered, signature))
         return request
 
+    @sealed
     def _answered(self, used: Signature, response: Response, **sending: Any) -> Response:  # noqa: ANN401 - requests' own keywords
         _hide_from_redirect(response)
         if sending.get("stream") and not may_refuse(response.status_code, response.headers):

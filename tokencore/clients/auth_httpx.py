@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tokencore.clients.auth import PORTS, Signer, may_refuse
 from tokencore.kis.codes import is_dead
+from tokencore.sealing import sealed
 
 try:
     import httpx
@@ -33,6 +34,7 @@ class KISHttpxAuth(httpx.Auth):
     `request.headers` shows it, nor does a redirect take it along.
     """
 
+    @sealed
     def __init__(self, market: str, *, custtype: str = "P") -> None:
         """Sign for the configured `market`; `custtype` is `P` for a person, `B` for a firm.
 

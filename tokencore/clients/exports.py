@@ -20,6 +20,7 @@ from hashlib import sha1, sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
+from tokencore.sealing import sealed_class
 from tokencore.stores import files
 from tokencore.tokens import as_answer, from_text, jwt_claims, longest
 
@@ -58,6 +59,7 @@ class Client(NamedTuple):
     holds_secret: bool = False
 
 
+@sealed_class()
 class Exports:
     """The copies of one key's token; what writes is called under the key's lock."""
 
@@ -81,7 +83,8 @@ class Exports:
         try:
             ours = self._store.newest()
             for target in self._targets():
-                with contextlib.suppress(TokenError):  # what cannot be named is for `sync` to report
+                with contextlib.suppress(TokenError):  # what cannot be named or trusted is for `sync` to report
+                    _refuse_strangers(target)
                     theirs += [self._outlasting(path, ours, now) for path in _present(target, self._markets[0])]
         except Exception as error:  # noqa: BLE001 - another program's files are no reason to fail
             _log.warning("The files of other clients could not be searched for a token: %s", _words(error))
@@ -116,6 +119,7 @@ class Exports:
             if not os.path.isdir(target.folder):
                 files.make_private(target.folder)
         except TokenStoreError:
+            _refuse_strangers(target)
             raise _unwritable(target, "the folder cannot be made") from None
         return self._copy(target, token)
 
@@ -124,9 +128,11 @@ class Exports:
 
         Raises:
             ConfigurationError: no such client, a file there is not this key's, or KIS_HTS_ID is missing.
+            TokenStoreError: others can exchange the folder.
 
         """
         target = _target(client, folder)
+        _refuse_strangers(target)
         for path in _present(target, self._markets[0]):
             self._refuse_foreign(target, path)
 
@@ -142,6 +148,7 @@ class Exports:
 
     def _copy(self, target: Target, token: Token) -> list[str]:
         now, client = datetime.now(UTC), CLIENTS[target.client]
+        _refuse_strangers(target)
         contents = client.contents(target, self._markets[0], token, now)
         paths = {os.path.join(target.folder, name): text for name, text in contents.items()}
         present = {path: _content(path) or b"" for path in paths}
@@ -191,7 +198,9 @@ class Exports:
         texts = [] if content is None or self._is_ours(content) else _jwts(content)
         known = ours.access_token if ours else ""
         theirs = longest([from_text(text)[0] for text in texts if _key_of(text) == self._app_key and text != known])
-        return theirs if theirs and theirs.expires_at > max(now, ours.expires_at if ours else now) else None
+        last = max(now, ours.expires_at if ours else now)
+        planted = files.stranger(path, os.lstat(path), lenient=True) if theirs else None
+        return theirs if theirs and theirs.expires_at > last and not planted else None
 
     def _refuse_foreign(self, target: Target, path: str) -> None:
         if os.path.lexists(path) and not self._is_keys(target, path):
@@ -322,6 +331,12 @@ def _key_of(jwt: str) -> str | None:
 
 def _digest(content: bytes) -> str:
     return sha256(content).hexdigest()[:16]
+
+
+def _refuse_strangers(target: Target) -> None:
+    """Return where nobody else can have made or can exchange the folder that the secret goes into."""
+    if fault := files.stranger(target.folder, lenient=True):
+        raise _unwritable(target, f"{fault[0]}; find out why, then run `{fault[1]}`")
 
 
 def _unwritable(target: Target, why: str) -> TokenStoreError:

@@ -28,23 +28,26 @@ def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], bas
 
     Raises:
         ConfigurationError: a setting cannot be used, or a credential, or the address; or `.env` or a secrets folder
-            gives that.
+            gives that, or a folder for copies.
 
     """
     found = gather()
     found.markets.add(name.lower())
     market = _read(name, found)
-    variable = found.address_variable(market.name)
-    origin = found.origins.get(variable, ENVIRONMENT)
-    if base_url == market.base_url and origin not in TRUSTED:
-        raise address_refused(variable, origin, "app secret", "this program")
+    places = found.exports_variables(market.name)
+    if base_url == market.base_url:
+        places.append(found.address_variable(market.name))
+    for variable in places:
+        origin = found.origins.get(variable, ENVIRONMENT)
+        if origin not in TRUSTED:
+            raise address_refused(variable, origin, "app secret", "this program")
     return market.given(credentials, base_url)
 
 
 def _read(name: str, found: Found) -> Market:
     try:
         return Market(name, found, _load)
-    except ValueError:
+    except (AttributeError, KeyError, TypeError, ValueError):
         pass  # Settings have the message; outside, so that no frame with the value is its context
     return _load().market(name)
 

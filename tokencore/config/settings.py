@@ -24,6 +24,7 @@ from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
 from tokencore.config.sources import CONFIG_FILE, PAPER_WORDS, SECRETS_DIR, Found, gather, place_of, short, warn
 from tokencore.errors import ConfigurationError
+from tokencore.sealing import sealed_class
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,6 +124,7 @@ class ExchangeSettings(BaseModel):
     extended: bool = False
 
 
+@sealed_class()
 class Settings(BaseSettings):
     """All settings of this process; `KIS_` variables with other names are other programs'."""
 

@@ -71,6 +71,12 @@ class Found:
             return f"KIS_MARKETS__{market.upper()}__BASE_URL"
         return name
 
+    def exports_variables(self, market: str) -> list[str]:
+        """The variable that says where other programs find the market's secret or token, unless they look at home."""
+        name = f"KIS_MARKETS__{market.upper()}__EXPORTS"
+        wanted = str(self.values.get(name, ""))
+        return [name] if ":" in wanted or "mojito2" in wanted else []
+
     def in_keyring(self, market: str) -> list[str]:
         """Which variables to ask the keyring for, in this order: only those that no other source gives."""
         own = f"KIS_MARKETS__{market.upper()}__"
@@ -124,14 +130,18 @@ def trusted_dotenv() -> dict[str, str]:
 
 
 def _check_addresses(found: Found) -> None:
-    """Refuse an address whose users have their secret from another source or, where `.env` gives it, their key."""
+    """Refuse an address or a folder for copies whose users have their secret from another source.
+
+    Where `.env` gives it, their key too.
+    """
     origins = found.origins
     _check("KIS_STORE", found, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
     for market in ("", *sorted(found.markets)):  # without a name: all that have nothing of their own
-        address, secret = found.address_variable(market), origins.get(found.variable(market, "APP_SECRET"), "")
-        _check(address, found, "app secret", "the keyring" if found.in_keyring(market) else secret)
-        if origins.get(address) == DOTENV_FILE:
-            _check(address, found, "app key", origins.get(found.variable(market, "APP_KEY"), ""))
+        secret = "the keyring" if found.in_keyring(market) else origins.get(found.variable(market, "APP_SECRET"), "")
+        for name in (found.address_variable(market), *found.exports_variables(market)):
+            _check(name, found, "app secret", secret)
+            if origins.get(name) == DOTENV_FILE:
+                _check(name, found, "app key", origins.get(found.variable(market, "APP_KEY"), ""))
 
 
 def _check(address: str, found: Found, what: str, giver: str) -> None:
@@ -142,9 +152,9 @@ def _check(address: str, found: Found, what: str, giver: str) -> None:
 
 def address_refused(name: str, origin: str, what: str, giver: str) -> ConfigurationError:
     """The error for an address of the source `origin` that would get a secret of the source `giver`."""
-    place = place_of(origin)
+    place, verb = place_of(origin), "copy" if name.endswith("EXPORTS") else "send"
     return ConfigurationError(
-        f"{short(name)} in {place} is refused, because it would send there the {what} that {place_of(giver)} gives; "
+        f"{short(name)} in {place} is refused, because it would {verb} there the {what} that {place_of(giver)} gives; "
         f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
     )
 

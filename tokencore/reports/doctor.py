@@ -65,6 +65,7 @@ LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: time to look, and no toke
 NOTICEABLE = 5.0  # seconds: the Date header knows whole ones, and the answer takes its time
 TOO_OFTEN, BREATH = "EGW00201", 1.1  # calls a second say nothing about the token; seconds until the next is welcome
 SLACK_API = "https://slack.com/api/"
+PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # names of variables
 POOL, CHECK = "tokens", "check_tokens"  # the work pool and the hourly deployment of prefect.yaml
 CACHES = {  # of other clients, each of which would issue for itself
     "token.dat": "mojito2",
@@ -147,7 +148,7 @@ def _all(checks: Mapping[str, Check]) -> list[Finding]:
         try:
             found[name] = list(check())
         except TokenError as error:
-            found[name] = [_fail(name, str(error), "see the settings, above", error.exit_code)]
+            found[name] = [_fail(name, str(error), "do what it says", error.exit_code)]
         except Exception as error:  # noqa: BLE001 - one check's fault hides no other; its text may hold anything
             found[name] = [_fail(name, f"could not be looked at ({type(error).__name__})", "please report this line")]
 
@@ -451,12 +452,11 @@ def _slack(settings: Settings | None) -> Iterator[Finding]:
 
 def _prefect(keys: list[Key], home: str) -> Iterator[Finding]:
     """The server, its deployments for the keys' exchanges, and its worker; `home` is where `make up` keeps them."""
-    given = {**os.environ}
-    with contextlib.suppress(ConfigurationError):  # the line on the settings says it
-        given |= trusted_dotenv()
+    given = _prefect_environment()
     api = given.get("PREFECT_API_URL", "").rstrip("/")
     url = api or f"http://127.0.0.1:{given.get('PREFECT_SERVER_API_PORT') or 4200}/api"
-    parts, auth = urlsplit(url), _password(given, home)
+    own = api == os.environ.get("PREFECT_API_URL", "").rstrip("/")  # else `.env` says where the password would go
+    parts, auth = urlsplit(url), _password(given, home if own else "")
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a password may be part of it
     try:
         answer = _ask("POST", f"{url}/deployments/filter", auth=auth, json={})
@@ -481,11 +481,20 @@ def _prefect(keys: list[Key], home: str) -> Iterator[Finding]:
         yield _fail("prefect worker", f"the work pool {POOL!r} is {ready}: no run starts", "make up")
 
 
+def _prefect_environment() -> dict[str, str]:
+    """The environment, completed from `.env`, which may not say where a password of the environment goes."""
+    given = {**os.environ}
+    if not any(map(given.get, PASSWORDS)):
+        with contextlib.suppress(ConfigurationError):  # the line on the settings says it
+            given |= trusted_dotenv()
+    return given
+
+
 def _password(given: Mapping[str, str], home: str) -> tuple[str, str] | None:
     """The server's user and password: the one that is set, else the one that `make up` has generated."""
-    found = given.get("PREFECT_API_AUTH_STRING") or given.get("PREFECT_SERVER_API_AUTH_STRING") or ""
+    found = next((given[name] for name in PASSWORDS if given.get(name)), "")
     with contextlib.suppress(ValueError):
-        found = found or (files.read_text(os.path.join(home, "password")) or "").strip()
+        found = found or (home and files.read_text(os.path.join(home, "password")) or "").strip()
     user, _, password = found.partition(":")
     return (user, password) if user else None
 

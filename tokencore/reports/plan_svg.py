@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tokencore.policy import LIFE
+from tokencore.sealing import sealed
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ svg{--paper:#fff;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--quiet:#eef6ee;--n
 """.replace("\n", "")
 
 
+@sealed
 def draw_plans(plans: Sequence[Plan]) -> str:
     """The plans, one key below the other, as an SVG document; times in KST."""
     drawn, height = [], 0

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokencore.attempts import GRANTED, Outcome
+from tokencore.attempts import GRANTED, Outcome, clean
 from tokencore.policy import LIFE
 from tokencore.tokens import KST
 
@@ -199,8 +199,8 @@ def _ruler(plan: Plan, width: int) -> str:
 
 
 def _plain(text: str) -> Text:
-    """What a person wrote, as it is: no markup, no line break, no escape sequence for the terminal."""
-    return Text("".join(sign if sign.isprintable() else " " for sign in text))
+    """What a person wrote: no markup; an earlier version's record may hold what a terminal would obey."""
+    return Text(clean(text))
 
 
 def _parse(text: str | None) -> datetime | None:

@@ -32,7 +32,8 @@ RECORD_LIMIT = 1 << 20  # bytes of a record that are read, its end; ours have a 
 POLL = 0.02  # seconds between two tries for the lock
 PROMPT = timedelta(seconds=1)  # from the record's line to the request
 VIEW, MARK = "api_token.json", "token_issued_at.dat"
-OURS = ("key-", VIEW, MARK, "_krs_token.dat", "incidents.", "config.toml", "prefect", ".gitignore")
+STATE = ("key-", VIEW, MARK, "incidents.")  # in the names of the files that a change builds on
+OURS = (*STATE, "_krs_token.dat", "config.toml", "prefect", ".gitignore")
 # An access time that no clock gives: the lock file's modification time is then that of the last attempt, which the
 # record could not take. Each second more than the first is an issue that the record does not know.
 UNRECORDED, MANY = 1, 50
@@ -390,7 +391,7 @@ def _hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]
 
     folder = os.path.dirname(path)
     files.make_private(folder, ours=OURS)
-    _hide_from_git(folder)
+    files.refuse_planted(folder, STATE)
     # A new object each time: one made before a fork refuses to work in the child.
     lock = FileLock(path, mode=files.PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
     try:
@@ -405,17 +406,6 @@ def _hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]
     finally:
         with contextlib.suppress(OSError):  # the lock goes with its last reference
             lock.release()
-
-
-def _hide_from_git(folder: str) -> None:
-    """The directory never shows in anybody's repository."""
-    path = os.path.join(folder, ".gitignore")
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, files.PRIVATE_FILE)
-    except OSError:
-        return
-    with open(descriptor, "w", encoding="ascii") as file:
-        file.write("*\n")
 
 
 def _mark_of(view: str) -> str:

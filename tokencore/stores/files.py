@@ -75,24 +75,49 @@ def read_bytes(
 def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
     """Return where nobody but this user and root can have put `path` there, which was `found`; a folder without it.
 
-    As ssh asks of its keys. What is above a folder may be open where it is sticky, as /tmp is, and to a group of
-    the owner's own, which many systems give to every user.
-
     Raises:
         TokenStoreError: another user owns it or can write it, or one of the folders above.
 
     """
+    if fault := stranger(path, found):
+        why, command = fault
+        raise TokenStoreError(
+            f"{why}, so a token there may be planted: it is not used, and nothing was issued. Find out why, then run "
+            f"`{command}`, or point KIS_TOKEN_DIR to a folder of your own."
+        )
+
+
+def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
+    """Look in the same way at all files of `folder` with one of `parts` in their name.
+
+    Raises:
+        TokenStoreError: another user owns one of them or can write it.
+
+    """
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if _has(name, parts) and not name.endswith((".tmp", ".aside")):
+            found = _stat(path, follow=False)
+            if found and stat.S_ISREG(found.st_mode):
+                refuse_strangers(path, found)
+
+
+def stranger(path: str, found: os.stat_result | None = None, *, lenient: bool = False) -> tuple[str, str] | None:
+    """What lets others put `path` there, and the command that ends it; None where only this user and root can.
+
+    As ssh asks of its keys. What is above a folder may be open where it is sticky, as /tmp is, and to a group of
+    the owner's own, which many systems give to every user; where other programs write too, so may `path` itself.
+    """
     if os.name != "posix":
-        return
+        return None
     if found is not None:
-        _refuse(path, found, OTHERS_WRITE)
-        return
+        return _fault(path, found, _others(found) if lenient else OTHERS_WRITE)
     here, below = path, None
     while (step := _stat(here)) and (place := (step.st_dev, step.st_ino)) != below:
-        own_group = step.st_gid == step.st_uid
-        above = 0 if step.st_mode & stat.S_ISVTX else stat.S_IWOTH if own_group else OTHERS_WRITE
-        _refuse(here, step, OTHERS_WRITE if below is None else above)
+        if fault := _fault(here, step, OTHERS_WRITE if below is None and not lenient else _others(step)):
+            return fault
         here, below = os.path.join(here, os.pardir), place  # the system's own way up, which no link deceives
+    return None
 
 
 def write_text(path: str, text: str, *, writer: str = "") -> None:
@@ -179,7 +204,8 @@ def sync_folder(folder: str) -> None:
 def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
     """Make `folder` and its missing parents for this user only, whatever the umask.
 
-    One that this user made before and that holds nothing but names with one of `ours` in them is closed to others.
+    One that holds nothing but names with one of `ours` in them is closed to others, if this user made it before, and
+    hides itself from git.
 
     Raises:
         TokenStoreError: it cannot be made, is no folder, belongs to another user or can be written by others.
@@ -187,32 +213,50 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
     """
     try:
         _make_folders(folder)
-        found = os.stat(folder)
-        if os.name == "posix" and found.st_mode & 0o077 and found.st_uid == os.geteuid():
-            names = os.listdir(folder)
-            if not names or not (found.st_mode & OTHERS_WRITE or any(not _has(name, ours) for name in names)):
-                os.chmod(folder, PRIVATE_FOLDER)
+        found, names = os.stat(folder), os.listdir(folder)
+        only_ours = all(_has(name, ours) for name in names)
+        others_see = found.st_mode & 0o077 and not (names and found.st_mode & OTHERS_WRITE)
+        if os.name == "posix" and only_ours and others_see and found.st_uid == os.geteuid():
+            os.chmod(folder, PRIVATE_FOLDER)
     except OSError as error:
         raise unusable(folder, error) from None
     refuse_strangers(folder)
+    if only_ours:
+        _hide_from_git(folder)
 
 
-def _refuse(path: str, found: os.stat_result, writers: int) -> None:
+def _hide_from_git(folder: str) -> None:
+    try:
+        _write_new(os.path.join(folder, ".gitignore"), b"*\n")
+    except OSError:  # it is there, or the folder is not to be written
+        return
+
+
+def _fault(path: str, found: os.stat_result, writers: int) -> tuple[str, str] | None:
     foreign = found.st_uid not in (os.geteuid(), 0)
     if not foreign and not found.st_mode & writers:
-        return
-    path = os.path.realpath(path)
+        return None
+    import shlex  # only for a mistake
+
+    path, sudo = os.path.realpath(path), "sudo " if foreign and os.geteuid() else ""
     why = f"belongs to another user (uid {found.st_uid})" if foreign else "can be written by other users"
     command = f"chown {os.geteuid()}" if foreign else "chmod go-w"
-    raise TokenStoreError(
-        f"{path} {why}, so a token there may be planted: it is not used, and nothing was issued. Find out why, then "
-        f"run `{command} '{path}'`, or point KIS_TOKEN_DIR to a folder of your own."
-    )
+    return f"{path} {why}", f"{sudo}{command} {shlex.quote(path)}"
 
 
-def _stat(path: str) -> os.stat_result | None:
+def _others(found: os.stat_result) -> int:
+    if found.st_mode & stat.S_ISVTX:
+        return 0
+    return stat.S_IWOTH if found.st_gid == found.st_uid else OTHERS_WRITE
+
+
+def _has(name: str, parts: tuple[str, ...]) -> bool:
+    return any(part in name for part in parts)
+
+
+def _stat(path: str, *, follow: bool = True) -> os.stat_result | None:
     try:
-        return os.stat(path)
+        return os.stat(path, follow_symlinks=follow)
     except OSError:
         return None
 
@@ -237,10 +281,6 @@ def _make_folders(folder: str) -> None:
     except FileExistsError:
         if not os.path.isdir(folder):  # else another process was quicker
             raise
-
-
-def _has(name: str, parts: tuple[str, ...]) -> bool:
-    return any(part in name for part in parts)
 
 
 def _write_new(path: str, content: bytes) -> None:
