@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from tokencore.config import market_of_program, read_market
 from tokencore.config.settings import Settings
 from tokencore.config.sources import FILE_LIMIT, trusted_dotenv
-from tokencore.stores import files
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
+TRUSTED = ("environment", "config.toml")
 SPARSE = 48 * 1024 * 1024  # bytes
 PROMPT = 20.0  # seconds in which a busy machine has started Python; a reader that blocks never ends
 NAMELESS = 54_321  # a user id that no system gives a name
@@ -164,20 +164,14 @@ def test_secrets_folder_as_kubernetes_mounts_it() -> None:
     assert us().credentials() == (KEY, SECRET)
 
 
-def test_dotenv_survives_a_byte_order_mark_and_a_virtual_environment_is_none() -> None:
-    """A `.env` that Windows' editor saved names its first variable rightly; a folder `.env` is ignored."""
-    path = dotenv(f"\ufeffKIS_APP_KEY={KEY}\n")
-    assert us().app_key == KEY
+def test_what_a_dotenv_may_look_like(caplog: pytest.LogCaptureFixture) -> None:
+    """A byte order mark and a wrong line, which is reported but not repeated, harm no other; a folder is ignored."""
+    path = dotenv(f"\ufeffKIS_APP_KEY={KEY}\nKIS_TIMEOUT=7\nexport the secret Canary\nKIS_BUFFER=9\n")
+    assert [(us().app_key, us().buffer, Settings.load().timeout) for _ in range(2)] == [(KEY, 9, 7)] * 2
+    assert caplog.messages == [f"{path}, line 3, is not NAME=value, so it is ignored; fix or remove it."]
     path.unlink()
     path.mkdir()
     assert us().app_key is None
-
-
-def test_line_of_dotenv_that_is_none_is_reported_once_with_file_and_line(caplog: pytest.LogCaptureFixture) -> None:
-    """What the line says is not repeated, and the lines around it count."""
-    path = dotenv("KIS_TIMEOUT=7\nexport the secret Canary\nKIS_BUFFER=9\n")
-    assert [(us().buffer, Settings.load().timeout) for _ in range(2)] == [(9, 7)] * 2
-    assert caplog.messages == [f"{path}, line 2, is not NAME=value, so it is ignored; fix or remove it."]
 
 
 UNREADABLE = {
@@ -207,11 +201,8 @@ def test_an_unreadable_source_is_named_in_one_sentence(name: str, content: bytes
 
 def test_the_name_of_a_secrets_folder_is_not_repeated_where_it_may_be_a_key() -> None:
     """A folder that is not there is named in one short line, but for what may be a credential."""
-    os.environ["KIS_SECRETS_DIR"] = f"/run/secrets/{KEY}"
-    with pytest.raises(ConfigurationError, match=r"^KIS_SECRETS_DIR: /run/secrets/\*\*\* cannot be read"):
-        us()
-    os.environ["KIS_SECRETS_DIR"] = "/run/a\n.b" + "/long" * 20_000
-    assert "KIS_SECRETS_DIR: /run/a?.b/long/" in refusal()
+    os.environ["KIS_SECRETS_DIR"] = f"/run/a\n.b/{'k' * 36}" + "/long" * 20_000
+    assert refusal(us).startswith("KIS_SECRETS_DIR: /run/a?.b/***/long/")
 
 
 def test_each_setting_has_an_origin() -> None:
@@ -241,36 +232,6 @@ def test_a_cloned_repository_gets_no_secret_of_another_source(source: str, varia
         assert messages.pop().startswith(f"{variable} in {path} is refused, because ")
 
 
-@pytest.mark.parametrize("address", ["environment", "config.toml", "secret's own"])
-@pytest.mark.parametrize("secret", ["environment", ".env", "secrets folder", "config.toml"])
-def test_an_address_counts_from_the_source_of_its_secret_and_from_trusted_ones(secret: str, address: str) -> None:
-    """The environment and config.toml may say where any secret goes; other sources where their own goes."""
-    where = {"KIS_BASE_URL": EVIL, "KIS_STORE": "postgresql://store"}
-    pair = {**PAIR, "KIS_STORE_KEYS": SECRET}
-    if address in (secret, "secret's own"):
-        give(secret, {**pair, **where})
-    else:
-        give(secret, pair)
-        give(address, where)
-    store = Settings.load().store
-    assert (us().base_url, store and store.get_secret_value()) == (EVIL, "postgresql://store")
-
-
-def test_a_secrets_folder_gives_no_address_for_a_secret_of_the_config_file() -> None:
-    """The folder is as good as its own secret, and no better."""
-    config(**PAIR)
-    give("secrets folder", {"KIS_BASE_URL": EVIL})
-    assert "would send there the app secret" in refusal(us)
-
-
-def test_a_market_that_dotenv_alone_describes_stands_beside_others() -> None:
-    """Its own address serves its own key and secret, while the secret for all markets comes from config.toml."""
-    config(**PAIR)
-    own = {name.replace("KIS_", "KIS_MARKETS__HK__"): value for name, value in PAIR.items()}
-    dotenv(**own, KIS_MARKETS__HK__BASE_URL=EVIL)
-    assert (read_market("hk").base_url, us().base_url.startswith("https://openapi.")) == (EVIL, True)
-
-
 def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None:
     """A subclass that gives the credentials itself is as safe as a secret in config.toml."""
     dotenv(KIS_APP_KEY="bait", KIS_APP_SECRET="bait", KIS_BASE_URL=EVIL)
@@ -279,30 +240,35 @@ def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None
     assert "quotes" in refusal(lambda: market_of_program("own", lambda: (KEY, f"'{SECRET}'"), "https://own"))
 
 
-SOURCES = st.sampled_from(["environment", ".env", "secrets folder", "config.toml"])
-ASKED = [f"{stem}{field}" for stem in ("KIS_", "KIS_MARKETS__HK__") for field in ("APP_KEY", "APP_SECRET", "BASE_URL")]
-
-
+SOURCES = ("environment", ".env", "secrets folder", "config.toml")
+MARKETS = ("KIS_", "KIS_MARKETS__HK__")
+ASKED = [f"{stem}{field}" for stem in MARKETS for field in ("APP_KEY", "APP_SECRET", "BASE_URL")]
+ASKED += ["KIS_KEYRING", "KIS_STORE", "KIS_STORE_KEYS"]
 KEYRING_FIRST = dict.fromkeys(("KIS_MARKETS__HK__APP_KEY", "KIS_MARKETS__HK__BASE_URL", "KIS_APP_SECRET"), ".env")
+FROM_FOLDER = {"KIS_BASE_URL": "secrets folder", "KIS_APP_SECRET": "config.toml"}
 
 
 @example({**KEYRING_FIRST, "KIS_KEYRING": "environment"}, "")
+@example(FROM_FOLDER, "")
 @given(
-    st.fixed_dictionaries({}, optional=dict.fromkeys([*ASKED, "KIS_KEYRING"], SOURCES)),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(ASKED, st.sampled_from(SOURCES))),
     st.sampled_from(["", "real", "paper"]),
 )
-@hypothesis_settings(max_examples=200)
+@hypothesis_settings(max_examples=300)
 def test_every_reader_keeps_the_rule_of_addresses(places: dict[str, str], hk: str) -> None:
-    """Wherever each variable comes from, both readers refuse an address exactly where the rule says so."""
+    """Wherever each variable comes from, both readers refuse an address where the rule says so, and else take it."""
     with restored():
         shutil.rmtree("secrets", ignore_errors=True)
-        for source in ("environment", ".env", "secrets folder", "config.toml"):
+        for source in SOURCES:
             names = [name for name, place in places.items() if place == source]
-            give(source, {name: "https://127.0.0.1:1" if name.endswith("URL") else "word" for name in names})
-        os.environ["KIS_MARKETS__HK__EXCHANGES"] = "SEHK"
-        os.environ["KIS_MARKETS__HK__ENVIRONMENT"] = hk
-        expected = any(is_foreign(stem, places, hk) for stem in ("KIS_", "KIS_MARKETS__HK__"))
-        assert [refuses(us), refuses(lambda: read_market("hk")), refuses(Settings.load)] == [expected] * 3
+            give(source, {name: EVIL if name.endswith("URL") else "word" for name in names})
+        os.environ |= {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_MARKETS__HK__ENVIRONMENT": hk}
+        store = places.get("KIS_STORE", "environment")
+        expected = store not in (*TRUSTED, places.get("KIS_STORE_KEYS")) or any(
+            is_foreign(s, places, hk) for s in MARKETS
+        )
+        assert [refuses(work) for work in (us, lambda: read_market("hk"), Settings.load)] == [expected] * 3
+        assert expected or (us().base_url == EVIL) == ("KIS_BASE_URL" in places)
 
 
 def refuses(work: Callable[[], object]) -> bool:
@@ -317,7 +283,7 @@ def refuses(work: Callable[[], object]) -> bool:
 def is_foreign(stem: str, places: Mapping[str, str], hk: str) -> bool:
     """The rule in other words than the product's: for all markets (`KIS_`) or for hk."""
     address = places.get(f"{stem}BASE_URL") or (places.get("KIS_BASE_URL") if hk != "paper" else None)
-    if address in (None, "environment", "config.toml"):
+    if address in (None, *TRUSTED):
         return False
     own_key = "KIS_MARKETS__HK__APP_KEY" in places and stem != "KIS_"
     if f"{stem}APP_SECRET" in places:
@@ -412,14 +378,12 @@ def test_dotenv_adds_to_the_environment_only_what_counts() -> None:
 # --- one reader for every file
 
 FILES = [".env", "~/.tokencore/config.toml", "secrets/KIS_APP_KEY"]
-KINDS = ["pipe", "link to a pipe", "link to a device", "socket", "48 MB", "65,537 bytes"]
+KINDS = ["link to a pipe", "link to a device", "socket", "48 MB", "65,537 bytes"]
 
 
 def make_strange(path: Path, kind: str) -> None:
     """Put something in place of a file of settings."""
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "link to a pipe":
+    if kind == "link to a pipe":
         os.mkfifo(path.with_name("pipe"))
         path.symlink_to("pipe")
     elif kind == "link to a device":
@@ -435,29 +399,20 @@ def make_strange(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_no_file_of_a_sensible_size_is_one_sentence_at_once(name: str, kind: str) -> None:
-    """Neither the fast reader nor `Settings` waits or reads on, whatever stands in place of the file."""
+    """Neither the fast reader nor `Settings` waits or takes memory, whatever stands in place of the file."""
     path = Path(name).expanduser().absolute()
     path.parent.mkdir(exist_ok=True)
     make_strange(path, kind)
     if "secrets" in name:
         os.environ["KIS_SECRETS_DIR"] = str(path.parent)
     began = time.monotonic()
+    tracemalloc.start()
     for work in (us, Settings.load):
         message = refusal(work)
         assert path.name in message
         assert ("65536 bytes" if "bytes" in kind or "MB" in kind else "not a regular file") in message
-    assert time.monotonic() - began < PROMPT
-
-
-def test_a_huge_file_takes_no_memory() -> None:
-    """What does not fit is not read to its end."""
-    make_strange(path := Path("huge"), "48 MB")
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="more than 65536 bytes"):
-        files.read_bytes(str(path), FILE_LIMIT)
-    peak = tracemalloc.get_traced_memory()[1]
+    assert (time.monotonic() - began < PROMPT, tracemalloc.get_traced_memory()[1] < SPARSE / 4) == (True, True)
     tracemalloc.stop()
-    assert peak < SPARSE / 16
 
 
 def test_files_as_large_as_allowed_count() -> None:

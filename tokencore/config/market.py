@@ -59,7 +59,7 @@ class Market:
 
         Raises:
             ConfigurationError: the market is not configured, or its address is the other environment's.
-            ValueError: a value cannot be used; `Settings.load()` says which.
+            AttributeError, KeyError, TypeError, ValueError: a value cannot be used; `Settings.load()` says which.
 
         """
         get = found.values.get
@@ -68,8 +68,8 @@ class Market:
         self._settings: Settings | None = None
         self.app_key = credential(get(found.variable(self.name, "APP_KEY")))
         self._app_secret = credential(get(found.variable(self.name, "APP_SECRET")))
-        self._in_keyring = found.in_keyring(self.name) if text(get("KIS_KEYRING", "")) else []
-        self.environment = environment(get(found.variable(self.name, "ENVIRONMENT"), "real"))
+        self._in_keyring = found.in_keyring(self.name)
+        self.environment: str = get(found.variable(self.name, "ENVIRONMENT"), "real")
         self.base_url = self._address(found.address_variable(self.name), found.values)
         self.token_dir = folder(get("KIS_TOKEN_DIR", TOKEN_DIR))
         self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)
@@ -192,16 +192,9 @@ def named(name: str) -> str:
     return lower
 
 
-def text(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
-    """`value`; ValueError unless it is text."""
-    if not isinstance(value, str):
-        raise ValueError("must be text")  # noqa: TRY004 - pydantic words ValueError
-    return value
-
-
-def credential(value: Any) -> str | None:  # noqa: ANN401 - text, or a type of TOML
+def credential(value: object) -> str | None:
     """An app key or secret without the white space around it, None for nothing; ValueError does not repeat it."""
-    found = "" if value is None else text(value).strip()
+    found = value.strip() if isinstance(value, str) else "" if value is None else "no text"
     if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
         raise ValueError("must not have quotes around it; remove them")
     if not found.isascii() or not found.isprintable() or " " in found or len(found) > LONGEST:
@@ -209,16 +202,9 @@ def credential(value: Any) -> str | None:  # noqa: ANN401 - text, or a type of T
     return found or None
 
 
-def environment(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
-    """`real` or `paper`; ValueError for others."""
-    if value not in tuple(HOSTS):
-        raise ValueError("must be 'real' or 'paper'")
-    return str(value)
-
-
-def address(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
+def address(value: str) -> str:
     """A base URL without a trailing slash; ValueError unless it is plain https, or http on loopback."""
-    url = text(value).rstrip("/")
+    url = value.rstrip("/")
     scheme, host, port = _parts(url)
     plain = url.isascii() and url.isprintable() and len(url) <= LONGEST and not set(url) & set(" \\@?#")
     trusted = scheme == "https" or (scheme == "http" and host in _LOOPBACK)
@@ -236,9 +222,9 @@ def _parts(url: str) -> tuple[str, str, str]:
     return scheme, host.removesuffix(f":{port}"), port
 
 
-def folder(value: Any) -> str:  # noqa: ANN401 - text, or a type of TOML
+def folder(value: str) -> str:
     """The path, absolute or from a `~` that resolves; ValueError if it would be another one in each folder."""
-    path = os.path.expanduser(text(value))
+    path = os.path.expanduser(value)
     if not os.path.isabs(path) or "\0" in path:
         raise ValueError("set it to an absolute path, or to one in a home (~) that this machine knows")
     if len(path) > LONGEST:

@@ -7,40 +7,32 @@ import re
 from datetime import date, time
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    SecretStr,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError, WrapValidator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tokencore.calendars.sessions import Override, exchange
 from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
-from tokencore.config.sources import CONFIG_FILE, PAPER_WORDS, SECRETS_DIR, Found, gather, place_of, short, warn
+from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, place_of, short, warn
 from tokencore.errors import ConfigurationError
 from tokencore.sealing import sealed_class
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
+    from pydantic import ValidatorFunctionWrapHandler
     from pydantic_core import ErrorDetails
 
 CLIENTS = ("mojito2", "python-kis", "kis-auth")
 _REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전", "실전투자")
-_SIGNS = dict.fromkeys(_REAL_WORDS, "real") | dict.fromkeys((*PAPER_WORDS, "paper", "true", "1", "yes"), "paper")
 PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
 _OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
 _ALIKE = 0.85  # of two names: a letter or two are wrong
 _KEYRING = {
-    "NoKeyringError": ("this machine has none that programs can use", "install one, or give the secret in another way"),
-    "ValueError": ("what it keeps is not a secret as KIS shows it", "set it again with `keyring set`"),
-    "KeyringLocked": ("it is locked", "unlock it, by logging in or with its own program"),
+    "ModuleNotFoundError": "the package is not installed: run `pip install 'tokencore[keyring]'`",
+    "NoKeyringError": "this machine has none that programs can use: install one, or give the secret in another way",
+    "ValueError": "what it keeps is not a secret as KIS shows it: set it again with `keyring set`",
+    "KeyringLocked": "it is locked: unlock it, by logging in or with its own program",
 }
 
 
@@ -68,14 +60,11 @@ def _export(text: str) -> str:
     return text
 
 
-def _hours(value: object) -> object:
-    return tuple(part.strip() for part in value.split("-", 1)) if isinstance(value, str) else value
-
-
-def _in_order(hours: tuple[time, time]) -> tuple[time, time]:
-    if hours[0] >= hours[1]:
+def _hours(value: object, parse: ValidatorFunctionWrapHandler) -> tuple[time, time]:
+    opens, closes = parse([part.strip() for part in value.split("-", 1)] if isinstance(value, str) else value)
+    if opens >= closes:
         raise ValueError("must open before it closes")
-    return hours
+    return opens, closes
 
 
 def _mention(text: str) -> str:
@@ -91,20 +80,18 @@ def _number(lowest: float, highest: float, *, whole: bool = False) -> BeforeVali
 
 # What `Market` converts on the path of a cached token is converted here by the same functions, so that both agree.
 Credential = Annotated[SecretStr | None, BeforeValidator(values.credential)]
-Environment = Annotated[Literal["real", "paper"], BeforeValidator(values.environment)]
-Url = Annotated[str, BeforeValidator(values.address)]
+Environment = Literal["real", "paper"]
+Url = Annotated[str, AfterValidator(values.address)]
 Seconds = Annotated[float, _number(*SECONDS)]
 Exchange = Annotated[str, AfterValidator(str.upper), AfterValidator(_exchange)]
 Day = date
 Days = Annotated[list[date], BeforeValidator(_items)]
-Hours = Annotated[tuple[time, time], BeforeValidator(_hours), AfterValidator(_in_order)]
+Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
 Secrets = Annotated[list[SecretStr], BeforeValidator(_items)]
 
 
 class MarketSettings(BaseModel):
     """What one market has of its own; everything else it takes from the settings for all."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     app_key: Credential = None
     app_secret: Credential = None
@@ -116,8 +103,6 @@ class MarketSettings(BaseModel):
 
 class ExchangeSettings(BaseModel):
     """What the user knows better than the calendar: closed days, other hours, extended hours."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     closed: Days = []
     hours: dict[Day, Hours] = {}
@@ -135,7 +120,7 @@ class Settings(BaseSettings):
     app_secret: Credential = None
     environment: Environment = "real"
     base_url: Url | None = None
-    token_dir: Annotated[str, BeforeValidator(values.folder)] = Field(default=values.TOKEN_DIR, validate_default=True)
+    token_dir: Annotated[str, AfterValidator(values.folder)] = Field(default=values.TOKEN_DIR, validate_default=True)
     markets: dict[Annotated[str, AfterValidator(values.named)], MarketSettings] = {}
     exchanges: dict[Exchange, ExchangeSettings] = {}
     issue_interval: Seconds = values.ISSUE_INTERVAL
@@ -154,7 +139,7 @@ class Settings(BaseSettings):
     slack_mention: Annotated[str, AfterValidator(_mention)] = ""
     slack_language: Literal["en", "ko"] = "en"
     prefect_ui_url: str | None = None
-    _markets: dict[str, Market] = PrivateAttr(default_factory=dict)
+    _markets: dict[str, Market] = PrivateAttr()
 
     @classmethod
     def settings_customise_sources(
@@ -237,7 +222,7 @@ class Settings(BaseSettings):
         unknown = {name: _meant(name) for name in self.found.origins if name.startswith("KIS_")}
         return {name: meant for name, meant in unknown.items() if meant is not None}
 
-    def in_keyring(self, names: Sequence[str]) -> str | None:
+    def in_keyring(self, names: Iterable[str]) -> str | None:
         """What the keyring keeps under KIS_KEYRING for the first of the variables `names` that it knows.
 
         It keeps secrets only: every cached `get` must know the app key, and a keyring is slow or asks for a password.
@@ -246,29 +231,21 @@ class Settings(BaseSettings):
             ConfigurationError: there is no keyring, or it is locked; cached tokens are served without it.
 
         """
-        service = str(self.keyring)
         try:
             import keyring  # an extra, and slow to load
 
-            return next(
-                (found for name in names if (found := values.credential(keyring.get_password(service, name)))), None
-            )
-        except ImportError:
-            why, fix = "the package is not installed", "pip install 'tokencore[keyring]'"
+            kept = (values.credential(keyring.get_password(str(self.keyring), name)) for name in names)
+            return next(filter(None, kept), None)
         except Exception as error:  # noqa: BLE001 - a backend's own, whose text may contain anything
-            why, fix = _KEYRING.get(
-                type(error).__name__, (f"it failed ({type(error).__name__})", "run `keyring diagnose`")
-            )
+            name = type(error).__name__
         raise ConfigurationError(
-            f"The app secret should come from the system's keyring (KIS_KEYRING={short(service)}), but {why}. "
-            f"Cached tokens are served anyway. To do: {fix}; or remove KIS_KEYRING."
+            f"The app secret should come from the system's keyring (KIS_KEYRING={short(str(self.keyring))}), but "
+            f"{_KEYRING.get(name, f'it failed ({name}): run `keyring diagnose`')}; or remove KIS_KEYRING. "
+            "Cached tokens are served anyway."
         )
 
-    def __reduce__(self) -> str:
-        raise TypeError("Settings hold credentials and are not pickled; load them where they are needed")
 
-
-def _variable(path: Sequence[int | str]) -> str:
+def _variable(path: Iterable[int | str]) -> str:
     name = "__".join(step for step in path if isinstance(step, str) and step != "[key]").upper()
     return name if name.startswith(("SLACK_", "PREFECT_")) else f"KIS_{name}"
 
@@ -323,12 +300,11 @@ def _nested(found: Found, names: list[str]) -> dict[str, Any]:
 
 
 def _warn(settings: Settings) -> None:
-    for name, value in settings.found.values.items():
+    given = settings.found.values
+    for name, value in given.items():
         if name.endswith(("APP_KEY", "APP_SECRET")) and value != value.strip():
             warn(f"{short(name)} has white space around it, which was removed.")
-        if name in PAPER_SIGNS:
-            unclear = settings.environment if "KIS_ENVIRONMENT" in settings.found.values else "real or paper"
-            meant = _SIGNS.get(str(value).strip().lower(), unclear)
-            if meant != settings.environment:
-                now = f"{name} is not a setting, so the environment is {settings.environment}"
-                warn(f"{now}; set KIS_ENVIRONMENT={meant}.")
+        if name in PAPER_SIGNS and "KIS_ENVIRONMENT" not in given and str(value).strip().lower() not in _REAL_WORDS:
+            warn(
+                f"{name} is not a setting, so the environment is real; set KIS_ENVIRONMENT=real or KIS_ENVIRONMENT=paper."
+            )
