@@ -460,15 +460,19 @@ def test_reject_replaces_an_approval_key(quick: Sandbox, give: Give, command: Co
 
 
 @pytest.fixture
-def elsewhere(gateway: Sandbox, tmp_path: Path) -> str:
+def elsewhere(gateway: Sandbox, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> str:
     """What `get us --json` prints on another machine with the same key."""
     gateway.set_rules(issue_interval=0)
-    ran = tokencore("get", "us", "--json", KIS_TOKEN_DIR=str(tmp_path / "elsewhere"))
+    with monkeypatch.context() as there:
+        there.setenv("KIS_TOKEN_DIR", str(tmp_path / "elsewhere"))
+        ran = command("get", "us", "--json")
     assert ran.code == 0
     return ran.out
 
 
-def test_a_token_moves_to_another_machine_without_an_issue(elsewhere: str, gateway: Sandbox, give: Give) -> None:
+def test_a_token_moves_to_another_machine_without_an_issue(
+    elsewhere: str, gateway: Sandbox, give: Give, command: Command
+) -> None:
     """It is proven by one quote call, serves all markets of the key, and starts the six hours but not our limits."""
     ran = give(elsewhere, "import", "us")
     assert ran.code == 0, ran.err
@@ -479,7 +483,7 @@ def test_a_token_moves_to_another_machine_without_an_issue(elsewhere: str, gatew
     assert "Known already" in give(elsewhere, "import", "us").out
     status = TokenManager("us").get_token_status()
     assert (status["issues_last_24h"], status["cooldown_until"]) == (0, None)
-    assert "six hours after its issue" in tokencore("refresh", "us").err
+    assert "six hours after its issue" in command("refresh", "us").err
 
 
 FORMS = {
@@ -505,18 +509,22 @@ def test_a_token_is_taken_in_every_form(form: str, give: Give, gateway: Sandbox)
     assert gateway.stats()["requests"] == []
 
 
-LATE = {"access_token": make_jwt(APP_KEY), "expires_at": "2099-01-01T00:00Z"}
-REFUSED_INPUT = {
-    "nothing": ("", 2, "holds no token"),
-    "far too much": ("x" * 70_000, 2, "holds no token"),
-    "an opaque token without an expiry": ("not-a-jwt", 2, "gives its expiry"),
-    "JSON that is no object": ("[1]", 2, "gives its expiry"),
-    "another key's": (make_jwt(), 2, "another app key"),
-    "expired": (make_jwt(APP_KEY, life=-60), 3, "of no use any more"),
-    "about to expire": (make_jwt(APP_KEY, life=200), 3, "of no use any more"),
-    "of the other environment": (json.dumps({**LATE, "environment": "paper"}), 2, "is paper"),
-    "an environment that is none": (json.dumps({**LATE, "environment": KEY}), 2, "is unknown"),
-    "an opaque one that nobody proves": (json.dumps({**LATE, "access_token": "opaque"}), 2, "does not say whose it is"),
+def late(**fields: object) -> str:
+    """JSON with a token of the key that lives, and other fields."""
+    return json.dumps({"access_token": make_jwt(APP_KEY), "expires_at": "2099-01-01T00:00Z", **fields})
+
+
+REFUSED_INPUT: dict[str, tuple[Callable[[], str], int, str]] = {
+    "nothing": (lambda: "", 2, "holds no token"),
+    "far too much": (lambda: "x" * 70_000, 2, "holds no token"),
+    "an opaque token without an expiry": (lambda: "not-a-jwt", 2, "gives its expiry"),
+    "JSON that is no object": (lambda: "[1]", 2, "gives its expiry"),
+    "another key's": (make_jwt, 2, "another app key"),
+    "expired": (lambda: make_jwt(APP_KEY, life=-60), 3, "of no use any more"),
+    "about to expire": (lambda: make_jwt(APP_KEY, life=200), 3, "of no use any more"),
+    "of the other environment": (lambda: late(environment="paper"), 2, "is paper"),
+    "an environment that is none": (lambda: late(environment=KEY), 2, "is unknown"),
+    "an opaque one that nobody proves": (lambda: late(access_token="opaque"), 2, "does not say whose it is"),
 }
 
 
@@ -525,7 +533,7 @@ REFUSED_INPUT = {
 def test_what_is_no_token_of_the_key_is_refused(case: str, give: Give) -> None:
     """A sentence says what is wrong, nothing is saved, and no output repeats the token."""
     text, code, words = REFUSED_INPUT[case]
-    ran = give(text, "import", "us", "--offline")
+    ran = give(text(), "import", "us", "--offline")
     assert (ran.code, words in one_line(ran)) == (code, True), ran.err
     assert TokenManager("us").load_token() is None
     assert outcomes() == []

@@ -172,7 +172,7 @@ def test_a_secret_in_the_keyring_is_told_without_its_text(isolated: Path, monkey
     own["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}{os.pathsep}{Path(__file__).parent}"
     locked = json.loads(tokencore("doctor", "--json", **own).out)
     states = {one["name"]: one["state"] for one in locked}
-    assert (states["keyring"], states["token us"]) == ("fail", "ok")
+    assert (states["keyring"], states["token us"] == "fail") == ("fail", False), "what is cached serves"
     (isolated / "keyring.json").write_text(json.dumps({"kis": {"KIS_APP_SECRET": APP_SECRET}}))
     ran = tokencore("doctor", "--json", **own)
     assert ran.code == 0

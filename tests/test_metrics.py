@@ -148,35 +148,30 @@ def test_every_scrape_reads_anew(url: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert samples(get(f"{url}/metrics").text)["kis_settings_readable"] == {"": 1}
 
 
-@pytest.mark.parametrize("hours", [("00:00-23:59", True), ("00:00-00:01", False)], ids=["open", "closed"])
+@pytest.mark.parametrize("span", ["00:00-23:59", "00:00-00:01"], ids=["open", "closed"])
 def test_ready_is_whoever_has_a_token_for_the_session_that_runs(
-    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, hours: tuple[str, bool]
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, span: str
 ) -> None:
-    """503 with the reason only for a market whose session needs a token that it lacks; alive it is in any case."""
-    span, needed = hours
+    """503 with the reason only for a market whose session runs without a token that lasts; alive it is in any case."""
+    zone, code = ZoneInfo("Asia/Tokyo"), "TKSE"
+    if not 2 <= datetime.now(zone).hour < 22:  # around midnight one session follows the other
+        zone, code = ZoneInfo("America/New_York"), "NYSE"
+    today, needed = datetime.now(zone).date(), span != "00:00-00:01"
+    for shift in (-1, 0, 1):
+        monkeypatch.setenv(f"KIS_EXCHANGES__{code}__HOURS__{today + timedelta(days=shift)}", span)
+    own = {"MINE__EXCHANGES": code, "MINE__APP_KEY": KEY, "MINE__APP_SECRET": SECRET}
+    for name, value in {**own, "US__EXCHANGES": "[]", "KR__EXCHANGES": "[]"}.items():
+        monkeypatch.setenv(f"KIS_MARKETS__{name}", value)
     gateway.set_rules(issue_interval=0)
-    for shift in (-1, 0, 1, 2):  # Tokyo's day is not always this machine's; tomorrow's open may be within the hour
-        day = (datetime.now(ZoneInfo("Asia/Tokyo")) + timedelta(days=shift)).date()
-        monkeypatch.setenv(f"KIS_EXCHANGES__TKSE__HOURS__{day}", span if shift != 1 or needed else "12:00-13:00")
-    for market, own in {
-        "JP": {"EXCHANGES": "TKSE", "APP_KEY": KEY, "APP_SECRET": SECRET},
-        "US": {"EXCHANGES": "[]"},
-    }.items():
-        for name, value in own.items():
-            monkeypatch.setenv(f"KIS_MARKETS__{market}__{name}", value)
-    monkeypatch.setenv("KIS_MARKETS__KR__EXCHANGES", "[]")
     with listening(Watch(Key.load), LOOPBACK, 0) as url:
-        answer = get(f"{url}/readyz/JP")
-        late = datetime.now(ZoneInfo("Asia/Tokyo")).hour == 23 or not datetime.now(ZoneInfo("Asia/Tokyo")).hour
-        if not late:  # around midnight one session follows the other
-            assert answer.status_code == (503 if needed else 200)
-            assert answer.text.startswith(
-                "jp: not ready: there is no token; the session ends at " if needed else "jp: ready"
-            )
-            assert get(f"{url}/readyz").status_code == answer.status_code
+        answer = get(f"{url}/readyz/MINE")
+        assert answer.status_code == (503 if needed else 200)
+        reason = "mine: not ready: there is no token; the session ends at " if needed else "mine: ready"
+        assert answer.text.startswith(reason)
+        assert get(f"{url}/readyz").status_code == answer.status_code
         assert get(f"{url}/readyz/us").text == "us: ready\n"
         assert get(f"{url}/livez").status_code == 200
-        TokenManager("jp").get_valid_token()
+        TokenManager("mine").get_valid_token()
         assert get(f"{url}/readyz").status_code == 200
 
 
