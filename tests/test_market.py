@@ -87,8 +87,8 @@ def test_a_malformed_setting_gets_one_sentence_that_names_it(variable: str, valu
     assert why in message
 
 
-WRONG_TYPES = ("app_key = 12345", "base_url = 5", "environment = ['real']", "token_dir = 7", 'token_dir = "/a\\u0000"')
-WRONG_TYPES += ("buffer = true", f"buffer = 1{'0' * 400}")
+WRONG_TYPES = ["app_key = 12345", "base_url = 5", "environment = ['real']", "token_dir = 7", 'token_dir = "/a\\u0000"']
+WRONG_TYPES += ["buffer = true", f"buffer = 1{'0' * 400}"]
 
 
 @pytest.mark.parametrize("line", WRONG_TYPES)

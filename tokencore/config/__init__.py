@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tokencore.config.market import Market
-from tokencore.config.sources import ENVIRONMENT, TRUSTED, address_refused, gather
+from tokencore.config.sources import check_address, gather
+from tokencore.sealing import sealed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tokencore.config.sources import Found
 
 
+@sealed
 def read_market(name: str) -> Market:
     """The market `name` from this process's settings, without validating the others.
 
@@ -23,6 +25,7 @@ def read_market(name: str) -> Market:
     return _read(name, gather())
 
 
+@sealed
 def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
     """The market `name`, configured or not, with the key and the address that a program gives itself.
 
@@ -34,13 +37,9 @@ def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], bas
     found = gather()
     found.markets.add(name.lower())
     market = _read(name, found)
-    places = found.exports_variables(market.name)
-    if base_url == market.base_url:
-        places.append(found.address_variable(market.name))
-    for variable in places:
-        origin = found.origins.get(variable, ENVIRONMENT)
-        if origin not in TRUSTED:
-            raise address_refused(variable, origin, "app secret", "this program")
+    address = [found.address_variable(market.name)] if base_url == market.base_url else []
+    for variable in (*address, *found.exports_variables(market.name)):
+        check_address(variable, found, "app secret", "this program")
     return market.given(credentials, base_url)
 
 
@@ -48,8 +47,7 @@ def _read(name: str, found: Found) -> Market:
     try:
         return Market(name, found, _load)
     except (AttributeError, KeyError, TypeError, ValueError):
-        pass  # Settings have the message; outside, so that no frame with the value is its context
-    return _load().market(name)
+        return _load().market(name)  # which says what is wrong
 
 
 def _load() -> Settings:

@@ -150,15 +150,14 @@ class Market:
             ConfigurationError: a credential or the address cannot be used.
 
         """
-        self.app_key, self._app_secret = credentials()  # no local name: nothing secret is in a traceback's frames
+        given = credentials()
         try:
-            self.app_key, self._app_secret = credential(self.app_key), credential(self._app_secret)
+            self.app_key, self._app_secret = map(credential, given)
             self.base_url, self._in_keyring = address(base_url), []
         except ValueError as error:
-            why = str(error)
-        else:
-            return self
-        raise ConfigurationError(f"What get_app_credentials or get_api_url of {self.name!r} gives {why}.")
+            what = f"What get_app_credentials or get_api_url of {self.name!r} gives"
+            raise ConfigurationError(f"{what} {error}.") from None
+        return self
 
     def _missing(self, field: str, more: str = "") -> ConfigurationError:
         return ConfigurationError(

@@ -7,7 +7,7 @@ import re
 from datetime import date, time
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError, WrapValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError, WrapValidator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tokencore.calendars.sessions import Override, exchange
@@ -84,10 +84,8 @@ Environment = Literal["real", "paper"]
 Url = Annotated[str, AfterValidator(values.address)]
 Seconds = Annotated[float, _number(*SECONDS)]
 Exchange = Annotated[str, AfterValidator(str.upper), AfterValidator(_exchange)]
-Day = date
-Days = Annotated[list[date], BeforeValidator(_items)]
+Listed = BeforeValidator(_items)
 Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
-Secrets = Annotated[list[SecretStr], BeforeValidator(_items)]
 
 
 class MarketSettings(BaseModel):
@@ -97,15 +95,15 @@ class MarketSettings(BaseModel):
     app_secret: Credential = None
     environment: Environment | None = None
     base_url: Url | None = None
-    exchanges: Annotated[list[Exchange], BeforeValidator(_items)] | None = None
-    exports: Annotated[list[Annotated[str, AfterValidator(_export)]], BeforeValidator(_items)] = []
+    exchanges: Annotated[list[Exchange], Listed] | None = None
+    exports: Annotated[list[Annotated[str, AfterValidator(_export)]], Listed] = []
 
 
 class ExchangeSettings(BaseModel):
     """What the user knows better than the calendar: closed days, other hours, extended hours."""
 
-    closed: Days = []
-    hours: dict[Day, Hours] = {}
+    closed: Annotated[list[date], Listed] = []
+    hours: dict[date, Hours] = {}
     extended: bool = False
 
 
@@ -120,7 +118,7 @@ class Settings(BaseSettings):
     app_secret: Credential = None
     environment: Environment = "real"
     base_url: Url | None = None
-    token_dir: Annotated[str, AfterValidator(values.folder)] = Field(default=values.TOKEN_DIR, validate_default=True)
+    token_dir: Annotated[str, AfterValidator(values.folder)] = values.TOKEN_DIR
     markets: dict[Annotated[str, AfterValidator(values.named)], MarketSettings] = {}
     exchanges: dict[Exchange, ExchangeSettings] = {}
     issue_interval: Seconds = values.ISSUE_INTERVAL
@@ -132,22 +130,21 @@ class Settings(BaseSettings):
     hts_id: str | None = None
     keyring: str | None = None
     store: SecretStr | None = None  # an address with a password
-    store_keys: Secrets = []
+    store_keys: Annotated[list[SecretStr], Listed] = []
     slack_webhook_url: SecretStr | None = None
     slack_bot_token: SecretStr | None = None
     slack_channel: str | None = None
     slack_mention: Annotated[str, AfterValidator(_mention)] = ""
     slack_language: Literal["en", "ko"] = "en"
     prefect_ui_url: str | None = None
-    _markets: dict[str, Market] = PrivateAttr()
+    _markets: dict[str, Market] = {}
 
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """One source, as the fast reader has: precedence and trust are decided in one place."""
-        found = gather()
-        return (InitSettingsSource(settings_cls, _nested(found, _known_names(found))),)
+        return (InitSettingsSource(settings_cls, _nested(gather())),)
 
     @classmethod
     def load(cls) -> Self:
@@ -160,11 +157,9 @@ class Settings(BaseSettings):
         try:
             loaded = cls()
         except ValidationError as error:
-            problem = _message(error.errors(include_input=False, include_url=False)[0])
-        else:
-            _warn(loaded)
-            return loaded
-        raise ConfigurationError(problem)
+            raise ConfigurationError(_message(error.errors(include_input=False, include_url=False)[0])) from None
+        _warn(loaded)
+        return loaded
 
     def model_post_init(self, context: Any, /) -> None:  # noqa: ANN401, ARG002 - as inherited
         """Make the markets."""
@@ -192,10 +187,8 @@ class Settings(BaseSettings):
         """
         able = [market for market in self.all_markets() if market.app_key]
         if not able:
-            raise ConfigurationError(
-                "No market has an app key; set KIS_APP_KEY and KIS_APP_SECRET in the environment, "
-                f".env or {CONFIG_FILE}."
-            )
+            how = f"set KIS_APP_KEY and KIS_APP_SECRET in the environment, .env or {CONFIG_FILE}"
+            raise ConfigurationError(f"No market has an app key; {how}.")
         return able
 
     @property
@@ -219,8 +212,7 @@ class Settings(BaseSettings):
 
     def misspelt(self) -> dict[str, str]:
         """The `KIS_` names that are no settings, each with the one it resembles, or nothing: another program's."""
-        unknown = {name: _meant(name) for name in self.found.origins if name.startswith("KIS_")}
-        return {name: meant for name, meant in unknown.items() if meant is not None}
+        return {name: meant for name, meant in _unknown(self.found).items() if name.startswith("KIS_")}
 
     def in_keyring(self, names: Iterable[str]) -> str | None:
         """What the keyring keeps under KIS_KEYRING for the first of the variables `names` that it knows.
@@ -238,10 +230,10 @@ class Settings(BaseSettings):
             return next(filter(None, kept), None)
         except Exception as error:  # noqa: BLE001 - a backend's own, whose text may contain anything
             name = type(error).__name__
+            why = _KEYRING.get(name, f"it failed ({name}): run `keyring diagnose`")
         raise ConfigurationError(
-            f"The app secret should come from the system's keyring (KIS_KEYRING={short(str(self.keyring))}), but "
-            f"{_KEYRING.get(name, f'it failed ({name}): run `keyring diagnose`')}; or remove KIS_KEYRING. "
-            "Cached tokens are served anyway."
+            f"The app secret should come from the system's keyring (KIS_KEYRING={short(str(self.keyring))}), but {why}"
+            "; or remove KIS_KEYRING. Cached tokens are served anyway."
         )
 
 
@@ -250,10 +242,11 @@ def _variable(path: Iterable[int | str]) -> str:
     return name if name.startswith(("SLACK_", "PREFECT_")) else f"KIS_{name}"
 
 
-_GROUPS: dict[str, type[BaseModel]] = {"KIS_MARKETS": MarketSettings, "KIS_EXCHANGES": ExchangeSettings}
-_KNOWN = [*map(_variable, zip(Settings.model_fields.keys() - {"found", "markets", "exchanges"}))]
-_KNOWN += [f"{group}__*__{field.upper()}" for group, model in _GROUPS.items() for field in model.model_fields]
-_KNOWN += ["KIS_EXCHANGES__*__HOURS__*", SECRETS_DIR, *_OUTPUT, *PAPER_SIGNS]
+_GROUPS = ("KIS_MARKETS", "KIS_EXCHANGES")
+_KNOWN = [*map(_variable, zip(Settings.model_fields.keys() - {"found", "markets", "exchanges"})), SECRETS_DIR]
+_KNOWN += [_variable(("markets", "*", field)) for field in MarketSettings.model_fields]
+_KNOWN += [_variable(("exchanges", "*", field)) for field in ("closed", "hours__*", "extended")]
+_KNOWN += [*_OUTPUT, *PAPER_SIGNS]
 
 
 def _message(error: ErrorDetails) -> str:
@@ -262,36 +255,33 @@ def _message(error: ErrorDetails) -> str:
     return f"{name} cannot be used: {why[:1].lower()}{why[1:].rstrip('.')}. Correct or remove it."
 
 
-def _meant(name: str) -> str | None:
-    """None for a setting; for another name the one that it resembles, or nothing."""
-    steps = name.split("__")
-    free = steps[1::2]  # a market or an exchange, and a day
-    steps[1::2] = ["*"] * len(free)
-    pattern = "__".join(steps)
-    if pattern in _KNOWN:
-        return None
-    alike = "".join(difflib.get_close_matches(pattern, _KNOWN, 1, _ALIKE))
-    for step in free:
-        alike = alike.replace("*", step, 1)
-    return alike
+def _unknown(found: Found) -> dict[str, str]:
+    """The names that are no settings, each with the one it resembles, or nothing."""
+    unknown = {}
+    for name in found.values:
+        steps = name.split("__")
+        free, steps[1::2] = steps[1::2], ["*"] * len(steps[1::2])  # a market or an exchange, and a day
+        pattern = "__".join(steps)
+        if pattern not in _KNOWN:
+            alike = "".join(difflib.get_close_matches(pattern, _KNOWN, 1, _ALIKE))
+            unknown[name] = alike.replace("*", "{}").format(*free, "*", "*")
+    return unknown
 
 
-def _known_names(found: Found) -> list[str]:
-    """The names of settings; refuses others where they can only be ours, and warns of those that resemble ours."""
-    unknown = {name: meant for name in found.values if (meant := _meant(name)) is not None}
+def _nested(found: Found) -> dict[str, Any]:
+    """The settings as pydantic takes them.
+
+    Other names are refused where they can only be ours; elsewhere those that resemble ours draw a warning.
+    """
+    tree: dict[str, Any] = {"found": found}
+    unknown = _unknown(found)
     for name, meant in unknown.items():
         hint = f"did you mean {short(meant)}?" if meant else "the README lists the settings."
         if found.origins[name] == CONFIG_FILE or name.split("__")[0] in _GROUPS:
             raise ConfigurationError(f"Unknown setting {short(name)} in {place_of(found.origins[name])}; {hint}")
         if meant:
             warn(f"Unknown setting {short(name)}; {hint}")
-    return [name for name in found.values if name not in unknown]
-
-
-def _nested(found: Found, names: list[str]) -> dict[str, Any]:
-    """The settings as pydantic takes them; nothing is raised here, where a frame has their values."""
-    tree: dict[str, Any] = {"found": found}
-    for name in names:
+    for name in found.values.keys() - unknown.keys():
         branch, (*steps, field) = tree, name.lower().removeprefix("kis_").split("__")
         for step in steps:
             branch = branch.setdefault(step, {})
@@ -305,6 +295,5 @@ def _warn(settings: Settings) -> None:
         if name.endswith(("APP_KEY", "APP_SECRET")) and value != value.strip():
             warn(f"{short(name)} has white space around it, which was removed.")
         if name in PAPER_SIGNS and "KIS_ENVIRONMENT" not in given and str(value).strip().lower() not in _REAL_WORDS:
-            warn(
-                f"{name} is not a setting, so the environment is real; set KIS_ENVIRONMENT=real or KIS_ENVIRONMENT=paper."
-            )
+            now = f"{name} is not a setting, so the environment is real"
+            warn(f"{now}; set KIS_ENVIRONMENT=real or KIS_ENVIRONMENT=paper.")

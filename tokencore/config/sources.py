@@ -13,6 +13,7 @@ import os
 import stat
 
 from tokencore.errors import ConfigurationError
+from tokencore.sealing import sealed
 from tokencore.stores import files
 
 TYPE_CHECKING = False
@@ -92,6 +93,7 @@ class Found:
         raise TypeError("the settings hold credentials and are not pickled; read them where they are needed")
 
 
+@sealed
 def gather() -> Found:
     """All settings of this process.
 
@@ -107,16 +109,16 @@ def gather() -> Found:
             f"{SECRETS_DIR} in {place_of(DOTENV_FILE)} is refused, because a .env may not say where secrets come from; "
             f"set it in the environment, or as secrets_dir in {CONFIG_FILE}."
         )
-    config = Found()  # a dictionary would show its values in a traceback
-    config.add(CONFIG_FILE, _config())
-    if folder := str(found.values.get(SECRETS_DIR) or config.values.get(SECRETS_DIR, "")):
+    config = _config()
+    if folder := str(found.values.get(SECRETS_DIR) or config.get(SECRETS_DIR, "")):
         folder = os.path.abspath(os.path.expanduser(folder))
         found.add(folder, _secrets(folder))
-    found.add(CONFIG_FILE, config.values)
+    found.add(CONFIG_FILE, config)
     _check_addresses(found)
     return found
 
 
+@sealed
 def trusted_dotenv() -> dict[str, str]:
     """What `.env` adds to this process's environment, for whoever hands both on to another process.
 
@@ -135,25 +137,27 @@ def _check_addresses(found: Found) -> None:
     Where `.env` gives it, their key too.
     """
     origins = found.origins
-    _check("KIS_STORE", found, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
+    check_address("KIS_STORE", found, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
     for market in ("", *sorted(found.markets)):  # without a name: all that have nothing of their own
         secret = "the keyring" if found.in_keyring(market) else origins.get(found.variable(market, "APP_SECRET"), "")
         for name in (found.address_variable(market), *found.exports_variables(market)):
-            _check(name, found, "app secret", secret)
+            check_address(name, found, "app secret", secret)
             if origins.get(name) == DOTENV_FILE:
-                _check(name, found, "app key", origins.get(found.variable(market, "APP_KEY"), ""))
+                check_address(name, found, "app key", origins.get(found.variable(market, "APP_KEY"), ""))
 
 
-def _check(address: str, found: Found, what: str, giver: str) -> None:
-    origin = found.origins.get(address, ENVIRONMENT)
-    if origin not in TRUSTED and giver not in ("", origin):
-        raise address_refused(address, origin, what, giver)
+def check_address(name: str, found: Found, what: str, giver: str) -> None:
+    """Refuse the address that the variable `name` gives, where it would get what the source `giver` keeps.
 
+    Raises:
+        ConfigurationError: another source gives the address, and neither the environment nor config.toml.
 
-def address_refused(name: str, origin: str, what: str, giver: str) -> ConfigurationError:
-    """The error for an address of the source `origin` that would get a secret of the source `giver`."""
-    place, verb = place_of(origin), "copy" if name.endswith("EXPORTS") else "send"
-    return ConfigurationError(
+    """
+    origin, verb = found.origins.get(name, ENVIRONMENT), "copy" if name.endswith("EXPORTS") else "send"
+    if origin in TRUSTED or giver in ("", origin):
+        return
+    place = place_of(origin)
+    raise ConfigurationError(
         f"{short(name)} in {place} is refused, because it would {verb} there the {what} that {place_of(giver)} gives; "
         f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
     )
@@ -190,16 +194,15 @@ def _dotenv() -> dict[str, str]:
     """The pairs of `.env`, the last one of each name; none where others can have written it."""
     if not os.path.exists(DOTENV_FILE) or os.path.isdir(DOTENV_FILE):  # a folder of this name is a virtualenv
         return {}
-    path = os.path.abspath(DOTENV_FILE)
-    shown = _printable(path)
-    if why := _readable(_written_by_others, path, shown):
+    shown = place_of(DOTENV_FILE)
+    if why := _readable(_written_by_others, DOTENV_FILE):
         warn(f"{shown} is ignored, because {why}.")
         return {}
     import io
 
     from dotenv.parser import parse_stream
 
-    lines = list(parse_stream(io.StringIO(_readable(_text, path, shown))))
+    lines = list(parse_stream(io.StringIO(_readable(_text, DOTENV_FILE))))
     for line in lines:
         if line.error:
             warn(f"{shown}, line {line.original.line}, is not NAME=value, so it is ignored; fix or remove it.")
@@ -233,13 +236,9 @@ def _open_to_others(path: str) -> str:
 
 
 def _secrets(folder: str) -> dict[str, str]:
-    fix = "point it at a folder with a file per variable"
-    paths = {name: os.path.join(folder, name) for name in _readable(_secret_names, folder, _secret_shown(folder), fix)}
-    return {name: _readable(_text, path, _secret_shown(path), fix).strip() for name, path in paths.items()}
-
-
-def _secret_shown(path: str) -> str:
-    return f"{SECRETS_DIR}: {short(path, ' _/')}"
+    fix = f"point {SECRETS_DIR} at a folder with a file per variable"
+    names = _readable(_secret_names, folder, fix)
+    return {name: _readable(_text, os.path.join(folder, name), fix).strip() for name in names}
 
 
 def _secret_names(folder: str) -> list[str]:
@@ -251,13 +250,9 @@ def _config() -> dict[str, Any]:
     path = os.path.expanduser(CONFIG_FILE)
     if not os.path.isabs(path) or not os.path.exists(path):  # without a home there is none, least of all in `./~`
         return {}
-    return _readable(_toml, path, CONFIG_FILE)
-
-
-def _toml(path: str) -> dict[str, Any]:
     import tomllib
 
-    return dict(_leaves(tomllib.loads(_text(path)), ""))
+    return _readable(lambda path: dict(_leaves(tomllib.loads(_text(path)), "")), CONFIG_FILE)
 
 
 def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
@@ -279,10 +274,10 @@ def _text(path: str) -> str:
     return content.decode("utf-8-sig")
 
 
-def _readable(read: Callable[[str], _Read], path: str, shown: str, fix: str = "fix or remove it") -> _Read:
-    """What `read` makes of the path; else a ConfigurationError behind which no frame has the content."""
+def _readable(read: Callable[[str], _Read], place: str, fix: str = "fix or remove it") -> _Read:
+    """What `read` makes of the path; else a ConfigurationError."""
     try:
-        return read(path)
+        return read(os.path.abspath(os.path.expanduser(place)))
     except (OSError, ValueError, RecursionError) as error:
         why = short(getattr(error, "strerror", None) or str(error).partition("\n")[0])
-    raise ConfigurationError(f"{shown} cannot be read ({why}); {fix}.")
+        raise ConfigurationError(f"{place_of(place)} cannot be read ({why}); {fix}.") from None
