@@ -122,6 +122,16 @@ def test_no_color_is_respected_and_a_pipe_gets_none(terminal: Callable[..., str]
     assert "\x1b" not in command("check").out
 
 
+@pytest.mark.usefixtures("gateway")
+def test_a_zone_that_cannot_be_is_no_reason_to_fail() -> None:
+    """`TZ=UTC+25`: local times are UTC then, in every table."""
+    cached(20_000)
+    for line in ("check", "plan", "history"):
+        ran = tokencore(line, TZ="UTC+25")
+        assert (ran.code, ran.err) == (0, "")
+    assert "local (UTC)" in tokencore("check", TZ="UTC+25").out
+
+
 @pytest.mark.parametrize("reason", ["[/red] [bold]", r"back\[slash]", "줄\n바꿈", "\x1b[31mred", "\udcff", "길" * 200])
 @pytest.mark.usefixtures("quick")
 def test_any_reason_can_be_recorded_and_shown(command: Command, reason: str) -> None:

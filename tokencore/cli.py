@@ -56,6 +56,8 @@ def _prepare_streams() -> None:
     """
     if sys.stdout is None:
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115 - for the process's life
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - the same
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace", write_through=False)
     if isinstance(sys.stderr, io.TextIOWrapper):
@@ -71,7 +73,7 @@ def _fail(message: str, code: int) -> int:
 
     try:
         sys.stderr.write(f"tokencore: {clean(message)}\n")
-    except (OSError, AttributeError):  # it is full or closed: the exit code says it
+    except OSError:  # it is full: the exit code says it
         _discard(2)
     return code
 

@@ -494,7 +494,7 @@ def _password(given: Mapping[str, str], home: str) -> tuple[str, str] | None:
     """The server's user and password: the one that is set, else the one that `make up` has generated."""
     found = next((given[name] for name in PASSWORDS if given.get(name)), "")
     with contextlib.suppress(ValueError):
-        found = found or (home and files.read_text(os.path.join(home, "password")) or "").strip()
+        found = found or ((home and files.read_text(os.path.join(home, "password"))) or "").strip()
     user, _, password = found.partition(":")
     return (user, password) if user else None
 

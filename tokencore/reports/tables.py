@@ -5,9 +5,9 @@ One time stands everywhere: the one until which a token serves, KIS_BUFFER befor
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +38,7 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None,
     """One row a market; below, its file, what does not fit into a row, and what the quote calls said."""
     console = _console()
     broad = console.width >= BROAD
-    columns = ["market", "status", "serves until (KST)", f"local ({now.astimezone().tzname()})", "left"]
+    columns = ["market", "status", "serves until (KST)", f"local ({_local(now).tzname()})", "left"]
     table = _table(*columns, *["next need"] * broad)
     for status in (one.status for one in seen):
         until = _serves_until(status)
@@ -88,7 +88,7 @@ def print_plan(plan: Plan) -> None:
     """Why and when the key renews, then a line per exchange over the days ahead."""
     console = _console()
     console.print(f"[bold]{' + '.join(plan.markets)}[/]  {plan.why}")
-    table = _table("next renewal (KST)", f"local ({plan.now.astimezone().tzname()})", "why")
+    table = _table("next renewal (KST)", f"local ({_local(plan.now).tzname()})", "why")
     for renewal in plan.renewals:
         why = renewal.reason + (f" [yellow]({renewal.exception})[/]" if renewal.exception else "")
         table.add_row(moment(renewal.at, KST), moment(renewal.at, None), why)
@@ -122,9 +122,12 @@ def info_text(status: MarketStatus) -> str:
     return "\n".join(f"{label:<12} {value}" for label, value in rows.items())
 
 
-def moment(at: datetime | None, zone: Any, *, seconds: bool = False) -> str:  # noqa: ANN401 - a tzinfo, or None for local
+def moment(at: datetime | None, zone: tzinfo | None, *, seconds: bool = False) -> str:
     """A time in `zone` (None: this machine's), to the minute; a dash where there is none."""
-    return at.astimezone(zone).strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M") if at else "-"
+    if at is None:
+        return "-"
+    there = at.astimezone(zone) if zone else _local(at)
+    return there.strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
 
 
 def duration(seconds: float) -> str:
@@ -133,6 +136,14 @@ def duration(seconds: float) -> str:
     if minutes >= 60:  # noqa: PLR2004 - an hour
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min" if minutes else f"{max(0, int(seconds))} s"
+
+
+def _local(at: datetime) -> datetime:
+    """The time in this machine's zone; in UTC where TZ gives one that cannot be."""
+    try:
+        return at.astimezone()
+    except ValueError:
+        return at.astimezone(UTC)
 
 
 def _serves_until(status: MarketStatus) -> datetime | None:
