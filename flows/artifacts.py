@@ -30,18 +30,18 @@ REFUSED = (
 )
 WORST_FIRST = ("UNREADABLE", "REJECTED", "NO_TOKEN", "EXPIRED", "EXPIRING_SOON", "VALID")
 ABANDONED = timedelta(hours=3)  # without an hourly check, an installation has left its names to others
+KEYS = "keys "  # before their fingerprints in the table's caption
 SHORT = 8  # digits of a fingerprint: enough to tell a few keys apart
 
 
 def publish(views: Sequence[View]) -> None:
     """Publish how the tokens are and what lies ahead; what fails here changes no run's end."""
     with harmless("The table of tokens and the plan could not be published"):
-        now, name = datetime.now(UTC), views[0][0].fingerprint[:SHORT]
-        suffix = _suffix(name, now)
+        now, names = datetime.now(UTC), [key.fingerprint[:SHORT] for key, _ in views]
+        suffix = _suffix(names, now)
         rows = [row for view in views for row in rows_of(*view)]
-        create_table_artifact(
-            key=TOKENS + suffix, table=rows, description=f"{caption(rows)} ({clock(now)}, key {name})"
-        )
+        said = f"{caption(rows)} ({clock(now)}, {KEYS}{', '.join(names)})"
+        create_table_artifact(key=TOKENS + suffix, table=rows, description=said)
         states = [state for _, state in views if not isinstance(state, str)]
         create_markdown_artifact(
             key=PLAN + suffix,
@@ -116,15 +116,15 @@ def _rank(row: dict[str, str]) -> tuple[bool, int]:
     return not _problem(row), WORST_FIRST.index(row["status"])
 
 
-def _suffix(name: str, now: datetime) -> str:
-    """Nothing for the first installation on this server; the fingerprint where another one publishes too."""
+def _suffix(names: Sequence[str], now: datetime) -> str:
+    """Nothing for the first installation on this server; a key's fingerprint where another one publishes too."""
     wanted = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[TOKENS]))
     with get_client(sync_client=True) as client:
         there = next(iter(client.read_latest_artifacts(artifact_filter=wanted)), None)
     if there is None or there.updated is None or now - there.updated > ABANDONED:
         return ""
-    said = there.description or ""
-    return "" if f"key {name}" in said or "key " not in said else f"-{name}"  # 0.1 named no key
+    _, named, theirs = (there.description or "").rpartition(KEYS)  # version 0.1 named no keys
+    return f"-{min(names)}" if named and not any(name in theirs for name in names) else ""
 
 
 def _short(at: datetime) -> str:

@@ -126,8 +126,11 @@ def is_session_day(state: KeyState) -> bool:
 
 def rejected(state: KeyState) -> IssuanceLimitError | None:
     """The trouble of a key whose token KIS rejects while it issues no other yet; None where that is not urgent."""
-    token, again = state.token, state.next_attempt
-    if token is None or token.rejected_at is None or again is None or again > state.now + DAY:
+    token, needs = state.token, state.outlook.needs
+    again = token.same_until() if token and token.rejected_at else None
+    if token is None or token.rejected_at is None or again is None or again <= state.now:
+        return None
+    if needs and needs[0][0] >= state.now + DAY:
         return None
     message = (
         f"KIS rejects the token since {clock(token.rejected_at)}, and issues another from {clock(again)} on. "

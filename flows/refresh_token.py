@@ -158,7 +158,7 @@ def renew(key: Key, asked: Request, now: datetime) -> State:
         with safe_errors():
             renewed = key.refresh(force=asked.force or bool(ahead), reason=reason, by=asked.operator)
     except SAFE as error:
-        return unrenewed(settings, key, error, asked)
+        return unrenewed(settings, state, error, asked)
     state = key.state(datetime.now(UTC))
     kind: Notice = ("forced" if asked.force else "renewed") if renewed else "same"
     alerts.announce(settings, state, kind, by=asked.operator, why=asked.reason)
@@ -217,15 +217,15 @@ async def _answer(text: str) -> str:
     return given.decision
 
 
-def unrenewed(settings: Settings, key: Key, error: Exception, asked: Request) -> State:
+def unrenewed(settings: Settings, before: KeyState, error: Exception, asked: Request) -> State:
     """Declined where a limit forbids it and the present token serves, else Failed.
 
     A limit that endangers no session is a note to the person who asked: the plan renews in time. Slack hears of it
     where KIS was asked, and of an incident where a session has no token, or something else than a limit is wrong.
     """
-    state = key.state(datetime.now(UTC))
+    state = before.key.state(datetime.now(UTC))
     limited = isinstance(error, IssuanceLimitError)
-    refused = bool(state.attempts) and state.attempts[-1].outcome == "limit"
+    refused = state.attempts[-1:] != before.attempts[-1:] and state.attempts[-1].outcome == "limit"
     planned = state.outlook.next
     in_danger = state.serves_until is None or (planned is not None and planned.at <= state.now)
     if not limited or (refused and in_danger):

@@ -166,8 +166,8 @@ def failures(results: Mapping[Key, object]) -> str:
 
 def views(keys: Sequence[Key], results: Mapping[Key, object], now: datetime) -> list[View]:
     """Every key as a run leaves it at `now` (aware), read anew only where no step has; or why it cannot be read."""
-    done = {key: result.state for key, result in results.items() if isinstance(result, Done)}
-    return [(key, done.get(key) or _read(key, now)) for key in keys]
+    done = {key.fingerprint: result.state for key, result in results.items() if isinstance(result, Done)}
+    return [(key, done.get(key.fingerprint) or _read(key, now)) for key in keys]
 
 
 def proven(state: KeyState, settings: Settings) -> tuple[KeyState, str]:

@@ -82,9 +82,7 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
     results = runs.each_key(ensure, keys, day.session.open - now, day.until)
     if any(not isinstance(one, Done) or one.renewed for one in results.values()):
-        known = {key.fingerprint for key in keys}
-        others = [key for key in Key.load(settings) if key.fingerprint not in known]
-        views = runs.views([*keys, *others], results, datetime.now(UTC))
+        views = runs.views(Key.load(settings), results, datetime.now(UTC))
         artifacts.publish(views)
         upcoming.update(views)
     return ended(day, results)

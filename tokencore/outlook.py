@@ -151,9 +151,11 @@ def look(
     )
     if planned and token is None and issued_at and now < issued_at + SAME_TOKEN:
         planned = Renewal(now, "the token is lost, and KIS still returns the same one", None)
-    if planned and token and token.rejected_at and planned.at < now + DAY:  # there is nothing to wait for but KIS
-        planned = Renewal(max(now, token.same_until() or now), "KIS has rejected the present token", None)
     needs = [need for need in ahead.needs if need[1] > now]
+    if token and token.rejected_at:  # there is nothing to wait for but KIS, where a session is near
+        at = max(now, token.same_until() or now)
+        if any(start < at + DAY and end > at for start, end in needs):
+            planned = Renewal(at, "KIS has rejected the present token", None)
     reach = expires_at - buffer if expires_at else now
     unserved = next((need for need in needs if need[1] > reach), None)
     return Outlook(needs, ahead.quiet, ahead.anchor, unserved, planned)

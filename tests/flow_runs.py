@@ -1,0 +1,94 @@
+"""Flow runs on a real Prefect server: made, run to their end in this process, and looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.flow_engine import run_flow
+from prefect.states import Scheduled
+
+from flows import upcoming
+from flows.refresh_token import refresh_token
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
+    from uuid import UUID
+
+    from prefect import Flow, State
+
+
+def run(flow: Flow[..., State], due: datetime | None = None, **parameters: object) -> State:
+    """The final state of a run that was scheduled for `due`; of one that somebody starts now without it."""
+    with get_client(sync_client=True) as client:
+        scheduled = client.create_flow_run(
+            flow, parameters=parameters, state=Scheduled(scheduled_time=due or datetime.now(UTC))
+        )
+    return cast("State", run_flow(flow, flow_run=scheduled, parameters=parameters, return_type="state"))
+
+
+def told(state: State) -> tuple[str, str]:
+    """Type and name."""
+    return state.type.value, str(state.name)
+
+
+def refreshed(market: str = "us", **given: Any) -> State:  # noqa: ANN401 - what the form has
+    """The final state of a refresh that nobody has to confirm."""
+    return run(refresh_token, market=market, **given)
+
+
+class Waiting(NamedTuple):
+    """A refresh that waits for a person: the run, what the page asks, and its end to come."""
+
+    run: UUID
+    question: str
+    end: Future[State]
+
+    def answer(self, decision: str) -> State:
+        """What the page's Resume does with a person's decision; the final state."""
+        with get_client(sync_client=True) as client:
+            client.resume_flow_run(self.run, run_input={"decision": decision})
+        return self.end.result()
+
+
+@contextlib.contextmanager
+def paused(**given: Any) -> Iterator[Waiting]:  # noqa: ANN401 - what the form has
+    """A refresh that has come to the point where a person is asked."""
+    with ThreadPoolExecutor(1) as pool:
+        context = contextvars.copy_context()
+        end = pool.submit(context.run, functools.partial(refreshed, **given))
+        yield Waiting(*_asked(end), end)
+
+
+def planned_runs() -> dict[str, list[datetime | None]]:
+    """The moments of the scheduled renewals by key."""
+    found: dict[str, list[datetime | None]] = {}
+    with get_client(sync_client=True) as client:
+        for one in client.read_flow_runs():
+            if upcoming.TAG in one.tags and one.state and one.state.is_scheduled():
+                (label,) = (tag for tag in one.tags if tag not in (upcoming.TAG, "check") and "key " not in tag)
+                found.setdefault(label, []).append(one.expected_start_time)
+    return found
+
+
+def _asked(end: Future[State]) -> tuple[UUID, str]:
+    """The run that is paused, and its question, which follows a moment later."""
+    with get_client(sync_client=True) as client:
+        while not end.done():
+            for one in client.read_flow_runs():
+                keys = one.state and one.state.is_paused() and one.state.state_details.run_input_keyset
+                if keys:
+                    with contextlib.suppress(PrefectHTTPStatusError):
+                        return one.id, client.request(
+                            "GET", "/flow_runs/{id}/input/{key}", path_params={"id": one.id, "key": keys["description"]}
+                        ).json()
+            time.sleep(0.1)
+    raise AssertionError(f"no run waits for a person: {end.result()}")
