@@ -129,7 +129,7 @@ def _exec(options: argparse.Namespace) -> int:
     environment = {**os.environ, **_variables(token)}
     try:
         if os.name == "posix":
-            os.execvpe(options.program[0], options.program, environment)  # noqa: S606 - the user's own, without a shell
+            os.execvpe(options.program[0], options.program, environment)  # noqa: S606 # nosec B606 - the user's own, without a shell
         return subprocess.run(options.program, env=environment, check=False).returncode  # noqa: S603 - the same
     except OSError as error:
         why = error.strerror
