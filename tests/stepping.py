@@ -16,6 +16,7 @@ import importlib
 import io
 import itertools
 import json
+import logging
 import os
 import pkgutil
 import random
@@ -33,14 +34,13 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pytest
 from builders import forms
 from running import Ran
 
 import tokencore
 from tokencore import cli
 from tokencore.sandbox import APP_SECRET, Sandbox
-from tokencore.sandbox.rules import TOKEN
+from tokencore.sandbox.rules import RULES, TOKEN
 from tokencore.sandbox.server import _Handler
 from tokencore.stores import file_store
 
@@ -112,13 +112,33 @@ class Asked(NamedTuple):
 
 
 class Kis(Sandbox):
-    """The gateway by the clock of the test, which remembers what each key asked for."""
+    """The gateway by the clock of the test, which remembers what each key asked for; `play` sends any bytes instead."""
 
     def __init__(self, clock: Clock) -> None:
         """Keep KIS's own rules: a day, six hours, a minute."""
         super().__init__()
         self.clock = clock
         self.asked: dict[str, list[Asked]] = {}
+        self.play: Callable[[bytes], Iterator[bytes]] | None = None
+        self._is_down = False
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._port, self._server.RequestHandlerClass = int(self.url.rpartition(":")[2]), _Playing
+        return self
+
+    def down(self) -> None:
+        """Let the port be closed."""
+        self._server.stop()
+        self._is_down = True
+
+    def well(self) -> None:
+        """Behave again."""
+        self.clear()
+        self.play, self.rules = None, RULES
+        if self._is_down:
+            self._is_down = False
+            self.__enter__()
 
     def saved(self, key: str) -> Callable[[], None]:
         """How the key stands now; the call brings that back."""
@@ -144,6 +164,20 @@ class Kis(Sandbox):
             token = answer.content.get("access_token") if isinstance(answer.content, dict) else None
             self.asked.setdefault(str(request.body.get("appkey")), []).append(Asked(now, answer.outcome, token))
         return answer
+
+
+class _Playing(_Handler):
+    wbufsize = -1  # answers in one piece: how often a process reads must not be chance
+
+    def _deliver(self, answer: Answer) -> None:
+        play = getattr(self.server.gateway, "play", None)
+        if play is None:
+            super()._deliver(answer)
+            return
+        self.close_connection = True
+        for piece in play(json.dumps(answer.content).encode()):
+            self.wfile.write(piece)
+            self.wfile.flush()
 
 
 class Stepped:
@@ -354,12 +388,11 @@ def needs_space(call: str) -> bool:
     return call.startswith(SPACE) or (call.endswith(".tmp") and not call.startswith(("unlink", "lstat", "close")))
 
 
-def desks(kind: type[Kis] = Kis) -> Iterator[Callable[[], Desk]]:
+def desks() -> Iterator[Callable[[], Desk]]:
     """A gateway and a place for folders, from which a test makes as many desks as it likes."""
     _preload()
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a disk's own fsync proves nothing here
-    with pytest.MonkeyPatch.context() as here, tempfile.TemporaryDirectory(dir=memory) as base, kind(Clock()) as kis:
-        here.setattr(_Handler, "wbufsize", -1)  # answers in one piece: how often a process reads must not be chance
+    with tempfile.TemporaryDirectory(dir=memory) as base, Kis(Clock()) as kis:
         yield lambda: Desk(kis, Path(base))
 
 
@@ -403,6 +436,7 @@ def _live(
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 - to the end
         os.environ.update(settings)
         time.tzset()
+        logging.root.handlers.clear()  # those of pytest: warnings go to standard error, as in a program of its own
         random.seed(0)  # how long one waits must not be chance
         file_store._unsaved.clear()  # noqa: SLF001 - a new process has kept nothing
         _Watch(folder, pipe).begin()
@@ -460,7 +494,7 @@ class _Watch:
             if place is None:
                 return real(*args, **kwargs)
             if name == "recv_into":  # the stop comes when KIS has answered, so that its clock stands still meanwhile
-                select.select([args[0]], [], [], 10)
+                select.select([args[0]], [], [], 1)
             error = self.stop(f"{name} {place}").error
             if error and name != "close":
                 raise OSError(error, os.strerror(error))

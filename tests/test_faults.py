@@ -7,6 +7,7 @@ Each case is the real command, stopped before every call; no list of calls is ke
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import resource
@@ -14,17 +15,24 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+from builders import make_market
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from stepping import DAY, FULL, HOUR, MARKETS, MINUTE, SPACE, Desk, desks, needs_space, thread_start
 
-from tokencore import cli
+from tokencore import TokenError, USTokenManager, cli
+from tokencore.stores import open_store
+from tokencore.stores.file_store import FileStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
 
     from running import Ran
     from stepping import Stepped
@@ -390,7 +398,7 @@ def test_a_read_only_file_system_is_one_sentence(small: Desk, hours: float, code
     mount(small.folder, "-o", "remount,ro")
     ran = small.run("get", "us")
     assert ran.code == code, ran
-    assert ("cannot be used" in ran.err) == (code == 7)
+    assert ran.err.startswith("tokencore: The token directory cannot be used") == (code == 7)
     assert len(small.granted) == issued
     mount(small.folder, "-o", "remount,rw")
     assert len(small.served()) == 1
@@ -659,3 +667,290 @@ def test_version_0_1_reads_what_stands_here(make_desk: Make) -> None:
         (line,) = map(json.loads, desk.record.read_text(encoding="utf-8").splitlines())
         assert line["outcome"] == "issued"
         assert datetime.fromisoformat(line["at"]).tzinfo
+
+
+HUGE, PIECE = 64 * 1024 * 1024, b"x" * 65_536  # bytes
+MEMORY = 8 * 1024  # kB by which an answer may make the process grow; it is sent 64 MB
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=UTF-8\r\n"
+SPREAD = 8.0  # seconds by which whoever has waited may start late
+BACKOFF, SELDOM = 65.0, 300.0  # seconds between attempts while the old token serves: after a failure, where it may last
+SHORT = {"KIS_TIMEOUT": "0.05"}  # seconds, for what would otherwise be waited for in real time
+
+
+def drip(text: bytes) -> Iterator[bytes]:
+    """A byte at a time, each of them soon enough for a time-out that begins anew with every read."""
+    for byte in text:
+        yield bytes([byte])
+        time.sleep(0.002)
+
+
+def pieces(*parts: bytes | Iterable[bytes]) -> Iterator[bytes]:
+    """The parts one after the other."""
+    for part in parts:
+        yield from [part] if isinstance(part, bytes) else part
+
+
+def bomb() -> bytes:
+    """64 kB that unpack to 64 MB."""
+    packed = gzip.compress(b"\0" * HUGE)
+    return b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%s" % (len(packed), packed)
+
+
+PLAYS: dict[str, Callable[[bytes], Iterator[bytes]]] = {
+    "slow body": lambda answer: pieces(OK, b"Content-Length: 60000\r\n\r\n", drip(answer.ljust(60_000))),
+    "a header of 64 MB": lambda _: pieces(OK, b"X-Padding: ", (PIECE for _ in range(HUGE // len(PIECE)))),
+    "64 MB in chunks": lambda _: pieces(
+        OK, b"Transfer-Encoding: chunked\r\n\r\n", (b"10000\r\n" + PIECE + b"\r\n" for _ in range(HUGE // len(PIECE)))
+    ),
+    "64 MB out of 64 kB": lambda _: pieces(OK, bomb()),
+    "another protocol": lambda _: pieces(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "half a header": lambda _: pieces(OK, b"Content-Le"),
+    "half a body": lambda answer: pieces(OK, b"Content-Length: %d\r\n\r\n%s" % (len(answer), answer[:-40])),
+    "JSON, but no object": lambda _: pieces(OK, b"Content-Length: 4\r\n\r\nnull"),
+}
+
+
+class Fault(NamedTuple):
+    """What KIS does, and what has to come of it; one of `PLAYS` where `mode` is none of the sandbox's."""
+
+    mode: str
+    code: int  # of the command's exit
+    outcome: str  # in the record
+    kis: str | None = None  # its code, in the record too
+    requests: int = 1  # that reach tokenP
+    again: float | None = MINUTE  # seconds to the next request without a token; None where a person has to ask
+    ahead: float = BACKOFF  # the same while the old token serves
+    variables: dict[str, str] = {}  # noqa: RUF012 - never changed
+
+
+FAULTS = {
+    "port closed": Fault("", 6, "unreachable", requests=0, again=0),
+    "HTTP 500": Fault("down", 6, "server_error", "EGW00002"),
+    "hang": Fault("hang", 6, "no_answer", variables=SHORT),
+    "closed without an answer": Fault("drop", 6, "no_answer"),
+    "slow body": Fault("slow body", 6, "no_answer", variables=SHORT),
+    "a header of 64 MB": Fault("a header of 64 MB", 6, "no_answer"),
+    "a body of 64 MB": Fault("huge", 6, "no_answer"),
+    "64 MB in chunks": Fault("64 MB in chunks", 6, "no_answer"),
+    "64 MB out of 64 kB": Fault("64 MB out of 64 kB", 6, "no_answer"),
+    "another protocol": Fault("another protocol", 6, "no_answer"),
+    "half a header": Fault("half a header", 6, "bad_answer"),
+    "half a body": Fault("half a body", 6, "no_answer"),
+    "not JSON": Fault("garbage", 6, "bad_answer"),
+    "JSON, but no object": Fault("JSON, but no object", 6, "bad_answer"),
+    "200 without a token": Fault("no-token", 6, "bad_answer"),
+    "a token past its expiry": Fault("past", 6, "bad_answer"),
+    "a page of a proxy": Fault("html", 6, "refused", "HTTP 403"),
+    "a redirect": Fault("redirect", 6, "refused", "HTTP 302"),
+    "minute limit": Fault("limit", 4, "limit", "EGW00133", requests=2),
+    "key locked out": Fault("bad-key", 5, "bad_key", "EGW00103", again=None, ahead=SELDOM),
+    "wrong secret": Fault("bad-secret", 5, "bad_secret", "EGW00105", again=None, ahead=SELDOM),
+}
+
+
+@pytest.fixture
+def desk(make_desk: Make) -> Iterator[Desk]:
+    """A key of its own; KIS is well again afterwards."""
+    with make_desk() as made:
+        yield made
+        made.kis.well()
+
+
+def strike(desk: Desk, fault: Fault) -> None:
+    """Let KIS do what the fault says from now on."""
+    if not fault.mode:
+        desk.kis.down()
+    elif fault.mode in PLAYS:
+        desk.kis.play = PLAYS[fault.mode]
+    else:
+        desk.kis.fail(fault.mode)
+
+
+# A part of the run has each fault in one of the two states only.
+@pytest.mark.parametrize(
+    ("name", "hours"),
+    [(name, hours) for n, name in enumerate(FAULTS) for hours in ((0.0, 24.5) if FULL else (24.5 * (n % 2),))],
+)
+def test_without_a_token_each_fault_is_one_error_and_one_next_attempt(name: str, hours: float, desk: Desk) -> None:
+    """One sentence and its exit code, counted requests, a line in the record; then the next command has the token."""
+    fault = FAULTS[name]
+    if hours:
+        later(hours)(desk)
+    before = len(desk.asked)
+    strike(desk, fault)
+    ran = desk.run("get", "us", **fault.variables)
+    assert ran.code == fault.code, ran
+    assert ran.err.splitlines()[-1].startswith("tokencore: ")
+    assert len(desk.asked) - before == fault.requests
+    assert desk.last_line() == (fault.outcome, fault.kis)
+    desk.kis.well()
+    began = desk.clock.true
+    if fault.again is None:
+        assert desk.run("get", "us").code == fault.code
+        assert (len(desk.asked) - before, desk.clock.true - began < 1) == (fault.requests, True)
+        desk.clock.true += MINUTE
+        assert desk.run("refresh", "us").code == 0
+    ran = desk.run("get", "us")
+    assert (ran.code, ran.out) == (0, f"{desk.granted[-1]}\n")
+    if fault.requests and fault.again:
+        assert MINUTE <= desk.asked[-1].at - desk.asked[-2].at < MINUTE + SPREAD
+    assert fault.again != 0 or desk.clock.true - began < 1
+    assert list(desk.untidy()) == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_with_a_token_that_serves_each_fault_is_a_warning(name: str, desk: Desk) -> None:
+    """The old token comes, the request is counted, recorded and said, and KIS is left alone for a while."""
+    fault = FAULTS[name]
+    later(23.6)(desk)
+    (old,), before, began = desk.granted, len(desk.asked), desk.clock.true
+    strike(desk, fault)
+    ran = desk.run("get", "us", **fault.variables)
+    assert (ran.code, ran.out) == (0, f"{old}\n")
+    assert ran.err.startswith("The renewal ahead failed; the present token still serves.")
+    assert len(desk.asked) - before == min(fault.requests, 1)
+    assert desk.last_line() == (fault.outcome, fault.kis)
+    desk.kis.well()
+    desk.clock.true = began + fault.ahead - 1
+    assert desk.run("get", "us").out == f"{old}\n"
+    assert len(desk.asked) - before == min(fault.requests, 1)
+    desk.clock.true = began + fault.ahead + 5
+    assert desk.run("get", "us").code == 0
+    assert {desk.granted[-1]} == set(desk.tokens().values()) != {old}
+    assert list(desk.untidy()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if "64 MB" in name])
+def test_an_answer_of_64_mb_takes_no_memory(name: str, desk: Desk) -> None:
+    """The process grows by what one asks for a token takes anyway, whichever way the bytes come."""
+
+    def measured() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        code = cli.main(("get", "us"))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        return code
+
+    strike(desk, FAULTS[name])
+    ran = desk.run(work=measured)
+    assert ran.code == 6
+    assert int(ran.out) < MEMORY
+
+
+STEP = 10 if FULL else 40  # seconds after which a bot asks again
+
+
+@pytest.mark.parametrize(
+    ("mode", "hours", "requests", "code"),
+    [("limit", 0.0, range(9, 13), 4), ("limit", 23.6, range(4, 6), 0), ("bad-key", 0.0, range(1, 2), 5), ("bad-key", 23.6, range(2, 3), 0)],
+)
+def test_ten_minutes_of_refusals_are_few_requests(
+    mode: str, hours: float, requests: range, code: int, desk: Desk
+) -> None:
+    """A bot that asks again and again: one request a minute without a token, a few beside one, then one by a person."""
+    if hours:
+        later(hours)(desk)
+    before, began = len(desk.asked), desk.clock.true
+    desk.kis.fail(mode)
+    while desk.clock.true < began + 10 * MINUTE:
+        ran = desk.run("get", "us")
+        assert ran.code == code
+        assert ran.out.split() == desk.granted[: code == 0]
+        desk.clock.true += STEP if code != 4 else 0
+    assert len(desk.asked) - before in requests
+    desk.kis.well()
+    desk.clock.true += MINUTE
+    assert desk.run("refresh", "us").code == 0
+    assert list(desk.untidy()) == []
+
+
+def test_the_same_token_again_is_no_renewal_and_leaves_kis_alone(desk: Desk) -> None:
+    """KIS repeats a token that is about to expire: it is served to its end, and asked for every five minutes."""
+    desk.kis.set_rules(same_token=86_400)
+    later(23.6)(desk)
+    began = desk.clock.true
+    while desk.clock.true < began + 10 * MINUTE:
+        assert desk.run("get", "us").out.split() == desk.granted
+        desk.clock.true += STEP
+    assert [asked.outcome for asked in desk.asked] == ["new", "same", "same"]
+    assert desk.last_line() == ("same", None)
+    assert desk.asked[-1].at - desk.asked[-2].at >= SELDOM
+
+
+def rejected(token: str) -> Callable[[], int]:
+    """Report a token that KIS rejected on a business call, as KISAuth does."""
+
+    def work() -> int:
+        try:
+            print(USTokenManager().report_rejected(token))
+        except TokenError as error:
+            print(f"{type(error).__name__} {getattr(error, 'cause', '')}")
+            return error.exit_code
+        return 0
+
+    return work
+
+
+def test_a_dead_token_inside_the_six_hours_is_not_asked_for_again(desk: Desk) -> None:
+    """KIS would hand it out again: no request, exit code 4 that says until when, and the new token after that."""
+    later(1)(desk)
+    ran = desk.run(work=rejected(desk.granted[0]))
+    assert (ran.code, ran.out) == (4, "IssuanceLimitError same_token\n")
+    assert "six hours after its issue" in desk.run("get", "us").err
+    assert desk.run("check", "us").code == 3
+    assert len(desk.asked) == 1
+    desk.clock.true += 5 * HOUR
+    ran = desk.run("get", "us")
+    assert (ran.code, ran.out) == (0, f"{desk.granted[-1]}\n")
+    assert [asked.outcome for asked in desk.asked] == ["new", "new"]
+    assert list(desk.untidy()) == []
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new one", "the dead one again"])
+def test_a_dead_token_outside_the_six_hours_is_replaced_at_once(desk: Desk, *, again: bool) -> None:
+    """One request; the dead token is served to nobody even where KIS hands it out again, and KIS is left alone."""
+    later(7)(desk)
+    desk.kis.set_rules(same_token=86_400 if again else 21_600)
+    ran = desk.run(work=rejected(desk.granted[0]))
+    assert [asked.outcome for asked in desk.asked] == ["new", "same" if again else "new"]
+    if again:
+        assert (ran.code, desk.run("get", "us").out) == (3, "")
+    else:
+        assert (ran.code, ran.out) == (0, f"{desk.granted[-1]}\n")
+
+
+TOKEN_FILE = json.dumps({"access_token": "opaque", "expires_at": "2027-01-01T00:00:00+00:00"}).encode()
+LINE = json.dumps({"at": "2026-11-24T04:00:00+00:00", "outcome": "sent", "pid": 1}).encode()
+SEEDS = (TOKEN_FILE, LINE, b"1795421700\n", b"token: a.b.c\nvalid-date: 2026-11-24 08:15:00\n", b"Bearer x", *TEXTS.values())
+SIGNS = (b'"', b"{", b"}", b"[", b":", b"=", b".", b"\\", b"\n", b"\0", b"\xff", b"-", b"9" * 20, b"1e400")
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A seed of which a few pieces are replaced by signs, others' pieces or chance."""
+    content = draw(st.sampled_from([seed for seed in SEEDS if len(seed) < 1000]))
+    for _ in range(draw(st.integers(0, 4))):
+        begin = draw(st.integers(0, len(content)))
+        end = draw(st.integers(begin, min(len(content), begin + 12)))
+        content = content[:begin] + draw(st.sampled_from(SIGNS) | st.binary(max_size=6)) + content[end:]
+    return content
+
+
+@hypothesis_settings(max_examples=3000 if FULL else 200, database=None)
+@given(content=damaged() | st.binary(max_size=200))
+def test_any_bytes_are_something_or_nothing(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Token file, view, mark and record are read as something or nothing; what is a token can be saved and read again."""
+    store = open_store(make_market("us", token_dir=tmp_path_factory.getbasetemp()), lambda: ["us"])
+    assert isinstance(store, FileStore)
+    folder, key = Path(store.folder), f"key-{store.fingerprint}"
+    for name in (f"{key}.json", "us_api_token.json", f"{key}.jsonl", "us_token_issued_at.dat"):
+        (folder / name).write_bytes(content)
+        (folder / name).chmod(0o600)
+    token, problem = store.read()
+    assert (token is None) == bool(problem)
+    assert "\n" not in problem
+    store.attempts()
+    if token:
+        store.save(token)
+        again = store.newest()
+        assert again is not None
+        assert (again.access_token, again.rejected_at) == (token.access_token, token.rejected_at)
