@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
-from tokencore.calendars.exchanges import EVENING_PAD, EXCHANGES
+from tokencore.calendars.exchanges import EXCHANGES
 from tokencore.calendars.sessions import need, session
 from tokencore.calendars.sessions import needs as merged_needs
 from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal, retry_delay
@@ -96,7 +96,7 @@ def _sessions(codes: Sequence[str], *, late: bool) -> Iterator[Session]:
             close, padded = hours.close, needed[1]
             if late and code == "KRX":
                 close = datetime.combine(day, LATE_CLOSE, KST).astimezone(UTC)
-                padded = close + EVENING_PAD
+                padded = close + EXCHANGES["NXT"].pad
             yield Session(needed[0], hours.open, close, padded)
 
 
