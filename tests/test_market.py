@@ -166,21 +166,13 @@ def test_an_unknown_market_is_refused(name: str) -> None:
             read(name)
 
 
-@pytest.mark.parametrize(
-    ("own", "expected"),
-    [
-        ({}, ("real", "https://proxy:1")),
-        ({"ENVIRONMENT": "paper"}, ("paper", PAPER)),
-        ({"BASE_URL": "HTTPS://own/kis/"}, ("real", "HTTPS://own/kis")),
-        ({"BASE_URL": "http://[::1]:80", "ENVIRONMENT": "paper"}, ("paper", "http://[::1]:80")),
-    ],
-)
-def test_a_market_asks_where_its_own_settings_say(own: dict[str, str], expected: tuple[str, str]) -> None:
+def test_a_market_asks_where_its_own_settings_say() -> None:
     """A market's own URL comes first, then the one for all of its environment, then its environment's host."""
-    own = {f"KIS_MARKETS__HK__{name}": value for name, value in own.items()}
-    give("environment", {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_BASE_URL": "https://proxy:1/", **own})
-    found = read_market("hk")
-    assert (found.environment, found.base_url) == expected
+    values = {"KIS_MARKETS__US__BASE_URL": "HTTPS://own/kis/", "KIS_MARKETS__AB__BASE_URL": "http://[::1]:80"}
+    values |= dict.fromkeys(("KIS_MARKETS__AB__ENVIRONMENT", "KIS_MARKETS__HK__ENVIRONMENT"), "paper")
+    give("environment", {"KIS_BASE_URL": "https://proxy:1/", **values})
+    urls = [read_market(name).base_url for name in ("us", "ab", "hk", "kr")]
+    assert urls == ["HTTPS://own/kis", "http://[::1]:80", PAPER, "https://proxy:1"]
 
 
 @pytest.mark.parametrize(("address", "environment"), [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real")])
@@ -298,23 +290,23 @@ def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tupl
         common = loaded.base_url if environment == loaded.environment else None
         url = (own and own.base_url) or common or HOSTS[environment]
         expected = (next(iter(keys), None), environment, url, loaded.token_dir, loaded.buffer, loaded.proactive_window)
-        for read in (market, loaded.market(market.name)):
-            assert SIX(read) == expected
+        assert SIX(market) == SIX(loaded.market(market.name)) == expected
 
 
-@pytest.mark.parametrize("write", [dotenv, config])
-@given(st.one_of(st.binary(max_size=60), st.text(st.sampled_from("KIS_APP_KEY=\"'[]{}.#\n \0markets=5ü"), max_size=60)))
-@hypothesis_settings(max_examples=150)
-def test_any_bytes_are_settings_or_one_sentence(write: Callable[[], Path], content: bytes | str) -> None:
+@given(
+    st.sampled_from([dotenv, config]),
+    st.binary(max_size=60)
+    | st.text(st.sampled_from("KIS_APP_KEY=\"'[]{}.#\n \0markets=5ü"), max_size=60).map(str.encode),
+)
+@hypothesis_settings(max_examples=300)
+def test_any_bytes_are_settings_or_one_sentence(write: Callable[[], Path], content: bytes) -> None:
     """Whatever stands in a file, the answer is settings or a refusal without a traceback of a parser."""
-    path = write()
-    path.write_bytes(f"KIS_APP_SECRET={SECRET}\n".encode() if write is dotenv else b"")
-    with path.open("ab") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
+    write().write_bytes((f"KIS_APP_SECRET={SECRET}\n".encode() if write is dotenv else b"") + content)
     try:
         Settings.load()
     except ConfigurationError:
         assert refusal()
+    write().unlink()
 
 
 # --- the keyring
@@ -370,21 +362,19 @@ def test_other_sources_come_before_the_keyring_and_the_own_secret_before_the_com
     assert keeper.asked == []
 
 
-@pytest.mark.parametrize(
-    ("problem", "why"),
-    [
-        (KeyringLocked("Canary"), "it is locked"),
-        (NoKeyringError("Canary"), "this machine has none"),
-        (RuntimeError("Canary"), "it failed (RuntimeError)"),
-        ({}, "`keyring set kis KIS_APP_SECRET`"),
-        ({"KIS_APP_SECRET": "Canary Canary"}, "not a secret as KIS shows it"),
-    ],
-)
-def test_a_keyring_that_does_not_serve_is_one_sentence(
-    problem: Exception | dict[str, str], why: str, keeper: Keeper
-) -> None:
+PROBLEMS: dict[str, dict[str, str] | Exception] = {
+    "it is locked": KeyringLocked("Canary"),
+    "this machine has none": NoKeyringError("Canary"),
+    "it failed (RuntimeError)": RuntimeError("Canary"),
+    "`keyring set kis KIS_APP_SECRET`": {},
+    "not a secret as KIS shows it": {"KIS_APP_SECRET": "Canary Canary"},
+}
+
+
+@pytest.mark.parametrize("why", PROBLEMS)
+def test_a_keyring_that_does_not_serve_is_one_sentence(why: str, keeper: Keeper) -> None:
     """It says what is wrong and what to do; the backend's own words are not repeated."""
-    keeper.secrets = problem
+    keeper.secrets = PROBLEMS[why]
     assert why in refusal(read_market("us").credentials)
 
 
