@@ -249,7 +249,7 @@ def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.Monke
     with start(program, str(path)) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(doctor, "PATIENCE", 0.2)
+        monkeypatch.setattr(doctor, "LOCK_WAIT", 0.2)
         one = only(found(command, 1), "lock")
         assert (one["state"], f"held by process {holder.pid} for" in one["detail"]) == ("warn", True)
         holder.communicate("\n")

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 UNEXPECTED, SETTINGS, NO_TOKEN, REFUSED, UNREACHABLE, STORE = 1, 2, 3, 5, 6, 7  # exit codes, as of the commands
 DEADLINE = 30.0  # seconds for the whole examination
-PATIENCE = 4.0  # seconds to connect, for each wait for data, and for a lock
+PATIENCE, LOCK_WAIT = 4.0, 4.0  # seconds to connect and for each wait for data; for a lock
 PUBLIC = (
     *("ENVIRONMENT", "BASE_URL", "TOKEN_DIR", "EXCHANGES", "EXPORTS", "CLOSED", "EXTENDED", "ISSUE_INTERVAL"),
     *("KEYRING", "BUFFER", "PROACTIVE_WINDOW", "TIMEOUT", "MAX_ISSUES_PER_DAY", "PROVE_TOKENS", "SLACK_CHANNEL"),
@@ -285,14 +285,14 @@ def _known(name: str) -> bool:
 
 def _lock(key: Key, name: str) -> Finding:
     try:
-        with key.store.lock(wait=PATIENCE) as held:
+        with key.store.lock(wait=LOCK_WAIT) as held:
             if held:
                 return _ok(name, "free")
     except TokenError as error:
         return _fail(name, str(error), "do what it says", error.exit_code)
     holders = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
     who = f"process {', '.join(holders)}" if holders else "another process"
-    detail = f"held by {who} for {PATIENCE:g} s: normal while that waits for KIS"
+    detail = f"held by {who} for {LOCK_WAIT:g} s: normal while that waits for KIS"
     return _warn(name, detail, "if it lasts for minutes, end that process")
 
 
