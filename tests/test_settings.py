@@ -243,8 +243,9 @@ def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None
 SOURCES = ("environment", ".env", "secrets folder", "config.toml")
 MARKETS = ("KIS_", "KIS_MARKETS__HK__")
 ASKED = [f"{stem}{field}" for stem in MARKETS for field in ("APP_KEY", "APP_SECRET", "BASE_URL")]
-ASKED += ["KIS_KEYRING", "KIS_STORE", "KIS_STORE_KEYS"]
+ASKED += ["KIS_KEYRING", "KIS_STORE", "KIS_STORE_KEYS", "KIS_MARKETS__HK__EXPORTS"]
 KEYRING_FIRST = dict.fromkeys(("KIS_MARKETS__HK__APP_KEY", "KIS_MARKETS__HK__BASE_URL", "KIS_APP_SECRET"), ".env")
+VALUES = {"URL": EVIL, "EXPORTS": "mojito2"}
 FROM_FOLDER = {"KIS_BASE_URL": "secrets folder", "KIS_APP_SECRET": "config.toml"}
 
 
@@ -261,7 +262,7 @@ def test_every_reader_keeps_the_rule_of_addresses(places: dict[str, str], hk: st
         shutil.rmtree("secrets", ignore_errors=True)
         for source in SOURCES:
             names = [name for name, place in places.items() if place == source]
-            give(source, {name: EVIL if name.endswith("URL") else "word" for name in names})
+            give(source, {name: VALUES.get(name.rpartition("_")[2], "word") for name in names})
         os.environ |= {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_MARKETS__HK__ENVIRONMENT": hk}
         store = places.get("KIS_STORE", "environment")
         expected = store not in (*TRUSTED, places.get("KIS_STORE_KEYS")) or any(
@@ -282,18 +283,16 @@ def refuses(work: Callable[[], object]) -> bool:
 
 def is_foreign(stem: str, places: Mapping[str, str], hk: str) -> bool:
     """The rule in other words than the product's: for all markets (`KIS_`) or for hk."""
-    address = places.get(f"{stem}BASE_URL") or (places.get("KIS_BASE_URL") if hk != "paper" else None)
-    if address in (None, *TRUSTED):
-        return False
     own_key = "KIS_MARKETS__HK__APP_KEY" in places and stem != "KIS_"
+    secret = places.get("KIS_APP_SECRET")
     if f"{stem}APP_SECRET" in places:
         secret = places[f"{stem}APP_SECRET"]
     elif "KIS_KEYRING" in places and (own_key or "KIS_APP_SECRET" not in places):
         secret = "keyring"
-    else:
-        secret = places.get("KIS_APP_SECRET", address)
-    key = places.get(f"{stem}APP_KEY") or places.get("KIS_APP_KEY") or address
-    return secret != address or (address == ".env" and key != address)
+    key = places.get(f"{stem}APP_KEY") or places.get("KIS_APP_KEY")
+    address = places.get(f"{stem}BASE_URL") or (places.get("KIS_BASE_URL") if hk != "paper" else None)
+    asked = {address, places.get(f"{stem}EXPORTS")} - {None, *TRUSTED}
+    return any(secret not in (None, place) or (place == ".env" and key not in (None, place)) for place in asked)
 
 
 def linked_into_an_open_folder() -> None:
