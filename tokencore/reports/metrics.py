@@ -309,10 +309,10 @@ def _vitals(market: Market, state: KeyState, of_key: dict[str, Value]) -> Vitals
         "kis_token_need_start_timestamp_seconds": need and need[0],
         "kis_token_need_end_timestamp_seconds": need and need[1],
     }
-    return Vitals(market, state, values, _unready(market, state, next_attempt(state)))
+    return Vitals(market, state, values, _unready(market, state))
 
 
-def _unready(market: Market, state: KeyState, renewal_at: datetime | None) -> str:
+def _unready(market: Market, state: KeyState) -> str:
     token, close = state.token, _session_close(market.exchanges, state.now, state.key.overrides)
     if close is None or (token and token.serves(close - CLOCK_SLACK, market.buffer)):
         return ""
@@ -322,7 +322,7 @@ def _unready(market: Market, state: KeyState, renewal_at: datetime | None) -> st
         lack = "KIS has rejected the token"
     else:
         lack = f"the token serves until {format_time(token.expires_at - timedelta(seconds=market.buffer))}"
-    hope = f"next renewal at {format_time(renewal_at)}" if renewal_at else "no renewal is planned"
+    hope = f"next renewal at {format_time(at)}" if (at := next_attempt(state)) else "no renewal is planned"
     return f"{lack}; the session ends at {format_time(close)}; {hope}"
 
 
