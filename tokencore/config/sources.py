@@ -10,7 +10,6 @@ is sent: the `.env` of a cloned repository is the user's own file.
 from __future__ import annotations
 
 import os
-import stat
 
 from tokencore.errors import ConfigurationError
 from tokencore.sealing import sealed
@@ -196,7 +195,8 @@ def _dotenv() -> dict[str, str]:
         return {}
     shown = place_of(DOTENV_FILE)
     if why := _readable(_written_by_others, DOTENV_FILE):
-        warn(f"{shown} is ignored, because {why}.")
+        fix = "keep settings in a file and a folder that only you can write (chmod go-w)"
+        warn(f"{shown} is ignored, because {why}; {fix}.")
         return {}
     import io
 
@@ -210,29 +210,16 @@ def _dotenv() -> dict[str, str]:
 
 
 def _written_by_others(path: str) -> str:
-    """Why the file may be somebody else's, and what to do; empty where it, its folder and its links are safe."""
-    if os.name != "posix":
-        return ""  # the modes say nothing there
-    while not (why := _open_to_others(folder := os.path.realpath(os.path.dirname(path)))):
-        if not os.path.islink(path):
-            return _open_to_others(path)
+    """Why the file may be somebody else's; empty where it, its folder and its links are safe."""
+    while True:
+        folder = os.path.realpath(os.path.dirname(path))
+        fault = files.stranger(folder, os.stat(folder))
+        if fault or not os.path.islink(path):
+            break
         path = os.path.join(folder, os.readlink(path))
-    return why
-
-
-def _open_to_others(path: str) -> str:
-    found, shown = os.stat(path), _printable(path)
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        return ""  # is not read anyway
-    if found.st_uid not in (0, os.geteuid()):
-        return f"{shown} belongs to another user; keep your settings in a folder and a file of your own"
-    if not found.st_mode & files.OTHERS_WRITE:
-        return ""
-    if found.st_mode & stat.S_ISVTX:
-        return f"{shown} is open to all users; keep your settings in a folder that only you can write"
-    import shlex  # only for a mistake
-
-    return f"others can write {shown}; run `chmod go-w {shlex.quote(shown)}`"
+    if not fault and os.path.isfile(path):  # nothing else is read anyway
+        fault = files.stranger(path, os.stat(path))
+    return _printable(fault[0]) if fault else ""
 
 
 def _secrets(folder: str) -> dict[str, str]:
