@@ -52,7 +52,7 @@ def check_tokens() -> State:
 
     **Triage:** the state's message says what happened and what still works. *KIS refused ... one a minute*: another
     program issues with this key. *app key*, *app secret*: correct the settings, then run `refresh_token`. *KIS
-    cannot be reached*, *a fault of its own*: wait. *KIS rejects the token*: the message says when another is possible.
+    cannot be reached*, *a fault of its own*: wait. *KIS has rejected the token*: it says when another is possible.
     """
     return alerts.guarded(EVERYONE, lambda settings, now: check(settings, runs.due(), now))
 
@@ -133,7 +133,7 @@ def rejected(state: KeyState) -> IssuanceLimitError | None:
     if needs and needs[0][0] >= state.now + DAY:
         return None
     message = (
-        f"KIS rejects the token since {clock(token.rejected_at)}, and issues another from {clock(again)} on. "
+        f"KIS has rejected the token since {clock(token.rejected_at)}, and issues another only from {clock(again)} on. "
         "There is no valid token. If KIS has withdrawn it sooner, run refresh_token with force."
     )
     return IssuanceLimitError(message, retry_at=again, cause="same_token")

@@ -81,7 +81,7 @@ def rendered(texts: Texts) -> Iterator[Message]:
     yield trouble(
         texts,
         causes.DEAD,
-        "KIS rejects the token since 2026-11-23 22:05 KST.",
+        "KIS has rejected the token since 2026-11-23 22:05 KST, and issues another only from 22:25 KST on.",
         Telling("opened", 0, page=True),
         330,
         20,

@@ -301,7 +301,9 @@ class TestCheck:
         """Killed two hours after its issue it is Failed with when; once KIS may issue, the next check renews."""
         opens(SOON)
         cached(left=22 * 3600)
-        with pytest.raises(IssuanceLimitError, match=r"KIS rejects the token since .*, and issues another from"):
+        with pytest.raises(
+            IssuanceLimitError, match=r"KIS has rejected the token since .*, and issues another only from"
+        ):
             check_tokens.follow(only_key(), now())
         assert slack.headlines == ["us+kr: KIS rejects the token, and issues no other yet"]
         assert only_key().state(now()).next_attempt is not None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from tokencore import limits, policy
 from tokencore.attempts import DAY, issued_within
 from tokencore.calendars import sessions
-from tokencore.policy import Renewal
+from tokencore.policy import CLOCK_SLACK, Renewal
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     Need = tuple[datetime, datetime]
 
-CLOCK_SLACK = timedelta(seconds=30)  # KIS's clock is not ours, and a need ends with a pad, long after the close
 VALID = ("VALID", "EXPIRING_SOON")  # the words for a token that serves
 PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # of the needs that are looked at: the anchor wants two weeks
 PLAN_DAYS = 7  # unless asked otherwise
@@ -153,7 +152,8 @@ def look(
         planned = Renewal(now, "the token is lost, and KIS still returns the same one", None)
     needs = [need for need in ahead.needs if need[1] > now]
     if token and token.rejected_at:  # there is nothing to wait for but KIS, where a session is near
-        at = max(now, token.same_until() or now)
+        same = token.same_until()
+        at = max(now, same + CLOCK_SLACK) if same else now
         if any(start < at + DAY and end > at for start, end in needs):
             planned = Renewal(at, "KIS has rejected the present token", None)
     reach = expires_at - buffer if expires_at else now
@@ -293,7 +293,7 @@ def _inside(running: Mapping[str, datetime]) -> str:
 
 def _row(code: str, start: datetime, until: datetime, known: Mapping[str, Override]) -> Row:
     days = sessions.days(code, start, until, known)
-    shown = [tuple(one.session) for one in days if one.session.close > start and one.session.open < until]
+    shown: list[Need] = [one.session for one in days if one.session.close > start and one.session.open < until]
     needs = [one.need for one in days]
     return Row(code, sessions.exchange(code).zone, sessions.certain_until(code).isoformat(), shown, needs)
 
