@@ -120,24 +120,22 @@ class Kis(Sandbox):
         self.clock = clock
         self.asked: dict[str, list[Asked]] = {}
         self.play: Callable[[bytes], Iterator[bytes]] | None = None
-        self._is_down = False
 
     def __enter__(self) -> Self:
+        self.closing.clear()
         super().__enter__()
         self._port, self._server.RequestHandlerClass = int(self.url.rpartition(":")[2]), _Playing
         return self
 
     def down(self) -> None:
         """Let the port be closed."""
-        self._server.stop()
-        self._is_down = True
+        self.__exit__()
 
     def well(self) -> None:
         """Behave again."""
         self.clear()
         self.play, self.rules = None, RULES
-        if self._is_down:
-            self._is_down = False
+        if self.closing.is_set():
             self.__enter__()
 
     def saved(self, key: str) -> Callable[[], None]:

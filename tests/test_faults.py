@@ -690,6 +690,11 @@ def pieces(*parts: bytes | Iterable[bytes]) -> Iterator[bytes]:
         yield from [part] if isinstance(part, bytes) else part
 
 
+def flood(before: bytes = b"", after: bytes = b"") -> Iterator[bytes]:
+    """64 MB, in pieces."""
+    return (before + PIECE + after for _ in range(HUGE // len(PIECE)))
+
+
 def bomb() -> bytes:
     """64 kB that unpack to 64 MB."""
     packed = gzip.compress(b"\0" * HUGE)
@@ -698,9 +703,10 @@ def bomb() -> bytes:
 
 PLAYS: dict[str, Callable[[bytes], Iterator[bytes]]] = {
     "slow body": lambda answer: pieces(OK, b"Content-Length: 60000\r\n\r\n", drip(answer.ljust(60_000))),
-    "a header of 64 MB": lambda _: pieces(OK, b"X-Padding: ", (PIECE for _ in range(HUGE // len(PIECE)))),
+    "a body of 64 MB": lambda _: pieces(OK, b"Content-Length: %d\r\n\r\n" % HUGE, flood()),
+    "a header of 64 MB": lambda _: pieces(OK, b"X-Padding: ", flood()),
     "64 MB in chunks": lambda _: pieces(
-        OK, b"Transfer-Encoding: chunked\r\n\r\n", (b"10000\r\n" + PIECE + b"\r\n" for _ in range(HUGE // len(PIECE)))
+        OK, b"Transfer-Encoding: chunked\r\n\r\n", flood(b"10000\r\n", b"\r\n")
     ),
     "64 MB out of 64 kB": lambda _: pieces(OK, bomb()),
     "another protocol": lambda _: pieces(b"SSH-2.0-OpenSSH_9.6\r\n"),
@@ -730,7 +736,7 @@ FAULTS = {
     "closed without an answer": Fault("drop", 6, "no_answer"),
     "slow body": Fault("slow body", 6, "no_answer", variables=SHORT),
     "a header of 64 MB": Fault("a header of 64 MB", 6, "no_answer"),
-    "a body of 64 MB": Fault("huge", 6, "no_answer"),
+    "a body of 64 MB": Fault("a body of 64 MB", 6, "no_answer"),
     "64 MB in chunks": Fault("64 MB in chunks", 6, "no_answer"),
     "64 MB out of 64 kB": Fault("64 MB out of 64 kB", 6, "no_answer"),
     "another protocol": Fault("another protocol", 6, "no_answer"),
