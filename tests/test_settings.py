@@ -164,11 +164,12 @@ def test_secrets_folder_as_kubernetes_mounts_it() -> None:
     assert us().credentials() == (KEY, SECRET)
 
 
-def test_what_a_dotenv_may_look_like(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) -> None:
     """A byte order mark and a wrong line, which is reported but not repeated, harm no other; a folder is ignored."""
-    path = dotenv(f"\ufeffKIS_APP_KEY={KEY}\nKIS_TIMEOUT=7\nexport the secret Canary\nKIS_BUFFER=9\n")
+    config("\ufeffbuffer = 9\n")
+    path = dotenv(f"\ufeffKIS_APP_KEY={KEY}\nexport the secret Canary\nKIS_TIMEOUT=7\n")
     assert [(us().app_key, us().buffer, Settings.load().timeout) for _ in range(2)] == [(KEY, 9, 7)] * 2
-    assert caplog.messages == [f"{path}, line 3, is not NAME=value, so it is ignored; fix or remove it."]
+    assert caplog.messages == [f"{path}, line 2, is not NAME=value, so it is ignored; fix or remove it."]
     path.unlink()
     path.mkdir()
     assert us().app_key is None
