@@ -23,22 +23,10 @@ from tokencore import ConfigurationError, IssuanceLimitError, Key, Settings, Tok
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Protocol
 
     from flows.alerts.messages import Notice
     from tokencore import KeyState
-
-    class RefreshWarning(Protocol):
-        """One thing that a refresh would bring about."""
-
-        @property
-        def kind(self) -> str:
-            """Which one."""
-
-        @property
-        def message(self) -> str:
-            """For the person who asks for it."""
-
+    from tokencore.outlook import RefreshWarning
 
 CONFIRM_WITHIN = timedelta(minutes=15)
 MARGIN = timedelta(minutes=1)  # after which Prefect itself fails a pause that nobody ended: a killed run's

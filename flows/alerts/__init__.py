@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flows.alerts.causes import Cause
     from flows.alerts.incidents import Incident, Telling
     from flows.alerts.messages import Facts, Message, Notice, Texts
+    from tokencore.stores.base import Document
 
     Who = Key | KeyState | str  # a key, or the exchange (or whatever else) of a run that came to no key
 
@@ -274,7 +275,7 @@ def _texts(settings: Settings) -> Texts:
     return messages.LANGUAGES[settings.slack_language]
 
 
-def _document(settings: Settings) -> incidents.Document:
+def _document(settings: Settings) -> Document:
     return open_document(settings.token_dir, "incidents")
 
 

@@ -19,27 +19,9 @@ from tokencore import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
-    from typing import Protocol
 
-    class Attempt(Protocol):
-        """A line of the issuance record, as far as a cause is read from it."""
-
-        @property
-        def at(self) -> datetime:
-            """When it was, aware UTC."""
-
-        @property
-        def outcome(self) -> str:
-            """What became of the attempt."""
-
-    class Token(Protocol):
-        """The key's present token, as far as a cause is read from it."""
-
-        @property
-        def rejected_at(self) -> datetime | None:
-            """When KIS was found to reject it, aware UTC."""
-
+    from tokencore.attempts import Attempt
+    from tokencore.tokens import Token
 
 MINUTE = 60.0  # seconds, KIS's own
 DAY = timedelta(days=1)

@@ -20,22 +20,9 @@ from flows.alerts.causes import BY_NAME, FOREIGN_LIMIT, FOREIGN_TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Protocol
 
     from flows.alerts.causes import Cause
-
-    class Document(Protocol):
-        """As tokencore opens it."""
-
-        def read(self) -> dict[str, Any]:
-            """The object; empty where there is none that could be read."""
-
-        def write(self, content: dict[str, Any]) -> None:
-            """Replace it durably."""
-
-        def lock(self, *, wait: float) -> contextlib.AbstractContextManager[bool]:
-            """Hold its lock inside the block; yields False where it was not acquired in time."""
-
+    from tokencore.stores.base import Document
 
 CALM, HALF, LAST_CALL = 0, 1, 2  # stages of escalation
 ACT = timedelta(minutes=30)  # before the need: what a person takes to notice, understand and act
