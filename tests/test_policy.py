@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tokencore.calendars import sessions
-from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals, retry_delay, serves_until
+from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals, retry_delay
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def test_a_decision_lies_ahead_and_leaves_served_needs_alone(
     planned = next_renewal(now, needs, issued_at=issued, expires_at=now + left, anchor=anchor)
     if planned:
         assert planned.at >= now
-        assert not any(start < planned.at < end <= serves_until(now + left) for start, end in needs)
+        assert not any(start < planned.at < end <= now + left - LIFE + COUNTS for start, end in needs)
 
 
 @steady
@@ -342,10 +342,9 @@ def test_a_time_without_a_zone_is_refused() -> None:
         decide(datetime(2026, 6, 1, 12), WEEKDAYS, None)  # noqa: DTZ001
 
 
-def test_back_off_and_buffer() -> None:
-    """Three retries after 65 seconds, past KIS's minute, then every five; a token serves until five before its end."""
+def test_back_off() -> None:
+    """Three retries after 65 seconds, past KIS's minute, then every five."""
     assert [retry_delay(n).seconds for n in (1, 2, 3, 4, 50)] == [65, 65, 65, 300, 300]
-    assert serves_until(kst("06-01 16:35")) == kst("06-01 16:30")
 
 
 def live(codes: list[str], first: str, days: int) -> list[Renewal]:

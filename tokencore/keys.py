@@ -12,7 +12,8 @@ from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import format_time
 from tokencore.manager import make_renewer
-from tokencore.outlook import CLOCK_SLACK, PLAN_DAYS, Plan, RefreshWarning
+from tokencore.outlook import PLAN_DAYS, Plan, RefreshWarning
+from tokencore.policy import CLOCK_SLACK
 from tokencore.renewer import FOREIGN_AGE
 from tokencore.sealing import sealed_class
 from tokencore.stores import open_store

@@ -21,7 +21,6 @@ _CSAT = """
 CSAT_DAYS = frozenset(map(date.fromisoformat, _CSAT.split()))
 """Days on which Korea's markets start an hour late for the college entrance test (수능)."""
 
-_NO_PAD = timedelta(0)
 _EVENING_PAD = timedelta(minutes=10)  # after Korea's evening sessions, for the last answers to come in
 
 
@@ -32,7 +31,7 @@ class Extended(NamedTuple):
     open: time  # its first minute; one after the regular open leaves the session's open alone
     close: time
     half_close: time | None = None  # its close on a half day; None where there are none
-    pad: timedelta = _NO_PAD  # how long after the close a token must still be valid, instead of the exchange's own
+    pad: timedelta = timedelta(0)  # how long after the close a token must still be valid, instead of the exchange's own
 
 
 class Exchange(NamedTuple):
@@ -48,7 +47,7 @@ class Exchange(NamedTuple):
     calendar: str  # the `holidays` package's name for its closures: a market, or a country of two letters
     by_notice: bool = False  # a year's closures are guesses until the government announces them
     aliases: tuple[str, ...] = ()  # further names that users write
-    pad: timedelta = _NO_PAD  # how long after the close a token must still be valid
+    pad: timedelta = timedelta(0)  # how long after the close a token must still be valid
     half_close: time | None = None  # close on half days; None where there are none
     csat: tuple[time, time] | None = None  # open and close on a CSAT day; None outside Korea
     first_open: time | None = None  # open on the year's first trading day, where that is a late one
@@ -58,10 +57,7 @@ class Exchange(NamedTuple):
 
 
 _KRX = Exchange(
-    *("KRX", "Korea Exchange", None, "XKRX", "Asia/Seoul"),
-    open=time(9),
-    close=time(15, 30),
-    calendar="XKRX",
+    *("KRX", "Korea Exchange", None, "XKRX", "Asia/Seoul", time(9), time(15, 30), "XKRX"),
     pad=timedelta(minutes=60),
     csat=(time(10), time(16, 30)),
     first_open=time(10),
@@ -69,52 +65,37 @@ _KRX = Exchange(
     extended=Extended(date(2026, 9, 14), time(16), time(20), pad=_EVENING_PAD),
 )
 _NXT = Exchange(
-    *("NXT", "Nextrade", None, None, "Asia/Seoul"),
-    open=time(8),
-    close=time(20),
-    calendar="XKRX",
+    *("NXT", "Nextrade", None, None, "Asia/Seoul", time(8), time(20), "XKRX"),
     pad=_EVENING_PAD,
     csat=(time(10), time(20)),  # no pre-market on late days; the after-market ends as always
     first_open=time(10),
     since=date(2025, 3, 4),
 )
 _NYSE = Exchange(
-    *("NYSE", "New York Stock Exchange", "NYS", "XNYS", "America/New_York"),
-    open=time(9, 30),
-    close=time(16),
-    calendar="XNYS",  # Nasdaq and NYSE American keep its days too
+    # Nasdaq and NYSE American keep the days of XNYS too.
+    *("NYSE", "New York Stock Exchange", "NYS", "XNYS", "America/New_York", time(9, 30), time(16), "XNYS"),
     half_close=time(13),
     extended=Extended(date.min, time(4), time(20), half_close=time(17)),
 )
 _SEHK = Exchange(
-    *("SEHK", "Hong Kong Stock Exchange", "HKS", "XHKG", "Asia/Hong_Kong"),
-    open=time(9, 30),
-    close=time(16),
-    calendar="XHKG",
+    *("SEHK", "Hong Kong Stock Exchange", "HKS", "XHKG", "Asia/Hong_Kong", time(9, 30), time(16), "XHKG"),
     aliases=("HKEX",),
     pad=timedelta(minutes=10),  # the closing auction
     half_close=time(12),
 )
 _SHAA = Exchange(
-    *("SHAA", "Shanghai Stock Exchange", "SHS", "XSHG", "Asia/Shanghai"),
-    open=time(9, 30),
-    close=time(15),
-    calendar="XSHG",  # closed on the weekends that China makes working days
+    # Closed on the weekends that China makes working days.
+    *("SHAA", "Shanghai Stock Exchange", "SHS", "XSHG", "Asia/Shanghai", time(9, 30), time(15), "XSHG"),
     by_notice=True,
 )
 _TKSE = Exchange(
-    *("TKSE", "Tokyo Stock Exchange", "TSE", "XTKS", "Asia/Tokyo"),
-    open=time(9),
-    close=time(15, 30),
-    calendar="XJPX",
+    *("TKSE", "Tokyo Stock Exchange", "TSE", "XTKS", "Asia/Tokyo", time(9), time(15, 30), "XJPX"),
     aliases=("XJPX",),
     earlier_close=(date(2024, 11, 5), time(15)),
 )
 _VNSE = Exchange(
-    *("VNSE", "Ho Chi Minh Stock Exchange", "HSX", "XSTC", "Asia/Ho_Chi_Minh"),
-    open=time(9),
-    close=time(15),
-    calendar="VN",  # the country's: nobody keeps one for its exchanges
+    # The calendar is the country's: nobody keeps one for its exchanges.
+    *("VNSE", "Ho Chi Minh Stock Exchange", "HSX", "XSTC", "Asia/Ho_Chi_Minh", time(9), time(15), "VN"),
     aliases=("HOSE",),
 )
 

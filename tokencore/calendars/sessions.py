@@ -20,24 +20,8 @@ from tokencore.calendars.exchanges import CSAT_DAYS, EXCHANGES, LEAD, Exchange, 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = [
-    "EXCHANGES",
-    "Day",
-    "Exchange",
-    "Override",
-    "Session",
-    "certain_until",
-    "closure",
-    "days",
-    "exchange",
-    "is_session",
-    "need",
-    "needs",
-    "next_open",
-    "session",
-    "session_close",
-    "session_open",
-]
+__all__ = ["EXCHANGES", "Day", "Exchange", "Override", "Session", "certain_until", "closure", "days", "exchange"]
+__all__ += ["is_session", "need", "needs", "next_open", "session", "session_close", "session_open"]
 
 _DAY = timedelta(days=1)
 _THURSDAY, _SATURDAY = 3, 5
@@ -93,8 +77,7 @@ def is_session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> 
 
 def session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> Session | None:
     """The exchange's session of that day, aware UTC; None on a closed day."""
-    place = exchange(code)
-    found = _day(place, day, overrides.get(place.code, _NONE))
+    found = _day(exchange(code), day, overrides)
     return found and found.session
 
 
@@ -128,16 +111,12 @@ def need(code: str, day: date, overrides: Mapping[str, Override] = {}) -> tuple[
 
     From 30 minutes before the open to the close and the exchange's pad, or the extended hours' own.
     """
-    place = exchange(code)
-    found = _day(place, day, overrides.get(place.code, _NONE))
+    found = _day(exchange(code), day, overrides)
     return found and found.need
 
 
 def needs(
-    codes: Iterable[str],
-    start: datetime,
-    end: datetime,
-    overrides: Mapping[str, Override] = {},
+    codes: Iterable[str], start: datetime, end: datetime, overrides: Mapping[str, Override] = {}
 ) -> list[tuple[datetime, datetime]]:
     """All needs of these exchanges that overlap [start, end), sorted and merged, aware UTC.
 
@@ -147,9 +126,8 @@ def needs(
         TypeError: `start` or `end` has no zone.
 
     """
-    found = [one.need for code in codes for one in days(code, start, end, overrides)]
     merged: list[tuple[datetime, datetime]] = []
-    for begins, ends in sorted(found):
+    for begins, ends in sorted(one.need for code in codes for one in days(code, start, end, overrides)):
         if merged and begins <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(ends, merged[-1][1])
         else:
@@ -166,15 +144,9 @@ def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Over
     """
     # A need may begin the day before its session's and end the day after, by lead and pad.
     place = exchange(code)
-    zone, override = ZoneInfo(place.zone), overrides.get(place.code, _NONE)
-    day, last = start.astimezone(zone).date() - _DAY, end.astimezone(zone).date() + _DAY
-    found = []
-    while day <= last:
-        one = _by_calendar(place.code, day) if override is _NONE else _day(place, day, override)
-        if one and one.need[0] < end and one.need[1] > start:
-            found.append(one)
-        day += _DAY
-    return found
+    first, last = (edge.astimezone(ZoneInfo(place.zone)).date() for edge in (start, end))
+    found = (_day(place, first + n * _DAY, overrides) for n in range(-1, (last - first).days + 2))
+    return [one for one in found if one and one.need[0] < end and one.need[1] > start]
 
 
 def certain_until(code: str) -> date:
@@ -188,8 +160,9 @@ def certain_until(code: str) -> date:
     return date(_last_announced_year(), 12, 31)
 
 
-def _day(place: Exchange, day: date, override: Override) -> Day | None:
+def _day(place: Exchange, day: date, overrides: Mapping[str, Override]) -> Day | None:
     """By the user's settings; hours set there are meant as they are."""
+    override = overrides.get(place.code, _NONE)
     if day in override.hours:
         return _made(place, day, override.hours[day], place.pad)
     return None if day in override.closed else _by_calendar(place.code, day, extended=override.extended)
@@ -198,7 +171,7 @@ def _day(place: Exchange, day: date, override: Override) -> Day | None:
 @lru_cache(maxsize=16_384)  # days; every run asks for the same weeks again and again
 def _by_calendar(code: str, day: date, *, extended: bool = False) -> Day | None:
     place = EXCHANGES[code]
-    if day.weekday() >= _SATURDAY or _closure(place, day):
+    if _closure(place, day):
         return None
     longer = place.extended if extended and place.extended and day >= place.extended.since else None
     return _made(place, day, _hours(place, day, longer), (longer or place).pad)
@@ -209,19 +182,18 @@ def _closure(place: Exchange, day: date) -> str | None:
         return "weekend"
     if day < place.since:
         return f"{place.name} trades since {place.since}"
-    return _year(place.code, day.year).closures.get(day)
+    return _year(place.calendar, day.year, by_notice=place.by_notice).closures.get(day)
 
 
 def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) -> Day:
     zone = ZoneInfo(place.zone)
-    opens = datetime.combine(day, hours[0], zone).astimezone(UTC)
-    closes = datetime.combine(day, hours[1], zone).astimezone(UTC)
+    opens, closes = (datetime.combine(day, hour, zone).astimezone(UTC) for hour in hours)
     return Day(Session(opens, closes), (opens - LEAD, closes + pad))
 
 
 def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time, time]:
     opens, closes = place.open, place.close
-    year = _year(place.code, day.year)
+    year = _year(place.calendar, day.year, by_notice=place.by_notice)
     if place.earlier_close and day < place.earlier_close[0]:
         closes = place.earlier_close[1]
     if place.csat and (day in CSAT_DAYS or _may_be_csat_day(day)):
@@ -239,8 +211,7 @@ def _may_be_csat_day(day: date) -> bool:
 
     All since 2016 were on the Thursday from the 13th to the 19th, except two that were postponed.
     """
-    earliest, latest = date(day.year, 11, 13), date(day.year, 11, 19)
-    return earliest <= day <= latest and day.weekday() == _THURSDAY and day > max(CSAT_DAYS)
+    return (11, 13) <= (day.month, day.day) <= (11, 19) and day.weekday() == _THURSDAY and day > max(CSAT_DAYS)
 
 
 class _Year(NamedTuple):
@@ -252,16 +223,10 @@ class _Year(NamedTuple):
 
 
 @cache
-def _year(code: str, year: int) -> _Year:
-    """That year of the exchange's calendar; empty where it would be a guess."""
-    place = EXCHANGES[code]
-    if place.by_notice and year > _last_announced_year():
+def _year(calendar: str, year: int, *, by_notice: bool) -> _Year:
+    """That year of the calendar; empty where it would be a guess."""
+    if by_notice and year > _last_announced_year():
         return _Year()
-    return _load(place.calendar, year)
-
-
-@cache
-def _load(calendar: str, year: int) -> _Year:
     from holidays import country_holidays, financial_holidays  # 0.05 s, off the path of a cached token
 
     load = country_holidays if len(calendar) == _COUNTRY else financial_holidays
@@ -269,13 +234,12 @@ def _load(calendar: str, year: int) -> _Year:
     # The English of the place, if there is one: Hong Kong says Chung Yeung, not Double Ninth.
     language = min((name for name in known.supported_languages if name.startswith("en")), default=None)
     closures = dict(load(calendar, years=year, language=language).items())
-    half_days: frozenset[date] = frozenset()
-    if "half_day" in known.supported_categories:
-        half_days = frozenset(load(calendar, years=year, categories=("half_day",)))
+    kept = "half_day" in known.supported_categories
+    half_days = load(calendar, years=year, categories=("half_day",)) if kept else ()
     first = date(year, 1, 1)
     while first.weekday() >= _SATURDAY or first in closures:
         first += _DAY
-    return _Year(closures, half_days, first)
+    return _Year(closures, frozenset(half_days), first)
 
 
 @cache

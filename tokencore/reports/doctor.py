@@ -30,14 +30,15 @@ from tokencore.clients.approval import approval_expiry
 from tokencore.clients.exports import Exports
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
-from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, gather, place_of, short, trusted_dotenv
+from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, short, trusted_dotenv
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.kis import quotes
 from tokencore.kis.codes import KEY_LENGTH, KNOWN, SECRET_LENGTH
 from tokencore.kis.gateway import LOOPBACK, Gateway
 from tokencore.limits import format_time
-from tokencore.outlook import CLOCK_SLACK
-from tokencore.reports.status import look, next_attempt
+from tokencore.outlook import covers, word
+from tokencore.policy import CLOCK_SLACK
+from tokencore.reports.status import next_attempt
 from tokencore.stores import files
 from tokencore.tokens import jwt_claims
 
@@ -45,10 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from tokencore.calendars.exchanges import Exchange
-    from tokencore.keys import Key
-    from tokencore.reports.status import MarketStatus
-
-    Check = Callable[[], Iterable["Finding"]]
+    from tokencore.config.market import Market
+    from tokencore.keys import Key, KeyState
 
 UNEXPECTED, SETTINGS, NO_TOKEN, REFUSED, UNREACHABLE, STORE = 1, 2, 3, 5, 6, 7  # exit codes, as of the commands
 DEADLINE = 30.0  # seconds for the whole examination
@@ -57,9 +56,9 @@ PUBLIC = (
     *("ENVIRONMENT", "BASE_URL", "TOKEN_DIR", "EXCHANGES", "EXPORTS", "CLOSED", "EXTENDED", "ISSUE_INTERVAL"),
     *("KEYRING", "BUFFER", "PROACTIVE_WINDOW", "TIMEOUT", "MAX_ISSUES_PER_DAY", "PROVE_TOKENS", "SLACK_CHANNEL"),
 )  # what may be shown; any other value might be secret
+CREDENTIAL = ("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL")  # how their variables end
 LENGTHS = {"APP_KEY": KEY_LENGTH, "APP_SECRET": SECRET_LENGTH}
-LONGEST = 60  # characters of a value that are shown
-SHOWN = 3  # names in a line
+LONGEST, SHOWN = 60, 3  # characters of a value, and names in a line, that are shown
 OTHERS = 0o077  # in a mode, what is not the owner's
 LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: time to look, and no token could be saved
 NOTICEABLE = 5.0  # seconds: the Date header knows whole ones, and the answer takes its time
@@ -77,9 +76,25 @@ CACHES = {  # of other clients, each of which would issue for itself
 MANY, CACHE_LIMIT = 64, 65_536  # files of one pattern that are looked at, and their bytes
 FIRST_FIX = "the settings must be fixed first"
 NETWORK = "check the address, the network and the firewall"
-_OF_KEY = re.compile(r"key-([0-9a-f]{16})\b", re.ASCII)
-_OF_MARKET = re.compile(r"(.+)_(?:api_token\.json|token_issued_at\.dat|krs_token\.dat|approval_key\.json)", re.ASCII)
-_BESIDES = ("config.toml", "incidents.", "prefect", "key-", ".gitignore")
+_OF_MARKET = r"(.+)_(?:api_token\.json|token_issued_at\.dat|krs_token\.dat|approval_key\.json)"
+_OURS = rf"config\.toml|incidents\.|prefect|key-|\.gitignore|.*\.(?:tmp|aside)$|{_OF_MARKET}$"
+LEFTOVERS = {  # by the files' names; what is in parentheses is the key or market that they belong to
+    "drafts of killed processes": r".*\.tmp",
+    "set aside as no token of this key": r".*\.aside",
+    "not tokencore's": rf"(?!{_OURS}).*".replace("(.+)", ".+"),
+    "of a key that is not configured": r".*?key-([0-9a-f]{16})\b.*",
+    "of a market that is not configured": _OF_MARKET,
+}
+FAULTS = {  # by a sign in an error's name or text: what failed; the first that fits
+    "proxyerror": "the proxy cannot be reached (HTTPS_PROXY, NO_PROXY)",
+    "certificate": "the certificate of {host} cannot be verified (clock, REQUESTS_CA_BUNDLE)",
+    "sslerror": "{host} does not speak TLS there",
+    "connecttimeout": "no connection to {host} within {patience:.0f} s",
+    "timeout": "{host} accepts connections, but does not answer",
+    "nameresolution": "the name {host} cannot be found (DNS)",
+    "refused": "{host} refuses the connection",
+    "": "the connection to {host} failed",
+}
 _JWT = re.compile(rb"[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)
 
 
@@ -93,13 +108,16 @@ class State(StrEnum):
 
 
 class Finding(NamedTuple):
-    """What was looked at, how it is, what that means, and the fix, which programs know as `cure`."""
+    """How a thing is, what was looked at, what that means, and the fix, which programs know as `cure`."""
 
-    name: str
     state: State
+    name: str
     detail: str
     cure: str = ""
     exit_code: int = UNEXPECTED
+
+
+_ok, _warn, _fail, _skipped = (partial(Finding, state) for state in State)
 
 
 def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
@@ -111,48 +129,28 @@ def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
     except TokenError as error:
         problem = str(error)
     folder = settings.token_dir if settings else values.folder(values.TOKEN_DIR)
-    checks: dict[str, Check] = {
-        "settings": partial(_settings, settings, problem),
-        "token directory": partial(_directory, folder, settings, keys),
-        "tokens": partial(_tokens, keys),
-    }
-    for url in dict.fromkeys(key.market.base_url for key in keys):
-        checks[f"kis {url}"] = partial(_kis, url, [key for key in keys if key.market.base_url == url])
-    checks["slack"] = partial(_slack, settings)
-    checks["prefect"] = partial(_prefect, keys, os.path.join(folder, "prefect"))
-    checks["duplicates"] = partial(_duplicates, keys)
-    return _all(checks)
+    of_url: dict[str, list[Key]] = {}
+    for key in keys:
+        of_url.setdefault(key.market.base_url, []).append(key)
+    return _all({
+        "settings": _settings(settings, problem),
+        "token directory": _directory(folder, settings, keys),
+        "tokens": _tokens(keys),
+        **{f"kis {url}": _kis(url, asking) for url, asking in of_url.items()},
+        "slack": _slack(settings),
+        "prefect": _prefect(keys, os.path.join(folder, "prefect")),
+        "duplicates": _duplicates(keys),
+    })  # fmt: skip
 
 
-def _ok(name: str, detail: str) -> Finding:
-    return Finding(name, State.OK, detail)
-
-
-def _warn(name: str, detail: str, fix: str) -> Finding:
-    return Finding(name, State.WARN, detail, fix)
-
-
-def _fail(name: str, detail: str, fix: str, exit_code: int = UNEXPECTED) -> Finding:
-    return Finding(name, State.FAIL, detail, fix, exit_code)
-
-
-def _skipped(name: str, detail: str, fix: str = "") -> Finding:
-    return Finding(name, State.SKIPPED, detail, fix)
-
-
-def _all(checks: Mapping[str, Check]) -> list[Finding]:
+def _all(checks: Mapping[str, Iterator[Finding]]) -> list[Finding]:
     """What the checks find, each in a thread of its own that nobody waits for after the deadline."""
     found: dict[str, list[Finding]] = {}
 
-    def run(name: str, check: Check) -> None:
-        try:
-            found[name] = list(check())
-        except TokenError as error:
-            found[name] = [_fail(name, str(error), "do what it says", error.exit_code)]
-        except Exception as error:  # noqa: BLE001 - one check's fault hides no other; its text may hold anything
-            found[name] = [_fail(name, f"could not be looked at ({type(error).__name__})", "please report this line")]
+    def look(name: str) -> None:
+        found[name] = list(_tried(name, checks[name]))
 
-    threads = [threading.Thread(target=run, args=one, daemon=True) for one in checks.items()]
+    threads = [threading.Thread(target=look, args=(name,), daemon=True) for name in checks]
     for thread in threads:
         thread.start()
     end = time.monotonic() + DEADLINE
@@ -162,29 +160,38 @@ def _all(checks: Mapping[str, Check]) -> list[Finding]:
     return [one for name in checks for one in found.get(name) or [_fail(name, late, "look for what hangs there")]]
 
 
+def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
+    """What `check` finds; its trouble is a finding, and hides no other."""
+    try:
+        yield from check
+    except TokenError as error:
+        yield _fail(name, str(error), "do what it says", error.exit_code)
+    except _NoAnswer as error:
+        yield _fail(name, str(error), NETWORK)
+    except Exception as error:  # noqa: BLE001 - its text may hold anything
+        yield _fail(name, f"could not be looked at ({type(error).__name__})", "please report this line")
+
+
 def _settings(settings: Settings | None, problem: str) -> Iterator[Finding]:
-    """Whether they can be used, and a line for each that is set, with its origin."""
+    """Whether they can be used, a line for each that is set, with its origin, and whether others can read the files."""
+    found = settings.found if settings else Found()
     if problem:
         yield _fail("settings", problem, "correct it where it was set, see below", SETTINGS)
-    try:
-        found = gather()
-    except ConfigurationError:  # which is the problem
-        return
-    if not problem:
+        with contextlib.suppress(ConfigurationError):  # which is the problem
+            found = gather()
+    else:
         yield _ok("settings", f"{len(found.origins)} set, all well-formed")
     origins, unknown = found.origins, settings.misspelt() if settings else {}
     try:
         origins = settings.origins if settings else origins
     except ConfigurationError as error:
         yield _fail("keyring", str(error), "unlock it, or give the secret another source", SETTINGS)
-    for name in sorted(origins.keys() - unknown.keys()):
-        yield _setting(name, found.values.get(name), origins[name])
+    yield from (_setting(name, found.values.get(name), origins[name]) for name in sorted(origins.keys() - unknown))
     for name, meant in unknown.items():
-        what, detail = f"setting {short(name)}", "is not a setting of tokencore"
         fix = f"did you mean {meant}?" if meant else "remove it, unless another program uses it"
-        yield _warn(what, detail, fix) if meant else _skipped(what, detail, fix)
-    secret = {path for name, path in origins.items() if name.endswith(("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL"))}
-    for path in secret & {DOTENV_FILE, CONFIG_FILE} if os.name == "posix" else ():
+        yield (_warn if meant else _skipped)(f"setting {short(name)}", "is not a setting of tokencore", fix)
+    secret = {path for name, path in origins.items() if name.endswith(CREDENTIAL)} & {DOTENV_FILE, CONFIG_FILE}
+    for path in secret if os.name == "posix" else ():
         if os.stat(os.path.expanduser(path)).st_mode & OTHERS:
             yield _warn("settings file", f"{path} holds credentials, and other users may read it", f"chmod 600 {path}")
 
@@ -204,153 +211,155 @@ def _setting(name: str, value: object, origin: str) -> Finding:
 
 def _directory(folder: str, settings: Settings | None, keys: list[Key]) -> Iterator[Finding]:
     """The folder by trying it; the files in it, the locks, the other clients' copies, and the disk."""
-    if not os.path.lexists(folder):
-        yield _absent(folder, _existing(folder))
-    else:
-        yield _usable(folder)
+    yield from _tried("token directory", _usable(folder))
     if os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK):
         names = sorted(os.listdir(folder))
         yield _modes(folder, names)
-        markets = {market.name for market in settings.all_markets()} if settings else set()
-        yield _leftovers(names, markets, {key.fingerprint for key in keys})
-        yield from (_lock(key, f"lock {key.fingerprint}" if len(keys) > 1 else "lock") for key in keys)
+        markets = [market.name for market in settings.all_markets()] if settings else []
+        yield _leftovers(names, {*markets, *(key.fingerprint for key in keys)} if keys else None)
+        for key in keys:
+            name = f"lock {key.fingerprint}" if len(keys) > 1 else "lock"
+            yield from _tried(name, _lock(key, name))
     for key in keys:
         for place, why in Exports(key.markets, key.store).failures().items():
             fix = "fix or remove what is there; the next renewal or check copies again"
             yield _warn("exports", f"{place} is not up to date: {why}", fix)
-    yield _disk(folder)
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < TOO_LITTLE:
+        yield _fail("disk", f"{free >> 10:,} kB free", "free space: an issued token could not be saved", STORE)
+    else:
+        yield _judged("disk", f"{free >> 20:,} MB free", "free space before it runs out" if free < LITTLE else "")
 
 
-def _absent(folder: str, above: str) -> Finding:
-    if os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK):
-        return _ok("token directory", f"{folder} does not exist yet; the first issue makes it")
-    return _fail("token directory", f"{folder} cannot be made: {above} is not writable", _own(above), STORE)
+def _judged(name: str, detail: str, fix: str) -> Finding:
+    """A warning where there is something to fix."""
+    return _warn(name, detail, fix) if fix else _ok(name, detail)
 
 
-def _usable(folder: str) -> Finding:
-    name = "token directory"
-    if not os.path.isdir(folder):
-        return _fail(name, f"{folder} is no directory", "move it away, or point KIS_TOKEN_DIR elsewhere", STORE)
-    try:
+def _usable(folder: str) -> Iterator[Finding]:
+    name, own = "token directory", "give your user the right to read and write {}, or point KIS_TOKEN_DIR elsewhere"
+    if not os.path.lexists(folder):
+        above = _existing(folder)
+        if os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK):
+            yield _ok(name, f"{folder} does not exist yet; the first issue makes it")
+        else:
+            yield _fail(name, f"{folder} cannot be made: {above} is not writable", own.format(above), STORE)
+    elif not os.path.isdir(folder):
+        yield _fail(name, f"{folder} is no directory", "move it away, or point KIS_TOKEN_DIR elsewhere", STORE)
+    else:
         files.refuse_strangers(folder)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", suffix=".tmp") as trial:
-            trial.write(b"\n")
-            trial.flush()
-            os.fsync(trial.fileno())
-    except TokenError as error:
-        return _fail(name, str(error), "do what it says", STORE)
-    except OSError as error:
-        return _fail(name, f"{folder} cannot be read and written ({error.strerror})", _own(folder), STORE)
-    mode = stat.S_IMODE(os.stat(folder).st_mode)
-    if os.name == "posix" and mode & OTHERS:
-        return _warn(name, f"{folder} is open to other users (mode {mode:04o})", f"chmod 700 {folder}")
-    return _ok(name, f"{folder}, mode {mode:04o}")
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", suffix=".tmp", buffering=0) as trial:
+                trial.write(b"\n")
+                os.fsync(trial.fileno())
+        except OSError as error:
+            why = f"{folder} cannot be read and written ({error.strerror})"
+            yield _fail(name, why, own.format(folder), STORE)
+            return
+        mode = stat.S_IMODE(os.stat(folder).st_mode)
+        wide = os.name == "posix" and mode & OTHERS
+        detail = f"{folder} is open to other users (mode {mode:04o})" if wide else f"{folder}, mode {mode:04o}"
+        yield _judged(name, detail, f"chmod 700 {folder}" if wide else "")
+
+
+def _existing(path: str) -> str:
+    while not os.path.lexists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return path
 
 
 def _modes(folder: str, names: list[str]) -> Finding:
     wide = []
     for name in names if os.name == "posix" else ():
         with contextlib.suppress(OSError):
-            found = os.lstat(os.path.join(folder, name))
-            if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) & OTHERS:
-                wide.append(name)
-    if wide:
-        return _warn("file modes", f"open to more than their owner: {_some(wide)}", f"chmod go= {folder}/*")
-    return _ok("file modes", "no file is open to other users")
+            mode = os.lstat(os.path.join(folder, name)).st_mode
+            wide += [name] if stat.S_ISREG(mode) and mode & OTHERS else []
+    detail = f"open to more than their owner: {_some(wide)}" if wide else "no file is open to other users"
+    return _judged("file modes", detail, f"chmod go= {folder}/*" if wide else "")
 
 
-def _leftovers(names: list[str], markets: set[str], keys: set[str]) -> Finding:
+def _leftovers(names: list[str], owners: set[str] | None) -> Finding:
     """What nobody needs any more, and what is not ours: named, never removed.
 
-    While the settings give no key at all, nothing is called another's: a record that is deleted is missed.
+    While the settings give no key at all, there are no `owners`, and nothing is called another's: a record that is
+    deleted is missed.
     """
-    found = {
-        "drafts of killed processes": [n for n in names if n.endswith(".tmp")],
-        "set aside as no token of this key": [n for n in names if n.endswith(".aside")],
-        "not tokencore's": [n for n in names if not _known(n)],
-    }
-    if keys:
-        alien = [n for n in names if (of := _OF_KEY.search(n)) and of[1] not in keys]
-        old = [n for n in names if (of := _OF_MARKET.fullmatch(n)) and of[1] not in markets]
-        found |= {"of a key that is not configured": alien, "of a market that is not configured": old}
-    detail = "; ".join(f"{what}: {_some(which)}" for what, which in found.items() if which)
-    if detail:
-        return _warn("leftover files", detail, "look at them, and delete those that you do not need")
-    return _ok("leftover files", "none")
+    found: dict[str, list[str]] = {}
+    for what, pattern in LEFTOVERS.items():
+        for name in names:
+            fits = re.fullmatch(pattern, name, re.ASCII | re.DOTALL)
+            if fits and (not fits.groups() or (owners and fits[1] not in owners)):
+                found.setdefault(what, []).append(name)
+    detail = "; ".join(f"{what}: {_some(which)}" for what, which in found.items())
+    return _judged("leftover files", detail or "none", detail and "look at them, and delete those that you do not need")
 
 
-def _known(name: str) -> bool:
-    return name.endswith((".tmp", ".aside")) or name.startswith(_BESIDES) or bool(_OF_MARKET.fullmatch(name))
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name)[1:-1] for name in names[:SHOWN]) + more
 
 
-def _lock(key: Key, name: str) -> Finding:
-    try:
-        with key.store.lock(wait=LOCK_WAIT) as held:
-            if held:
-                return _ok(name, "free")
-    except TokenError as error:
-        return _fail(name, str(error), "do what it says", error.exit_code)
+def _lock(key: Key, name: str) -> Iterator[Finding]:
+    with key.store.lock(wait=LOCK_WAIT) as held:
+        if held:
+            yield _ok(name, "free")
+            return
     holders = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
     who = f"process {', '.join(holders)}" if holders else "another process"
     detail = f"held by {who} for {LOCK_WAIT:g} s: normal while that waits for KIS"
-    return _warn(name, detail, "if it lasts for minutes, end that process")
+    yield _warn(name, detail, "if it lasts for minutes, end that process")
 
 
 def _holders(path: str) -> list[str]:
     """The processes that hold a lock on the file, as Linux lists them: `1: FLOCK ADVISORY WRITE 71 08:01:913 0 EOF`."""
     with contextlib.suppress(OSError, ValueError):
         found = os.stat(path)
-        place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-        lines = (files.read_bytes("/proc/locks", trusted=False) or b"").decode()
-        return [line.split()[4] for line in lines.splitlines() if f" {place} " in line and " -> " not in line]
+        place = f" {os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino} "
+        lines = (files.read_bytes("/proc/locks", trusted=False) or b"").decode().splitlines()
+        return [line.split()[4] for line in lines if place in line and " -> " not in line]
     return []
-
-
-def _disk(folder: str) -> Finding:
-    free = shutil.disk_usage(_existing(folder)).free
-    if free < TOO_LITTLE:
-        return _fail("disk", f"{free >> 10:,} kB free", "free space: an issued token could not be saved", STORE)
-    detail = f"{free >> 20:,} MB free"
-    return _ok("disk", detail) if free >= LITTLE else _warn("disk", detail, "free space before it runs out")
 
 
 def _tokens(keys: list[Key]) -> Iterator[Finding]:
     """Each market's token, each key's issuance record, and the approval key where one was asked for."""
     if not keys:
         yield _skipped("tokens", FIRST_FIX)
-    now = datetime.now(UTC)
     for key in keys:
-        state, allowed = key.state(now), key.market.settings.max_issues_per_day
-        hope = f"the next renewal is planned for {format_time(at)}" if (at := next_attempt(state)) else ""
-        until = f"serves until {format_time(state.serves_until)}" if state.serves_until else ""
-        yield from (_token(one.status, until, hope) for one in look(key.markets, now))
-        name, detail, last = f"issuing {key.label}", "no request is on record", latest(state.attempts)
-        if last:
-            counted = f"{state.issues_last_24h} of {allowed} issues in 24 hours"
-            detail = f"last request {format_time(last.at)}: {last.outcome}; {counted}"
-        if last and last.outcome in CREDENTIALS:
-            fix = KNOWN[last.code][2] if last.code in KNOWN else "check the credentials; then run `tokencore refresh`"
-            yield _fail(name, f"{detail}; nothing tries again automatically", fix, REFUSED)
-        elif state.issues_last_24h >= allowed:
-            yield _warn(name, detail, "wait, or find out what renews so often: tokencore history")
-        else:
-            yield _ok(name, detail)
-        if expires_at := approval_expiry(key.store):
-            word = "expired at" if expires_at < now else "lives until"
-            yield _ok(f"approval key {key.label}", f"{word} {format_time(expires_at)}")
+        yield from _tried(f"token {key.name}", _key(key, key.state(datetime.now(UTC))))
 
 
-def _token(one: MarketStatus, until: str, hope: str) -> Finding:
-    name = f"token {one['market']}"
-    if not until:
-        fix = f"tokencore get {one['market']}" + (f", or wait: {hope}" if hope else "")
-        return _fail(name, f"{one['status']}: no program can use it", fix, NO_TOKEN)
-    if one["next_need"] is None:
+def _key(key: Key, state: KeyState) -> Iterator[Finding]:
+    yield from (_token(state, market) for market in key.markets)
+    name, last, allowed = f"issuing {key.label}", latest(state.attempts), key.market.settings.max_issues_per_day
+    counted = f"{state.issues_last_24h} of {allowed} issues in 24 hours"
+    asked = f"last request {format_time(last.at)}: {last.outcome}; {counted}" if last else "no request is on record"
+    if last and last.outcome in CREDENTIALS:
+        fix = KNOWN[last.code][2] if last.code in KNOWN else "check the credentials; then run `tokencore refresh`"
+        yield _fail(name, f"{asked}; nothing tries again automatically", fix, REFUSED)
+    else:
+        over = state.issues_last_24h >= allowed
+        yield _judged(name, asked, "wait, or find out what renews so often: tokencore history" if over else "")
+    if expires_at := approval_expiry(key.store):
+        lives = "expired at" if expires_at < state.now else "lives until"
+        yield _ok(f"approval key {key.label}", f"{lives} {format_time(expires_at)}")
+
+
+def _token(state: KeyState, market: Market) -> Finding:
+    name, need = f"token {market.name}", state.need_of(market)
+    hope = f"the next renewal is planned for {format_time(at)}" if (at := next_attempt(state)) else ""
+    if not state.serves_until:
+        status = word(state.token, state.problem, market, state.now)
+        fix = f"tokencore get {market.name}" + (f", or wait: {hope}" if hope else "")
+        return _fail(name, f"{status}: no program can use it", fix, NO_TOKEN)
+    until = f"serves until {format_time(state.serves_until)}"
+    if need is None:
         return _ok(name, f"{until}; no exchange is configured")
-    need = f"the need from {format_time(datetime.fromisoformat(one['next_need']['start']))}"
-    if one["covers_next_need"] or hope:
-        return _ok(name, f"{until}; covers {need}" if one["covers_next_need"] else f"{until}; {hope}, ahead of {need}")
-    return _warn(name, f"{until}, not through {need}, and no renewal is planned", "see the line on issuing")
+    ahead = f"the need from {format_time(need[0])}"
+    if covers(state.token, need, market):
+        return _ok(name, f"{until}; covers {ahead}")
+    if hope:
+        return _ok(name, f"{until}; {hope}, ahead of {ahead}")
+    return _warn(name, f"{until}, not through {ahead}, and no renewal is planned", "see the line on issuing")
 
 
 def _kis(url: str, keys: list[Key]) -> Iterator[Finding]:
@@ -358,7 +367,7 @@ def _kis(url: str, keys: list[Key]) -> Iterator[Finding]:
     began = time.monotonic()
     try:  # neither key nor tr_id: it counts as no call, and any answer proves name, connection and certificate
         answer = _ask("GET", f"{url}/")
-    except OSError as error:
+    except _NoAnswer as error:
         yield _fail("kis", f"{url}: {error}", NETWORK, UNREACHABLE)
         names = ("clock", *(f"token accepted {key.label}" for key in keys))
         yield from (_skipped(name, "KIS cannot be reached") for name in names)
@@ -368,7 +377,8 @@ def _kis(url: str, keys: list[Key]) -> Iterator[Finding]:
     yield _ok("kis", f"{url} {answered}")
     yield _clock(answer.headers.get("Date", ""), took)
     for key in keys:
-        yield from _accepted(key, f"token accepted {key.label}")
+        name = f"token accepted {key.label}"
+        yield from _tried(name, _accepted(key, name))
 
 
 def _clock(date: str, took: float) -> Finding:
@@ -400,12 +410,11 @@ def _accepted(key: Key, name: str) -> Iterator[Finding]:
         if said.accepted:
             yield _ok(name, line + meaning * (said.rows == 0))
         elif said.accepted is None:
-            line = f"{line}; {said.detail}: says nothing about the token"
-            yield _warn(name, line, "try again later; look at KIS's notices")
+            detail = f"{line}; {said.detail}: says nothing about the token"
+            yield _warn(name, detail, "try again later; look at KIS's notices")
         else:
-            fix = (
-                f"tokencore get {key.name} | tokencore reject {key.name}: marked dead, and renewed as soon as KIS does"
-            )
+            how = f"tokencore get {key.name} | tokencore reject {key.name}"
+            fix = f"{how}: marked dead, and renewed as soon as KIS does"
             yield _fail(name, f"{line}; KIS rejects the token", fix, NO_TOKEN)
             return
 
@@ -428,41 +437,36 @@ def _slack(settings: Settings | None) -> Iterator[Finding]:
     given = {name: str(value).strip() for name, value in (settings.found.values if settings else {}).items()}
     webhook, bot, channel = (given.get(f"SLACK_{name}", "") for name in ("WEBHOOK_URL", "BOT_TOKEN", "CHANNEL"))
     parts, proof = urlsplit(webhook), "only a message proves it: make test-alert"
-    try:
-        if webhook and not (parts.hostname and parts.scheme in ("https", "http")):
-            yield _fail("slack", "SLACK_WEBHOOK_URL is no address", "copy it again from Slack")
-        elif webhook:
-            _ask("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/")
-            yield _ok("slack", f"{parts.hostname} answers; {proof}")
-        elif bot:
-            said = _json(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"}), dict)
-            if not said.get("ok"):
-                why = short(str(said.get("error", "no answer of Slack's")))
-                yield _fail("slack", f"Slack refuses the bot: {why}", "copy SLACK_BOT_TOKEN again (xoxb-...)")
-            elif not channel:
-                yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
-            else:
-                yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
+    if not settings:
+        yield _skipped("slack", FIRST_FIX)
+    elif webhook and not (parts.hostname and parts.scheme in ("https", "http")):
+        yield _fail("slack", "SLACK_WEBHOOK_URL is no address", "copy it again from Slack")
+    elif webhook:
+        _ask("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/")
+        yield _ok("slack", f"{parts.hostname} answers; {proof}")
+    elif bot:
+        said = _json(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"}), dict)
+        if not said.get("ok"):
+            why = short(str(said.get("error", "no answer of Slack's")))
+            yield _fail("slack", f"Slack refuses the bot: {why}", "copy SLACK_BOT_TOKEN again (xoxb-...)")
+        elif not channel:
+            yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
         else:
-            detail = "not set up: alerts are logged only" if settings else FIRST_FIX
-            yield _skipped("slack", detail, "set SLACK_WEBHOOK_URL to hear of trouble" if settings else "")
-    except OSError as error:
-        yield _fail("slack", str(error), NETWORK)
+            yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
+    else:
+        yield _skipped("slack", "not set up: alerts are logged only", "set SLACK_WEBHOOK_URL to hear of trouble")
 
 
 def _prefect(keys: list[Key], home: str) -> Iterator[Finding]:
     """The server, its deployments for the keys' exchanges, and its worker; `home` is where `make up` keeps them."""
-    given = _prefect_environment()
-    api = given.get("PREFECT_API_URL", "").rstrip("/")
-    url = api or f"http://127.0.0.1:{given.get('PREFECT_SERVER_API_PORT') or 4200}/api"
-    own = api == os.environ.get("PREFECT_API_URL", "").rstrip("/")  # else `.env` says where the password would go
-    parts, auth = urlsplit(url), _password(given, home if own else "")
+    named, url, auth = _server(home)
+    parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a password may be part of it
     try:
         answer = _ask("POST", f"{url}/deployments/filter", auth=auth, json={})
         pool = _ask("GET", f"{url}/work_pools/{POOL}", auth=auth)
-    except OSError as error:
-        if api or os.path.isdir(home):
+    except _NoAnswer as error:
+        if named or os.path.isdir(home):
             yield _fail("prefect", f"{shown}: {error}", "make up; or name the right server in PREFECT_API_URL")
         else:
             fix = "without one, let cron run `tokencore tick` every minute"
@@ -481,33 +485,29 @@ def _prefect(keys: list[Key], home: str) -> Iterator[Finding]:
         yield _fail("prefect worker", f"the work pool {POOL!r} is {ready}: no run starts", "make up")
 
 
-def _prefect_environment() -> dict[str, str]:
-    """The environment, completed from `.env`, which may not say where a password of the environment goes."""
+def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
+    """Whether PREFECT_API_URL is set, the address, and user and password: those set, or those `make up` generated.
+
+    `.env` completes the environment, but may not say where a password of another source goes.
+    """
     given = {**os.environ}
     if not any(map(given.get, PASSWORDS)):
         with contextlib.suppress(ConfigurationError):  # the line on the settings says it
             given |= trusted_dotenv()
-    return given
-
-
-def _password(given: Mapping[str, str], home: str) -> tuple[str, str] | None:
-    """The server's user and password: the one that is set, else the one that `make up` has generated."""
-    found = next((given[name] for name in PASSWORDS if given.get(name)), "")
-    with contextlib.suppress(ValueError):
-        found = found or ((home and files.read_text(os.path.join(home, "password"))) or "").strip()
+    api, found = given.get("PREFECT_API_URL", "").rstrip("/"), next(filter(None, map(given.get, PASSWORDS)), "")
+    if not found and api == os.environ.get("PREFECT_API_URL", "").rstrip("/"):
+        with contextlib.suppress(ValueError):
+            found = (files.read_text(os.path.join(home, "password")) or "").strip()
     user, _, password = found.partition(":")
-    return (user, password) if user else None
+    url = api or f"http://127.0.0.1:{given.get('PREFECT_SERVER_API_PORT') or 4200}/api"
+    return bool(api), url, (user, password) if user else None
 
 
 def _deployments(found: list[dict[str, Any]], keys: list[Key]) -> Finding:
-    scheduled = {
-        one["name"]
-        for one in found
-        if not one.get("paused") and any(schedule.get("active") for schedule in one.get("schedules") or [])
-    }
+    active = [one for one in found if not one.get("paused")]
+    scheduled = {one["name"] for one in active if any(each.get("active") for each in one.get("schedules") or [])}
     wanted = dict.fromkeys([CHECK, *(exchange(code).code for key in keys for code in key.exchanges)])
-    lacking = [name for name in wanted if name not in scheduled]
-    if lacking:
+    if lacking := [name for name in wanted if name not in scheduled]:
         fix = "make down, then make up, as schedules follow the settings; or unpause them in the page"
         return _warn("prefect deployments", f"no active schedule: {', '.join(lacking)}", fix)
     return _ok("prefect deployments", f"{len(scheduled)} with an active schedule, all that the markets need")
@@ -522,12 +522,9 @@ def _duplicates(keys: list[Key]) -> Iterator[Finding]:
     for key in keys:  # one app key may serve real and paper
         token = key.store.newest()
         present.setdefault(str(key.market.app_key), []).extend([token.access_token.encode()] if token else [])
-    found = [
-        _cache(path, client, present)
-        for pattern, client in CACHES.items()
-        for path in sorted(glob.glob(os.path.expanduser(pattern)))[-MANY:]
-    ]
-    yield from list(filter(None, found)) or [_ok("duplicates", "no other client's cache holds a token of your keys")]
+    paths = {pattern: sorted(glob.glob(os.path.expanduser(pattern)))[-MANY:] for pattern in CACHES}
+    caches = [_cache(path, CACHES[pattern], present) for pattern, every in paths.items() for path in every]
+    yield from list(filter(None, caches)) or [_ok("duplicates", "no other client's cache holds a token of your keys")]
 
 
 def _cache(path: str, client: str, present: Mapping[str, list[bytes]]) -> Finding | None:
@@ -543,11 +540,15 @@ def _cache(path: str, client: str, present: Mapping[str, list[bytes]]) -> Findin
     return _warn("duplicates", detail, fix) if named else None
 
 
+class _NoAnswer(Exception):  # noqa: N818 - what happened
+    """Nobody answered; the text says what failed, without the address's path."""
+
+
 def _ask(method: str, url: str, **fields: Any) -> requests.Response:  # noqa: ANN401 - requests' own keywords
     """Send one request; redirects are not followed, and no .netrc is read.
 
     Raises:
-        OSError: nobody answered; the text says what failed, without the address's path.
+        _NoAnswer: nobody answered.
 
     """
     host = str(urlsplit(url).hostname)
@@ -557,23 +558,8 @@ def _ask(method: str, url: str, **fields: Any) -> requests.Response:  # noqa: AN
         try:
             return session.request(method, url, timeout=PATIENCE, allow_redirects=False, **fields)
         except (requests.RequestException, OSError, ValueError) as error:
-            why = _fault(error, host)
-    raise OSError(why)
-
-
-def _fault(error: Exception, host: str) -> str:
-    """What failed, without the address and headers that the libraries' own texts repeat."""
-    said, library = str(error), requests.exceptions
-    signs: tuple[tuple[bool, str], ...] = (
-        (isinstance(error, library.ProxyError), "the proxy cannot be reached (HTTPS_PROXY, NO_PROXY)"),
-        ("CERTIFICATE" in said.upper(), f"the certificate of {host} cannot be verified (clock, REQUESTS_CA_BUNDLE)"),
-        (isinstance(error, library.SSLError), f"{host} does not speak TLS there"),
-        (isinstance(error, library.ConnectTimeout), f"no connection to {host} within {PATIENCE:.0f} s"),
-        (isinstance(error, library.Timeout), f"{host} accepts connections, but does not answer"),
-        ("NameResolution" in said, f"the name {host} cannot be found (DNS)"),
-        ("refused" in said, f"{host} refuses the connection"),
-    )
-    return next((words for fits, words in signs if fits), f"the connection to {host} failed")
+            said = f"{type(error).__name__} {error}".lower()  # the libraries' texts repeat address and headers
+    raise _NoAnswer(next(FAULTS[sign] for sign in FAULTS if sign in said).format(host=host, patience=PATIENCE))
 
 
 def _json(answer: requests.Response, kind: type) -> Any:  # noqa: ANN401 - any JSON
@@ -583,18 +569,3 @@ def _json(answer: requests.Response, kind: type) -> Any:  # noqa: ANN401 - any J
     except (ValueError, RecursionError):
         return kind()
     return found if isinstance(found, kind) else kind()
-
-
-def _existing(path: str) -> str:
-    while not os.path.lexists(path) and os.path.dirname(path) != path:
-        path = os.path.dirname(path)
-    return path
-
-
-def _own(path: str) -> str:
-    return f"give your user the right to read and write {path}, or point KIS_TOKEN_DIR elsewhere"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(repr(name)[1:-1] for name in names[:SHOWN]) + more

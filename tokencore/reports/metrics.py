@@ -30,7 +30,8 @@ from tokencore.config.settings import Settings
 from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
 from tokencore.limits import format_time
-from tokencore.outlook import CLOCK_SLACK, VALID, covers, word
+from tokencore.outlook import VALID, covers, word
+from tokencore.policy import CLOCK_SLACK
 from tokencore.reports.status import next_attempt
 
 if TYPE_CHECKING:

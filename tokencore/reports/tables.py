@@ -172,10 +172,10 @@ def _need(status: MarketStatus) -> str:
 
 
 def _uncertain(plan: Plan) -> dict[str, list[str]]:
-    """The exchanges whose closures are not published for a year ahead, by the last day that is."""
+    """The exchanges whose closures are not published for all days of the plan, by the last day that is."""
     found: dict[str, list[str]] = {}
     for row in plan.rows:
-        if row.certain_until < (plan.until + timedelta(days=366)).date().isoformat():
+        if row.certain_until < plan.until.date().isoformat():
             found.setdefault(row.certain_until, []).append(row.code)
     return found
 
