@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tokencore.config import market_of_program, read_market
+from tokencore.config import market_of_program, read_market, sources
 from tokencore.config.settings import Settings
 from tokencore.config.sources import FILE_LIMIT, trusted_dotenv
 from tokencore.errors import ConfigurationError
@@ -51,7 +51,8 @@ def restored() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_environment(isolated: Path) -> Iterator[Path]:
-    """Each test may set what it wants."""
+    """Each test may set what it wants, and hears each warning once."""
+    sources._warned.clear()  # noqa: SLF001 - by an earlier test
     with restored():
         yield isolated
 
