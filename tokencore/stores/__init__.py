@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from tokencore.sealing import sealed
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ def open_store(market: Market, siblings: Callable[[], Sequence[str]]) -> Store:
     return FileStore(market, siblings)
 
 
+@sealed
 def open_document(token_dir: str, name: str) -> Document:
     """A document that all keys share, such as the incidents."""
     from tokencore.stores.file_store import FileDocument
