@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 KEY, SECRET = "canary-key-" + "k" * 25, "canary-secret-" + "s" * 166
 DOMESTIC, _, PRICE, _, DAILY = QUOTES
+ERROR = '{"error_description": "'
+OTHER = "요청하신 오류입니다."  # KIS's words for codes that have none here
 
 
 @pytest.fixture
@@ -39,15 +41,10 @@ def kis() -> Iterator[Sandbox]:
 
 
 @pytest.fixture
-def lenient() -> Iterator[Sandbox]:
+def lenient(kis: Sandbox) -> Sandbox:
     """A gateway without the minute limit."""
-    with Sandbox(issue_interval=0) as running:
-        yield running
-
-
-def text(code: str) -> str:
-    """KIS's words for a code."""
-    return TEXTS.get(code, "요청하신 오류입니다.")
+    kis.set_rules(issue_interval=0)
+    return kis
 
 
 def post(kis: Sandbox, path: str, body: object, timeout: float = 5) -> requests.Response:
@@ -122,16 +119,10 @@ def test_tokenp_takes_its_latency_and_nothing_else_does(kis: Sandbox) -> None:
 
 def test_64_requests_at_once_are_granted_one_token(kis: Sandbox) -> None:
     """However many ask in one instant, one is granted and the others are refused; another key has its own minute."""
-    barrier = threading.Barrier(64)
-
-    def ask(_: int) -> int:
-        barrier.wait()
-        return issue(kis, timeout=15).status_code
-
     with ThreadPoolExecutor(64) as pool:
-        statuses = sorted(pool.map(ask, range(64)))
+        answers = list(pool.map(lambda _: issue(kis, timeout=15), range(64)))
+    assert sorted(answer.status_code for answer in answers) == [200] + [403] * 63
     stats = kis.stats()
-    assert statuses == [200] + [403] * 63
     assert (stats["granted_new"], stats["granted_same"], stats["refused"]) == (1, 0, {"EGW00133": 63})
     assert issue(kis, appkey="x" * 36).status_code == 200
 
@@ -156,36 +147,36 @@ def test_malformed_requests_are_refused_with_a_code(
     issue(lenient)
     data = body if isinstance(body, bytes) else json.dumps(credentials(**body)).encode()
     answer = requests.post(lenient.url + TOKEN, data=data, timeout=5)
-    assert (answer.status_code, answer.json()) == (403, {"error_code": code, "error_description": text(code)})
+    assert (answer.status_code, answer.json()) == (
+        403,
+        {"error_code": code, "error_description": TEXTS.get(code, OTHER)},
+    )
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_expired_token_is_refused_and_replaced() -> None:
+def test_an_expired_token_is_refused_and_replaced(lenient: Sandbox) -> None:
     """A token past its expiry is refused as expired, and tokenP does not hand it out again."""
-    gateway = Gateway(token_life=2, issue_interval=0)
-    first, second = (gateway.respond(Request("POST", TOKEN, credentials()), now) for now in (1000, 1002))
-    assert [first.outcome, second.outcome] == ["new", "new"]
-    assert not isinstance(first.content, str)
-    headers = {"authorization": f"Bearer {first.content['access_token']}", "appkey": KEY, "appsecret": SECRET}
-    call = Request("GET", DOMESTIC, headers={**headers, "tr_id": QUOTES[DOMESTIC]})
-    assert [gateway.respond(call, now).outcome for now in (1001.9, 1002)] == ["ok", "EGW00123"]
+    lenient.set_rules(token_life=1)
+    token = token_of(lenient)
+    assert quote(lenient, token).status_code == 200
+    time.sleep(1)
+    assert quote(lenient, token).json()["msg_cd"] == "EGW00123"
+    assert token_of(lenient) != token
 
 
 def test_a_dead_token_is_refused_and_handed_out_again(lenient: Sandbox) -> None:
     """Revoked, by its own key only, or killed by maintenance, it is refused, yet tokenP returns it for six hours."""
     token = token_of(lenient)
-    body = {"appkey": KEY, "appsecret": SECRET, "token": token}
     for change, code in (({"appkey": "x" * 36}, "EGW00121"), ({"appsecret": "y"}, "EGW00105")):
-        assert post(lenient, REVOKE, {**body, **change}).json()["error_code"] == code
+        assert post(lenient, REVOKE, credentials(token=token, **change)).json()["error_code"] == code
     assert quote(lenient, token).status_code == 200
-    assert post(lenient, REVOKE, body).json() == {"code": 200, "message": "접근토큰 폐기에 성공하였습니다"}
+    answers = [post(lenient, REVOKE, credentials(token=token)).json() for _ in range(2)]
+    assert answers[0] == {"code": 200, "message": "접근토큰 폐기에 성공하였습니다"}
+    assert (answers[1]["error_code"], lenient.stats()["revokes"]) == ("EGW00121", 1)
     assert quote(lenient, token).json()["msg_cd"] == "EGW00121"
     assert token_of(lenient) == token
-    assert post(lenient, REVOKE, body).json()["error_code"] == "EGW00121"
-    assert lenient.stats()["revokes"] == 1
     lenient.set_rules(same_token=0)
     token = token_of(lenient)
-    assert quote(lenient, token).status_code == 200
     lenient.kill_tokens()
     assert quote(lenient, token).json()["msg_cd"] == "EGW00121"
 
@@ -226,25 +217,43 @@ def test_quotes_answer_rows_of_text(kis: Sandbox) -> None:
 def test_business_calls_check_their_headers(kis: Sandbox, headers: dict[str, str], code: str) -> None:
     """A business call with a wrong header is refused with status 500 in the business shape."""
     answer = quote(kis, token_of(kis), **headers)
-    assert (answer.status_code, answer.json()) == (500, {"rt_cd": "1", "msg_cd": code, "msg1": text(code)})
+    assert (answer.status_code, answer.json()) == (500, {"rt_cd": "1", "msg_cd": code, "msg1": TEXTS.get(code, OTHER)})
     assert kis.stats()["quotes_refused"] == {code: 1}
 
 
 @pytest.mark.parametrize(
-    ("mode", "status", "code"),
+    ("mode", "status", "counted", "begins"),
     [
-        *[("limit", 403, "EGW00133"), ("bad-key", 403, "EGW00103"), ("bad-secret", 403, "EGW00105")],
-        *[("server-error", 403, "EGW00002"), ("down", 500, "EGW00002"), ("EGW00210", 403, "EGW00210")],
+        *[
+            ("limit", 403, "EGW00133", ERROR),
+            ("bad-key", 403, "EGW00103", ERROR),
+            ("bad-secret", 403, "EGW00105", ERROR),
+        ],
+        *[
+            ("server-error", 403, "EGW00002", ERROR),
+            ("down", 500, "EGW00002", ERROR),
+            ("EGW00210", 403, "EGW00210", ERROR),
+        ],
+        *[("html", 403, "html", "<html>"), ("garbage", 200, "garbage", "\0"), ("redirect", 302, "redirect", "")],
+        *[("no-token", 200, "no-token", '{"access_token_token_expired'), ("huge", 200, "huge", "x" * (1 << 20))],
+        ("past", 200, "past", '{"access_token": "'),
     ],
 )
-def test_refusals_on_request_last_as_long_as_asked(kis: Sandbox, mode: str, status: int, code: str) -> None:
-    """A refusal by name or code happens twice if asked for twice, is counted and leaves the minute alone."""
+def test_failures_on_request_last_as_long_as_asked(
+    kis: Sandbox, mode: str, status: int, counted: str, begins: str
+) -> None:
+    """A failure happens twice if asked for twice, is counted by its name or code, and leaves the minute alone."""
     kis.fail(mode, count=2)
-    for answer in (issue(kis), issue(kis)):
-        assert (answer.status_code, answer.json()["error_code"]) == (status, code)
-        assert answer.json()["error_description"]
+    answers = [issue(kis), issue(kis)]
+    assert {answer.status_code for answer in answers} == {status}
+    assert all(answer.text.startswith(begins) for answer in answers)
+    assert ("Location" in answers[0].headers) == (mode == "redirect")
     assert issue(kis).status_code == 200
-    assert kis.stats()["refused"] == {code: 2}
+    stats = kis.stats()
+    assert {**stats["refused"], **stats["failed"]} == {counted: 2}
+    first, *_, last = stats["requests"]
+    assert (first["outcome"], last["outcome"]) == (counted, "new")
+    assert time.time() - 60 < first["at"] < last["at"] < time.time()
 
 
 @pytest.mark.parametrize(
@@ -264,51 +273,20 @@ def test_answers_that_never_arrive_whole_are_network_errors(kis: Sandbox, mode: 
     assert kis.stats()["failed"] == {mode: 1}
 
 
-@pytest.mark.parametrize(
-    ("mode", "status", "kind", "begins"),
-    [
-        ("html", 403, "text/html", b"<html>"),
-        ("garbage", 200, "application/json", b"\0"),
-        ("redirect", 302, "application/json", b""),
-        ("no-token", 200, "application/json", b'{"access_token_token_expired'),
-        ("huge", 200, "application/json", b"x" * (1 << 20)),
-    ],
-)
-def test_answers_that_are_no_token(kis: Sandbox, mode: str, status: int, kind: str, begins: bytes) -> None:
-    """A page, garbage, a redirect, a megabyte and an answer without its token arrive whole, until they are cleared."""
-    kis.fail(mode)
-    for answer in (issue(kis), issue(kis)):
-        assert (answer.status_code, answer.headers["Content-Type"].split(";")[0]) == (status, kind)
-        assert answer.content.startswith(begins)
-        assert b'"access_token"' not in answer.content
-    assert "Location" in answer.headers if mode == "redirect" else "Location" not in answer.headers
-    assert kis.stats()["failed"] == {mode: 2}
-    kis.clear()
-    assert issue(kis).status_code == 200
-    first, *_, last = kis.stats()["requests"]
-    assert (first["outcome"], last["outcome"]) == (mode, "new")
-    assert time.time() - 60 < first["at"] < last["at"] < time.time()
-
-
-def test_answers_that_are_hard_to_use(kis: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
-    """`past` is a token that has expired; `drip` comes a byte at a time, so that no read times out."""
-    kis.fail("past", count=1)
-    assert datetime.fromisoformat(issue(kis).json()["access_token_token_expired"]) < datetime.now(UTC).replace(
-        tzinfo=None
-    )
+def test_a_dripping_answer_outlasts_the_time_for_a_read(kis: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
+    """`drip` comes a byte at a time, so that no read times out; a client that turns away leaves no traceback."""
     kis.fail("drip", count=1)
     start = time.monotonic()
     with requests.post(kis.url + TOKEN, json=credentials(), timeout=0.5, stream=True) as answer:
-        begun = b"".join(next(answer.iter_content(1)) for _ in range(18))
+        assert b"".join(next(answer.iter_content(1)) for _ in range(18)) == b'{"access_token": "'
         assert int(answer.headers["Content-Length"]) > 400
-    assert begun == b'{"access_token": "'
     assert 0.5 < time.monotonic() - start < 5
     assert issue(kis).status_code == 200
-    assert capfd.readouterr() == ("", ""), "a client that turns away is no reason for a traceback"
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
-    ("content", "status", "refused"),
+    ("content", "status", "counted"),
     [
         pytest.param({"error_code": "EGW00121"}, 401, {"EGW00121": 1}, id="tokenP's shape"),
         pytest.param({"msg_cd": "EGW00123"}, 500, {"EGW00123": 1}, id="the business shape"),
@@ -317,7 +295,7 @@ def test_answers_that_are_hard_to_use(kis: Sandbox, capfd: pytest.CaptureFixture
     ],
 )
 def test_any_answer_can_be_scripted_for_a_path(
-    kis: Sandbox, content: dict[str, str] | str, status: int, refused: dict[str, int]
+    kis: Sandbox, content: dict[str, str] | str, status: int, counted: dict[str, int]
 ) -> None:
     """A path answers just what a test wants, as often as wanted; of paths that begin alike the longest counts."""
     token = token_of(kis)
@@ -329,16 +307,15 @@ def test_any_answer_can_be_scripted_for_a_path(
     assert answer.status_code == status
     assert (answer.content.decode() if isinstance(content, str) else answer.json()) == content
     assert quote(kis, token, PRICE).json()["msg_cd"] == "EGW00201"
-    assert kis.stats()["quotes_refused"] == {**refused, "EGW00201": 2}
-    kis.clear()
+    assert kis.stats()["quotes_refused"] == {**counted, "EGW00201": 2}
+    assert post(kis, "/sandbox/clear", {}).json() == {"ok": True}
     assert post(kis, "/uapi/order", {}).status_code == 404
 
 
 def test_it_is_driven_over_http(kis: Sandbox) -> None:
-    """Another process can ask for a failure, end it, kill the tokens and change a rule."""
-    assert post(kis, "/sandbox/fail", {"mode": "down", "count": None}).status_code == 200
-    assert [issue(kis).status_code for _ in range(2)] == [500, 500]
-    post(kis, "/sandbox/clear", {})
+    """Another process can ask for a failure, kill the tokens, change a rule and read what happened."""
+    post(kis, "/sandbox/fail", {"mode": "down", "count": 1})
+    assert issue(kis).status_code == 500
     token = token_of(kis)
     post(kis, "/sandbox/fail", {"mode": "dead-token"})
     assert quote(kis, token).json()["msg_cd"] == "EGW00121"
@@ -409,44 +386,34 @@ def test_leaving_ends_port_answers_and_threads(mode: str) -> None:
     assert set(threading.enumerate()) <= before
 
 
-def test_a_port_that_is_not_free_is_one_sentence(kis: Sandbox) -> None:
-    """A port that is in use, or is none at all, is a ConfigurationError that names the option."""
-    for port in (int(kis.url.rpartition(":")[2]), 70_000):
-        with (
-            pytest.raises(ConfigurationError, match=rf"^Cannot listen on 127.0.0.1:{port} .* --port\.$"),
-            Sandbox(port=port),
-        ):
-            pass
-
-
-def test_only_this_machine_reaches_it(kis: Sandbox) -> None:
-    """It has no password, so it listens on the loopback address alone."""
-    port = int(kis.url.rpartition(":")[2])
+def test_it_listens_on_loopback_alone_and_says_when_it_cannot(kis: Sandbox) -> None:
+    """It has no password, so no other address answers; a port in use, or none at all, is a ConfigurationError."""
+    taken = int(kis.url.rpartition(":")[2])
     with pytest.raises(OSError, match=r"refused|reach|timed out|assign"):
-        socket.create_connection(("127.0.0.2", port), timeout=2)  # answers if something listens everywhere
+        socket.create_connection(("127.0.0.2", taken), timeout=2)  # answers if something listens everywhere
+    for port in (taken, 70_000):
+        words = rf"^Cannot listen on 127.0.0.1:{port} .* --port\.$"
+        with pytest.raises(ConfigurationError, match=words), Sandbox(port=port):
+            pass
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_says_how_to_point_the_settings_here(sign: signal.Signals) -> None:
     """The command prints settings and a scripted answer that work as they stand, and ends with 0."""
     command = [sys.executable, "-m", "tokencore", "sandbox", "--port", "0"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
-            printed = list(takewhile(lambda line: "/sandbox/stats" not in line, process.stdout))
-            exports = [line.removeprefix("export ") for line in printed if line.startswith("export ")]
-            settings = dict(each.strip().split("=") for each in exports)
-            body = credentials(appkey=settings["KIS_APP_KEY"], appsecret=settings["KIS_APP_SECRET"])
-            answer = requests.post(settings["KIS_BASE_URL"] + TOKEN, json=body, timeout=5)
-            assert answer.json()["token_type"] == "Bearer"
-            script = next(line for line in printed if "/sandbox/answer" in line).strip().partition("-d '")[2]
-            requests.post(settings["KIS_BASE_URL"] + "/sandbox/answer", data=script.removesuffix("'"), timeout=5)
-            assert requests.get(settings["KIS_BASE_URL"] + DOMESTIC, timeout=5).json() == {"error_code": "EGW00121"}
+            printed = "".join(takewhile(lambda line: "/sandbox/stats" not in line, process.stdout or ()))
+            url, key, secret = re.findall(r"^export KIS_\w+=(.+)$", printed, re.MULTILINE)
+            body = credentials(appkey=key, appsecret=secret)
+            assert requests.post(url + TOKEN, json=body, timeout=5).json()["token_type"] == "Bearer"
+            script = re.findall(r"/sandbox/answer -d '(.+)'", printed)[0]
+            requests.post(url + "/sandbox/answer", data=script, timeout=5)
+            assert requests.get(url + DOMESTIC, timeout=5).json() == {"error_code": "EGW00121"}
             process.send_signal(sign)
             rest, errors = process.communicate(timeout=5)
         finally:
             process.kill()
     assert (process.returncode, rest, errors) == (0, "", "")
-    assert all(mode in "".join(printed) for mode in (*FAILURES, "dead-token"))
-    assert (len(APP_KEY), len(APP_SECRET)) == (36, 180)
+    assert all(mode in printed for mode in (*FAILURES, "dead-token"))
+    assert (key, secret, len(APP_KEY), len(APP_SECRET)) == (APP_KEY, APP_SECRET, 36, 180)

@@ -25,9 +25,8 @@ from tokencore.tokens import KST
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    Content = Mapping[str, Any] | str  # a mapping travels as JSON
+    Content = Mapping[str, Any] | str  # a mapping travels as JSON, text as a page
 
-JSON = "application/json; charset=UTF-8"
 TOKEN, REVOKE, APPROVAL = "/oauth2/tokenP", "/oauth2/revokeP", "/oauth2/Approval"
 TEXTS = {
     "EGW00002": "서버 에러가 발생했습니다.",
@@ -64,7 +63,6 @@ class Answer(NamedTuple):
     status: int
     content: Content
     outcome: str
-    content_type: str = JSON
     delivery: str = "whole"  # or how the connection fails: `drop`, `hang`, `half` or `drip`
 
 
@@ -85,7 +83,7 @@ FAILURES = {
     "bad-secret": refused("EGW00105", TOKEN),
     "server-error": refused("EGW00002", TOKEN),
     "down": refused("EGW00002", TOKEN, 500),
-    "html": Answer(403, _HTML, "html", "text/html; charset=UTF-8"),
+    "html": Answer(403, _HTML, "html"),
     "garbage": Answer(200, "\0<<< this is not JSON >>>", "garbage"),
     "redirect": Answer(302, "", "redirect"),
     "no-token": Answer(200, _NO_TOKEN, "no-token"),

@@ -48,6 +48,7 @@ class Sandbox(Gateway):
             message = f"Cannot listen on 127.0.0.1:{self._port} ({error}): choose another port with --port."
             raise ConfigurationError(message) from None
         self._server.gateway = self
+        self.closing.clear()
         threading.Thread(target=self._server.serve_forever, args=(_POLL,), daemon=True).start()
         return self
 
@@ -126,9 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _deliver(self, answer: Answer) -> None:
         content, way = answer.content, answer.delivery
-        body = (content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)).encode()
+        kind, text = ("text/html", content) if isinstance(content, str) else ("application/json", json.dumps(content))
+        body = text.encode()
         self.send_response(answer.status)
-        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Type", f"{kind}; charset=UTF-8")
         self.send_header("Content-Length", str(len(body) * 2 if way == "half" else len(body)))
         if answer.outcome == "redirect":
             self.send_header("Location", "/sandbox/elsewhere")
