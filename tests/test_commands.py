@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt
-from running import Ran, asked, cached, folder, on_disk, one_line, outcomes, snapshot, tokencore
+from running import Ran, asked, cached, folder, issue_of, on_disk, one_line, outcomes, snapshot, tokencore
 
 from tokencore import TokenManager
 from tokencore.clients.exports import CLIENTS
 from tokencore.commands import MODULES, parser, parsers
 from tokencore.reports.tables import REFUSED
 from tokencore.sandbox import APP_KEY
+from tokencore.tokens import KST
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,20 +163,44 @@ def test_delete_revoke_makes_kis_forget_the_token_for_every_market(gateway: Sand
     assert command("check", "kr").code == 3
 
 
-def test_delete_revoke_asks_first(gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a terminal: 2, and nothing is done. On one it names the markets and the time; only yes revokes."""
-    token = command("get", "us").out
-    monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n"))
-    ran = command("delete", "us", "--revoke")
-    assert (ran.code, "add --yes" in one_line(ran)) == (2, True)
-    for answer, code in (("\n", 2), ("n\n", 2), ("yes\n", 0)):
-        assert command("get", "us").out == token
-        monkeypatch.setattr(sys, "stdin", terminal := io.StringIO(answer))
-        monkeypatch.setattr(terminal, "isatty", lambda: True)
-        ran = command("delete", "us", "--revoke")
-        assert ran.code == code
-        assert re.search(r"the token of us, kr loses it\. KIS issues a new one only from .* \[y/N\]", ran.err)
+def at_a_terminal(answer: str, *arguments: str) -> Ran:
+    """Run a command that a person answers at a real terminal."""
+    ours, theirs = os.openpty()
+    program = [sys.executable, "-m", "tokencore", *arguments]
+    with subprocess.Popen(program, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        os.write(ours, answer.encode())
+        out, err = running.communicate(timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    return Ran(running.returncode, out, err)
+
+
+@pytest.mark.parametrize("answer", ["y\n", "YES\n"])
+def test_delete_revoke_asks_a_person_and_does_what_is_confirmed(
+    gateway: Sandbox, command: Command, answer: str
+) -> None:
+    """The question names the markets of the key, and from when KIS issues another token; nothing to revoke, none."""
+    assert "no token to revoke" in at_a_terminal("", "delete", "us", "--revoke").out
+    command("get", "us")
+    until = (issue_of(on_disk()) + timedelta(hours=6)).astimezone(KST)
+    ran = at_a_terminal(answer, "delete", "us", "--revoke")
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, "Deleted.")
+    assert f"uses the token of us, kr loses it. KIS issues a new one only from {until:%Y-%m-%d %H:%M:%S} KST" in ran.err
     assert gateway.stats()["revokes"] == 1
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\n", "yesterday\n", "\x04"], ids=["no", "nothing", "another", "end"])
+def test_delete_revoke_does_nothing_unless_a_person_says_yes(gateway: Sandbox, command: Command, answer: str) -> None:
+    """Exit 2 at a terminal, and without one, where nobody can be asked; the token and its file are as they were."""
+    token = command("get", "us").out
+    ran = at_a_terminal(answer, "delete", "us", "--revoke")
+    assert (ran.code, ran.out, "Nothing was revoked or deleted." in ran.err) == (2, "", True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tokencore", "delete", "us", "--revoke"],
+        input="yes\n", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "add --yes" in done.stderr) == (2, True)
+    assert (command("get", "us").out, gateway.stats()["revokes"]) == (token, 0)
 
 
 def test_delete_revoke_that_fails_deletes_nothing(gateway: Sandbox, command: Command) -> None:
