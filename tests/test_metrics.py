@@ -26,7 +26,7 @@ from running import Ran, cached, folder, issue_of, on_disk, one_line, snapshot
 from tokencore import Key, Settings, TokenManager
 from tokencore.attempts import Outcome
 from tokencore.commands.monitoring import LOOPBACK, address
-from tokencore.reports.metrics import TokenCollector, Watch, listening
+from tokencore.reports.metrics import Watch, listening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -319,7 +319,7 @@ def known(gateway: object) -> set[str]:  # noqa: ARG001 - for its settings
     """The names of all samples that the collector can give."""
     return {
         f"{family.name}_total" if family.type == "counter" else family.name
-        for family in TokenCollector(Watch(Key.load)).collect()
+        for family in Watch(Key.load).collect()
     }
 
 

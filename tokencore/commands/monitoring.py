@@ -109,7 +109,9 @@ def _metrics(options: argparse.Namespace) -> int:
     elif options.textfile is not None:
         metrics.write_textfile(watch, options.textfile)
     else:
-        sys.stdout.write(metrics.render(watch))
+        from prometheus_client import generate_latest
+
+        sys.stdout.write(generate_latest(watch).decode())
     return 0
 
 

@@ -11,16 +11,14 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
-from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
-from zoneinfo import ZoneInfo
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app, write_to_textfile
+from prometheus_client import make_wsgi_app, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from tokencore.attempts import Outcome
@@ -35,40 +33,59 @@ from tokencore.policy import CLOCK_SLACK
 from tokencore.reports.status import next_attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from prometheus_client.core import Metric
 
-    from tokencore.calendars.sessions import Override
     from tokencore.config.market import Market
     from tokencore.keys import Key, KeyState
 
     Load = Callable[[Settings], list[Key]]
     Value = datetime | float | None
+    Values = dict[tuple[str, ...], Value]
+    Need = tuple[datetime, datetime] | None
 
 PATIENCE = 10  # seconds for a client to send its request and take the answer
 PUBLIC_FILE = 0o644  # node_exporter is another user; nothing in the file is secret
 ALERT_BEFORE = timedelta(hours=1)  # of an open: from then on a market without a token is not ready
-DAY = timedelta(days=1)
+READABLE = "kis_market_readable"
 
-
-# One value a market; absent where it is not known.
-GAUGES = {
-    "kis_token_expiration_timestamp_seconds": "When the market's token expires.",
-    "kis_token_issue_timestamp_seconds": "When the market's token was issued.",
-    "kis_token_renewal_timestamp_seconds": "When the next renewal is tried; absent where a person has to act first.",
-    "kis_token_valid": "Whether the market has a token that serves now.",
-    "kis_token_covers_next_need": "Whether the token lasts to the end of the market's present or next need.",
-    "kis_token_need_start_timestamp_seconds": "When the present or next need begins: 30 minutes before an open.",
-    "kis_token_need_end_timestamp_seconds": "When the present or next need ends: at the close, or some minutes later.",
-    "kis_approval_key_expiration_timestamp_seconds": "When the approval key expires; absent where none was asked for.",
-    "kis_issuance_cooldown_end_timestamp_seconds": "Until when no request for a token is allowed; absent outside it.",
-    "kis_issuance_last_day_issues": "Tokens issued for the market's key in the last 24 hours.",
-    "kis_issuance_last_day_ceiling": "How many may be issued in 24 hours (KIS_MAX_ISSUES_PER_DAY).",
-    "kis_issuance_record_readable": "Whether the issuance record of the market's key can be read.",
-    "kis_market_readable": "Whether the market's state could be read; where it is 0, its other values are absent.",
-}
-ATTEMPTS = "kis_issuance_attempts"  # with the suffix that counters have: kis_issuance_attempts_total
+# One value a market; absent where it is not known. First what all markets of a key share.
+OF_KEY: dict[str, tuple[str, Callable[[KeyState], Value]]] = {
+    "kis_token_expiration_timestamp_seconds":
+        ("When the market's token expires.", lambda state: state.token.expires_at if state.token else None),
+    "kis_token_issue_timestamp_seconds":
+        ("When the market's token was issued.", lambda state: state.token.issued_at if state.token else None),
+    "kis_token_renewal_timestamp_seconds":
+        ("When the next renewal is tried; absent where a person has to act first.", next_attempt),
+    "kis_approval_key_expiration_timestamp_seconds":
+        ("When the approval key expires; absent where none was asked for.", lambda it: approval_expiry(it.key.store)),
+    "kis_issuance_cooldown_end_timestamp_seconds":
+        ("Until when no request for a token is allowed; absent outside it.", lambda state: state.cooldown_until),
+    "kis_issuance_last_day_issues":
+        ("Tokens issued for the market's key in the last 24 hours.", lambda state: state.issues_last_24h),
+    "kis_issuance_last_day_ceiling":
+        ("How many may be issued in 24 hours (KIS_MAX_ISSUES_PER_DAY).",
+         lambda state: state.key.market.settings.max_issues_per_day),
+    "kis_issuance_record_readable":  # else only the lock file's times know of an attempt, and not who made it
+        ("Whether the issuance record of the market's key can be read.",
+         lambda state: not any(one.outcome is Outcome.SENT and not one.pid for one in state.attempts)),
+    READABLE:
+        ("Whether the market's state could be read; where it is 0, its other values are absent.", lambda _: True),
+}  # fmt: skip
+OF_MARKET: dict[str, tuple[str, Callable[[KeyState, Market, Need], Value]]] = {
+    "kis_token_valid":
+        ("Whether the market has a token that serves now.",
+         lambda state, market, _: word(state.token, state.problem, market, state.now) in VALID),
+    "kis_token_covers_next_need":
+        ("Whether the token lasts to the end of the market's present or next need.",
+         lambda state, market, need: covers(state.token, need, market) if need else None),
+    "kis_token_need_start_timestamp_seconds":
+        ("When the present or next need begins: 30 minutes before an open.", lambda _, __, need: need and need[0]),
+    "kis_token_need_end_timestamp_seconds":
+        ("When the present or next need ends: at the close, or some minutes later.",
+         lambda _, __, need: need and need[1]),
+}  # fmt: skip
 
 
 class Vitals(NamedTuple):
@@ -77,7 +94,7 @@ class Vitals(NamedTuple):
     Attributes:
         market: whose they are.
         state: of its key; None where that could not be read.
-        values: by the names of `GAUGES`, those that are known.
+        values: by the names of `OF_KEY` and `OF_MARKET`, those that are known.
         unready: why the session that runs or opens soon has no token that lasts through it; empty otherwise.
 
     """
@@ -88,13 +105,8 @@ class Vitals(NamedTuple):
     unready: str
 
 
-class Watch:
-    """Looks at all markets; settings that break meanwhile leave it with the last good ones.
-
-    Attributes:
-        settings_good: whether the settings could be used when they were last looked at.
-
-    """
+class Watch(Collector):
+    """Looks at all markets; settings that break meanwhile leave it with the last good ones."""
 
     def __init__(self, load: Load) -> None:
         """Read the settings; `load` makes the keys of them.
@@ -114,9 +126,24 @@ class Watch:
             try:
                 self._read_settings()
             except ConfigurationError:
-                self.settings_good = False
+                self._settings_good = False
             found = {one.market.name: one for key in self._keys for one in _look_at(key, now)}
             return [found[name] for name in self._names]
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics at this moment."""
+        now = datetime.now(UTC)
+        vitals = self.look(now)
+        for name, (text, _) in {**OF_KEY, **OF_MARKET}.items():
+            yield _gauge(name, text, {(one.market.name,): one.values.get(name) for one in vitals}, ["market"])
+        text = "What a market's token belongs to; markets with the same key share a token and its issues."
+        readable = ((one.market, one.state.key) for one in vitals if one.state)
+        known: Values = {(market.name, market.environment, key.fingerprint): 1 for market, key in readable}
+        yield _gauge("kis_market_info", text, known, ["market", "environment", "key"])
+        yield _attempts(vitals)
+        text = "Whether the settings could be used; else the last good ones are."
+        yield _gauge("kis_settings_readable", text, {(): self._settings_good})
+        yield _gauge("kis_metrics_collection_timestamp_seconds", "When these values were collected.", {(): now})
 
     def _read_settings(self) -> None:
         values = gather().values
@@ -125,41 +152,7 @@ class Watch:
             self._keys = self._load(settings)
             self._names = [market.name for market in settings.able_markets()]
             self._values = values
-        self.settings_good = True
-
-
-class TokenCollector(Collector):
-    """Collects from a watch at every scrape."""
-
-    def __init__(self, watch: Watch) -> None:
-        """Collect what `watch` sees."""
-        self._watch = watch
-
-    def collect(self) -> Iterable[Metric]:
-        """All metrics at this moment."""
-        vitals = self._watch.look(datetime.now(UTC))
-        for name, text in GAUGES.items():
-            family = GaugeMetricFamily(name, text, labels=("market",))
-            for one in vitals:
-                known = one.values.get(name)
-                if known is not None:
-                    at = known.timestamp() if isinstance(known, datetime) else known
-                    family.add_metric((one.market.name,), at)
-            yield family
-        yield _info(vitals)
-        yield _attempts(vitals)
-        yield GaugeMetricFamily(
-            "kis_settings_readable", "Whether the settings could be used; else the last good ones are.",
-            value=self._watch.settings_good,
-        )  # fmt: skip
-        yield GaugeMetricFamily(
-            "kis_metrics_collection_timestamp_seconds", "When these values were collected.", value=time.time()
-        )
-
-
-def render(watch: Watch) -> str:
-    """All metrics of this moment in Prometheus' text format."""
-    return generate_latest(_registry(watch)).decode()
+        self._settings_good = True
 
 
 def write_textfile(watch: Watch, path: str) -> None:
@@ -170,7 +163,7 @@ def write_textfile(watch: Watch, path: str) -> None:
 
     """
     try:
-        write_to_textfile(path, _registry(watch))
+        write_to_textfile(path, watch)
         os.chmod(path, PUBLIC_FILE)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}); name a file elsewhere.") from None
@@ -184,14 +177,11 @@ def serve(watch: Watch, host: str, port: int) -> None:
 
     """
     # A shell's background jobs start with SIGINT ignored, and SIGTERM would end without closing.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with listening(watch, host, port) as url:
-            print(f"{url}/metrics, /livez and /readyz; Ctrl-C ends it.", flush=True)
-            threading.Event().wait()
-    except KeyboardInterrupt:
-        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), listening(watch, host, port) as url:
+        print(f"{url}/metrics, /livez and /readyz; Ctrl-C ends it.", flush=True)
+        threading.Event().wait()
 
 
 @contextlib.contextmanager
@@ -203,9 +193,8 @@ def listening(watch: Watch, host: str, port: int) -> Iterator[str]:
 
     """
     watch.look(datetime.now(UTC))  # the calendars: no scrape waits for them
-    kind = _Server6 if ":" in host else _Server
     try:
-        server = make_server(host, port, _app(watch), kind, _Handler)
+        server = make_server(host, port, _app(watch), _Server6 if ":" in host else _Server, _Handler)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or "no such port"
         raise ConfigurationError(
@@ -219,25 +208,18 @@ def listening(watch: Watch, host: str, port: int) -> Iterator[str]:
         server.server_close()
 
 
-def _registry(watch: Watch) -> CollectorRegistry:
-    registry = CollectorRegistry()
-    registry.register(TokenCollector(watch))
-    return registry
-
-
 def _app(watch: Watch) -> Callable[..., Iterable[bytes]]:
     """`/metrics` by Prometheus' own application, and beside it what supervisors ask."""
-    metrics = make_wsgi_app(_registry(watch))
+    metrics = make_wsgi_app(watch)
 
     def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
-        head = environ["REQUEST_METHOD"] == "HEAD"
         if environ["PATH_INFO"] == "/metrics":
-            body: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
+            body = metrics({**environ, "REQUEST_METHOD": "GET", "QUERY_STRING": ""}, start_response)
         else:
             status, text = _answer(watch, environ["PATH_INFO"])
             start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
             body = [text.encode()]
-        return [b""] if head else body
+        return [b""] if environ["REQUEST_METHOD"] == "HEAD" else body
 
     return app
 
@@ -245,9 +227,9 @@ def _app(watch: Watch) -> Callable[..., Iterable[bytes]]:
 def _answer(watch: Watch, path: str) -> tuple[str, str]:
     if path == "/livez":
         return "200 OK", "alive\n"
-    _, place, name = f"{path}/".split("/")[:3]
-    vitals = watch.look(datetime.now(UTC)) if place == "readyz" and path.count("/") < 3 else []  # noqa: PLR2004
-    asked = [one for one in vitals if name.lower() in ("", one.market.name)]
+    _, place, *name = path.split("/")
+    vitals = watch.look(datetime.now(UTC)) if place == "readyz" and len(name) <= 1 else []
+    asked = [one for one in vitals if "".join(name).lower() in ("", one.market.name)]
     if not asked:
         return "404 Not Found", "There are /metrics, /livez, /readyz and /readyz/MARKET.\n"
     lines = [f"{one.market.name}: {f'not ready: {one.unready}' if one.unready else 'ready'}\n" for one in asked]
@@ -261,11 +243,8 @@ class _Handler(WSGIRequestHandler):
         """Silent: a line a scrape helps nobody."""
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401, ARG002 - as inherited
+class _Server(ThreadingWSGIServer):
+    def handle_error(self, *_: object) -> None:
         error = sys.exception()
         if not isinstance(error, OSError):  # a client that gives up is no fault
             print(f"tokencore: a request met {type(error).__name__}.", file=sys.stderr)
@@ -278,44 +257,27 @@ class _Server6(_Server):
 def _look_at(key: Key, now: datetime) -> list[Vitals]:
     try:
         state = key.state(now)
-        of_key = _values_of_key(state)
+        of_key = {name: value(state) for name, (_, value) in OF_KEY.items()}
         return [_vitals(market, state, of_key) for market in key.markets]
     except Exception as error:  # noqa: BLE001 - one key's trouble must not hide the others; its text may hold anything
         trouble = f"it cannot be read ({type(error).__name__})"
-        return [Vitals(market, None, {"kis_market_readable": False}, trouble) for market in key.markets]
-
-
-def _values_of_key(state: KeyState) -> dict[str, Value]:
-    token = state.token
-    lost = any(one.outcome is Outcome.SENT and not one.pid for one in state.attempts)  # only known by the file's time
-    return {
-        "kis_token_expiration_timestamp_seconds": token.expires_at if token else None,
-        "kis_token_issue_timestamp_seconds": token.issued_at if token else None,
-        "kis_token_renewal_timestamp_seconds": next_attempt(state),
-        "kis_approval_key_expiration_timestamp_seconds": approval_expiry(state.key.store),
-        "kis_issuance_cooldown_end_timestamp_seconds": state.cooldown_until,
-        "kis_issuance_last_day_issues": state.issues_last_24h,
-        "kis_issuance_last_day_ceiling": state.key.market.settings.max_issues_per_day,
-        "kis_issuance_record_readable": not lost,
-        "kis_market_readable": True,
-    }
+        return [Vitals(market, None, {READABLE: False}, trouble) for market in key.markets]
 
 
 def _vitals(market: Market, state: KeyState, of_key: dict[str, Value]) -> Vitals:
     ahead = state.key.horizon(market.exchanges, state.now)  # kept by the key for some minutes
     need = next((need for need in ahead.needs if need[1] > state.now), None) if ahead else None
-    values = of_key | {
-        "kis_token_valid": word(state.token, state.problem, market, state.now) in VALID,
-        "kis_token_covers_next_need": covers(state.token, need, market) if need else None,
-        "kis_token_need_start_timestamp_seconds": need and need[0],
-        "kis_token_need_end_timestamp_seconds": need and need[1],
-    }
-    return Vitals(market, state, values, _unready(market, state))
+    own = {name: value(state, market, need) for name, (_, value) in OF_MARKET.items()}
+    return Vitals(market, state, of_key | own, _unready(market, state))
 
 
 def _unready(market: Market, state: KeyState) -> str:
-    token, close = state.token, _session_close(market.exchanges, state.now, state.key.overrides)
-    if close is None or (token and token.serves(close - CLOCK_SLACK, market.buffer)):
+    """Whether a session runs, or opens within an hour, without a token that lasts through it; then why."""
+    now, token = state.now, state.token
+    days = (sessions.days(code, now, now + ALERT_BEFORE, state.key.overrides) for code in market.exchanges)
+    near = [one.session for every in days for one in every]
+    closes = [one.close for one in near if one.open - ALERT_BEFORE <= now < one.close]
+    if not closes or (token and token.serves(max(closes) - CLOCK_SLACK, market.buffer)):
         return ""
     if token is None:
         lack = "the token file cannot be used" if state.problem else "there is no token"
@@ -324,33 +286,21 @@ def _unready(market: Market, state: KeyState) -> str:
     else:
         lack = f"the token serves until {format_time(token.expires_at - timedelta(seconds=market.buffer))}"
     hope = f"next renewal at {format_time(at)}" if (at := next_attempt(state)) else "no renewal is planned"
-    return f"{lack}; the session ends at {format_time(close)}; {hope}"
+    return f"{lack}; the session ends at {format_time(max(closes))}; {hope}"
 
 
-def _session_close(codes: Iterable[str], now: datetime, known: Mapping[str, Override]) -> datetime | None:
-    """The last close of the sessions that run, or open within an hour; None without one."""
-    found = []
-    for code in codes:
-        today = now.astimezone(ZoneInfo(sessions.exchange(code).zone)).date()
-        for day in (today, today + DAY):  # an exchange's day ends after its session
-            one = sessions.session(code, day, known)
-            if one and one.open - ALERT_BEFORE <= now < one.close:
-                found.append(one.close)
-    return max(found, default=None)
-
-
-def _info(vitals: Iterable[Vitals]) -> GaugeMetricFamily:
-    text = "What a market's token belongs to; markets with the same key share a token and its issues."
-    family = GaugeMetricFamily("kis_market_info", text, labels=("market", "environment", "key"))
-    for one in vitals:
-        if one.state:
-            family.add_metric((one.market.name, one.market.environment, one.state.key.fingerprint), 1)
+def _gauge(name: str, text: str, values: Values, labels: Sequence[str] = ()) -> GaugeMetricFamily:
+    """A value for each set of labels; without one where it is not known. Times become epoch seconds."""
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for own, value in values.items():
+        if value is not None:
+            family.add_metric(own, value.timestamp() if isinstance(value, datetime) else value)
     return family
 
 
 def _attempts(vitals: Iterable[Vitals]) -> CounterMetricFamily:
     text = "Requests for a token with the market's key, by what became of them; markets of a key show the same."
-    family = CounterMetricFamily(ATTEMPTS, text, labels=("market", "key", "outcome"))
+    family = CounterMetricFamily("kis_issuance_attempts", text, labels=("market", "key", "outcome"))
     for one in vitals:
         if one.state:
             counted = Counter(attempt.outcome for attempt in one.state.attempts)
