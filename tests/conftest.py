@@ -27,6 +27,7 @@ ISSUE_INTERVAL = 0.5  # seconds: KIS's minute, on the gateway and in the setting
 LATENCY = 0.3  # seconds that a slow gateway takes to issue
 QUICK = 0.1  # seconds: a shorter one, where a test has to sit out several
 
+os.umask(0o022)  # whatever the machine's is: a `.env` that its group may write is ignored
 set_hypothesis_home_dir(ROOT / ".hypothesis")  # its tables, as every test works in a folder of its own
 # A busy machine is no failure, and a commit is as green for everybody: `make torture` looks for new examples.
 hypothesis.settings.register_profile("house", deadline=None, derandomize="TORTURE" not in os.environ)
