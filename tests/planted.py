@@ -1,8 +1,8 @@
 """Bugs to plant, each with the test that finds it; `test_planted.py` plants every one and sees that test fail.
 
-As a pytest plugin (`PLANTED="no lock" pytest -p planted ...`) it plants the bug before a test is imported, so that the
+As a pytest plugin (`PLANTED=no_lock pytest -p planted ...`) it plants the bug before a test is imported, so that the
 processes that the tests fork have it too. The first ten are those of version 0.1, each of which broke its model; of
-the others there is one for each kind of test. `BUGS` at the end is the table.
+the others there is one for each kind of test. The names of bugs and tests together are the table of what is found.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokencore import attempts, limits, policy, renewer, sealing, tokens
 from tokencore.clients import exports
-from tokencore.config import market, sources
+from tokencore.config import sources
 from tokencore.errors import TokenStoreError
 from tokencore.kis import codes, gateway
 from tokencore.stores import file_store, files
@@ -21,11 +21,40 @@ from tokencore.stores import file_store, files
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+# ruff: noqa: ANN401, SLF001 - a bug is planted inside, in whatever is there
 Store: Any = file_store.FileStore
 Renewer: Any = renewer.Renewer
 Exports: Any = exports.Exports
 
 
+class Bug(NamedTuple):
+    """How to plant it, and the test that finds it; `make test` too plants the `quick` ones."""
+
+    plant: Callable[[], None]
+    found_by: str
+    quick: bool
+
+
+BUGS: dict[str, Bug] = {}
+
+
+def found_by(file: str, test: str, *, quick: bool = False) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Add the function, which plants a bug, to the list."""
+
+    def add(plant: Callable[[], None]) -> Callable[[], None]:
+        BUGS[plant.__name__] = Bug(plant, f"test_{file}.py::test_{test}", quick)
+        return plant
+
+    return add
+
+
+def pytest_configure() -> None:
+    """Plant what the environment names."""
+    if name := os.environ.get("PLANTED"):
+        BUGS[name].plant()
+
+
+@found_by("faults", "whatever_happens_before_any_call[first token-side_by_side]", quick=True)
 def no_lock() -> None:
     """Everyone believes to hold the lock."""
 
@@ -36,12 +65,13 @@ def no_lock() -> None:
     file_store.hold = hold  # type: ignore[assignment]
 
 
+@found_by("model", "the_protocol_holds")
 def lock_deleted() -> None:
     """Whoever has the lock deletes its file."""
     hold = file_store.hold
 
     @contextlib.contextmanager
-    def deleting(path: str, *how: Any) -> Iterator[bool]:  # noqa: ANN401 - passed on
+    def deleting(path: str, *how: Any) -> Iterator[bool]:
         with hold(path, *how) as held:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -50,27 +80,32 @@ def lock_deleted() -> None:
     file_store.hold = deleting  # type: ignore[assignment]
 
 
+@found_by("model", "the_protocol_holds")
 def no_second_look() -> None:
     """Under the lock nobody looks whether another process was quicker."""
-    Renewer._serving = lambda *_: None  # noqa: SLF001
+    Renewer._serving = lambda *_: None
 
 
+@found_by("faults", "whatever_happens_before_any_call[first token-late and killed]", quick=True)
 def recorded_afterwards() -> None:
     """The attempt is written when its outcome is known."""
     Store.begin = lambda _, attempt: file_store.Fence(attempt)
     Store.depart = lambda *_: True
 
 
+@found_by("faults", "an_attempt_of_another_version_starts_the_minute[sent]")
 def no_cool_down() -> None:
     """Nobody minds when the last request was."""
     limits.cooldown_until = lambda *_: None
 
 
+@found_by("faults", "an_attempt_of_another_version_starts_the_minute[limit]")
 def no_waiting() -> None:
     """The cool-down is not sat out before the second try."""
-    Renewer._await = lambda *_: None  # noqa: SLF001
+    Renewer._await = lambda *_: None
 
 
+@found_by("faults", "whatever_happens_before_any_call[damaged file-torn]")
 def written_in_place() -> None:
     """Files are overwritten where they stand."""
 
@@ -81,11 +116,12 @@ def written_in_place() -> None:
     files.write_bytes = write
 
 
+@found_by("faults", "whatever_happens_before_any_call[about to expire-disk full]")
 def old_deleted_first() -> None:
     """The old token goes before its successor is there."""
     save = Store.save
 
-    def saved(self: Any, token: tokens.Token) -> None:  # noqa: ANN401 - the class, patched
+    def saved(self: Any, token: tokens.Token) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._key_path)
         save(self, token)
@@ -93,28 +129,32 @@ def old_deleted_first() -> None:
     Store.save = saved
 
 
+@found_by("faults", "whatever_happens_before_any_call[first token-disk full]")
 def thrown_away() -> None:
     """A token that cannot be saved is no token."""
 
-    def finish(self: Any, *what: Any) -> None:  # noqa: ANN401 - the class, patched
+    def finish(self: Any, *what: Any) -> None:
         try:
             self._store.finish(*what)
         except OSError:
             raise TokenStoreError("The token could not be saved.") from None
 
-    Renewer._finish = finish  # noqa: SLF001
+    Renewer._finish = finish
 
 
+@found_by("faults", "whatever_happens_before_any_call[expired-killed]")
 def never_expired() -> None:
     """A token serves for as long as nobody rejects it."""
     tokens.Token.serves = lambda self, *_: self.rejected_at is None  # type: ignore[method-assign]
 
 
+@found_by("file_store", "a_view_never_beats_a_living_token_of_the_key")
 def view_first() -> None:
     """A market's file beats the key's own one."""
     Store.read = lambda self: (self.newest(), "")
 
 
+@found_by("file_store", "a_view_of_another_key_or_environment_is_a_miss[spoiled1]")
 def paper_as_real() -> None:
     """A file's environment is not looked at."""
     from_text = tokens.from_text
@@ -127,154 +167,109 @@ def paper_as_real() -> None:
     tokens.from_text = blind
 
 
+@found_by("file_store", "files_have_the_contracts_names_and_modes")
 def readable_by_all() -> None:
     """Files are made for everybody to read."""
     files.PRIVATE_FILE = 0o644
 
 
+@found_by("file_store", "a_dead_token_does_not_come_back_from_a_view", quick=True)
 def resurrected() -> None:
     """A copy of a rejected token counts as a living one."""
-    Store._longest = lambda self, token: tokens.longest(  # noqa: SLF001
-        [token, *(self._on_file(path)[0] for path in self._views())]
-    )
+    Store._longest = lambda self, token: tokens.longest([token, *(self._on_file(path)[0] for path in self._views())])
 
 
-def removed() -> None:
+@found_by("file_store", "a_damaged_view_is_a_miss_and_set_aside_with_a_word[half]")
+def not_set_aside() -> None:
     """What is no token file is not kept."""
     files.set_aside = os.unlink
 
 
+@found_by("store_contract", "a_request_that_left_late_is_dated_anew")
 def dated_once() -> None:
     """An attempt keeps its first time, however late its request leaves."""
     Store.depart = lambda *_: True
 
 
+@found_by("store_contract", "an_attempt_is_recorded_before_its_outcome_and_completed_by_it")
 def outcome_lost() -> None:
     """With its token saved, an attempt is complete."""
-    replace = Store._replace  # noqa: SLF001
-    Store._replace = lambda self, fence, attempt: attempt.outcome == "issued" or replace(self, fence, attempt)  # noqa: SLF001
+    replace = Store._replace
+    Store._replace = lambda self, fence, attempt: attempt.outcome == "issued" or replace(self, fence, attempt)
 
 
+@found_by("secrets", "a_traceback_with_all_local_variables_has_no_secret", quick=True)
 def frames_kept() -> None:
     """An error leaves with the variables of every frame it passed."""
-    sealing._emptied = lambda error: error  # noqa: SLF001
+    sealing._emptied = lambda error: error
 
 
+@found_by("settings", "a_cloned_repository_gets_no_secret_of_another_source")
 def dotenv_trusted() -> None:
     """A `.env` may say where any secret is sent."""
     sources.TRUSTED = (*sources.TRUSTED, sources.DOTENV_FILE)  # type: ignore[assignment]
 
 
+@found_by("exports", "newer_token_of_another_client_is_adopted_instead_of_written_over")
 def overwritten() -> None:
     """Another client's own token, which lasts longer, is written over."""
-    Exports._outlasting = lambda *_: None  # noqa: SLF001
+    Exports._outlasting = lambda *_: None
 
 
+@found_by("exports", "file_that_holds_no_token_of_the_key_is_never_touched")
 def foreign_touched() -> None:
     """An export takes the place of any file."""
-    Exports._refuse_foreign = lambda *_: None  # noqa: SLF001
+    Exports._refuse_foreign = lambda *_: None
 
 
+@found_by("renewer", "failing_first_issuance_raises_its_own_error_after_one_request[drop]")
 def asked_again() -> None:
     """A request that may have reached KIS is sent again."""
     codes.no_answer = codes.unreachable
 
 
+@found_by("limits", "kis_is_not_asked_while_it_would_hand_back_the_same_token")
 def six_hours_ignored() -> None:
     """KIS is asked although it would hand back the same token."""
     limits.same_token_until = lambda *_: None
 
 
+@found_by("limits", "the_ceiling_holds_for_any_24_hours")
 def same_counted() -> None:
     """A token that KIS returned counts as issued."""
 
-    def within(known: Any, now: Any, span: Any = attempts.DAY) -> list[Any]:  # noqa: ANN401 - as the original
+    def within(known: Any, now: Any, span: Any = attempts.DAY) -> list[Any]:
         return [one for one in known if one.outcome in attempts.GRANTED and abs(now - one.at) < span]
 
     attempts.issued_within = within
 
 
+@found_by("faults", "the_ceiling_holds_or_the_refusal_says_why[full disk]")
 def marks_ignored() -> None:
     """What only the lock file's times know of an attempt is not looked at."""
-    Store._unrecorded = lambda _: []  # noqa: SLF001
+    Store._unrecorded = lambda _: []
 
 
+@found_by("trust", "a_note_is_one_short_printable_line")
 def controls_kept() -> None:
     """Text from elsewhere keeps what a terminal acts on."""
-    attempts.clean = lambda text, *_: text
+    attempts.clean = lambda text: text
 
 
+@found_by("market", "the_fast_reader_and_the_validated_settings_agree")
 def fast_reader_differs() -> None:
     """A market's own address does not reach the reader of a cached `get`."""
     sources.Found.address_variable = lambda *_: "KIS_BASE_URL"  # type: ignore[method-assign]
 
 
+@found_by("policy", "decisions")
 def anchor_ignored() -> None:
     """A renewal is due as soon as a day has passed since the last one."""
-    moment = policy._moment  # noqa: SLF001
-    policy._moment = lambda past, window, needs, _: moment(past, window, needs, None)  # noqa: SLF001
+    moment: Any = policy._moment
+    policy._moment = lambda past, window, needs, _: moment(past, window, needs, None)
 
 
+@found_by("faults", "an_answer_of_64_mb_takes_no_memory[64 MB in chunks]")
 def endless_answer() -> None:
     """An answer is read to its end, however long it is."""
     gateway.ANSWER_LIMIT = 1 << 40
-
-
-class Bug(NamedTuple):
-    """How to plant it, and the test that finds it; `also_quick` ones are planted by `make test` too."""
-
-    plant: Callable[[], None]
-    found_by: str
-    also_quick: bool = False
-
-
-_FAULTS, _FILES, _EXPORTS = "test_faults.py::test_", "test_file_store.py::test_", "test_exports.py::test_"
-BUGS = {
-    "no lock": Bug(no_lock, _FAULTS + "two_that_meet_at_any_call_make_one_request[first token-side_by_side]", True),
-    "lock file deleted": Bug(lock_deleted, "test_model.py::test_the_protocol_holds"),
-    "no second look": Bug(no_second_look, "test_model.py::test_the_protocol_holds"),
-    "recorded afterwards": Bug(recorded_afterwards, _FAULTS + "a_request_that_leaves_late_starts_the_minute_then"),
-    "no cool-down": Bug(no_cool_down, _FAULTS + "an_attempt_of_another_version_starts_the_minute"),
-    "no waiting": Bug(no_waiting, _FAULTS + "an_attempt_of_another_version_starts_the_minute"),
-    "written in place": Bug(written_in_place, _FAULTS + "a_kill_amid_a_write_loses_nothing[damaged file]"),
-    "old one deleted first": Bug(old_deleted_first, _FAULTS + "a_disk_that_fills_up_costs_no_token[about to expire]"),
-    "unsaved is thrown away": Bug(thrown_away, _FAULTS + "a_disk_that_fills_up_costs_no_token[first token]"),
-    "never expired": Bug(never_expired, _FAULTS + "a_kill_before_any_call_loses_nothing[expired]"),
-    "a view beats the key's file": Bug(view_first, _FILES + "a_view_never_beats_a_living_token_of_the_key"),
-    "paper served as real": Bug(paper_as_real, _FILES + "a_view_of_another_key_or_environment_is_a_miss"),
-    "0600 lost": Bug(readable_by_all, _FILES + "files_have_the_contracts_names_and_modes"),
-    "a view resurrects a rejected token": Bug(resurrected, _FILES + "a_dead_token_does_not_come_back_from_a_view", True),
-    "set aside is thrown away": Bug(removed, _FILES + "a_damaged_view_is_a_miss_and_set_aside_with_a_word"),
-    "departure not dated": Bug(dated_once, "test_store_contract.py::test_a_request_that_left_late_is_dated_anew"),
-    "outcome lost with the token saved": Bug(
-        outcome_lost, "test_store_contract.py::test_an_attempt_is_recorded_before_its_outcome_and_completed_by_it"
-    ),
-    "frames keep their variables": Bug(
-        frames_kept, "test_secrets.py::test_a_traceback_with_all_local_variables_has_no_secret", True
-    ),
-    "address of .env trusted": Bug(
-        dotenv_trusted, "test_settings.py::test_a_cloned_repository_gets_no_secret_of_another_source"
-    ),
-    "longer-lived token overwritten": Bug(
-        overwritten, _EXPORTS + "newer_token_of_another_client_is_adopted_instead_of_written_over"
-    ),
-    "foreign file touched": Bug(foreign_touched, _EXPORTS + "file_that_holds_no_token_of_the_key_is_never_touched"),
-    "asked again after a refusal": Bug(
-        asked_again, "test_renewer.py::test_failing_first_issuance_raises_its_own_error_after_one_request"
-    ),
-    "six hours ignored": Bug(six_hours_ignored, "test_limits.py::test_kis_is_not_asked_while_it_would_hand_back_the_same_token"),
-    "ceiling counts the same token": Bug(same_counted, "test_limits.py::test_the_ceiling_holds_for_any_24_hours"),
-    "marks of the lock file ignored": Bug(marks_ignored, _FAULTS + "the_ceiling_holds_or_the_refusal_says_why"),
-    "control characters kept": Bug(controls_kept, "test_trust.py::test_a_note_is_one_short_printable_line"),
-    "fast reader differs": Bug(
-        fast_reader_differs, "test_market.py::test_the_fast_reader_and_the_validated_settings_agree", True
-    ),
-    "anchor ignored": Bug(anchor_ignored, "test_policy.py::test_decisions"),
-    "endless answer": Bug(endless_answer, _FAULTS + "an_answer_of_64_mb_takes_no_memory"),
-}
-
-
-def pytest_configure() -> None:
-    """Plant what the environment names."""
-    if name := os.environ.get("PLANTED"):
-        BUGS[name].plant()

@@ -63,7 +63,6 @@ ON_PATHS = (
 )
 ON_DESCRIPTORS = ("read", "write", "fstat", "fsync", "fchmod", "lseek", "close")
 ON_SOCKETS = ("connect", "sendall", "recv_into", "close")
-SPACE = ("write", "mkdir", "fsync")
 HOLDERS = (".json", ".aside")  # of names of files that may hold a token
 ENDS = (".json", "_token_issued_at.dat", ".lock", ".jsonl", ".aside", ".gitignore")  # of names that may stay
 _utime, thread_start = os.utime, threading.Thread.start  # before a process watches them
@@ -149,6 +148,10 @@ class Kis(Sandbox):
                 self._customers[key] = copy.copy(customer)
 
         return restore
+
+    def forget(self, key: str) -> None:
+        """Let KIS issue a new token with the next request of the key, whatever the age of the last one."""
+        self._customers[key].token = None
 
     def expiry(self, token: str) -> float:
         """When a token expires, in epoch seconds."""
@@ -383,7 +386,9 @@ class Desk:
 
 def needs_space(call: str) -> bool:
     """Whether a full disk refuses the call: what exists can be opened, read, renamed and deleted."""
-    return call.startswith(SPACE) or (call.endswith(".tmp") and not call.startswith(("unlink", "lstat", "close")))
+    return call.startswith(("write", "mkdir", "fsync")) or (
+        call.endswith(".tmp") and not call.startswith(("unlink", "lstat", "close"))
+    )
 
 
 def desks() -> Iterator[Callable[[], Desk]]:

@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 FAILED = pytest.ExitCode.TESTS_FAILED
 
 
-@pytest.mark.parametrize("name", [name for name, bug in BUGS.items() if FULL or bug.also_quick])
+@pytest.mark.parametrize("name", [name for name, bug in BUGS.items() if FULL or bug.quick])
 def test_a_planted_bug_is_found(name: str, record_property: Callable[[str, object], None]) -> None:
     """The named test fails, by an assertion of its own and not because it cannot be run."""
     options = ["-p", "planted", "--numprocesses=0", "--override-ini=addopts=", "--quiet", "--exitfirst"]

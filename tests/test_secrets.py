@@ -115,7 +115,9 @@ def leaks(text: str) -> list[str]:
 def files_but_tokens(place: Path) -> str:
     """All that is on disk there, core files too, names and contents, except the token files."""
     files = [path for path in place.rglob("*") if path.is_file()]
-    holders = [path for path in files if path.name.endswith("_api_token.json") or path.match("key-????????????????.json")]
+    holders = [
+        path for path in files if path.name.endswith("_api_token.json") or path.match("key-????????????????.json")
+    ]
     others = [path for path in files if path not in holders]
     return "\n".join(f"{path.name}\n{path.read_bytes().decode(errors='surrogateescape')}" for path in others)
 
@@ -170,7 +172,16 @@ def objects(gateway: Sandbox) -> Iterator[object]:
     time.sleep(0.1)
     (key,) = Key.load(Settings.load())
     state = key.state(now)
-    yield from (manager, TokenManager("us"), KRTokenManager(), manager.market, key, state, key.tick(state), state.plan())
+    yield from (
+        manager,
+        TokenManager("us"),
+        KRTokenManager(),
+        manager.market,
+        key,
+        state,
+        key.tick(state),
+        state.plan(),
+    )
     yield from (key.store, key.store.document("approval"), make_renewer(key.markets, key.store), state.warnings())
     yield from (KISAuth("us"), KISHttpxAuth("us"), gather(), Settings.load(), make_token(), manager.history())
     yield from (Gateway(gateway.url, (KEY, SECRET), timeout=1), manager.get_token_status(), manager.load_token())
