@@ -86,12 +86,11 @@ def test_hours_of_known_days(code: str) -> None:
     assert found == known
 
 
-def test_a_closed_day_has_nothing_of_a_session() -> None:
-    """On a closed day there is a reason, and neither open nor close nor need; on an open one it is the reverse."""
-    for day, opened in ((date(2026, 11, 26), False), (date(2026, 11, 25), True)):
-        facts = session("NYSE", day), session_open("NYSE", day), session_close("NYSE", day), need("NYSE", day)
-        assert [fact is not None for fact in facts] == [opened] * 4
-        assert is_session("NYSE", day) is (closure("NYSE", day) is None) is opened
+def test_an_open_day_is_its_session() -> None:
+    """Open and close are those of the session, and there is no reason to be closed."""
+    day = date(2026, 11, 25)
+    assert (closure("NYSE", day), is_session("NYSE", day)) == (None, True)
+    assert session("NYSE", day) == (session_open("NYSE", day), session_close("NYSE", day))
 
 
 def test_a_vietnamese_year_has_the_days_off_that_its_exchange_announced() -> None:
@@ -106,22 +105,18 @@ def test_a_vietnamese_year_has_the_days_off_that_its_exchange_announced() -> Non
 @pytest.mark.parametrize(
     ("code", "day", "reason"),
     [
-        ("SEHK", date(2025, 10, 29), "Chung Yeung Festival"),
-        ("KRX", date(2026, 12, 31), "End of Year Holiday"),
-        ("TKSE", date(2026, 11, 22), "weekend"),
-        ("NXT", date(2025, 2, 28), "Nextrade trades since 2025-03-04"),
+        ("SEHK", "2025-10-29", "Chung Yeung Festival"),
+        ("KRX", "2026-12-31", "End of Year Holiday"),
+        ("TKSE", "2026-11-22", "weekend"),
+        ("NXT", "2025-02-28", "Nextrade trades since 2025-03-04"),
     ],
 )
-def test_a_closure_is_given_in_words(code: str, day: date, reason: str) -> None:
-    """A closed day has a reason that a person understands, in the English of the place."""
-    assert closure(code, day) == reason
-
-
-@pytest.mark.parametrize("opens", ["2026-03-06T14:30", "2026-03-09T13:30", "2026-10-30T13:30", "2026-11-02T14:30"])
-def test_new_york_opens_follow_daylight_saving(opens: str) -> None:
-    """The open in New York moves by an hour in UTC over each change of the clocks."""
-    day = utc(opens).date()
-    assert session("NYSE", day) == (utc(opens), utc(opens) + timedelta(hours=6, minutes=30))
+def test_a_closed_day_has_a_reason_and_nothing_of_a_session(code: str, day: str, reason: str) -> None:
+    """A closed day says why, in the English of the place; it has neither open nor close nor need."""
+    at = date.fromisoformat(day)
+    assert closure(code, at) == reason
+    assert not is_session(code, at)
+    assert {session(code, at), session_open(code, at), session_close(code, at), need(code, at)} == {None}
 
 
 def test_the_known_horizon_is_the_last_year_that_was_announced() -> None:
@@ -199,7 +194,7 @@ def test_needs_merge_where_they_overlap_or_touch() -> None:
     assert needs(["KRX", "TKSE"], start, end, touching) == [(asian[0], utc("2026-11-20T09:00"))]
 
 
-def test_needs_take_what_overlaps_and_nothing_that_only_touches_the_range() -> None:
+def test_needs_that_only_touch_the_range_are_outside() -> None:
     """The range is half open: a need that ends at its start or starts at its end is outside."""
     begins, ends = utc("2026-11-19T23:30"), utc("2026-11-20T07:30")
     second = timedelta(seconds=1)
