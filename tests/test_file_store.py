@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -330,6 +331,23 @@ def test_on_a_full_disk_the_lock_file_keeps_the_time_and_counts_the_issues(folde
     with store.lock(wait=5):
         store.begin(later := SENT._replace(at=NOW + timedelta(minutes=5)))
     assert open_files(folder).attempts() == [*known, later]
+
+
+def test_the_lock_file_forgets_issues_of_earlier_days(folder: Path) -> None:
+    """A disk that stays full for days does not add its daily issues up to one day's."""
+    store = open_files(folder)
+    with store.lock(wait=5):
+        pass
+
+    def issue_daily() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        for day in range(3):
+            with store.lock(wait=5), contextlib.suppress(OSError):
+                issued = SENT._replace(at=NOW + timedelta(hours=25 * day), outcome=Outcome.ISSUED)
+                store.finish(store.begin(issued._replace(outcome=Outcome.SENT)), issued, make_token())
+
+    assert ended(in_child(issue_daily)) == 0
+    assert [attempt.outcome for attempt in open_files(folder).attempts()] == [Outcome.ISSUED]
 
 
 def test_the_mark_speaks_where_the_record_is_lost(folder: Path) -> None:

@@ -312,7 +312,9 @@ class FileStore:
 
     def _keep_time(self, attempt: Attempt) -> None:
         """In the lock file's times: all that can be written on a full disk."""
-        known = len([one for one in self._unrecorded() if one.outcome == "issued"])
+        from tokencore.attempts import issued_within
+
+        known = len(issued_within(self._unrecorded(), attempt.at))
         os.utime(self._lock_path, (UNRECORDED + known + (attempt.outcome == "issued"), attempt.at.timestamp()))
 
     def _unrecorded(self) -> list[Attempt]:
