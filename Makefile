@@ -86,7 +86,8 @@ endif
 
 # Byte-code is compiled here, once: where PYTHONDONTWRITEBYTECODE is set (images, servers), each of Prefect's
 # processes would otherwise compile all of it again, which doubles every start. A pip older than 25 would write commands
-# that import `re` before anything else, which costs a cached `tokencore get` 5 ms of 13.
+# that import `re` before anything else, which costs a cached `tokencore get` 5 ms of 13. A package may hold a file for a
+# newer Python that this one cannot compile: it is not imported either.
 .venv/.flows: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed; name one, such as: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
@@ -94,7 +95,7 @@ endif
 	@$(PYTHON) -m venv $(CLEAR) .venv
 	@$(PIP) 'pip>=25'
 	@$(PIP) --editable '.[flows]'
-	@$(RUN) compileall -q -j 0 .venv/lib tokencore flows
+	@$(RUN) compileall -qq -j 0 .venv/lib tokencore flows || true
 	@printf '%s\n' "$(CURDIR)" > .venv/.place
 	@touch $@
 

@@ -58,7 +58,7 @@ def test_the_wheel_has_every_module_and_the_marker_of_types(tmp_path: Path) -> N
     with zipfile.ZipFile(next((tmp_path / "dist").glob("tokencore-*.whl"))) as wheel:
         inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
-    assert inside == {*modules, "tokencore/py.typed", "flows/stack/logging.yml"}
+    assert inside == {*modules, "tokencore/py.typed", "flows/stack/automations.yaml"}
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:

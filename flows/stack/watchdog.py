@@ -1,6 +1,6 @@
-"""The watchdog: a server cannot tell of its own death, so a timer outside of it asks whether it looks after the tokens.
+"""The watchdog: a server cannot report its own death, so a timer outside of it asks whether it looks after the tokens.
 
-Quick and light while all is well: nothing of Prefect is loaded until there is something to tell.
+Quick and light while all is well: nothing of Prefect is loaded until there is something to report.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from flows.incidents import Incidents
-from flows.stack import service
-from flows.stack.crew import CrewError
-from flows.stack.server import CHECK, CHECKED
+from flows.stack import supervisor
+from flows.stack.api import CHECK, StackError
 from tokencore import Settings
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ SILENCE = timedelta(minutes=90)  # without a check that ended: one was missed, a
 
 
 def watch() -> int:
-    """Ask the server and its newest check for a sign of life; tell Slack where there is none, and when there is again.
+    """Ask the server and its newest check for a sign of life; alert Slack where there is none, and when there is again.
 
     The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
 
@@ -34,7 +33,7 @@ def watch() -> int:
         ConfigurationError: the settings are malformed, so that nobody knows where to look.
 
     """
-    found = silence(service.api(), PATIENCE)
+    found = silence(supervisor.api(), PATIENCE)
     if found is None and not Incidents(Settings.load().token_dir).has(WHO):
         return 0
     from flows import alerts, causes  # all of Prefect
@@ -60,24 +59,11 @@ def _silence(api: Api, now: datetime) -> str | None:
     if not api.answers("health"):
         return f"Prefect's server at {api.url} does not answer."
     try:
-        last = _last_check(api)
-    except CrewError as error:
+        last = api.last_check()
+        # Before the first check has ended, its deployment counts.
+        seen = last[1] if last else datetime.fromisoformat(api.deployment(CHECK)["created"])
+    except StackError as error:
         return str(error)
-    if now - last > SILENCE:
-        return f"No check of the tokens has ended since {last:%Y-%m-%d %H:%M} UTC."
+    if now - seen > SILENCE:
+        return f"No check of the tokens has ended since {seen:%Y-%m-%d %H:%M} UTC."
     return None
-
-
-def _last_check(api: Api) -> datetime:
-    """When the newest check ended; where there is none, when it was deployed."""
-    flow, _, _ = CHECK.partition("/")
-    asked = {
-        "flows": {"name": {"any_": [flow]}},
-        "flow_runs": {"state": {"name": {"any_": [*CHECKED]}}},
-        "sort": "END_TIME_DESC",
-        "limit": 1,
-    }
-    runs = api.ask("POST", "flow_runs/filter", asked)
-    return datetime.fromisoformat(
-        runs[0]["end_time"] if runs else api.ask("GET", f"deployments/name/{CHECK}")["created"]
-    )
