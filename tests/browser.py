@@ -27,7 +27,6 @@ def page(width: int = 1280, height: int = 800) -> Iterator[Page]:
     """An empty page of a browser with a profile of its own."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, "--disable-component-update"])
-        # Without the moving background, which takes one of two cores from the server.
         opened = browser.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce")
         opened.set_default_timeout(PATIENCE)
         yield opened
@@ -39,38 +38,3 @@ def sign_in(page: Page, password: str) -> None:
     page.get_by_placeholder("admin:pass").fill(password)
     page.get_by_role("button", name="Login").click()
     page.get_by_placeholder("admin:pass").wait_for(state="detached")
-
-
-def submit(form: Page, market: str, operator: str, reason: str) -> None:
-    """Fill the form of `refresh_token` and press its button."""
-    texts = form.locator("textarea")
-    texts.nth(1).wait_for()
-    texts.nth(0).fill(operator)
-    texts.nth(1).fill(reason)
-    choose(form, market)
-    form.get_by_role("button", name="Submit").click()
-    form.get_by_role("button", name="Submit").wait_for(state="detached")
-
-
-def choose(form: Page, option: str) -> None:
-    """Open the last drop-down that the page shows and take an option."""
-    form.locator(".p-select-button__control").last.focus()
-    form.keyboard.press("ArrowDown")
-    form.get_by_role("option", name=option, exact=True).click()
-
-
-def resume(run: Page, decision: str) -> str:
-    """Press a paused run's button, read what is asked, answer; what was asked."""
-    run.get_by_role("button", name="Resume").click()
-    dialog = run.locator(".p-modal")
-    dialog.get_by_text("all the same?").wait_for()
-    asked = dialog.inner_text()
-    choose(run, decision)
-    run.get_by_role("button", name="Submit").click()
-    return asked
-
-
-def retry(run: Page) -> None:
-    """Press the button with which the page runs what has ended once more, and confirm it."""
-    run.get_by_role("button", name="Retry").click()
-    run.locator(".p-modal").get_by_role("button", name="Retry").click()

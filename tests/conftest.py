@@ -10,7 +10,6 @@ import hypothesis
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 from running import Ran
-from stacks import up  # noqa: F401 - a fixture of several files
 from xdist.scheduler import LoadFileScheduling
 
 from tokencore.cli import main

@@ -8,32 +8,19 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import requests
 from requests.adapters import HTTPAdapter
-from slack_endpoint import SlackEndpoint
 
 from flows.stack.api import BUSY
-from flows.stack.crew import told
-from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "TOKENCORE_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
-SLOW = 480  # seconds; half a minute on two idle cores
-PASSWORD = "admin:CanaryPassword"  # of the server that the tests share
-WEBHOOK = "CanaryWebhook"  # in the address of the Slack that a stack tells
+MARK = "PYTHON_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
+SLOW = 300  # seconds; half a minute on two idle cores
+PARTS = ("supervisor", "server", "tidy", "worker")  # those that last
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
-# A worker that shows every 3 s that it lives is missed after 6.
-QUICK_WORKER = {
-    "PREFECT_WORKER_HEARTBEAT_SECONDS": "3",
-    "PREFECT_SERVER_SERVICES_FOREMAN_LOOP_SECONDS": "2",
-    "PREFECT_SERVER_SERVICES_FOREMAN_INACTIVITY_HEARTBEAT_MULTIPLE": "2",
-}
 
 
 class Place(NamedTuple):
@@ -71,17 +58,31 @@ class Place(NamedTuple):
         output = started.communicate(timeout=SLOW)[0]
         return started.returncode, output
 
-    def living(self) -> list[str]:
-        """The command lines of all processes that come from here."""
-        mark = f"{MARK}={self.environment[MARK]}".encode()
-        found = []
+    def living(self) -> dict[int, str]:
+        """The command lines of all processes that come from here, by number."""
+        mark = f"{MARK}={self.environment[MARK]}"
+        found = {}
         for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (process / "environ").read_bytes():
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue  # it has ended, or is another user's
+            number = int(process.name)
+            if mark in environment_of(number):
+                found[number] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
+
+
+def environment_of(process: int) -> set[str]:
+    """The environment of a process, as `NAME=value`; empty where it has ended, or is another user's."""
+    try:
+        return {one.decode(errors="replace") for one in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")}
+    except OSError:
+        return set()
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process; one that waits to be reaped is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def free_port() -> int:
@@ -93,51 +94,40 @@ def free_port() -> int:
 
 
 class Up(NamedTuple):
-    """A stack in the background: where, what `up` printed, and its folder."""
+    """A stack in the background: where, what `up` printed, its folder, its server's address and password."""
 
     place: Place
     output: str
     folder: Path
-    slack: SlackEndpoint
-    gateway: Sandbox
-    auth: tuple[str, str] | None = None
-
-    @property
-    def url(self) -> str:
-        """The address of its page."""
-        address: str = told(self.folder)["url"]
-        return address
+    url: str
+    password: str
 
     def processes(self) -> dict[str, int]:
-        """Its processes that live, by name."""
-        found: dict[str, int] = told(self.folder).get("processes", {})
-        return found
+        """Its parts that live, by name."""
+        found = {part: int((self.folder / f"{part}.pid").read_text() or 0) for part in PARTS}
+        return {part: number for part, number in found.items() if is_alive(number)}
 
-    def api(self, method: str, path: str, content: object = None) -> requests.Response:
-        """What the server answers."""
+    def api(self, method: str, path: str, content: object = None, **headers: str) -> requests.Response:
+        """What the server answers to one who knows the password."""
         with requests.Session() as session:
             session.mount("http://", HTTPAdapter(max_retries=BUSY))
-            session.auth = self.auth
+            session.auth = tuple(self.password.split(":", 1))  # type: ignore[assignment] # two, by its form
             session.headers["Connection"] = "close"  # the server hangs up after a 503
+            session.headers.update(headers)
             return session.request(method, f"{self.url}/api/{path}", json=content, timeout=60)
 
+    def create(self, deployment: str, **content: object) -> str:
+        """A new run of the deployment; its id."""
+        found = self.api("GET", f"deployments/name/{deployment}").json()["id"]
+        number: str = self.api("POST", f"deployments/{found}/create_flow_run", content).json()["id"]
+        return number
 
-@pytest.fixture(scope="session")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """A stack whose credentials are in `.env` only, with a token folder that is relative; stopped in the end.
+    def look(self, run: str) -> dict[str, Any]:
+        """The run as the server has it."""
+        found: dict[str, Any] = self.api("GET", f"flow_runs/{run}").json()
+        return found
 
-    The tests of several files share it, in the order of their names: those that hurt it come last.
-    """
-    place = Place.made(tmp_path_factory.mktemp("up"), PREFECT_SERVER_API_PORT=str(free_port()), **QUICK_WORKER)
-    with Sandbox() as gateway, SlackEndpoint() as slack:
-        settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
-        settings |= {"KIS_TOKEN_DIR": "tokens", "KIS_MARKETS__HK__EXCHANGES": "SEHK"}
-        settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "KIS_TIMEOUT": "60"}
-        settings |= {"PREFECT_SERVER_API_AUTH_STRING": PASSWORD}
-        lines = [f"{name}={value}" for name, value in settings.items()]
-        (place.work / ".env").write_text("\n".join(lines))
-        code, output = place.run("up")
-        assert code == 0, output
-        user, _, secret = PASSWORD.partition(":")
-        yield Up(place, output, place.work / "tokens" / "prefect", slack, gateway, (user, secret))
-        place.run("down")
+    def state(self, run: str) -> tuple[str, str]:
+        """Type and name of its state."""
+        state = self.look(run)["state"]
+        return state["type"], state["name"]

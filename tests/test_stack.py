@@ -1,341 +1,360 @@
-"""The running system for real: the demo from start to end, the stack in the background started, hurt and stopped."""
+"""One life of the running system: started, looked at, asked by strangers, hurt, started again and stopped.
+
+The tests go in their order: those that hurt it come last.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import pwd
 import re
 import signal
-import socket
+import sqlite3
+import stat
 import subprocess
-import sys
-import uuid
+import tempfile
+import time
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING, Any
 
+import browser
 import pytest
+import requests
 from running import until
-from scenarios import long
-from stacks import MARK, SLOW, WEBHOOK, Place, Up, free_port, in_proc
+from slack_endpoint import SlackEndpoint
+from stacks import PARTS, SLOW, Place, Up, environment_of, free_port, in_proc, is_alive
 
-from flows import board
-from flows.stack.crew import Crew, CrewError, birth, crew_file, told
-from flows.stack.deploy import AT_ONCE, QUEUE
-from flows.stack.leftovers import POOL
-from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = in_proc
+WEBHOOK = "CanaryWebhook"  # in the address of the Slack that the stack alerts
+CHECK, REFRESH = "check-tokens/check_tokens", "refresh-token/refresh_token"
+NAMES = ["A run crashed", "A run is late", "A run shows no life", "No worker", "The hourly check is missing"]
+STRANGER = "http://stranger.example"
+NAP = 62.0  # seconds; from 60 on it counts as a sleep of the machine
+MINUTE = 60.0
+MADE = re.compile(r"^Starting .*$|^(\S+(?: \S+)?) +(.+)$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, int, str]:
-    """One demo to its end, on a machine where every setting is a trap; where it ran, its exit code, what it printed."""
-    place = Place.made(
-        tmp_path_factory.mktemp("demo"),
-        KIS_APP_KEY="CanaryKey",
-        KIS_ENVIRONMENT="nonsense",
-        SLACK_WEBHOOK_URL="http://127.0.0.1:9/",
-        PREFECT_API_URL="http://127.0.0.1:9/api",
-        PREFECT_PROFILE="missing",
-    )
-    (place.work / ".env").write_text("KIS_TIMEOUT=nonsense\nPREFECT_API_KEY=CanaryKey\n")
-    (place.home / ".tokencore").mkdir()
-    (place.home / ".tokencore" / "config.toml").write_text("this is no TOML")
-    return place, *place.run("demo", "--once")
+def gateway() -> Iterator[Sandbox]:
+    """KIS, whose minute is short."""
+    with Sandbox(issue_interval=1) as running:
+        yield running
 
 
-def test_the_demo_comes_to_a_completed_warm_up_and_a_token(demo: tuple[Place, int, str]) -> None:
-    """With no setting of its own it warms up, renews, and shows where the page is and that every token is valid."""
-    _, code, output = demo
+@pytest.fixture(scope="module")
+def slack() -> Iterator[SlackEndpoint]:
+    """The Slack that the stack alerts."""
+    with SlackEndpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def up(gateway: Sandbox, slack: SlackEndpoint) -> Iterator[Up]:
+    """A stack with credentials in `.env` only and another user's `runner_storage` in the way; stopped in the end.
+
+    Its folders are below one that every user may enter, so that it is its own modes which keep others out.
+    """
+    root = Path(tempfile.mkdtemp(prefix="tokencore-"))
+    root.chmod(0o755)
+    port = free_port()
+    place = Place.made(root, PREFECT_SERVER_API_PORT=str(port), AWS_SECRET_ACCESS_KEY="CanaryCloud")
+    (place.temporary / "runner_storage").touch(0)  # not even root can make a folder of it
+    folder = place.work / "tokens"
+    settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
+    settings |= {"KIS_TOKEN_DIR": str(folder), "KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_ISSUE_INTERVAL": "1"}
+    settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "KIS_TIMEOUT": "60"}
+    (place.work / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    code, output = place.run("up")
     assert code == 0, output
-    assert re.search(r"^warm-up +Completed: (Renewed|MarketClosed|SkippedLate)\.", output, re.MULTILINE)
-    assert output.count("Completed: Renewed.") == 1
-    assert re.search(r"^The page: http://127\.0\.0\.1:\d+$", output, re.MULTILINE)
-    assert re.findall(r"^(us|kr) +VALID ", output, re.MULTILINE) == ["us", "kr"]
+    password = (folder / "prefect" / "password").read_text().strip()
+    made = Up(place, output, folder / "prefect", f"http://127.0.0.1:{port}", password)
+    os.kill(made.processes()["tidy"], signal.SIGSTOP)  # as in a sleep of the machine, for one of the tests
+    yield made
+    place.run("down")
+    rmtree(root)
 
 
-def test_the_demo_publishes_the_table_and_the_plan(demo: tuple[Place, int, str]) -> None:
-    """The check that makes both artifacts runs at once, not at the next full hour, and their addresses are shown."""
-    _, _, output = demo
-    assert re.search(r"^check-tokens +Completed: AlreadyValid\.", output, re.MULTILINE)
-    for name in (board.TOKENS, board.PLAN):
-        assert re.search(rf"^  The {name}: http://127\.0\.0\.1:\d+/artifacts/key/{name} ", output, re.MULTILINE)
+@pytest.fixture
+def refreshing(up: Up, gateway: Sandbox) -> Iterator[tuple[str, int]]:
+    """A run that waits for KIS, and its process."""
+    gateway.set_rules(latency=MINUTE)
+    before = gateway.stats()["token_requests"]
+    asked = {"market": "kr", "operator": "Kim", "force": True, "reason": "test"}
+    run = up.create(REFRESH, parameters=asked)
+    until(lambda: gateway.stats()["token_requests"] > before, SLOW)
+    gateway.set_rules(latency=0)
+    yield run, int(up.look(run)["infrastructure_pid"])
+    time.sleep(1)  # KIS's minute
 
 
-def test_the_demo_leaves_nothing(demo: tuple[Place, int, str]) -> None:
-    """No process, no file in the home, the working or the temporary folder, and no real credential in its output."""
-    place, _, output = demo
-    assert place.living() == []
-    assert sorted(path.name for path in place.home.rglob("*")) == [".tokencore", "config.toml"]
-    assert [path.name for path in place.work.iterdir()] == [".env"]
-    assert list(place.temporary.iterdir()) == []
-    assert "Canary" not in output
+def lines(output: str) -> dict[str, str]:
+    """What `up` and `status` say, by the first words of the line."""
+    found = re.findall(r"^(last check|server says|\S+) +(.+)$", output, re.MULTILINE)
+    return {name: said for name, said in found}
 
 
-def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
-    """Ctrl-C in the middle, with server and worker up and the deployments under way, ends all of it, exit 130."""
-    place = Place.made(tmp_path)
-    running = place.start("demo")
-
-    def deploying() -> bool:
-        return any("deploy" in told(folder).get("processes", {}) for folder in place.temporary.glob("tokencore-demo-*"))
-
-    until(lambda: deploying() or running.poll() is not None, SLOW)
-    assert len(place.living()) >= 5
-    running.send_signal(signal.SIGINT)
-    output = running.communicate(timeout=SLOW)[0]
-    assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
-    assert place.living() == []
-    assert list(place.temporary.iterdir()) == []
+def stored(up: Up) -> dict[str, bytes]:
+    """Every file of the stack's folder, by name."""
+    return {path.name: path.read_bytes() for path in up.folder.rglob("*") if path.is_file()}
 
 
-def test_up_starts_all_and_says_so(up: Up) -> None:
-    """All three processes run when `up` returns, the first check is done, and the table of tokens is shown."""
-    assert sorted(up.processes()) == ["server", "supervisor", "worker"]
-    assert re.search(r"^page +http://127\.0\.0\.1:\d+$", up.output, re.MULTILINE)
-    assert re.search(r"^first check +(Renewed|AlreadyValid|Completed): ", up.output, re.MULTILINE)
-    assert re.findall(r"^(us|kr) ", up.output, re.MULTILINE) == ["us", "kr"]
+def automations(up: Up) -> dict[str, dict[str, Any]]:
+    """The automations on the server, by name; two of one name are an error."""
+    found = up.api("POST", "automations/filter", {}).json()
+    assert len({one["name"] for one in found}) == len(found)
+    return {one["name"]: one for one in found}
 
 
-def test_up_shows_where_the_artifacts_are(up: Up) -> None:
-    """The table and the plan are published when `up` returns, under the names in the addresses that it prints."""
-    for name in (board.TOKENS, board.PLAN):
-        assert f"{told(up.folder)['url']}/artifacts/key/{name} " in up.output
+def overdue(up: Up, deployment: str, hours: int) -> str:
+    """A run that its schedule had made for so long ago; its id."""
+    due = (datetime.now(UTC) - timedelta(hours=hours)).isoformat()
+    state = {"type": "SCHEDULED", "state_details": {"scheduled_time": due}}
+    return up.create(deployment, state=state, tags=["auto-scheduled"])
+
+
+def crash(up: Up) -> str:
+    """A run of the check in the far future that crashed; its name."""
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
+    run = up.create(CHECK, state=later)
+    up.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+    name: str = up.look(run)["name"]
+    return name
+
+
+def listening(processes: Iterator[int]) -> set[int]:
+    """The TCP ports on which these processes listen."""
+    table = [line.split() for path in ("tcp", "tcp6") for line in Path(f"/proc/net/{path}").read_text().splitlines()]
+    ports = {row[9]: int(row[1].rpartition(":")[2], 16) for row in table if row[3] == "0A"}
+    found = set()
+    for process in processes:
+        for file in Path(f"/proc/{process}/fd").iterdir():
+            found.add(ports.get(re.sub(r"socket:\[(\d+)\]", r"\1", os.readlink(file))))
+    return {port for port in found if port}
+
+
+def test_up_starts_all_and_says_where_it_is(up: Up) -> None:
+    """All parts run, the first check has renewed with the credentials of `.env`, and links lead past the login."""
+    said = lines(up.output)
+    assert sorted(up.processes()) == sorted(PARTS)
+    assert said["page"] == f"{up.url}/v2"
+    assert said["tokens"].startswith(f"{up.url}/v2/artifacts/key/tokens ")
+    assert said["refresh"].startswith(f"{up.url}/v2/deployments/deployment/")
+    assert re.fullmatch(r"Renewed, \d{4}-\d\d-\d\d \d\d:\d\d UTC", said["last check"])
+    assert said["password"] == f"in {up.folder}/password"
+    for name in ("tokens", "plan"):
         assert up.api("GET", f"artifacts/{name}/latest").ok
 
 
-def test_the_form_lists_the_markets_of_the_settings(up: Up) -> None:
-    """A market that only `.env` names is in refresh_token's drop-down."""
-    deployment = up.api("GET", "deployments/name/refresh-token/refresh_token").json()
-    assert sorted(deployment["parameter_openapi_schema"]["properties"]["market"]["enum"]) == ["hk", "kr", "us"]
-
-
-def test_refreshes_have_a_queue_with_a_limit(up: Up) -> None:
-    """The queue that prefect.yaml names for refresh_token is its deployment's, and has its limit, when `up` returns."""
-    assert up.api("GET", "deployments/name/refresh-token/refresh_token").json()["work_queue_name"] == QUEUE
-    assert up.api("GET", f"work_pools/{POOL}/queues/{QUEUE}").json()["concurrency_limit"] == AT_ONCE
-
-
-def test_runs_are_scheduled(up: Up) -> None:
-    """Soon after the start the server has runs of the coming days: some versions of its libraries break just that."""
-    by_cron = {"all_": ["auto-scheduled"]}  # Prefect's tag; a planned renewal is a scheduled run too, but ours
-    scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}, "tags": by_cron}}
-    until(lambda: up.api("POST", "flow_runs/count", scheduled).json() > 0, 60)
-
-
-def test_a_run_uses_the_folder_of_the_settings(up: Up) -> None:
-    """A refresh by hand issues with the key of `.env` and writes into the folder that it names, relative as it is."""
-    deployment = up.api("GET", "deployments/name/refresh-token/refresh_token").json()["id"]
-    asked = {"parameters": {"market": "kr", "operator": "Kim", "force": True, "reason": "test"}}
-    assert up.api("POST", f"deployments/{deployment}/create_flow_run", asked).ok
-    until((up.folder.parent / "kr_api_token.json").exists, SLOW)
-
-
-def test_the_server_gets_no_credentials_and_the_folder_is_private(up: Up) -> None:
-    """Only the worker's environment holds them, `.env` was enough, and nobody else can look into the folder."""
-    environments = {name: Path(f"/proc/{pid}/environ").read_bytes() for name, pid in up.processes().items()}
-    assert APP_SECRET.encode() not in environments["server"]
-    assert APP_SECRET.encode() in environments["worker"]
-    assert [oct(folder.stat().st_mode & 0o777) for folder in (up.folder.parent, up.folder)] == ["0o700", "0o700"]
-
-
-def test_no_credential_is_stored(up: Up) -> None:
-    """After deployments, checks and a refresh none is in the database, a log, or anything else of the stack's."""
-    stored = {path: path.read_bytes() for path in up.folder.rglob("*") if path.is_file()}
-    assert "prefect.db" in {path.name for path in stored}
-    credentials = (APP_KEY.encode(), APP_SECRET.encode(), WEBHOOK.encode())
-    assert [path for path, content in stored.items() if any(one in content for one in credentials)] == []
-
-
-def test_the_password_is_asked_for_and_told_nowhere(up: Up) -> None:
-    """With a password set, all of the above went on; without it the server gives nothing away but that it is there."""
-    naked = up._replace(auth=None)
-    assert naked.api("POST", "flow_runs/filter", {}).status_code == 401
-    assert naked.api("GET", "health").ok
-    stored = [path for path in up.folder.rglob("*") if path.is_file()]
-    assert [path for path in stored if b"CanaryPassword" in path.read_bytes()] == []
-    assert not any("CanaryPassword" in line for line in up.place.living())
-
-
-def test_status_tells_what_is_on_the_server(up: Up) -> None:
-    """Deployments and automations are counted."""
-    output = up.place.run("status")[1]
-    assert re.search(r"^deployments +13$", output, re.MULTILINE)
-    assert re.search(r"^automations +5$", output, re.MULTILINE)
-
-
-def test_status_says_that_the_password_is_another(up: Up) -> None:
-    """What cannot be asked of the server is not left out: a sentence says why, and what to do."""
-    elsewhere = up.place._replace(
+def test_status_is_0_only_with_the_right_password(up: Up) -> None:
+    """All is well: 0. With another password it says that it knows nothing, and is 3."""
+    code, output = up.place.run("status")
+    assert code == 0, output
+    other = up.place._replace(
         environment=up.place.environment | {"PREFECT_SERVER_API_AUTH_STRING": "admin:AnotherPassword"}
     )
-    output = elsewhere.run("status")[1]
-    assert "NOT KNOWN. The server refuses the password; set PREFECT_SERVER_API_AUTH_STRING" in output
+    code, output = other.run("status")
+    assert code == 3
+    assert "NOT KNOWN. Prefect's server refuses the password" in output
     assert "AnotherPassword" not in output
 
 
-def test_up_again_changes_nothing(up: Up) -> None:
-    """A second `up` finds the first one's processes and leaves them alone."""
+def test_a_second_start_is_refused(up: Up) -> None:
+    """`up` says that it runs, `run` refuses, and neither touches the first one's processes."""
     before = up.processes()
     code, output = up.place.run("up")
     assert (code, output.splitlines()[0]) == (0, "It runs already.")
+    assert up.place.run("run") == (1, "It runs already; `make status` shows how it is.\n")
     assert up.processes() == before
 
 
-def test_a_second_supervisor_is_refused(up: Up) -> None:
-    """`run` beside `up`, as by a service and by hand, ends with a sentence and takes nothing from the first."""
-    before = up.processes()
-    code, output = up.place.run("run")
-    assert (code, output) == (1, "It runs already; `make status` tells how it is.\n")
-    assert up.processes() == before
+@pytest.mark.parametrize("path", ["flow_runs/filter", "deployments/filter", "block_documents/filter"])
+def test_without_the_password_nothing_is_given_away(path: str, up: Up) -> None:
+    """Every question but that for its health is refused."""
+    assert requests.post(f"{up.url}/api/{path}", json={}, timeout=30).status_code == 401
+    assert requests.get(f"{up.url}/api/health", timeout=30).ok
 
 
-def test_a_worker_that_dies_is_started_again(up: Up) -> None:
-    """After a SIGKILL a new worker is there soon; `status` shows either."""
-    before = up.processes()
-    os.kill(before["supervisor"], signal.SIGSTOP)  # it would be quicker than `status` on a busy machine
+def test_a_foreign_page_gets_nothing_from_a_browser(up: Up) -> None:
+    """Its preflight is refused, no answer is marked for it, the page's own is; a name that points here is refused."""
+    asked = {"Access-Control-Request-Method": "POST", "Origin": STRANGER}
+    assert requests.options(f"{up.url}/api/flow_runs/filter", headers=asked, timeout=30).status_code == 400
+    foreign = up.api("POST", "flow_runs/filter", {}, Origin=STRANGER)
+    assert "access-control-allow-origin" not in foreign.headers
+    own = up.api("POST", "flow_runs/filter", {}, Origin=up.url)
+    assert own.headers["access-control-allow-origin"] == up.url
+    assert up.api("GET", "health", Host="stranger.example").status_code == 400
+    assert up.api("GET", "health", Host="localhost").ok
+
+
+def test_the_page_may_ask_nobody_else(up: Up) -> None:
+    """Prefect's analytics host, which its page asks whatever the settings say, is refused by the page's policy."""
+    assert "connect-src 'self'" in requests.get(f"{up.url}/v2/", timeout=30).headers["content-security-policy"]
+
+
+def test_only_the_server_listens(up: Up) -> None:
+    """Supervisord has no port; its socket and every other file are the owner's alone."""
+    assert listening(iter(up.place.living())) == {int(up.url.rpartition(":")[2])}
+    assert stat.S_ISSOCK((up.folder / "supervisor.sock").stat().st_mode)
+    everything = [up.folder.parent, up.folder, *up.folder.rglob("*")]
+    assert [path.name for path in everything if path.lstat().st_mode & 0o077] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_gets_at_nothing(up: Up) -> None:
+    """Neither at the password nor the database nor the socket; what is left open beside them, it can read."""
+    other = pwd.getpwnam("nobody")
+    (up.place.work / "open").write_text("readable")
+
+    def reads(path: Path) -> bool:
+        look = ["/bin/sh", "-c", 'cat "$0" || test -w "$0"', str(path)]
+        return not subprocess.run(
+            look, user=other.pw_uid, group=other.pw_gid, extra_groups=[], capture_output=True, check=False
+        ).returncode
+
+    assert reads(up.place.work / "open")
+    kept = ("password", "prefect.db", "supervisor.sock", "supervisord.conf", "server.log", "encryption.key")
+    assert [name for name in kept if reads(up.folder / name)] == []
+
+
+def test_no_secret_is_stored_or_on_a_command_line(up: Up) -> None:
+    """The password is in its file alone, the app key, the secret and the webhook in no file of the stack's."""
+    secrets = [up.password.partition(":")[2], APP_SECRET, APP_KEY, WEBHOOK, "CanaryCloud"]
+    assert [name for name, content in stored(up).items() if any(one.encode() in content for one in secrets)] == [
+        "password"
+    ]
+    assert not any(one in line for line in up.place.living().values() for one in secrets)
+    assert not any(one in up.output for one in secrets)
+
+
+def test_the_settings_decide_what_is_deployed(up: Up) -> None:
+    """The exchanges that `.env` trades have their warm-up, on; the form has its markets; runs are scheduled."""
+    found = {one["name"]: one for one in up.api("POST", "deployments/filter", {}).json()}
+    assert sorted(found) == ["AMEX", "KRX", "NASD", "NYSE", "SEHK", "check_tokens", "refresh_token"]
+    assert all(schedule["active"] for one in found.values() for schedule in one["schedules"])
+    form = found["refresh_token"]["parameter_openapi_schema"]["properties"]["market"]["enum"]
+    assert sorted(form) == ["hk", "kr", "us"]
+    by_cron = {"state": {"type": {"any_": ["SCHEDULED"]}}, "tags": {"all_": ["auto-scheduled"]}}
+    until(lambda: up.api("POST", "flow_runs/count", {"flow_runs": by_cron}).json() > 0, MINUTE)
+
+
+def test_a_crash_is_reported_with_a_link_and_a_refusal_leaves_no_address(up: Up, slack: SlackEndpoint) -> None:
+    """Slack has whose crash it is and its page; where Slack refuses, the log has the kind of the error alone."""
+    assert sorted(automations(up)) == NAMES
+    slack.answers.append(403)
+    log = up.folder / "server.log"
+
+    def heard() -> bool:
+        name = crash(up)  # Prefect keeps an event back that overtakes its forerunner: then another one
+        return any(name in message["text"] for message in wait_for_message(slack))
+
+    until(lambda: heard() and "HTTPStatusError" in log.read_text(), MINUTE)
+    text = slack.told[-1]["text"]
+    assert re.match(r"\*:rotating_light: A run crashed: ", text)
+    assert f"{up.url}/v2/runs/flow-run/" in text
+    assert "*To do:* " in text
+    assert WEBHOOK not in log.read_text()
+
+
+def wait_for_message(slack: SlackEndpoint) -> list[dict[str, Any]]:
+    """What the server's automations said, once they have said more or five seconds are over."""
+    before, give_up = len(slack.told), time.monotonic() + 5
+    while len(slack.told) == before and time.monotonic() < give_up:
+        time.sleep(0.1)
+    return [message for message in slack.told if "blocks" not in message]
+
+
+@browser.needs_chromium
+def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
+    """Who is not signed in answers one question, with what the password file holds, and is where the link led."""
+    run = up.create(CHECK)
+    with browser.page() as page:
+        page.goto(f"{up.url}/v2/runs/flow-run/{run}")
+        page.wait_for_url("**/v2/login?redirectTo=*")
+        browser.sign_in(page, up.password)
+        page.wait_for_url(f"**/v2/runs/flow-run/{run}*")
+        page.get_by_text("check-tokens").first.wait_for()
+
+
+def test_a_killed_worker_comes_back_and_its_run_is_crashed(up: Up, refreshing: tuple[str, int]) -> None:
+    """`status` is 3 until another worker is there, and its first act is to end what died with the one before."""
+    run, process = refreshing
+    canaries = {one for one in environment_of(process) if "Canary" in one or "ENCRYPTION_KEY" in one}
+    assert canaries == set()
+    worker = up.processes()["worker"]
+    os.kill(up.processes()["supervisor"], signal.SIGSTOP)  # it would be quicker than `status`
     try:
-        os.kill(before["worker"], signal.SIGKILL)
-        assert re.search(r"^worker +NOT RUNNING$", up.place.run("status")[1], re.MULTILINE)
+        os.kill(worker, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
+        code, output = up.place.run("status")
     finally:
-        os.kill(before["supervisor"], signal.SIGCONT)
-    until(lambda: up.processes().get("worker", before["worker"]) != before["worker"], SLOW)
-    assert re.search(r"^worker +process \d+$", up.place.run("status")[1], re.MULTILINE)
-    assert up.processes()["server"] == before["server"]
+        os.kill(up.processes()["supervisor"], signal.SIGCONT)
+    assert (code, lines(output)["worker"]) == (3, "NOT RUNNING")
+    until(lambda: up.processes().get("worker", worker) != worker, SLOW)
+    until(lambda: up.state(run) == ("CRASHED", "Crashed"), SLOW)
 
 
-@pytest.mark.parametrize("member", ["server", pytest.param("deploy", marks=long)])
-def test_an_interrupted_up_leaves_nothing(member: str, tmp_path: Path) -> None:
-    """Ctrl-C while it starts ends the supervisor and its processes before `up` says so, exit 130."""
-    folder = tmp_path / "tokens"
-    place = Place.made(
-        tmp_path,
-        KIS_APP_KEY=APP_KEY,
-        KIS_APP_SECRET=APP_SECRET,
-        KIS_TOKEN_DIR=str(folder),
-        PREFECT_SERVER_API_PORT=str(free_port()),
-    )
-    running = place.start("up")
-    until(lambda: member in told(folder / "prefect").get("processes", {}) or running.poll() is not None, SLOW)
-    assert len(place.living()) >= 3
-    running.send_signal(signal.SIGINT)
-    output = running.communicate(timeout=SLOW)[0]
-    assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
-    assert place.living() == []
-    assert told(folder / "prefect") == {}
+def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
+    """Of the missed runs the last warm-up alone is left to the worker; the others end without a process."""
+    tidy = up.processes()["tidy"]
+    checks = [overdue(up, CHECK, hours) for hours in (3, 2, 1)] if (paused := pause(up)) else []
+    started = Path(f"/proc/{tidy}").stat().st_mtime
+    time.sleep(max(0.0, started + NAP - time.time()))
+    os.kill(tidy, signal.SIGCONT)
+    until(lambda: {up.state(one) for one in checks} == {("COMPLETED", "SkippedLate")}, 30)
+    assert {up.look(one)["infrastructure_pid"] for one in checks} == {None}
+    assert "Nothing ran here for" in (up.folder / "tidy.log").read_text()
+    paused()
 
 
-@pytest.mark.parametrize("kind", ["a file", "not to be made", "a file in it"])
-def test_an_unusable_token_folder_is_said(kind: str, tmp_path: Path) -> None:
-    """One sentence that names the path, exit 7, from what has to write there."""
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "prefect").touch()
-    folders = {"a file": tmp_path / "file", "not to be made": Path("/proc/tokens"), "a file in it": tmp_path / "folder"}
-    folder = folders[kind]
-    place = Place.made(tmp_path, KIS_APP_KEY=APP_KEY, KIS_APP_SECRET=APP_SECRET, KIS_TOKEN_DIR=str(folder))
-    for command in ("up", "run"):
-        code, output = place.run(command)
-        assert (code, output.count("\n")) == (7, 1), output
-        assert output.startswith(f"The token directory cannot be used: {folder}")
+def pause(up: Up) -> Any:  # noqa: ANN401 - a function
+    """Let the worker start nothing; what is returned ends that."""
+    up.api("PATCH", "work_pools/tokens", {"is_paused": True})
+    return lambda: up.api("PATCH", "work_pools/tokens", {"is_paused": False})
 
 
-@pytest.mark.parametrize(("given", "missing"), [({}, "KIS_APP_KEY"), ({"KIS_APP_KEY": APP_KEY}, "KIS_APP_SECRET")])
-def test_without_credentials_nothing_starts(given: dict[str, str], missing: str, tmp_path: Path) -> None:
-    """A missing key or secret is one sentence that names it, exit 2; nothing is made."""
-    place = Place.made(tmp_path, **given)
-    code, output = place.run("up")
-    assert (code, output.count("\n")) == (2, 1)
-    assert output.startswith(f"{missing} is not set")
-    assert list(place.home.iterdir()) == []
+def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: Up, refreshing: tuple[str, int]) -> None:
+    """The dead run is Crashed, of what was missed the last warm-up runs; automations keep what a person did."""
+    run, process = refreshing
+    processes, before = up.processes(), automations(up)
+    up.api("PATCH", f"automations/{before[NAMES[0]]['id']}", {"enabled": False})
+    content = {key: value for key, value in before[NAMES[1]].items() if key not in ("id", "created", "updated")}
+    up.api("POST", "automations/", content | {"name": "A person's", "tags": []})
+    up.api("POST", "automations/", content | {"name": "Ours of old"})
+    for part in ("supervisor", "worker"):
+        os.kill(processes[part], signal.SIGKILL)
+    checks = [overdue(up, CHECK, hours) for hours in (3, 2, 1)]
+    warm_ups = [overdue(up, "warm-up/KRX", hours) for hours in (72, 48, 24)]
+    for number in (processes["server"], process):
+        os.kill(number, signal.SIGKILL)
+    until(lambda: not up.place.run("status")[1].startswith("worker"), 30)
+    code, output = up.place.run("up")
+    assert code == 0, output
+    assert up.state(run) == ("CRASHED", "Crashed")
+    assert {up.state(one) for one in (*checks, *warm_ups[:2])} == {("COMPLETED", "SkippedLate")}
+    until(lambda: up.state(warm_ups[2])[0] == "COMPLETED", SLOW)
+    after = automations(up)
+    assert sorted(after) == sorted([*NAMES, "A person's"])
+    assert {name: after[name]["id"] for name in NAMES} == {name: before[name]["id"] for name in NAMES}
+    assert [name for name in after if not after[name]["enabled"]] == [NAMES[0]]
 
 
-@pytest.mark.parametrize("port", ["taken", "70000"])
-def test_a_port_that_cannot_be_had_is_said(port: str, tmp_path: Path) -> None:
-    """Another program's port, or none at all, is one sentence that names the setting, exit 2; nothing runs."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        chosen = str(other.getsockname()[1]) if port == "taken" else port
-        place = Place.made(tmp_path, KIS_APP_KEY=APP_KEY, KIS_APP_SECRET=APP_SECRET, PREFECT_SERVER_API_PORT=chosen)
-        code, output = place.run("up")
-    assert (code, output.count("\n")) == (2, 1)
-    assert "PREFECT_SERVER_API_PORT" in output
-    assert place.living() == []
-
-
-def test_an_address_of_another_machine_is_said(tmp_path: Path) -> None:
-    """The sentence names the setting of the address, and does not blame another program for a free port."""
-    own = {"PREFECT_SERVER_API_HOST": "192.0.2.7", "PREFECT_SERVER_API_PORT": str(free_port())}
-    place = Place.made(tmp_path, KIS_APP_KEY=APP_KEY, KIS_APP_SECRET=APP_SECRET, **own)
-    code, output = place.run("up")
-    assert code == 2
-    assert output.startswith("PREFECT_SERVER_API_HOST=192.0.2.7 cannot be listened on")
-    assert place.living() == []
-
-
-def started_with_database(folder: Path, url: str) -> tuple[Place, int, str]:
-    """`up` with another database: where, its exit code and what it printed."""
-    place = Place.made(
-        folder,
-        KIS_APP_KEY=APP_KEY,
-        KIS_APP_SECRET=APP_SECRET,
-        PREFECT_SERVER_API_PORT=str(free_port()),
-        PREFECT_SERVER_DATABASE_CONNECTION_URL=url,
-    )
-    return place, *place.run("up")
-
-
-def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:
-    """Exit 1 with the end of the server's own words, without the database's password, and nothing is left running."""
-    url = f"postgresql+asyncpg://prefect:CanaryPassword@127.0.0.1:{free_port()}/prefect"
-    place, code, output = started_with_database(tmp_path, url)
-    assert code == 1
-    assert "server: exited with code" in output
-    assert "CanaryPassword" not in output
-    assert place.living() == []
-    assert [path for path in place.home.rglob("*") if path.is_file() and b"CanaryPassword" in path.read_bytes()] == []
-
-
-@pytest.mark.parametrize("url", ["postgres://u:CanaryPassword@h/d", "nonsense://CanaryPassword"])
-def test_a_database_that_prefect_cannot_use_is_said(url: str, tmp_path: Path) -> None:
-    """One sentence that names the setting and shows a right one, exit 2, without the address and its password."""
-    place, code, output = started_with_database(tmp_path, url)
-    assert (code, output.count("\n")) == (2, 1)
-    assert "PREFECT_SERVER_DATABASE_CONNECTION_URL" in output
-    assert "Canary" not in output
-    assert place.living() == []
-
-
-def test_a_process_with_a_recycled_number_is_spared(tmp_path: Path) -> None:
-    """`down` stops nobody whose number once belonged to the stack but who was born at another time."""
-    place = Place.made(tmp_path, KIS_TOKEN_DIR=str(tmp_path / "tokens"))
-    folder = tmp_path / "tokens" / "prefect"
-    folder.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as bystander:
-        processes = {"supervisor": [bystander.pid, "1"], "worker": [bystander.pid, "2"]}
-        crew_file(folder).write_text(json.dumps({"processes": processes}))
-        assert place.run("down") == (0, "Nothing was running.\n")
-        assert bystander.poll() is None
-        bystander.kill()
-    assert birth(bystander.pid) == ""
-
-
-def test_what_fails_is_tried_again(tmp_path: Path) -> None:
-    """A command that succeeds at the third try fails with two, told with the end of its log, and not with three."""
-    flaky = ["sh", "-c", "echo x >> runs; echo try $(wc -l < runs); test $(wc -l < runs) -eq 3"]
-    with Crew(tmp_path) as crew:
-        with pytest.raises(CrewError, match=r"failed with code 1(.|\n)*try 2$"):
-            crew.run("flaky", flaky, os.environ, 10, tries=2)
-        (tmp_path / "runs").unlink()
-        crew.run("flaky", flaky, os.environ, 10, tries=3)
-    assert (tmp_path / "runs").read_text().count("x") == 3
-
-
-def test_a_member_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that ignores SIGTERM ends by force, with its own children."""
-    monkeypatch.setattr("flows.stack.crew.PATIENCE", 0.2)
-    monkeypatch.setenv(MARK, uuid.uuid4().hex)
-    place = Place(tmp_path, tmp_path, tmp_path, dict(os.environ))
-    with Crew(tmp_path) as crew:
-        deaf = crew.start("deaf", ["sh", "-c", "trap '' TERM; echo ready; sleep 60; sleep 60"], os.environ)
-        until(lambda: "ready" in deaf.log.read_text())
-        until(lambda: len(place.living()) == 2)
-    until(lambda: place.living() == [])
+def test_down_leaves_no_process_and_no_run(up: Up, refreshing: tuple[str, int]) -> None:
+    """A run that does not end by itself is Cancelled, with a sentence that says why; then nothing runs, and that is 3."""
+    run, process = refreshing
+    assert up.place.run("down") == (0, "Stopped.\n")
+    assert (up.place.living(), is_alive(process)) == ({}, False)
+    assert up.place.run("down") == (0, "Nothing was running.\n")
+    code, output = up.place.run("status")
+    assert (code, output.splitlines()[0]) == (3, "Nothing is running; `make up` starts it.")
+    with closing(sqlite3.connect(up.folder / "prefect.db")) as tables:  # there is no server to ask
+        query = "SELECT s.type, s.message FROM flow_run r JOIN flow_run_state s ON r.state_id = s.id WHERE r.id LIKE ?"
+        kind, message = tables.execute(query, (run.replace("-", "%"),)).fetchone()
+    assert (kind, message.startswith("Stopped with its worker")) == ("CANCELLED", True)

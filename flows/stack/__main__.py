@@ -6,6 +6,7 @@ The others are the parts of a running stack, which supervisord starts.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 
@@ -39,12 +40,16 @@ def main() -> int:
     # that this process becomes or starts: Prefect's worker could then not be stopped.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    os.umask(0o077)
     try:
         return demo.demo(once=True) if options.once else COMMANDS[options.command]()
     except TokenError as error:
         return _failed(error, error.exit_code)
     except StackError as error:
         return _failed(error, error.exit_code)
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         unusable = TokenStoreError(

@@ -31,7 +31,7 @@ The page: {page}
   Sign in with: {password}
   The tokens: {page}/artifacts/key/tokens (click its newest entry)
   The plan: {page}/artifacts/key/plan (click its newest entry)
-  Renew manually: {page}/deployments/deployment/{form} (Run, Custom run)
+  Renew manually: {page}/deployments/deployment/{form}/run
   Let KIS refuse the next request, then renew manually, with force, and see what the run reports:
     curl -X POST {sandbox}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ def apply(api: Api, folder: Path) -> None:
         ConfigurationError: a setting is missing or malformed.
 
     """
-    table = by_settings(yaml.safe_load(PREFECT_FILE.read_text("utf-8")), traded())
+    settings, table = Settings.load(), by_settings(yaml.safe_load(PREFECT_FILE.read_text("utf-8")), traded())
+    os.chdir(folder)  # Prefect reads `.env` and `prefect.toml` of the folder that it is loaded in
     file = folder / "prefect.yaml"
     file.write_text(yaml.safe_dump(table), "utf-8")
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
@@ -47,7 +49,7 @@ def apply(api: Api, folder: Path) -> None:
     else:
         raise StackError("Prefect did not take the deployments.")
     _remove_others(api, {one["name"] for one in table["deployments"]})
-    _apply_automations()
+    _apply_automations(settings)
 
 
 def traded() -> set[str]:
@@ -93,13 +95,11 @@ def _remove_others(api: Api, wanted: Collection[str]) -> None:
             api.ask("DELETE", f"deployments/{one['id']}")
 
 
-def _apply_automations() -> None:
+def _apply_automations(settings: Settings) -> None:
     """Ours are known by name and tag: one that is no more goes, one that a person switched off stays off."""
     from prefect.client.orchestration import get_client
 
-    settings = Settings.load()
-    block = _slack_block(settings)
-    wanted = automations(settings.slack_language, block)
+    wanted = automations(settings.slack_language, _slack_block(settings))
     with get_client(sync_client=True) as client:
         ours = [one for one in client.read_automations() if OURS in one.tags]
         there = {one.name: one for one in ours}

@@ -54,7 +54,7 @@ PASSED_ON = re.compile(
 )
 ANOTHER_PREFECT = ("PREFECT_API_", "PREFECT_PROFILE")  # the server or profile that the user has for other purposes
 SERVER_ONLY = ("PREFECT_SERVER_",)  # the database's address and the key of the blocks among them
-WORKER_ONLY = ("KIS_", "SLACK_")
+WORKER_ONLY = ("KIS_", "SLACK_", "TOKENCORE_")
 
 
 def load(home: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -52,9 +52,10 @@ def without_text(record: logging.LogRecord) -> bool:
 def main() -> None:
     """Serve until SIGTERM."""
     server = get_current_settings().server
-    app = create_app(final=True)
-    app.add_middleware(ContentSecurityPolicy)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=environment.hosts(os.environ), www_redirect=False)
+    # Around the application, not in it: the server asks itself, past all this, under a name of its own.
+    app = TrustedHostMiddleware(
+        ContentSecurityPolicy(create_app(final=True)), environment.hosts(os.environ), www_redirect=False
+    )
     logging.getLogger("prefect.server.utilities.messaging.memory").addFilter(without_text)
     uvicorn.run(
         app,

@@ -85,7 +85,6 @@ def run() -> NoReturn:
 
     """
     home, given = _home(), environment.with_dotenv(os.environ)
-    os.umask(0o077)
     private(home)
     _hold(home, "supervisor")
     _prepare(home, given)
@@ -395,12 +394,12 @@ def _show_server(home: Path) -> bool:
         _show(name, f"{page}/artifacts/key/{name} (click its newest entry)")
     try:
         counts = {name: len(server.ask("POST", f"{name}/filter", {})) for name in ("deployments", "automations")}
-        form = f"{page}/deployments/deployment/{server.deployment(REFRESH)['id']}"
+        form = f"{page}/deployments/deployment/{server.deployment(REFRESH)['id']}/run"
         last = server.last_check()
     except StackError as error:
         _show("server says", f"NOT KNOWN. {error}")
         return False
-    _show("refresh", f"{form} (Run, Custom run: renews manually)")
+    _show("refresh", f"{form} (renews manually)")
     for name, count in counts.items():
         _show(name, str(count) if count else "NONE; `make down` and `make up` make them")
     _show("last check", f"{last[0]}, {last[1]:%Y-%m-%d %H:%M} UTC" if last else "none yet")
