@@ -18,7 +18,7 @@ from flows.stack.api import BUSY
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "PYTHON_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
-SLOW = 300  # seconds; half a minute on two idle cores
+SLOW = 90  # seconds for what takes a few on two idle cores
 PARTS = ("supervisor", "server", "tidy", "worker")  # those that last
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
@@ -55,7 +55,7 @@ class Place(NamedTuple):
     def run(self, *arguments: str) -> tuple[int, str]:
         """Run it to its end; exit code and output."""
         started = self.start(*arguments)
-        output = started.communicate(timeout=SLOW)[0]
+        output = started.communicate(timeout=3 * SLOW)[0]
         return started.returncode, output
 
     def living(self) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -10,6 +11,7 @@ import re
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+from uuid import uuid4
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -24,7 +26,7 @@ import flows
 from flows.messages import CHECK_MINUTE
 from flows.refresh_token import Market
 from flows.runs import kis_is_down
-from flows.stack import deploy
+from flows.stack import api, deployments
 from flows.warm_up import Exchange
 from tokencore import sessions
 
@@ -35,8 +37,6 @@ ROOT = Path(__file__).parent.parent
 FILE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {deployment["name"]: deployment for deployment in FILE["deployments"]}
 WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint"] == "flows.warm_up.warm_up"}
-LIMITS = {deploy.QUEUE: deploy.AT_ONCE}  # of the work queues
-OFF = "off"  # the tag that tells inactive deployments apart in the page's list, which shows two short ones
 DEFAULTS = {"KRX", "NASD", "NYSE", "AMEX"}  # what the markets `us` and `kr` trade
 WEEKS = (
     date(2026, 1, 5),
@@ -68,12 +68,9 @@ def test_a_deployment_loads_and_its_parameters_validate(name: str) -> None:
 
 
 @every_deployment
-def test_runs_of_a_deployment_wait_for_each_other(name: str) -> None:
-    """One at a time, or its queue's few, and the further one waits: CANCEL_NEW would cancel the run that is on time."""
-    own, queue = DEPLOYMENTS[name].get("concurrency_limit"), DEPLOYMENTS[name]["work_pool"].get("work_queue_name")
-    waits_for_people = name == "refresh_token"  # Prefect crashes a paused run that holds a slot, see prefect.yaml
-    one_at_a_time = {"limit": 1, "collision_strategy": "ENQUEUE"}
-    assert (own, LIMITS.get(queue)) == ((None, 3) if waits_for_people else (one_at_a_time, None))
+def test_a_deployment_has_no_limit(name: str) -> None:
+    """The key's lock makes one request of whatever runs at once; a slot would stay taken by a run that was killed."""
+    assert "concurrency_limit" not in DEPLOYMENTS[name]
 
 
 @every_deployment
@@ -95,8 +92,7 @@ def test_a_deployment_leaves_no_secret_and_no_path_behind(name: str) -> None:
     """Prefect resolves templates when it deploys and stores them in clear: there are none. Nothing is pulled."""
     assert FILE["pull"] == []
     assert "{{" not in yaml.safe_dump(DEPLOYMENTS[name])
-    pool = {key: value for key, value in DEPLOYMENTS[name]["work_pool"].items() if key != "work_queue_name"}
-    assert pool == {"name": "tokens", "job_variables": {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}}}
+    assert DEPLOYMENTS[name]["work_pool"] == {"name": "tokens", "job_variables": {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}}}
 
 
 @every_deployment
@@ -147,7 +143,37 @@ def test_every_exchange_has_its_warm_up() -> None:
     assert parameter_schema(flow_of("KRX").fn).properties["exchange"]["enum"] == list(sessions.EXCHANGES)
     on = {name for name, each in WARM_UPS.items() if each["schedules"][0].get("active", True)}
     assert on == DEFAULTS
-    assert {name for name, each in WARM_UPS.items() if OFF not in each["tags"]} == on
+
+
+@pytest.mark.parametrize("traded", [{"KRX"}, {"SEHK", "NASD"}, set()])
+def test_the_settings_decide_which_warm_ups_there_are(traded: set[str]) -> None:
+    """Those of the exchanges that are traded, on their schedules; the check and the form always."""
+    table = deployments.by_settings(copy.deepcopy(FILE), traded)
+    made = {one["name"]: one for one in table["deployments"]}
+    assert set(made) == traded | {"check_tokens", "refresh_token"}
+    assert all(schedule.get("active", True) for one in made.values() for schedule in one["schedules"])
+    assert not any("off" in one["tags"] for one in made.values())
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_every_automation_reports_in_each_language_or_acts(language: str) -> None:
+    """Prefect takes each of them; its message has a headline and what to do, and without a way to Slack it says so."""
+    block = uuid4()
+    made = deployments.automations(language, block)
+    actions = {name: one.actions[0] for name, one in made.items()}
+    assert all(getattr(action, "block_document_id", block) == block for action in actions.values())
+    said = [action.body for action in actions.values() if action.type == "send-notification"]
+    assert len(said) == 4
+    assert all(("조치 사항" if language == "ko" else "To do") in body for body in said)
+    silent = deployments.automations(language, None)
+    assert [one.actions[0].type for one in silent.values()].count("do-nothing") == 4
+    assert sum(deployments.UNHEARD in one.description for one in silent.values()) == 4
+
+
+def test_what_counts_as_a_check_is_the_same_everywhere() -> None:
+    """The automation that misses the hourly check, the watchdog and `status` know the same ends of it."""
+    (missing,) = (one for one in deployments.automations("en", None).values() if "check is missing" in one.name)
+    assert missing.trigger.expect == {f"prefect.flow-run.{name}" for name in api.CHECKED}
 
 
 def test_slugs_name_one_schedule_each() -> None:

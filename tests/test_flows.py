@@ -42,7 +42,7 @@ from flows import planned
 from flows.board import PLAN, REFUSED, TOKENS
 from flows.check_tokens import check_tokens
 from flows.runs import KST
-from flows.stack.server import DEPLOY_TRIES
+from flows.stack.deployments import TRIES
 from flows.warm_up import warm_up
 from tokencore import TokenManager, next_attempt, overrides, sessions
 from tokencore.sandbox import APP_KEY, APP_SECRET
@@ -612,7 +612,7 @@ def test_everything_deploys_and_a_worker_runs_it(gateway: Sandbox, opens: Callab
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="tokens", type="process"))
         for _ in range(2):
-            prefect("deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"), tries=DEPLOY_TRIES)
+            prefect("deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"), tries=TRIES)
         deployments = client.read_deployments()
         assert len(deployments) == len(sessions.EXCHANGES) + 2
         assert all(len(deployment.schedules) <= 1 for deployment in deployments)

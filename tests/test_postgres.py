@@ -17,8 +17,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from running import asked, until
-from slack_endpoint import SlackEndpoint
-from stacks import MARK, SLOW, Place, Up, free_port, in_proc
+from stacks import MARK, SLOW, Place, Up, environment_of, free_port, in_proc
 
 from tokencore import sessions
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
@@ -40,6 +39,7 @@ class Two(NamedTuple):
     """A stack on PostgreSQL, and a second worker beside its own."""
 
     up: Up
+    gateway: Sandbox
     second: subprocess.Popen[bytes]
 
     def start(self, deployment: str, **parameters: object) -> str:
@@ -121,30 +121,31 @@ def always_open() -> dict[str, str]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     """Server, two workers, one key with KIS's own minute."""
     place = Place.made(tmp_path_factory.mktemp("postgres"), PREFECT_SERVER_API_PORT=str(free_port()))
-    with cluster() as url, Sandbox(issue_interval=60) as gateway, SlackEndpoint() as slack:
+    with cluster() as database, Sandbox(issue_interval=60) as gateway:
         settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
-        settings |= {"KIS_TOKEN_DIR": str(place.work / "tokens"), "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
+        settings |= {"KIS_TOKEN_DIR": str(place.work / "tokens"), "PREFECT_SERVER_DATABASE_CONNECTION_URL": database}
         lines = [f"{name}={value}" for name, value in (settings | always_open()).items()]
         gateway.fail("limit", 1)  # so that the check of `up` gets no token
         (place.work / ".env").write_text("\n".join(lines))
         code, output = place.run("up")
         assert code == 0, output
-        up = Up(place, output, place.work / "tokens" / "prefect", slack, gateway)
-        yield from _with_second(up)
+        folder = place.work / "tokens" / "prefect"
+        url = f"http://127.0.0.1:{place.environment['PREFECT_SERVER_API_PORT']}"
+        up = Up(place, output, folder, url, (folder / "password").read_text().strip())
+        yield from _with_second(up, gateway)
         assert place.run("down") == (0, "Stopped.\n")
-        assert place.living() == []
+        assert place.living() == {}
 
 
-def _with_second(up: Up) -> Iterator[Two]:
-    raw = Path(f"/proc/{up.processes()['worker']}/environ").read_bytes().split(b"\0")
-    environment = dict(one.decode().split("=", 1) for one in raw if one)
+def _with_second(up: Up, gateway: Sandbox) -> Iterator[Two]:
+    environment = dict(one.split("=", 1) for one in environment_of(up.processes()["worker"]) if one)
     assert MARK in environment
     command = [sys.executable, "-m", "prefect", "worker", "start", "-p", "tokens", "-t", "process", "-n", "second"]
     with (up.folder / "second.log").open("wb") as log:
         second = subprocess.Popen(command, env=environment, cwd=up.folder, stdout=log, stderr=log)
     try:
         until(lambda: b"started!" in (up.folder / "second.log").read_bytes(), SLOW)
-        yield Two(up, second)
+        yield Two(up, gateway, second)
     finally:
         second.terminate()
         second.wait(60)
@@ -157,19 +158,19 @@ def attempts(two: Two) -> list[datetime]:
 
 def test_the_work_of_a_killed_worker_is_finished_by_the_other(two: Two) -> None:
     """SIGKILL of worker and run during a renewal: the other worker's run has a token by one more request."""
-    before = asked(two.up.gateway)
-    two.up.gateway.set_rules(latency=15)
+    before = asked(two.gateway)
+    two.gateway.set_rules(latency=15)
     first = two.start("warm-up/NASD", exchange="NASD")
-    until(lambda: asked(two.up.gateway) == before + 1, SLOW)
+    until(lambda: asked(two.gateway) == before + 1, SLOW)
     worker = two.up.processes()["worker"]
     log = f"submitting flow run '{first}'"
     was_second = log in (two.up.folder / "second.log").read_text()
     os.kill(two.second.pid if was_second else worker, signal.SIGKILL)
     os.kill(int(two.run(first)["infrastructure_pid"]), signal.SIGKILL)
-    two.up.gateway.set_rules(latency=0)
+    two.gateway.set_rules(latency=0)
     (other,) = two.ended([two.start("warm-up/NYSE", exchange="NYSE")])
     assert (other["state"]["type"], other["state"]["name"]) == ("COMPLETED", "Renewed")
-    assert asked(two.up.gateway) <= before + 2
+    assert asked(two.gateway) <= before + 2
     times = attempts(two)[-2:]
     assert times[1] - times[0] >= timedelta(seconds=60)
 
@@ -178,16 +179,16 @@ def test_ten_warm_ups_in_one_minute_make_one_request(two: Two) -> None:
     """Ten deployments due at once, one key, the limit on: one request, ten `Completed` runs, each run once."""
     for market in ("us", "kr", "all"):
         two.tokencore("delete", market)
-    before = asked(two.up.gateway)
+    before = asked(two.gateway)
     runs = two.ended([two.start(f"warm-up/{code}", exchange=code) for code in TEN])
     assert [run["state"]["type"] for run in runs] == ["COMPLETED"] * 10
     assert {run["run_count"] for run in runs} == {1}
-    assert asked(two.up.gateway) == before + 1
+    assert asked(two.gateway) == before + 1
 
 
 def test_the_databases_password_is_told_nowhere(two: Two) -> None:
     """Not in the stack's files, not on a command line; the runs' environment has no use for it."""
     stored = {path: path.read_bytes() for path in two.up.folder.rglob("*") if path.is_file()}
     assert [path for path, content in stored.items() if PASSWORD.encode() in content] == []
-    assert not any(PASSWORD in line for line in two.up.place.living())
+    assert not any(PASSWORD in line for line in two.up.place.living().values())
     assert PASSWORD.encode() not in Path(f"/proc/{two.up.processes()['worker']}/environ").read_bytes()

@@ -12,9 +12,10 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from shutil import rmtree
@@ -37,9 +38,13 @@ WEBHOOK = "CanaryWebhook"  # in the address of the Slack that the stack alerts
 CHECK, REFRESH = "check-tokens/check_tokens", "refresh-token/refresh_token"
 NAMES = ["A run crashed", "A run is late", "A run shows no life", "No worker", "The hourly check is missing"]
 STRANGER = "http://stranger.example"
-NAP = 62.0  # seconds; from 60 on it counts as a sleep of the machine
+WATCH = """
+from flows.stack import orphans, supervisor
+orphans.NAP = 2.0  # seconds that count as a sleep
+print("awake", flush=True)
+orphans.watch_sleep(supervisor.api())
+"""
 MINUTE = 60.0
-MADE = re.compile(r"^Starting .*$|^(\S+(?: \S+)?) +(.+)$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,6 @@ def up(gateway: Sandbox, slack: SlackEndpoint) -> Iterator[Up]:
     assert code == 0, output
     password = (folder / "prefect" / "password").read_text().strip()
     made = Up(place, output, folder / "prefect", f"http://127.0.0.1:{port}", password)
-    os.kill(made.processes()["tidy"], signal.SIGSTOP)  # as in a sleep of the machine, for one of the tests
     yield made
     place.run("down")
     rmtree(root)
@@ -302,22 +306,28 @@ def test_a_killed_worker_comes_back_and_its_run_is_crashed(up: Up, refreshing: t
 
 
 def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
-    """Of the missed runs the last warm-up alone is left to the worker; the others end without a process."""
-    tidy = up.processes()["tidy"]
-    checks = [overdue(up, CHECK, hours) for hours in (3, 2, 1)] if (paused := pause(up)) else []
-    started = Path(f"/proc/{tidy}").stat().st_mtime
-    time.sleep(max(0.0, started + NAP - time.time()))
-    os.kill(tidy, signal.SIGCONT)
-    until(lambda: {up.state(one) for one in checks} == {("COMPLETED", "SkippedLate")}, 30)
-    assert {up.look(one)["infrastructure_pid"] for one in checks} == {None}
-    assert "Nothing ran here for" in (up.folder / "tidy.log").read_text()
-    paused()
+    """All checks that were missed end without a process, another one is created; the watch of a second slept as long."""
+    watch = [sys.executable, "-c", WATCH]
+    with paused(up), subprocess.Popen(watch, env=up.place.environment, cwd=up.place.work, text=True, stdout=-1) as one:
+        assert one.stdout
+        assert one.stdout.readline() == "awake\n"
+        checks = [overdue(up, CHECK, hours) for hours in (3, 2, 1)]
+        one.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        assert "COMPLETED" not in {up.state(run)[0] for run in checks}
+        one.send_signal(signal.SIGCONT)
+        until(lambda: {up.state(run) for run in checks} == {("COMPLETED", "SkippedLate")}, 30)
+        assert one.stdout.readline().startswith("Nothing ran here for")
+        one.kill()
+    assert {up.look(run)["infrastructure_pid"] for run in checks} == {None}
 
 
-def pause(up: Up) -> Any:  # noqa: ANN401 - a function
-    """Let the worker start nothing; what is returned ends that."""
+@contextmanager
+def paused(up: Up) -> Iterator[None]:
+    """The worker starts nothing."""
     up.api("PATCH", "work_pools/tokens", {"is_paused": True})
-    return lambda: up.api("PATCH", "work_pools/tokens", {"is_paused": False})
+    yield
+    up.api("PATCH", "work_pools/tokens", {"is_paused": False})
 
 
 def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: Up, refreshing: tuple[str, int]) -> None:
