@@ -92,7 +92,8 @@ def test_a_deployment_leaves_no_secret_and_no_path_behind(name: str) -> None:
     """Prefect resolves templates when it deploys and stores them in clear: there are none. Nothing is pulled."""
     assert FILE["pull"] == []
     assert "{{" not in yaml.safe_dump(DEPLOYMENTS[name])
-    assert DEPLOYMENTS[name]["work_pool"] == {"name": "tokens", "job_variables": {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}}}
+    variables = {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}}
+    assert DEPLOYMENTS[name]["work_pool"] == {"name": "tokens", "job_variables": variables}
 
 
 @every_deployment

@@ -102,7 +102,7 @@ def refreshing(up: Up, gateway: Sandbox) -> Iterator[tuple[str, int]]:
 def lines(output: str) -> dict[str, str]:
     """What `up` and `status` say, by the first words of the line."""
     found = re.findall(r"^(last check|server says|\S+) +(.+)$", output, re.MULTILINE)
-    return {name: said for name, said in found}
+    return dict(found)
 
 
 def stored(up: Up) -> dict[str, bytes]:
@@ -306,7 +306,7 @@ def test_a_killed_worker_comes_back_and_its_run_is_crashed(up: Up, refreshing: t
 
 
 def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
-    """All checks that were missed end without a process, another one is created; the watch of a second slept as long."""
+    """All checks that were missed end without a process: another watch, which slept long enough for it, ends them."""
     watch = [sys.executable, "-c", WATCH]
     with paused(up), subprocess.Popen(watch, env=up.place.environment, cwd=up.place.work, text=True, stdout=-1) as one:
         assert one.stdout
@@ -357,7 +357,7 @@ def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: U
 
 
 def test_down_leaves_no_process_and_no_run(up: Up, refreshing: tuple[str, int]) -> None:
-    """A run that does not end by itself is Cancelled, with a sentence that says why; then nothing runs, and that is 3."""
+    """A run that does not end by itself is Cancelled, with a sentence why; then nothing runs: 3."""
     run, process = refreshing
     assert up.place.run("down") == (0, "Stopped.\n")
     assert (up.place.living(), is_alive(process)) == ({}, False)

@@ -1,4 +1,4 @@
-"""The watchdog against a server that answers, ails and dies: what it asks, what it reports, and that it does so once."""
+"""The watchdog against a server that answers, ails and dies: what it asks, what it reports, and that once."""
 
 from __future__ import annotations
 

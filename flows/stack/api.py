@@ -35,7 +35,7 @@ class StackError(Exception):
 
 
 class Api:
-    """The API of one server.
+    """The API of one server. Every method but `answers` raises StackError where the server gives no answer of use.
 
     Attributes:
         url: the address of the server.
@@ -54,12 +54,7 @@ class Api:
             self._http.headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
 
     def ask(self, method: str, path: str, content: object = None) -> Any:  # noqa: ANN401 - as JSON is
-        """What the server answers.
-
-        Raises:
-            StackError: nothing that is of use.
-
-        """
+        """What the server answers."""
         try:
             answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=self._timeout)
             if answer.status_code == codes.unauthorized:
@@ -82,56 +77,31 @@ class Api:
             return False
 
     def runs(self, **conditions: object) -> list[dict[str, Any]]:
-        """The runs with these conditions of Prefect's filter, in the order in which they are due.
-
-        Raises:
-            StackError: the server could not be asked.
-
-        """
+        """The runs with these conditions of Prefect's filter, in the order in which they are due."""
         asked = {"flow_runs": conditions, "sort": "EXPECTED_START_TIME_ASC"}
         found: list[dict[str, Any]] = self.ask("POST", "flow_runs/filter", asked)
         return found
 
     def deployment(self, name: str) -> dict[str, Any]:
-        """The deployment named `flow/deployment`.
-
-        Raises:
-            StackError: there is none, or the server could not be asked.
-
-        """
+        """The deployment named `flow/deployment`."""
         found: dict[str, Any] = self.ask("GET", f"deployments/name/{name}")
         return found
 
     def create_run(self, deployment: str, **parameters: object) -> str:
-        """A new run of the deployment, due now; its id.
-
-        Raises:
-            StackError: the server could not be asked.
-
-        """
+        """A new run of the deployment, due now; its id."""
         flow, _, _ = deployment.partition("/")
-        name = f"{flow} {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"  # until it starts; otherwise Prefect makes up a random one
+        name = f"{flow} {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"  # until it starts; Prefect's own would be random
         asked = {"parameters": parameters, "name": name}
         made: str = self.ask("POST", f"deployments/{self.deployment(deployment)['id']}/create_flow_run", asked)["id"]
         return made
 
     def set_state(self, run: str, kind: str, name: str, message: str) -> None:
-        """Put a run into a state, whatever Prefect thinks of it.
-
-        Raises:
-            StackError: the server could not be asked.
-
-        """
+        """Put a run into a state, whatever Prefect thinks of it."""
         state = {"type": kind, "name": name, "message": message}
         self.ask("POST", f"flow_runs/{run}/set_state", {"state": state, "force": True})
 
     def last_check(self) -> tuple[str, datetime] | None:
-        """How the newest check that did its work ended, and when (aware); None before there was one.
-
-        Raises:
-            StackError: the server could not be asked.
-
-        """
+        """How the newest check that did its work ended, and when (aware); None before there was one."""
         flow, _, _ = CHECK.partition("/")
         asked = {
             "flows": {"name": {"any_": [flow]}},

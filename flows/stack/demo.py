@@ -49,7 +49,7 @@ def demo(*, once: bool = False) -> int:
     with tempfile.TemporaryDirectory(prefix="tokencore-demo-") as folder, _sandbox(Path(folder)) as known:
         _say("sandbox", "a server on this machine answers instead of KIS")
         _say("Prefect", "starting its server, a worker and the deployments (half a minute) ...")
-        home = Path(folder) / "tokens" / "prefect"
+        home = Path(known["PREFECT_HOME"])
         supervisor.private(home)
         try:
             supervisor.start(home, known, Path(folder))
@@ -88,9 +88,9 @@ def _play(api: Api, known: Mapping[str, str]) -> None:
 
 
 def _stay(api: Api, known: Mapping[str, str]) -> None:
-    form, password = api.deployment(REFRESH)["id"], environment.password(Path(known["KIS_TOKEN_DIR"]) / "prefect", known)
-    shown = {"page": environment.page(known), "password": password, "sandbox": known["KIS_BASE_URL"]}
-    print(END.format(form=form, **shown), flush=True)
+    form, password = api.deployment(REFRESH)["id"], environment.password(Path(known["PREFECT_HOME"]), known)
+    page, sandbox = environment.page(known), known["KIS_BASE_URL"]
+    print(END.format(form=form, password=password, page=page, sandbox=sandbox), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         signal.pause()
     print("Stopped.")
@@ -104,6 +104,7 @@ def _sandbox(folder: Path) -> Iterator[dict[str, str]]:
     known |= {
         "HOME": str(folder),
         "KIS_TOKEN_DIR": str(folder / "tokens"),
+        "PREFECT_HOME": str(folder / "tokens" / "prefect"),
         "PREFECT_SERVER_API_PORT": str(_free_port()),
         supervisor.CHECK_AT_START: "",
     }

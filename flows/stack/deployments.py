@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -117,7 +117,7 @@ def _apply_automations(settings: Settings) -> None:
 
 
 def automations(language: str, block: UUID | None) -> dict[str, Any]:
-    """The automations of automations.yaml by name, their messages sent through that block; without one, nobody hears."""
+    """The automations of automations.yaml by name, their messages through that block; without one nobody hears."""
     from prefect.events.schemas.automations import AutomationCore
 
     found = {}
@@ -134,15 +134,14 @@ def automations(language: str, block: UUID | None) -> dict[str, Any]:
 
 
 def _slack_block(settings: Settings) -> UUID | None:
-    """Have the block for the settings' way to Slack on the server, its secrets encrypted; its id. None without a way."""
+    """Have the settings' way to Slack on the server, its secrets encrypted; the block's id, None without a way."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
     if wanted := _way_to_slack(settings):
         block = CustomWebhookNotificationBlock.model_validate({"name": "Slack", "timeout": 10, **wanted})
-        made: UUID = block.save(BLOCK, overwrite=True)
-        return made
+        return cast("UUID", block.save(BLOCK, overwrite=True))  # no coroutine: there is no event loop here
     with get_client(sync_client=True) as client:
         try:
             known = client.read_block_document_by_name(BLOCK, CustomWebhookNotificationBlock.get_block_type_slug())

@@ -202,7 +202,7 @@ def is_local(environment: Mapping[str, str]) -> bool:
 
 
 def password(home: Path, environment: Mapping[str, str]) -> str | None:
-    """The server's password as `user:password`: the one that is set, else the generated one; None before there is any."""
+    """The server's password as `user:password`: the one that is set, or the generated one; None where there is none."""
     if given := environment.get(PASSWORD):
         return given
     return password_file(home).read_text("ascii").strip() if password_file(home).exists() else None

@@ -42,7 +42,7 @@ class ContentSecurityPolicy:
 
 
 def without_text(record: logging.LogRecord) -> bool:
-    """Leave of an exception its kind: where Slack refuses an automation's message, the text has the webhook's address."""
+    """Leave of an exception its kind: where Slack refuses a message, the text has the webhook's address."""
     if record.exc_info and record.exc_info[0]:
         record.msg, record.args = f"{record.getMessage()}: {record.exc_info[0].__name__}", None
         record.exc_info = record.exc_text = None

@@ -94,7 +94,7 @@ def run() -> NoReturn:
     (home / "tmp").mkdir()
     config = home / "supervisord.conf"
     config.write_text(_config())
-    os.execve(sys.executable, [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)], stack)
+    os.execve(sys.executable, [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)], stack)  # noqa: S606 - no shell
 
 
 def up() -> int:
@@ -171,7 +171,13 @@ def start(home: Path, given: Mapping[str, str], folder: Path) -> None:
     command = [sys.executable, "-m", "flows.stack", "run"]
     with log.open("wb") as output:
         supervisor = subprocess.Popen(  # noqa: S603 - our own command
-            command, env=given, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            env=given,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         _wait_until_deployed(home, supervisor)
@@ -212,7 +218,7 @@ def become_server() -> NoReturn:
 
 def become_worker() -> NoReturn:
     """Become Prefect's worker, after what died with the one before or was missed meanwhile is ended."""
-    home, server = _home(), api()
+    server = api()
     _wait_for(server)
     orphans.mark_crashed(server)
     orphans.skip_overdue(server)
@@ -221,7 +227,7 @@ def become_worker() -> NoReturn:
 
 
 def tidy() -> int:
-    """Look after overdue runs until SIGTERM, which comes when the worker is gone; then end what that left behind."""
+    """Look after overdue runs until SIGTERM, which comes once the worker is gone; then end what that left behind."""
     _hold(_home(), "tidy")
     try:
         orphans.watch_sleep(api())
@@ -293,7 +299,7 @@ def _become(part: str, command: list[str], known: Mapping[str, str]) -> NoReturn
     home = _home()
     _hold(home, part)
     os.chdir(home)
-    os.execve(command[0], command, known)
+    os.execve(command[0], command, known)  # noqa: S606 - no shell is the point
 
 
 def _prepare(home: Path, given: Mapping[str, str]) -> None:
@@ -314,7 +320,7 @@ def _prepare(home: Path, given: Mapping[str, str]) -> None:
             reason += "Set it to an address of this machine."
         raise ConfigurationError(reason) from None
     if len(os.fsencode(home)) > SOCKET_LENGTH:
-        raise ConfigurationError("The path of the token directory is too long for a socket; set a shorter KIS_TOKEN_DIR.")
+        raise ConfigurationError("KIS_TOKEN_DIR is too long for a socket in it; set a shorter path.")
     probe_file = home / "space.tmp"
     try:
         probe_file.write_bytes(bytes(SPACE))  # on a full disk the log could not even say why it ended
