@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 from running import Ran
-from xdist.scheduler import LoadFileScheduling
 
 from tokencore.cli import main
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
@@ -32,26 +31,7 @@ hypothesis.settings.load_profile("house")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What stands on a running system takes longest, and begins."""
-    items.sort(key=lambda item: _place(item.path)[0])
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:  # noqa: ANN401 - xdist's
-    """Two processes share the work, a file at a time; all files of one running system stay in one process."""
-    return _Scheduling(config, log)
-
-
-class _Scheduling(LoadFileScheduling):  # type: ignore[misc] # xdist ships no types
-    """By file, as the marks for --dist=loadgroup have no effect: xdist 3.8 cannot rename the tests of pytest 9.2."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return _place(Path(nodeid.partition("::")[0]))[1]
-
-
-def _place(file: Path) -> tuple[int, str]:
-    for rank, group in enumerate(("test_stack", "test_faults_prefect", "test_flows")):
-        if file.stem.startswith(group):
-            return rank, group
-    return 9, file.stem
+    items.sort(key=lambda item: not item.path.stem.startswith(("test_stack", "test_flows")))
 
 
 @pytest.fixture(autouse=True)

@@ -206,7 +206,7 @@ def test_the_page_may_ask_nobody_else(up: Up) -> None:
 def test_only_the_server_listens(up: Up) -> None:
     """Supervisord has no port; its socket and every other file are the owner's alone."""
     assert listening(iter(up.place.living())) == {int(up.url.rpartition(":")[2])}
-    assert stat.S_ISSOCK((up.folder / "supervisor.sock").stat().st_mode)
+    assert stat.S_ISSOCK((up.folder / "sock").stat().st_mode)
     everything = [up.folder.parent, up.folder, *up.folder.rglob("*")]
     assert [path.name for path in everything if path.lstat().st_mode & 0o077] == []
 
@@ -224,7 +224,7 @@ def test_another_user_gets_at_nothing(up: Up) -> None:
         ).returncode
 
     assert reads(up.place.work / "open")
-    kept = ("password", "prefect.db", "supervisor.sock", "supervisord.conf", "server.log", "encryption.key")
+    kept = ("password", "prefect.db", "sock", "supervisord.conf", "server.log", "encryption.key")
     assert [name for name in kept if reads(up.folder / name)] == []
 
 

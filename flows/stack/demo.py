@@ -90,8 +90,8 @@ def _play(api: Api, known: Mapping[str, str]) -> None:
 def _stay(api: Api, known: Mapping[str, str]) -> None:
     form, password = api.deployment(REFRESH)["id"], environment.password(Path(known["PREFECT_HOME"]), known)
     page, sandbox = environment.page(known), known["KIS_BASE_URL"]
-    print(END.format(form=form, password=password, page=page, sandbox=sandbox), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
+        print(END.format(form=form, password=password, page=page, sandbox=sandbox), flush=True)
         signal.pause()
     print("Stopped.")
 

@@ -41,7 +41,9 @@ SPACE = 4 * 1024 * 1024  # bytes; a new database and the first logs take half of
 PATIENCE = 300.0  # seconds for a start: two idle cores take 14 for the first start of the server alone
 STOPPING = 100.0  # seconds; supervisord gives each part 30
 LOG_TAIL = 15  # lines of a log that are shown with a failure
-SOCKET_LENGTH = 90  # bytes of a socket's path; systems end between 103 and 107, and supervisord adds its number
+SOCKET_LENGTH = (
+    90  # bytes of its folder's path: the whole may have 103 on some systems, and supervisord adds its number
+)
 UNWELL = 3  # the exit code of `status`
 
 CONFIG = """\
@@ -52,11 +54,11 @@ logfile_maxbytes=0
 pidfile=%(here)s/supervisord.pid
 
 [unix_http_server]
-file=%(here)s/supervisor.sock
+file=%(here)s/sock
 chmod=0600
 
 [supervisorctl]
-serverurl=unix://%(here)s/supervisor.sock
+serverurl=unix://%(here)s/sock
 
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
@@ -358,7 +360,7 @@ def _parts(home: Path) -> list[dict[str, Any]]:
     """What supervisord says of its parts; nothing while it starts."""
     from supervisor.xmlrpc import SupervisorTransport
 
-    transport = SupervisorTransport(None, None, f"unix://{home}/supervisor.sock")
+    transport = SupervisorTransport(None, None, f"unix://{home}/sock")
     try:
         found: Any = ServerProxy("http://localhost", transport).supervisor.getAllProcessInfo()
     except (OSError, HTTPException, XmlRpcError):
