@@ -7,14 +7,17 @@ import socket
 import subprocess
 import sys
 import uuid
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import pytest
 import requests
 from requests.adapters import HTTPAdapter
 
 from flows.stack.api import BUSY
+from tokencore import sessions
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "PYTHON_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
@@ -83,6 +86,16 @@ def is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def always_open() -> dict[str, str]:
+    """Settings by which an exchange of `us` or of `kr` trades now, whatever day it is; never both are at midnight."""
+    found = {}
+    for code in ("NASD", "KRX"):
+        now = datetime.now(ZoneInfo(sessions.exchange(code).zone))
+        closes = min(now + timedelta(hours=1), now.replace(hour=23, minute=59))
+        found[f"KIS_EXCHANGES__{code}__HOURS__{now.date()}"] = f"00:00-{closes:%H:%M}"
+    return found
 
 
 def free_port() -> int:

@@ -26,7 +26,7 @@ import pytest
 import requests
 from running import until
 from slack_endpoint import SlackEndpoint
-from stacks import PARTS, SLOW, Place, Up, environment_of, free_port, in_proc, is_alive
+from stacks import PARTS, SLOW, Place, Up, always_open, environment_of, free_port, in_proc, is_alive
 
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
@@ -75,7 +75,7 @@ def up(gateway: Sandbox, slack: SlackEndpoint) -> Iterator[Up]:
     folder = place.work / "tokens"
     settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
     settings |= {"KIS_TOKEN_DIR": str(folder), "KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_ISSUE_INTERVAL": "1"}
-    settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "KIS_TIMEOUT": "60"}
+    settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "KIS_TIMEOUT": "60"} | always_open()
     (place.work / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     code, output = place.run("up")
     assert code == 0, output

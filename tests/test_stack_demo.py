@@ -9,8 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
@@ -24,24 +27,25 @@ from tokencore import sessions
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 pytestmark = in_proc
 KEYS = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET}
 MEGABYTE = 1024 * 1024
 
 
-@pytest.fixture
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose path leaves room for a socket's."""
-    return tmp_path_factory.mktemp("s")
+@pytest.fixture(scope="module")
+def short() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's, as pytest's own does not."""
+    with tempfile.TemporaryDirectory(prefix="s-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, int, str]:
+def demo(short: Path) -> tuple[Place, int, str]:
     """One demo to its end, on a machine where every setting is a trap; where it ran, its exit code, what it printed."""
     place = Place.made(
-        tmp_path_factory.mktemp("demo"),
+        short / "demo",
         KIS_APP_KEY="CanaryKey",
         KIS_ENVIRONMENT="nonsense",
         SLACK_WEBHOOK_URL="http://127.0.0.1:9/",
@@ -77,7 +81,7 @@ def test_the_demo_leaves_nothing(demo: tuple[Place, int, str]) -> None:
 
 def test_a_demo_that_stays_says_how_to_sign_in_and_ends_with_ctrl_c(short: Path) -> None:
     """The page's address and, beside it, what the login asks for; after Ctrl-C nothing is left."""
-    place = Place.made(short)
+    place = Place.made(short / uuid.uuid4().hex[:8])
     running = place.start("demo")
     assert running.stdout
     output = ""
@@ -105,7 +109,7 @@ def test_the_demo_warms_an_exchange_that_is_not_over() -> None:
 @pytest.mark.parametrize("command", ["up", "demo"])
 def test_an_interrupted_start_leaves_nothing(command: str, short: Path) -> None:
     """Ctrl-C while it starts ends supervisord and its processes before the command says so, exit 130."""
-    place = Place.made(short, **KEYS, PREFECT_SERVER_API_PORT=str(free_port()))
+    place = Place.made(short / uuid.uuid4().hex[:8], **KEYS, PREFECT_SERVER_API_PORT=str(free_port()))
     running = place.start(command)
     until(lambda: any("flows.stack.server" in line for line in place.living().values()), SLOW)
     time.sleep(0.5)
@@ -120,7 +124,10 @@ def test_a_server_that_cannot_start_is_shown_with_its_log(short: Path) -> None:
     """Exit 1 with the end of the server's own words, without the database's password, and nothing is left running."""
     url = f"postgresql+asyncpg://prefect:CanaryPassword@127.0.0.1:{free_port()}/prefect"
     place = Place.made(
-        short, **KEYS, PREFECT_SERVER_API_PORT=str(free_port()), PREFECT_SERVER_DATABASE_CONNECTION_URL=url
+        short / uuid.uuid4().hex[:8],
+        **KEYS,
+        PREFECT_SERVER_API_PORT=str(free_port()),
+        PREFECT_SERVER_DATABASE_CONNECTION_URL=url,
     )
     code, output = place.run("up")
     assert code == 1
@@ -141,7 +148,7 @@ def test_a_server_that_cannot_start_is_shown_with_its_log(short: Path) -> None:
         (KEYS | {"PREFECT_SERVER_API_AUTH_STRING": "a:비밀"}, 2, "PREFECT_SERVER_API_AUTH_STRING holds characters"),
         (KEYS | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "x://비밀"}, 2, "PREFECT_SERVER_DATABASE_"),
         (KEYS | {"KIS_TOKEN_DIR": "/proc/tokens"}, 7, "The token directory cannot be used: /proc/tokens"),
-        (KEYS | {"KIS_TOKEN_DIR": f"/var/{'d' * 90}"}, 2, "KIS_TOKEN_DIR is too long"),
+        (KEYS | {"KIS_TOKEN_DIR": f"/var/{'d' * 90}"}, 2, "/var/d+/prefect is too long"),
     ],
     ids=lambda value: next(reversed(value)) if isinstance(value, dict) and value else None,
 )
@@ -155,7 +162,7 @@ def test_a_start_that_cannot_be_is_one_sentence(
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken, own = str(other.getsockname()[1]), {"PREFECT_SERVER_API_PORT": str(free_port())} | settings
         own = {name: taken if value == "taken" else value for name, value in own.items()}
-        place = Place.made(short, **own)
+        place = Place.made(short / uuid.uuid4().hex[:8], **own)
         ended, output = place.run(command)
     assert (ended, output.count("\n")) == (code, 1), output
     assert re.match(sentence, output)
@@ -165,7 +172,7 @@ def test_a_start_that_cannot_be_is_one_sentence(
 
 def test_a_full_disk_is_said(short: Path) -> None:
     """Where nothing more can be written, `up` says so instead of a log that could not be."""
-    place = Place.made(short, **KEYS, PREFECT_SERVER_API_PORT=str(free_port()))
+    place = Place.made(short / uuid.uuid4().hex[:8], **KEYS, PREFECT_SERVER_API_PORT=str(free_port()))
     done = subprocess.run(
         [sys.executable, "-m", "flows.stack", "up"],
         env=place.environment,
@@ -196,7 +203,7 @@ def test_a_process_with_a_recycled_number_is_spared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["mode", "folder", "large"])
 def test_a_dotenv_that_others_could_have_written_sets_nothing(fault: str, short: Path) -> None:
     """Its port is not taken over; a regular one's is."""
-    place = Place.made(short)
+    place = Place.made(short / uuid.uuid4().hex[:8])
     dotenv = place.work / ".env"
     dotenv.write_text("PREFECT_SERVER_API_PORT=70000\n")
     refused = "PREFECT_SERVER_API_PORT=70000 is no port"

@@ -322,7 +322,7 @@ def _prepare(home: Path, given: Mapping[str, str]) -> None:
             reason += "Set it to an address of this machine."
         raise ConfigurationError(reason) from None
     if len(os.fsencode(home)) > SOCKET_LENGTH:
-        raise ConfigurationError("KIS_TOKEN_DIR is too long for a socket in it; set a shorter path.")
+        raise ConfigurationError(f"{home} is too long for a socket in it; set a shorter KIS_TOKEN_DIR (demo: TMPDIR).")
     probe_file = home / "space.tmp"
     try:
         probe_file.write_bytes(bytes(SPACE))  # on a full disk the log could not even say why it ended
