@@ -20,9 +20,6 @@ CLASSES = {
     "test_faults_concurrency.py": "concurrency",
     "test_secrets.py": "secrets",
     "test_faults_model.py": "model",
-    "test_faults_prefect.py": "Prefect and Slack",
-    "test_stack.py": "stopped amid a start",
-    "test_stack_killed.py": "stopped amid a run",
 }
 
 
