@@ -287,6 +287,17 @@ def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
         page.get_by_text("check-tokens").first.wait_for()
 
 
+def test_status_does_not_wait_for_a_server_that_hangs(up: Up) -> None:
+    """It says what it does not know, and is 3."""
+    server = up.processes()["server"]
+    os.kill(server, signal.SIGSTOP)
+    try:
+        code, output = up.place.run("status")
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert (code, lines(output)["server says"][:9]) == (3, "NOT KNOWN")
+
+
 def test_a_killed_worker_comes_back_and_its_run_is_crashed(up: Up, refreshing: tuple[str, int]) -> None:
     """`status` is 3 until another worker is there, and its first act is to end what died with the one before."""
     run, process = refreshing
