@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from measuring import gateway, interleaved, quantile, ratio, show
 
-from tokencore.cache import Cache
+from tokencore.config import read_market
+from tokencore.stores import open_store
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
@@ -62,11 +63,12 @@ def by_hand(path: Path) -> None:
 
 
 def ours(folder: Path) -> Callable[[], object]:
-    """One market's file, as it is saved under the lock."""
-    cache = Cache(str(folder), "https://kis.invalid", "real", "PSkey", ["us_"])
+    """The key's file and one market's view of it, as they are saved under the lock."""
+    os.environ["KIS_TOKEN_DIR"] = str(folder)
+    store = open_store(read_market("us"), lambda: ["us"])
     now = datetime.now(UTC)
     token = Token("t" * 350, now + timedelta(days=1), now)
-    return lambda: cache.save(token, now)
+    return lambda: store.save(token)
 
 
 def botocore(folder: Path) -> Callable[[], object]:
@@ -102,14 +104,16 @@ def configure(keys: int) -> None:
     """A thousand markets in the configuration file, and a token for every key."""
     home = Path(os.environ["HOME"], ".tokencore")
     home.mkdir(mode=0o700, exist_ok=True)
-    now, url = datetime.now(UTC), os.environ["KIS_BASE_URL"]
+    os.environ.pop("KIS_TOKEN_DIR", None)
+    now = datetime.now(UTC)
     token = Token("t" * 350, now + timedelta(days=1), now)
     lines = []
     for number in range(MARKETS):
         key = f"PSkey{number % keys}"
         lines += [f"[markets.m{number}]", 'exchanges = ["SEHK"]', f'app_key = "{key}"', 'app_secret = "s"']
-        Cache(str(home), url, "real", key, [f"m{number}_"]).save(token, now)
     (home / "config.toml").write_text("\n".join(lines))
+    for number in range(keys):
+        open_store(read_market(f"m{number}"), list).save(token)
 
 
 def check() -> tuple[float, float]:
@@ -117,7 +121,7 @@ def check() -> tuple[float, float]:
     program = """
 import sys, time
 from tokencore.cli import main
-import tokencore.commands, tokencore.status
+import tokencore.commands.tokens, tokencore.keys, tokencore.reports.status
 began = time.perf_counter()
 main(["check", "--json"])
 print(time.perf_counter() - began, file=sys.stderr)

@@ -8,7 +8,6 @@ are due to be read again, as once a minute, and those after every key has renewe
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -22,10 +21,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
-from tokencore import store, tokens
-from tokencore.market import fingerprint
-from tokencore.record import Attempt, IssuanceRecord, Outcome
-from tokencore.sessions import EXCHANGES
+from tokencore import tokens
+from tokencore.attempts import Attempt, Outcome
+from tokencore.calendars.exchanges import EXCHANGES
+from tokencore.config.market import fingerprint
+from tokencore.stores import files, record
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
@@ -35,13 +35,6 @@ MARKETS, SCRAPES, RARE = 100, 500, 10
 RECORDED = 365  # attempts: a year of daily issues
 LIMIT = 0.050  # seconds a scrape may take
 URL = "https://kis.invalid"
-FRESH = "1"  # seconds instead of the exporter's own minute, so that the benchmark need not wait for one
-PROGRAM = """
-import sys
-from tokencore import cli, vitals
-vitals.FRESH = float(sys.argv.pop(1))
-sys.exit(cli.main())
-"""
 
 
 def settings(home: Path, keys: int) -> dict[str, str]:
@@ -63,21 +56,16 @@ def key(market: int, keys: int) -> str:
 
 
 def renew(folder: Path, keys: int, *, history: int = 0) -> None:
-    """Give every key a new token in all its files, and a line in its record, after `history` older ones."""
+    """Give every key a new token, and a line in its record, after `history` older ones."""
     now = datetime.now(UTC)
-    for n in range(MARKETS):
-        content = tokens.to_cache(
-            Token(f"token-{now.timestamp()}", now + timedelta(hours=24), now),
-            now=now, environment="real", key_fingerprint=fingerprint(key(n, keys), URL),
-        )  # fmt: skip
-        store.write_text(str(folder / f"m{n:02d}_api_token.json"), json.dumps(content), temporary="benchmark")
     for n in range(keys):
-        record = IssuanceRecord(str(folder), fingerprint(key(n, keys), URL))
-        if history:
-            record.begin(Attempt(now - timedelta(days=9), Outcome.ISSUED, expires_at=now))
-            line = Path(record.path).read_bytes()
-            Path(record.path).write_bytes(line * history)  # at once: each `begin` waits for the disk
-        record.begin(Attempt(now, Outcome.ISSUED, expires_at=now))
+        name = fingerprint(key(n, keys), URL)
+        token = Token(f"token-{now.timestamp()}", now + timedelta(hours=24), now)
+        content = tokens.to_cache(token, now=now, environment="real", key_fingerprint=name)
+        files.write_text(str(folder / f"key-{name}.json"), content)
+        attempts = [Attempt(now - timedelta(days=9), Outcome.ISSUED, expires_at=now)] * history
+        attempts.append(Attempt(now, Outcome.ISSUED, expires_at=now))
+        files.write_text(str(folder / f"key-{name}.jsonl"), record.render(attempts))
 
 
 def scrape(address: str) -> float:
@@ -99,7 +87,7 @@ def measured(keys: int) -> dict[str, list[float]]:
         folder = Path(made) / "tokens"
         folder.mkdir(0o700)
         renew(folder, keys, history=RECORDED)
-        command = [sys.executable, "-c", PROGRAM, FRESH, "metrics", "--listen", "0"]
+        command = [sys.executable, "-m", "tokencore", "metrics", "--listen", "0"]
         with subprocess.Popen(command, env=settings(Path(made), keys), stdout=subprocess.PIPE, text=True) as exporter:
             assert exporter.stdout is not None
             try:
@@ -107,7 +95,6 @@ def measured(keys: int) -> dict[str, list[float]]:
                 return {
                     "first": [scrape(address)],
                     "plain": after(address, lambda: None, SCRAPES),
-                    "a minute later": after(address, lambda: time.sleep(float(FRESH) + 0.05), RARE),
                     "all keys renewed": after(address, lambda: renew(folder, keys), RARE),
                 }
             finally:

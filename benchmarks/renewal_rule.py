@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
-from tokencore.exchanges import EVENING_PAD
+from tokencore.calendars.exchanges import EXCHANGES
+from tokencore.calendars.sessions import need, session
+from tokencore.calendars.sessions import needs as merged_needs
 from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal, retry_delay
-from tokencore.sessions import EXCHANGES, need, session
-from tokencore.sessions import needs as merged_needs
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _sessions(codes: Sequence[str], *, late: bool) -> Iterator[Session]:
             close, padded = hours.close, needed[1]
             if late and code == "KRX":
                 close = datetime.combine(day, LATE_CLOSE, KST).astimezone(UTC)
-                padded = close + EVENING_PAD
+                padded = close + EXCHANGES["NXT"].pad
             yield Session(needed[0], hours.open, close, padded)
 
 

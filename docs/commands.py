@@ -9,8 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
-from tokencore.commands import EXIT_CODES, parser
-from tokencore.commands.completion import commands
+from tokencore.commands import EXIT_CODES, parser, parsers
 
 PAGE = Path(__file__).with_suffix(".md")
 WIDTH = 110  # columns of the help texts
@@ -32,7 +31,7 @@ It knows the markets of your settings as they were then: write it again when you
 
 def text() -> str:
     """The page."""
-    found = commands(parser())
+    found = parsers(parser())
     for one in found.values():
         one.formatter_class = functools.partial(argparse.HelpFormatter, width=WIDTH)
     index = "\n".join(f"- [`tokencore {name}`](#tokencore-{name})" for name in found)
@@ -40,8 +39,8 @@ def text() -> str:
     return "\n".join([TOP, index, "", _capital(EXIT_CODES) + ".", "", *sections, COMPLETION])
 
 
-def _section(name: str, told: str) -> str:
-    body = told.partition("\n\nexit codes:")[0]
+def _section(name: str, help_text: str) -> str:
+    body = help_text.partition("\n\nexit codes:")[0]
     return f"## `tokencore {name}`\n\n```text\n{body}\n```\n"
 
 

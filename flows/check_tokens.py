@@ -6,39 +6,30 @@ SLACK_BOT_TOKEN and SLACK_CHANNEL.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from datetime import UTC, datetime, time, timedelta
+from typing import TYPE_CHECKING
 
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
-from flows import alerts, board, planned, runs
-from flows.causes import as_met
-from flows.runs import SAFE, clock, kis_is_down, safe_errors
-from tokencore import TokenManager, managers, next_attempt, tick
+from flows import alerts, artifacts, runs, upcoming
+from flows.runs import KST, SAFE, Done, clock, kis_is_down, safe_errors
+from tokencore import IssuanceLimitError, Key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tokencore import Decision
+    from tokencore import KeyState, Settings
 
 EVERYONE = "all markets"
-HOUR = timedelta(hours=1)
-PATIENCE = timedelta(minutes=45)  # with KIS being down; then the next hourly run goes on
-
-
-class Progress(NamedTuple):
-    """What became of a key: for people, whether it has a token, and whether that is new."""
-
-    told: str
-    valid: bool
-    renewed: bool
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+TRY_FOR = timedelta(minutes=45)  # while KIS is down; then the next hourly run goes on
 
 
 def run_name() -> str:
     """`check-tokens 2026-11-23 07:05 UTC`, when it was due; a planned renewal keeps the name that announced it."""
-    return planned.kept_name() or runs.check_name(runs.due())
+    return upcoming.kept_name() or runs.check_name(runs.due())
 
 
 @runs.described
@@ -49,110 +40,119 @@ def check_tokens() -> State:
     See the artifacts [tokens](/artifacts/key/tokens), a row per market, and [plan](/artifacts/key/plan), the days
     ahead: of each, open the newest entry.
 
-    A key is renewed when the rule says so: once a day, in the time that is quiet on all its exchanges.
-    One key's trouble does not stop the others. The next renewal of each key stands as a scheduled run of
-    this deployment at its moment. While KIS is down and the coming need is not covered, the
-    run goes on trying for most of its hour, never inside the cool-down.
+    A key is renewed when the rule says so: once a day, in the time that is quiet on all its exchanges. On a day
+    with a session one quote call proves that KIS accepts the token (`KIS_PROVE_TOKENS`); one that KIS rejects is
+    renewed as soon as KIS issues another. One key's trouble does not stop the others. The next renewal of each key
+    stands as a scheduled run of this deployment at its moment. While KIS is down and the coming need is not covered,
+    the run goes on trying for most of its hour, never inside the cool-down.
 
     Ends as **Renewed**, **AlreadyValid**, **Completed** (no token, and none needed yet), **SkippedLate** (a
-    later check is due and does it) or **Failed**: a renewal that was due did not come about, and the coming need
-    is not covered.
+    later check is due and does it) or **Failed**: a renewal that was due did not happen, or KIS rejects the token,
+    and the coming need is not covered.
 
-    **Triage:** the state's message says what happened and what still works; Slack was told when it began to
-    press. *KIS refused ... one a minute*: another program issues with this key. *app key*, *app secret*: correct
-    the settings, then run `refresh_token`. *KIS cannot be reached*, *a fault of its own*: nothing but patience.
+    **Triage:** the state's message says what happened and what still works. *KIS refused ... one a minute*: another
+    program issues with this key. *app key*, *app secret*: correct the settings, then run `refresh_token`. *KIS
+    cannot be reached*, *a fault of its own*: wait. *KIS has rejected the token*: it says when another is possible.
     """
-    now = datetime.now(UTC)
-    try:
-        with safe_errors():
-            if overtaken(runs.due(), now):
-                return Completed(name="SkippedLate", message="An hour late: a later check is due and does it all.")
-            results = runs.each_key(advance, managers(one_per_key=True), PATIENCE)
-    except SAFE as error:
-        alerts.report(EVERYONE, error, now)
-        return Failed(message=str(error))
-    alerts.all_clear(EVERYONE, now)
-    board.update(datetime.now(UTC))
-    planned.update(datetime.now(UTC))
-    planned.name_ahead()
+    return alerts.guarded(EVERYONE, lambda settings, now: check(settings, runs.due(), now))
+
+
+def check(settings: Settings, due: datetime, now: datetime) -> State:
+    """What the run that was due then has to do now, and how it ended; times aware.
+
+    Raises:
+        ConfigurationError: no market has credentials.
+
+    """
+    if now - due >= HOUR:  # after a down-time the last one does it for all
+        return Completed(name="SkippedLate", message="An hour late: a later check is due and does it all.")
+    keys = Key.load(settings)
+    results = runs.each_key(advance, keys, TRY_FOR)
+    alerts.resolved(settings, EVERYONE, now)
+    views = runs.views(keys, results, datetime.now(UTC))
+    artifacts.publish(views)
+    upcoming.update(views)
+    upcoming.name_ahead()
     return ended(results)
 
 
-@task(task_run_name="key of {market}", persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
-def advance(market: str, again_in: float | None) -> Progress:
-    """One decision of the renewal rule for the market's key.
+@task(persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
+def advance(key: Key, again_in: float | None) -> Done:
+    """One decision of the renewal rule for the key.
 
     Args:
-        market: One of the key's markets.
+        key: Whose token.
         again_in: After how many seconds Prefect tries again while KIS is down; None if it does not.
 
     """
     with safe_errors():
-        return follow(TokenManager(market), datetime.now(UTC), again_in)
+        return follow(key, datetime.now(UTC), again_in)
 
 
-def follow(manager: TokenManager, now: datetime, again_in: float | None = None) -> Progress:
-    """Renew the manager's key if the rule says so at `now` (aware), and tell of trouble once it presses.
+def follow(key: Key, now: datetime, again_in: float | None = None) -> Done:
+    """Renew the key if the rule says so at `now` (aware), and report trouble once it matters.
 
     Raises:
-        TokenError: a renewal that was due did not come about, and the coming need is not covered.
-            The present token is untouched.
+        TokenError: a renewal that was due did not happen, or KIS rejects the token, and the coming need is not
+            covered. A present token is untouched.
 
     """
+    settings = key.market.settings
     try:
         with safe_errors():
-            decision = tick(manager, now)
-            manager.copy_token()
+            state, remark = key.state(now), ""
+            if is_session_day(state):
+                state, remark = runs.proven(state, settings)
+            decision = key.tick(state)
+            key.sync_exports()
     except SAFE as error:
-        alerts.report(manager, error, now, again_in)
-        raise
-    covered = is_covered(manager, decision, now)
-    if decision.trouble:
-        alerts.report(manager, decision.trouble, now, again_in)
-        if not covered:
-            raise as_met(decision.trouble, manager.history()) from None
-    elif covered:
-        alerts.all_clear(manager, now)
-    else:
-        alerts.foreign(manager, now)
-    return progress(manager, decision, now)
+        raise alerts.report(settings, key, error, now, again_in) from None
+    state, trouble = decision.state, decision.trouble or rejected(decision.state)
+    if trouble:
+        met = alerts.report(settings, state, trouble, now, again_in)
+        if not state.covered:
+            raise met
+    elif state.covered:
+        alerts.resolved(settings, state, now)
+    return Done(state, decision.renewed, "; ".join(part for part in (str(trouble or ""), remark) if part))
 
 
-def is_covered(manager: TokenManager, decision: Decision, now: datetime) -> bool:
-    """Whether the token serves the present or coming need; without any exchange, whether it serves now."""
-    ahead = decision.outlook
-    if ahead.needs:
-        return ahead.unserved != ahead.needs[0]
-    return alerts.Subject.of(manager, now).reach is not None
+def is_session_day(state: KeyState) -> bool:
+    """Whether a need runs or starts on this day of KST; a key without exchanges is wanted every day."""
+    day = state.now.astimezone(KST).date() + timedelta(days=1)
+    needs = state.outlook.needs
+    return not state.key.exchanges or bool(needs and needs[0][0] < datetime.combine(day, time(), KST))
 
 
-def progress(manager: TokenManager, decision: Decision, now: datetime) -> Progress:
-    """What the decision did, in words."""
-    who, planned = alerts.Subject.of(manager, now), decision.outlook.next
-    told = [who.served]
-    if decision.trouble:
-        told.append(str(decision.trouble))
-    tried = next_attempt(manager, now)
-    if planned:
-        told.append(f"next renewal {clock(tried)}, {planned.reason}" if tried else board.REFUSED)
-    else:
-        told.append("no renewal is needed")
-    return Progress("; ".join(told), who.reach is not None, decision.renewed)
+def rejected(state: KeyState) -> IssuanceLimitError | None:
+    """The trouble of a key whose token KIS rejects while it issues no other yet; None where that is not urgent."""
+    token, needs = state.token, state.outlook.needs
+    again = token.same_until() if token and token.rejected_at else None
+    if token is None or token.rejected_at is None or again is None or again <= state.now:
+        return None
+    if needs and needs[0][0] >= state.now + DAY:
+        return None
+    message = (
+        f"KIS has rejected the token since {clock(token.rejected_at)}, and issues another only from {clock(again)} on. "
+        "There is no valid token. If KIS has withdrawn it sooner, run refresh_token with force."
+    )
+    return IssuanceLimitError(message, retry_at=again, cause="same_token")
 
 
-def ended(results: Mapping[str, Progress | Exception]) -> State:
+def ended(results: Mapping[Key, Done | Exception]) -> State:
     """The state of a run with these results by key."""
     if failures := runs.failures(results):
         return Failed(message=failures)
-    done = [result for result in results.values() if isinstance(result, Progress)]
-    told = ". ".join(one.told for one in done) + "."
+    done = [result for result in results.values() if isinstance(result, Done)]
+    said = " ".join(f"{progress(one)}." for one in done)
     if any(one.renewed for one in done):
-        return Completed(name="Renewed", message=told)
-    if all(one.valid for one in done):
-        return Completed(name="AlreadyValid", message=told)
-    return Completed(message=told)
+        return Completed(name="Renewed", message=said)
+    if all(one.state.serves_until for one in done):
+        return Completed(name="AlreadyValid", message=said)
+    return Completed(message=said)
 
 
-def overtaken(due: datetime, now: datetime) -> bool:
-    """Whether the next hourly check is due as well: after a down-time the last one does it for all."""
-    return now - due >= HOUR
+def progress(done: Done) -> str:
+    """How the key is and what comes next, without the last full stop."""
+    planned = artifacts.next_renewal(done.state)
+    return "; ".join(part.rstrip(".") for part in (done.state.served, done.remark, planned) if part)

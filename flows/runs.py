@@ -1,4 +1,4 @@
-"""What the flows have in common: when a run was due, which errors may leave it, when Prefect tries again."""
+"""What the flows share: when a run was due, which errors may leave it, when Prefect tries again, one step per key."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import contextlib
 import logging
 import re
 import traceback
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
 from prefect.exceptions import MissingContextError
@@ -18,14 +18,16 @@ from prefect.runtime import flow_run
 from tokencore import IssuerUnavailableError, TokenError, sessions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from datetime import date, datetime, timedelta
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import date, timedelta
 
     from prefect import Flow, State, Task
     from prefect.client.schemas.objects import TaskRun
     from prefect.logging.loggers import LoggingAdapter
 
-    from tokencore import TokenManager
+    from tokencore import Key, KeyState, Settings
+
+    View = tuple[Key, KeyState | str]  # a key with its state, or with why that cannot be read
 
 KST = ZoneInfo("Asia/Seoul")  # the time of KIS's own notices
 MARGIN = 5.0  # seconds after a cool-down before Prefect tries again
@@ -35,10 +37,18 @@ AnyFlow = TypeVar("AnyFlow", bound="Flow[..., Any]")
 
 
 class UnforeseenError(Exception):
-    """An error that nobody planned for. Only its kind and place are told: its own text may hold anything."""
+    """An error that nobody planned for: only its kind and place are said, as its own text may contain anything."""
 
 
 SAFE = (TokenError, UnforeseenError)  # what `safe_errors` lets out
+
+
+class Done(NamedTuple):
+    """What a step made of a key: its state after it, whether it issued a token, and what else there is to say."""
+
+    state: KeyState
+    renewed: bool
+    remark: str = ""
 
 
 @contextlib.contextmanager
@@ -69,6 +79,12 @@ def due() -> datetime:
     return scheduled
 
 
+def parameters() -> dict[str, Any]:
+    """The parameters of this run."""
+    given: dict[str, Any] = flow_run.parameters
+    return given
+
+
 def described(made: AnyFlow) -> AnyFlow:
     """The flow, its docstring as the page wants it: Markdown with a line a paragraph; the form shows the arguments."""
     text, _, _ = (made.description or "").partition("\n\nArgs:")
@@ -77,24 +93,18 @@ def described(made: AnyFlow) -> AnyFlow:
 
 
 def check_name(at: datetime) -> str:
-    """What the check that is due then (aware) is called, before it starts and after."""
+    """The name of the check that is due then (aware), before it starts and after."""
     return f"check-tokens {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def warm_up_name(exchange: str, at: datetime) -> str:
-    """What the warm-up of an exchange that is due then (aware) is called, before it starts and after."""
+    """The name of the warm-up of an exchange that is due then (aware), before it starts and after."""
     return f"warm-up {exchange} {local_date(exchange, at)}"
 
 
 def local_date(exchange: str, at: datetime) -> date:
     """The date in the exchange's zone."""
     return at.astimezone(ZoneInfo(sessions.exchange(exchange).zone)).date()
-
-
-def parameters() -> dict[str, Any]:
-    """The parameters of this run."""
-    given: dict[str, Any] = flow_run.parameters
-    return given
 
 
 def logger() -> logging.Logger | LoggingAdapter:
@@ -105,11 +115,16 @@ def logger() -> logging.Logger | LoggingAdapter:
         return logging.getLogger("flows")
 
 
+def clock(at: datetime) -> str:
+    """A time for people, in KST."""
+    return at.astimezone(KST).strftime("%Y-%m-%d %H:%M KST")
+
+
 def retry_delays(interval: float, span: timedelta) -> list[float]:
     """The pauses between Prefect's attempts, in seconds, as many as end within `span`.
 
-    They follow the renewal rule, 65 s three times and then 5 min, stretch with the issue `interval`
-    (seconds, KIS's is 60), and never end inside the cool-down of the attempt before.
+    They follow the renewal rule, 65 s three times and then 5 min, stretch with the issue `interval` (seconds, of
+    which KIS's is 60), and never end inside the cool-down of the attempt before.
     """
     quick, slow = QUICK * interval + MARGIN, SLOW * interval + MARGIN
     delays: list[float] = []
@@ -125,28 +140,52 @@ def kis_is_down(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool
     return isinstance(state.data, IssuerUnavailableError)
 
 
-def each_key(step: Task[..., Any], keys: list[TokenManager], span: timedelta, *more: object) -> dict[str, Any]:
-    """What a task made of each key, or the error it met, by the key's markets.
+def each_key(step: Task[..., Any], keys: Sequence[Key], span: timedelta, *more: object) -> dict[Key, Any]:
+    """What a task made of each key, or the error it met.
 
-    The keys go side by side: one that waits for KIS keeps no other waiting. `span` is how long Prefect tries again;
-    the task gets the market, `more`, and after how many seconds that is.
+    The keys are processed side by side: one that waits for KIS keeps no other waiting. `span` is how long Prefect
+    tries again; the task gets the key, `more`, and after how many seconds that is.
     """
     futures = {}
-    for manager in keys:
-        delays = retry_delays(manager.market.issue_interval, span)
-        again = step.with_options(retries=len(delays), retry_delay_seconds=delays)
-        futures["+".join(manager.sharing())] = again.submit(manager.market.name, *more, delays[0] if delays else None)
-    return {markets: future.result(raise_on_failure=False) for markets, future in futures.items()}
+    for key in keys:
+        delays = retry_delays(key.market.settings.issue_interval, span)
+        again = step.with_options(
+            retries=len(delays), retry_delay_seconds=delays, task_run_name=f"token of {key.label}"
+        )
+        futures[key] = again.submit(key, *more, delays[0] if delays else None)
+    return {key: future.result(raise_on_failure=False) for key, future in futures.items()}
 
 
-def failures(results: Mapping[str, object]) -> str:
+def failures(results: Mapping[Key, object]) -> str:
     """The sentences of the keys that failed; empty when none did."""
-    failed = {markets: str(result) for markets, result in results.items() if isinstance(result, Exception)}
+    failed = {key.label: str(result) for key, result in results.items() if isinstance(result, Exception)}
     return " ".join(
-        failed.values() if len(results) == 1 else (f"{markets}: {told}" for markets, told in failed.items())
+        failed.values() if len(results) == 1 else (f"{label}: {message}" for label, message in failed.items())
     )
 
 
-def clock(at: datetime) -> str:
-    """A time for people, in KST."""
-    return at.astimezone(KST).strftime("%Y-%m-%d %H:%M KST")
+def views(keys: Sequence[Key], results: Mapping[Key, object], now: datetime) -> list[View]:
+    """Every key as a run leaves it at `now` (aware), read anew only where no step has; or why it cannot be read."""
+    done = {key.fingerprint: result.state for key, result in results.items() if isinstance(result, Done)}
+    return [(key, done.get(key.fingerprint) or _read(key, now)) for key in keys]
+
+
+def proven(state: KeyState, settings: Settings) -> tuple[KeyState, str]:
+    """`state` after one quote call with its token (KIS_PROVE_TOKENS), and what to say where KIS gave no answer.
+
+    A token that KIS rejects is marked dead for all processes. Nothing is asked where there is no token to prove.
+    """
+    if not settings.prove_tokens or state.token is None or state.serves_until is None:
+        return state, ""
+    evidence = state.key.prove(state.token)
+    if evidence.accepted is False:
+        state.key.reject(state.token, state.now)
+        return state.key.state(state.now), ""
+    return state, "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
+
+
+def _read(key: Key, now: datetime) -> KeyState | str:
+    try:
+        return key.state(now)
+    except TokenError as error:
+        return str(error)

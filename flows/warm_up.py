@@ -1,4 +1,4 @@
-"""Before an exchange opens: a token that lasts to the end of the session's need, or an alarm in good time.
+"""Before an exchange opens: a token that lasts to the end of the session's need, or an alert in good time.
 
 Requires: credentials of a market that trades the exchange (KIS_APP_KEY, KIS_APP_SECRET); for alerts
 SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL.
@@ -6,7 +6,6 @@ SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL.
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -14,17 +13,14 @@ from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
-from flows import alerts, board, planned, runs
-from flows.causes import as_met
-from flows.runs import SAFE, clock, kis_is_down, local_date, safe_errors
-from tokencore import CLOCK_SLACK, TokenManager, overrides, sessions, trading
+from flows import alerts, artifacts, runs, upcoming
+from flows.runs import SAFE, Done, clock, kis_is_down, local_date, safe_errors
+from tokencore import Key, Settings, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-
 Exchange = Literal["KRX", "NXT", "NASD", "NYSE", "AMEX", "SEHK", "SHAA", "SZAA", "TKSE", "VNSE", "HASE"]
-ISSUED = "issued"  # the record's word for a new token
 
 
 class Day(NamedTuple):
@@ -34,14 +30,6 @@ class Day(NamedTuple):
     date: date
     session: sessions.Session
     until: datetime
-
-
-class Kept(NamedTuple):
-    """A key whose token lasts: its name for people, until when, and whether this run issued it."""
-
-    label: str
-    reach: datetime
-    issued: bool
 
 
 def run_name() -> str:
@@ -54,111 +42,100 @@ def run_name() -> str:
 def warm_up(exchange: Exchange) -> State:
     """Have a token for an exchange's session: valid now and until the session's need ends.
 
-    Where the present token lasts, nothing is asked of KIS. Where it does not, it is renewed under the key's
-    lock: runs that start in the same minute for one key make one request together. While KIS is down the
-    run goes on trying until the open, never inside the cool-down.
+    Where the present token lasts, one quote call proves that KIS accepts it (`KIS_PROVE_TOKENS`). Where it does not
+    last, or KIS rejects it, it is renewed under the key's lock: runs that start in the same minute for one key make
+    one request together. While KIS is down the run goes on trying until the open, never inside the cool-down.
 
     Ends as **Warm**, **Renewed**, **MarketClosed** (no session that day), **SkippedLate** (a stale run: the
     session is over, or it is open and the token valid) or **Failed** with the reason.
 
     **Triage:** the state's message says what happened and what still works. *KIS refused ... one a minute*:
     another program issues with this key. *app key*, *app secret*: correct the settings, then run
-    `refresh_token`. *KIS cannot be reached*, *a fault of its own*: nothing but patience; `check_tokens` goes on
-    after the open. *No market of your settings trades ...*: pause this deployment.
+    `refresh_token`. *KIS cannot be reached*, *a fault of its own*: wait; `check_tokens` goes on after the open.
+    *KIS returns the same token*: the token is dead, and the message says when a new one is possible.
+    *No market of your settings trades ...*: pause this deployment.
 
     Args:
         exchange: The exchange by KIS's order code: NASD is Nasdaq, SEHK Hong Kong, SHAA and SZAA Shanghai and
             Shenzhen, TKSE Tokyo, VNSE and HASE Ho Chi Minh City and Hanoi.
 
     """
-    now = datetime.now(UTC)
-    try:
-        with safe_errors():
-            return visit(exchange, runs.due(), now)
-    except SAFE as error:
-        alerts.report(exchange, error, now)
-        return Failed(message=str(error))
+    return alerts.guarded(exchange, lambda settings, now: visit(settings, exchange, runs.due(), now))
 
 
-def visit(exchange: str, due: datetime, now: datetime) -> State:
+def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> State:
     """What the run of `exchange` that was due then has to do now, and how it ended; times aware.
 
     Raises:
-        ConfigurationError: no market trades the exchange, or the settings are malformed.
+        ConfigurationError: no market trades the exchange.
 
     """
-    day = trading_day(exchange, local_date(exchange, due))
+    day = trading_day(exchange, local_date(exchange, due), settings)
     if day is None:
-        why = sessions.closure(exchange, local_date(exchange, due), overrides())
+        why = sessions.closure(exchange, local_date(exchange, due), settings.overrides)
         return Completed(name="MarketClosed", message=f"{exchange} closed: {why}")
     if day.session.close <= now:
         return Completed(name="SkippedLate", message=f"{exchange}'s session of {day.date} is over.")
-    keys = trading(exchange)
-    alerts.all_clear(exchange, now)  # of what kept a run from coming to its keys; they have incidents of their own
-    if due < day.session.open <= now and all(lasts(manager, day.until) for manager in keys):
+    keys = Key.trading(settings, exchange)
+    alerts.resolved(settings, exchange, now)  # of what kept a run from coming to its keys
+    if due < day.session.open <= now and all(key.state(now).lasts(day.until) for key in keys):
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
     results = runs.each_key(ensure, keys, day.session.open - now, day.until)
-    if any(isinstance(one, Exception) or one.issued for one in results.values()):
-        board.update(datetime.now(UTC))
-    planned.update(datetime.now(UTC))
+    if any(not isinstance(one, Done) or one.renewed for one in results.values()):
+        views = runs.views(Key.load(settings), results, datetime.now(UTC))
+        artifacts.publish(views)
+        upcoming.update(views)
     return ended(day, results)
 
 
-@task(task_run_name="token of {market}", persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
-def ensure(market: str, until: datetime, again_in: float | None) -> Kept:
-    """Have a token of the market's key that lasts `until` then; trouble is told at once, not after the last try.
+@task(persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
+def ensure(key: Key, until: datetime, again_in: float | None) -> Done:
+    """Have a token of the key that lasts `until` then; trouble is reported at once, not after the last try.
 
     Args:
-        market: One of the key's markets.
+        key: Whose token.
         until: When the need ends, aware.
         again_in: After how many seconds Prefect tries again while KIS is down; None if it does not.
 
     """
     with safe_errors():
-        return keep(TokenManager(market), until, again_in)
+        return keep(key, until, datetime.now(UTC), again_in)
 
 
-def keep(manager: TokenManager, until: datetime, again_in: float | None = None) -> Kept:
+def keep(key: Key, until: datetime, now: datetime, again_in: float | None = None) -> Done:
     """See `ensure`.
 
     Raises:
-        TokenError: no token that lasts could be had; a present one is untouched.
+        TokenError: there is no token that lasts; a present one is untouched.
 
     """
-    started = datetime.now(UTC)
+    settings, remark, issued = key.market.settings, "", False
     try:
         with safe_errors():
-            manager.get_valid_token(valid_until=until - CLOCK_SLACK)
-            manager.require_saved()
+            state = key.state(now)
+            if state.lasts(until):
+                state, remark = runs.proven(state, settings)
+            if not state.lasts(until):
+                issued = key.obtain(until, now)
+                state = key.state(datetime.now(UTC))
     except SAFE as error:
-        alerts.report(manager, error, datetime.now(UTC), again_in)
-        raise as_met(error, manager.history()) from None
-    now = datetime.now(UTC)
-    alerts.all_clear(manager, now)
-    who = alerts.Subject.of(manager, now)
-    # Of all runs that waited for the same renewal, one sent the request.
-    issued = any(a.pid == os.getpid() and a.at >= started and a.outcome == ISSUED for a in manager.history())
-    return Kept(who.label, who.reach or now, issued)
+        raise alerts.report(settings, key, error, now, again_in) from None
+    alerts.resolved(settings, state, state.now)
+    return Done(state, issued, remark)
 
 
-def ended(day: Day, results: Mapping[str, Kept | Exception]) -> State:
+def ended(day: Day, results: Mapping[Key, Done | Exception]) -> State:
     """The state of a run with these results by key."""
     if failures := runs.failures(results):
         return Failed(message=failures)
-    kept = [result for result in results.values() if isinstance(result, Kept)]
-    told = "; ".join(f"{one.label}: the token serves until {clock(one.reach)}" for one in kept)
-    name = "Renewed" if any(one.issued for one in kept) else "Warm"
-    return Completed(name=name, message=f"{told}. {day.exchange} needs it until {clock(day.until)}.")
+    done = [result for result in results.values() if isinstance(result, Done)]
+    said = "; ".join([*(one.state.served for one in done), *(one.remark for one in done if one.remark)])
+    name = "Renewed" if any(one.renewed for one in done) else "Warm"
+    return Completed(name=name, message=f"{said}. {day.exchange} needs it until {clock(day.until)}.")
 
 
-def trading_day(exchange: str, day: date) -> Day | None:
+def trading_day(exchange: str, day: date, settings: Settings) -> Day | None:
     """The exchange's day; None without a session."""
-    known = overrides()
+    known = settings.overrides
     session, need = sessions.session(exchange, day, known), sessions.need(exchange, day, known)
     return Day(exchange, day, session, need[1]) if session and need else None
-
-
-def lasts(manager: TokenManager, until: datetime) -> bool:
-    """Whether the key's present token serves until then."""
-    token = manager.newest_token()
-    return token is not None and token.serves(until - CLOCK_SLACK, manager.market.buffer)

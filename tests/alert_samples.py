@@ -8,29 +8,25 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows import causes
-from flows.incidents import new
-from flows.letters import Case, Pen
-from flows.life import HALF, LAST_CALL, Telling
-from flows.messages import still_works
+from flows.alerts import causes, messages
+from flows.alerts.incidents import HALF, LAST_CALL, Telling, new
+from flows.alerts.messages import LANGUAGES, Facts, Texts
 from flows.runs import clock
-from flows.words import ENGLISH, LANGUAGES, Words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from flows.causes import Cause
-    from flows.messages import Message
+    from flows.alerts.causes import Cause
+    from flows.alerts.messages import Message
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "alerts.md"
 ANCHOR = datetime(2026, 11, 23, 7, 35, tzinfo=UTC)  # Monday 16:35 in Seoul
 NEED = datetime(2026, 11, 23, 14, 0, tzinfo=UTC)  # New York opens half an hour later
-REACH = ANCHOR - timedelta(minutes=5)  # of Sunday's token
 PLACE = "http://127.0.0.1:4200/runs/flow-run/0c9d2a51"
 END = "<!-- end -->"
 LIMIT = "KIS refused to issue: one request a minute per app key (EGW00133)."
 DOWN = "KIS reported a fault of its own (EGW00002)."
-KEY = "us+kr"
+KEY, EXCHANGES = "us+kr", ("NASD", "NYSE", "AMEX", "KRX")
 
 
 def current(page: str) -> str:
@@ -43,71 +39,79 @@ def current(page: str) -> str:
 
 def parts() -> Mapping[str, str]:
     """The rendered parts by the names of their marks."""
-    rows = {f"causes-{name}": table(words) for name, words in LANGUAGES.items()}
-    return {"told": told(), **rows, **{name: samples(words) for name, words in LANGUAGES.items()}}
+    rows = {f"causes-{name}": table(texts) for name, texts in LANGUAGES.items()}
+    return {"told": told(), **rows, **{name: samples(texts) for name, texts in LANGUAGES.items()}}
 
 
 def told() -> str:
     """When people hear of which cause."""
     lines = ["| alert | opens | calls people, in the last 4 hours before the need |", "|---|---|---|"]
     for cause in causes.CAUSES:
-        opens = ("at once" if cause.at_once else "once it presses") + ("" if cause.reminds else "; no reminders")
+        opens = ("at once" if cause.at_once else "once it is urgent") + ("" if cause.reminds else "; no reminders")
         calls = "never" if cause is causes.FOREIGN_TOKEN else "at once" if cause.by_person else "once escalated"
-        lines.append(f"| {ENGLISH(f'cause.{cause.name}.title')} | {opens} | {calls} |")
+        lines.append(f"| {LANGUAGES['en'](f'cause.{cause.name}.title')} | {opens} | {calls} |")
     return "\n".join(lines) + "\n"
 
 
-def table(words: Words) -> str:
+def table(texts: Texts) -> str:
     """Every cause with what a person does about it, and what once it is escalated, where that differs."""
     lines = []
     for cause in causes.CAUSES:
-        urgent = words.texts.get(f"cause.{cause.name}.urgent")
-        cures = [words(f"cause.{cause.name}.cure"), *([f"→ {urgent}"] if urgent else [])]
-        lines.append(f"| **{words(f'cause.{cause.name}.title')}** | {'<br>'.join(cures)} |")
+        urgent = texts.get(f"cause.{cause.name}.urgent")
+        fixes = [texts(f"cause.{cause.name}.fix"), *([f"→ {urgent}"] if urgent else [])]
+        lines.append(f"| **{texts(f'cause.{cause.name}.title')}** | {'<br>'.join(fixes)} |")
     return "\n".join(["| | |", "|---|---|", *lines]) + "\n"
 
 
-def samples(words: Words) -> str:
-    """Typical messages as Slack shows them."""
-    return "\n".join(f"```text\n{as_seen(message)}\n```\n" for message in messages(words))
+def samples(texts: Texts) -> str:
+    """Typical messages as Slack shows them, each after what a phone's notification shows."""
+    return "\n".join(f"```text\n{as_seen(message)}\n```\n" for message in rendered(texts))
 
 
-def messages(words: Words) -> Iterator[Message]:
-    """A limit as it opens, KIS down from its opening to its end, a foreign token, a refresh by hand and a test."""
-    yield trouble(words, causes.FOREIGN_LIMIT, LIMIT, Telling("opened", 0, page=False), 0, 2)
-    yield trouble(words, causes.DOWN, DOWN, Telling("opened", HALF, page=True), 215, 5)
-    yield trouble(words, causes.DOWN, DOWN, Telling("reminded", HALF, page=False), 275, 5)
-    yield trouble(words, causes.DOWN, DOWN, Telling("escalated", LAST_CALL, page=True), 355, 5)
+def rendered(texts: Texts) -> Iterator[Message]:
+    """A limit as it opens, KIS down from its opening to its end, a dead and a foreign token, a refresh and a test."""
+    yield trouble(texts, causes.FOREIGN_LIMIT, LIMIT, Telling("opened", 0, page=False), 0, 2)
+    yield trouble(texts, causes.DOWN, DOWN, Telling("opened", HALF, page=True), 215, 5)
+    yield trouble(texts, causes.DOWN, DOWN, Telling("reminded", HALF, page=False), 275, 5)
+    yield trouble(texts, causes.DOWN, DOWN, Telling("escalated", LAST_CALL, page=True), 406, 5)
     over = new(KEY, causes.DOWN, NEED, ANCHOR)
-    over.closed_at = ANCHOR + timedelta(minutes=365)
+    over.closed_at = ANCHOR + timedelta(minutes=412)
     reach = over.closed_at + timedelta(hours=23, minutes=55)
-    yield pen(words, over.closed_at).end(KEY, still_works(reach, words), over)
-    yield foreign(words)
-    yield pen(words, ANCHOR).notice("forced", KEY, reach, person="Kim", why="KIS support revoked it")
-    yield pen(words, ANCHOR)._replace(run=("", None)).test()
+    yield messages.solved(texts, facts(over.closed_at, until=reach), [over])
+    yield trouble(
+        texts,
+        causes.DEAD,
+        "KIS has rejected the token since 2026-11-23 22:05 KST, and issues another only from 22:25 KST on.",
+        Telling("opened", 0, page=True),
+        330,
+        20,
+    )
+    yield foreign(texts)
+    yield messages.notice(texts, facts(ANCHOR, until=reach), "forced", by="Kim", why="KIS support revoked it")
+    yield messages.test(texts, facts(ANCHOR)._replace(run=("", None)))
 
 
-def trouble(words: Words, cause: Cause, happened: str, telling: Telling, minutes: int, again: int) -> Message:
+def trouble(texts: Texts, cause: Cause, happened: str, telling: Telling, minutes: int, again: int) -> Message:
     """A message of trouble since the anchor, so many minutes after it; the next attempt is `again` minutes later."""
     now = ANCHOR + timedelta(minutes=minutes)
-    attempt = words("next.planned", at=clock(now + timedelta(minutes=again)))
-    case = Case(KEY, ["NASD", "NYSE", "AMEX", "KRX"], still_works(None, words), None, happened, attempt)
-    return pen(words, now).trouble(case, new(KEY, cause, NEED, ANCHOR), telling)
+    opened = now if cause is causes.DEAD else ANCHOR
+    attempt = "next.planned", now + timedelta(minutes=again)
+    return messages.trouble(texts, facts(now), new(KEY, cause, NEED, opened), telling, happened, attempt)
 
 
-def foreign(words: Words) -> Message:
+def foreign(texts: Texts) -> Message:
     """KIS answered with a token that someone else had issued at noon."""
     noon = ANCHOR - timedelta(hours=4, minutes=35)
-    reach = noon + timedelta(hours=23, minutes=55)
-    planned = words("next.planned", at=clock(noon + timedelta(days=1, minutes=5)))
-    case = Case(KEY, [], still_works(reach, words), reach, words("said.foreign", at=clock(noon)), planned)
-    incident = new(KEY, causes.FOREIGN_TOKEN, None, ANCHOR)
-    return pen(words, ANCHOR).trouble(case, incident, Telling("opened", 0, page=False))
+    known = facts(ANCHOR, until=noon + timedelta(hours=23, minutes=55))._replace(risks=[])
+    planned = "next.planned", noon + timedelta(days=1, minutes=5)
+    incident, telling = new(KEY, causes.FOREIGN_TOKEN, None, ANCHOR), Telling("opened", 0, page=False)
+    return messages.trouble(texts, known, incident, telling, texts("said.foreign", at=clock(noon)), planned)
 
 
-def pen(words: Words, now: datetime) -> Pen:
-    """Of the hourly check, calling the channel."""
-    return Pen(words, (f"check-tokens {now:%Y-%m-%d %H:%M} UTC", PLACE), "<!channel>", now)
+def facts(now: datetime, until: datetime | None = None) -> Facts:
+    """What the hourly check knows then, calling the channel."""
+    risks = messages.risks(EXCHANGES, until, now, {})
+    return Facts(KEY, now, until, True, risks, (f"check-tokens {now:%Y-%m-%d %H:%M} UTC", PLACE), "<!channel>")  # noqa: FBT003 - as it comes
 
 
 def as_seen(message: Message) -> str:

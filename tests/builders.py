@@ -8,14 +8,16 @@ import json
 import os
 import signal
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
 
-from tokencore.market import HOSTS, Market
+from tokencore.config.market import HOSTS, Market
+from tokencore.config.sources import Found
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 KEY = "PSCanaryKey" + "k" * 25
 SECRET = "CanarySecret/" + "s" * 160 + "+Canary="
@@ -76,10 +78,15 @@ def make_answer(life: float = 86_400, *, now: datetime | None = None) -> dict[st
     }
 
 
-def make_market(name: str = "us", /, **values: object) -> Market:
-    """A configured market; `values` as `sources.gather` merges them."""
-    known: Mapping[str, Any] = {"app_key": KEY, "app_secret": SECRET, "markets": {name: {}}, **values}
-    return Market(name, known)
+def make_market(name: str = "us", /, **numbers: float) -> Market:
+    """A market of the key `KEY` in the real environment; `numbers` are fields of the settings, such as `buffer`."""
+    found = Found()
+    found.add("environment", {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET})
+    found.add("environment", {f"KIS_{field.upper()}": str(value) for field, value in numbers.items()})
+    found.markets.add(name)
+    defaults = {"issue_interval": 60.0, "timeout": 10.0, "max_issues_per_day": 2, "markets": {}, "overrides": {}}
+    settings: Any = SimpleNamespace(**{**defaults, **numbers})
+    return Market(name, found, lambda: settings)
 
 
 def make_url() -> str:

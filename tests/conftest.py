@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
 
 import hypothesis
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 from running import Ran
+from slack_endpoint import HOOK, SlackEndpoint
+from xdist.scheduler import LoadFileScheduling
 
-from tokencore.cli import main
+from tokencore import sessions
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 if TYPE_CHECKING:
@@ -31,7 +35,26 @@ hypothesis.settings.load_profile("house")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What stands on a running system takes longest, and begins."""
-    items.sort(key=lambda item: not item.path.stem.startswith(("test_stack", "test_flows")))
+    items.sort(key=lambda item: _place(item.path)[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:  # noqa: ANN401 - xdist's
+    """Two processes share the work, a file at a time; all files of one running system stay in one process."""
+    return _Scheduling(config, log)
+
+
+class _Scheduling(LoadFileScheduling):  # type: ignore[misc] # xdist ships no types
+    """By file, as the marks for --dist=loadgroup have no effect: xdist 3.8 cannot rename the tests of pytest 9.2."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _place(Path(nodeid.partition("::")[0]))[1]
+
+
+def _place(file: Path) -> tuple[int, str]:
+    if file.stem.startswith("test_stack"):
+        return 0, file.stem
+    shared = file.stem.startswith(("test_flows", "test_refresh", "test_week"))
+    return (1, "test_flows") if shared else (9, file.stem)
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +91,9 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Prefect server of a module's own; the folder with its database."""
+    """A Prefect server for all tests of this process that need one; the folder with its database."""
     from prefect import settings  # most tests need no Prefect
     from prefect.testing.utilities import prefect_test_harness
 
@@ -82,6 +105,34 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
     ):
         yield home
+
+
+@pytest.fixture
+def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], str]:
+    """Make an exchange open so long from now, for an hour, and be all that the markets trade; its code."""
+    assert gateway.url
+
+    def arrange(ahead: timedelta) -> str:
+        now = datetime.now(UTC)
+        for code in ("KRX", "NASD"):  # never both are near midnight
+            zone = ZoneInfo(sessions.exchange(code).zone)
+            first, last = (now + ahead).astimezone(zone), (now + ahead + timedelta(hours=1)).astimezone(zone)
+            if first.date() == last.date() == (now - timedelta(hours=2)).astimezone(zone).date():  # runs are late too
+                break
+        monkeypatch.setenv(f"KIS_EXCHANGES__{code}__HOURS__{first:%Y-%m-%d}", f"{first:%H:%M:%S}-{last:%H:%M:%S}")
+        monkeypatch.setenv("KIS_MARKETS__US__EXCHANGES", code)
+        monkeypatch.setenv("KIS_MARKETS__KR__EXCHANGES", code)
+        return code
+
+    return arrange
+
+
+@pytest.fixture
+def slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlackEndpoint]:
+    """Slack behind a webhook, where the settings say so."""
+    with SlackEndpoint() as running:
+        monkeypatch.setenv("SLACK_WEBHOOK_URL", running.url + HOOK)
+        yield running
 
 
 @pytest.fixture
@@ -112,6 +163,7 @@ def slow(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Run one command line in this process: its exit code and what it wrote."""
+    from tokencore.cli import main
 
     def run(*arguments: str) -> Ran:
         capfd.readouterr()

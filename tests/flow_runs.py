@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
 
-from flows import planned
+from flows import upcoming
 from flows.refresh_token import refresh_token
 
 if TYPE_CHECKING:
@@ -23,13 +24,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from prefect import Flow, State
-
-    from tokencore.sandbox import Sandbox
-
-
-def requests_to(gateway: Sandbox) -> int:
-    """How many token requests KIS has seen."""
-    return len(gateway.stats()["requests"])
 
 
 def run(flow: Flow[..., State], due: datetime | None = None, **parameters: object) -> State:
@@ -46,9 +40,9 @@ def told(state: State) -> tuple[str, str]:
     return state.type.value, str(state.name)
 
 
-def refreshed(market: str, *, force: bool = False, reason: str = "a test", operator: str = "Kim") -> State:
+def refreshed(market: str = "us", **given: Any) -> State:  # noqa: ANN401 - what the form has
     """The final state of a refresh that nobody has to confirm."""
-    return run(refresh_token, market=market, operator=operator, reason=reason, force=force)
+    return run(refresh_token, market=market, **given)
 
 
 class Waiting(NamedTuple):
@@ -66,11 +60,11 @@ class Waiting(NamedTuple):
 
 
 @contextlib.contextmanager
-def paused(market: str, reason: str = "a test") -> Iterator[Waiting]:
+def paused(**given: Any) -> Iterator[Waiting]:  # noqa: ANN401 - what the form has
     """A refresh that has come to the point where a person is asked."""
     with ThreadPoolExecutor(1) as pool:
         context = contextvars.copy_context()
-        end = pool.submit(context.run, refreshed, market, reason=reason)
+        end = pool.submit(context.run, functools.partial(refreshed, **given))
         yield Waiting(*_asked(end), end)
 
 
@@ -79,9 +73,9 @@ def planned_runs() -> dict[str, list[datetime | None]]:
     found: dict[str, list[datetime | None]] = {}
     with get_client(sync_client=True) as client:
         for one in client.read_flow_runs():
-            if planned.TAG in one.tags and one.state and one.state.is_scheduled():
-                (markets,) = set(one.tags) - {planned.TAG, "check"}
-                found.setdefault(markets, []).append(one.expected_start_time)
+            if upcoming.TAG in one.tags and one.state and one.state.is_scheduled():
+                (label,) = (tag for tag in one.tags if tag not in (upcoming.TAG, "check") and "key " not in tag)
+                found.setdefault(label, []).append(one.expected_start_time)
     return found
 
 

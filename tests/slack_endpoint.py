@@ -7,6 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+HOOK = "/services/T000/B000/canary-of-the-webhook"
 CHANNEL = "C0TOKENS"  # its number, which the API answers with whatever the channel is called
 
 
@@ -16,7 +17,8 @@ class SlackEndpoint:
     Attributes:
         told: the messages that it took, in order.
         requests: all requests, as (path, authorization).
-        answers: statuses for the next requests; 200 when there is none. 0 means silence.
+        answers: statuses for the next requests, or pairs of one and the webhook's word; 200 when there is none. 0 means
+            silence.
         bot_answers: what the API says to the next requests that are not refused by status; it posts where there is
             none, with time stamps that count up.
         retry_after: seconds that a refusal asks for.
@@ -27,7 +29,7 @@ class SlackEndpoint:
         """Record nothing yet."""
         self.told: list[dict[str, Any]] = []
         self.requests: list[tuple[str, str]] = []
-        self.answers: list[int] = []
+        self.answers: list[int | tuple[int, str]] = []
         self.bot_answers: list[dict[str, Any]] = []
         self.retry_after = 1
         self.closing = threading.Event()
@@ -59,7 +61,8 @@ def _handler(slack: SlackEndpoint) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             slack.requests.append((self.path, self.headers.get("Authorization", "")))
-            status = slack.answers.pop(0) if slack.answers else 200
+            given = slack.answers.pop(0) if slack.answers else 200
+            status, word = given if isinstance(given, tuple) else (given, "ok")
             if not status:
                 slack.closing.wait()
                 return
@@ -68,7 +71,7 @@ def _handler(slack: SlackEndpoint) -> type[BaseHTTPRequestHandler]:
             if status == 200 and answer["ok"]:
                 slack.told.append(message)
                 answer = {"channel": CHANNEL, "ts": f"{len(slack.told)}.0", **answer}
-            body = json.dumps(answer).encode() if is_bot else b"ok"
+            body = json.dumps(answer).encode() if is_bot else word.encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json" if is_bot else "text/plain")
             self.send_header("Retry-After", str(slack.retry_after))

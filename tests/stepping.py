@@ -1,7 +1,9 @@
-"""A command in a process of its own that stops before every file and network call, to be told how it goes on.
+"""Commands in real processes that stop before every file and network call, so that a test decides how each goes on.
 
-The process is real, and so are its files, locks, sockets and its death. It is told the time at every stop,
-so that a minute's cool-down costs nothing and a clock can be set between any two steps.
+The processes, files, locks, sockets and deaths are real; KIS is the sandbox with KIS's own rules. Time is given at the
+stops, so that a minute's cool-down costs nothing and a clock can be set between any two calls. A renewal ahead, which
+runs in a thread beside its caller, is run inside `Thread.start`: each of its calls is then a stop like the others, and
+a process that ends before its thread is one that is killed at one of them.
 """
 
 from __future__ import annotations
@@ -12,41 +14,60 @@ import fcntl
 import gc
 import importlib
 import io
+import itertools
+import json
+import logging
 import os
 import pkgutil
+import random
 import select
+import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
+import threading
 import time
 from datetime import UTC, datetime, tzinfo
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from builders import forms
 from running import Ran
 
 import tokencore
-from tokencore import cache, cli, lock
+from tokencore import cli
 from tokencore.sandbox import APP_SECRET, Sandbox
+from tokencore.sandbox.rules import RULES, TOKEN
+from tokencore.sandbox.server import _Handler
+from tokencore.stores import file_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from multiprocessing.connection import Connection
-    from pathlib import Path
+    from typing import Self
 
-    from tokencore.sandbox_answers import Answer
+    from tokencore.sandbox.rules import Answer, Request
 
+FULL = "TORTURE" in os.environ  # every case; otherwise a part of them that changes with each kind of fault
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0
+MARKETS = ("us", "kr")
 START = datetime(2026, 11, 24, 4, tzinfo=UTC).timestamp()
-UTIME = os.utime  # before a process watches it
 NAP = 1.0  # seconds that every sleep takes at least: a minute of short looks would be thousands of stops
 TICK = 0.001  # seconds that every call takes
 ON_PATHS = (
-    *("stat", "lstat", "open", "mkdir", "unlink", "remove", "rename", "replace", "chmod", "utime", "listdir"),
-    *("scandir", "readlink"),
+    *("stat", "lstat", "open", "mkdir", "unlink", "remove", "rename", "replace", "link", "chmod", "utime"),
+    *("listdir", "scandir", "readlink"),
 )
-ON_DESCRIPTORS = ("read", "write", "fstat", "fsync", "fchmod", "close")
+ON_DESCRIPTORS = ("read", "write", "fstat", "fsync", "fchmod", "lseek", "close")
 ON_SOCKETS = ("connect", "sendall", "recv_into", "close")
+SPACE = ("write", "mkdir", "fsync")
+HOLDERS = (".json", ".aside")  # of names of files that may hold a token
+ENDS = (".json", "_token_issued_at.dat", ".lock", ".jsonl", ".aside", ".gitignore")  # of names that may stay
+_utime, thread_start = os.utime, threading.Thread.start  # before a process watches them
+_keys = itertools.count(1)
 
 
 class Clock:
@@ -91,13 +112,31 @@ class Asked(NamedTuple):
 
 
 class Kis(Sandbox):
-    """The gateway by the clock of the test, which remembers what each key asked for."""
+    """The gateway by the clock of the test, which remembers what each key asked for; `play` sends any bytes instead."""
 
     def __init__(self, clock: Clock) -> None:
         """Keep KIS's own rules: a day, six hours, a minute."""
         super().__init__()
-        self._clock = clock
+        self.clock = clock
         self.asked: dict[str, list[Asked]] = {}
+        self.play: Callable[[bytes], Iterator[bytes]] | None = None
+
+    def __enter__(self) -> Self:
+        self.closing.clear()
+        super().__enter__()
+        self._port, self._server.RequestHandlerClass = int(self.url.rpartition(":")[2]), _Playing
+        return self
+
+    def down(self) -> None:
+        """Let the port be closed."""
+        self.__exit__()
+
+    def well(self) -> None:
+        """Behave again."""
+        self.clear()
+        self.play, self.rules = None, RULES
+        if self.closing.is_set():
+            self.__enter__()
 
     def saved(self, key: str) -> Callable[[], None]:
         """How the key stands now; the call brings that back."""
@@ -115,13 +154,28 @@ class Kis(Sandbox):
         """When a token expires, in epoch seconds."""
         return self._tokens[token].expires
 
-    def issue(self, asked: Mapping[str, Any], now: float) -> Answer:
+    def respond(self, request: Request, now: float) -> Answer:
         """As the gateway, at the time of the test's clock."""
-        now = self._clock.true
-        answer = super().issue(asked, now)
-        entry = Asked(now, answer.outcome, answer.content.get("access_token"))
-        self.asked.setdefault(str(asked.get("appkey")), []).append(entry)
+        now = self.clock.true
+        answer = super().respond(request, now)
+        if request.path == TOKEN:
+            token = answer.content.get("access_token") if isinstance(answer.content, dict) else None
+            self.asked.setdefault(str(request.body.get("appkey")), []).append(Asked(now, answer.outcome, token))
         return answer
+
+
+class _Playing(_Handler):
+    wbufsize = -1  # answers in one piece: how often a process reads must not be chance
+
+    def _deliver(self, answer: Answer) -> None:
+        play = getattr(self.server.gateway, "play", None)
+        if play is None:
+            super()._deliver(answer)
+            return
+        self.close_connection = True
+        for piece in play(json.dumps(answer.content).encode()):
+            self.wfile.write(piece)
+            self.wfile.flush()
 
 
 class Stepped:
@@ -133,7 +187,6 @@ class Stepped:
         self._pipe, theirs = Pipe()
         self._written = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - for the life of this
         self._end: Ran | None = None
-        self.failed = ""  # the call that was last made to fail
         self.pid = os.fork()
         if not self.pid:
             _live(work, str(folder), theirs, [file.fileno() for file in self._written], settings)
@@ -143,13 +196,17 @@ class Stepped:
     def go(self, error: int = 0, *, torn: bool = False) -> str | None:
         """Make the call, or let it fail with `error`, or write only half; the next call is where it stops then."""
         assert self.at is not None
-        slept = max(NAP, float(self.at.removeprefix("sleep "))) if self.at.startswith("sleep ") else TICK
-        self._clock.true += slept
-        self.failed = self.at if error else self.failed
+        self._clock.true += max(NAP, float(self.at.removeprefix("sleep "))) if self.at.startswith("sleep ") else TICK
         monotonic = self._clock.true - self._clock.slept
         self._pipe.send(Order(self._clock.shown, monotonic, error, torn))
         self.at = self._arrived()
         return self.at
+
+    def advance(self, calls: int) -> None:
+        """Make so many calls, or as many as there are."""
+        for _ in range(calls):
+            if self.at is not None:
+                self.go()
 
     def kill(self) -> None:
         """End it where it stands, as `kill -9` does."""
@@ -179,18 +236,174 @@ class Stepped:
         return stopped
 
 
-def command(*arguments: str, first: Callable[[], None] | None = None) -> Callable[[], int]:
-    """The command line with these arguments, as the work of a process; something else may come first."""
+class Desk:
+    """One key of its own in a folder of its own, for two markets, and what KIS saw of it."""
 
-    def work() -> int:
-        if first:
-            first()
-        return cli.main(arguments)
+    def __init__(self, kis: Kis, base: Path) -> None:
+        """Take a new key and name the folder; the product makes it."""
+        self.key = f"PSfault{next(_keys):029d}"
+        self.folder = base / f"desk-{self.key[-5:]}" / "tokens"
+        self.kis, self.clock = kis, kis.clock
+        self.clock.set(START)
+        self.user = 0  # who runs the commands, where it is not the one who runs the tests
+        self._started: list[Stepped] = []
+        self._secrets = forms(self.key) | forms(APP_SECRET) | {b"eyJ"}
 
-    return work
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for process in self._started:
+            if process.at is not None:
+                process.kill()
+        assert kind or not self._leaks(), "\n".join(self._leaks())
+
+    def _leaks(self) -> list[str]:
+        """What its commands wrote and should not have; a token is for standard output, alone."""
+        said = [process.ran.err for process in self._started]
+        said += [process.ran.out for process in self._started if not process.ran.out.startswith("eyJ")]
+        return [text for text in said if self.finds_secret(text.encode())]
+
+    def finds_secret(self, content: bytes) -> bool:
+        """Whether the app key, its secret or a token is in there, in whichever dress."""
+        return any(form in content for form in self._secrets)
+
+    def start(self, *arguments: str, work: Callable[[], int] | None = None, **variables: str) -> Stepped:
+        """A command, or other `work`, in a process before its first call; `variables` go beside its settings."""
+        nowhere = {f"KIS_MARKETS__{market.upper()}__EXCHANGES": "[]" for market in MARKETS}  # no session forbids a swap
+        settings = {
+            "KIS_TOKEN_DIR": str(self.folder),
+            "KIS_BASE_URL": self.kis.url,
+            "KIS_APP_KEY": self.key,
+            "KIS_APP_SECRET": APP_SECRET,
+            **nowhere,
+        }
+        doing = work or (lambda: cli.main(arguments))
+        doing = _as_user(self.user, doing) if self.user else doing
+        process = Stepped(doing, self.folder, self.clock, **settings | variables)
+        self._started.append(process)
+        return process
+
+    def run(self, *arguments: str, work: Callable[[], int] | None = None, **variables: str) -> Ran:
+        """A command, run to its end in a process of its own."""
+        return self.start(*arguments, work=work, **variables).finish()
+
+    def calls(self, *arguments: str) -> list[str]:
+        """The calls that a command makes, in their order."""
+        process, made = self.start(*arguments), []
+        while process.at is not None:
+            made.append(process.at)
+            process.go()
+        assert process.ran.code == 0, process.ran
+        return made
+
+    def tokens(self) -> dict[str, str | None]:
+        """What stands in the key's file and in the markets', by name; None for a file that is missing or damaged."""
+        found: dict[str, str | None] = {f"{market}_api_token.json": None for market in MARKETS}
+        found[self.key_file.name] = None
+        for name in found:
+            content = self.content(name)
+            found[name] = content["access_token"] if content else None
+        return found
+
+    def content(self, name: str) -> dict[str, str] | None:
+        """A token file's fields; None where it is missing or damaged."""
+        try:
+            content = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    @property
+    def key_file(self) -> Path:
+        """The key's own file, whether it is there or not."""
+        return self.record.with_suffix(".json")
+
+    @property
+    def record(self) -> Path:
+        """The issuance record, whether it is there or not."""
+        from tokencore.config.market import fingerprint  # the product's own names
+
+        return self.folder / f"key-{fingerprint(self.key, self.kis.url)}.jsonl"
+
+    def last_line(self) -> tuple[str, str | None]:
+        """The record's last outcome and code."""
+        line = json.loads(self.record.read_text(encoding="utf-8").splitlines()[-1])
+        return line["outcome"], line["code"]
+
+    def saved(self) -> Callable[[], None]:
+        """How folder, key and clock are now; the call brings that back."""
+        kept, true, restore = self.folder.with_name("kept"), self.clock.true, self.kis.saved(self.key)
+        if self.folder.exists():
+            shutil.copytree(self.folder, kept)
+
+        def back() -> None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if kept.exists():
+                shutil.copytree(kept, self.folder)
+            self.clock.set(true)
+            restore()
+
+        return back
+
+    @property
+    def asked(self) -> list[Asked]:
+        """Every request of the key that reached tokenP."""
+        return self.kis.asked.get(self.key, [])
+
+    @property
+    def granted(self) -> list[str]:
+        """The tokens that KIS issued, oldest first."""
+        return [asked.token for asked in self.asked if asked.outcome == "new" and asked.token]
+
+    def hurried(self) -> list[float]:
+        """The seconds between two requests, where that is less than KIS's minute."""
+        gaps = [later.at - earlier.at for earlier, later in itertools.pairwise(self.asked)]
+        return [gap for gap in gaps if gap < MINUTE]
+
+    def served(self) -> set[str]:
+        """The tokens that fresh processes get for the markets, all of them from KIS."""
+        answers = [self.run("get", market) for market in MARKETS]
+        assert [answer.code for answer in answers] == [0, 0], answers
+        return {answer.out.strip() for answer in answers}
+
+    def untidy(self) -> Iterator[str]:
+        """What is wrong after the next day's renewal, when only private files of the contract stand in the folder."""
+        self.clock.true += 1.1 * DAY
+        if self.served() != {self.granted[-1]}:
+            yield "the next day's processes did not get one new token"
+        for path in self.folder.iterdir():
+            if not path.name.endswith(ENDS) or stat.S_IMODE(path.stat().st_mode) != 0o600:
+                yield f"left over: {path.name} of mode {stat.S_IMODE(path.stat().st_mode):o}"
+            if not path.name.endswith(HOLDERS) and self.finds_secret(path.read_bytes()):
+                yield f"a secret stands in {path.name}"
+        if self.hurried():
+            yield f"KIS was asked twice within its minute: {self.hurried()}"
 
 
-def as_user(number: int, work: Callable[[], int]) -> Callable[[], int]:
+def needs_space(call: str) -> bool:
+    """Whether a full disk refuses the call: what exists can be opened, read, renamed and deleted."""
+    return call.startswith(SPACE) or (call.endswith(".tmp") and not call.startswith(("unlink", "lstat", "close")))
+
+
+def desks() -> Iterator[Callable[[], Desk]]:
+    """A gateway and a place for folders, from which a test makes as many desks as it likes."""
+    _preload()
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a disk's own fsync proves nothing here
+    with tempfile.TemporaryDirectory(dir=memory) as base, Kis(Clock()) as kis:
+        yield lambda: Desk(kis, Path(base))
+
+
+def _preload() -> None:
+    """Import all that a command may import, once, so that every process starts with it."""
+    for room in pkgutil.walk_packages(tokencore.__path__, "tokencore."):
+        if not room.name.endswith("__main__"):
+            importlib.import_module(room.name)
+    for late in ("filelock", "binascii", "_strptime", "encodings.ascii", "encodings.idna", "holidays"):
+        importlib.import_module(late)
+
+
+def _as_user(number: int, work: Callable[[], int]) -> Callable[[], int]:
     """The same work, without the rights of root."""
 
     def changed() -> int:
@@ -200,27 +413,6 @@ def as_user(number: int, work: Callable[[], int]) -> Callable[[], int]:
         return work()
 
     return changed
-
-
-def settings(folder: Path, kis: Kis, key: str) -> dict[str, str]:
-    """The environment of a process that keeps the token of `key` for two markets, whose sessions forbid nothing."""
-    nowhere = {f"KIS_MARKETS__{market}__EXCHANGES": "[]" for market in ("US", "KR")}
-    return {
-        "KIS_TOKEN_DIR": str(folder),
-        "KIS_BASE_URL": kis.url,
-        "KIS_APP_KEY": key,
-        "KIS_APP_SECRET": APP_SECRET,
-        **nowhere,
-    }
-
-
-def preload() -> None:
-    """Import all that a command may import, once, so that every process starts with it."""
-    for room in pkgutil.walk_packages(tokencore.__path__, "tokencore."):
-        if not room.name.endswith("__main__"):
-            importlib.import_module(room.name)
-    for late in ("filelock", "binascii", "_strptime", "encodings.idna"):  # by functions of rooms and of the library
-        importlib.import_module(late)
 
 
 def _content(file: Any) -> str:  # noqa: ANN401 - a temporary file has no public type
@@ -242,8 +434,9 @@ def _live(
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 - to the end
         os.environ.update(settings)
         time.tzset()
-        cache._kept.clear()  # noqa: SLF001 - a new process has kept nothing
-        lock._gates.clear()  # noqa: SLF001 - nor does it know any lock
+        logging.root.handlers.clear()  # those of pytest: warnings go to standard error, as in a program of its own
+        random.seed(0)  # how long one waits must not be chance
+        file_store._unsaved.clear()  # noqa: SLF001 - a new process has kept nothing
         _Watch(folder, pipe).begin()
         code = work()
         sys.stdout.flush()
@@ -273,6 +466,8 @@ class _Watch:
             self.on(socket.socket, name, lambda _: "socket")
         self._open_files()
         self._tell_time()
+        threading.Thread.start = threading.Thread.run  # type: ignore[method-assign]
+        threading.Thread.join = lambda *_: None  # type: ignore[assignment, method-assign]
 
     @property
     def now(self) -> float:
@@ -297,7 +492,7 @@ class _Watch:
             if place is None:
                 return real(*args, **kwargs)
             if name == "recv_into":  # the stop comes when KIS has answered, so that its clock stands still meanwhile
-                select.select([args[0]], [], [], 10)
+                select.select([args[0]], [], [], 1)
             error = self.stop(f"{name} {place}").error
             if error and name != "close":
                 raise OSError(error, os.strerror(error))
@@ -306,17 +501,19 @@ class _Watch:
                 self._names[result] = place
             if name == "close":
                 self._names.pop(args[0] if isinstance(args[0], int) else -1, None)
-                if error:  # a failed close has closed all the same
+                if error:  # a failed close has closed anyway
                     raise OSError(error, os.strerror(error))
             return result
 
         setattr(owner, name, call)
 
     def _path(self, args: tuple[Any, ...]) -> str | None:
+        """The name of what is called; None for what is not in the folder, as the folders above it."""
         if args and isinstance(args[0], int):
             return self._descriptor(args)
-        path = os.fspath(args[0]) if args else ""
-        return os.path.relpath(path, self._folder) if str(path).startswith(self._folder) else None
+        path = str(os.fspath(args[0])) if args else ""
+        inside = path.startswith(self._folder) and not path.endswith("..")
+        return os.path.relpath(path, self._folder) if inside else None
 
     def _descriptor(self, args: tuple[Any, ...]) -> str | None:
         return self._names.get(args[0])
@@ -332,8 +529,7 @@ class _Watch:
             if not isinstance(file, int) and (error := watch.stop(f"open {place}").error):
                 raise OSError(error, os.strerror(error))
             raw = _File(file, mode.replace("b", "").replace("t", ""), watch, place)
-            buffered = io.BufferedReader if mode.strip("bt") == "r" else io.BufferedWriter
-            binary = io.BufferedRandom(raw) if "+" in mode else buffered(raw)
+            binary = io.BufferedReader(raw) if mode.strip("bt") == "r" else io.BufferedWriter(raw)
             return binary if "b" in mode else io.TextIOWrapper(binary, kwargs.get("encoding"))
 
         builtins.open = io.open = opened
@@ -375,7 +571,7 @@ class _File(io.FileIO):
                 self._ask("close")
             finally:
                 if self.writable():  # the system's own clock is not the test's
-                    UTIME(self.fileno(), (self._watch.now, self._watch.now))
+                    _utime(self.fileno(), (self._watch.now, self._watch.now))
                 self._watch._names.pop(self.fileno(), None)  # noqa: SLF001 - two halves of one thing
                 super().close()
 

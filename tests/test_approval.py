@@ -1,34 +1,37 @@
-"""The websocket's approval key: one request for everyone, a file of its own, and what serves while KIS is down."""
+"""The websocket's approval key: one request for everyone, a document of its own, and what serves while KIS is down."""
 
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+import shutil
 import stat
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import KEY, SECRET
-from running import Ran, asked, at_a_barrier, cached, folder, one_line, raised
+from running import asked, at_a_barrier, cached, folder, raised
 
 from tokencore import (
     CredentialsError,
     IssuanceLimitError,
     IssuerUnavailableError,
+    Key,
     KRTokenManager,
+    Settings,
     TokenStoreError,
     USTokenManager,
 )
-from tokencore.approval import Approval, ApprovalKeys
+from tokencore.clients.approval import Approval, approval_expiry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from tokencore.sandbox import Sandbox
 
-PROCESSES = 32
+PROCESSES = 8
 WANT_A_KEY = """
 import sys
 from tokencore import TokenManager
@@ -53,18 +56,17 @@ def file() -> Path:
 
 
 def aged(hours: float) -> str:
-    """A key that was issued so long ago, in the place of the present one."""
+    """A key that version 0.1 wrote so long ago, in the place of the present one."""
     USTokenManager().get_approval_key()
     content = json.loads(file().read_text())
-    content["issued_at"] = (datetime.now(UTC) - hours * HOURS).isoformat()
-    content["approval_key"] = "an-older-one"
-    file().write_text(json.dumps(content))
-    for record in folder().glob("key-*-approval.jsonl"):
-        record.unlink()
+    issued = datetime.now(UTC) - hours * HOURS
+    times = {"issued_at": issued.isoformat(), "expires_at": (issued + 24 * HOURS).isoformat()}
+    own = {name: content[name] for name in ("environment", "key_fingerprint")}
+    file().write_text(json.dumps({"approval_key": "an-older-one", **times, **own}))
     return "an-older-one"
 
 
-def test_start_of_32_processes_makes_one_request(gateway: Sandbox) -> None:
+def test_start_of_many_processes_makes_one_request(gateway: Sandbox) -> None:
     """Half for us and half for kr, which have one app key: all of them get the same approval key, and no token."""
     cached(20_000)
     _, ends = at_a_barrier(WANT_A_KEY, [("us", "kr")[n % 2 :][:1] for n in range(PROCESSES)])
@@ -75,11 +77,14 @@ def test_start_of_32_processes_makes_one_request(gateway: Sandbox) -> None:
 
 def test_key_is_shared_in_a_private_file_that_names_no_app_key(gateway: Sandbox) -> None:
     """Every market of the app key reads one file, 0600, with the day that the key lives; nothing else is touched."""
+    (store,) = [key.store for key in Key.load(Settings.load())]
+    assert approval_expiry(store) is None
     key = USTokenManager().get_approval_key()
     assert KRTokenManager().get_approval_key() == key
     content = json.loads(file().read_text())
     issued, expires = (datetime.fromisoformat(content[name]) for name in ("issued_at", "expires_at"))
     assert (content["approval_key"], expires - issued) == (key, 24 * HOURS)
+    assert approval_expiry(store) == expires
     assert stat.S_IMODE(file().stat().st_mode) == 0o600
     assert not list(folder().glob("*_api_token.json"))
     assert USTokenManager().history() == []
@@ -94,27 +99,22 @@ def test_another_app_key_has_another_approval_key(gateway: Sandbox, monkeypatch:
     assert approvals(gateway) == 2
 
 
-@pytest.mark.parametrize("hours", [23.95, 24.5], ids=["in its last minutes", "past its day"])
-def test_key_that_is_about_to_expire_is_replaced(gateway: Sandbox, hours: float) -> None:
-    """In the buffer, and past it, there is a new one."""
+@pytest.mark.parametrize(("hours", "kept"), [(12, True), (23.95, False), (24.5, False)])
+def test_key_is_replaced_when_it_is_about_to_expire(gateway: Sandbox, *, hours: float, kept: bool) -> None:
+    """One that the previous version left is used without a request; in the buffer, and past its day, it is replaced."""
     old = aged(hours)
-    assert USTokenManager().get_approval_key() != old
-    assert approvals(gateway) == 2
+    assert (USTokenManager().get_approval_key() == old) == kept
+    assert approvals(gateway) == (1 if kept else 2)
 
 
-def test_key_in_the_proactive_window_serves_while_kis_is_down(
-    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """KIS is tried once in a while, and the present key handed out; past its day there is an error."""
-    old = aged(23.7)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+def test_key_in_its_last_minutes_serves_while_kis_is_down(gateway: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    """The present key is handed out with a warning, whatever fails; without one there is the error."""
+    old = aged(23.95)
     gateway.__exit__()
     assert USTokenManager().get_approval_key() == old
-    assert USTokenManager().get_approval_key() == old
-    record = next(folder().glob("key-*-approval.jsonl")).read_text()
-    assert [json.loads(line)["outcome"] for line in record.splitlines()] == ["unreachable"]
-    file().unlink()
-    assert isinstance(raised(USTokenManager().get_approval_key), IssuerUnavailableError)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "goes on serving" in caplog.text
+    assert isinstance(raised(lambda: USTokenManager().get_approval_key(old)), IssuerUnavailableError)
 
 
 def test_rejected_key_is_replaced_once_for_all(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_failed_request_is_not_repeated_within_the_minute(gateway: Sandbox, monk
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     monkeypatch.setenv("KIS_BASE_URL", f"{gateway.url}/nowhere")
     assert isinstance(raised(USTokenManager().get_approval_key), IssuerUnavailableError)
-    error = raised(USTokenManager().get_approval_key)
+    error = raised(KRTokenManager().get_approval_key)
     assert isinstance(error, IssuanceLimitError)
     assert "The next is made from" in str(error)
 
@@ -156,38 +156,35 @@ def test_refused_credentials_are_not_tried_again_until_they_have_worked(
     assert approvals(gateway) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"approval_key": "x", "issued_at": "soon"}', "9" * 70_000])
-def test_damaged_file_is_a_miss(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
-    """What cannot be read, and another app key's file, costs one request."""
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"approval_key": "x", "issued_at": "soon"}', '{"attempts": 5}', '{"attempts": [null, {}]}'],
+)
+def test_damaged_file_is_a_miss(gateway: Sandbox, content: str) -> None:
+    """What cannot be read costs one request."""
     USTokenManager().get_approval_key()
     file().write_text(content)
     assert USTokenManager().get_approval_key()
     assert approvals(gateway) == 2
 
 
-def test_folder_that_cannot_be_used_costs_no_request(gateway: Sandbox) -> None:
-    """Where nothing can be recorded nothing is asked."""
+def test_request_that_cannot_be_recorded_is_not_made(gateway: Sandbox) -> None:
+    """Where the document or the whole directory cannot be written nothing is asked, and the error says so."""
+    USTokenManager().get_approval_key()
+    file().unlink()
+    (place := next(folder().glob("key-*-approval.lock")).with_suffix(".json")).mkdir()
+    error = raised(USTokenManager().get_approval_key)
+    assert isinstance(error, TokenStoreError)
+    assert f"none was made: {place}" in str(error)
+    shutil.rmtree(folder())
     folder().write_text("")
     assert isinstance(raised(USTokenManager().get_approval_key), TokenStoreError)
-    assert approvals(gateway) == 0
-
-
-def test_command_prints_the_key_and_nothing_else(gateway: Sandbox, command: Callable[..., Ran]) -> None:
-    """`get MARKET --approval-key`; it has no other format."""
-    ran = command("get", "us", "--approval-key")
-    assert (ran.code, ran.out, ran.err) == (0, USTokenManager().get_approval_key() + "\n", "")
-    for other in ("--json", "--format=env", "--no-renew"):
-        ran = command("get", "us", "--approval-key", other)
-        assert ran.code == 2
-        assert one_line(ran)
     assert approvals(gateway) == 1
 
 
-def test_objects_show_and_pickle_neither_key_nor_secret() -> None:
-    """As everything that knows one."""
-    market = USTokenManager().market
-    keys = ApprovalKeys(market, "0" * 16, (KEY, SECRET), "https://127.0.0.1")
+def test_no_repr_or_pickle_has_the_key() -> None:
+    """As of everything that knows a secret."""
+    keys = USTokenManager()
     assert "Canary" not in repr([keys, Approval("Canary", datetime.now(UTC))])
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(keys)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,11 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import KEY, SECRET
-from running import Ran, asked, cached, folder, one_line, snapshot
+from builders import CANARIES, KEY, SECRET, make_jwt
+from running import Ran, asked, cached, folder, issue_of, on_disk, one_line, outcomes, snapshot, tokencore
 
-from tokencore import view
-from tokencore.commands import ROOMS, completion, parser
+from tokencore import TokenManager
+from tokencore.clients.exports import CLIENTS
+from tokencore.commands import MODULES, parser, parsers
+from tokencore.reports.tables import REFUSED
+from tokencore.sandbox import APP_KEY
+from tokencore.tokens import KST
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
     Command = Callable[..., Ran]
+    Give = Callable[..., Ran]
 
 CHECK_FIELDS: dict[str, tuple[type, ...]] = {
     "market": (str,),
@@ -86,7 +93,7 @@ def test_refresh_keeps_no_key_that_was_pasted_by_mistake(quick: Sandbox, command
     """A word as long as a key is refused with 2, before KIS is asked, and not repeated."""
     ran = command("refresh", "us", option, f"for {KEY}")
     assert ran.code == 2
-    assert "holds a word of 36 characters or more" in one_line(ran)
+    assert "contains a word of 36 characters or more" in one_line(ran)
     assert KEY not in ran.err
     assert asked(quick) == 0
 
@@ -106,42 +113,101 @@ def test_forced_refresh_passes_the_ceiling_and_says_when_nothing_changed(
     ran = command("refresh", "us", "--force")
     assert (ran.code, ran.out.splitlines()[0]) == (0, "Renewed.")
     time.sleep(0.1)
-    ran = command("refresh", "us", "--force")
+    refused = command("refresh", "us", "--force")  # the second one within an hour, as of a scheduler that runs amok
+    assert (refused.code, "add --yes" in one_line(refused), asked(quick)) == (2, True, 2)
+    ran = command("refresh", "us", "--force", "--yes")
     assert ran.code == 0
-    assert "handed back the present token" in ran.out
+    assert "returned the present token" in ran.out
     assert asked(quick) == 3
 
 
-def test_delete_removes_one_markets_file_and_keeps_the_record(gateway: Sandbox, command: Command) -> None:
-    """The token file goes, the record and the issue mark stay; a second delete says that there was nothing."""
+def test_a_second_forced_refresh_asks_on_a_terminal(
+    quick: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names who had the key renewed and when; what programs renewed by themselves is no reason to ask."""
+    quick.set_rules(same_token=0)
+    assert command("get", "us").code == 0
+    for by, answer, code in (("김민지", None, 0), ("Kim", "no\n", 2), ("Kim", "y\n", 0)):
+        time.sleep(0.1)
+        if answer:
+            monkeypatch.setattr(sys, "stdin", terminal := io.StringIO(answer))
+            monkeypatch.setattr(terminal, "isatty", lambda: True)
+        ran = command("refresh", "us", "--force", "--by", by)
+        assert (ran.code, "김민지 had this key renewed at" in ran.err) == (code, bool(answer))
+    assert asked(quick) == 3
+
+
+def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: Sandbox, command: Command) -> None:
+    """The record and the issue mark stay; the other market goes on; the last one takes the key's token with it."""
     command("get", "us")
-    store = folder()
-    record = next(store.glob("key-*.jsonl")).read_bytes()
+    record = next(folder().glob("key-*.jsonl")).read_bytes()
     assert command("delete", "us") == Ran(0, "Deleted.\n", "")
-    assert not (store / "us_api_token.json").exists()
-    assert (store / "kr_api_token.json").exists()
-    assert (store / "us_token_issued_at.dat").exists()
-    assert next(store.glob("key-*.jsonl")).read_bytes() == record
+    assert not (folder() / "us_api_token.json").exists()
+    assert (folder() / "us_token_issued_at.dat").exists()
+    assert command("check", "kr").code == 0
+    assert command("delete", "KR") == Ran(0, "Deleted.\n", "")
+    assert command("check").code == 3
+    assert next(folder().glob("key-*.jsonl")).read_bytes() == record
     ran = command("delete", "us")
     assert (ran.code, "no token file" in ran.out) == (0, True)
     assert gateway.stats()["revokes"] == 0
 
 
 def test_delete_revoke_makes_kis_forget_the_token_for_every_market(gateway: Sandbox, command: Command) -> None:
-    """KIS is asked once; the other market of the key no longer serves the dead token."""
+    """KIS is asked once, and the other market of the key is without the dead token too; from when on is said."""
     command("get", "us")
-    ran = command("delete", "us", "--revoke")
+    ran = command("delete", "us", "--revoke", "--yes")
     assert (ran.code, ran.err) == (0, "")
+    assert re.search(r"Revoked at KIS, .* only from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d KST\.\nDeleted\.", ran.out)
     assert gateway.stats()["revokes"] == 1
     assert command("check", "kr").code == 3
-    assert json.loads(command("check", "kr", "--json").out)[0]["status"] == "REJECTED"
+
+
+def at_a_terminal(answer: str, *arguments: str) -> Ran:
+    """Run a command that a person answers at a real terminal."""
+    ours, theirs = os.openpty()
+    program = [sys.executable, "-m", "tokencore", *arguments]
+    with subprocess.Popen(program, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        os.write(ours, answer.encode())
+        out, err = running.communicate(timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    return Ran(running.returncode, out, err)
+
+
+@pytest.mark.parametrize("answer", ["y\n", "YES\n"])
+def test_delete_revoke_asks_a_person_and_does_what_is_confirmed(
+    gateway: Sandbox, command: Command, answer: str
+) -> None:
+    """The question names the markets of the key, and from when KIS issues another token; nothing to revoke, none."""
+    assert "no token to revoke" in at_a_terminal("", "delete", "us", "--revoke").out
+    command("get", "us")
+    until = (issue_of(on_disk()) + timedelta(hours=6)).astimezone(KST)
+    ran = at_a_terminal(answer, "delete", "us", "--revoke")
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, "Deleted.")
+    assert f"uses the token of us, kr loses it. KIS issues a new one only from {until:%Y-%m-%d %H:%M:%S} KST" in ran.err
+    assert gateway.stats()["revokes"] == 1
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\n", "yesterday\n", "\x04"], ids=["no", "nothing", "another", "end"])
+def test_delete_revoke_does_nothing_unless_a_person_says_yes(gateway: Sandbox, command: Command, answer: str) -> None:
+    """Exit 2 at a terminal, and without one, where nobody can be asked; the token and its file are as they were."""
+    token = command("get", "us").out
+    ran = at_a_terminal(answer, "delete", "us", "--revoke")
+    assert (ran.code, ran.out, "Nothing was revoked or deleted." in ran.err) == (2, "", True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tokencore", "delete", "us", "--revoke"],
+        input="yes\n", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "add --yes" in done.stderr) == (2, True)
+    assert (command("get", "us").out, gateway.stats()["revokes"]) == (token, 0)
 
 
 def test_delete_revoke_that_fails_deletes_nothing(gateway: Sandbox, command: Command) -> None:
     """KIS unreachable: exit 6, and the token is still served."""
     token = command("get", "us").out
     gateway.__exit__()
-    ran = command("delete", "us", "--revoke")
+    ran = command("delete", "us", "--revoke", "--yes")
     assert ran.code == 6
     assert one_line(ran)
     assert command("get", "us").out == token
@@ -158,8 +224,8 @@ def test_history_tells_every_attempt_of_every_key(
     assert command("get", "us").code == 0
     assert command("get", "hk").code == 0
     lines = json.loads(command("history", "--json").out)
-    told = [(line["markets"], line["outcome"], line["code"]) for line in lines]
-    assert told == [
+    said = [(line["markets"], line["outcome"], line["code"]) for line in lines]
+    assert said == [
         (["us", "kr"], "limit", "EGW00133"),
         (["us", "kr"], "issued", None),
         (["hk"], "issued", None),
@@ -233,31 +299,42 @@ def test_check_words_and_exit_codes(command: Command, left: float, status: str, 
 
 
 @pytest.mark.usefixtures("gateway")
-def test_check_of_an_unreadable_file_says_so(command: Command) -> None:
-    """What stands at the path is no token of this key: UNREADABLE, exit 3; the other market is judged by itself."""
-    cached(20_000)
-    (folder() / "us_api_token.json").write_text("{")
-    one = json.loads(command("check", "us", "--json").out)[0]
-    assert (one["status"], one["valid"], one["cache_exists"], one["expires_at"]) == ("UNREADABLE", False, True, None)
-    assert (command("check", "us").code, command("check", "kr").code, command("check").code) == (3, 0, 3)
-
-
-@pytest.mark.parametrize("arguments", [("check",), ("check", "--json"), ("check", "--probe"), ("history",), ("tick",)])
-def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Command, arguments: tuple[str, ...]) -> None:
-    """Neither contents, nor times, nor modes of the directory and its files change, and KIS is asked for no token."""
-    command("get", "us")
-    before = snapshot(Path.home())
-    assert command(*arguments).code == 0
-    assert snapshot(Path.home()) == before
-    assert asked(gateway) == 1
-
-
-@pytest.mark.usefixtures("gateway")
 def test_check_creates_nothing_where_nothing_is(command: Command) -> None:
     """Without a token directory `check` reports exit 3 and makes none."""
     assert command("check").code == 3
     assert command("check", "--json").code == 3
     assert not folder().exists()
+
+
+@pytest.mark.parametrize("line", ["check", "check --json", "check --probe", "history", "tick", "plan", "metrics"])
+def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Command, line: str) -> None:
+    """Neither contents, nor times, nor modes of the directory and its files change, and KIS is asked for no token."""
+    command("get", "us")
+    before = snapshot(Path.home())
+    assert command(*line.split()).code == 0
+    assert snapshot(Path.home()) == before
+    assert asked(gateway) == 1
+
+
+@pytest.mark.usefixtures("gateway")
+def test_check_is_0_only_while_every_asked_market_is_valid(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two keys has no token: 3 for both and for the one, 0 for the other."""
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", SECRET)
+    cached(20_000)
+    assert [command("check", *names).code for names in ((), ("us", "kr"), ("kr",), ("us",))] == [3, 3, 3, 0]
+
+
+@pytest.mark.usefixtures("gateway")
+def test_check_of_a_file_that_is_no_token_says_so(command: Command) -> None:
+    """Where no market of the key has one: UNREADABLE, exit 3; the market without a file has NO_TOKEN."""
+    folder().mkdir(0o700)
+    (folder() / "us_api_token.json").write_text("{")
+    (folder() / "us_api_token.json").chmod(0o600)
+    one, other = json.loads(command("check", "--json").out)
+    assert (one["status"], one["valid"], one["cache_exists"], one["expires_at"]) == ("UNREADABLE", False, True, None)
+    assert (other["status"], other["cache_exists"]) == ("NO_TOKEN", False)
+    assert (command("check", "us").code, command("check").code) == (3, 3)
 
 
 def test_probe_proves_each_valid_token_with_one_call(
@@ -332,13 +409,13 @@ def test_tick_gives_every_key_its_turn(gateway: Sandbox, command: Command, monke
 
 def test_a_command_loads_its_own_room_only() -> None:
     """The parser made for one command knows it as the whole one does; `check --json` pays for no other's imports."""
-    whole = completion.commands(parser())
-    assert [name for names in ROOMS.values() for name in names] == list(whole)
+    whole = parsers(parser())
+    assert [name for names in MODULES.values() for name in names] == list(whole)
     for name, one in whole.items():
-        assert completion.commands(parser(name))[name].format_help() == one.format_help()
+        assert parsers(parser(name))[name].format_help() == one.format_help()
     program = "import sys; from tokencore.commands import parser; parser('check'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"rich", "http.server", "requests", "tokencore.plan", "tokencore.sandbox"} & set(loaded)
+    assert not {"rich", "http.server", "requests", "tokencore.keys", "tokencore.sandbox"} & set(loaded)
 
 
 def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, command: Command) -> None:
@@ -349,8 +426,190 @@ def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, com
     assert command("refresh", "us", "--force", "--reason", "a test").code == 5
     assert json.loads(command("plan", "--json").out)[0]["renewals"] == []
     for name in ("plan", "tick"):
-        told = " ".join(command(name).out.split())
-        assert view.REFUSED in told
-        assert "next renewal" not in told
+        said = " ".join(command(name).out.split())
+        assert REFUSED in said
+        assert "next renewal" not in said
     assert "no renewal until a person acts" in command("plan", "--svg", "-").out
     assert asked(quick) == 1
+
+
+def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandbox) -> None:
+    """Token and expiry are in its environment, its arguments are its own, and its code is the command's."""
+    program = "import os, sys; print(os.environ['KIS_ACCESS_TOKEN'], os.environ['KIS_TOKEN_EXPIRES_AT'], *sys.argv[1:])"
+    ran = tokencore("exec", "us", "--", sys.executable, "-c", f"{program}; sys.exit(7)", "--", "-x")
+    token = on_disk()
+    assert ran == Ran(7, f"{token.access_token} {token.expires_at:%Y-%m-%dT%H:%M:%SZ} -- -x\n", "")
+    assert asked(gateway) == 1
+
+
+@pytest.fixture
+def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Give:
+    """Run a command with a text on standard input."""
+
+    def run(text: str, *arguments: str) -> Ran:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        ran = command(*arguments)
+        assert not any(canary in ran.out + ran.err for canary in CANARIES)
+        return ran
+
+    return run
+
+
+def test_reject_replaces_an_old_token_and_prints_nothing(quick: Sandbox, give: Give, command: Command) -> None:
+    """Reported in any form: renewed where the six hours are over; reported again by a latecomer, nothing is asked."""
+    old = cached(50_000)
+    quick.fail("dead-token")
+    assert give(f"Authorization: Bearer {old.access_token}\n", "reject", "us") == Ran(0, "", "")
+    assert command("get", "kr").out != old.access_token + "\n"
+    assert give(old.access_token, "reject", "kr") == Ran(0, "", "")
+    assert asked(quick) == 1
+
+
+def test_reject_of_a_young_token_says_when_a_new_one_comes(quick: Sandbox, give: Give, command: Command) -> None:
+    """Within KIS's six hours: 4 with the time, and no process serves it any more; nothing on standard input: 2."""
+    young = cached(86_000)
+    ran = give(young.access_token, "reject", "us")
+    assert (ran.code, "six hours after its issue" in ran.err) == (4, True)
+    assert json.loads(command("check", "us", "--json").out)[0]["status"] == "REJECTED"
+    assert (give("\n", "reject", "us").code, asked(quick)) == (2, 0)
+
+
+def test_reject_replaces_an_approval_key(quick: Sandbox, give: Give, command: Command) -> None:
+    """The rejected one is not served again; `check --json` says when the present one expires, once there is any."""
+    assert "approval_key_expires_at" not in command("check", "us", "--json").out
+    first = command("get", "us", "--approval-key").out
+    assert "approval_key_expires_at" in json.loads(command("check", "--json").out)[1]
+    time.sleep(0.1)
+    assert give(first, "reject", "us", "--approval-key") == Ran(0, "", "")
+    assert command("get", "us", "--approval-key").out != first
+    assert asked(quick) == 0
+
+
+@pytest.fixture
+def elsewhere(gateway: Sandbox, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `get us --json` prints on another machine with the same key."""
+    gateway.set_rules(issue_interval=0)
+    with monkeypatch.context() as there:
+        there.setenv("KIS_TOKEN_DIR", str(tmp_path / "elsewhere"))
+        ran = command("get", "us", "--json")
+    assert ran.code == 0
+    return ran.out
+
+
+def test_a_token_moves_to_another_machine_without_an_issue(
+    elsewhere: str, gateway: Sandbox, give: Give, command: Command
+) -> None:
+    """It is proven by one quote call, serves all markets of the key, and starts the six hours but not our limits."""
+    ran = give(elsewhere, "import", "us")
+    assert ran.code == 0, ran.err
+    assert TokenManager("kr").get_valid_token() == json.loads(elsewhere)["access_token"]
+    assert on_disk().issued_at == datetime.fromisoformat(json.loads(elsewhere)["issued_at"]).replace(microsecond=0)
+    assert outcomes() == ["imported"]
+    assert (asked(gateway), gateway.stats()["quotes"]) == (1, 1)
+    assert "Known already" in give(elsewhere, "import", "us").out
+    status = TokenManager("us").get_token_status()
+    assert (status["issues_last_24h"], status["cooldown_until"]) == (0, None)
+    assert "six hours after its issue" in command("refresh", "us").err
+
+
+FORMS = {
+    "bare": "{token}",
+    "as PowerShell pipes it": "\ufeff{token}\r\n",
+    "a header": "Authorization: Bearer {token}",
+    "for a shell": "export KIS_ACCESS_TOKEN='{token}'\nexport KIS_TOKEN_EXPIRES_AT=2099-01-01T00:00:00Z",
+    "for docker": "KIS_ACCESS_TOKEN={token}\nKIS_TOKEN_EXPIRES_AT=2099-01-01T00:00:00Z",
+    "credential_process": '{{"Version": 1, "token": "{token}", "Expiration": "2099-01-01T00:00:00Z"}}',
+    "tokenP's answer": '{{"access_token": "{token}", "access_token_token_expired": "2099-01-01 00:00:00"}}',
+    "the sample's YAML": "token: {token}\nvalid-date: 2099-01-01 00:00:00\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_token_is_taken_in_every_form(form: str, give: Give, gateway: Sandbox) -> None:
+    """Its own `exp` decides where it is earlier than what stands beside it; --offline asks nobody."""
+    token = make_jwt(APP_KEY, life=7200)
+    ran = give(FORMS[form].format(token=token), "import", "us", "--offline")
+    assert ran.code == 0, ran.err
+    assert on_disk().access_token == token
+    assert timedelta(hours=1) < on_disk().expires_at - datetime.now(UTC) <= timedelta(hours=2)
+    assert gateway.stats()["requests"] == []
+
+
+def late(**fields: object) -> str:
+    """JSON with a token of the key that lives, and other fields."""
+    return json.dumps({"access_token": make_jwt(APP_KEY), "expires_at": "2099-01-01T00:00Z", **fields})
+
+
+REFUSED_INPUT: dict[str, tuple[Callable[[], str], int, str]] = {
+    "nothing": (lambda: "", 2, "holds no token"),
+    "far too much": (lambda: "x" * 70_000, 2, "holds no token"),
+    "an opaque token without an expiry": (lambda: "not-a-jwt", 2, "gives its expiry"),
+    "JSON that is no object": (lambda: "[1]", 2, "gives its expiry"),
+    "another key's": (make_jwt, 2, "another app key"),
+    "expired": (lambda: make_jwt(APP_KEY, life=-60), 3, "of no use any more"),
+    "about to expire": (lambda: make_jwt(APP_KEY, life=200), 3, "of no use any more"),
+    "of the other environment": (lambda: late(environment="paper"), 2, "is paper"),
+    "an environment that is none": (lambda: late(environment=KEY), 2, "is unknown"),
+    "an opaque one that nobody proves": (lambda: late(access_token="opaque"), 2, "does not say whose it is"),
+}
+
+
+@pytest.mark.usefixtures("gateway")
+@pytest.mark.parametrize("case", REFUSED_INPUT)
+def test_what_is_no_token_of_the_key_is_refused(case: str, give: Give) -> None:
+    """A sentence says what is wrong, nothing is saved, and no output repeats the token."""
+    text, code, words = REFUSED_INPUT[case]
+    ran = give(text(), "import", "us", "--offline")
+    assert (ran.code, words in one_line(ran)) == (code, True), ran.err
+    assert TokenManager("us").load_token() is None
+    assert outcomes() == []
+
+
+def test_a_token_that_kis_refuses_is_not_saved(gateway: Sandbox, give: Give) -> None:
+    """The probe's refusal has KIS's code; where KIS cannot be asked, --offline is offered."""
+    refused = give(make_jwt(APP_KEY), "import", "us")
+    assert (refused.code, "EGW00121" in one_line(refused)) == (3, True)
+    gateway.__exit__()  # KIS is gone
+    unknown = give(make_jwt(APP_KEY), "import", "us")
+    assert (unknown.code, "--offline" in one_line(unknown)) == (6, True)
+    assert TokenManager("us").load_token() is None
+    gateway.__enter__()
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_better_token_is_not_overwritten(give: Give) -> None:
+    """The present token that lasts longer stays, unless --force says otherwise."""
+    longer, shorter = make_jwt(APP_KEY, life=80_000), make_jwt(APP_KEY, life=40_000)
+    assert give(longer, "import", "us", "--offline").code == 0
+    declined = give(shorter, "import", "us", "--offline")
+    assert (declined.code, "lasts longer" in one_line(declined)) == (2, True)
+    assert on_disk().access_token == longer
+    assert give(shorter, "import", "us", "--offline", "--force").code == 0
+    assert on_disk().access_token == shorter
+
+
+def test_a_token_that_is_known_to_be_dead_needs_proof(elsewhere: str, gateway: Sandbox, give: Give) -> None:
+    """What KIS has rejected comes back only when KIS accepts it again."""
+    assert give(elsewhere, "import", "us").code == 0
+    gateway.fail("down")
+    assert give(elsewhere, "reject", "us").code == 4
+    declined = give(elsewhere, "import", "us", "--offline")
+    assert (declined.code, "rejected this very token" in one_line(declined)) == (3, True)
+    assert give(elsewhere, "import", "us").code == 0
+    assert not TokenManager("us").is_token_expired()
+
+
+@pytest.mark.usefixtures("gateway")
+def test_completion_knows_commands_options_and_the_settings_markets(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script for bash, asked by bash itself; those for zsh and fish have the markets too."""
+    monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
+    Path("script").write_text(command("completion", "bash").out)
+    for line, offered in {"ge": {"get"}, "get ": {"us", "kr", "hk"}, "export kr --to ": {*CLIENTS}}.items():
+        words = ["tokencore", *line.split(), *([""] if line.endswith(" ") else [])]
+        typed = f"COMP_WORDS=({' '.join(word or repr('') for word in words)}); COMP_CWORD={len(words) - 1}"
+        ask = 'compopt() { :; }; _shtab_tokencore; printf "%s\\n" "${COMPREPLY[@]}"'
+        program = ["bash", "-c", f"source ./script\n{typed}\n{ask}"]
+        assert set(subprocess.run(program, capture_output=True, text=True, check=True).stdout.split()) == offered
+    assert all("us kr hk" in command("completion", shell).out for shell in ("zsh", "fish"))

@@ -23,7 +23,7 @@ from prefect.server.schemas.schedules import CronSchedule
 from prefect.utilities.callables import parameter_schema
 
 import flows
-from flows.messages import CHECK_MINUTE
+from flows.alerts import CHECK_MINUTE
 from flows.refresh_token import Market
 from flows.runs import kis_is_down
 from flows.stack import api, deployments

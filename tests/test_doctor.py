@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import socket
 import sys
 import threading
@@ -19,8 +20,8 @@ import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt
 from running import Ran, asked, cached, folder, on_disk, snapshot, start, tokencore
 
-from tokencore import TokenManager, doctor
-from tokencore.doctor import others
+from tokencore import TokenManager
+from tokencore.reports import doctor
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
@@ -44,16 +45,16 @@ class Answers:
 @pytest.fixture
 def answers() -> Iterator[tuple[Answers, str]]:
     """The server and its address."""
-    told = Answers()
+    answers = Answers()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", "0")))
-            told.asked.append((self.path, self.headers.get("Authorization", "")))
-            status, content = told.by_path.get(self.path, (404, {}))
+            answers.asked.append((self.path, self.headers.get("Authorization", "")))
+            status, content = answers.by_path.get(self.path, (404, {}))
             body = json.dumps(content).encode()
             self.send_response_only(status)
-            for name, value in {"Content-Length": str(len(body)), **told.headers}.items():
+            for name, value in {"Content-Length": str(len(body)), **answers.headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
@@ -65,7 +66,7 @@ def answers() -> Iterator[tuple[Answers, str]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield told, f"http://127.0.0.1:{server.server_port}"
+        yield answers, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
@@ -129,7 +130,8 @@ def test_looking_issues_and_writes_nothing_and_tells_no_secret(
     cached(20_000)
     before = snapshot(folder())
     said += [command("doctor"), command("doctor", "--json")]
-    assert snapshot(folder()) == before
+    after = snapshot(folder())
+    assert [path for path in before | after if after.get(path) != before.get(path)] == [str(folder())], "its time alone"
     assert asked(gateway) == 0
     assert [canary for canary in CANARIES if any(canary in ran.out + ran.err for ran in said)] == []
 
@@ -146,16 +148,17 @@ def test_text_fits_80_columns_without_colours(command: Command) -> None:
 
 def test_settings_are_told_with_their_origin(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is shown, or masked to its length, with where it came from; odd lengths are told, misspelt names too."""
-    Path(".env").write_text("KIS_APP_KEY=PSshort\nKIS_BUFER=5\nKIS_BASE_URL=http://127.0.0.1:1\nKIS_OTHERS=1\n")
+    Path(".env").write_text("KIS_APP_KEY=PSshort\nKIS_BUFER=5\nKIS_OTHERS=1\n")
     Path(".env").chmod(0o644)
     monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
     monkeypatch.setenv("KIS_APP_SECRET", SECRET)
+    monkeypatch.setenv("KIS_BASE_URL", "http://127.0.0.1:1")
     lines = found(command, 3)
     key = only(lines, "setting KIS_APP_KEY")
-    assert (key["state"], key["detail"].partition(";")[0]) == ("ok", "7 characters, from .env")
+    assert (key["state"], key["detail"].partition(";")[0]) == ("ok", f"7 characters, from {Path('.env').resolve()}")
     assert "KIS's have 36" in key["detail"]
     assert only(lines, "setting KIS_MARKETS__HK__EXCHANGES")["detail"] == "SEHK, from the environment"
-    assert only(lines, "setting KIS_BUFER")["cure"] == "meant is perhaps KIS_BUFFER"
+    assert only(lines, "setting KIS_BUFER")["cure"] == "did you mean KIS_BUFFER?"
     assert only(lines, "setting KIS_OTHERS")["state"] == "skipped"
     assert only(lines, "settings file")["cure"] == "chmod 600 .env"
 
@@ -169,7 +172,7 @@ def test_a_secret_in_the_keyring_is_told_without_its_text(isolated: Path, monkey
     own["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}{os.pathsep}{Path(__file__).parent}"
     locked = json.loads(tokencore("doctor", "--json", **own).out)
     states = {one["name"]: one["state"] for one in locked}
-    assert (states["keyring"], states["token us"]) == ("fail", "ok")
+    assert (states["keyring"], states["token us"] == "fail") == ("fail", False), "what is cached serves"
     (isolated / "keyring.json").write_text(json.dumps({"kis": {"KIS_APP_SECRET": APP_SECRET}}))
     ran = tokencore("doctor", "--json", **own)
     assert ran.code == 0
@@ -234,7 +237,7 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who holds a lock")
 @pytest.mark.usefixtures("gateway")
-def test_who_holds_the_lock_is_told(command: Command) -> None:
+def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that holds the key's lock is named, and not disturbed; without one it is free."""
     TokenManager("us").get_valid_token()
     assert only(found(command, 0), "lock")["detail"] == "free"
@@ -246,10 +249,40 @@ def test_who_holds_the_lock_is_told(command: Command) -> None:
     with start(program, str(path)) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        one = only(found(command, 0), "lock")
-        assert one["state"] == "ok"
-        assert f"process {holder.pid} (" in one["detail"]
+        monkeypatch.setattr(doctor, "LOCK_WAIT", 0.2)
+        one = only(found(command, 1), "lock")
+        assert (one["state"], f"held by process {holder.pid} for" in one["detail"]) == ("warn", True)
         holder.communicate("\n")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_copy_that_cannot_be_written_is_named_until_it_can(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last failure of each export is kept with the key; the next copy that succeeds ends it."""
+    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", "mojito2:~/bot")
+    Path("~/bot").expanduser().write_text("no folder")
+    TokenManager("us").get_valid_token()
+    one = only(found(command, 1), "exports")
+    assert re.match(r"mojito2:.*/bot is not up to date: ", one["detail"])
+    Path("~/bot").expanduser().unlink()
+    Path("~/bot").expanduser().mkdir(0o700)
+    command("tick")
+    TokenManager("us").save_token(on_disk())
+    assert "exports" not in found(command, 0)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives a file away")
+@pytest.mark.usefixtures("gateway")
+def test_what_cannot_be_used_is_found_by_trying(command: Command) -> None:
+    """A lock that is a folder and a directory of another user are failures with what to do, though they look fine."""
+    TokenManager("us").get_valid_token()
+    lock = next(folder().glob("key-*.lock"))
+    lock.unlink()
+    lock.mkdir()
+    assert only(found(command, 7), "lock")["state"] == "fail"
+    lock.rmdir()
+    os.chown(folder(), 12_345, -1)
+    one = only(found(command, 7), "token directory")
+    assert "belongs to another user (uid 12345)" in one["detail"]
 
 
 def test_a_rejected_token_is_exit_3_and_asked_for_once(gateway: Sandbox, command: Command) -> None:
@@ -306,9 +339,9 @@ def test_the_whole_examination_is_bounded(command: Command, monkeypatch: pytest.
         monkeypatch.setenv("KIS_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         cached(20_000)
         monkeypatch.setenv("KIS_TIMEOUT", "0.2")
-        monkeypatch.setattr("tokencore.doctor.reach.PATIENCE", 0.2)
+        monkeypatch.setattr("tokencore.reports.doctor.PATIENCE", 0.2)
         assert "does not answer" in only(found(command, 6), "kis")["detail"]
-        monkeypatch.setattr("tokencore.doctor.reach.PATIENCE", 3)
+        monkeypatch.setattr("tokencore.reports.doctor.PATIENCE", 3)
         monkeypatch.setattr(doctor, "DEADLINE", 0.3)
         began = time.monotonic()
         lines = found(command, 1)
@@ -340,7 +373,7 @@ def test_slack_is_asked_without_posting(
 ) -> None:
     """A bot by auth.test with its token, a webhook by its host alone: its path is a secret and would post."""
     told, url = answers
-    monkeypatch.setattr(others, "SLACK_API", f"{url}/api/")
+    monkeypatch.setattr(doctor, "SLACK_API", f"{url}/api/")
     monkeypatch.setenv("SLACK_BOT_TOKEN", "xoxb-Canary")
     monkeypatch.setenv("SLACK_CHANNEL", "#tokens")
     told.by_path["/api/auth.test"] = 200, {"ok": True}
@@ -381,26 +414,6 @@ def test_prefect_is_asked_for_its_deployments_and_worker(
     assert "NOT_READY" in only(lines, "prefect worker")["detail"]
     told.by_path["/api/deployments/filter"] = 401, {}
     assert "PREFECT_API_AUTH_STRING" in only(found(command, 1), "prefect")["cure"]
-
-
-def test_real_and_paper_with_one_app_key_are_two_keys(
-    gateway: Sandbox, isolated: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A place that the settings give to both is a failure, one for two markets of a key is none; no copy is foreign."""
-    gateway.set_rules(same_token=0)
-    monkeypatch.setenv("KIS_MARKETS__TEST__ENVIRONMENT", "paper")
-    monkeypatch.setenv("KIS_MARKETS__TEST__BASE_URL", gateway.url)
-    monkeypatch.setenv("KIS_MAX_ISSUES_PER_DAY", "4")  # at one address, both are on one record
-    TokenManager("us").export("mojito2", str(isolated))
-    TokenManager("test").get_valid_token()
-    monkeypatch.setenv("KIS_MARKETS__TEST__EXPORTS", "kis-auth")
-    for market in ("US", "KR"):
-        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXPORTS", f"kis-auth:{isolated}/KIS/../KIS/config")
-    lines = found(command, 2)
-    assert "KIS/config (kis-auth) is named by" in only(lines, "exports")["detail"]
-    assert only(lines, "duplicates")["state"] == "ok"
-    monkeypatch.delenv("KIS_MARKETS__TEST__EXPORTS")
-    assert "exports" not in found(command, 0)
 
 
 class Bomb:

@@ -1,24 +1,41 @@
-"""Incidents: who tells what of them, when, and what the file keeps."""
+"""Incidents: what people are told of them and when, and what the document keeps."""
 
 from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows import causes
-from flows.incidents import CLAIM, FORGOTTEN, Incidents, new
-from flows.life import ACT, HALF, LAST_CALL, NEAR, PUNCTUALITY, REMINDERS, Telling, next_telling
+from flows.alerts import causes
+from flows.alerts.incidents import (
+    ACT,
+    FORGOTTEN,
+    HALF,
+    LAST_CALL,
+    NEAR,
+    PUNCTUALITY,
+    REMINDERS,
+    Busy,
+    Incident,
+    Telling,
+    changing,
+    met,
+    new,
+    next_telling,
+    over,
+    parse,
+)
+from tokencore import open_document
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flows.causes import Cause
+    from flows.alerts.causes import Cause
 
 MONDAY = datetime(2026, 11, 23, 7, 35, tzinfo=UTC)  # 16:35 in Seoul, the anchor
 NEED = MONDAY + timedelta(hours=6)
@@ -27,13 +44,13 @@ HOUR = timedelta(hours=1)
 
 def story(cause: Cause, need: datetime | None, looks: list[datetime]) -> list[tuple[datetime, Telling]]:
     """What people are told of an incident by runs that look at these times, each knowing of the next."""
-    one = new("us", cause, need, looks[0])
+    known: list[Incident] = []
     told = []
     for now, later in zip(looks, [*looks[1:], looks[-1] + HOUR], strict=True):
-        one.met(need, now)
-        if telling := next_telling(one, cause, now, later):
+        one, telling = met(known, "us", cause, need, now, later)
+        if telling:
             told.append((now, telling))
-            one.heard(telling, now)
+            one.heard(telling, now, None)
             assert next_telling(one, cause, now, later) is None
     return told
 
@@ -46,6 +63,15 @@ def hourly(hours: int) -> list[datetime]:
 def kinds(told: list[tuple[datetime, Telling]]) -> list[tuple[int, str]]:
     """The hour and the kind of each telling."""
     return [((at - MONDAY) // HOUR, telling.kind) for at, telling in told]
+
+
+def opened(known: list[Incident], cause: Cause, *, subject: str = "us", now: datetime = MONDAY) -> Incident:
+    """An incident that people were told of at `now`."""
+    one, telling = met(known, subject, cause, None, now, NEED)
+    assert telling
+    assert telling.kind == "opened"
+    one.heard(telling, now, None)
+    return one
 
 
 def test_an_incident_is_opened_escalated_twice_and_reminded_in_between() -> None:
@@ -62,13 +88,12 @@ def test_an_incident_is_opened_escalated_twice_and_reminded_in_between() -> None
 
 
 def test_reminders_come_at_growing_intervals() -> None:
-    """Where no need is known, an incident is told again after 1, 3, 6, 12 and 24 hours, and then daily."""
+    """Where no need is known, people are reminded after 1, 3, 6, 12 and 24 hours, and then daily."""
     told = story(causes.SETTINGS, None, hourly(24 * 4))
-    assert kinds(told)[0] == (0, "opened")
     assert [at for at, _ in kinds(told)] == [0, 1, 4, 10, 22, 46, 70, 94]
 
 
-def test_kis_being_down_is_told_once_it_presses() -> None:
+def test_kis_being_down_is_told_once_it_is_urgent() -> None:
     """An outage that ends in the first half of the lead is nobody's business."""
     assert kinds(story(causes.DOWN, NEED, hourly(6))) == [(3, "opened"), (4, "reminded"), (5, "escalated")]
     assert story(causes.DOWN, NEED, hourly(3)) == []
@@ -87,10 +112,12 @@ def test_who_has_hours_is_not_called() -> None:
 def test_the_next_need_is_escalated_anew() -> None:
     """When a session was lost and the next comes into danger, people hear of that one too."""
     one = new("us", causes.LIMIT, MONDAY, MONDAY)
-    one.heard(Telling("opened", LAST_CALL, page=True), MONDAY)
-    one.met(NEED, MONDAY)
-    telling = next_telling(one, causes.LIMIT, MONDAY + timedelta(minutes=200), MONDAY + timedelta(minutes=205))
-    assert telling == Telling("escalated", HALF, page=True)
+    one.heard(Telling("opened", LAST_CALL, page=True), MONDAY, None)
+    known, later = [one], MONDAY + timedelta(minutes=200)
+    met(known, "us", causes.LIMIT, NEED, MONDAY, NEED)
+    assert met(known, "us", causes.LIMIT, NEED, later, later + timedelta(minutes=5))[1] == Telling(
+        "escalated", HALF, page=True
+    )
 
 
 def test_a_foreign_token_is_told_once() -> None:
@@ -122,88 +149,109 @@ def test_whatever_the_times_nothing_is_told_twice(lead: int, pauses: list[int], 
         assert calls[0] <= max(need - ACT, MONDAY)
 
 
-def test_what_a_killed_run_had_set_out_to_tell_is_told_by_another(tmp_path: Path) -> None:
-    """A claim keeps others from telling for a minute, not for ever."""
-    incidents = Incidents(tmp_path)
-    met = [incidents.met("us", causes.LIMIT, NEED, MONDAY + part * CLAIM, NEED)[1] for part in (0, 0.5, 1)]
-    assert [telling is not None for telling in met] == [True, False, True]
+def test_one_outage_is_one_incident_whatever_kis_answers() -> None:
+    """Another cause is news only where it now takes a person; the length counts from the first."""
+    known: list[Incident] = []
+    opened(known, causes.LIMIT)
+    for cause in (causes.DOWN, causes.WAITING, causes.RESTRICTED):
+        assert met(known, "us", cause, None, MONDAY + HOUR / 2, NEED)[1] is None
+    _, telling = met(known, "us", causes.CREDENTIALS, None, MONDAY + HOUR / 2, NEED)
+    assert telling
+    assert telling.kind == "opened"
+    assert [(one.cause, one.opened_at) for one in known] == [("credentials", MONDAY)]
 
 
-def test_trouble_that_returns_before_its_end_was_told_never_ended(tmp_path: Path) -> None:
+def test_trouble_that_returns_before_its_end_was_told_never_ended() -> None:
     """Then there is nothing new to tell, and the length counts from the first time."""
-    incidents = Incidents(tmp_path)
-    one, telling = incidents.met("us", causes.LIMIT, None, MONDAY, NEED)
-    assert telling
-    incidents.heard(one, telling, MONDAY, None)
-    assert incidents.over("us", MONDAY + CLAIM)
-    assert incidents.met("us", causes.LIMIT, None, MONDAY + 2 * CLAIM, NEED)[1] is None
-    (over,) = incidents.over("us", MONDAY + 3 * CLAIM)
-    assert over.opened_at == MONDAY
-    assert over.closed_at == MONDAY + 3 * CLAIM
+    known: list[Incident] = []
+    opened(known, causes.LIMIT)
+    assert over(known, "us", MONDAY + HOUR / 4, foreign=False, lasting=False)
+    assert met(known, "us", causes.LIMIT, None, MONDAY + HOUR / 3, NEED)[1] is None
+    (ended,) = over(known, "us", MONDAY + HOUR, foreign=False, lasting=False)
+    assert (ended.opened_at, ended.closed_at) == (MONDAY, MONDAY + HOUR)
 
 
-def test_what_nobody_was_to_hear_of_ends_without_a_word(tmp_path: Path) -> None:
-    """An outage that did not press leaves no message and nothing in the file."""
-    incidents = Incidents(tmp_path)
-    assert incidents.met("us", causes.DOWN, NEED, MONDAY, MONDAY + HOUR)[1] is None
-    assert incidents.over("us", MONDAY + HOUR) == []
-    assert json.loads((tmp_path / "incidents.json").read_text())["incidents"] == []
+def test_what_nobody_was_told_of_ends_without_a_word() -> None:
+    """An outage that was never urgent leaves no message and no entry."""
+    known: list[Incident] = []
+    assert met(known, "us", causes.DOWN, NEED, MONDAY, MONDAY + HOUR)[1] is None
+    assert over(known, "us", MONDAY + HOUR, foreign=False, lasting=False) == []
+    assert known == []
 
 
-def test_the_end_of_what_slack_did_not_take_is_told(tmp_path: Path) -> None:
-    """People hear at least afterwards of an incident that somebody had set out to tell them of."""
-    incidents = Incidents(tmp_path)
-    assert incidents.met("us", causes.LIMIT, NEED, MONDAY, MONDAY + HOUR)[1]
-    assert [one.cause for one in incidents.over("us", MONDAY + HOUR)] == ["limit"]
+def test_a_recovery_is_told_until_slack_has_it() -> None:
+    """It stays closed, with the time of its end, until whoever told it forgets it; other subjects are left alone."""
+    known: list[Incident] = []
+    opened(known, causes.LIMIT)
+    opened(known, causes.LIMIT, subject="hk")
+    for hours in (1, 2):
+        (ended,) = over(known, "us", MONDAY + hours * HOUR, foreign=False, lasting=False)
+        assert ended.closed_at == MONDAY + HOUR
+    assert [one.subject for one in known] == ["us", "hk"]
 
 
-def test_what_nobody_met_for_a_week_is_new_when_it_returns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cause", "foreign", "lasting", "ended", "left"),
+    [
+        (causes.CREDENTIALS, False, True, 0, 1),  # KIS still refuses them
+        (causes.FOREIGN_TOKEN, True, False, 0, 1),  # the token is still there
+        (causes.FOREIGN_TOKEN, False, True, 1, 1),
+        (causes.FOREIGN_LIMIT, True, False, 0, 0),  # the token that comes with it is what remains of it
+        (causes.LIMIT, True, False, 1, 1),
+    ],
+)
+def test_what_is_not_over_is_not_called_solved(
+    cause: Cause, *, foreign: bool, lasting: bool, ended: int, left: int
+) -> None:
+    """Refused credentials and someone else's token outlive a check that finds the token in order."""
+    known: list[Incident] = []
+    opened(known, cause)
+    assert len(over(known, "us", MONDAY + HOUR, foreign=foreign, lasting=lasting)) == ended
+    assert len(known) == left
+
+
+def test_what_nobody_met_for_a_week_is_new_when_it_returns() -> None:
     """A paused deployment leaves its incident behind; a later one of the kind is not its continuation."""
-    incidents = Incidents(tmp_path)
-    one, telling = incidents.met("TKSE", causes.SETTINGS, None, MONDAY, NEED)
-    assert telling
-    incidents.heard(one, telling, MONDAY, None)
-    again, telling = incidents.met("TKSE", causes.SETTINGS, None, MONDAY + FORGOTTEN, NEED)
-    assert again.opened_at == MONDAY + FORGOTTEN
-    assert telling
-    assert telling.kind == "opened"
+    known: list[Incident] = []
+    opened(known, causes.SETTINGS, subject="TKSE")
+    assert opened(known, causes.SETTINGS, subject="TKSE", now=MONDAY + FORGOTTEN).opened_at == MONDAY + FORGOTTEN
 
 
-def test_nobody_tells_before_slack_wants_to_hear(tmp_path: Path) -> None:
-    """Slack's Retry-After holds for every run and every incident; what is due waits for its end."""
-    incidents = Incidents(tmp_path)
-    incidents.quiet(MONDAY + HOUR)
-    assert incidents.met("us", causes.LIMIT, None, MONDAY, NEED)[1] is None
-    assert incidents.met("kr", causes.LIMIT, None, MONDAY, NEED)[1] is None
-    one, telling = incidents.met("us", causes.LIMIT, None, MONDAY + HOUR, NEED)
-    assert telling
-    assert telling.kind == "opened"
-    incidents.heard(one, telling, MONDAY + HOUR, None)
-    incidents.quiet(MONDAY + 3 * HOUR)
-    assert [len(incidents.over("us", MONDAY + hours * HOUR)) for hours in (2, 3)] == [0, 1]
-
-
-def test_the_file_of_the_first_version_is_read(tmp_path: Path) -> None:
-    """What was told then is not told again; what was closed then is, once."""
-    times = {"opened_at": MONDAY.isoformat(), "claimed_at": None}
-    old = [
-        {"subject": "us", "cause": "limit", "told": True, "closed_at": None, **times},
-        {"subject": "kr", "cause": "limit", "told": True, "closed_at": MONDAY.isoformat(), **times},
-        {"subject": "hk", "cause": "limit", "told": False, "closed_at": None, **times},
-    ]
+def test_the_document_of_version_0_1_is_read_and_kept(tmp_path: Path) -> None:
+    """What was told then is not told again; what this version does not know stays for the other one."""
+    told = {"subject": "us", "cause": "limit", "opened_at": MONDAY.isoformat(), "told_at": MONDAY.isoformat()}
+    old = {"slack_from": MONDAY.isoformat(), "incidents": [told | {"claimed_at": MONDAY.isoformat()}]}
     (tmp_path / "incidents.json").write_text(json.dumps(old))
-    incidents = Incidents(tmp_path)
-    later = MONDAY + timedelta(minutes=30)
-    assert incidents.met("us", causes.LIMIT, None, later, NEED)[1] is None
-    assert [one.closed_at for one in incidents.over("kr", later)] == [MONDAY]
-    telling = incidents.met("hk", causes.LIMIT, None, later, NEED)[1]
-    assert telling
-    assert telling.kind == "opened"
+    with changing(open_document(str(tmp_path), "incidents"), wait=1) as known:
+        assert met(known, "us", causes.LIMIT, None, MONDAY + HOUR / 2, NEED)[1] is None
+    kept = json.loads((tmp_path / "incidents.json").read_text())
+    assert kept["slack_from"] == MONDAY.isoformat()
+    assert [one["subject"] for one in kept["incidents"]] == ["us"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"subject": "us"}]', '{"incidents": 3}', "\x00\xff"])
-def test_a_damaged_file_of_incidents_is_begun_anew(tmp_path: Path, content: str) -> None:
-    """Whatever stands in the file, the trouble is told rather than kept."""
-    (tmp_path / "incidents.json").write_text(content, "latin-1")
-    assert Incidents(tmp_path).met("us", causes.LIMIT, None, MONDAY, NEED)[1]
-    assert not Incidents(tmp_path).met("us", causes.LIMIT, None, MONDAY, NEED)[1]
+@pytest.mark.parametrize("content", [{}, {"incidents": 3}, {"incidents": [3, {"subject": "us"}]}])
+def test_a_damaged_document_is_begun_anew(content: dict[str, Any]) -> None:
+    """Whatever is in it, the trouble is told rather than kept."""
+    known = parse(content)
+    assert met(known, "us", causes.LIMIT, None, MONDAY, NEED)[1]
+
+
+def test_what_slack_accepted_is_noted_although_the_run_fails_then(tmp_path: Path) -> None:
+    """The changes are written whatever ends the block, so that what was told is not told again."""
+    document = open_document(str(tmp_path), "incidents")
+
+    def fail_after_telling() -> None:
+        with changing(document, wait=1) as known:
+            opened(known, causes.LIMIT)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_after_telling()
+    assert [one.told_at for one in parse(document.read())] == [MONDAY]
+
+
+def test_who_finds_others_telling_gives_up(tmp_path: Path) -> None:
+    """The lock is waited for no longer than asked; nothing is changed then."""
+    document = open_document(str(tmp_path), "incidents")
+    with changing(document, wait=1), pytest.raises(Busy), changing(document, wait=0.05):
+        pass

@@ -17,14 +17,15 @@ from tokencore import (
     BaseTokenManager,
     ConfigurationError,
     IssuanceLimitError,
+    Key,
     KRTokenManager,
+    Settings,
     TokenManager,
     TokenStoreError,
     TokenUnavailableError,
     USTokenManager,
-    serving,
 )
-from tokencore.cache import Cache
+from tokencore.stores.file_store import FileStore
 
 if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
@@ -50,7 +51,7 @@ def test_paper_has_files_of_its_own_where_one_address_serves_both(
     USTokenManager().get_valid_token()
     TokenManager("test").get_valid_token()
     assert [TokenManager(market).get_token_status()["status"] for market in ("us", "kr", "test")] == ["VALID"] * 3
-    assert (KRTokenManager().sharing(), TokenManager("test").sharing()) == (["us", "kr"], ["test"])
+    assert [key.label for key in Key.load(Settings.load())] == ["us+kr", "test (paper)"]
     assert asked(gateway) == 2
 
 
@@ -61,7 +62,8 @@ def test_files_have_the_contracts_names_fields_and_modes() -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder().iterdir()}
     key = next(name for name in modes if name.endswith(".lock")).removesuffix(".lock")
     marks = {f"{market}_token_issued_at.dat" for market in ("us", "kr")}
-    assert set(modes) == {"us_api_token.json", "kr_api_token.json", f"{key}.lock", f"{key}.jsonl", *marks}
+    views = {f"{market}_api_token.json" for market in ("us", "kr")}
+    assert set(modes) == {f"{key}.json", f"{key}.lock", f"{key}.jsonl", ".gitignore", *views, *marks}
     assert set(modes.values()) == {0o600}
     assert stat.S_IMODE(folder().stat().st_mode) == 0o700
     content = json.loads((folder() / "us_api_token.json").read_text())
@@ -111,12 +113,12 @@ def test_another_processs_renewal_is_seen_within_a_second(gateway: Sandbox) -> N
 @pytest.mark.usefixtures("gateway")
 def test_a_look_at_an_unchanged_file_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a second the token costs a `stat` and no more; when it ends, and whether it was rejected, is minded too."""
-    monkeypatch.setattr(serving, "FRESH", 0.0)
+    monkeypatch.setattr("tokencore.manager.FRESH", 0.0)
     manager = USTokenManager()
     token = manager.get_valid_token()  # from KIS,
     manager.get_valid_token()  # and now from the file
     with monkeypatch.context() as looking:
-        looking.setattr(Cache, "read", lambda *_: pytest.fail("it was read"))
+        looking.setattr(FileStore, "read", lambda *_: pytest.fail("it was read"))
         assert manager.get_valid_token() == manager.token_at_hand() == token
         due = time.time() + DAY - 1800  # when renewals ahead begin
         looking.setattr(time, "time", lambda: due)
@@ -198,9 +200,17 @@ def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
 
 
 def test_base_manager_is_not_complete() -> None:
-    """The base class alone knows no market."""
-    with pytest.raises(NotImplementedError):
+    """The base class, used as it is, says in one sentence what a subclass has to give."""
+    with pytest.raises(
+        NotImplementedError, match=r"has to give get_api_url.*get_token_file_prefix"
+    ):
         BaseTokenManager()
+
+
+def test_us_and_kr_state_only_what_is_theirs() -> None:
+    """Beside their names they have no method of their own: all logic is the base's."""
+    for own in (USTokenManager, KRTokenManager):
+        assert {name for name in vars(own) if not name.startswith("__")} == set()
 
 
 @pytest.mark.usefixtures("gateway")
@@ -224,7 +234,7 @@ def test_status_is_a_mapping_and_the_info_is_for_people() -> None:
     assert (status["status"], status["valid"]) == ("EXPIRING_SOON", True)
     assert 24 * 60 < status["remaining_seconds"] <= 25 * 60
     told = USTokenManager().get_token_info().splitlines()
-    assert {line[:13].rstrip() for line in told} >= {"market", "status", "valid until", "left", "file"}
+    assert {line[:13].rstrip() for line in told} >= {"market", "status", "left", "file"}
     assert any("KST" in line and "local" in line for line in told)
 
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
 
 import pytest
 import requests
+import yaml
 from builders import CANARIES, KEY, SECRET
 from prometheus_client.parser import text_string_to_metric_families
 from running import Ran, cached, folder, issue_of, on_disk, one_line, snapshot
 
-from tokencore import TokenManager
-from tokencore.commands.health import LOOPBACK, _address
-from tokencore.exporter import Exporter
-from tokencore.record import Outcome
+from tokencore import Key, Settings, TokenManager
+from tokencore.attempts import Outcome
+from tokencore.commands.monitoring import LOOPBACK, address
+from tokencore.reports.metrics import TokenCollector, Watch, listening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tokencore.sandbox import Sandbox
 
@@ -40,15 +47,15 @@ def samples(text: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture
-def exporter(gateway: Sandbox) -> Iterator[Exporter]:  # noqa: ARG001 - for its settings
-    """The exporter on a free port."""
-    with Exporter(LOOPBACK, 0) as running:
+def url(gateway: Sandbox) -> Iterator[str]:  # noqa: ARG001 - for its settings
+    """Where the exporter answers, on a free port."""
+    with listening(Watch(Key.load), LOOPBACK, 0) as running:
         yield running
 
 
-def get(exporter: Exporter, path: str, **headers: str) -> requests.Response:
+def get(url: str, **headers: str) -> requests.Response:
     """What it answers."""
-    return requests.get(exporter.url + path, headers=headers, timeout=5)
+    return requests.get(url, headers=headers, timeout=5)
 
 
 @pytest.mark.usefixtures("gateway")
@@ -115,39 +122,91 @@ def test_a_textfile_that_cannot_be_written_is_exit_2(command: Command, tmp_path:
     assert [path.name for path in tmp_path.iterdir() if "prom" in path.name] == ["kis.prom"]
 
 
-def test_scrapes_speak_the_format_that_is_asked_for(exporter: Exporter) -> None:
+def test_scrapes_speak_the_format_that_is_asked_for(url: str) -> None:
     """Prometheus' text by default, OpenMetrics for who accepts it; HEAD has no body, other paths are 404."""
-    plain = get(exporter, "/metrics")
-    assert plain.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    plain = get(f"{url}/metrics")
+    assert plain.headers["Content-Type"].startswith("text/plain; version=")
     assert "kis_token_valid" in samples(plain.text)
-    open_metrics = get(exporter, "/metrics?x=1", Accept="application/openmetrics-text; version=1.0.0")
+    open_metrics = get(f"{url}/metrics?x=1", Accept="application/openmetrics-text; version=1.0.0")
     assert open_metrics.headers["Content-Type"].startswith("application/openmetrics-text")
     assert open_metrics.text.endswith("# EOF\n")
-    assert requests.head(exporter.url + "/metrics", timeout=5).content == b""
-    assert get(exporter, "/").status_code == 404
+    assert requests.head(f"{url}/metrics", timeout=5).content == b""
+    assert {get(url + path).status_code for path in ("/", "/readyz/jp", "/readyz/us/x", "/livez/us")} == {404}
 
 
-def test_every_scrape_reads_anew(exporter: Exporter) -> None:
-    """What changed between two scrapes shows in the second."""
-    assert samples(get(exporter, "/metrics").text)["kis_token_valid"]["us"] == 0
+def test_every_scrape_reads_anew(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process's renewal and a new market show in the next one; broken settings leave the last good ones."""
+    assert samples(get(f"{url}/metrics").text)["kis_token_valid"]["us"] == 0
     TokenManager("us").get_valid_token()
-    assert samples(get(exporter, "/metrics").text)["kis_token_valid"]["us"] == 1
+    monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
+    found = samples(get(f"{url}/metrics").text)
+    assert found["kis_token_valid"] == {"us": 1, "kr": 1, "hk": 1}
+    monkeypatch.setenv("KIS_BUFFER", "long")
+    found = samples(get(f"{url}/metrics").text)
+    assert (found["kis_settings_readable"], list(found["kis_token_valid"])) == ({"": 0}, ["us", "kr", "hk"])
+    monkeypatch.setenv("KIS_BUFFER", "300")
+    assert samples(get(f"{url}/metrics").text)["kis_settings_readable"] == {"": 1}
 
 
-@pytest.mark.usefixtures("nowhere")
-def test_ready_is_when_every_market_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 with the reason for each market that lacks a token, 200 when none does; alive it is in any case."""
+@pytest.mark.parametrize("span", ["00:00-23:59", "00:00-00:01"], ids=["open", "closed"])
+def test_ready_is_whoever_has_a_token_for_the_session_that_runs(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, span: str
+) -> None:
+    """503 with the reason only for a market whose session runs without a token that lasts; alive it is in any case."""
+    zone, code = ZoneInfo("Asia/Tokyo"), "TKSE"
+    if not 2 <= datetime.now(zone).hour < 22:  # around midnight one session follows the other
+        zone, code = ZoneInfo("America/New_York"), "NYSE"
+    today, needed = datetime.now(zone).date(), span != "00:00-00:01"
+    for shift in (-1, 0, 1):
+        monkeypatch.setenv(f"KIS_EXCHANGES__{code}__HOURS__{today + timedelta(days=shift)}", span)
+    own = {"MINE__EXCHANGES": code, "MINE__APP_KEY": KEY, "MINE__APP_SECRET": SECRET}
+    for name, value in {**own, "US__EXCHANGES": "[]", "KR__EXCHANGES": "[]"}.items():
+        monkeypatch.setenv(f"KIS_MARKETS__{name}", value)
+    gateway.set_rules(issue_interval=0)
+    with listening(Watch(Key.load), LOOPBACK, 0) as url:
+        answer = get(f"{url}/readyz/MINE")
+        assert answer.status_code == (503 if needed else 200)
+        reason = "mine: not ready: there is no token; the session ends at " if needed else "mine: ready"
+        assert answer.text.startswith(reason)
+        assert get(f"{url}/readyz").status_code == answer.status_code
+        assert get(f"{url}/readyz/us").text == "us: ready\n"
+        assert get(f"{url}/livez").status_code == 200
+        TokenManager("mine").get_valid_token()
+        assert get(f"{url}/readyz").status_code == 200
+
+
+def test_one_broken_key_hides_no_other(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read for one key is 0 in one metric and absent in the others; the other markets are as ever."""
+    gateway.set_rules(issue_interval=0)
     monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
     monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", SECRET)
-    cached()
-    with Exporter(LOOPBACK, 0) as exporter:
-        answer = get(exporter, "/readyz")
-        assert answer.status_code == 503
-        assert answer.text.splitlines()[0] == "us: ready"
-        assert answer.text.splitlines()[1].startswith("kr: not ready: there is no token; ")
-        assert get(exporter, "/livez").status_code == 200
-        TokenManager("kr").get_valid_token()
-        assert get(exporter, "/readyz").status_code == 200
+    TokenManager("us").get_valid_token()
+    TokenManager("kr").get_valid_token()
+    (broken,) = [key for key in Key.load(Settings.load()) if key.name == "kr"]
+    Path(folder() / f"key-{broken.fingerprint}.json").chmod(0o666)
+    with listening(Watch(Key.load), LOOPBACK, 0) as url:
+        found = samples(get(f"{url}/metrics").text)
+        assert found["kis_market_readable"] == {"us": 1, "kr": 0}
+        assert found["kis_token_valid"] == {"us": 1}
+        assert get(f"{url}/readyz").text.splitlines()[1] == "kr: not ready: it cannot be read (TokenStoreError)"
+
+
+def test_a_record_that_cannot_be_read_is_said(url: str) -> None:
+    """The attempts before are unknown then, and an alert looks at it."""
+    TokenManager("us").get_valid_token()
+    path = next(folder().glob("key-*.jsonl"))
+    assert samples(get(f"{url}/metrics").text)["kis_issuance_record_readable"]["us"] == 1
+    path.unlink()
+    path.mkdir()
+    assert samples(get(f"{url}/metrics").text)["kis_issuance_record_readable"] == {"us": 0, "kr": 0}
+
+
+def test_the_approval_keys_expiry_is_there_once_one_was_asked_for(url: str) -> None:
+    """In a day, for each market of the key."""
+    assert "kis_approval_key_expiration_timestamp_seconds" not in samples(get(f"{url}/metrics").text)
+    TokenManager("us").get_approval_key()
+    found = samples(get(f"{url}/metrics").text)["kis_approval_key_expiration_timestamp_seconds"]
+    assert found["us"] == found["kr"] == pytest.approx(time.time() + 86_400, abs=60)
 
 
 def test_serving_changes_nothing_and_tells_no_secret(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,9 +215,9 @@ def test_serving_changes_nothing_and_tells_no_secret(gateway: Sandbox, monkeypat
     monkeypatch.setenv("KIS_APP_SECRET", SECRET)
     cached(1_000)
     before = snapshot(folder())
-    with Exporter(LOOPBACK, 0) as exporter:
-        told = [get(exporter, path).text for path in ("/metrics", "/livez", "/readyz", "/")]
-    assert [canary for canary in CANARIES if any(canary in text for text in told)] == []
+    with listening(Watch(Key.load), LOOPBACK, 0) as url:
+        said = [get(url + path).text for path in ("/metrics", "/livez", "/readyz", "/")]
+    assert [canary for canary in CANARIES if any(canary in text for text in said)] == []
     assert snapshot(folder()) == before
     assert gateway.stats()["requests"] == []
 
@@ -175,13 +234,13 @@ def test_the_command_serves_until_sigterm_and_a_taken_port_is_exit_2(command: Co
         assert requests.get(f"{address}/livez", timeout=5).text == "alive\n"
         ran = command("metrics", "--listen", address.removeprefix("http://"))
         assert ran.code == 2
-        assert "cannot be had" in one_line(ran)
+        assert "Cannot listen on 127.0.0.1" in one_line(ran)
         running.send_signal(signal.SIGTERM)
         assert (running.communicate(timeout=10)[1], running.returncode) == ("", 0)
 
 
 @pytest.mark.parametrize(
-    ("text", "address"),
+    ("text", "place"),
     [
         ("9479", ("127.0.0.1", 9479)),
         (":9479", ("127.0.0.1", 9479)),
@@ -189,9 +248,9 @@ def test_the_command_serves_until_sigterm_and_a_taken_port_is_exit_2(command: Co
         ("[::1]:9479", ("::1", 9479)),
     ],
 )
-def test_other_hosts_are_only_where_they_are_named(text: str, address: tuple[str, int]) -> None:
+def test_other_hosts_are_only_where_they_are_named(text: str, place: tuple[str, int]) -> None:
     """A port alone is loopback's; every interface has to be asked for."""
-    assert _address(text) == address
+    assert address(text) == place
 
 
 @pytest.mark.parametrize("text", ["", "localhost", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:-1", "port"])
@@ -207,3 +266,182 @@ def test_without_settings_nothing_is_exported(command: Command) -> None:
     ran = command("metrics")
     assert ran.code == 2
     assert "KIS_APP_KEY" in one_line(ran)
+
+
+# The alert rules and the dashboard in docs/ ask for metrics that exist, and the alerts fire when they should.
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RULES = DOCS / "alerts.rules.yml"
+ALERTS: list[dict[str, Any]] = [
+    rule for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"] for rule in group["rules"]
+]
+DASHBOARD: dict[str, Any] = json.loads((DOCS / "grafana.json").read_text(encoding="utf-8"))
+QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+EXPRESSIONS = [*(alert["expr"] for alert in ALERTS), *QUERIES]
+
+PROMETHEUS_OWN = {"up"}
+LABELS = {"market", "outcome", "key", "environment", "job", "instance"}
+WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right", "bool", "offset"}
+TOKEN = re.compile(
+    r"""(?P<text>"[^"]*"|'[^']*') | (?P<span>\[[^]]*\]) | (?P<number>\d[\w.]*)
+      | (?P<name>[a-zA-Z_:][\w:]*) | (?P<sign>[=!]~|[=!<>]=|[-+*/%^<>=(){},]) | (?P<space>\s+)""",
+    re.VERBOSE,
+)
+
+
+def named(expression: str) -> tuple[set[str], set[tuple[str, str]]]:
+    """The metrics of a PromQL expression, and its label matchers; functions, groupings and texts are neither."""
+    tokens, at = [], 0
+    while at < len(expression):
+        found = TOKEN.match(expression, at)
+        assert found, f"no PromQL at {expression[at:]!r}"
+        tokens += [found] if found.lastgroup != "space" else []
+        at = found.end()
+    metrics, matchers, braces, grouping = set(), set(), 0, 0
+    for n, token in enumerate(tokens):
+        text, after = token[0], tokens[n + 1][0] if n + 1 < len(tokens) else ""
+        braces += {"{": 1, "}": -1}.get(text, 0)
+        if text in ("by", "without", "on", "ignoring", "group_left", "group_right") and after == "(":
+            grouping = 1
+        elif text == ")":
+            grouping = 0
+        if token.lastgroup != "name" or text in WORDS:
+            continue
+        if braces or grouping:
+            matchers.add((text, tokens[n + 2][0].strip("\"'") if braces else ""))
+        elif after != "(" and after not in ("by", "without"):
+            metrics.add(text)
+    return metrics, matchers
+
+
+@pytest.fixture
+def known(gateway: object) -> set[str]:  # noqa: ARG001 - for its settings
+    """The names of all samples that the collector can give."""
+    return {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in TokenCollector(Watch(Key.load)).collect()
+    }
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_every_metric_and_label_that_is_asked_for_exists(expression: str, known: set[str]) -> None:
+    """Each name in an expression is a metric of ours or Prometheus' own, each label one that they have."""
+    metrics, matchers = named(expression)
+    assert metrics
+    assert metrics <= known | PROMETHEUS_OWN
+    assert {label for label, _ in matchers} <= LABELS
+    outcomes = {value for label, text in matchers if label == "outcome" for value in text.split("|")} - {""}
+    assert outcomes <= set(Outcome)
+
+
+def test_the_reader_of_expressions_tells_metrics_from_the_rest() -> None:
+    """Functions, groupings, labels, texts and durations are no metrics: else the test above proves nothing."""
+    text = (
+        'max by (key, outcome) (increase(a_total{market=~"b|c", key="d"}[1h])) > 0 and on(market) e - time() < 5 * 60'
+    )
+    assert named(text) == (
+        {"a_total", "e"},
+        {("key", ""), ("outcome", ""), ("market", ""), ("market", "b|c"), ("key", "d")},
+    )
+
+
+def test_every_metric_is_shown_or_watched(known: set[str]) -> None:
+    """Nothing is exported that neither the dashboard nor an alert looks at."""
+    assert known - {name for expression in EXPRESSIONS for name in named(expression)[0]} == set()
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: str(alert["alert"]))
+def test_every_alert_says_how_bad_it_is_and_what_to_do(alert: dict[str, Any]) -> None:
+    """A severity, one line of what happened and one of what to do; its cure stands in docs/monitoring.md too."""
+    assert alert["labels"]["severity"] in ("critical", "warning")
+    assert alert["annotations"].keys() == {"summary", "description"}
+    assert f"`{alert['alert']}`" in (DOCS / "monitoring.md").read_text(encoding="utf-8")
+
+
+def test_the_dashboard_hangs_together() -> None:
+    """Panels have their own ids and places in the grid, and ask the data source that is chosen above."""
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (column, row)
+        for panel in panels
+        for column in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for row in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert max(column for column, _ in cells) < 24
+    assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "market"}
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
+
+
+def case(alert: str, series: dict[str, str], *, fires: bool, at: str = "20m") -> dict[str, Any]:
+    """A test for promtool: with these series, from 0 s on each minute, the alert fires at that time, or does not."""
+    return {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {"expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)', "eval_time": at,
+             "exp_samples": [{"labels": "{}", "value": 1 if fires else 0}]}
+        ],
+    }  # fmt: skip
+
+
+def of(name: str, values: str, labels: str = 'market="us"') -> dict[str, str]:
+    """One series."""
+    return {f"kis_{name}{{{labels}}}": values}
+
+
+SESSION = of("token_need_start_timestamp_seconds", "600x60") | of("token_need_end_timestamp_seconds", "6000x60")
+LATER = of("token_need_start_timestamp_seconds", "60000x60") | of("token_need_end_timestamp_seconds", "66000x60")
+BAD = 'market="us",outcome="bad_key"'
+CASES = [
+    case("KISTokenMissingInSession", SESSION | of("token_valid", "0x60"), fires=True),
+    case("KISTokenMissingInSession", SESSION | of("token_valid", "1x60"), fires=False),
+    case("KISTokenMissingInSession", LATER | of("token_valid", "0x60"), fires=False),
+    case("KISTokenDoesNotCoverNextNeed", SESSION | of("token_covers_next_need", "0x60"), fires=True, at="5m"),
+    case("KISTokenDoesNotCoverNextNeed", LATER | of("token_covers_next_need", "0x60"), fires=False),
+    case("KISTokenDoesNotCoverNextNeed", SESSION | of("token_covers_next_need", "1x60"), fires=False),
+    case(
+        "KISTokenIssuesAboveCeiling",
+        of("issuance_last_day_issues", "3x60") | of("issuance_last_day_ceiling", "2x60"), fires=True,
+    ),
+    case(
+        "KISTokenIssuesAboveCeiling",
+        of("issuance_last_day_issues", "2x60") | of("issuance_last_day_ceiling", "2x60"), fires=False,
+    ),
+    case("KISCredentialsRefused", of("issuance_attempts_total", "0x10 1x50", BAD), fires=True),
+    case("KISCredentialsRefused", of("issuance_attempts_total", "1x60", BAD), fires=False),
+    case("KISStateUnreadable", of("issuance_record_readable", "0x60"), fires=True),
+    case("KISStateUnreadable", of("market_readable", "1x60"), fires=False),
+    case("KISExporterDown", {'up{job="tokencore"}': "0x60"}, fires=True),
+    case("KISExporterDown", {'up{job="tokencore"}': "1x60"}, fires=False),
+    case("KISMetricsStale", {"kis_metrics_collection_timestamp_seconds": "0x60"}, fires=True),
+    case("KISMetricsStale", {"kis_metrics_collection_timestamp_seconds": "0+60x60"}, fires=False),
+    case("KISMetricsAbsent", {"up": "1x60"}, fires=True),
+    case("KISMetricsAbsent", of("token_valid", "0x60"), fires=False),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with the package prometheus")
+def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
+    """Prometheus' own tool takes the rules, and each fires on its case and not on the case beside it."""
+    tests = tmp_path / "tests.yml"
+    tests.write_text(json.dumps({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": CASES}))
+    for command in (("check", "rules", str(RULES)), ("test", "rules", str(tests))):
+        ran = subprocess.run(
+            [shutil.which("promtool") or "", *command], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_every_alert_has_a_case_for_and_one_against() -> None:
+    """No alert is left out of what promtool is asked."""
+    asked = [
+        (str(one["promql_expr_test"][0]["expr"]).split('"')[1], one["promql_expr_test"][0]["exp_samples"][0]["value"])
+        for one in CASES
+    ]
+    assert (
+        {alert["alert"] for alert in ALERTS}
+        == {name for name, fires in asked if fires}
+        == {name for name, fires in asked if not fires}
+    )

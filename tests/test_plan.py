@@ -11,14 +11,14 @@ from xml.etree import ElementTree as ET
 import pytest
 from running import tokencore
 
-from tokencore import TokenManager
-from tokencore.fleet import managers
-from tokencore.picture import draw_plans
-from tokencore.plan import Plan, as_json, make_plan
+from tokencore import Key, Settings, draw_plans
+from tokencore.outlook import plan_as_json
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tokencore.outlook import Plan
 
 KEY, SECRET, TEXT = "PSplan" + "x" * 30, "s" * 180, "the-text-of-a-token"
 SUMMER = datetime(2026, 7, 1, 3, 20, tzinfo=UTC)  # a Wednesday, 12:20 in Korea; the US are closed on Friday, 3 July
@@ -34,11 +34,17 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(now: datetime = SUMMER, days: int = 7, *, token: bool = True) -> Plan:
     """The plan of us and kr, with a token issued at the last anchor."""
-    manager = managers(one_per_key=True)[0]
+    key = Key.load(Settings.load())[0]
     if token:
         issued = (now - timedelta(days=1)).replace(hour=7, minute=35)
-        manager.save_token(Token(TEXT, issued + timedelta(days=1), issued))
-    return make_plan(manager, now, days)
+        save(key, Token(TEXT, issued + timedelta(days=1), issued))
+    return key.state(now).plan(days)
+
+
+def save(key: Key, token: Token) -> None:
+    """Put a token into the key's store, as a renewal does."""
+    with key.store.lock(wait=1):
+        key.store.save(token)
 
 
 def test_a_summer_week() -> None:
@@ -62,7 +68,7 @@ def test_without_a_token_the_next_anchor_is_planned() -> None:
 
 def test_as_json_holds_what_a_program_needs() -> None:
     """Anchor, reasons, sessions and needs come as plain JSON, without the token."""
-    text = json.dumps([as_json(planned())])
+    text = json.dumps([plan_as_json(planned())])
     (plan,) = json.loads(text)
     assert plan["anchor_kst"] == "16:35"
     assert [row["exchange"] for row in plan["exchanges"]] == ["NASD", "NYSE", "AMEX", "KRX"]
@@ -103,9 +109,9 @@ def test_without_exchanges_the_plain_rule_is_said(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv("KIS_APP_KEY", raising=False)
         monkeypatch.setenv(f"KIS_MARKETS__{name}__APP_KEY", f"PSother{name}")
     monkeypatch.setenv("KIS_MARKETS__BARE__APP_KEY", KEY)
-    manager = TokenManager("bare")
-    manager.save_token(Token(TEXT, SUMMER + timedelta(hours=5), SUMMER - timedelta(hours=19)))
-    plan = make_plan(manager, SUMMER)
+    key = next(key for key in Key.load(Settings.load()) if key.name == "bare")
+    save(key, Token(TEXT, SUMMER + timedelta(hours=5), SUMMER - timedelta(hours=19)))
+    plan = key.state(SUMMER).plan()
     assert [renewal.at for renewal in plan.renewals] == [SUMMER + timedelta(hours=4, minutes=30)]
     assert "No exchange is configured" in plan.why
     assert draw_plans([plan]).endswith("</svg>\n")

@@ -1,35 +1,47 @@
-"""Where settings come from, what they may be, and that the quick and the validated way to read them agree."""
+"""Where settings come from, whom they trust, what they may be, and what is said where one is wrong."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
-import subprocess
-import sys
+import shutil
+import socket
+import tempfile
+import time
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import KEY, SECRET, make_market
-from hypothesis import given
+from builders import KEY, SECRET, ended, in_child
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tokencore import overrides, sources
+from tokencore.config import market_of_program, read_market, sources
+from tokencore.config.settings import Settings
+from tokencore.config.sources import FILE_LIMIT, trusted_dotenv
 from tokencore.errors import ConfigurationError
-from tokencore.market import HOSTS, Market, market_names
-from tokencore.settings import Settings, unknown_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    from tokencore.config.market import Market
+
+PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
+EVIL = "http://127.0.0.1:1"
+TRUSTED = ("environment", "config.toml")
+SPARSE = 48 * 1024 * 1024  # bytes
+PROMPT = 20.0  # seconds in which a busy machine has started Python; a reader that blocks never ends
+NAMELESS = 54_321  # a user id that no system gives a name
+as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
 
 
 @contextlib.contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The environment with these variables more, as hypothesis needs it: for each example anew."""
+def restored() -> Iterator[None]:
+    """For a while, changes of the environment that are taken back."""
     before = dict(os.environ)
-    os.environ.update(values)
     try:
         yield
     finally:
@@ -37,457 +49,372 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def config(text: str) -> Path:
-    """`~/.tokencore/config.toml` with this text."""
+@pytest.fixture(autouse=True)
+def own_environment(isolated: Path) -> Iterator[Path]:
+    """Each test may set what it wants, and hears each warning once."""
+    sources._warned.clear()  # noqa: SLF001 - by an earlier test
+    with restored():
+        yield isolated
+
+
+def config(text: str = "", **values: str) -> Path:
+    """`~/.tokencore/config.toml` with this text, or these variables."""
     path = Path.home() / ".tokencore" / "config.toml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    lines = [f"{name.lower().removeprefix('kis_').replace('__', '.')} = {json.dumps(values[name])}" for name in values]
+    path.write_text("\n".join([text, *lines]), encoding="utf-8")
     return path
 
 
-def secret(name: str, text: str) -> Path:
-    """A secrets folder with one file more."""
+def dotenv(text: str = "", **values: str) -> Path:
+    """`.env` in the working directory with this text, or these variables."""
+    path = Path(".env").absolute()
+    path.write_text(text + "".join(f"{name}={value}\n" for name, value in values.items()), encoding="utf-8")
+    return path
+
+
+def secrets(**values: str) -> str:
+    """The secrets folder with a file for each variable."""
     folder = Path("secrets").absolute()
     folder.mkdir(exist_ok=True)
-    (folder / name).write_text(text, encoding="utf-8")
-    return folder
-
-
-def market(name: str = "us") -> Market:
-    """The market as a cached `get` sees it."""
-    return Market(name, sources.gather().values)
-
-
-def refusal() -> str:
-    """The one sentence with which the settings are refused."""
-    with pytest.raises(ConfigurationError) as caught:
-        Settings.load()
-    text = str(caught.value)
-    assert text.endswith(".")
-    assert "\n" not in text
-    return text
-
-
-def test_environment_beats_dotenv_beats_secrets_beats_config_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all four sources present the first one counts, then the next one when it is gone."""
-    config('issue_interval = 64\n[markets.hk]\nexchanges = ["SEHK"]\nbase_url = "https://config"\n')
-    folder = secret("KIS_ISSUE_INTERVAL", "63\n")
-    secret("KIS_MARKETS__HK__BASE_URL", "https://secret\n")
-    dotenv = Path(".env")
-    dotenv.write_text("KIS_ISSUE_INTERVAL=62\nexport KIS_MARKETS__HK__BASE_URL='https://dotenv'\n", encoding="utf-8")
-    monkeypatch.setenv("KIS_SECRETS_DIR", str(folder))
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "61")
-    monkeypatch.setenv("KIS_MARKETS__HK__BASE_URL", "https://environment")
-    seen = []
-    for last in ("environment", "dotenv", "secrets", "config"):
-        assert Settings.load().issue_interval == market().issue_interval
-        seen.append((market().issue_interval, market("hk").base_url))
-        if last == "environment":
-            monkeypatch.delenv("KIS_ISSUE_INTERVAL")
-            monkeypatch.delenv("KIS_MARKETS__HK__BASE_URL")
-        elif last == "dotenv":
-            dotenv.unlink()
-        else:
-            monkeypatch.delenv("KIS_SECRETS_DIR", raising=False)
-    assert seen == [
-        (61, "https://environment"),
-        (62, "https://dotenv"),
-        (63, "https://secret"),
-        (64, "https://config"),
-    ]
-
-
-def test_empty_values_count_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that is set to nothing, as container files often do, hides no other source."""
-    folder = secret("kis_app_key", KEY)
-    Path(".env").write_text(f"KIS_TIMEOUT=7\nKIS_SECRETS_DIR={folder}\n", encoding="utf-8")
-    for name in ("KIS_TIMEOUT", "KIS_SECRETS_DIR", "KIS_APP_KEY"):
-        monkeypatch.setenv(name, "")
-    assert (market().timeout, market().app_key) == (7, KEY)
-
-
-def test_secrets_folder_as_kubernetes_mounts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files behind symbolic links count, final newlines do not, and other programs' files are not opened."""
-    real = Path("..data")
-    real.mkdir()
-    (real / "KIS_APP_SECRET").write_text(f"{SECRET}\n", encoding="utf-8")
-    folder = Path("mount")
-    folder.mkdir()
-    (folder / "KIS_APP_SECRET").symlink_to(Path("..") / real / "KIS_APP_SECRET")
-    (folder / "tls.key").write_bytes(b"\xff\xfe")
-    os.mkfifo(folder / "KIS_PIPE")
-    monkeypatch.setenv("KIS_SECRETS_DIR", str(folder))
-    assert market().app_secret == SECRET
-
-
-def test_dotenv_survives_a_byte_order_mark() -> None:
-    """A `.env` that Windows' editor saved names its first variable rightly."""
-    Path(".env").write_text(f"\ufeffKIS_APP_KEY={KEY}\n", encoding="utf-8")
-    assert market().app_key == KEY
-
-
-@pytest.mark.parametrize(
-    ("path", "content", "named"),
-    [
-        ("~/.tokencore/config.toml", b"issue_interval = \n", "config.toml"),
-        ("~/.tokencore/config.toml", b'app_secret = "Canary\n', "config.toml"),
-        ("~/.tokencore/config.toml", b'app_secret = "Canary\xff"', "config.toml"),
-        ("~/.tokencore/config.toml", None, "config.toml"),
-        (".env", b"KIS_APP_SECRET=Canary\xff\n", ".env"),
-        ("secrets/KIS_APP_KEY", b"Canary\xff", "KIS_SECRETS_DIR"),
-        ("secrets", b"Canary", "KIS_SECRETS_DIR"),
-    ],
-    ids=["no value", "no end", "not UTF-8", "a folder", "dotenv not UTF-8", "secret not UTF-8", "secrets no folder"],
-)
-def test_an_unreadable_source_is_named_in_one_sentence(
-    path: str,
-    content: bytes | None,
-    named: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What exists but cannot be read is an error that names it and repeats none of its content."""
-    place = Path(path).expanduser()
-    place.parent.mkdir(exist_ok=True)
-    if content is None:
-        place.mkdir()
-    else:
-        place.write_bytes(content)
-    if "secrets" in path:
-        monkeypatch.setenv("KIS_SECRETS_DIR", "secrets")
-    told = refusal()
-    assert named in told
-    assert "Canary" not in told
-
-
-def test_a_key_in_place_of_the_secrets_folder_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is not there is named in one line, but for a name in it that may be a credential."""
-    monkeypatch.setenv("KIS_SECRETS_DIR", f"/run/secrets/{KEY}")
-    assert "KIS_SECRETS_DIR=/run/secrets/*** cannot be read" in refusal()
-    monkeypatch.setenv("KIS_SECRETS_DIR", "a\n.b")
-    assert "KIS_SECRETS_DIR=a?.b cannot be read" in refusal()
-
-
-MALFORMED = [
-    ("KIS_ENVIRONMENT", "demo", "'real' or 'paper'"),
-    ("KIS_ENVIRONMENT", "real ", "'real' or 'paper'"),
-    ("KIS_MARKETS__KR__ENVIRONMENT", "Paper", "'real' or 'paper'"),
-    ("KIS_APP_KEY", "Canary Canary", "one word"),
-    ("KIS_APP_SECRET", "Canary\nCanary", "one word"),
-    ("KIS_APP_SECRET", "Canary열쇠", "one word"),
-    ("KIS_APP_KEY", "Canary\udcff", "one word"),
-    ("KIS_BASE_URL", "http://openapi.koreainvestment.com:9443", "https://"),
-    ("KIS_BASE_URL", "https://someone:Canary@host", "plain address"),
-    ("KIS_BASE_URL", "https://host/?q=Canary", "plain address"),
-    ("KIS_BASE_URL", "https://", "https://"),
-    ("KIS_BASE_URL", "https://host:99999", "port"),
-    ("KIS_BASE_URL", "https://host\t:9443", "spaces"),
-    ("KIS_BASE_URL", " https://host", "spaces"),
-    ("KIS_BASE_URL", "https://[::1", "invalid"),
-    ("KIS_MARKETS__HK__BASE_URL", "ftp://127.0.0.1", "https://"),
-    ("KIS_BUFFER", "five", "number from 0 to 86400"),
-    ("KIS_BUFFER", "nan", "number from 0 to 86400"),
-    ("KIS_PROACTIVE_WINDOW", "-1", "number from 0 to 86400"),
-    ("KIS_ISSUE_INTERVAL", "inf", "number from 0 to 86400"),
-    ("KIS_TIMEOUT", "0", "number from 0.001 to 300"),
-    ("KIS_MAX_ISSUES_PER_DAY", "0", "whole number from 1 to 24"),
-    ("KIS_MAX_ISSUES_PER_DAY", "1.5", "whole number from 1 to 24"),
-    ("SLACK_MENTION", "@channel", "such as <!channel>, <@U024BE7LH> or <!subteam^S024BE7>. "),
-    ("KIS_MARKETS", "us,kr", "KIS_MARKETS__<NAME>__<FIELD>"),
-    ("KIS_MARKETS__US", "Canary", "valid dictionary"),
-    ("KIS_MARKETS__US__APPKEY", "Canary", "no setting"),
-    ("KIS_MARKETS__HK__EXCHANGES", "LSE", "unknown exchange"),
-    ("KIS_MARKETS__H.K__EXCHANGES", "SEHK", "no market's name"),
-    ("KIS_EXCHANGES__LSE__CLOSED", "2026-12-31", "unknown exchange"),
-    ("KIS_EXCHANGES__KRX__CLOSED", "31.12.2026", "date"),
-    ("KIS_EXCHANGES__KRX__HOURS__2026-12-30", "15:00-09:00", "open before it closes"),
-]
-
-
-@pytest.mark.parametrize(("variable", "value", "why"), MALFORMED, ids=ascii)
-def test_a_malformed_setting_gets_one_sentence_that_names_it(
-    variable: str,
-    value: str,
-    why: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Every mistake names its variable, says what would be right, and repeats no value that may be secret."""
-    monkeypatch.setenv(variable, value)
-    told = refusal()
-    assert f"{variable}__".startswith(f"{told.split()[0]}__")  # of a group, its name is enough
-    assert why in told
-    assert "Canary" not in told
-
-
-@pytest.mark.parametrize(
-    ("line", "variable"),
-    [
-        ("app_key = 12345", "KIS_APP_KEY"),
-        ("base_url = 5", "KIS_BASE_URL"),
-        ("environment = true", "KIS_ENVIRONMENT"),
-        ("environment = ['real']", "KIS_ENVIRONMENT"),
-        ("token_dir = 7", "KIS_TOKEN_DIR"),
-        ("buffer = true", "KIS_BUFFER"),
-        ("buffer = [300]", "KIS_BUFFER"),
-        (f"timeout = 1{'0' * 400}", "KIS_TIMEOUT"),
-        ("markets = 5", "KIS_MARKETS"),
-        ("markets = ['us']", "KIS_MARKETS"),
-        ("[markets.us]\nexchanges = 5", "KIS_MARKETS__US__EXCHANGES"),
-    ],
-)
-def test_values_of_the_wrong_type_in_the_config_file_are_named(line: str, variable: str) -> None:
-    """TOML's types are judged like text: both ways to read the settings end in the same sentence."""
-    config(line)
-    told = refusal()
-    assert told.startswith(variable)
-    with pytest.raises((ConfigurationError, ValueError)):
-        market()
-
-
-def test_the_command_tells_a_bad_setting_on_one_line_with_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`get` shows no traceback and no secret, whether the mistake is met on the quick way or the validated one."""
-    monkeypatch.setenv("KIS_APP_SECRET", SECRET)
-    for bad in ({"KIS_BUFFER": "nan"}, {"KIS_MARKETS": "us"}, {"KIS_APP_KEY": f"{KEY}\udcff"}, {"KIS_APP_KEY": ""}):
-        told = subprocess.run(
-            [sys.executable, "-m", "tokencore", "get", "us"],
-            env={**os.environ, **bad},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (told.returncode, told.stdout) == (2, "")
-        assert told.stderr.count("\n") == 1
-        assert next(iter(bad)) in told.stderr
-        assert "Canary" not in told.stderr
-
-
-@pytest.mark.parametrize("field", ["app_key", "app_secret"])
-def test_a_missing_credential_is_named_with_both_ways_to_set_it(field: str) -> None:
-    """Without one of the credentials the sentence names the common and the market's own variable."""
-    with pytest.raises(ConfigurationError) as caught:
-        make_market("hk", **{field: None}).credentials()
-    assert f"set KIS_{field.upper()} (or KIS_MARKETS__HK__{field.upper()})" in str(caught.value)
-    assert "Canary" not in str(caught.value)
-
-
-def test_white_space_around_keys_is_removed_and_told_once(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """A pasted newline costs no issuance: both ways to read strip it, and one warning names the variable only."""
-    monkeypatch.setenv("KIS_APP_KEY", f" {KEY}\t")
-    monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", f"{SECRET}\r\n")
-    Settings.load()
-    loaded = Settings.load()
-    own = loaded.markets["kr"].app_secret
-    assert loaded.app_key
-    assert own
-    assert (loaded.app_key.get_secret_value(), own.get_secret_value()) == (KEY, SECRET)
-    assert (market("kr").app_key, market("kr").app_secret) == (KEY, SECRET)
-    assert [record.message.split()[0] for record in caplog.records] == ["KIS_APP_KEY", "KIS_MARKETS__KR__APP_SECRET"]
-    assert "Canary" not in caplog.text
-
-
-def test_unknown_names_are_refused_only_where_they_can_be_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`KIS_` variables of other programs are left alone; a misspelt name in our own file is an error."""
-    monkeypatch.setenv("KIS_ACCOUNT_NO", "12345678-01")
-    Path(".env").write_text("KIS_ANYTHING=1\nOTHER=2\n", encoding="utf-8")
-    assert Settings.load().environment == "real"
-    config('app_kee = "Canary"\n')
-    assert "'app_kee'" in refusal()
-    config('[slack]\nwebhook_url = "https://Canary"\n')
-    assert "'slack'" in refusal()
-
-
-@pytest.mark.parametrize("first", ["KIS_MARKETS__US__BASE_URL", "KIS_MARKETS__US__BASE_URL__MORE"])
-def test_a_name_that_goes_on_where_another_ends_is_refused(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither of two contradicting names silently removes the other, whichever comes first."""
-    names = {"KIS_MARKETS__US__BASE_URL", "KIS_MARKETS__US__BASE_URL__MORE"}
-    for name in (first, *(names - {first})):
-        monkeypatch.setenv(name, "https://host")
-    assert "contradicts" in refusal()
-
-
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:9480", "http://localhost:1/", "http://[::1]:80", "HTTPS://host/kis/"]
-)
-def test_plain_http_is_for_loopback_only(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loopback may be asked in the clear, everything else over https; both ways drop the final slash."""
-    monkeypatch.setenv("KIS_BASE_URL", url)
-    assert Settings.load().base_url == market().base_url == url.rstrip("/")
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["http://127.0.0.1.evil.com", "http://127.0.0.1@evil.com", "http://127.0.0.1\\@evil.com", "http://128.0.0.1"],
-)
-def test_what_only_looks_like_loopback_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No spelling of a foreign host passes for loopback."""
-    monkeypatch.setenv("KIS_BASE_URL", url)
-    assert "KIS_BASE_URL" in refusal()
-
-
-REAL, PAPER = HOSTS["real"], HOSTS["paper"]
-
-
-@pytest.mark.parametrize(
-    ("common", "own", "expected"),
-    [
-        ({}, {}, ("real", REAL)),
-        ({"environment": "paper"}, {}, ("paper", PAPER)),
-        ({}, {"environment": "paper"}, ("paper", PAPER)),
-        ({"base_url": "https://proxy"}, {}, ("real", "https://proxy")),
-        ({"base_url": "https://proxy"}, {"environment": "paper"}, ("paper", PAPER)),
-        ({"base_url": "https://proxy"}, {"environment": "real"}, ("real", "https://proxy")),
-        ({"base_url": "https://proxy"}, {"base_url": "https://own/"}, ("real", "https://own")),
-        ({"base_url": "https://proxy", "environment": "paper"}, {}, ("paper", "https://proxy")),
-    ],
-)
-def test_a_market_asks_where_its_own_settings_say(
-    common: dict[str, str],
-    own: dict[str, str],
-    expected: tuple[str, str],
-) -> None:
-    """A market's own URL comes first, then the one for all of its environment, then its environment's host."""
-    found = make_market("hk", **common, markets={"hk": own})
-    assert (found.environment, found.base_url) == expected
-
-
-def test_a_market_has_its_own_credentials_and_exchanges() -> None:
-    """What a market sets for itself holds for it alone; exchanges may be text or a list."""
-    both = {"hk": {"app_key": " OwnKey ", "exchanges": ' sehk, "SHAA" '}, "us": {"exchanges": ["NAS"]}}
-    assert make_market("hk", markets=both).credentials() == ("OwnKey", SECRET)
-    assert make_market("us", markets=both).credentials() == (KEY, SECRET)
-    assert [make_market(name, markets=both).exchanges for name in ("hk", "us", "kr")] == [
-        ("SEHK", "SHAA"),
-        ("NAS",),
-        ("KRX",),
-    ]
-    assert market_names({"markets": both}) == ["us", "kr", "hk"]
-
-
-@pytest.mark.parametrize("name", ["jp", "", "US", "../us", "us/", "u s", "us\n", "서울"])
-def test_an_unknown_market_is_refused(name: str) -> None:
-    """A name that is not configured, or that no file should bear, is an error with what is known or allowed."""
-    with pytest.raises(ConfigurationError, match=r"not configured \(known: us, kr\)|no market's name"):
-        Market(name, {})
-
-
-def test_the_defaults_are_the_contracts(isolated: Path) -> None:
-    """Without any setting both ways to read have the values of the contract's table."""
-    loaded, plain = Settings.load(), market("kr")
-    for found in (loaded, plain):
-        numbers = (found.issue_interval, found.buffer, found.proactive_window, found.timeout, found.max_issues_per_day)
-        assert numbers == (60, 300, 1800, 10, 2)
-        assert (found.environment, str(found.token_dir)) == ("real", str(isolated / ".tokencore"))
-    assert (plain.base_url, plain.exchanges) == (REAL, ("KRX",))
-    assert market("us").exchanges == ("NASD", "NYSE", "AMEX")
-
-
-def test_what_the_user_knows_of_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closed days and hours are read from text and from TOML, under any alias of the exchange."""
-    monkeypatch.setenv("KIS_EXCHANGES__XKRX__CLOSED", "2026-12-31, 2027-01-04")
-    config('[exchanges.SEHK]\nextended = true\n[exchanges.SEHK.hours]\n2026-12-24 = "09:30 - 12:00"\n')
-    found = overrides()
-    assert sorted(map(str, found["KRX"].closed)) == ["2026-12-31", "2027-01-04"]
-    assert [(str(day), str(hours[0]), str(hours[1])) for day, hours in found["SEHK"].hours.items()] == [
-        ("2026-12-24", "09:30:00", "12:00:00"),
-    ]
-    assert found["SEHK"].extended
-
-
-def test_no_secret_is_shown_or_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No repr, text or pickle of settings contains a credential."""
-    values = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_MARKETS__US__APP_SECRET": SECRET}
-    values |= {"SLACK_WEBHOOK_URL": f"https://hooks/{SECRET}", "SLACK_BOT_TOKEN": f"xoxb-{SECRET}"}
     for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    for shown in (Settings.load(), market(), sources.gather()):
-        assert "Canary" not in repr(shown) + str(shown)
-        with pytest.raises(TypeError) as caught:
-            pickle.dumps(shown)
-        assert "Canary" not in str(caught.value)
-    assert "Canary" not in Settings.load().model_dump_json()
+        (folder / name).write_text(f"{value}\n", encoding="utf-8")
+    return str(folder)
 
 
-NUMBERS = st.one_of(
-    st.sampled_from(["0", "60", "1e2", "1_0", "2.0", "2.5", "-0", "0x10", "٣", " 5 ", "nan", "-inf", "1e400", "true"]),
-    st.floats(-10, 90_000).map(repr),
-    st.integers(-2, 30).map(str),
-)
-CREDENTIALS = st.one_of(
-    st.sampled_from(["", " ", "key", " key\n", "two words", "tab\there", "키", "\udcff", "\x7f"]),
-    st.text(st.characters(codec="ascii", min_codepoint=32), max_size=12),
-)
-ENVIRONMENTS = st.sampled_from(["real", "paper", "Real", " paper", "demo", ""])
-PLAUSIBLE = {
-    **dict.fromkeys(("KIS_ISSUE_INTERVAL", "KIS_BUFFER", "KIS_PROACTIVE_WINDOW", "KIS_TIMEOUT"), NUMBERS),
-    "KIS_MAX_ISSUES_PER_DAY": NUMBERS,
-    **dict.fromkeys(("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_MARKETS__HK__APP_KEY"), CREDENTIALS),
-    **dict.fromkeys(("KIS_ENVIRONMENT", "KIS_MARKETS__US__ENVIRONMENT"), ENVIRONMENTS),
-    "KIS_TOKEN_DIR": st.sampled_from(["", "~/tokens", "relative", "/absolute/../folder", "~nobody-here"]),
+def give(source: str, values: Mapping[str, str]) -> None:
+    """Have the variables come from the source of that name."""
+    if source == "environment":
+        os.environ.update(values)
+    elif source == "secrets folder":
+        os.environ["KIS_SECRETS_DIR"] = secrets(**values)
+    else:
+        {".env": dotenv, "config.toml": config}[source](**values)
+
+
+def refusal(work: Callable[[], object] = Settings.load) -> str:
+    """The one sentence of the refusal; no frame of ours on its way has a credential."""
+    with pytest.raises(ConfigurationError) as caught:
+        work()
+    message = str(caught.value)
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+    assert len(message) < 1000
+    assert "Canary" not in message + in_frames(caught.value)
+    return message
+
+
+def in_frames(error: BaseException | None) -> str:
+    """What an error tracker shows of the frames of the settings, of the error and what it came from."""
+    shown = ""
+    while error:
+        trace = error.__traceback__
+        while trace:
+            own = "tokencore/config" in trace.tb_frame.f_code.co_filename
+            shown += repr(trace.tb_frame.f_locals) if own else ""
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+    return shown
+
+
+def us() -> Market:
+    """The market `us` as a cached `get` reads it."""
+    return read_market("us")
+
+
+# --- where settings come from
+
+
+def test_environment_beats_dotenv_beats_secrets_beats_config_file() -> None:
+    """With all four sources present the first one counts, then the next one when it is gone."""
+    config("buffer = 64\n[markets.hk]\nenvironment = 'paper'\n")
+    give("secrets folder", {"KIS_BUFFER": "63"})
+    path = dotenv("export KIS_BUFFER='62'\n")
+    os.environ["KIS_BUFFER"] = "61"
+    seen = [(us().buffer, Settings.load().buffer)]
+    del os.environ["KIS_BUFFER"]
+    seen.append((us().buffer, Settings.load().buffer))
+    path.unlink()
+    seen.append((us().buffer, Settings().buffer))
+    del os.environ["KIS_SECRETS_DIR"]
+    seen.append((us().buffer, Settings().buffer))
+    assert seen == [(61, 61), (62, 62), (63, 63), (64, 64)]
+    assert read_market("HK").environment == "paper"
+
+
+def test_empty_values_count_as_not_given() -> None:
+    """A variable that is set to nothing, as container files often do, hides no other source."""
+    config(f"secrets_dir = '{secrets(kis_app_key=KEY)}'\n")
+    dotenv(KIS_BUFFER="7")
+    for name in ("KIS_BUFFER", "KIS_SECRETS_DIR", "KIS_APP_KEY"):
+        os.environ[name] = ""
+    assert (us().buffer, us().app_key) == (7, KEY)
+
+
+def test_secrets_folder_as_kubernetes_mounts_it() -> None:
+    """Files behind links count, final newlines do not; folders and other programs' files are not opened."""
+    secrets(**PAIR)
+    mount = Path("mount")
+    mount.mkdir()
+    for name in PAIR:
+        (mount / name).symlink_to(Path("../secrets") / name)
+    (mount / "tls.key").write_bytes(b"\xff\xfe")
+    os.mkfifo(mount / "pipe")
+    (mount / "kis_certificates").mkdir()
+    os.environ["KIS_SECRETS_DIR"] = str(mount)
+    assert us().credentials() == (KEY, SECRET)
+
+
+def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) -> None:
+    """A byte order mark and a wrong line, which is reported but not repeated, harm no other; a folder is ignored."""
+    config("\ufeffbuffer = 9\n")
+    path = dotenv(f"\ufeffKIS_APP_KEY={KEY}\nexport the secret Canary\nKIS_TIMEOUT=7\n")
+    assert [(us().app_key, us().buffer, Settings.load().timeout) for _ in range(2)] == [(KEY, 9, 7)] * 2
+    assert caplog.messages == [f"{path}, line 2, is not NAME=value, so it is ignored; fix or remove it."]
+    path.unlink()
+    path.mkdir()
+    assert us().app_key is None
+
+
+UNREADABLE = {
+    "no value": ("~/.tokencore/config.toml", b"buffer = \n"),
+    "no end": ("~/.tokencore/config.toml", b'app_secret = "Canary\n'),
+    "config not UTF-8": ("~/.tokencore/config.toml", b'app_secret = "Canary\xff"'),
+    "too deep": ("~/.tokencore/config.toml", b"a = " + b"[" * 20_000),
+    "a folder": ("~/.tokencore/config.toml", None),
+    "dotenv not UTF-8": (".env", b"KIS_APP_SECRET=Canary\xff\n"),
+    "secret not UTF-8": ("secrets/KIS_APP_KEY", b"Canary\xff"),
+    "secrets no folder": ("secrets", b"Canary"),
 }
 
 
-@given(st.fixed_dictionaries({}, optional=PLAUSIBLE))
+@pytest.mark.parametrize(("name", "content"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_source_is_named_in_one_sentence(name: str, content: bytes | None) -> None:
+    """What exists but cannot be read is an error that names it; its content is in no message and no frame."""
+    give("environment", PAIR)
+    place = Path(name).expanduser()
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir() if content is None else place.write_bytes(content)
+    if "secrets" in name:
+        os.environ["KIS_SECRETS_DIR"] = "secrets"
+    for work in (us, Settings.load):
+        assert place.name in refusal(work)
+
+
+def test_the_name_of_a_secrets_folder_is_not_repeated_where_it_may_be_a_key() -> None:
+    """A folder that is not there is named in one short line, but for what may be a credential."""
+    os.environ["KIS_SECRETS_DIR"] = f"/run/a\n.b/{'k' * 36}" + "/long" * 20_000
+    assert refusal(us).startswith("/run/a?.b/***/long/")
+
+
+def test_each_setting_has_an_origin() -> None:
+    """By variable name: the environment, `.env`, the secrets folder, config.toml; the first one that gave it."""
+    folder = secrets(KIS_APP_SECRET=SECRET)
+    dotenv(KIS_APP_KEY=KEY, KIS_TIMEOUT="7")
+    config(f"secrets_dir = '{folder}'\nbuffer = 200\n[markets.hk]\nexchanges = ['SEHK']\n")
+    os.environ["KIS_TIMEOUT"] = "5"
+    os.environ["PREFECT_UI_URL"] = "https://prefect"
+    toml = dict.fromkeys(("KIS_SECRETS_DIR", "KIS_BUFFER", "KIS_MARKETS__HK__EXCHANGES"), "~/.tokencore/config.toml")
+    environment = dict.fromkeys(("KIS_TIMEOUT", "PREFECT_UI_URL"), "environment")
+    assert Settings.load().origins == {"KIS_APP_KEY": ".env", "KIS_APP_SECRET": folder, **toml, **environment}
+
+
+# --- whom they trust
+
+
+@pytest.mark.parametrize("variable", ["KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "KIS_STORE"])
+@pytest.mark.parametrize("source", ["config.toml", "environment", "secrets folder"])
+def test_a_cloned_repository_gets_no_secret_of_another_source(source: str, variable: str) -> None:
+    """An address in the `.env` of the folder, the user's own file, is refused by every reader alike."""
+    give(source, {**PAIR, "KIS_STORE_KEYS": SECRET})
+    if source != "secrets folder" or variable != "KIS_SECRETS_DIR":
+        path = dotenv(**{variable: EVIL})
+        messages = {refusal(work) for work in (us, Settings.load, Settings, trusted_dotenv)}
+        assert len(messages) == 1
+        assert messages.pop().startswith(f"{variable} in {path} is refused, because ")
+
+
+def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None:
+    """A subclass that gives the credentials itself is as safe as a secret in config.toml."""
+    dotenv(KIS_APP_KEY="bait", KIS_APP_SECRET="bait", KIS_BASE_URL=EVIL)
+    assert "KIS_BASE_URL in " in refusal(lambda: market_of_program("us", lambda: (KEY, SECRET), us().base_url))
+    assert market_of_program("us", lambda: (KEY, SECRET), "https://own").credentials() == (KEY, SECRET)
+    assert "quotes" in refusal(lambda: market_of_program("own", lambda: (KEY, f"'{SECRET}'"), "https://own"))
+
+
+SOURCES = ("environment", ".env", "secrets folder", "config.toml")
+MARKETS = ("KIS_", "KIS_MARKETS__HK__")
+ASKED = [f"{stem}{field}" for stem in MARKETS for field in ("APP_KEY", "APP_SECRET", "BASE_URL")]
+ASKED += ["KIS_KEYRING", "KIS_STORE", "KIS_STORE_KEYS", "KIS_MARKETS__HK__EXPORTS"]
+KEYRING_FIRST = dict.fromkeys(("KIS_MARKETS__HK__APP_KEY", "KIS_MARKETS__HK__BASE_URL", "KIS_APP_SECRET"), ".env")
+VALUES = {"URL": EVIL, "EXPORTS": "mojito2"}
+FROM_FOLDER = {"KIS_BASE_URL": "secrets folder", "KIS_APP_SECRET": "config.toml"}
+
+
+@example({**KEYRING_FIRST, "KIS_KEYRING": "environment"}, "")
+@example(FROM_FOLDER, "")
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(ASKED, st.sampled_from(SOURCES))),
+    st.sampled_from(["", "real", "paper"]),
+)
 @hypothesis_settings(max_examples=300)
-def test_the_quick_and_the_validated_way_agree(variables: dict[str, str]) -> None:
-    """For any settings, `Market` and `Settings.load` accept the same ones and read the same values from them."""
-    with environment(variables):
-        values = sources.gather().values
-        try:
-            markets = [Market(name, values) for name in market_names(values)]
-        except ValueError:
-            assert refusal().startswith(tuple(variables))
-            return
-        loaded = Settings.load()
-    for found in markets:
-        own = loaded.markets.get(found.name)
-        for field in ("issue_interval", "buffer", "proactive_window", "timeout", "max_issues_per_day"):
-            assert getattr(found, field) == getattr(loaded, field)
-        keys = [part.app_key for part in (own, loaded) if part and part.app_key]
-        assert found.app_key == (keys[0].get_secret_value() if keys else None)
-        assert found.environment == ((own and own.environment) or loaded.environment)
-        assert found.token_dir == str(loaded.token_dir)
+def test_every_reader_keeps_the_rule_of_addresses(places: dict[str, str], hk: str) -> None:
+    """Wherever each variable comes from, both readers refuse an address where the rule says so, and else take it."""
+    with restored():
+        shutil.rmtree("secrets", ignore_errors=True)
+        for source in SOURCES:
+            names = [name for name, place in places.items() if place == source]
+            give(source, {name: VALUES.get(name.rpartition("_")[2], "word") for name in names})
+        os.environ |= {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_MARKETS__HK__ENVIRONMENT": hk}
+        store = places.get("KIS_STORE", "environment")
+        expected = store not in (*TRUSTED, places.get("KIS_STORE_KEYS")) or any(
+            is_foreign(s, places, hk) for s in MARKETS
+        )
+        assert [refuses(work) for work in (us, lambda: read_market("hk"), Settings.load)] == [expected] * 3
+        assert expected or (us().base_url == EVIL) == ("KIS_BASE_URL" in places)
 
 
-def test_settings_read_the_environment_however_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Settings()` and `Settings.load()` see the same sources."""
-    monkeypatch.setenv("KIS_BUFFER", "123")
-    assert Settings().buffer == Settings.load().buffer == 123
+def refuses(work: Callable[[], object]) -> bool:
+    """Whether it refuses an address."""
+    try:
+        work()
+    except ConfigurationError as error:
+        return "is refused, because" in str(error)
+    return False
 
 
-def test_each_setting_tells_which_source_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By variable name: the environment, `.env`, the secrets folder, `config.toml`; the first that gave it is told."""
-    secrets = secret("KIS_APP_SECRET", SECRET)
-    Path(".env").write_text(f"KIS_APP_KEY={KEY}\nKIS_TIMEOUT=7\nKIS_SECRETS_DIR={secrets}\n")
-    config("buffer = 200\n[markets.hk]\nexchanges = ['SEHK']\n")
-    monkeypatch.setenv("KIS_TIMEOUT", "5")
-    assert sources.origins() == {
-        "KIS_TIMEOUT": "environment",
-        "KIS_APP_KEY": ".env",
-        "KIS_APP_SECRET": str(secrets),
-        "KIS_BUFFER": "~/.tokencore/config.toml",
-        "KIS_MARKETS__HK__EXCHANGES": "~/.tokencore/config.toml",
-    }
+def is_foreign(stem: str, places: Mapping[str, str], hk: str) -> bool:
+    """The rule in other words than the product's: for all markets (`KIS_`) or for hk."""
+    own_key = "KIS_MARKETS__HK__APP_KEY" in places and stem != "KIS_"
+    secret = places.get("KIS_APP_SECRET")
+    if f"{stem}APP_SECRET" in places:
+        secret = places[f"{stem}APP_SECRET"]
+    elif "KIS_KEYRING" in places and (own_key or "KIS_APP_SECRET" not in places):
+        secret = "keyring"
+    key = places.get(f"{stem}APP_KEY") or places.get("KIS_APP_KEY")
+    address = places.get(f"{stem}BASE_URL") or (places.get("KIS_BASE_URL") if hk != "paper" else None)
+    asked = {address, places.get(f"{stem}EXPORTS")} - {None, *TRUSTED}
+    return any(secret not in (None, place) or (place == ".env" and key not in (None, place)) for place in asked)
 
 
-def test_names_that_are_no_settings_are_told_with_what_they_resemble(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A misspelt name gets the right one, another program's none; what `get --format env` sets is no mistake."""
-    for name in ("KIS_TIMOUT", "KIS_SECRET_DIR", "KIS_MARKET__HK__APP_KEY", "KIS_ACCOUNT_NO", "KIS_ACCESS_TOKEN"):
-        monkeypatch.setenv(name, "x")
-    assert unknown_names() == {
-        "KIS_TIMOUT": "KIS_TIMEOUT",
-        "KIS_SECRET_DIR": "KIS_SECRETS_DIR",
-        "KIS_MARKET__HK__APP_KEY": "KIS_MARKETS__HK__APP_KEY",
-        "KIS_ACCOUNT_NO": "",
-    }
+def linked_into_an_open_folder() -> None:
+    """Have `.env` be a link to a file that others can exchange."""
+    shared = Path("shared").absolute()
+    shared.mkdir()
+    Path(".env").rename(shared / "env")
+    Path(".env").symlink_to(shared / "env")
+    shared.chmod(0o777)
 
 
-def test_line_of_dotenv_that_is_none_is_told_with_file_and_line(caplog: pytest.LogCaptureFixture) -> None:
-    """Once, with the path and the line; what it says is not repeated, and the lines around it count."""
-    Path(".env").write_text("KIS_TIMEOUT=7\nexport the secret Canary\nKIS_BUFFER=9\n")
-    values = [sources.gather().values for _ in range(2)]
-    assert values == [{"timeout": "7", "buffer": "9"}] * 2
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{Path('.env').absolute()}, line 2, is no NAME=value, so it is ignored; mend or remove it.",
-    ]
+def give_away(path: Path) -> None:
+    """Have it belong to another user."""
+    os.chown(path, NAMELESS, NAMELESS)
+
+
+OPEN = {
+    "another user's file": lambda: give_away(Path(".env")),
+    "another user's folder": lambda: give_away(Path.cwd()),
+    "file for all": lambda: Path(".env").chmod(0o666),
+    "file for the group": lambda: Path(".env").chmod(0o660),
+    "folder for all": lambda: Path.cwd().chmod(0o777),
+    "folder like /tmp": lambda: Path.cwd().chmod(0o1777),
+    "link into a folder for all": linked_into_an_open_folder,
+}
+
+
+@as_root
+@pytest.mark.parametrize("opened", OPEN.values(), ids=OPEN)
+def test_dotenv_that_others_can_have_written_is_ignored(
+    opened: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning names the file and why; nothing in it counts, not even for who hands it on."""
+    config(**PAIR)
+    path = dotenv(KIS_APP_KEY="a", KIS_APP_SECRET="b", KIS_BASE_URL=EVIL)
+    assert us().base_url == EVIL
+    opened()
+    assert [us().app_key, Settings.load().base_url, trusted_dotenv()] == [KEY, None, {}]
+    assert [message.startswith(f"{path} is ignored, because ") for message in caplog.messages] == [True]
+
+
+@as_root
+def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
+    """A service's user reads what root wrote and no config.toml of a folder named `~`; its token folder must be set."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path(folder).chmod(0o755)
+        trap = Path("~/.tokencore")
+        trap.mkdir(parents=True)
+        (trap / "config.toml").write_text("proactive_window = 8\n")
+        dotenv(KIS_BUFFER="7", KIS_TOKEN_DIR="/nowhere")
+        assert us().buffer == Settings.load().buffer == 7  # what is imported late is known before the user changes
+        assert ended(in_child(as_nameless)) == 0
+
+
+def as_nameless() -> None:
+    """Become a user without name and home, and read the settings; without a folder for tokens they are refused."""
+    os.setgroups([])
+    os.setgid(NAMELESS)
+    os.setuid(NAMELESS)
+    del os.environ["HOME"]
+    assert (us().buffer, us().proactive_window, Settings.load().buffer) == (7, 1800, 7)
+    os.chdir("/")  # where no .env is
+    for work in (us, Settings.load):
+        assert "KIS_TOKEN_DIR cannot be used: set it to an absolute path" in refusal(work)
+    os.environ.update(KIS_TOKEN_DIR="/nowhere", KIS_MARKETS__US__EXPORTS="kis-auth")
+    assert "KIS_MARKETS__US__EXPORTS cannot be used: set it to an absolute path" in refusal()
+
+
+def test_dotenv_adds_to_the_environment_only_what_counts() -> None:
+    """For who hands it on: names in upper case, the environment's own not among them."""
+    os.environ["KIS_TIMEOUT"] = "7"
+    os.environ["KIS_BUFFER"] = ""
+    dotenv(kis_timeout="9", KIS_BUFFER="9", PREFECT_SERVER_API_PORT="4201")
+    assert trusted_dotenv() == {"KIS_BUFFER": "9", "PREFECT_SERVER_API_PORT": "4201"}
+
+
+# --- one reader for every file
+
+FILES = [".env", "~/.tokencore/config.toml", "secrets/KIS_APP_KEY"]
+KINDS = ["link to a pipe", "link to a device", "socket", "48 MB", "65,537 bytes"]
+
+
+def make_strange(path: Path, kind: str) -> None:
+    """Put something in place of a file of settings."""
+    if kind == "link to a pipe":
+        os.mkfifo(path.with_name("pipe"))
+        path.symlink_to("pipe")
+    elif kind == "link to a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as one, contextlib.chdir(path.parent):  # a socket's address is short
+            one.bind(path.name)
+    else:
+        with path.open("wb") as file:
+            file.truncate(SPARSE if kind == "48 MB" else FILE_LIMIT + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_of_a_sensible_size_is_one_sentence_at_once(name: str, kind: str) -> None:
+    """Neither the fast reader nor `Settings` waits or takes memory, whatever stands in place of the file."""
+    path = Path(name).expanduser().absolute()
+    path.parent.mkdir(exist_ok=True)
+    make_strange(path, kind)
+    if "secrets" in name:
+        os.environ["KIS_SECRETS_DIR"] = str(path.parent)
+    began = time.monotonic()
+    tracemalloc.start()
+    for work in (us, Settings.load):
+        message = refusal(work)
+        assert path.name in message
+        assert ("65536 bytes" if "bytes" in kind or "MB" in kind else "not a regular file") in message
+    assert (time.monotonic() - began < PROMPT, tracemalloc.get_traced_memory()[1] < SPARSE / 4) == (True, True)
+    tracemalloc.stop()
+
+
+def test_files_as_large_as_allowed_count() -> None:
+    """64 KiB are read to the last line."""
+    filling = f"# {'x' * 61}\n" * 1024
+    for make, last in ((dotenv, "KIS_TIMEOUT=7\n"), (config, "buffer = 9\n")):
+        path = make(filling[: FILE_LIMIT - len(last) - 1] + "\n" + last)
+        os.truncate(path, FILE_LIMIT)
+    assert (Settings.load().timeout, Settings.load().buffer) == (7, 9)

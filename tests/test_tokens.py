@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 import time
@@ -14,7 +15,7 @@ from builders import CANARIES, DAY, KEY, NOW, make_answer, make_jwt, make_token
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencore.tokens import Token, from_answer, from_cache, jwt_claims, to_cache
+from tokencore.tokens import Token, as_answer, from_answer, from_text, jwt_claims, to_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +30,11 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     with monkeypatch.context() as patch:
         yield patch
     time.tzset()
+
+
+def from_content(content: dict[str, Any]) -> Token:
+    """The token in a file with these fields."""
+    return from_text(json.dumps(content, default=str))[0]
 
 
 def kst(at: datetime) -> str:
@@ -118,7 +124,7 @@ def test_no_content_breaks_the_reading(content: dict[str, Any]) -> None:
     """Whatever stands in a file or an answer, it is a token with aware times, or a `ValueError`."""
     for from_file in (True, False):
         try:
-            token = from_cache(content) if from_file else from_answer(content, NOW)
+            token = from_content(content) if from_file else from_answer(content, NOW)
         except ValueError:
             continue
         assert token.expires_at.utcoffset() == timedelta(0)
@@ -134,8 +140,7 @@ def test_no_content_breaks_the_reading(content: dict[str, Any]) -> None:
 def test_a_token_file_gives_back_what_was_saved(issued: datetime, life: int, rejected: bool) -> None:  # noqa: FBT001
     """Text, expiry, issue and rejection survive the file to the microsecond."""
     saved = Token(PLAIN, issued + timedelta(seconds=life), issued, rejected_at=issued if rejected else None)
-    content = to_cache(saved, now=NOW, environment="paper", key_fingerprint="ab")
-    found = from_cache(content)
+    found, content = from_text(to_cache(saved, now=NOW, environment="paper", key_fingerprint="ab"))
     for field in ("access_token", "expires_at", "issued_at", "rejected_at", "token_type"):
         assert getattr(found, field) == getattr(saved, field)
     assert found.cached_at == NOW
@@ -148,7 +153,7 @@ def test_naive_times_of_earlier_tools_are_this_machines(machine: str, zone: pyte
     zone.setenv("TZ", machine)
     time.tzset()
     local = NOW.astimezone().replace(tzinfo=None)
-    found = from_cache(
+    found = from_content(
         {"access_token": PLAIN, "expires_at": (local + DAY).isoformat(), "cached_at": local.isoformat()},
     )
     assert (found.issued_at, found.cached_at) == (NOW, NOW)
@@ -160,7 +165,7 @@ def test_a_jwt_bounds_a_naive_time_from_another_zone(zone: pytest.MonkeyPatch) -
     zone.setenv("TZ", "America/New_York")
     time.tzset()
     written = (NOW + DAY + 9 * HOUR).replace(tzinfo=None)
-    found = from_cache({"access_token": make_jwt(issued=NOW), "expires_at": written.isoformat()})
+    found = from_content({"access_token": make_jwt(issued=NOW), "expires_at": written.isoformat()})
     assert found.expires_at == NOW + DAY
 
 
@@ -171,15 +176,64 @@ def test_epoch_seconds_of_earlier_tools_are_read_in_any_zone(machine: str, zone:
     time.tzset()
     epoch = NOW.timestamp() + 0.25
     content = {"access_token": PLAIN, "expires_at": epoch + 86_400, "created_at": epoch, "expires_datetime": "x"}
-    found = from_cache(content)
+    found = from_content(content)
     assert (found.issued_at, found.expires_at) == (NOW + timedelta(seconds=0.25), NOW + DAY + timedelta(seconds=0.25))
 
 
 @pytest.mark.parametrize("expiry", [None, "", "soon", True, math.nan, math.inf, 1e400, 10**400, -1, "0001-01-01T00:00"])
 def test_a_file_needs_a_readable_expiry(expiry: object) -> None:
-    """The JWT's own `exp` does not make up for a damaged file."""
-    with pytest.raises(ValueError, match="no expires_at"):
-        from_cache({"access_token": make_jwt(), "expires_at": expiry})
+    """Of an opaque token nothing else tells when it ends; a JWT's own `exp` suffices."""
+    with pytest.raises(ValueError, match="no expiry"):
+        from_content({"access_token": PLAIN, "expires_at": expiry})
+    assert from_content({"access_token": make_jwt(issued=NOW), "expires_at": expiry}).expires_at == NOW + DAY
+
+
+JWT = make_jwt(issued=NOW)
+IN_KST, IN_UTC = "2026-11-24 17:15:00", "2026-11-24T08:15:00Z"
+FORMS = {
+    "tokenP's own answer": json.dumps(make_answer(now=NOW)),
+    "tokenP's answer with an opaque token": json.dumps({"access_token": PLAIN, "access_token_token_expired": IN_KST}),
+    "other names": json.dumps({"token": PLAIN, "expired_at": IN_KST}),
+    "camel and dashes": json.dumps({"Token": PLAIN, "Expiration": IN_UTC}),
+    "epoch": json.dumps({"access_token": PLAIN, "expires_on": (NOW + DAY).timestamp()}),
+    "epoch as text": json.dumps({"access_token": PLAIN, "timestamp": str(int((NOW + DAY).timestamp()))}),
+    "the official sample's YAML": f"token: {JWT}\nvalid-date: 2026-11-24 17:15:00\n",
+    "process": json.dumps({"Version": 1, "token": PLAIN, "Expiration": IN_UTC}),
+    "env": f"export KIS_ACCESS_TOKEN={PLAIN}\nexport KIS_TOKEN_EXPIRES_AT={IN_UTC}\n",
+    "dotenv": f"KIS_ACCESS_TOKEN={PLAIN}\nKIS_TOKEN_EXPIRES_AT={IN_UTC}\n",
+    "header": f"Authorization: Bearer {JWT}",
+    "bearer": f"Bearer {JWT}\n",
+    "bare": f"\ufeff{JWT}\r\n",
+    "expires_in of a known issue": json.dumps(
+        {"access_token": PLAIN, "issued_at": NOW.isoformat(), "expires_in": 86400}
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_people_already_have_is_understood(form: str, zone: pytest.MonkeyPatch) -> None:
+    """Every form in which a token and its expiry are found in the field is read, with the same expiry."""
+    zone.setenv("TZ", "Asia/Seoul")
+    time.tzset()
+    token = from_text(FORMS[form])[0]
+    assert token.access_token in {PLAIN, JWT}
+    assert token.expires_at == NOW + DAY
+
+
+def test_an_ambiguous_naive_time_is_read_as_the_earlier_one(zone: pytest.MonkeyPatch) -> None:
+    """Where nothing tells whether a time is KST or this machine's, the token is not believed longer than sure."""
+    zone.setenv("TZ", "America/New_York")
+    time.tzset()
+    assert from_content({"token": PLAIN, "expire": IN_KST}).expires_at == NOW + DAY
+
+
+def test_the_answer_form_is_what_tokenp_would_say() -> None:
+    """Bots that read tokenP's own fields read ours: the expiry in KST, the remaining seconds."""
+    token = make_token(now=NOW)
+    answer = as_answer(token, NOW + HOUR)
+    assert answer["access_token_token_expired"] == IN_KST
+    assert answer["expires_in"] == 23 * 3600
+    assert from_text(json.dumps(answer))[0].expires_at == token.expires_at
 
 
 def test_a_token_serves_until_the_buffer_before_its_expiry() -> None:

@@ -3,17 +3,18 @@
     from tokencore import USTokenManager
     token = USTokenManager().get_valid_token()
 
-The names below are the whole public surface. They are loaded when they are first used, so that a
-cached token costs no import of HTTP, settings validation or locking.
+The names below are the whole public surface. They are loaded when they are first used, so that a cached token costs
+no import of HTTP, settings validation or locking.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from tokencore import sessions
-    from tokencore.auth import KISAuth
-    from tokencore.auth_httpx import KISHttpxAuth
+    from tokencore.calendars import sessions
+    from tokencore.clients.auth import KISAuth
+    from tokencore.clients.auth_httpx import KISHttpxAuth
+    from tokencore.config.settings import Settings
     from tokencore.errors import (
         ConfigurationError,
         CredentialsError,
@@ -23,32 +24,22 @@ if TYPE_CHECKING:
         TokenStoreError,
         TokenUnavailableError,
     )
-    from tokencore.fleet import managers, trading
-    from tokencore.foresight import Consequence, foresee
+    from tokencore.keys import Key, KeyState
     from tokencore.manager import BaseTokenManager, KRTokenManager, TokenManager, USTokenManager
-    from tokencore.picture import draw_plans
-    from tokencore.plan import Plan, make_plan
-    from tokencore.remarks import NOTE_FIELDS, Note
-    from tokencore.rule import Decision, Outlook, look, next_attempt, tick
-    from tokencore.settings import Settings, overrides
-    from tokencore.status import CLOCK_SLACK
+    from tokencore.reports.plan_svg import draw_plans
+    from tokencore.stores import open_document
 
 __all__ = [
-    "CLOCK_SLACK",
-    "NOTE_FIELDS",
     "BaseTokenManager",
     "ConfigurationError",
-    "Consequence",
     "CredentialsError",
-    "Decision",
     "IssuanceLimitError",
     "IssuerUnavailableError",
     "KISAuth",
     "KISHttpxAuth",
     "KRTokenManager",
-    "Note",
-    "Outlook",
-    "Plan",
+    "Key",
+    "KeyState",
     "Settings",
     "TokenError",
     "TokenManager",
@@ -56,42 +47,31 @@ __all__ = [
     "TokenUnavailableError",
     "USTokenManager",
     "draw_plans",
-    "foresee",
-    "look",
-    "make_plan",
-    "managers",
-    "next_attempt",
-    "overrides",
+    "open_document",
     "sessions",
-    "tick",
-    "trading",
 ]
 
-_ROOMS = {
+_PLACES = {
     "manager": ("BaseTokenManager", "KRTokenManager", "TokenManager", "USTokenManager"),
-    "auth": ("KISAuth",),
-    "auth_httpx": ("KISHttpxAuth",),
-    "fleet": ("managers", "trading"),
-    "foresight": ("Consequence", "foresee"),
-    "remarks": ("NOTE_FIELDS", "Note"),
-    "settings": ("Settings", "overrides"),
-    "picture": ("draw_plans",),
-    "plan": ("Plan", "make_plan"),
-    "status": ("CLOCK_SLACK",),
-    "rule": ("Decision", "Outlook", "look", "next_attempt", "tick"),
+    "clients.auth": ("KISAuth",),
+    "clients.auth_httpx": ("KISHttpxAuth",),
+    "config.settings": ("Settings",),
+    "keys": ("Key", "KeyState"),
+    "reports.plan_svg": ("draw_plans",),
+    "stores": ("open_document",),
 }
 
 
 def __getattr__(name: str) -> object:
-    """Load a public name from its room."""
+    """Load a public name from its module."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module  # the module itself stays free of imports
+    from importlib import import_module  # the package itself stays free of imports
 
     if name == "sessions":
-        return import_module("tokencore.sessions")
-    room = next((room for room, names in _ROOMS.items() if name in names), "errors")
-    value: object = getattr(import_module(f"tokencore.{room}"), name)
+        return import_module("tokencore.calendars.sessions")
+    place = next((place for place, names in _PLACES.items() if name in names), "errors")
+    value: object = getattr(import_module(f"tokencore.{place}"), name)
     globals()[name] = value
     return value
 

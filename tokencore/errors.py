@@ -1,7 +1,7 @@
-"""What can go wrong, by what the operator has to do about it. This module imports nothing.
+"""The errors of this package, one class for each thing an operator has to do. This module imports nothing.
 
-Every message says what happened, what still works until when, and what to do; none contains a
-token, key or secret. `exit_code` is the command line's exit code for the class.
+Every message says what happened, what still works until when, and what to do; none contains a token, key or
+secret. `exit_code` is the command line's exit code for the class.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class TokenError(Exception):
 
 
 class ConfigurationError(TokenError):
-    """A setting is missing or malformed; the sentence names the variable and how to set it."""
+    """A setting is missing or malformed; the message names the variable and how to set it."""
 
     exit_code = 2
 
 
 class TokenUnavailableError(TokenError):
-    """There is no token that serves the asked time, and none could be had without breaking a rule."""
+    """There is no token that serves the asked time, and none can be issued without breaking a rule."""
 
     exit_code = 3
 
@@ -35,16 +35,16 @@ class IssuanceLimitError(TokenError):
 
     Attributes:
         retry_at: when the next request is allowed, aware UTC; None when nobody can know.
-        cause: `minute` (KIS's one request a minute), `ceiling` (KIS_MAX_ISSUES_PER_DAY),
-            `same_token` (KIS would hand back the present token for six hours) or `backoff`
-            (the pause after a failed attempt while the present token goes on serving).
+        cause: `minute` (KIS's one request a minute), `ceiling` (KIS_MAX_ISSUES_PER_DAY), `same_token` (KIS
+            returns the present token for six hours) or `backoff` (the pause after a failed attempt while the
+            present token goes on serving).
 
     """
 
     exit_code = 4
 
     def __init__(self, message: str, *, retry_at: datetime | None, cause: str) -> None:
-        """Keep when (aware UTC) and by which rule beside the sentence."""
+        """Keep when (aware UTC) and by which rule beside the message."""
         super().__init__(message)
         self.retry_at = retry_at
         self.cause = cause
@@ -59,21 +59,9 @@ def _limit_error(message: str, retry_at: datetime | None, cause: str) -> Issuanc
 
 
 class CredentialsError(TokenError):
-    """KIS refused the credentials; nothing retries by itself until a person acts."""
+    """KIS refused the key, the secret or this address; nothing retries by itself until a person acts."""
 
     exit_code = 5
-
-
-class AppKeyError(CredentialsError):
-    """EGW00103: the app key is wrong, or belongs to the other environment (real or paper)."""
-
-
-class AppSecretError(CredentialsError):
-    """EGW00105: the app secret is wrong, very often by a trailing space or newline."""
-
-
-class AccessDeniedError(CredentialsError):
-    """EGW00206 or EGW00207: the key may not use this API, or not from this IP address."""
 
 
 class IssuerUnavailableError(TokenError):
@@ -82,19 +70,7 @@ class IssuerUnavailableError(TokenError):
     exit_code = 6
 
 
-class IssuerServerError(IssuerUnavailableError):
-    """KIS reported a fault of its own (EGW00002 or a 5xx status)."""
-
-
-class IssuerRefusedError(IssuerUnavailableError):
-    """A refusal without a known code, such as a proxy's HTML page; treated like the minute limit."""
-
-
-class IssuerAnswerError(IssuerUnavailableError):
-    """KIS answered success, but without a token that could be used."""
-
-
 class TokenStoreError(TokenError):
-    """The token directory cannot be used (permissions, read-only, no space for the lock)."""
+    """The store of tokens cannot be used (permissions, read-only, no space for the lock)."""
 
     exit_code = 7

@@ -1,4 +1,4 @@
-"""May this key issue now? The rules of KIS and of caution, judged from the record and the present token.
+"""May this key ask KIS for a token now? The rules of KIS and of caution, judged from the record and the present token.
 
 Pure: the record's attempts, the token and `now` go in, an error that says why not comes out.
 """
@@ -9,25 +9,23 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokencore import record
-from tokencore.errors import AccessDeniedError, AppKeyError, AppSecretError, CredentialsError, IssuanceLimitError
-from tokencore.market import ISSUE_INTERVAL
+from tokencore import attempts as record
+from tokencore.attempts import CREDENTIALS, Outcome
+from tokencore.config.market import ISSUE_INTERVAL
+from tokencore.errors import CredentialsError, IssuanceLimitError
 from tokencore.policy import retry_delay
-from tokencore.record import CREDENTIALS, Outcome
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokencore.market import Market
-    from tokencore.record import Attempt
+    from tokencore.attempts import Attempt
+    from tokencore.config.market import Market
     from tokencore.tokens import Token
 
-
 SELDOM = 1000  # failures, as it were: enough for the longest pause
-CLOCK_ERROR = timedelta(days=2)  # an attempt further ahead of now was written by a clock that was wrong
+CLOCK_ERROR = timedelta(days=2)  # an attempt further ahead of now was recorded by a clock that was wrong
 _NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # what brought a token that was not there before
-_REFUSED = {Outcome.BAD_KEY: AppKeyError, Outcome.BAD_SECRET: AppSecretError, Outcome.DENIED: AccessDeniedError}
 
 
 class Intent(Enum):
@@ -41,7 +39,7 @@ class Intent(Enum):
 
 
 class Standing(NamedTuple):
-    """What the rules are judged on; `waited_out` is the time of an attempt whose cool-down the caller sat out."""
+    """What the rules are judged on; `waited_out` is when the attempt was whose cool-down the caller has waited out."""
 
     now: datetime
     attempts: Sequence[Attempt]
@@ -60,7 +58,7 @@ def check(intent: Intent, standing: Standing, market: Market) -> None:
 
     """
     _check_credentials(intent, standing, market)
-    if intent is not Intent.FORCE:  # first what lasts for hours: nobody waits a minute to hear of it
+    if intent is not Intent.FORCE:  # first what lasts for hours: nobody waits a minute to learn of it
         _check_same_token(standing, market)
         _check_ceiling(standing, market)
     _check_pauses(intent, standing, market)
@@ -79,34 +77,36 @@ def allowed_from(standing: Standing, market: Market) -> datetime | None:
             return standing.now
 
 
-def cooldown_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
+def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -> datetime | None:
     """When the next request of the key is allowed; None when it is now.
 
-    An attempt that seems to lie ahead (the clock was set back) counts as one of this moment, for `CLOCK_ERROR` at most.
-    One without an outcome, whose process died or still waits, was noted before its request left: KIS's minute began
-    later than it says, so it is given the pause after a failure.
+    An attempt that seems to lie ahead (the clock was set back) counts as one of this moment, for `CLOCK_ERROR` at
+    most. One without an outcome, whose process died or still waits, may have left later than recorded, by as
+    long as a connection takes: it is given the pause after a failure and KIS_TIMEOUT.
     """
     last = record.latest(attempts)
     if last is None or last.at > now + CLOCK_ERROR:
         return None
-    length = pause(1, interval) if last.outcome is Outcome.SENT else timedelta(seconds=interval)
+    length = timedelta(seconds=market.settings.issue_interval)
+    if last.outcome is Outcome.SENT:
+        length = pause(1, market.settings.issue_interval) + timedelta(seconds=market.settings.timeout)
     until = min(last.at, now) + length
     return until if until > now else None
 
 
 def paused_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
-    """When the pause after attempts in vain is over; None when it is, or when the last one brought a new token."""
+    """When the pause after failed attempts is over; None when it is, or when the last one brought a new token."""
     if not attempts or attempts[-1].outcome in _NEW or attempts[-1].at > now + CLOCK_ERROR:
         return None
-    final = attempts[-1]  # also one that never left: who cannot be reached is left alone as long
-    lasting = record.latest(attempts)
-    seldom = final.outcome is Outcome.SAME or (lasting and lasting.outcome in CREDENTIALS)
+    final = attempts[-1]  # also one that never left: an issuer that cannot be reached is left alone as long
+    counted = record.latest(attempts)
+    seldom = final.outcome is Outcome.SAME or (counted and counted.outcome in CREDENTIALS)
     until = min(final.at, now) + pause(SELDOM if seldom else record.failures(attempts), interval)
     return until if until > now else None
 
 
 def same_token_until(token: Token | None, now: datetime) -> datetime | None:
-    """Until when KIS would hand back this token rather than issue one; None when it would issue one now."""
+    """Until when KIS would return this token rather than issue one; None when it would issue one now."""
     until = token.same_until() if token else None
     if token is None or until is None or not now < until < token.expires_at:
         return None
@@ -116,12 +116,12 @@ def same_token_until(token: Token | None, now: datetime) -> datetime | None:
 def pause(failures: int, interval: float) -> timedelta:
     """How long to leave KIS alone after so many failures in a row: 65 s three times, then 5 min.
 
-    They stretch and shrink with the issue interval, of which KIS's is 60 s.
+    The pauses stretch and shrink with the issue interval (seconds), of which KIS's is 60.
     """
     return retry_delay(failures) * (interval / ISSUE_INTERVAL)
 
 
-def tell(at: datetime) -> str:
+def format_time(at: datetime) -> str:
     """A time for people, in KST, which is the time of KIS's own notices."""
     return at.astimezone(KST).strftime("%Y-%m-%d %H:%M:%S KST")
 
@@ -131,10 +131,11 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
     if token is None:
         return "There is no token."
     if token.serves(now, buffer):
-        return f"The present token goes on serving until {tell(token.expires_at - timedelta(seconds=buffer))}."
+        return f"The present token serves until {format_time(token.expires_at - timedelta(seconds=buffer))}."
     if token.rejected_at is not None:
-        return f"The present token is dead, rejected by KIS (issued {tell(token.issued_at or token.rejected_at)})."
-    return f"The last token expired at {tell(token.expires_at)}."
+        issued = format_time(token.issued_at or token.rejected_at)
+        return f"There is no valid token: KIS has rejected the present one (issued {issued})."
+    return f"There is no valid token: the last one expired at {format_time(token.expires_at)}."
 
 
 def _check_credentials(intent: Intent, standing: Standing, market: Market) -> None:
@@ -144,29 +145,29 @@ def _check_credentials(intent: Intent, standing: Standing, market: Market) -> No
     # A key whose token is about to expire was right until lately: KIS answers so to a locked key too. It is
     # tried again, a few times; otherwise nobody but a person tries again.
     if intent in (Intent.REQUIRED, Intent.DUE):
-        raise _REFUSED[last.outcome](
-            f"KIS refused these credentials at {tell(last.at)} ({last.code}), so they are not tried again by "
-            f"themselves. {what_serves(standing.token, standing.now, market.buffer)} Correct them, or run "
+        raise CredentialsError(
+            f"KIS refused these credentials at {format_time(last.at)} ({last.code}), so they are not tried again "
+            f"automatically. {what_serves(standing.token, standing.now, market.buffer)} Correct them, or run "
             f"`tokencore refresh {market.name}` when KIS has restored them.",
         )
 
 
 def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
     now, attempts = standing.now, standing.attempts
-    last = record.latest(attempts)
-    until = cooldown_until(attempts, now, market.issue_interval)
+    serves = what_serves(standing.token, now, market.buffer)
+    last, until = record.latest(attempts), cooldown_until(attempts, now, market)
     if last and until and standing.waited_out != last.at:
         raise IssuanceLimitError(
-            f"The last request of this key was at {tell(last.at)} ({last.outcome}); KIS allows one a minute. "
-            f"{what_serves(standing.token, now, market.buffer)} The next is allowed at {tell(until)}.",
+            f"KIS allows one request a minute, and the last one of this key was at {format_time(last.at)} "
+            f"({last.outcome}). {serves} The next is allowed at {format_time(until)}.",
             retry_at=until,
             cause="minute",
         )
-    until = paused_until(attempts, now, market.issue_interval)
+    until = paused_until(attempts, now, market.settings.issue_interval)
     if until and intent in (Intent.DUE, Intent.AHEAD):
         raise IssuanceLimitError(
-            f"The last attempt brought no new token ({attempts[-1].outcome}). "
-            f"{what_serves(standing.token, now, market.buffer)} The next attempt is at {tell(until)}.",
+            f"The last attempt brought no new token ({attempts[-1].outcome}). {serves} "
+            f"The next attempt is at {format_time(until)}.",
             retry_at=until,
             cause="backoff",
         )
@@ -177,9 +178,11 @@ def _check_same_token(standing: Standing, market: Market) -> None:
     until = same_token_until(token, now)
     if until is None:
         return
+    dead = token is not None and token.rejected_at is not None
+    force = f" If KIS has withdrawn it sooner, `tokencore refresh {market.name} --force` asks now." if dead else ""
     raise IssuanceLimitError(
-        f"KIS would hand back the present token until {tell(until)}, six hours after its issue. "
-        f"{what_serves(token, now, market.buffer)} A new one can be had from {tell(until)}.",
+        f"KIS returns the same token until {format_time(until)}, six hours after its issue. "
+        f"{what_serves(token, now, market.buffer)} A new one can be issued from {format_time(until)}.{force}",
         retry_at=until.astimezone(UTC),
         cause="same_token",
     )
@@ -187,13 +190,14 @@ def _check_same_token(standing: Standing, market: Market) -> None:
 
 def _check_ceiling(standing: Standing, market: Market) -> None:
     issued = record.issued_within(standing.attempts, standing.now)
-    if len(issued) < market.max_issues_per_day:
+    if len(issued) < market.settings.max_issues_per_day:
         return
-    until = issued[-market.max_issues_per_day].at + record.DAY
+    until = issued[-market.settings.max_issues_per_day].at + record.DAY
     raise IssuanceLimitError(
-        f"This key has issued {len(issued)} tokens in 24 hours, and KIS_MAX_ISSUES_PER_DAY is "
-        f"{market.max_issues_per_day}. {what_serves(standing.token, standing.now, market.buffer)} "
-        f"The next is allowed at {tell(until)}; `tokencore refresh {market.name} --force` passes the ceiling.",
+        f"The 24-hour limit is reached: this key has issued {len(issued)} tokens in 24 hours, and "
+        f"KIS_MAX_ISSUES_PER_DAY is {market.settings.max_issues_per_day}. "
+        f"{what_serves(standing.token, standing.now, market.buffer)} The next is allowed at {format_time(until)}; "
+        f"`tokencore refresh {market.name} --force` passes the limit.",
         retry_at=until,
         cause="ceiling",
     )

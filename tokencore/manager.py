@@ -1,26 +1,116 @@
-"""The managers: one market's token, served to programs, and looked at, renewed and handed over for people."""
+"""Token managers: one market's token for programs, from memory, then its file, then renewal under the key's lock.
+
+A cached token costs an attribute and a look at the clock; once a second a `stat` tells whether another process has
+renewed. What is heavy (HTTP, locking, validation of settings) is imported when a renewal is due, and a token that
+still serves is handed out while its successor is fetched beside it.
+"""
 
 from __future__ import annotations
 
-from tokencore.errors import TokenUnavailableError
-from tokencore.moments import UTC, datetime
-from tokencore.serving import Serving
+import time
+from datetime import UTC, datetime, timedelta
+
+from tokencore.config import market_of_program, read_market
+from tokencore.config.market import ISSUE_INTERVAL
+from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
+from tokencore.sealing import sealed, sealed_class
+from tokencore.stores import open_store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from tokencore.configured import Configured
-    from tokencore.market import Market
-    from tokencore.record import Attempt
-    from tokencore.status import TokenStatus
+    from collections.abc import Sequence
+
+    from tokencore.attempts import Attempt
+    from tokencore.config.market import Market
+    from tokencore.kis.quotes import Evidence
+    from tokencore.renewer import Renewer
+    from tokencore.reports.status import MarketStatus
+    from tokencore.stores.base import Store
     from tokencore.tokens import Token
 
+FRESH = 0.9  # seconds for which the token in memory is served without a look at its file
+AHEAD_PAUSE = 1.0  # seconds between two looks at whether a renewal ahead is due; the record decides
+PATIENCE = 0.8  # seconds that a caller with a valid token waits for its successor
 
-class BaseTokenManager(Serving):
+
+@sealed_class(but=("get_valid_token",))
+class BaseTokenManager:
     """Serves one market's token; thread-safe, fork-safe, and at one with every other process of the machine.
 
-    A subclass states what is its own: `get_api_url`, `get_app_credentials` and `get_token_file_prefix`;
-    everything else comes from the settings. It is not pickled: make one where it is needed.
+    A subclass states what is its own: `get_api_url`, `get_app_credentials` and `get_token_file_prefix`; everything
+    else comes from the settings. It is not pickled: make one where it is needed.
     """
+
+    __slots__ = ("__dict__", "__weakref__", "_text", "_token")  # what `vars` shows has no secret
+
+    def __init__(self) -> None:
+        """Read the settings; neither the store nor KIS is touched yet.
+
+        Raises:
+            ConfigurationError: the settings cannot be read, or the market is not configured.
+
+        """
+        self.market = self._read_market()
+        self._text = ""
+        self._token: Token | None = None  # whose text that is
+        self._fresh_until = 0.0  # monotonic seconds
+        self._calm_until = 0.0  # epoch seconds: no renewal is due before it
+        self._next_try = 0.0  # monotonic seconds
+        self._store_made: Store | None = None
+        self._renewer_made: Renewer | None = None
+
+    def __repr__(self) -> str:
+        market = getattr(self, "market", None)  # none yet where an error's traceback shows what was being made
+        return f"{type(self).__name__}({market.name!r}, {market.environment!r})" if market else type(self).__name__
+
+    def __reduce__(self) -> str:
+        raise TypeError("a token manager knows credentials and is not pickled; make it anew where it is needed")
+
+    def get_api_url(self) -> str:
+        """Where KIS is asked: a base URL without a trailing slash."""
+        raise NotImplementedError(_WHAT_TO_GIVE)
+
+    def get_app_credentials(self) -> tuple[str, str]:
+        """The app key and the app secret."""
+        raise NotImplementedError(_WHAT_TO_GIVE)
+
+    def get_token_file_prefix(self) -> str:
+        """What the names of the market's files begin with, such as `us_`."""
+        raise NotImplementedError(_WHAT_TO_GIVE)
+
+    def get_valid_token(self, valid_until: datetime | None = None) -> str:
+        """A token that is valid now, and until `valid_until` (aware) if that is given; renewed if it must be.
+
+        While the present token is valid it is served whatever fails, and nobody waits for KIS longer than a second.
+        Without one, the call waits for KIS and, inside the cool-down of an earlier request, for its turn.
+
+        Raises:
+            IssuanceLimitError: a limit forbids a request until its `retry_at`.
+            CredentialsError: KIS refused the key or the secret; a person has to act.
+            IssuerUnavailableError: KIS is down or unreachable.
+            TokenUnavailableError: no token that KIS would issue now lasts to `valid_until`.
+            TokenStoreError: the token directory cannot be used.
+            ConfigurationError: the settings are incomplete, or `valid_until` has no time zone.
+                Whatever is raised, a token that is still valid stays where it is.
+
+        """
+        if valid_until is None and (time.monotonic() < self._fresh_until or self._unchanged()):
+            return self._text
+        return self._consulted(valid_until)
+
+    def token_at_hand(self) -> str | None:
+        """The valid token where it is cached and no renewal is due; None where `get_valid_token` might wait."""
+        if time.monotonic() < self._fresh_until or self._unchanged():
+            return self._text
+        now, token = datetime.now(UTC), self.load_token()
+        if token is None or not token.serves(now, max(self.market.buffer, self.market.proactive_window)):
+            return None
+        self._remember(token, now)
+        return token.access_token
+
+    def load_token(self) -> Token | None:
+        """The token of the market's key, valid or not; None where there is none."""
+        return self._store.read()[0]
 
     def save_token(self, token: Token) -> None:
         """Save `token` for every market of the key.
@@ -29,44 +119,43 @@ class BaseTokenManager(Serving):
             TokenStoreError: it could not be written; what was there before still is.
 
         """
-        self._keeper.save(token)
         self._fresh_until = 0.0
+        with self._renewer.changing():
+            self._store.save(token)
 
     def delete_token(self) -> bool:
-        """Remove the market's token file; whether there was one. The issuance record stays.
+        """Remove the market's token file, and the key's with its last market; whether there was one. The record stays.
 
         Raises:
             TokenStoreError: it cannot be removed.
 
         """
         self._fresh_until = 0.0
-        return self._keeper.delete()
+        with self._renewer.changing():
+            return self._store.delete()
 
-    def get_token_status(self) -> TokenStatus:
+    def is_token_expired(self) -> bool:
+        """Whether there is no token that counts as valid now."""
+        token = self.load_token()
+        return token is None or not token.serves(datetime.now(UTC), self.market.buffer)
+
+    def get_token_status(self) -> MarketStatus:
         """What is known of the market's token, as `tokencore check --json` prints it. Writes and asks nothing."""
-        from tokencore.settings import overrides  # not on the path of a cached token
-        from tokencore.status import next_need
+        from tokencore.reports.status import status_of  # not on the path of a cached token
 
-        now = datetime.now(UTC)
-        return self.status_at(now, next_need(self.market.exchanges, now, overrides()))
-
-    def status_at(self, now: datetime, need: tuple[datetime, datetime] | None) -> TokenStatus:
-        """The same at `now` (aware), for who has asked the calendars for the next `need` already."""
-        from tokencore.status import token_status  # not on the path of a cached token
-
-        return token_status(self.market, self._cache, now, need)
+        return status_of(self.market, self._store, datetime.now(UTC))
 
     def get_token_info(self) -> str:
         """The same for people: a few aligned lines, times in KST and in this machine's zone."""
-        from tokencore.view import info_text
+        from tokencore.reports.tables import info_text
 
         return info_text(self.get_token_status())
 
     def refresh(self, *, force: bool = False, reason: str = "", by: str = "") -> bool:
-        """Renew now; True for a new token, False where KIS handed back the present one.
+        """Renew now; True for a new token, False where KIS returned the present one.
 
-        Without `force` it declines while KIS would hand back the same token or the ceiling is reached.
-        `reason` (80 characters) and `by` whom (40) go into the issuance record.
+        Without `force` it declines while KIS would return the same token or the ceiling is reached. `reason` (80
+        characters) and `by` whom (40) go into the issuance record.
 
         Raises:
             ConfigurationError: one of these looks like a key; nothing was asked.
@@ -75,28 +164,28 @@ class BaseTokenManager(Serving):
                 The present token is untouched.
 
         """
-        self._fresh_until = 0.0
-        from tokencore.remarks import Note  # not on the path of a cached token
+        from tokencore.attempts import Note  # not on the path of a cached token
 
-        return self._keeper.refresh(force=force, note=Note(reason or "refresh", by).checked())
+        self._reload()
+        return self._renewer.refresh(force=force, note=Note(reason or "refresh", by).checked())
 
     def report_rejected(self, token: str) -> str:
-        """Tell that KIS rejected `token` on a business call (EGW00121, EGW00123); the token to use instead.
+        """Report that KIS rejected `token` on a business call (EGW00121, EGW00123); the token to use instead.
 
-        Where another process has renewed already, its token is returned. Otherwise the token is marked
-        dead for all processes and renewed, as soon as KIS would issue another one.
+        Where another process has renewed already, its token is returned. Otherwise the token is marked dead for
+        all processes and renewed, as soon as KIS would issue another one.
 
         Raises:
-            IssuanceLimitError: it is younger than six hours, in which KIS hands the dead token back;
-                `retry_at` tells when a new one can be had.
+            IssuanceLimitError: it is younger than six hours, in which KIS returns the dead token;
+                `retry_at` tells when a new one can be issued.
             TokenError: the renewal failed; see `get_valid_token`.
 
         """
         self._fresh_until = 0.0
-        cached = (self._cache.newest(), self.load_token())
-        if any(known is not None and known.access_token == token for known in cached):
-            self._keeper.mark_rejected(token, datetime.now(UTC))
-        return self._consult(None).access_token
+        known = (self._store.newest(), self.load_token())
+        if any(one is not None and one.access_token == token for one in known):
+            self._renewer.reject(token, datetime.now(UTC))
+        return self._serving(None).access_token
 
     def get_approval_key(self, rejected: str = "") -> str:
         """The key for KIS's websocket, one for all processes and markets of the app key; it lives for 24 hours.
@@ -104,129 +193,202 @@ class BaseTokenManager(Serving):
         With the one that KIS has `rejected`, another one; where another process has replaced it already, that.
 
         Raises:
-            TokenError: there is none, and none could be had; see `approval.ApprovalKeys.obtain`.
+            TokenError: there is none, and none could be issued; see `ApprovalKeys.obtain`.
 
         """
-        from tokencore.approval import ApprovalKeys  # not on the path of a cached token
+        from tokencore.clients.approval import ApprovalKeys  # not on the path of a cached token
 
-        credentials, url = self.get_app_credentials(), self.get_api_url().rstrip("/")
-        app_key, app_secret = (word.strip() for word in credentials)
-        return ApprovalKeys(self.market, self._cache.fingerprint, (app_key, app_secret), url).obtain(rejected)
+        return ApprovalKeys(self.market, self._store, self._renewer).obtain(rejected)
 
     def revoke(self) -> bool:
-        """Make KIS forget the present token and mark it dead for every market of the key; whether there was one.
+        """Make KIS forget the present token and remove it for every market of the key; whether there was one.
 
         Raises:
             IssuerUnavailableError: KIS did not revoke it; it stays valid.
 
         """
-        token = self._cache.newest()
+        token = self._store.newest()
         if token is None:
             return False
         self._fresh_until = 0.0
-        self._keeper.revoke(token.access_token)
-        self._keeper.mark_rejected(token.access_token, datetime.now(UTC))
+        self._renewer.gateway.revoke(token.access_token)
+        with self._renewer.changing():
+            self._store.clear()
         return True
 
     def probe(self, access_token: str | None = None) -> tuple[bool | None, str]:
-        """Whether KIS accepts the token, the cached one by default, on a quote call (None: it told nothing), and why.
+        """Whether KIS accepts the token, the cached one by default, on a quote call (None: it did not say), and why.
 
         Raises:
             TokenUnavailableError: there is no token to try.
 
         """
+        from tokencore.kis.quotes import for_exchanges
+
         token = self.load_token() if access_token is None else None
         access_token = token.access_token if token else access_token
         if access_token is None:
             raise TokenUnavailableError(f"There is no token for {self.market.name!r} to try.")
-        domestic = not self.market.exchanges or bool({"KRX", "NXT", "XKRX"} & set(self.market.exchanges))
-        return self._keeper.probe(access_token, domestic=domestic)
+        evidence: Evidence = self._renewer.gateway.quote(access_token, for_exchanges(self.market.exchanges))
+        return evidence.accepted, evidence.detail
 
     def export(self, client: str, folder: str) -> list[str]:
         """Write the token for another client (`mojito2`, `python-kis`, `kis-auth`) into `folder`; the files' paths.
 
         Raises:
             ConfigurationError: the place is another key's or environment's, or KIS_HTS_ID is missing.
-            TokenError: there is no token and none could be had, or the system refuses; the token is untouched.
+            TokenError: there is no token and none could be issued, or the system refuses; the token is untouched.
 
         """
-        self._keeper.check_export(client, folder)
-        self.get_valid_token()
-        return self._keeper.export(client, folder)
+        from tokencore.clients.exports import Exports
 
-    def copy_token(self) -> None:
-        """Bring the copies for other clients that the settings ask for up to date; what fails is told in the log only.
+        exports = Exports(self._sharing(), self._store)
+        exports.check(client, folder)
+        token = self._serving(None)
+        with self._renewer.changing():
+            return exports.write(client, folder, token)
 
-        Every change of the token does so too: this is for copies that failed then, or that somebody removed since.
-        """
-        self._keeper.copy()
-
-    def take(self, token: Token, *, force: bool = False, proven: bool = False) -> bool:
-        """Save a token that was issued elsewhere for all markets of the key; False where it was known, see `Keeper`.
+    def adopt(self, token: Token, *, force: bool = False, proven: bool = False) -> bool:
+        """Save a token that was issued elsewhere for all markets of the key; False where it was known already.
 
         Raises:
-            ConfigurationError: the present token is the better one, and `force` is not given.
+            ConfigurationError: the present token lasts longer, and `force` is not given.
             TokenUnavailableError: KIS has rejected it, and it is not `proven` to work again.
             TokenStoreError: it could not be written; what was there before still is.
 
         """
         self._fresh_until = 0.0
-        return self._keeper.take(token, force=force, proven=proven)
-
-    def renew_due(self, present: Token | None, reason: str) -> bool:
-        """Have a successor of `present`, on which the rule was judged; False where another was quicker.
-
-        It waits while another process renews, but for no cool-down.
-
-        Raises:
-            TokenError: a limit or a pause after failures forbids it, or the request failed; the present
-                token is untouched.
-
-        """
-        self._fresh_until = 0.0
-        return self._keeper.renew_due(present, reason)
-
-    def require_saved(self) -> None:
-        """Return where the key's token is in a file, or there is none: for who renews for others.
-
-        Raises:
-            TokenStoreError: only this process has it, as no file could be written.
-
-        """
-        if token := self._cache.newest():
-            self._keeper.require_saved(token)
-
-    def renewal_allowed_from(self, now: datetime) -> datetime | None:
-        """When the limits allow a renewal that is due at `now` (aware); None where only a person can bring it about."""
-        return self._keeper.allowed_from(now)
+        now = datetime.now(UTC)
+        return self._renewer.adopt(
+            token, lambda present: _check_better(token, present, now, force=force, proven=proven)
+        )
 
     def history(self) -> list[Attempt]:
         """The key's issuance record, oldest attempt first; reading changes nothing."""
-        from tokencore.record import IssuanceRecord  # not on the path of a cached token
+        return self._store.attempts()
 
-        return IssuanceRecord(self._cache.folder, self._cache.fingerprint).attempts()
+    # Inside
+
+    @sealed
+    def _consulted(self, valid_until: datetime | None) -> str:
+        if valid_until is not None and getattr(valid_until, "tzinfo", None) is None:
+            raise ConfigurationError("valid_until must be a datetime with a time zone. Nothing was issued; pass one.")
+        return self._serving(valid_until).access_token
+
+    def _serving(self, valid_until: datetime | None) -> Token:
+        def until() -> datetime:  # anew at each look: a clock that is set back meanwhile costs no token
+            now = datetime.now(UTC)
+            return now if valid_until is None else max(now, valid_until)
+
+        now, token = datetime.now(UTC), self.load_token()
+        if token is None or not token.serves(until(), self.market.buffer):
+            _refuse_hopeless(token, now, until(), self.market.buffer)
+            self._reload()
+            token = self._renewer.obtain(
+                lambda found: found.serves(until(), self.market.buffer), f"get {self.market.name}"
+            )
+        self._remember(token, now)
+        if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:
+            self._renew_beside(token)
+        return self._token or token
+
+    def _unchanged(self) -> bool:
+        """Whether one `stat` shows that the token remembered still stands; it is then fresh for as long again."""
+        token = self._token
+        if token is None or time.time() >= self._calm_until or not self._store.unchanged(token):
+            return False
+        self._fresh_until = time.monotonic() + FRESH
+        return True
+
+    def _remember(self, token: Token, now: datetime) -> None:
+        left = (token.expires_at - now).total_seconds() - self.market.buffer
+        self._text, self._token = token.access_token, token
+        self._calm_until = token.expires_at.timestamp() - max(self.market.buffer, self.market.proactive_window) - FRESH
+        self._fresh_until = time.monotonic() + min(FRESH, left)
+
+    def _renew_beside(self, token: Token) -> None:
+        """Try for a successor in a thread; the caller, whose token serves, waits less than a second for it."""
+        if time.monotonic() < self._next_try:
+            return
+        self._next_try = time.monotonic() + AHEAD_PAUSE
+        from threading import Thread  # not on the path of a cached token
+
+        thread = Thread(target=self._renew_ahead, args=(token,), name="tokencore renewal", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no thread: the present token serves, and the next call tries
+            _warn(error)
+            return
+        thread.join(PATIENCE)
+
+    def _renew_ahead(self, token: Token) -> None:
+        now, interval = datetime.now(UTC), ISSUE_INTERVAL
+        try:
+            self._reload()
+            interval = self.market.settings.issue_interval
+            newer = self._renewer.renew_ahead(
+                token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now)
+            )
+        except Exception as error:  # noqa: BLE001 - whatever fails, the present token is served
+            self._next_try = time.monotonic() + max(AHEAD_PAUSE, interval)
+            _warn(error)
+            return
+        if newer is not None:
+            self._remember(newer, now)
+
+    def _in_served_session(self, token: Token, now: datetime) -> bool:
+        from tokencore.outlook import in_served_session  # calendars, for the one who would issue
+
+        codes = list(dict.fromkeys(code for one in self._sharing() for code in one.exchanges))
+        return in_served_session(codes, self.market.settings.overrides, token, now, self.market.buffer)
+
+    def _read_market(self) -> Market:
+        """The market that the file prefix names, with the key and address that the subclass gives."""
+        name = self.get_token_file_prefix().rstrip("_")
+        return market_of_program(name, self.get_app_credentials, self.get_api_url().rstrip("/"))
+
+    def _reload(self) -> None:
+        """A key that was replaced in the settings while the program runs is seen with the next renewal."""
+        self._fresh_until = 0.0
+        market = self._read_market()
+        if (market.fingerprint, market.token_dir) != (self.market.fingerprint, self.market.token_dir):
+            self._store_made = None
+        self.market, self._renewer_made = market, None
+
+    def _sharing(self) -> Sequence[Market]:
+        """The configured markets with this key, this one first: they share one token and one issuance."""
+        own = self.market.fingerprint, self.market.environment
+        known = self.market.settings.all_markets()
+        others = [one for one in known if one.app_key and (one.fingerprint, one.environment) == own]
+        return [self.market, *(one for one in others if one.name != self.market.name)]
+
+    @property
+    def _store(self) -> Store:
+        if self._store_made is None:
+            self.market.identified()  # a missing key or secret is reported now, not by a renewal at night
+            self._store_made = open_store(self.market, lambda: [one.name for one in self._sharing()])
+        return self._store_made
+
+    @property
+    def _renewer(self) -> Renewer:
+        if self._renewer_made is None:
+            self._renewer_made = make_renewer(self._sharing(), self._store)
+        return self._renewer_made
 
 
+@sealed_class()
 class TokenManager(BaseTokenManager):
     """The token of a configured market, by its name: `us`, `kr`, or one of the user's own."""
 
-    def __init__(self, market: str, *, configured: Configured | None = None) -> None:
-        """Take the settings and see whether there is a valid token; KIS is not asked yet.
-
-        With `configured`, which many managers share, no token is looked for: most of them are read once, and later.
+    def __init__(self, market: str) -> None:
+        """Read the settings of `market`; KIS is not asked yet.
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
 
         """
         self._name = market
-        super().__init__(configured=configured)
-        if not self.market.app_key:
-            return
-        if configured:
-            self._app_key()  # a secret that is missing is said now
-        elif self.is_token_expired():
-            _import_ahead()
+        super().__init__()
 
     def get_api_url(self) -> str:
         """The market's base URL, or its environment's."""
@@ -246,15 +408,15 @@ class TokenManager(BaseTokenManager):
         return f"{self._name}_"
 
     def _read_market(self) -> Market:
-        return self._configured.market(self._name)
+        """The settings' market; a subclass that gives a key or an address of its own is asked for them."""
+        self.market = read_market(self._name)
+        own = type(self)
+        if (own.get_app_credentials, own.get_api_url) == (TokenManager.get_app_credentials, TokenManager.get_api_url):
+            return self.market
+        return super()._read_market()
 
-    def _app_key(self) -> str:
-        """The key alone: its secret may be in a keyring, which is slow and may ask a person for a password."""
-        if type(self).get_app_credentials is TokenManager.get_app_credentials:
-            return self.market.identified()
-        return super()._app_key()
 
-
+@sealed_class()
 class USTokenManager(TokenManager):
     """The token for the US exchanges."""
 
@@ -263,6 +425,7 @@ class USTokenManager(TokenManager):
         super().__init__("us")
 
 
+@sealed_class()
 class KRTokenManager(TokenManager):
     """The token for the Korean exchanges."""
 
@@ -271,9 +434,60 @@ class KRTokenManager(TokenManager):
         super().__init__("kr")
 
 
-def _import_ahead() -> None:
-    """Where a renewal will be due at once, its imports are done before anyone waits for the token."""
-    from importlib import import_module
+def make_renewer(markets: Sequence[Market], store: Store) -> Renewer:
+    """The renewer of the key that `markets` share, with the files of other clients that they ask for.
 
-    for room in ("filelock", "tokencore.issuer", "tokencore.keeper", "tokencore.settings"):
-        import_module(room)
+    Raises:
+        ConfigurationError: the settings are malformed, or the secret is missing.
+
+    """
+    from tokencore.clients.exports import Exports  # not on the path of a cached token
+    from tokencore.renewer import Renewer
+
+    first = markets[0]
+    return Renewer(first, store, first.credentials(), first.base_url, Exports(markets, store))
+
+
+_WHAT_TO_GIVE = (
+    "A subclass of BaseTokenManager has to give get_api_url(), get_app_credentials() and get_token_file_prefix(); "
+    "for a market of the settings use TokenManager(name)."
+)
+
+
+def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer: float) -> None:
+    """Spend no issuance on a token that, living as long as the last one, would not serve either."""
+    if token is None or token.issued_at is None or not token.serves(now, buffer):
+        return
+    reach = now + (token.expires_at - token.issued_at) - timedelta(seconds=buffer)
+    if until >= reach:
+        raise TokenUnavailableError(
+            f"Even a new token would last only until {reach.isoformat(timespec='seconds')}, not until "
+            f"{until.isoformat(timespec='seconds')}. Nothing was issued and the present token still serves; "
+            "ask again nearer to that time.",
+        )
+
+
+def _check_better(token: Token, present: Token | None, now: datetime, *, force: bool, proven: bool) -> None:
+    """Return where `token` may take the place of the `present` one."""
+    from tokencore.limits import format_time
+
+    if present is None or force:
+        return
+    if present.access_token == token.access_token:
+        if present.rejected_at is not None and not proven:
+            raise TokenUnavailableError(
+                f"KIS has rejected this very token at {format_time(present.rejected_at)}. Nothing was saved; without "
+                "--offline KIS is asked whether it works again."
+            )
+    elif present.rejected_at is None and present.expires_at > now and present.expires_at >= token.expires_at:
+        raise ConfigurationError(
+            f"The present token lasts longer, until {format_time(present.expires_at)}; this one until "
+            f"{format_time(token.expires_at)}. Nothing was saved; --force takes it anyway."
+        )
+
+
+def _warn(error: Exception) -> None:
+    import logging  # not on the path of a cached token
+
+    detail = error if isinstance(error, TokenError) else type(error).__name__  # another error's text may hold anything
+    logging.getLogger("tokencore").warning("The renewal ahead failed; the present token still serves. %s", detail)

@@ -3,7 +3,7 @@
 The rule as pure functions, so that anyone can simulate it: no clock, no files, no network. All
 datetimes that go in must be aware, in any zone; those that come out are aware UTC. A need is a
 time in which a token must be valid. `needs` is a sorted sequence of merged (start, end) pairs,
-from the present one, or earlier, to 14 days ahead or more; whatever lies outside them is quiet.
+from the present one, or earlier, to 14 days ahead or more; the time outside them is quiet.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ if TYPE_CHECKING:
 
     Needs = Sequence[tuple[datetime, datetime]]
 
-__all__ = ["Renewal", "daily_anchor", "next_renewal", "quiet_time", "renewals", "retry_delay", "serves_until"]
-
 BUFFER = timedelta(seconds=300)  # before its expiry a token no longer counts as valid
 LIFE = timedelta(hours=24)  # of a token still to be issued; of the present one its own expiry counts
-LEAD = timedelta(minutes=60)  # before a need or an expiry: time for a fault of KIS to pass
+LEAD = timedelta(minutes=60)  # before a need or an expiry: time for an outage of KIS to pass
 ONE_A_DAY = LIFE + timedelta(seconds=2)  # between issues; two more, as KIS cuts times to the second
 SETTLE = timedelta(minutes=5)  # after a need; the buffer's length, so that the next day is served whole
-CLOCK_SLACK = timedelta(seconds=30)  # an issue this little ahead of `now` is another clock's, not a wrong one's
+CLOCK_SLACK = timedelta(seconds=30)  # of two clocks: an issue so little ahead of now is believed, a need's pad hides it
 
-_DAY = timedelta(days=1)
-_MINUTE = timedelta(minutes=1)
-_MINUTES_A_DAY = 1440
+_DAY, _MINUTE, _MINUTES_A_DAY = timedelta(days=1), timedelta(minutes=1), 1440
 _EPOCH = datetime(1970, 1, 1, tzinfo=KST)
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _start, _end = itemgetter(0), itemgetter(1)
 
 
@@ -41,9 +38,9 @@ class Renewal(NamedTuple):
 
     Attributes:
         at: when, aware UTC; not before the `now` that was asked about, and equal to it when due.
-        reason: for people, one line.
+        reason: for people, one line: by which clause of the rule, and when the token is needed next.
         exception: None if `at` is 24 hours or more after the last issue and outside all needs, and
-            the new token lasts through the next one. Otherwise one line on what is not so, and why.
+            the new token lasts through the next one. Otherwise one line on what is different, and why.
 
     """
 
@@ -67,11 +64,6 @@ def quiet_time(needs: Needs) -> tuple[time, time] | None:
     """The longest time of day, from and to in KST, that is quiet on all days; None if there is none, or no need."""
     length, begins = _longest_gap(needs)
     return (_of_day(begins), _of_day(begins + length)) if length else None
-
-
-def serves_until(expires_at: datetime, *, buffer: timedelta = BUFFER) -> datetime:
-    """The latest end of a need that a token serves: its expiry less the buffer."""
-    return expires_at - buffer
 
 
 def retry_delay(failures: int) -> timedelta:
@@ -104,13 +96,16 @@ def next_renewal(
     """
     if anchor is None:
         anchor = daily_anchor(needs, buffer=buffer)
-    served = now if expires_at is None else max(now, serves_until(expires_at, buffer=buffer))
+    served = now if expires_at is None else max(now, expires_at - buffer)
     past = _Past.of(now, issued_at, expires_at)
     for index in range(bisect_right(needs, served, key=_end), len(needs)):
         window = _Window.of(needs, index, buffer)
         at, why = _moment(past, window, needs[:index], anchor)
         if at < window.end:  # else the six hours last longer than this need: it is lost
-            return Renewal(at, f"{why}: no token lasts through {window}", _exception(at, past, window))
+            needed = "needed since" if window.start <= at else "next needed"
+            return Renewal(
+                at, f"{why}; {needed} {window.start.astimezone(KST):%m-%d %H:%M} KST", _exception(at, past, window)
+            )
     return None
 
 
@@ -125,8 +120,6 @@ def renewals(
     buffer: timedelta = BUFFER,
 ) -> list[Renewal]:
     """All renewals to `until`, provided that each succeeds at its moment and brings 24 hours."""
-    if anchor is None:
-        anchor = daily_anchor(needs, buffer=buffer)
     found: list[Renewal] = []
     while planned := next_renewal(now, needs, issued_at=issued_at, expires_at=expires_at, anchor=anchor, buffer=buffer):
         if planned.at > until:
@@ -138,7 +131,7 @@ def renewals(
 
 
 class _Past(NamedTuple):
-    """The present and what was before it, in UTC."""
+    """The present and the last issue, in UTC; KIS gives another token from `allowed` on, the rule from `regular`."""
 
     now: datetime
     issued: datetime | None
@@ -150,11 +143,11 @@ class _Past(NamedTuple):
     def of(cls, now: datetime, issued: datetime | None, expires: datetime | None) -> _Past:
         now = now.astimezone(UTC)
         expires = expires and expires.astimezone(UTC)
-        # An issue in the future is a wrong clock's: believing it could stop all renewals for long.
+        # An issue in the future comes from a wrong clock: believing it could stop all renewals for long.
         if issued is None or issued > now + CLOCK_SLACK:
-            return cls(now, None, expires, now, now)
+            return cls(now, None, expires, _LONG_AGO, _LONG_AGO)
         issued = issued.astimezone(UTC)
-        return cls(now, issued, expires, max(now, issued + SAME_TOKEN), max(now, issued + ONE_A_DAY))
+        return cls(now, issued, expires, issued + SAME_TOKEN, issued + ONE_A_DAY)
 
 
 class _Window(NamedTuple):
@@ -163,7 +156,6 @@ class _Window(NamedTuple):
     A token issued before `earliest` does not last through it; after `latest` there is too little
     time for a fault to pass. If `latest` cannot wait for the 24 hours, the issue comes at `early`:
     a bit sooner than it must, so that the days after, each some seconds later, need no exception.
-    A need that is too long for one token has its `earliest` after its start.
     """
 
     start: datetime
@@ -172,6 +164,7 @@ class _Window(NamedTuple):
     earliest: datetime
     latest: datetime
     early: datetime
+    too_long: bool  # for one token
 
     @classmethod
     def of(cls, needs: Needs, index: int, buffer: timedelta) -> _Window:
@@ -179,48 +172,36 @@ class _Window(NamedTuple):
         quiet = needs[index - 1][1].astimezone(UTC) if index else start - _DAY
         earliest = end + buffer - LIFE
         lead = min(LEAD, (start - quiet) / 2)
-        latest, early = start - lead, start - lead - lead / 12
-        if earliest <= start:
-            latest, early = max(earliest, latest), max(earliest, early)
-        return cls(start, end, quiet, earliest, latest, early)
-
-    @property
-    def too_long(self) -> bool:
-        return self.earliest > self.start
-
-    def __str__(self) -> str:
-        start, end = self.start.astimezone(KST), self.end.astimezone(KST)
-        return f"{start:%m-%d %H:%M} to {end:%m-%d %H:%M} KST"
+        too_long = earliest > start
+        latest, early = (at if too_long else max(earliest, at) for at in (start - lead, start - lead * 13 / 12))
+        return cls(start, end, quiet, earliest, latest, early, too_long)
 
 
 def _moment(past: _Past, window: _Window, earlier: Needs, anchor: time | None) -> tuple[datetime, str]:
     """When to issue for the first need that the present token does not serve, and by which clause."""
-    at_once = past.now, "now"
-    allowed = past.allowed, "6 h after the last issue"
+    at_once = past.now, "renews at once"
+    allowed = past.allowed, "renews as soon as KIS gives a new token, 6 h after the last issue"
     if window.too_long and past.expires and past.expires - LEAD > window.latest:
-        return max((past.expires - LEAD, "an hour before the expiry"), allowed, at_once)
-    at, why = max(_ideal(window, anchor), (past.regular, "24 h after the last issue"), at_once)
+        return max((past.expires - LEAD, "renews an hour before the token expires"), allowed, at_once)
+    regular = past.regular, f"renews daily at {past.regular.astimezone(KST):%H:%M} KST, 24 h after the last issue"
+    at, why = max(_ideal(window, anchor), regular)
+    at = max(at, past.now)  # a daily renewal that is due stays one: only what is late in earnest says so
     if (quiet := _quiet(at, earlier, window)) != at:
-        at, why = quiet, "in the quiet after a need"
+        at, why = quiet, "renews after the session"
     if at > window.latest:
-        return max((window.early, "ahead of the need"), allowed, at_once)
+        return max((window.early, "renews ahead of the session"), allowed, at_once)
     return at, why
 
 
 def _ideal(window: _Window, anchor: time | None) -> tuple[datetime, str]:
     """The moment if no issue had come before: the anchor, if its token lasts, or the quiet's start."""
     if anchor is not None:
-        at = _last(anchor, window.latest)
+        at = datetime.combine(window.latest.astimezone(KST), anchor, KST).astimezone(UTC)
+        if at > window.latest:
+            at -= _DAY
         if at >= window.earliest:
-            return at, "at the daily anchor"
-    return min(max(window.earliest, window.quiet + SETTLE), window.latest), "in the quiet before"
-
-
-def _last(anchor: time, moment: datetime) -> datetime:
-    """The last anchor at or before a moment."""
-    moment = moment.astimezone(KST)
-    at = datetime.combine(moment, anchor, KST)
-    return (at if at <= moment else at - _DAY).astimezone(UTC)
+            return at, f"renews daily at {anchor:%H:%M} KST"
+    return min(max(window.earliest, window.quiet + SETTLE), window.latest), "renews in the quiet before the session"
 
 
 def _quiet(at: datetime, earlier: Needs, window: _Window) -> datetime:
@@ -250,32 +231,20 @@ def _hours(span: timedelta) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
-def _longest_gap(needs: Needs) -> tuple[int, int]:
-    return max(_common_gaps(needs), key=_start, default=(0, 0))
-
-
 def _of_day(minute: int) -> time:
     return time(*divmod(minute % _MINUTES_A_DAY, 60))
 
 
-def _common_gaps(needs: Needs) -> list[tuple[int, int]]:
-    """(length, begin) in minutes of the KST day, of all times of day that no need ever touches."""
-    busy = sorted({_minutes(start, end) for start, end in needs})
+def _longest_gap(needs: Needs) -> tuple[int, int]:
+    """(length, begin) in minutes of the KST day, of the longest time of day that no need ever touches; or zeros."""
+    spans = {((start - _EPOCH) // _MINUTE, -((_EPOCH - end) // _MINUTE)) for start, end in needs}
+    # From midnight in KST; an end goes on past the day's last minute instead of wrapping.
+    busy = sorted({(begin % _MINUTES_A_DAY, begin % _MINUTES_A_DAY + end - begin) for begin, end in spans})
     if not busy:
-        return []
-    first = busy[0][0] + _MINUTES_A_DAY
+        return 0, 0
     covered = max(busy[0][0], max(end for _, end in busy) - _MINUTES_A_DAY)
-    gaps = []
-    for start, end in [*busy, (first, first)]:
-        if start > covered:
-            gaps.append((start - covered, covered))
+    longest = 0, 0
+    for start, end in [*busy, (busy[0][0] + _MINUTES_A_DAY, 0)]:
+        longest = max(longest, (start - covered, covered), key=_start)
         covered = max(covered, end)
-    return gaps
-
-
-def _minutes(start: datetime, end: datetime) -> tuple[int, int]:
-    """A need as whole minutes from KST midnight; the end goes on past 1440 instead of wrapping."""
-    begins = (start - _EPOCH) // _MINUTE
-    length = -((_EPOCH - end) // _MINUTE) - begins
-    begins %= _MINUTES_A_DAY
-    return begins, begins + length
+    return longest

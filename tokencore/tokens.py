@@ -1,9 +1,9 @@
-"""The access token as a value: its text, when it was issued, when it expires, and what tells us so."""
+"""The access token as a value, and every form in which one is found: KIS's answer, caches of many tools, a JWT."""
 
 from __future__ import annotations
 
-from tokencore import flatjson
-from tokencore.moments import UTC, datetime, timedelta, timezone
+import json
+from datetime import UTC, datetime, timedelta, timezone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 KST = timezone(timedelta(hours=9), "KST")  # Korea has no daylight saving time
 SAME_TOKEN = timedelta(hours=6)  # KIS answers a request this soon after an issue with the same token
 MAX_LENGTH = 4096  # characters; KIS promises at most 350, the rest is room for a change of format
+FIRST_YEAR, LAST_YEAR = 2000, 2199  # KIS began after the one and this program ends before the other
+
+# What other tools call the token and its expiry, in lower case with `_` for `-`. A naive time is KST where KIS's own
+# name is used, this machine's where a tool is known to write that, and otherwise the earlier of both.
+TOKEN_NAMES = ("access_token", "token", "kis_access_token", "authorization", "accesstoken")
+KST_NAMES = ("access_token_token_expired", "expired_at", "token_expired")
+LOCAL_NAMES = ("expires_at", "valid_date", "expires_datetime")
+OTHER_NAMES = ("expiration", "expires", "expire", "expiry", "timestamp", "kis_token_expires_at", "expires_on")
+ISSUE_NAMES = ("issued_at", "created_at", "cached_at")  # the first one that is there counts
 
 
 class Token:
@@ -24,7 +33,7 @@ class Token:
         issued_at: aware UTC, or None when nothing tells.
         token_type: `Bearer`.
         cached_at: aware UTC when its file was written, or None.
-        rejected_at: aware UTC when a business call found it dead on the server, else None.
+        rejected_at: aware UTC when KIS was found to reject it, else None.
 
     """
 
@@ -68,70 +77,77 @@ class Token:
         return self.rejected_at is None and until < self.expires_at - timedelta(seconds=buffer)
 
     def same_until(self) -> datetime | None:
-        """Until when KIS would hand back this very token: six hours after its issue.
+        """Until when KIS would return this very token: six hours after its issue.
 
-        A token that lives less than a day, such as the sandbox's on a fast clock, has a quarter of its
-        life instead; for KIS's 24 hours that is the same.
+        A token that lives less than a day, such as the sandbox's on a fast clock, has a quarter of its life
+        instead; for KIS's 24 hours that is the same.
         """
         if self.issued_at is None:
             return None
         return self.issued_at + min(SAME_TOKEN, (self.expires_at - self.issued_at) / 4)
 
 
-def from_answer(answer: Mapping[str, Any], received_at: datetime) -> Token:
-    """The token in tokenP's answer; the earliest of its three ways to tell the expiry wins.
+def longest(found: Iterator[Token | None] | list[Token | None]) -> Token | None:
+    """Of these tokens the one that lasts longest; a rejected one comes last."""
+    known = (token for token in found if token is not None)
+    return max(known, key=lambda token: (token.rejected_at is None, token.expires_at), default=None)
 
-    A re-returned token's `expires_in` overstates its life, and the format of the token is not
-    promised, so none of the three (KST text, the JWT's `exp`, `received_at` + `expires_in`) is trusted alone.
+
+def from_answer(answer: Mapping[str, Any], received_at: datetime) -> Token:
+    """The token in tokenP's answer; the earliest of its three ways to give the expiry wins.
+
+    A returned token's `expires_in` overstates its life, and the format of the token is not promised, so none of
+    the three (KST text, the JWT's `exp`, `received_at` + `expires_in`) is trusted alone.
 
     Raises:
-        ValueError: there is no usable token or no expiry in the answer; the sentence says which.
+        ValueError: there is no usable token or no expiry in the answer; the message says which.
 
     """
     text = answer.get("access_token")
     if not isinstance(text, str) or not text:
         raise ValueError("the answer holds no access_token")
     claims = jwt_claims(text)
-    expiries = [*_kst(answer.get("access_token_token_expired")), *_epoch(claims.get("exp"))]
+    expiries = [*_time(answer.get("access_token_token_expired"), KST), *_time(claims.get("exp"))]
     expiries += _lifetime(answer.get("expires_in"), received_at)
     if not expiries:
         raise ValueError("the answer holds no readable expiry")
     expires_at = min(expiries)
-    issued_at = next((at for at in _epoch(claims.get("iat")) if at < expires_at), received_at)
+    issued_at = next((at for at in _time(claims.get("iat")) if at < expires_at), received_at)
     return Token(text, expires_at, issued_at)
 
 
-def from_cache(content: Mapping[str, Any]) -> Token:
-    """The token in a cache file, ours or an earlier tool's.
+def from_text(text: str) -> tuple[Token, dict[str, Any]]:
+    """The token in a file or on standard input, in any form that this or another tool writes, and its fields.
 
-    Ours has `expires_at` and `issued_at` as ISO 8601 with offset. Earlier tools wrote naive local ISO times
-    (`expires_at`, `cached_at`) or epoch seconds (`expires_at`, `created_at`). A JWT's own `exp` and `iat`
-    count too: the earliest wins.
+    Ours and tokenP's JSON, JSON with other usual names, the official sample's YAML, lines for a shell or for
+    docker, an `Authorization` header, or a bare token whose JWT gives its expiry. The earliest expiry wins.
 
     Raises:
-        ValueError: the content is no token with an expiry.
+        ValueError: there is no token with an expiry in it.
 
     """
-    text = content.get("access_token")
-    if not isinstance(text, str):
+    content = _fields(text.removeprefix("\ufeff").strip())
+    access_token = next((content[name] for name in TOKEN_NAMES if isinstance(content.get(name), str)), None)
+    if not isinstance(access_token, str):
         raise ValueError("no access_token")  # noqa: TRY004 - one error for all that is wrong with a file
-    claims = jwt_claims(text)
-    expiries = [*_time(content.get("expires_at")), *_epoch(claims.get("exp"))]
-    told = content.get("issued_at", content.get("created_at", content.get("cached_at")))
-    issues = [*_time(told), *_epoch(claims.get("iat"))]
-    expiries += _local_life(told, content.get("expires_at"))
-    if not list(_time(content.get("expires_at"))):
-        raise ValueError("no expires_at")
-    return Token(
-        text,
+    access_token = access_token.removeprefix("Bearer ").strip()
+    claims = jwt_claims(access_token)
+    issued = next((content[name] for name in ISSUE_NAMES if content.get(name)), None)
+    issues = [*_time(issued), *_time(claims.get("iat"))]
+    expiries = [*_expiries(content), *_time(claims.get("exp"))]
+    if not expiries:
+        raise ValueError("no expiry")
+    token = Token(
+        access_token,
         min(expiries),
         min(issues, default=None),
         cached_at=next(_time(content.get("cached_at", content.get("created_at"))), None),
         rejected_at=next(_time(content.get("rejected_at")), None),
     )
+    return token, content
 
 
-def to_cache(token: Token, *, now: datetime, environment: str, key_fingerprint: str) -> dict[str, str]:
+def to_cache(token: Token, *, now: datetime, environment: str, key_fingerprint: str) -> str:
     """The content of a token file: the contract's fields, times as ISO 8601 with offset."""
     content = {
         "access_token": token.access_token,
@@ -144,7 +160,17 @@ def to_cache(token: Token, *, now: datetime, environment: str, key_fingerprint: 
     }
     if token.rejected_at is not None:
         content["rejected_at"] = token.rejected_at.isoformat()
-    return content
+    return json.dumps(content, indent=2) + "\n"
+
+
+def as_answer(token: Token, now: datetime) -> dict[str, object]:
+    """What tokenP would answer for this token at `now`: its expiry in KST, its remaining life in seconds."""
+    return {
+        "access_token": token.access_token,
+        "access_token_token_expired": f"{token.expires_at.astimezone(KST):%Y-%m-%d %H:%M:%S}",
+        "token_type": token.token_type,
+        "expires_in": max(0, int((token.expires_at - now).total_seconds())),
+    }
 
 
 def jwt_claims(text: str) -> dict[str, Any]:
@@ -152,61 +178,50 @@ def jwt_claims(text: str) -> dict[str, Any]:
 
     KIS's tokens carry `iat`, `exp` and, as `jti`, the app key.
     """
-    from binascii import a2b_base64  # a plain token must not pay for it
+    from binascii import a2b_base64  # a plain token need not load it
 
     parts = text.split(".")
     if len(parts) != 3:  # noqa: PLR2004 - header, claims, signature
         return {}
     try:
         padded = parts[1].replace("-", "+").replace("_", "/") + "=" * (-len(parts[1]) % 4)
-        claims = flatjson.loads(a2b_base64(padded).decode())
+        claims = json.loads(a2b_base64(padded).decode())
     except (ValueError, RecursionError):
         return {}
     return claims if isinstance(claims, dict) else {}
 
 
-def _kst(value: object) -> Iterator[datetime]:
-    if isinstance(value, str):
-        try:
-            text = value.strip().replace(":60", ":59")  # a leap second, which `datetime` does not know
-            told = datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=KST)
-            yield from _sane(told.astimezone(UTC))
-        except (ValueError, OverflowError):
-            return
+def sane(at: datetime) -> bool:
+    """Whether arithmetic with it cannot overflow: anything else is damage, not a time."""
+    return FIRST_YEAR <= at.year <= LAST_YEAR
 
 
-def _epoch(value: object) -> Iterator[datetime]:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            yield from _sane(datetime.fromtimestamp(value, UTC))
-        except (ValueError, OverflowError, OSError):
-            return
+def _fields(text: str) -> dict[str, Any]:
+    """The fields of a JSON object, of lines such as `name: value` or `export NAME=value`, or of a bare token."""
+    if text.startswith("{"):
+        content = json.loads(text)
+        return {str(name).lower().replace("-", "_"): value for name, value in content.items()}
+    found: dict[str, Any] = {}
+    for line in text.splitlines():
+        name, sign, value = line.strip().removeprefix("export ").partition("=" if "=" in line.split(":")[0] else ":")
+        if sign:
+            found[name.strip().lower().replace("-", "_")] = value.strip().strip("'\"")
+    return found if any(name in found for name in TOKEN_NAMES) else {"access_token": text}
 
 
-def _lifetime(value: object, received_at: datetime) -> Iterator[datetime]:
-    """`expires_in` in seconds, as a number or as digits in text."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value.strip()) if len(value) < len("9" * 12) else None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            yield from _sane(received_at + timedelta(seconds=value))
-        except (ValueError, OverflowError):
-            return
+def _expiries(content: Mapping[str, Any]) -> Iterator[datetime]:
+    for names, zones in ((KST_NAMES, (KST,)), (LOCAL_NAMES, (None,)), (OTHER_NAMES, (KST, None))):
+        for name in names:
+            for zone in zones:
+                yield from _time(content.get(name), zone)
+    yield from _local_life(content)
+    for issued_at in _time(content.get("issued_at", content.get("created_at"))):
+        yield from _lifetime(content.get("expires_in"), issued_at)
 
 
-def _time(value: object) -> Iterator[datetime]:
-    """ISO 8601, where a missing offset means this machine's zone, or epoch seconds."""
-    if isinstance(value, str):
-        try:
-            yield from _sane(datetime.fromisoformat(value).astimezone(UTC))
-        except (ValueError, OverflowError, OSError):
-            return
-    else:
-        yield from _epoch(value)
-
-
-def _local_life(issued: object, expires: object) -> Iterator[datetime]:
+def _local_life(content: Mapping[str, Any]) -> Iterator[datetime]:
     """The expiry by the hours between two naive times: a day added to local time is an hour too long in autumn."""
+    issued, expires = content.get("cached_at"), content.get("expires_at")
     if isinstance(issued, str) and isinstance(expires, str):
         try:
             begun, ended = datetime.fromisoformat(issued), datetime.fromisoformat(expires)
@@ -216,9 +231,27 @@ def _local_life(issued: object, expires: object) -> Iterator[datetime]:
             return
 
 
-def sane(at: datetime) -> bool:
-    """Whether arithmetic with it cannot overflow: anything else is damage, not a time."""
-    return 2000 <= at.year < 2200  # noqa: PLR2004 - KIS began after the one and this program ends before the other
+def _time(value: object, zone: timezone | None = None) -> Iterator[datetime]:
+    """ISO 8601, where a missing offset means `zone` (None: this machine's), or epoch seconds as number or digits."""
+    try:
+        if isinstance(value, str) and value.replace(".", "", 1).isdecimal():
+            value = float(value)
+        if isinstance(value, str):
+            at = datetime.fromisoformat(value.strip().replace(":60", ":59"))  # a leap second
+            yield from _sane((at.replace(tzinfo=zone) if zone and at.tzinfo is None else at).astimezone(UTC))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from _sane(datetime.fromtimestamp(value, UTC))
+    except (ValueError, OverflowError, OSError):
+        return
+
+
+def _lifetime(value: object, received_at: datetime) -> Iterator[datetime]:
+    """`expires_in` in seconds, as a number or as digits in text."""
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            yield from _sane(received_at + timedelta(seconds=float(value)))
+    except (ValueError, OverflowError):
+        return
 
 
 def _sane(at: datetime) -> Iterator[datetime]:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from flows.stack import demo, supervisor, trial, watchdog
+from flows.stack import demo, supervisor, watchdog
 from flows.stack.api import StackError
 from tokencore import TokenError, TokenStoreError
 
@@ -21,7 +21,7 @@ COMMANDS = {
     "status": supervisor.status,
     "run": supervisor.run,
     "demo": demo.demo,
-    "test-alert": trial.send,
+    "test-alert": watchdog.test_alert,
     "watch": watchdog.watch,
     "server": supervisor.become_server,
     "worker": supervisor.become_worker,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import yaml
 
 from flows.stack.api import FINAL, POOL, StackError
-from tokencore import Settings, managers, sessions
+from tokencore import Key, Settings, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -38,7 +38,9 @@ def apply(api: Api, folder: Path) -> None:
         ConfigurationError: a setting is missing or malformed.
 
     """
-    settings, table = Settings.load(), by_settings(yaml.safe_load(PREFECT_FILE.read_text("utf-8")), traded())
+    settings = Settings.load()
+    traded = {sessions.exchange(code).code for key in Key.load(settings) for code in key.exchanges}
+    table = by_settings(yaml.safe_load(PREFECT_FILE.read_text("utf-8")), traded)
     os.chdir(folder)  # Prefect reads `.env` and `prefect.toml` of the folder that it is loaded in
     file = folder / "prefect.yaml"
     file.write_text(yaml.safe_dump(table), "utf-8")
@@ -50,16 +52,6 @@ def apply(api: Api, folder: Path) -> None:
         raise StackError("Prefect did not take the deployments.")
     _remove_others(api, {one["name"] for one in table["deployments"]})
     _apply_automations(settings)
-
-
-def traded() -> set[str]:
-    """The order codes of the exchanges that a market of the settings trades.
-
-    Raises:
-        ConfigurationError: a setting is missing or malformed.
-
-    """
-    return {sessions.exchange(code).code for manager in managers() for code in manager.market.exchanges}
 
 
 def by_settings(table: dict[str, Any], traded: Collection[str]) -> dict[str, Any]:

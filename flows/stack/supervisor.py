@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from flows.stack import deployments, environment, orphans
 from flows.stack.api import CHECK, POOL, REFRESH, Api, StackError
-from tokencore import ConfigurationError, Settings, managers
+from tokencore import ConfigurationError, Key, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -107,7 +107,7 @@ def up() -> int:
         StackError: a part could not be started; nothing of it runs.
 
     """
-    managers()  # a missing key or secret is said now, not by a run at night
+    Key.load(Settings.load())  # a missing key or secret is said now, not by a run at night
     home, given = _home(), environment.with_dotenv(os.environ)
     environment.check(given)
     private(home)
@@ -273,7 +273,7 @@ def private(home: Path) -> None:
 
 
 def _home() -> Path:
-    return Settings.load().token_dir.absolute() / "prefect"
+    return Path(Settings.load().token_dir).absolute() / "prefect"
 
 
 def _lock_file(home: Path, part: str) -> Path:

@@ -10,10 +10,9 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from flows.incidents import Incidents
 from flows.stack import supervisor
 from flows.stack.api import CHECK, StackError
-from tokencore import Settings
+from tokencore import ConfigurationError, Settings, open_document
 
 if TYPE_CHECKING:
     from flows.stack.api import Api
@@ -33,18 +32,41 @@ def watch() -> int:
         ConfigurationError: the settings are malformed, so that nobody knows where to look.
 
     """
-    found = silence(supervisor.api(), PATIENCE)
-    if found is None and not Incidents(Settings.load().token_dir).has(WHO):
+    settings, found = Settings.load(), silence(supervisor.api(), PATIENCE)
+    if found is None and not _was_reported(settings):
         return 0
-    from flows import alerts, causes  # all of Prefect
+    from flows import alerts  # all of Prefect
 
     now = datetime.now(UTC)
     if found is None:
-        alerts.all_clear(WHO, now)
+        alerts.resolved(settings, WHO, now)
         return 0
-    alerts.report(WHO, causes.SilenceError(found), now)
+    alerts.report(settings, WHO, alerts.causes.SilenceError(found), now)
     print(found, file=sys.stderr)
     return 1
+
+
+def test_alert() -> int:
+    """Send one message the way alerts take, and say whether Slack accepted it; 1 where it did not.
+
+    Raises:
+        ConfigurationError: a setting is missing or malformed; nothing was sent.
+
+    """
+    from flows.alerts import messages, slack  # all of Prefect
+
+    settings = Settings.load()
+    send = slack.sender(settings)
+    if send is None:
+        raise ConfigurationError(f"Nothing was sent: set {_missing(settings)}, as .env.example shows.")
+    facts = messages.Facts("", datetime.now(UTC), None, False, [], ("", None), settings.slack_mention)  # noqa: FBT003
+    receipt = send(messages.test(messages.LANGUAGES[settings.slack_language], facts))
+    if receipt.refusal:
+        print(f"Slack did not accept the test message ({receipt.refusal}): {receipt.fix}.")
+        return 1
+    way = "bot" if receipt.thread else "webhook"
+    print(f"Slack accepted the test message, by the {way}: look at its channel.")
+    return 0
 
 
 def silence(api: Api, patience: float) -> str | None:
@@ -67,3 +89,14 @@ def _silence(api: Api, now: datetime) -> str | None:
     if now - seen > SILENCE:
         return f"No check of the tokens has ended since {seen:%Y-%m-%d %H:%M} UTC."
     return None
+
+
+def _was_reported(settings: Settings) -> bool:
+    known = open_document(settings.token_dir, "incidents").read().get("incidents", [])
+    return any(isinstance(one, dict) and one.get("subject") == WHO for one in known)
+
+
+def _missing(settings: Settings) -> str:
+    if settings.slack_bot_token:
+        return "SLACK_CHANNEL"
+    return "SLACK_BOT_TOKEN" if settings.slack_channel else "SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL"

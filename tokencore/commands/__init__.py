@@ -1,41 +1,53 @@
-"""The command line: what can be asked for, and of which market; every group of commands has its own room."""
+"""The command line: its parser, what its commands share, and a shell's completion."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import json
 import logging
 import sys
+from contextlib import suppress
+from datetime import datetime
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from tokencore import __doc__ as about
+from tokencore.config.sources import short
 from tokencore.errors import ConfigurationError
-from tokencore.remarks import masked
-from tokencore.settings import unknown_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Each room brings its imports, some of them a tenth of a second: a command loads its own only.
-ROOMS = {
-    "tokencore.commands.tokens": ("get", "check", "refresh", "delete"),
-    "tokencore.commands.ahead": ("plan", "history", "tick"),
-    "tokencore.commands.handover": ("export", "import"),
-    "tokencore.commands.health": ("metrics", "doctor"),
+    from tokencore.config.settings import Settings
+    from tokencore.keys import Key
+
+    class AddCommand(Protocol):
+        """Adds a command to the command line; its parser, for its arguments."""
+
+        def __call__(self, name: str, function: object, text: str) -> argparse.ArgumentParser:
+            """Add `name`; `function` gets the parsed options and returns the exit code."""
+
+
+# Each module brings its imports, some of them a tenth of a second: a command loads its own only.
+MODULES = {
+    "tokencore.commands.tokens": ("get", "exec", "reject", "delete"),
+    "tokencore.commands.monitoring": ("check", "doctor", "metrics"),
+    "tokencore.commands.renewals": ("refresh", "plan", "history", "tick"),
+    "tokencore.commands.transfer": ("export", "import"),
     "tokencore.sandbox": ("sandbox",),
-    "tokencore.commands.completion": ("completion",),
+    "tokencore.commands": ("completion",),
 }
 EXIT_CODES = (
     "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
     "4 issuance limit, 5 credentials refused, 6 KIS unreachable, 7 store unusable"
 )
+SHELLS = ("bash", "zsh", "fish")
+INPUT_LIMIT = 65_536  # characters of standard input; a token has about 350
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{masked(message)}; see `{self.prog} --help`.")
+        raise ConfigurationError(f"{short(message)}; see `{self.prog} --help`.")
 
 
 class _Version(argparse.Action):
@@ -57,14 +69,16 @@ def run(arguments: Sequence[str]) -> int:
 
     """
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
-    _prepare_output()
     top = parser(arguments[0] if arguments else "")
     if not arguments:
         top.print_help()
-        sys.stdout.flush()  # the sentence on standard error comes after it
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
-    options = top.parse_args(arguments)
-    _warn_of_misspelt()
+    at = arguments.index("--") if arguments[0] == "exec" and "--" in arguments else len(arguments)
+    try:
+        options = top.parse_args(arguments[:at])
+    except SystemExit:  # after --help and --version; a mistake is a ConfigurationError
+        return 0
+    options.program = [*arguments[at + 1 :]]  # argparse would take a second `--` out of it
     code: int = options.run(options)
     return code
 
@@ -80,24 +94,114 @@ def parser(asked: str = "") -> argparse.ArgumentParser:
         added.set_defaults(run=function)
         return added
 
-    for room in [room for room, names in ROOMS.items() if asked in names] or ROOMS:
-        import_module(room).add(command)
+    for module in [module for module, names in MODULES.items() if asked in names] or MODULES:
+        import_module(module).add(command)
     return top
 
 
-def _prepare_output() -> None:
-    """A line leaves in one piece, also with PYTHONUNBUFFERED, which would send its end into a shared pipe by itself.
+def parsers(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of all commands by their names."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in top._actions:  # noqa: SLF001 - argparse has no public way to its parts
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            found |= action.choices
+    return found
 
-    A terminal without Korean or block characters shows question marks.
+
+def add_market(to: argparse.ArgumentParser, *, many: str | None = None) -> None:
+    """Let `to` take one market, or as many as `many` says in argparse's terms."""
+    to.add_argument("market", nargs=many, metavar="MARKET", help="us, kr, or a market of your settings")
+
+
+def add_json(to: argparse._ActionsContainer) -> None:
+    """Let `to` answer programs."""
+    to.add_argument("--json", action="store_true", help="for programs")
+
+
+def key_of(settings: Settings, name: str) -> Key:
+    """The key of the market `name`, with all markets that share it.
+
+    Raises:
+        ConfigurationError: the market is not configured, or has no credentials.
+
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace", write_through=False)
-    if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr.reconfigure(line_buffering=True, write_through=False)
+    from tokencore.keys import Key  # calendars, which not every command needs
+
+    market = settings.market(name)
+    market.identified()
+    own = market.fingerprint, market.environment
+    sharing = [one for one in settings.all_markets() if one.app_key and (one.fingerprint, one.environment) == own]
+    return Key(sharing, settings.overrides)
 
 
-def _warn_of_misspelt() -> None:
-    with contextlib.suppress(ConfigurationError):  # who needs the settings says so better
-        for name, alike in unknown_names().items():
-            if alike:
-                logging.getLogger("tokencore").warning("%s is no setting, so it is ignored; %s is one.", name, alike)
+def read_input() -> str:
+    """The text on standard input, without the white space around it.
+
+    Raises:
+        ConfigurationError: there is none, or far too much.
+
+    """
+    text = ""
+    if sys.stdin is not None:
+        if sys.stdin.isatty():
+            print("Paste it, then press Ctrl-D.", file=sys.stderr)
+        with suppress(UnicodeDecodeError):
+            text = sys.stdin.read(INPUT_LIMIT + 1)
+    if not text.strip() or len(text) > INPUT_LIMIT:
+        raise ConfigurationError("Standard input holds no token: give it alone, or what `tokencore get --json` prints.")
+    return text.removeprefix("\ufeff").strip()
+
+
+def confirm(option: str, question: str, undone: str) -> None:
+    """Return where a person at the terminal answers yes; `undone` says what was not done otherwise.
+
+    Raises:
+        ConfigurationError: nobody can be asked, or the answer is another one.
+
+    """
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise ConfigurationError(f"{option} asks first, and there is no terminal. Nothing was done; add --yes.")
+    print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigurationError(f"The answer was not yes. {undone}")
+
+
+def print_json(content: object) -> None:
+    """Print `content` as ASCII, which passes through every pipe unharmed; times as ISO 8601, an item of a list a line.
+
+    Indented further, a thousand markets would take three times as long: only the plain encoder is in C.
+    """
+    if isinstance(content, list):
+        text = ",\n".join(json.dumps(item, default=_iso) for item in content)
+        print(f"[\n{text}\n]" if content else "[]")
+    else:
+        print(json.dumps(content, indent=2, default=_iso))
+
+
+def _iso(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def add(command: AddCommand) -> None:
+    """Add `completion` to the parser."""
+    completion = command("completion", _completion, "what a shell needs to complete commands and markets")
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab  # for this command alone
+
+    from tokencore.config.settings import Settings
+
+    top, markets = parser(), [market.name for market in Settings.load().all_markets()]
+    for one in parsers(top).values():
+        for action in one._actions:  # noqa: SLF001 - shtab reads it as well; there is no public way
+            if action.dest == "market":
+                action.choices = markets
+            elif action.metavar in ("FILE", "DIR"):
+                vars(action)["complete"] = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
+    script = shtab.complete(top, options.shell)
+    if options.shell == "zsh":  # where shtab's "(*)::" offers one market, and no second one
+        script = script.replace('"(*)::', '"*:')
+    print(script)
+    return 0

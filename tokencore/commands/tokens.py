@@ -1,25 +1,25 @@
-"""The commands around a token: `get`, `check`, `refresh` and `delete`."""
+"""The commands that use a token: `get`, `exec`, `reject` and `delete`."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tokencore.commands.shared import add_json, add_market, print_json
+from tokencore.commands import add_json, add_market, confirm, key_of, print_json, read_input
 from tokencore.errors import ConfigurationError, TokenUnavailableError
-from tokencore.fleet import managers, statuses
-from tokencore.limits import tell
 from tokencore.manager import TokenManager
+from tokencore.tokens import as_answer, from_text
 
 if TYPE_CHECKING:
     import argparse
 
-    from tokencore.commands.shared import AddCommand
+    from tokencore.commands import AddCommand
     from tokencore.tokens import Token
-
-NOT_VALID, UNREACHABLE = 3, 6
 
 
 def add(command: AddCommand) -> None:
@@ -32,64 +32,59 @@ def add(command: AddCommand) -> None:
     output.add_argument(
         "--format",
         choices=_FORMATS,
-        help="process: JSON with version, token and expiration; env: for a shell's eval; header: for an HTTP request",
+        help="process: JSON with version, token and expiration; env: for a shell's eval; dotenv: for docker's "
+        "--env-file; header: for an HTTP request; answer: JSON as tokenP answers",
     )
     output.add_argument("--approval-key", action="store_true", help="the websocket's key instead of the token")
-    check = command("check", _check, "status of the markets; read-only, asks KIS for nothing without --probe")
-    add_market(check, many="*")
-    check.add_argument("--probe", action="store_true", help="prove each valid token with one quote call")
-    add_json(check)
-    refresh = command("refresh", _refresh, "renew now")
-    add_market(refresh)
-    refresh.add_argument("--force", action="store_true", help="also within six hours and past the daily ceiling")
-    refresh.add_argument("--reason", type=_text, default="", help="kept in the issuance record")
-    refresh.add_argument("--by", type=_text, help="who asks, for the record (otherwise your login)")
+    program = command("exec", _exec, "run a program with KIS_ACCESS_TOKEN and KIS_TOKEN_EXPIRES_AT set; its exit code")
+    add_market(program)
+    program.usage = "%(prog)s [-h] MARKET -- COMMAND [ARGUMENT ...]"
+    reject = command("reject", _reject, "report a token that KIS has rejected, given on standard input; prints nothing")
+    add_market(reject)
+    reject.add_argument("--approval-key", action="store_true", help="it is the websocket's key")
     delete = command("delete", _delete, "remove the market's token file; the issuance record stays")
     add_market(delete)
     delete.add_argument(
         "--revoke",
         action="store_true",
-        help="also make KIS forget the token, for all who use it; a new one can be had six hours after its issue",
+        help="also make KIS forget the token, for all who use it; a new one can be had six hours after its issue. Asks "
+        "first: any answer but yes ends it with 2, and nothing is done",
     )
+    delete.add_argument("--yes", action="store_true", help="revoke without the question; needed without a terminal")
 
 
 def _get(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
     if options.approval_key:
-        print(_approval_key(manager, options))
+        if options.no_renew:
+            raise ConfigurationError("--no-renew is for tokens, not for the --approval-key; leave one of them out.")
+        print(manager.get_approval_key())
     elif options.json:
-        print_json(_as_json(manager, _served(manager, options)))
-    elif options.format:
-        print(_FORMATS[options.format](_served(manager, options)))
+        token = _served(manager, renew=not options.no_renew)
+        print_json({"access_token": token.access_token, "token_type": "Bearer"} | _facts(manager))
     else:
-        print(_served(manager, options).access_token)
+        token = _served(manager, renew=not options.no_renew)
+        print(_FORMATS[options.format](token) if options.format else token.access_token)
     return 0
 
 
-def _approval_key(manager: TokenManager, options: argparse.Namespace) -> str:
-    if options.no_renew:
-        raise ConfigurationError("--no-renew is for tokens, not for the --approval-key; leave one of them out.")
-    return manager.get_approval_key()
-
-
-def _served(manager: TokenManager, options: argparse.Namespace) -> Token:
+def _served(manager: TokenManager, *, renew: bool) -> Token:
     """The token as a whole, so that its text and its expiry are of one renewal."""
-    if not options.no_renew:
+    if renew:
         manager.get_valid_token()
     token = manager.load_token()
     if token is None or not token.serves(datetime.now(UTC), manager.market.buffer):
+        why = "another process has just removed it" if renew else "--no-renew forbids to ask for one"
         raise TokenUnavailableError(
             f"There is no valid token for {manager.market.name!r} in the cache "
-            f"({manager.get_token_status()['status']}), and "
-            f"{'--no-renew forbids to ask for one' if options.no_renew else 'another process has just removed it'}.",
+            f"({manager.get_token_status()['status']}), and {why}.",
         )
     return token
 
 
-def _as_json(manager: TokenManager, token: Token) -> dict[str, object]:
-    told = {"market", "environment", "expires_at", "issued_at", "remaining_seconds"}
-    fields = {name: value for name, value in manager.get_token_status().items() if name in told}
-    return {"access_token": token.access_token, "token_type": "Bearer"} | fields
+def _facts(manager: TokenManager) -> dict[str, object]:
+    shown = {"market", "environment", "expires_at", "issued_at", "remaining_seconds"}
+    return {name: value for name, value in manager.get_token_status().items() if name in shown}
 
 
 def _as_process(token: Token) -> str:
@@ -98,82 +93,99 @@ def _as_process(token: Token) -> str:
 
 
 def _as_env(token: Token) -> str:
-    names = {"KIS_ACCESS_TOKEN": token.access_token, "KIS_TOKEN_EXPIRES_AT": _expiry(token)}
-    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in names.items())
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in _variables(token).items())
+
+
+def _as_dotenv(token: Token) -> str:
+    """Without quotes, which docker would take as a part of the value."""
+    return "\n".join(f"{name}={value}" for name, value in _variables(token).items())
 
 
 def _as_header(token: Token) -> str:
     return f"Authorization: Bearer {token.access_token}"
 
 
+def _as_answer(token: Token) -> str:
+    return json.dumps(as_answer(token, datetime.now(UTC)))
+
+
+def _variables(token: Token) -> dict[str, str]:
+    return {"KIS_ACCESS_TOKEN": token.access_token, "KIS_TOKEN_EXPIRES_AT": _expiry(token)}
+
+
 def _expiry(token: Token) -> str:
     return token.expires_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-_FORMATS = {"process": _as_process, "env": _as_env, "header": _as_header}
+_FORMATS = {
+    "process": _as_process, "env": _as_env, "dotenv": _as_dotenv, "header": _as_header, "answer": _as_answer,
+}  # fmt: skip
 
 
-def _check(options: argparse.Namespace) -> int:
-    asked = [TokenManager(name) for name in options.market] or managers()
-    found = statuses(asked)
-    code = 0 if all(status["valid"] for status in found) else NOT_VALID
-    proofs: dict[str, tuple[bool | None, str]] = {}
-    if options.probe:
-        proofs = {manager.market.name: manager.probe() for manager in asked if not manager.is_token_expired()}
-        if any(accepted is False for accepted, _ in proofs.values()):
-            code = NOT_VALID
-        elif any(accepted is None for accepted, _ in proofs.values()):
-            code = code or UNREACHABLE
-    if options.json:
-        print_json([{**status, **_proof(proofs, status["market"])} for status in found])
+def _exec(options: argparse.Namespace) -> int:
+    if not options.program:
+        raise ConfigurationError("No program was given; name it after --: `tokencore exec MARKET -- COMMAND`.")
+    token = _served(TokenManager(options.market), renew=True)
+    environment = {**os.environ, **_variables(token)}
+    try:
+        if os.name == "posix":
+            os.execvpe(options.program[0], options.program, environment)  # noqa: S606 # nosec B606 - the user's own, without a shell
+        return subprocess.run(options.program, env=environment, check=False).returncode  # noqa: S603 - the same
+    except OSError as error:
+        why = error.strerror
+    raise ConfigurationError(f"{options.program[0]!r} cannot be run ({why}); the token is there, correct the command.")
+
+
+def _reject(options: argparse.Namespace) -> int:
+    manager, text = TokenManager(options.market), read_input()
+    if options.approval_key:
+        manager.get_approval_key(rejected=text)
     else:
-        from tokencore import view  # tables for people, which programs need not wait for
-
-        view.print_statuses(found, proofs, datetime.now(UTC))
-    return code
-
-
-def _proof(proofs: dict[str, tuple[bool | None, str]], market: str) -> dict[str, object]:
-    return {"probe": {"accepted": proofs[market][0], "told": proofs[market][1]}} if market in proofs else {}
-
-
-def _refresh(options: argparse.Namespace) -> int:
-    manager = TokenManager(options.market)
-    renewed = manager.refresh(
-        force=options.force, reason=options.reason, by=_login() if options.by is None else options.by
-    )
-    told = "Renewed." if renewed else "KIS handed back the present token (its six-hour rule); nothing has changed."
-    print(f"{told}\n{manager.get_token_info()}")
+        manager.report_rejected(_bare(text))
     return 0
 
 
-def _login() -> str:
-    """The name of whoever is logged in, where the system knows one."""
-    from getpass import getuser  # asks the password database
-
+def _bare(text: str) -> str:
+    """The token in any form that `get` prints, or the text as it is."""
     try:
-        return getuser()
-    except (KeyError, OSError, ImportError):  # a container's user need not have a name
-        return ""
-
-
-def _text(argument: str) -> str:
-    """What a terminal of another encoding sent may not be text at all."""
-    return argument.encode(errors="replace").decode()
+        return from_text(text)[0].access_token
+    except ValueError:  # an opaque token alone, which gives no expiry
+        return text.removeprefix("Bearer ").strip()
 
 
 def _delete(options: argparse.Namespace) -> int:
-    manager = TokenManager(options.market)
+    manager, revoked = TokenManager(options.market), False
     if options.revoke:
-        print(_revoked(manager))
-    print("Deleted." if manager.delete_token() else f"There was no token file for {options.market!r}.")
+        if not options.yes:
+            _confirm_revocation(manager)
+        revoked = _revoke(manager)
+    removed = manager.delete_token() or revoked
+    print("Deleted." if removed else f"There was no token file for {manager.market.name!r}.")
     return 0
 
 
-def _revoked(manager: TokenManager) -> str:
-    token = manager.newest_token()
+def _confirm_revocation(manager: TokenManager) -> None:
+    token = manager.load_token()
+    if token is None and sys.stdin is not None and sys.stdin.isatty():
+        return
+    markets = ", ".join(market.name for market in key_of(manager.market.settings, manager.market.name).markets)
+    later = (token and _reissue(token)) or "KIS issues a new one at the next request."
+    question = f"Every program that uses the token of {markets} loses it. {later} Revoke it?"
+    confirm("--revoke", question, "Nothing was revoked or deleted.")
+
+
+def _revoke(manager: TokenManager) -> bool:
+    token = manager.load_token()
     if token is None or not manager.revoke():
-        return "There is no token to revoke."
+        print("There is no token to revoke.")
+        return False
+    print(f"Revoked at KIS, for every market of the key. {_reissue(token)}".rstrip())
+    return True
+
+
+def _reissue(token: Token) -> str:
+    """From when KIS issues another one; empty where it does so at once."""
+    from tokencore.limits import format_time
+
     until = token.same_until()
-    later = f" KIS issues a new one from {tell(until)}." if until and until > datetime.now(UTC) else ""
-    return f"Revoked at KIS, for every market of the key.{later}"
+    return f"KIS issues a new one only from {format_time(until)}." if until and until > datetime.now(UTC) else ""

@@ -1,0 +1,143 @@
+"""Why a key is in trouble: the causes by which incidents are told apart, read from the error and the issuance record.
+
+Pure. What people read of a cause, its title and what to do, is in texts.toml.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokencore import (
+    ConfigurationError,
+    CredentialsError,
+    IssuanceLimitError,
+    IssuerUnavailableError,
+    TokenStoreError,
+    TokenUnavailableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokencore.attempts import Attempt
+    from tokencore.tokens import Token
+
+MINUTE = 60.0  # seconds, KIS's own
+DAY = timedelta(days=1)
+
+
+class Cause(NamedTuple):
+    """One kind of trouble.
+
+    Attributes:
+        name: what incidents and texts are told apart by.
+        at_once: whether people hear of it even while the next need is far; otherwise once it is urgent.
+        by_person: whether nothing but a person can end it within hours.
+        reminds: whether people are reminded while it lasts.
+
+    """
+
+    name: str
+    at_once: bool = True
+    by_person: bool = False
+    reminds: bool = True
+
+
+class SilenceError(Exception):
+    """Prefect shows no sign of life; the text says which is missing."""
+
+
+LIMIT = Cause("limit")
+FOREIGN_LIMIT = Cause("foreign-limit")
+FOREIGN_TOKEN = Cause("foreign-token", reminds=False)  # nothing is wrong yet; it ends with our next own token
+RESTRICTED = Cause("restricted")
+WAITING = Cause("cool-down", at_once=False)
+SAME = Cause("same", at_once=False)
+CEILING = Cause("ceiling", by_person=True)
+DEAD = Cause("dead", by_person=True)
+SAME_DEAD = Cause("same-dead", by_person=True)
+CREDENTIALS = Cause("credentials", by_person=True)
+DOWN = Cause("kis-down", at_once=False)
+STORE = Cause("store", by_person=True)
+SETTINGS = Cause("settings", by_person=True)
+UNSERVED = Cause("unserved", at_once=False)
+UNFORESEEN = Cause("unforeseen")
+SILENT = Cause("silent", by_person=True)
+
+CAUSES = (
+    *(LIMIT, FOREIGN_LIMIT, FOREIGN_TOKEN, RESTRICTED, WAITING, SAME, CEILING, DEAD, SAME_DEAD),
+    *(CREDENTIALS, DOWN, STORE, SETTINGS, UNSERVED, UNFORESEEN, SILENT),
+)
+BY_NAME = {cause.name: cause for cause in CAUSES}
+NEEDS_PERSON = (CREDENTIALS, SETTINGS, SILENT)  # nothing is tried until a person has acted
+
+_BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
+    (CredentialsError, CREDENTIALS),
+    (IssuerUnavailableError, DOWN),
+    (TokenStoreError, STORE),
+    (ConfigurationError, SETTINGS),
+    (TokenUnavailableError, UNSERVED),
+    (SilenceError, SILENT),
+)
+_NEVER_SENT = ("unreachable", "imported")  # outcomes without a request of ours at KIS
+_BY_OUTCOME = {  # what a pause after a failed attempt waits for
+    **dict.fromkeys(("bad_key", "bad_secret", "denied"), CREDENTIALS),
+    **dict.fromkeys(("server_error", "refused", "bad_answer", "no_answer", "unreachable"), DOWN),
+    "same": SAME,
+}
+
+
+def cause_of(
+    error: Exception, attempts: Sequence[Attempt], token: Token | None = None, interval: float = MINUTE
+) -> Cause:
+    """The cause behind `error`, for a key with this issuance record, present token and issue interval (seconds).
+
+    A pause after a failure is no cause of its own: the last attempt's outcome tells what it waits for.
+    """
+    last = attempts[-1].outcome if attempts else ""
+    if token and token.rejected_at and last == "same" and isinstance(error, IssuanceLimitError | TokenUnavailableError):
+        return SAME_DEAD
+    found = (
+        _limited(error, attempts, token, interval)
+        if isinstance(error, IssuanceLimitError)
+        else next((cause for kind, cause in _BY_ERROR if isinstance(error, kind)), UNFORESEEN)
+    )
+    return RESTRICTED if found is DOWN and last == "refused" and _issued_twice(attempts) else found
+
+
+def as_met(error: Exception, cause: Cause) -> Exception:
+    """The error for the run: the pause after KIS gave no token is KIS giving no token, and may be tried again."""
+    down = cause in (DOWN, RESTRICTED) and not isinstance(error, IssuerUnavailableError)
+    return IssuerUnavailableError(str(error)) if down else error
+
+
+def _limited(error: IssuanceLimitError, attempts: Sequence[Attempt], token: Token | None, interval: float) -> Cause:
+    last = attempts[-1].outcome if attempts else ""
+    if error.cause == "ceiling":
+        return CEILING
+    if error.cause == "same_token":
+        return UNSERVED if token and token.rejected_at is None else DEAD
+    if last == "limit":
+        return LIMIT if _is_ours(attempts, interval) else FOREIGN_LIMIT
+    if error.cause == "minute" and last == "same":  # a request left less than a minute ago, whatever it brought
+        return WAITING
+    return _BY_OUTCOME.get(last, WAITING)
+
+
+def _is_ours(attempts: Sequence[Attempt], interval: float) -> bool:
+    """Whether a request of our own came so shortly before the first of the last refusals that it may be their cause.
+
+    Twice the interval, because nobody knows whether KIS's minute begins with a request or with its answer.
+    """
+    refused = len(attempts) - 1
+    while refused and attempts[refused - 1].outcome == "limit":
+        refused -= 1
+    seen = [attempt.at for attempt in attempts[:refused] if attempt.outcome not in _NEVER_SENT]
+    return bool(seen) and attempts[refused].at - seen[-1] <= timedelta(seconds=2 * interval)
+
+
+def _issued_twice(attempts: Sequence[Attempt]) -> bool:
+    """Whether the day before the last attempt saw more than one issue: KIS may have restricted the key for it."""
+    last = attempts[-1].at
+    return sum(one.outcome == "issued" and last - one.at < DAY for one in attempts) > 1

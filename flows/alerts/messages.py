@@ -1,0 +1,315 @@
+"""What people read: a message rendered from facts, in the reader's language, as plain text and as Block Kit.
+
+Written for a phone: a headline, what there is and what comes next, a sentence, then one line a question. Times are
+KST, with the exchange's own beside them where it is elsewhere. The texts are in texts.toml.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from zoneinfo import ZoneInfo
+
+from flows.alerts.causes import BY_NAME, UNFORESEEN
+from flows.runs import KST, clock
+from tokencore import sessions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from flows.alerts.incidents import Incident, Telling
+
+    Overrides = Mapping[str, sessions.Override]
+    Notice = Literal["renewed", "forced", "same", "failed"]
+
+HEADLINE, SENTENCE = 150, 600  # characters: Slack's limit of a header, and what a phone shows of a paragraph
+DAYS_AHEAD = 5  # in which a session counts as at risk: over the longest of usual weekends
+CLOCKS = timedelta(seconds=30)  # KIS's clock is not ours, and a need ends with a pad, long after the close
+MOMENT = timedelta(minutes=1)  # for which trouble has not lasted yet
+HOUR = 60  # minutes
+ICONS = {"opened": ":warning:", "escalated": ":rotating_light:", "reminded": ":hourglass_flowing_sand:"}
+
+
+class Texts:
+    """The texts of one language, by dotted key."""
+
+    def __init__(self, texts: Mapping[str, Any]) -> None:
+        """Take the language's table of texts.toml."""
+        self._texts = texts
+
+    def get(self, key: str) -> str | None:
+        """The text of that key as it is written; None where there is none."""
+        found: Any = self._texts
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, str) else None
+
+    def __call__(self, key: str, **facts: object) -> str:
+        """The text of that key, with the facts that it names filled in."""
+        text = self.get(key)
+        if text is None:
+            raise KeyError(key)
+        return text.format(**facts)
+
+    def lasted(self, span: timedelta) -> str:
+        """A time span in hours and minutes, a minute at least."""
+        hours, minutes = divmod(max(1, round(span.total_seconds() / 60)), HOUR)
+        key = "span.minutes" if not hours else "span.hours" if minutes else "span.whole"
+        return self(key, hours=hours, minutes=minutes)
+
+    def weekday(self, at: datetime) -> str:
+        """A weekday and the time, in the zone of `at`."""
+        return f"{self('days').split()[at.weekday()]} {at:%H:%M}"
+
+
+LANGUAGES = {
+    name: Texts(texts)
+    for name, texts in tomllib.loads(Path(__file__).with_name("texts.toml").read_text("utf-8")).items()
+}
+
+
+class Risk(NamedTuple):
+    """A session through which no token lasts: of which exchanges, when, and in which zone."""
+
+    session: sessions.Session
+    exchanges: tuple[str, ...]
+    zone: str
+
+
+class Facts(NamedTuple):
+    """What is known of a key, or of a run that came to no key; times are aware UTC.
+
+    Attributes:
+        label: what people call it.
+        now: when this was known.
+        until: until when its present token serves; None without one.
+        reached: whether the key's token was looked at; otherwise `until` says nothing.
+        risks: the sessions at risk, the most urgent first.
+        run: the name and the page of the run that reports; an empty name without one.
+        mention: whom a page calls, as Slack writes it.
+
+    """
+
+    label: str
+    now: datetime
+    until: datetime | None
+    reached: bool
+    risks: Sequence[Risk]
+    run: tuple[str, str | None]
+    mention: str
+
+
+class Message(NamedTuple):
+    """One message.
+
+    Attributes:
+        icon: Slack's name of an emoji.
+        headline: whose trouble, and which.
+        preview: what there is and what comes next, in a few words; the first that a phone shows.
+        happened: one sentence.
+        answers: an operator's questions with their answers.
+        run: the label, the name and the page of the run that reports; an empty name without one.
+        mention: whom it calls; empty for nobody.
+
+    """
+
+    icon: str
+    headline: str
+    preview: str
+    happened: str
+    answers: Sequence[tuple[str, str]]
+    run: tuple[str, str, str | None]
+    mention: str = ""
+
+    @property
+    def plain(self) -> str:
+        """The message as one line."""
+        parts = [self.headline, self.preview, self.happened, *(f"{name}: {text}" for name, text in self.answers)]
+        return clean(" | ".join(part for part in parts if part))
+
+    @property
+    def fallback(self) -> str:
+        """What a phone's notification shows, in Slack's escaping."""
+        parts = [self.preview, f"{self.headline}. {self.happened}"]
+        return f"{escape(' · '.join(part for part in parts if part))} {self.mention}".rstrip()
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """The message as Block Kit."""
+        bold = f"*{escape(self.preview)}*\n" if self.preview else ""
+        happened = f"{self.mention} {bold}{escape(self.happened[:SENTENCE])}".lstrip()
+        answers = "\n".join(f"*{name}:* {escape(text)}" for name, text in self.answers)
+        header = f"{self.icon} {clean(self.headline)}"[:HEADLINE]
+        found = [
+            {"type": "header", "text": {"type": "plain_text", "text": header}},
+            _section(happened),
+            _section(answers),
+        ]
+        label, name, url = self.run
+        if name:
+            link = f"<{url}|{escape(name)}>" if url else escape(name)
+            found.append({"type": "context", "elements": [{"type": "mrkdwn", "text": f"{label}: {link}"}]})
+        return found
+
+
+def trouble(
+    texts: Texts,
+    facts: Facts,
+    incident: Incident,
+    telling: Telling,
+    happened: str,
+    attempt: tuple[str, datetime | None],
+) -> Message:
+    """An incident that lasts; `attempt` is what is tried next by itself: the key of its text, and when."""
+    key, at = attempt
+    urgent = texts.get(f"cause.{_cause(incident)}.urgent") if telling.stage else None
+    gone, title = facts.now - incident.opened_at, texts(f"cause.{_cause(incident)}.title")
+    headline = f"{facts.label}: {title}"
+    if telling.kind == "reminded":
+        headline = f"{facts.label}: {texts('head.reminded', gone=texts.lasted(gone), title=title)}"
+    if gone >= MOMENT:
+        since = texts("said.since", gone=texts.lasted(gone), since=clock(incident.opened_at))
+        happened = f"{happened} {since}"
+    answers = [
+        ("works", works(texts, facts)),
+        ("risk", _at_risk(texts, facts)),
+        ("next", texts(key, at=clock(at)) if at else texts(key)),
+        ("do", urgent or texts(f"cause.{_cause(incident)}.fix")),
+    ]
+    icon = ICONS["escalated"] if telling.page else ICONS[telling.kind]
+    return _message(texts, facts, icon, headline, happened, answers, mention=facts.mention if telling.page else "")
+
+
+def solved(texts: Texts, facts: Facts, ended: Sequence[Incident]) -> Message:
+    """Incidents of one key that are over, as one message, and what works now."""
+    first = min(ended, key=lambda one: one.opened_at)
+    headline = f"{facts.label}: {texts('head.solved', title=_titles(texts, ended))}"
+    said = texts("said.solved", gone=_length(texts, first, facts.now), since=clock(first.opened_at))
+    return _message(texts, facts, ":white_check_mark:", headline, said, [("works_now", works(texts, facts))], calm=True)
+
+
+def notice(texts: Texts, facts: Facts, kind: Notice, *, by: str, why: str, ended: Sequence[Incident] = ()) -> Message:
+    """What a person had done, and which incidents that ended."""
+    asked = texts("notice.asked", person=by or texts("notice.somebody"), at=clock(facts.now))
+    answers = [("why", why or texts("notice.unreasoned")), ("works_now", works(texts, facts))]
+    if ended:
+        first = min(ended, key=lambda one: one.opened_at)
+        answers.insert(0, ("solved", f"{_titles(texts, ended)} ({_length(texts, first, facts.now)})"))
+    headline = f"{facts.label}: {texts(f'notice.{kind}')}"
+    return _message(texts, facts, ":arrows_counterclockwise:", headline, asked, answers, calm=True)
+
+
+def test(texts: Texts, facts: Facts) -> Message:
+    """Nothing but a sign of life; it shows whom a page calls without calling them."""
+    called = texts("test.mention", mention=facts.mention) if facts.mention else texts("test.nobody")
+    answers = [("mention", called)]
+    return _message(texts, facts, ":wave:", texts("test.head"), texts("test.said"), answers, calm=True)
+
+
+def works(texts: Texts, facts: Facts) -> str:
+    """What still serves, and until when."""
+    if not facts.reached:
+        return texts("works.cached")
+    return texts("works.token", until=clock(facts.until)) if facts.until else texts("works.nothing")
+
+
+def risks(codes: Iterable[str], until: datetime | None, now: datetime, known: Overrides) -> list[Risk]:
+    """The next session of each exchange through which no token lasts that serves `until` then, the nearest first."""
+    found: dict[tuple[sessions.Session, str], list[str]] = {}
+    for code in codes:
+        place = sessions.exchange(code)
+        if session := _unserved(place, until, now, known):
+            found.setdefault((session, place.zone), []).append(place.code)
+    return sorted(Risk(session, tuple(names), zone) for (session, zone), names in found.items())
+
+
+def sentence(text: str) -> str:
+    """The first sentence of an error's text: what happened; the rest is answered line by line."""
+    return text.partition(". ")[0].rstrip(".") + "."
+
+
+def escape(text: str) -> str:
+    """Slack's three characters, so that no foreign text becomes a link or calls a channel, and nothing unprintable."""
+    lines = (clean(line) for line in text.splitlines())
+    return "\n".join(lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def clean(text: str) -> str:
+    """On one line, without what a terminal or Slack would act on: control, escape and direction characters."""
+    shown = text if text.isprintable() else "".join([sign if sign.isprintable() else " " for sign in text])
+    return " ".join(shown.split())
+
+
+def _message(  # noqa: PLR0913 - a message has that many parts
+    texts: Texts,
+    facts: Facts,
+    icon: str,
+    headline: str,
+    happened: str,
+    answers: Sequence[tuple[str, str]],
+    *,
+    mention: str = "",
+    calm: bool = False,
+) -> Message:
+    labelled = [(texts(f"label.{name}"), text) for name, text in answers]
+    preview = "" if calm else _preview(texts, facts)
+    return Message(icon, headline, preview, happened, labelled, (texts("label.run"), *facts.run), mention)
+
+
+def _preview(texts: Texts, facts: Facts) -> str:
+    """`no token · NASD opens in 9 min`: of the sessions at risk only the first, of its exchanges as well."""
+    found = []
+    if facts.reached:
+        until = f"{facts.until.astimezone(KST):%H:%M} KST" if facts.until else ""
+        found.append(texts("preview.until", until=until) if until else texts("preview.none"))
+    if facts.risks:
+        session, who = facts.risks[0].session, facts.risks[0].exchanges[0]
+        closes, left = f"{session.close.astimezone(KST):%H:%M}", texts.lasted(session.open - facts.now)
+        key = "preview.opens" if session.open > facts.now else "preview.running"
+        found.append(texts(key, who=who, left=left, closes=closes))
+    return " · ".join(found)
+
+
+def _at_risk(texts: Texts, facts: Facts) -> str:
+    lines = [_risk(texts, risk, facts.now) for risk in facts.risks]
+    return "\n• ".join(["", *lines]) if lines else texts("risk.none")
+
+
+def _risk(texts: Texts, risk: Risk, now: datetime) -> str:
+    who, session, opens = ", ".join(risk.exchanges), risk.session, clock(risk.session.open)
+    if session.open <= now:
+        return texts("risk.running", who=who, opens=opens, closes=clock(session.close))
+    there, left = session.open.astimezone(ZoneInfo(risk.zone)), texts.lasted(session.open - now)
+    if there.utcoffset() == session.open.astimezone(KST).utcoffset():
+        return texts("risk.ahead", who=who, opens=opens, left=left)
+    return texts("risk.abroad", who=who, opens=opens, there=texts.weekday(there), left=left)
+
+
+def _unserved(
+    place: sessions.Exchange, until: datetime | None, now: datetime, known: Overrides
+) -> sessions.Session | None:
+    today = now.astimezone(ZoneInfo(place.zone)).date()
+    for offset in range(-1, DAYS_AHEAD):
+        day = today + timedelta(days=offset)
+        need = sessions.need(place.code, day, known)
+        if need and need[1] > now and (until is None or need[1] > until + CLOCKS):
+            return sessions.session(place.code, day, known)
+    return None
+
+
+def _cause(incident: Incident) -> str:
+    return incident.cause if incident.cause in BY_NAME else UNFORESEEN.name  # a later version's
+
+
+def _titles(texts: Texts, incidents: Sequence[Incident]) -> str:
+    return "; ".join(dict.fromkeys(texts(f"cause.{_cause(one)}.title") for one in incidents))
+
+
+def _length(texts: Texts, incident: Incident, now: datetime) -> str:
+    return texts.lasted((incident.closed_at or now) - incident.opened_at)
+
+
+def _section(text: str) -> dict[str, Any]:
+    return {"type": "section", "text": {"type": "mrkdwn", "text": text}}

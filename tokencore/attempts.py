@@ -1,0 +1,126 @@
+"""An issue request as a value: what became of it, who asked, and what a list of them says. Never a token or a key."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokencore.errors import ConfigurationError
+from tokencore.sealing import sealed_class
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DAY = timedelta(hours=24)
+REASON_LENGTH, BY_LENGTH = 80, 40  # characters that are kept
+_ESCAPE_SEQUENCE = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]")  # what a terminal obeys: colours, moves, erasing
+SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"  # no run of visible ASCII as long as an app key (36)
+
+
+class Outcome(StrEnum):
+    """What became of an attempt."""
+
+    SENT = "sent"  # recorded before the request; it stays when the process died in between
+    ISSUED = "issued"
+    SAME = "same"  # KIS returned the token that it had issued before: its six hours
+    IMPORTED = "imported"  # issued elsewhere and taken over: no request of ours
+    LIMIT = "limit"
+    BAD_KEY = "bad_key"
+    BAD_SECRET = "bad_secret"  # noqa: S105 - a word, no secret
+    DENIED = "denied"
+    SERVER_ERROR = "server_error"
+    REFUSED = "refused"  # no known code
+    BAD_ANSWER = "bad_answer"
+    NO_ANSWER = "no_answer"  # it may have reached KIS
+    UNREACHABLE = "unreachable"  # it cannot have reached KIS
+
+
+GRANTED = frozenset({Outcome.ISSUED, Outcome.SAME, Outcome.IMPORTED})
+CREDENTIALS = frozenset({Outcome.BAD_KEY, Outcome.BAD_SECRET, Outcome.DENIED})
+
+
+class Attempt(NamedTuple):
+    """One issue request, as recorded; times are aware UTC.
+
+    Attributes:
+        at: when the request left, or its outcome was known.
+        outcome: what became of it.
+        code: KIS's code of a refusal.
+        expires_at: of the token that it brought.
+        reason: why it was made.
+        credentials: eight hex digits that change with the key or the secret.
+        pid, host: the process that made it; no host where only one machine is known.
+        by: the person who asked; empty for a program.
+
+    """
+
+    at: datetime
+    outcome: Outcome
+    code: str | None = None
+    expires_at: datetime | None = None
+    reason: str = ""
+    credentials: str = ""
+    pid: int = 0
+    by: str = ""
+    host: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether KIS may have seen it, so that the cool-down starts from it."""
+        return self.outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)
+
+
+@sealed_class()
+class Note(NamedTuple):
+    """Why an issue was asked for, and by which person; no name where a program asked."""
+
+    reason: str
+    by: str = ""
+
+    def checked(self) -> Note:
+        """This note, cleaned and cut to its lengths; nothing in it looks like a key.
+
+        Raises:
+            ConfigurationError: a word is as long as an app key; nothing was asked of KIS.
+
+        """
+        reason, by = clean(self.reason), clean(self.by)
+        for name, text in (("reason", reason), ("name", by)):
+            if not re.fullmatch(SHORT_WORDS, text):
+                raise ConfigurationError(
+                    f"The {name} contains a word of 36 characters or more, as keys and tokens are, so it is not kept. "
+                    "Nothing was asked of KIS; use shorter words."
+                )
+        return Note(reason[:REASON_LENGTH].rstrip(), by[:BY_LENGTH].rstrip())
+
+
+def clean(text: str) -> str:
+    """`text` on one line that shows as what it is: no terminal obeys anything in it, and no word runs backwards.
+
+    Escape sequences go whole; whatever else does not print (control and direction characters, line separators, half
+    characters) becomes a space.
+    """
+    shown = "".join(sign if sign.isprintable() else " " for sign in _ESCAPE_SEQUENCE.sub(" ", text))
+    return " ".join(shown.split())
+
+
+def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:
+    """The attempts that brought a new token in the `span` around `now`; ahead of it too, as clocks are set back."""
+    return [one for one in attempts if one.outcome is Outcome.ISSUED and abs(now - one.at) < span]
+
+
+def latest(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The last attempt that KIS may have seen, from which the cool-down starts."""
+    return next((one for one in reversed(attempts) if one.counts), None)
+
+
+def failures(attempts: Sequence[Attempt]) -> int:
+    """How many attempts have failed since the last one that brought a token."""
+    return next((n for n, one in enumerate(reversed(attempts)) if one.outcome in GRANTED), len(attempts))
+
+
+def last_issue(attempts: Sequence[Attempt]) -> datetime | None:
+    """When the last new token was issued by the record, aware UTC; None if it knows of none."""
+    return next((one.at for one in reversed(attempts) if one.outcome is Outcome.ISSUED), None)

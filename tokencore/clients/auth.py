@@ -1,0 +1,231 @@
+"""`KISAuth`, for requests: signs calls of KIS's business API, with the token renewed behind the caller's back.
+
+`Signer` is what it shares with `KISHttpxAuth`: the four headers, for KIS's own address only, and what to do when an
+answer says that the token is dead. KIS's call rate (EGW00201) is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from requests.auth import AuthBase
+from requests.exceptions import UnrewindableBodyError
+from requests.utils import rewind_body
+
+from tokencore.errors import ConfigurationError, TokenError
+from tokencore.kis.codes import ANSWER_LIMIT, is_dead
+from tokencore.manager import TokenManager
+from tokencore.sealing import sealed, sealed_class
+
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from requests import PreparedRequest, Response
+
+    Origin = tuple[str, str, int | None]
+
+_log = logging.getLogger("tokencore")
+SECRET_HEADERS = ("authorization", "appkey", "appsecret")
+PORTS = {"https": 443, "http": 80}
+CLIENT_ERROR = 400
+
+
+class Signature:
+    """The headers of one token, neither shown nor pickled: the secret ones as text, and all four as bytes."""
+
+    __slots__ = ("headers", "raw", "token")
+
+    def __init__(self, token: str, credentials: tuple[str, str], custtype: str) -> None:
+        """Spell them once: a token serves many thousand requests."""
+        self.token = token
+        self.headers = dict(zip(SECRET_HEADERS, (f"Bearer {token}", *credentials), strict=True))
+        self.raw = [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        self.raw.append((b"custtype", custtype.encode()))
+
+    def __reduce__(self) -> str:
+        raise TypeError("a signature holds credentials and is not pickled")
+
+
+class Signer:
+    """Signs for one market, from any thread.
+
+    Attributes:
+        origin: scheme, host and port of the only address that may see the credentials.
+
+    """
+
+    __slots__ = ("_custtype", "_manager", "_prefix", "_present", "origin")
+
+    def __init__(self, market: str, custtype: str) -> None:
+        """Sign for the configured `market`; credentials and token are asked for with the first request."""
+        self._manager = TokenManager(market)
+        self._custtype = custtype
+        url = urlsplit(self._manager.get_api_url())
+        self._prefix = f"{url.scheme}://{url.netloc}/".lower()  # as clients normally spell every address of it
+        self.origin: Origin = (url.scheme, url.hostname or "", url.port or PORTS.get(url.scheme))
+        self._present: Signature | None = None
+
+    def __repr__(self) -> str:
+        return repr(self._manager.market.name)
+
+    def __reduce__(self) -> str:
+        raise TypeError("what signs requests knows credentials and is not pickled; make it anew where it is needed")
+
+    def signature(self) -> Signature:
+        """The headers with a valid token, which is renewed if it must be.
+
+        Raises:
+            TokenError: there is no valid token and none can be had; nothing was sent.
+
+        """
+        present = self._present
+        if present is None or present.token != self._manager.get_valid_token():
+            return self._signed()
+        return present
+
+    def signature_for(self, url: str) -> Signature:
+        """The same for a request to `url`.
+
+        Raises:
+            ConfigurationError: it is another address than KIS's own (scheme, host, port); nothing was sent.
+            TokenError: as above.
+
+        """
+        if not url.startswith(self._prefix) and _origin(url) != self.origin:
+            self.refuse(url)
+        return self.signature()
+
+    @sealed
+    def signature_at_hand(self) -> Signature | None:
+        """The headers where credentials and token are there and no renewal is due; None where `signature` may wait."""
+        token, present = self._manager.token_at_hand(), self._present
+        if token is None or present is None:
+            return None
+        return present if present.token == token else self._signed()
+
+    def successor(self, rejected: Signature) -> Signature | None:
+        """Report that KIS rejected a token; a signature with its successor, None where there is none yet."""
+        try:
+            self._manager.report_rejected(rejected.token)
+            return self._signed()
+        except TokenError as error:
+            _log.warning("KIS rejected the token of %r, and there is no other yet: %s", self, error)
+            return None
+
+    def refuse(self, url: str) -> NoReturn:
+        """Say that `url` is not KIS's."""
+        where = url.replace("\\", "/").partition("?")[0].rpartition("@")[2]
+        raise ConfigurationError(
+            f"The credentials of {self!r} are for {self._prefix} only, and this request goes to {where}: nothing was "
+            "sent. Correct the address, or KIS_BASE_URL and KIS_ENVIRONMENT.",
+        )
+
+    @sealed
+    def _signed(self) -> Signature:
+        """With a new token the credentials are read again, after it: its key may be another one than before."""
+        ask = self._manager  # neither answer becomes a variable, which an error's traceback would show
+        self._present = signature = Signature(ask.get_valid_token(), ask.get_app_credentials(), self._custtype)
+        return signature
+
+
+@sealed_class()
+class KISAuth(AuthBase):
+    """`requests` authentication for a market: `requests.get(url, auth=KISAuth("us"))`.
+
+    A token that KIS rejects is reported, and the request is sent once more with its successor. Where there is none
+    yet, or the body was a stream that cannot be sent again, the caller gets KIS's own answer. A session whose retries
+    name a status (`Retry(status_forcelist=[500])`) hides KIS's answer, so a rejected token goes unnoticed there. One
+    object serves any number of threads and sessions.
+    """
+
+    def __init__(self, market: str, *, custtype: str = "P") -> None:
+        """Sign for the configured `market`; `custtype` is `P` for a person, `B` for a firm.
+
+        Raises:
+            ConfigurationError: the settings cannot be read, or the market is not configured.
+
+        """
+        self._signer = Signer(market, custtype)
+        self._custtype = custtype
+
+    def __repr__(self) -> str:
+        return f"KISAuth({self._signer!r})"
+
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        """Put the headers on `request`.
+
+        Raises:
+            ConfigurationError: the request does not go to the market's base URL; nothing was sent.
+            TokenError: there is no valid token and none can be had; nothing was sent.
+
+        """
+        signature = self._signer.signature_for(request.url or "")
+        headers = request.headers
+        for name, value in signature.headers.items():  # `update` takes a tenth longer
+            headers[name] = value
+        headers.setdefault("custtype", self._custtype)
+        request.hooks["response"].append(partial(self._answered, signature))
+        return request
+
+    @sealed
+    def _answered(self, used: Signature, response: Response, **sending: Any) -> Response:  # noqa: ANN401 - requests' own keywords
+        _hide_from_redirect(response)
+        if sending.get("stream") and not may_refuse(response.status_code, response.headers):
+            return response
+        if not is_dead(response.content):
+            return response
+        signature = self._signer.successor(used)
+        again = response.request.copy()
+        if signature is None or not _replayable(again):
+            return response
+        again.headers.update(signature.headers)
+        response.close()
+        retried: Response = response.connection.send(again, **sending)
+        retried.history.append(response)
+        retried.request = again
+        _hide_from_redirect(retried, response.request)
+        return retried
+
+
+def may_refuse(status: int, headers: Any) -> bool:  # noqa: ANN401 - a mapping of either library
+    """Whether a streamed answer can be a refusal of KIS: JSON, or short and an error or text. Others stay unread."""
+    kind = headers.get("content-type", "").lower()
+    if "json" in kind:
+        return True
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > ANSWER_LIMIT:
+        return False
+    return status >= CLIENT_ERROR or not kind or kind.startswith("text/")
+
+
+def _hide_from_redirect(response: Response, *requests: PreparedRequest) -> None:
+    """KIS never redirects: whoever does shall not see the secret as well. requests copies the first request for it."""
+    if response.is_redirect:
+        for request in (response.request, *requests):
+            for name in SECRET_HEADERS:
+                request.headers.pop(name, None)
+
+
+def _replayable(request: PreparedRequest) -> bool:
+    """Whether its body can be sent again; a stream is wound back to its start for that."""
+    if request.body is None or isinstance(request.body, str | bytes):
+        return True
+    try:
+        rewind_body(request)
+    except UnrewindableBodyError:
+        return False
+    return True
+
+
+def _origin(url: str) -> Origin | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or PORTS.get(parts.scheme)
+    except ValueError:
+        return None
+    if "\\" in url:  # where urllib3 ends the host and urlsplit does not
+        return None
+    return parts.scheme, parts.hostname or "", port

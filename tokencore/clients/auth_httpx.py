@@ -1,0 +1,128 @@
+"""`KISHttpxAuth`, for httpx: the twin of `KISAuth`, from threads with `Client` and from a loop with `AsyncClient`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from tokencore.clients.auth import PORTS, Signer, may_refuse
+from tokencore.kis.codes import is_dead
+from tokencore.sealing import sealed
+
+try:
+    import httpx
+    from anyio import CapacityLimiter, to_thread
+    from anyio.lowlevel import RunVar
+except ImportError as error:
+    raise ImportError("KISHttpxAuth needs httpx: pip install 'httpx>=0.28' 'anyio>=4.1'") from error
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Generator
+    from typing import Any
+
+    from tokencore.clients.auth import Signature
+
+_T = TypeVar("_T")
+_NAMES = frozenset({b"authorization", b"appkey", b"appsecret", b"custtype"})
+
+
+class KISHttpxAuth(httpx.Auth):
+    """`httpx` authentication for a market: `httpx.Client(auth=KISHttpxAuth("us"))`, and `AsyncClient` alike.
+
+    A token that KIS rejects is reported, and the request is sent once more with its successor. Where there is none
+    yet, or the body was a stream that cannot be sent again, the caller gets KIS's own answer. On an event loop nothing
+    blocks: a renewal waits in a thread, and a cached token needs none. The signature goes on the wire only; neither
+    `request.headers` shows it, nor does a redirect take it along.
+    """
+
+    @sealed
+    def __init__(self, market: str, *, custtype: str = "P") -> None:
+        """Sign for the configured `market`; `custtype` is `P` for a person, `B` for a firm.
+
+        Raises:
+            ConfigurationError: the settings cannot be read, or the market is not configured.
+
+        """
+        self._signer = Signer(market, custtype)
+        self._turn: RunVar[CapacityLimiter] = RunVar(f"renewal {id(self)}")
+
+    def __repr__(self) -> str:
+        return f"KISHttpxAuth({self._signer!r})"
+
+    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Sign and send; report a rejected token, and send once more.
+
+        Raises:
+            ConfigurationError: the request does not go to the market's base URL; nothing was sent.
+            TokenError: there is no valid token and none can be had; nothing was sent.
+
+        """
+        self._check(request.url)
+        signature = self._signer.signature()
+        response = yield self._signed(request, signature)
+        if not may_refuse(response.status_code, response.headers) or not is_dead(response.read()):
+            return
+        successor = self._signer.successor(signature)
+        if successor and _replayable(request):
+            yield self._signed(request, successor)
+
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        """The same on an event loop, which goes on while KIS is asked for a token."""
+        self._check(request.url)
+        signature = self._signer.signature_at_hand()
+        if signature is None:
+            signature = await self._aside(self._signer.signature)
+        response = yield self._signed(request, signature)
+        if not may_refuse(response.status_code, response.headers) or not is_dead(await response.aread()):
+            return
+        successor = await self._aside(self._signer.successor, signature)
+        if successor and _replayable(request):
+            yield self._signed(request, successor)
+
+    def _check(self, url: httpx.URL) -> None:
+        if (url.scheme, url.host, url.port or PORTS.get(url.scheme)) != self._signer.origin:
+            self._signer.refuse(str(url))
+
+    @staticmethod
+    def _signed(request: httpx.Request, signature: Signature) -> httpx.Request:
+        headers = _Signed(request.headers)
+        headers.signature = signature
+        request.headers = headers
+        return request
+
+    async def _aside(self, work: Callable[..., _T], *arguments: Any) -> _T:  # noqa: ANN401 - as the work takes them
+        """Wait in a thread: one at a time, so that a long wait for KIS leaves the loop's other threads free."""
+        turn = self._turn.get(None)
+        if turn is None:
+            turn = CapacityLimiter(1)
+            self._turn.set(turn)
+        return await to_thread.run_sync(work, *arguments, limiter=turn, abandon_on_cancel=True)
+
+
+class _Signed(httpx.Headers):
+    """A request's headers and its signature, which only `raw` has: what a transport sends.
+
+    httpx copies all headers but `authorization` to where a redirect leads, and shows them in a repr.
+    """
+
+    signature: Signature
+
+    def __reduce__(self) -> tuple[type[httpx.Headers], tuple[list[tuple[bytes, bytes]]]]:
+        return httpx.Headers, (super().raw,)
+
+    @property
+    def raw(self) -> list[tuple[bytes, bytes]]:
+        """What is sent: a `custtype` of the caller's own stays, everything else of these names is ours."""
+        own = super().raw
+        for name, _ in own:
+            if name.lower() in _NAMES:
+                return self._merged(own)
+        return own + self.signature.raw
+
+    def _merged(self, own: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        kept = [(name, value) for name, value in own if name.lower() not in _NAMES - {b"custtype"}]
+        known = [name.lower() for name, _ in kept]
+        return kept + [pair for pair in self.signature.raw if pair[0] not in known]
+
+
+def _replayable(request: httpx.Request) -> bool:
+    return isinstance(request.stream, httpx.ByteStream)

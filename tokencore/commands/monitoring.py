@@ -1,0 +1,121 @@
+"""The commands that say how everything is: `check`, `doctor`, and `metrics` for machines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tokencore.clients.approval import approval_expiry
+from tokencore.commands import add_json, add_market, print_json
+from tokencore.config.settings import Settings
+from tokencore.manager import TokenManager
+from tokencore.reports import status
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tokencore.commands import AddCommand
+    from tokencore.reports.doctor import Finding
+    from tokencore.reports.status import Seen
+
+    Proofs = Mapping[str, tuple[bool | None, str]]
+
+NOT_VALID, UNREACHABLE = 3, 6
+LOOPBACK = "127.0.0.1"
+HIGHEST_PORT = 65_535
+WIDTH = 79  # characters of a line for people: readable in the narrowest terminal, and in an e-mail
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands to the parser."""
+    check = command("check", _check, "status of the markets; read-only, asks KIS for nothing without --probe")
+    add_market(check, many="*")
+    check.add_argument("--probe", action="store_true", help="prove each valid token with one quote call")
+    add_json(check)
+    doctor = command(
+        "doctor", _doctor, "look at everything that a working set-up needs, with the fix for what is wrong"
+    )
+    add_json(doctor)
+    metrics = command("metrics", _metrics, "how every market is, for Prometheus; without an option once, as text")
+    where = metrics.add_mutually_exclusive_group()
+    where.add_argument(
+        "--listen",
+        type=address,
+        metavar="HOST:PORT",
+        help="serve /metrics, /livez, /readyz and /readyz/MARKET; loopback for a PORT alone",
+    )
+    where.add_argument("--textfile", metavar="FILE", help="replace the file, for node_exporter's textfile collector")
+
+
+def _check(options: argparse.Namespace) -> int:
+    settings, now = Settings.load(), datetime.now(UTC)
+    asked = dict.fromkeys(map(settings.market, options.market)) or settings.able_markets()
+    seen = status.look(asked, now)
+    proofs: Proofs = _proofs(seen) if options.probe else {}
+    if options.json:
+        print_json([dict(one.status) | _extras(one, proofs) for one in seen])
+    else:
+        from tokencore.reports.tables import print_statuses  # tables for people, which programs need not wait for
+
+        print_statuses(seen, proofs, now)
+    if not all(one.status["valid"] for one in seen) or any(accepted is False for accepted, _ in proofs.values()):
+        return NOT_VALID
+    return UNREACHABLE if any(accepted is None for accepted, _ in proofs.values()) else 0
+
+
+def _proofs(seen: list[Seen]) -> Proofs:
+    return {one.status["market"]: TokenManager(one.status["market"]).probe() for one in seen if one.status["valid"]}
+
+
+def _extras(one: Seen, proofs: Proofs) -> dict[str, object]:
+    """What stands there only where it was asked for: the quote call's answer, the approval key's expiry."""
+    found: dict[str, object] = {}
+    if expires_at := approval_expiry(one.store):
+        found["approval_key_expires_at"] = expires_at
+    if proof := proofs.get(one.status["market"]):
+        found["probe"] = {"accepted": proof[0], "told": proof[1]}  # programs know these names
+    return found
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from tokencore.keys import Key
+    from tokencore.reports.doctor import examine  # HTTP, and a dozen checks
+
+    found = examine(Key.load)
+    if options.json:
+        print_json([{key: value for key, value in one._asdict().items() if key != "exit_code"} for one in found])
+    else:
+        for one in found:
+            print(_lines(one))
+    return next((one.exit_code for one in found if one.state == "fail"), int(any(one.state == "warn" for one in found)))
+
+
+def _lines(one: Finding) -> str:
+    """One finding for people: its state, name and meaning; the fix on a line of its own."""
+    lines = [f"{one.state:<7} {one.name}: {one.detail}", *([f"{'':<7} Fix: {one.cure}"] if one.cure else [])]
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=" " * 8, break_on_hyphens=False) for line in lines)
+
+
+def _metrics(options: argparse.Namespace) -> int:
+    from tokencore.keys import Key
+    from tokencore.reports import metrics  # a server and formats, which no other command should wait for
+
+    watch = metrics.Watch(Key.load)
+    if options.listen:
+        metrics.serve(watch, *options.listen)
+    elif options.textfile is not None:
+        metrics.write_textfile(watch, options.textfile)
+    else:
+        sys.stdout.write(metrics.render(watch))
+    return 0
+
+
+def address(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, `[HOST]:PORT` for IPv6, or a port alone, which is loopback's."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > HIGHEST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a HOST:PORT, such as 127.0.0.1:9479")
+    return host.strip("[]") or LOOPBACK, int(port)

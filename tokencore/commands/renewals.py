@@ -1,0 +1,154 @@
+"""The commands around renewals, past and to come: `refresh`, `plan`, `history` and `tick`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from tokencore.attempts import Outcome
+from tokencore.commands import add_json, add_market, confirm, key_of, print_json
+from tokencore.config.settings import Settings
+from tokencore.errors import ConfigurationError, TokenError
+from tokencore.keys import Key
+from tokencore.limits import format_time
+from tokencore.manager import TokenManager
+from tokencore.outlook import PLAN_DAYS, plan_as_json
+
+if TYPE_CHECKING:
+    from tokencore.attempts import Attempt
+    from tokencore.commands import AddCommand
+
+LONGEST_PLAN = 31  # days: beyond it, the picture is a smear
+HOUR = timedelta(hours=1)
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands to the parser."""
+    refresh = command("refresh", _refresh, "renew now")
+    add_market(refresh)
+    refresh.add_argument(
+        "--force",
+        action="store_true",
+        help="also within six hours and past the daily ceiling; asks before a second one in an hour",
+    )
+    refresh.add_argument("--yes", action="store_true", help="force without the question; needed without a terminal")
+    refresh.add_argument("--reason", type=_text, default="", help="kept in the issuance record")
+    refresh.add_argument("--by", type=_text, help="who asks, for the record (otherwise your login)")
+    planned = command(
+        "plan", _plan, "the sessions ahead, the token's life, the daily anchor, and the next renewals and why"
+    )
+    planned.add_argument("--days", type=_days, default=PLAN_DAYS, metavar="N", help="1 to 31 (%(default)s)")
+    planned.add_argument("--svg", metavar="FILE", help="write the picture there; - for standard output")
+    add_json(planned)
+    history = command("history", _history, "the issuance record: every attempt, and what became of it")
+    add_market(history, many="?")
+    add_json(history)
+    command("tick", _tick, "one decision of the renewal rule for every key, for cron")
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    manager = TokenManager(options.market)
+    if options.force and not options.yes:
+        _confirm_second(manager.history())
+    by = _login() if options.by is None else options.by
+    renewed = manager.refresh(force=options.force, reason=options.reason, by=by)
+    same = "KIS returned the present token (its six-hour rule); nothing has changed."
+    print(f"{'Renewed.' if renewed else same}\n{manager.get_token_info()}")
+    return 0
+
+
+def _confirm_second(attempts: list[Attempt]) -> None:
+    """A scheduler that runs amok issues once; of what programs renew by themselves nobody is asked."""
+    now = datetime.now(UTC)
+    granted = [one for one in attempts if one.by and one.outcome in (Outcome.ISSUED, Outcome.SAME)]
+    recent = [one for one in granted if abs(now - one.at) < HOUR]
+    if recent:
+        last = f"{recent[-1].by} had this key renewed at {format_time(recent[-1].at)}"
+        question = f"{last}, less than an hour ago; KIS may restrict a key that takes more than one a day. Renew again?"
+        confirm("--force within an hour of another refresh", question, "Nothing was asked of KIS.")
+
+
+def _login() -> str:
+    """The name of whoever is logged in, where the system knows one."""
+    from getpass import getuser  # asks the password database
+
+    try:
+        return getuser()
+    except (KeyError, OSError, ImportError):  # a container's user need not have a name
+        return f"uid {os.getuid()}" if os.name == "posix" else "unknown"
+
+
+def _text(argument: str) -> str:
+    """What a terminal of another encoding sent may not be text at all."""
+    return argument.encode(errors="replace").decode()
+
+
+def _plan(options: argparse.Namespace) -> int:
+    now = datetime.now(UTC)
+    plans = [key.state(now).plan(options.days) for key in Key.load(Settings.load())]
+    if options.svg:
+        from tokencore.reports.plan_svg import draw_plans
+
+        _write(options.svg, draw_plans(plans))
+    if options.json:
+        print_json([plan_as_json(one) for one in plans])
+    elif not options.svg:
+        from tokencore.reports.tables import print_plan
+
+        for one in plans:
+            print_plan(one)
+    return 0
+
+
+def _days(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= LONGEST_PLAN:
+        raise argparse.ArgumentTypeError(f"must be a number of days from 1 to {LONGEST_PLAN}")
+    return int(text)
+
+
+def _write(target: str, text: str) -> None:
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        with open(target, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigurationError(f"{target} cannot be written ({error.strerror}); name a file elsewhere.") from None
+
+
+def _history(options: argparse.Namespace) -> int:
+    settings = Settings.load()
+    keys = [key_of(settings, options.market)] if options.market else Key.load(settings)
+    found = [([market.name for market in key.markets], one) for key in keys for one in key.store.attempts()]
+    if options.json:
+        hidden = ("pid", "credentials", "host")
+        print_json(
+            [{"markets": names} | {k: v for k, v in one._asdict().items() if k not in hidden} for names, one in found]
+        )
+    else:
+        from tokencore.reports.tables import print_history
+
+        print_history(found)
+    return 0
+
+
+def _tick(_options: argparse.Namespace) -> int:
+    """Every key gets its turn, whatever another one met; the first trouble is the exit code."""
+    from tokencore.reports.tables import describe_tick
+
+    code = 0
+    for key in Key.load(Settings.load()):
+        try:
+            decision = key.tick(key.state(datetime.now(UTC)))
+            trouble = decision.trouble
+            print(describe_tick(decision))
+        except TokenError as error:
+            trouble = error
+        if trouble:
+            print(f"tokencore: {key.name}: {trouble}", file=sys.stderr)
+            code = code or trouble.exit_code
+    return code

@@ -1,0 +1,261 @@
+"""A market: its key, its environment, and the few values that a cached token needs, read without pydantic."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from tokencore.errors import ConfigurationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from tokencore.config.settings import Settings
+    from tokencore.config.sources import Found
+
+HOSTS = {
+    "real": "https://openapi.koreainvestment.com:9443",
+    "paper": "https://openapivts.koreainvestment.com:29443",
+}
+TOKEN_DIR = "~/.tokencore"  # noqa: S105 - a folder
+ISSUE_INTERVAL = 60.0  # seconds between issue requests of a key: KIS's EGW00133
+BUFFER = 300.0  # seconds before expiry in which a token no longer counts as valid
+PROACTIVE_WINDOW = 1800.0  # seconds before expiry in which a renewal is tried ahead
+TIMEOUT = 10.0  # seconds to connect, and to wait for an answer
+MAX_ISSUES_PER_DAY = 2  # in any 24 hours; KIS asks for one
+SECONDS, TIMEOUTS, ISSUES = (0, 86_400), (0.001, 300), (1, 24)  # lowest and highest that make sense
+DEFAULT_EXCHANGES = {"us": ("NASD", "NYSE", "AMEX"), "kr": ("KRX",)}
+HIGHEST_PORT = 65_535
+LONGEST_NAME = 100  # characters of a market: it is part of file names
+LONGEST = 1024  # characters of a credential, an address, a path; KIS's secrets have 180
+KEY_LENGTH = 36  # characters of an app key; secrets and tokens have more
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+_HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+class Market:
+    """One market's settings. What a cached token needs is read at once; the rest when it is first asked for.
+
+    Attributes:
+        name: the market, in lower case, such as `us`.
+        app_key: None when not set.
+        environment: `real` or `paper`.
+        base_url: where KIS is asked, without a trailing slash.
+        token_dir: absolute folder of the token files.
+        buffer, proactive_window: seconds before expiry.
+
+    """
+
+    __slots__ = (
+        "_app_secret", "_in_keyring", "_load", "_settings",
+        "app_key", "base_url", "buffer", "environment", "name", "proactive_window", "token_dir",
+    )  # fmt: skip
+
+    def __init__(self, name: str, found: Found, load: Callable[[], Settings]) -> None:
+        """Take the values of the market `name` from the merged settings; `load` gives the validated ones.
+
+        Raises:
+            ConfigurationError: the market is not configured, or its address is the other environment's.
+            AttributeError, KeyError, TypeError, ValueError: a value cannot be used; `Settings.load()` says which.
+
+        """
+        get = found.values.get
+        self.name = known(name, found)
+        self._load = load
+        self._settings: Settings | None = None
+        self.app_key = credential(get(found.variable(self.name, "APP_KEY")))
+        self._app_secret = credential(get(found.variable(self.name, "APP_SECRET")))
+        self._in_keyring = found.in_keyring(self.name)
+        self.environment: str = get(found.variable(self.name, "ENVIRONMENT"), "real")
+        self.base_url = self._address(found.address_variable(self.name), found.values)
+        self.token_dir = folder(get("KIS_TOKEN_DIR", TOKEN_DIR))
+        self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)
+        self.proactive_window = number(get("KIS_PROACTIVE_WINDOW", PROACTIVE_WINDOW), *SECONDS)
+
+    def _address(self, variable: str, values: Mapping[str, Any]) -> str:
+        """What the variable says, else KIS's own address."""
+        url = address(values.get(variable, HOSTS[self.environment]))
+        other = "paper" if self.environment == "real" else "real"
+        if _parts(url)[1] == _parts(HOSTS[other])[1]:
+            raise ConfigurationError(
+                f"{variable} is the address of the {other} environment, but the market {self.name!r} is set to "
+                f"{self.environment}; set KIS_ENVIRONMENT={other}, or remove {variable}."
+            )
+        return url
+
+    @property
+    def settings(self) -> Settings:
+        """The validated settings, read when first asked for.
+
+        Raises:
+            ConfigurationError: one of them cannot be used; cached tokens stay usable.
+
+        """
+        self._settings = self._settings or self._load()
+        return self._settings
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the key at its address without showing it; of an empty key when none is set."""
+        return fingerprint(self.app_key or "", self.base_url)
+
+    @property
+    def exchanges(self) -> tuple[str, ...]:
+        """What the market trades, as the user wrote it, in upper case."""
+        own = self.settings.markets.get(self.name)
+        return DEFAULT_EXCHANGES.get(self.name, ()) if own is None or own.exchanges is None else tuple(own.exchanges)
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The clients whose files follow every renewal, such as `mojito2` or `python-kis:DIR`."""
+        own = self.settings.markets.get(self.name)
+        return tuple(own.exports) if own else ()
+
+    def identified(self) -> str:
+        """The app key, where a secret is set too or may be in the keyring, which is not asked.
+
+        Raises:
+            ConfigurationError: one of them is not set; the message names the variable.
+
+        """
+        if not self.app_key:
+            raise self._missing("APP_KEY", "; the keyring keeps its secret only" if self._in_keyring else "")
+        if not self._app_secret and not self._in_keyring:
+            raise self._missing("APP_SECRET")
+        return self.app_key
+
+    def credentials(self) -> tuple[str, str]:
+        """The app key and app secret; the keyring is asked once for what no other source gives.
+
+        Raises:
+            ConfigurationError: one of them is not set, or the keyring cannot be used.
+
+        """
+        self.identified()  # no local name: nothing secret is in a traceback's frames
+        if self._in_keyring:
+            self._app_secret = self.settings.in_keyring(self._in_keyring) or self._app_secret
+            if not self._app_secret:
+                command = f"keyring set {self.settings.keyring} {self._in_keyring[0]}"
+                raise self._missing("APP_SECRET", f"; or run `{command}`")
+            self._in_keyring = []
+        return str(self.app_key), str(self._app_secret)
+
+    def given(self, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
+        """This market, with the key and the address that the program gives instead of the settings.
+
+        Raises:
+            ConfigurationError: a credential or the address cannot be used.
+
+        """
+        given = credentials()
+        try:
+            self.app_key, self._app_secret = map(credential, given)
+            self.base_url, self._in_keyring = address(base_url), []
+        except ValueError as error:
+            what = f"What get_app_credentials or get_api_url of {self.name!r} gives"
+            raise ConfigurationError(f"{what} {error}.") from None
+        return self
+
+    def _missing(self, field: str, more: str = "") -> ConfigurationError:
+        return ConfigurationError(
+            f"KIS_{field} is not set for the market {self.name!r}; set KIS_{field} (or "
+            f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or ~/.tokencore/config.toml{more}."
+        )
+
+    def __repr__(self) -> str:
+        return f"Market({getattr(self, 'name', '')!r})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Market holds credentials and is not pickled; read it where it is needed")
+
+
+def digest(*parts: str, length: int) -> str:
+    """So many hex digits that change with any of the parts and show none of them."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:length]
+
+
+def fingerprint(app_key: str, base_url: str) -> str:
+    """16 hex digits that name a key at an address without showing the key."""
+    return digest("tokencore", base_url, app_key, length=16)
+
+
+def named(name: str) -> str:
+    """`name` in lower case; ValueError if files and variables cannot have it."""
+    lower = name.lower()
+    if not lower or len(lower) > LONGEST_NAME or not _NAME_CHARACTERS.issuperset(lower):
+        shown = repr(name) if len(name) < KEY_LENGTH else "What was given"  # a key, perhaps, in the wrong place
+        raise ValueError(f"{shown} is not a market's name: use letters, digits, - and _")
+    return lower
+
+
+def credential(value: object) -> str | None:
+    """An app key or secret without the white space around it, None for nothing; ValueError does not repeat it."""
+    found = value.strip() if isinstance(value, str) else "" if value is None else "no text"
+    if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
+        raise ValueError("must not have quotes around it; remove them")
+    if not found.isascii() or not found.isprintable() or " " in found or len(found) > LONGEST:
+        raise ValueError("must be one word of letters, digits and signs, as KIS shows it")
+    return found or None
+
+
+def address(value: str) -> str:
+    """A base URL without a trailing slash; ValueError unless it is plain https, or http on loopback."""
+    url = value.rstrip("/")
+    scheme, host, port = _parts(url)
+    plain = url.isascii() and url.isprintable() and len(url) <= LONGEST and not set(url) & set(" \\@?#")
+    trusted = scheme == "https" or (scheme == "http" and host in _LOOPBACK)
+    numbered = port.isdigit() and 0 < int(port) <= HIGHEST_PORT
+    if not (plain and trusted and numbered and host and (_HOST_CHARACTERS.issuperset(host) or host in _LOOPBACK)):
+        raise ValueError("must be a plain address such as https://host:9443 (http:// only on loopback)")
+    return url
+
+
+def _parts(url: str) -> tuple[str, str, str]:
+    """Scheme and host in lower case, and the port, 443 without one; urllib would be a tenth of a cached `get`."""
+    scheme, _, rest = url.lower().partition("://")
+    host = rest.partition("/")[0]
+    port = "443" if ":" not in host.rpartition("]")[2] else host.rpartition(":")[2]
+    return scheme, host.removesuffix(f":{port}"), port
+
+
+def folder(value: str) -> str:
+    """The path, absolute or from a `~` that resolves; ValueError if it would be another one in each folder."""
+    path = os.path.expanduser(value)
+    if not os.path.isabs(path) or "\0" in path:
+        raise ValueError("set it to an absolute path, or to one in a home (~) that this machine knows")
+    if len(path) > LONGEST:
+        raise ValueError("is too long for a path")
+    return os.path.abspath(path)
+
+
+def number(value: Any, lowest: float, highest: float, *, whole: bool = False) -> float:  # noqa: ANN401 - text or number
+    """`value` as a number between two others; ValueError names both."""
+    try:
+        found = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if not lowest <= found <= highest or (whole and not found.is_integer()):
+        raise ValueError(f"must be a {'whole ' if whole else ''}number from {lowest:g} to {highest:g}")
+    return found
+
+
+def known(name: str, found: Found) -> str:
+    """`name` in lower case; ConfigurationError if no such market is configured."""
+    try:
+        lower = named(name)
+    except ValueError as error:
+        raise ConfigurationError(f"{error}.") from None
+    if lower not in (names := market_names(found)):
+        raise ConfigurationError(
+            f"The market {lower!r} is not configured (known: {', '.join(names)}); "
+            f"set KIS_MARKETS__{lower.upper()}__EXCHANGES to the exchanges it trades, such as SEHK."
+        )
+    return lower
+
+
+def market_names(found: Found) -> list[str]:
+    """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
+    return [*DEFAULT_EXCHANGES, *sorted(found.markets - set(DEFAULT_EXCHANGES))]

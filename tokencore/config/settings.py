@@ -1,0 +1,299 @@
+"""The settings, validated: every value has a type, every mistake a message that names its variable."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from datetime import date, time
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError, WrapValidator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tokencore.calendars.sessions import Override, exchange
+from tokencore.config import market as values
+from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
+from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, place_of, short, warn
+from tokencore.errors import ConfigurationError
+from tokencore.sealing import sealed_class
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pydantic import ValidatorFunctionWrapHandler
+    from pydantic_core import ErrorDetails
+
+CLIENTS = ("mojito2", "python-kis", "kis-auth")
+_REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전", "실전투자")
+PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
+_OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
+_ALIKE = 0.85  # of two names: a letter or two are wrong
+_KEYRING = {
+    "ModuleNotFoundError": "the package is not installed: run `pip install 'tokencore[keyring]'`",
+    "NoKeyringError": "this machine has none that programs can use: install one, or give the secret in another way",
+    "ValueError": "what it keeps is not a secret as KIS shows it: set it again with `keyring set`",
+    "KeyringLocked": "it is locked: unlock it, by logging in or with its own program",
+}
+
+
+def _items(value: object) -> object:
+    """The items of `A, B` or `["A", "B"]` as text; what is no list stays for the validator."""
+    if isinstance(value, str):
+        value = value.strip().strip("[]").replace('"', "").split(",")
+    return [str(item).strip() for item in value if str(item).strip()] if isinstance(value, list) else value
+
+
+def _exchange(name: str) -> str:
+    try:
+        exchange(name)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+def _export(text: str) -> str:
+    client, _, folder = (part.strip() for part in text.partition(":"))
+    if client not in CLIENTS:
+        raise ValueError(f"must be one of the clients {', '.join(CLIENTS)}, or CLIENT:FOLDER")
+    if folder or client != "mojito2":  # whose file is beside the tokens; the others' own folders are in the home
+        values.folder(folder or "~")
+    return text
+
+
+def _hours(value: object, parse: ValidatorFunctionWrapHandler) -> tuple[time, time]:
+    opens, closes = parse([part.strip() for part in value.split("-", 1)] if isinstance(value, str) else value)
+    if opens >= closes:
+        raise ValueError("must open before it closes")
+    return opens, closes
+
+
+def _mention(text: str) -> str:
+    known = r"<(!channel|!here|!everyone|@[UW][A-Z0-9]+|!subteam\^S[A-Z0-9]+)>"
+    if not all(re.fullmatch(known, who) for who in text.split()):
+        raise ValueError("must be as Slack writes mentions, such as <!channel>, <@U024BE7LH> or <!subteam^S024BE7>")
+    return " ".join(text.split())
+
+
+def _number(lowest: float, highest: float, *, whole: bool = False) -> BeforeValidator:
+    return BeforeValidator(lambda value: values.number(value, lowest, highest, whole=whole))
+
+
+# What `Market` converts on the path of a cached token is converted here by the same functions, so that both agree.
+Credential = Annotated[SecretStr | None, BeforeValidator(values.credential)]
+Environment = Literal["real", "paper"]
+Url = Annotated[str, AfterValidator(values.address)]
+Seconds = Annotated[float, _number(*SECONDS)]
+Exchange = Annotated[str, AfterValidator(str.upper), AfterValidator(_exchange)]
+Listed = BeforeValidator(_items)
+Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
+
+
+class MarketSettings(BaseModel):
+    """What one market has of its own; everything else it takes from the settings for all."""
+
+    app_key: Credential = None
+    app_secret: Credential = None
+    environment: Environment | None = None
+    base_url: Url | None = None
+    exchanges: Annotated[list[Exchange], Listed] | None = None
+    exports: Annotated[list[Annotated[str, AfterValidator(_export)]], Listed] = []
+
+
+class ExchangeSettings(BaseModel):
+    """What the user knows better than the calendar: closed days, other hours, extended hours."""
+
+    closed: Annotated[list[date], Listed] = []
+    hours: dict[date, Hours] = {}
+    extended: bool = False
+
+
+@sealed_class()
+class Settings(BaseSettings):
+    """All settings of this process; `KIS_` variables with other names are other programs'."""
+
+    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True, arbitrary_types_allowed=True)
+
+    found: Found = Field(default_factory=Found, exclude=True, repr=False)
+    app_key: Credential = None
+    app_secret: Credential = None
+    environment: Environment = "real"
+    base_url: Url | None = None
+    token_dir: Annotated[str, AfterValidator(values.folder)] = values.TOKEN_DIR
+    markets: dict[Annotated[str, AfterValidator(values.named)], MarketSettings] = {}
+    exchanges: dict[Exchange, ExchangeSettings] = {}
+    issue_interval: Seconds = values.ISSUE_INTERVAL
+    buffer: Seconds = values.BUFFER
+    proactive_window: Seconds = values.PROACTIVE_WINDOW
+    timeout: Annotated[float, _number(*TIMEOUTS)] = values.TIMEOUT
+    max_issues_per_day: Annotated[int, _number(*ISSUES, whole=True)] = values.MAX_ISSUES_PER_DAY
+    prove_tokens: bool = True
+    hts_id: str | None = None
+    keyring: str | None = None
+    store: SecretStr | None = None  # an address with a password
+    store_keys: Annotated[list[SecretStr], Listed] = []
+    slack_webhook_url: SecretStr | None = None
+    slack_bot_token: SecretStr | None = None
+    slack_channel: str | None = None
+    slack_mention: Annotated[str, AfterValidator(_mention)] = ""
+    slack_language: Literal["en", "ko"] = "en"
+    prefect_ui_url: str | None = None
+    _markets: dict[str, Market] = {}
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """One source, as the fast reader has: precedence and trust are decided in one place."""
+        return (InitSettingsSource(settings_cls, _nested(gather())),)
+
+    @classmethod
+    def load(cls) -> Self:
+        """The validated settings of this process.
+
+        Raises:
+            ConfigurationError: a value is malformed or a source unreadable; cached tokens stay usable.
+
+        """
+        try:
+            loaded = cls()
+        except ValidationError as error:
+            raise ConfigurationError(_message(error.errors(include_input=False, include_url=False)[0])) from None
+        _warn(loaded)
+        return loaded
+
+    def model_post_init(self, context: Any, /) -> None:  # noqa: ANN401, ARG002 - as inherited
+        """Make the markets."""
+        self._markets = {name: Market(name, self.found, lambda: self) for name in values.market_names(self.found)}
+
+    def market(self, name: str) -> Market:
+        """The market of that name, in lower or upper case.
+
+        Raises:
+            ConfigurationError: it is not configured.
+
+        """
+        return self._markets[values.known(name, self.found)]
+
+    def all_markets(self) -> list[Market]:
+        """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
+        return list(self._markets.values())
+
+    def able_markets(self) -> list[Market]:
+        """The markets that have an app key.
+
+        Raises:
+            ConfigurationError: none has; the message says what to set.
+
+        """
+        able = [market for market in self.all_markets() if market.app_key]
+        if not able:
+            how = f"set KIS_APP_KEY and KIS_APP_SECRET in the environment, .env or {CONFIG_FILE}"
+            raise ConfigurationError(f"No market has an app key; {how}.")
+        return able
+
+    @property
+    def overrides(self) -> dict[str, Override]:
+        """What the user says about exchanges, by order code."""
+        found: dict[str, Override] = {}
+        for name, own in self.exchanges.items():
+            code = exchange(name).code
+            other = found.get(code, Override())  # of another name of the exchange
+            closed, extended = other.closed | set(own.closed), other.extended or own.extended
+            found[code] = Override(closed, {**other.hours, **own.hours}, extended)
+        return found
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The source of each setting: `environment`, a file or folder, or the keyring, which is asked for secrets."""
+        own = [f"KIS_MARKETS__{name.upper()}__APP_SECRET" for name in self.found.markets]
+        wanted = ["KIS_APP_SECRET", *own] if self.keyring else []
+        kept = [name for name in wanted if name not in self.found.origins and self.in_keyring([name])]
+        return self.found.origins | dict.fromkeys(kept, f"keyring {self.keyring}")
+
+    def misspelt(self) -> dict[str, str]:
+        """The `KIS_` names that are no settings, each with the one it resembles, or nothing: another program's."""
+        return {name: meant for name, meant in _unknown(self.found).items() if name.startswith("KIS_")}
+
+    def in_keyring(self, names: Iterable[str]) -> str | None:
+        """What the keyring keeps under KIS_KEYRING for the first of the variables `names` that it knows.
+
+        It keeps secrets only: every cached `get` must know the app key, and a keyring is slow or asks for a password.
+
+        Raises:
+            ConfigurationError: there is no keyring, or it is locked; cached tokens are served without it.
+
+        """
+        try:
+            import keyring  # an extra, and slow to load
+
+            kept = (values.credential(keyring.get_password(str(self.keyring), name)) for name in names)
+            return next(filter(None, kept), None)
+        except Exception as error:  # noqa: BLE001 - a backend's own, whose text may contain anything
+            name = type(error).__name__
+            why = _KEYRING.get(name, f"it failed ({name}): run `keyring diagnose`")
+        raise ConfigurationError(
+            f"The app secret should come from the system's keyring (KIS_KEYRING={short(str(self.keyring))}), but {why}"
+            "; or remove KIS_KEYRING. Cached tokens are served anyway."
+        )
+
+
+def _variable(path: Iterable[int | str]) -> str:
+    name = "__".join(step for step in path if isinstance(step, str) and step != "[key]").upper()
+    return name if name.startswith(("SLACK_", "PREFECT_")) else f"KIS_{name}"
+
+
+_GROUPS = ("KIS_MARKETS", "KIS_EXCHANGES")
+_KNOWN = [*map(_variable, zip(Settings.model_fields.keys() - {"found", "markets", "exchanges"})), SECRETS_DIR]
+_KNOWN += [_variable(("markets", "*", field)) for field in MarketSettings.model_fields]
+_KNOWN += [_variable(("exchanges", "*", field)) for field in ("closed", "hours__*", "extended")]
+_KNOWN += [*_OUTPUT, *PAPER_SIGNS]
+
+
+def _message(error: ErrorDetails) -> str:
+    why = short(error["msg"].removeprefix("Value error, "))
+    name = short(_variable(error["loc"]))
+    return f"{name} cannot be used: {why[:1].lower()}{why[1:].rstrip('.')}. Correct or remove it."
+
+
+def _unknown(found: Found) -> dict[str, str]:
+    """The names that are no settings, each with the one it resembles, or nothing."""
+    unknown = {}
+    for name in found.values:
+        steps = name.split("__")
+        free, steps[1::2] = steps[1::2], ["*"] * len(steps[1::2])  # a market or an exchange, and a day
+        pattern = "__".join(steps)
+        if pattern not in _KNOWN:
+            alike = "".join(difflib.get_close_matches(pattern, _KNOWN, 1, _ALIKE))
+            unknown[name] = alike.replace("*", "{}").format(*free, "*", "*")
+    return unknown
+
+
+def _nested(found: Found) -> dict[str, Any]:
+    """The settings as pydantic takes them.
+
+    Other names are refused where they can only be ours; elsewhere those that resemble ours draw a warning.
+    """
+    tree: dict[str, Any] = {"found": found}
+    unknown = _unknown(found)
+    for name, meant in unknown.items():
+        hint = f"did you mean {short(meant)}?" if meant else "the README lists the settings."
+        if found.origins[name] == CONFIG_FILE or name.split("__")[0] in _GROUPS:
+            raise ConfigurationError(f"Unknown setting {short(name)} in {place_of(found.origins[name])}; {hint}")
+        if meant:
+            warn(f"Unknown setting {short(name)}; {hint}")
+    for name in found.values.keys() - unknown.keys():
+        branch, (*steps, field) = tree, name.lower().removeprefix("kis_").split("__")
+        for step in steps:
+            branch = branch.setdefault(step, {})
+        branch[field] = found.values[name]
+    return tree
+
+
+def _warn(settings: Settings) -> None:
+    given = settings.found.values
+    for name, value in given.items():
+        if name.endswith(("APP_KEY", "APP_SECRET")) and value != value.strip():
+            warn(f"{short(name)} has white space around it, which was removed.")
+        if name in PAPER_SIGNS and "KIS_ENVIRONMENT" not in given and str(value).strip().lower() not in _REAL_WORDS:
+            now = f"{name} is not a setting, so the environment is real"
+            warn(f"{now}; set KIS_ENVIRONMENT=real or KIS_ENVIRONMENT=paper.")

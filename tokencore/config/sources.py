@@ -1,0 +1,270 @@
+"""Where settings come from: the environment, `.env`, a secrets folder, `~/.tokencore/config.toml`.
+
+The first source that has a name wins. Every cached `get` passes through this module, so the parsers of `.env` and
+TOML are imported only where such a file exists.
+
+A `.env` counts only where nobody else can have written it. Even then it may not say where a secret of another source
+is sent: the `.env` of a cloned repository is the user's own file.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tokencore.errors import ConfigurationError
+from tokencore.sealing import sealed
+from tokencore.stores import files
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any, TypeVar
+
+    _Read = TypeVar("_Read")
+
+CONFIG_FILE = "~/.tokencore/config.toml"
+DOTENV_FILE = ".env"
+ENVIRONMENT = "environment"
+TRUSTED = (ENVIRONMENT, CONFIG_FILE)  # may give an address for any secret
+SECRETS_DIR = "KIS_SECRETS_DIR"
+FILE_LIMIT = 65_536  # bytes of a file of settings
+SHOWN = 400  # characters that a message repeats of what was given
+SECRET_LENGTH = 20  # characters in a row: no word of a setting has so many, and of a key they would show too much
+PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
+_PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
+_warned: set[str] = set()  # messages; once a process is enough
+
+
+class Found:
+    """The merged settings by variable name in upper case: text, of config.toml also its types, and their sources."""
+
+    __slots__ = ("markets", "origins", "values")
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.markets: set[str] = set()  # those that have a setting of their own
+
+    def add(self, origin: str, values: Mapping[str, Any]) -> None:
+        """Take what no earlier source gave; blank text counts as not given, other programs' names do not count."""
+        for given, value in values.items():
+            name = given.upper()
+            if name in self.values or not name.startswith(_PREFIXES) or (isinstance(value, str) and not value.strip()):
+                continue
+            self.values[name], self.origins[name] = value, origin
+            if name.startswith("KIS_MARKETS__"):
+                self.markets.add(name.split("__")[1].lower())
+            if name.endswith("ENVIRONMENT") and str(value).lower() in PAPER_WORDS:
+                warn(f"{short(name)}={value} was read as paper; set {short(name)}=paper.")
+                self.values[name] = "paper"
+
+    def variable(self, market: str, field: str) -> str:
+        """The variable that gives a field of the market: its own where that is set, else the one for all."""
+        own = f"KIS_MARKETS__{market.upper()}__{field}"
+        return own if own in self.values else f"KIS_{field}"
+
+    def address_variable(self, market: str) -> str:
+        """The variable that says where the market is asked; the one for all serves only its own environment."""
+        name, common = self.variable(market, "BASE_URL"), self.values.get("KIS_ENVIRONMENT", "real")
+        if name == "KIS_BASE_URL" and self.values.get(self.variable(market, "ENVIRONMENT"), common) != common:
+            return f"KIS_MARKETS__{market.upper()}__BASE_URL"
+        return name
+
+    def exports_variables(self, market: str) -> list[str]:
+        """The variable that says where other programs find the market's secret or token, unless they look at home."""
+        name = f"KIS_MARKETS__{market.upper()}__EXPORTS"
+        wanted = str(self.values.get(name, ""))
+        return [name] if ":" in wanted or "mojito2" in wanted else []
+
+    def in_keyring(self, market: str) -> list[str]:
+        """Which variables to ask the keyring for, in this order: only those that no other source gives."""
+        own = f"KIS_MARKETS__{market.upper()}__"
+        if "KIS_KEYRING" not in self.values or f"{own}APP_SECRET" in self.values:
+            return []
+        of_market = [f"{own}APP_SECRET"] if f"{own}APP_KEY" in self.values else []
+        return of_market + ([] if "KIS_APP_SECRET" in self.values else ["KIS_APP_SECRET"])
+
+    def __repr__(self) -> str:
+        return f"Found({sorted(self.origins)})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("the settings hold credentials and are not pickled; read them where they are needed")
+
+
+@sealed
+def gather() -> Found:
+    """All settings of this process.
+
+    Raises:
+        ConfigurationError: a source exists but cannot be read, or gives an address for a secret of another source.
+
+    """
+    found = Found()
+    found.add(ENVIRONMENT, os.environ)
+    found.add(DOTENV_FILE, _dotenv())
+    if found.origins.get(SECRETS_DIR) == DOTENV_FILE:
+        raise ConfigurationError(
+            f"{SECRETS_DIR} in {place_of(DOTENV_FILE)} is refused, because a .env may not say where secrets come from; "
+            f"set it in the environment, or as secrets_dir in {CONFIG_FILE}."
+        )
+    config = _config()
+    if folder := str(found.values.get(SECRETS_DIR) or config.get(SECRETS_DIR, "")):
+        folder = os.path.abspath(os.path.expanduser(folder))
+        found.add(folder, _secrets(folder))
+    found.add(CONFIG_FILE, config)
+    _check_addresses(found)
+    return found
+
+
+@sealed
+def trusted_dotenv() -> dict[str, str]:
+    """What `.env` adds to this process's environment, for whoever hands both on to another process.
+
+    Raises:
+        ConfigurationError: as from `gather`.
+
+    """
+    gather()
+    known = {name.upper() for name, value in os.environ.items() if value}
+    return {name.upper(): value for name, value in _dotenv().items() if value and name.upper() not in known}
+
+
+def _check_addresses(found: Found) -> None:
+    """Refuse an address or a folder for copies whose users have their secret from another source.
+
+    Where `.env` gives it, their key too.
+    """
+    origins = found.origins
+    check_address("KIS_STORE", found, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
+    for market in ("", *sorted(found.markets)):  # without a name: all that have nothing of their own
+        secret = "the keyring" if found.in_keyring(market) else origins.get(found.variable(market, "APP_SECRET"), "")
+        for name in (found.address_variable(market), *found.exports_variables(market)):
+            check_address(name, found, "app secret", secret)
+            if origins.get(name) == DOTENV_FILE:
+                check_address(name, found, "app key", origins.get(found.variable(market, "APP_KEY"), ""))
+
+
+def check_address(name: str, found: Found, what: str, giver: str) -> None:
+    """Refuse the address that the variable `name` gives, where it would get what the source `giver` keeps.
+
+    Raises:
+        ConfigurationError: another source gives the address, and neither the environment nor config.toml.
+
+    """
+    origin, verb = found.origins.get(name, ENVIRONMENT), "copy" if name.endswith("EXPORTS") else "send"
+    if origin in TRUSTED or giver in ("", origin):
+        return
+    place = place_of(origin)
+    raise ConfigurationError(
+        f"{short(name)} in {place} is refused, because it would {verb} there the {what} that {place_of(giver)} gives; "
+        f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
+    )
+
+
+def place_of(origin: str) -> str:
+    """A source as messages call it."""
+    if origin == DOTENV_FILE:
+        return _printable(os.path.abspath(origin))
+    return "the environment" if origin == ENVIRONMENT else short(origin, " _/")
+
+
+def warn(message: str) -> None:
+    """Log `message` as a warning, once a process."""
+    if message not in _warned:
+        import logging  # only for a mistake
+
+        _warned.add(message)
+        logging.getLogger("tokencore").warning(message)
+
+
+def short(text: str, apart: str = " _") -> str:
+    """`text` on one line without words (between the characters `apart`) as long as a key: they may be one."""
+    import re  # only for a mistake
+
+    return re.sub(f"[^{apart}]{{{SECRET_LENGTH},}}", "***", _printable(text[:SHOWN]))
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+def _dotenv() -> dict[str, str]:
+    """The pairs of `.env`, the last one of each name; none where others can have written it."""
+    if not os.path.exists(DOTENV_FILE) or os.path.isdir(DOTENV_FILE):  # a folder of this name is a virtualenv
+        return {}
+    shown = place_of(DOTENV_FILE)
+    if why := _readable(_written_by_others, DOTENV_FILE):
+        fix = "keep settings in a file and a folder that only you can write (chmod go-w)"
+        warn(f"{shown} is ignored, because {why}; {fix}.")
+        return {}
+    import io
+
+    from dotenv.parser import parse_stream
+
+    lines = list(parse_stream(io.StringIO(_readable(_text, DOTENV_FILE))))
+    for line in lines:
+        if line.error:
+            warn(f"{shown}, line {line.original.line}, is not NAME=value, so it is ignored; fix or remove it.")
+    return {line.key: line.value or "" for line in lines if line.key}
+
+
+def _written_by_others(path: str) -> str:
+    """Why the file may be somebody else's; empty where it, its folder and its links are safe."""
+    while True:
+        folder = os.path.realpath(os.path.dirname(path))
+        fault = files.stranger(folder, os.stat(folder))
+        if fault or not os.path.islink(path):
+            break
+        path = os.path.join(folder, os.readlink(path))
+    if not fault and os.path.isfile(path):  # nothing else is read anyway
+        fault = files.stranger(path, os.stat(path))
+    return _printable(fault[0]) if fault else ""
+
+
+def _secrets(folder: str) -> dict[str, str]:
+    fix = f"point {SECRETS_DIR} at a folder with a file per variable"
+    names = _readable(_secret_names, folder, fix)
+    return {name: _readable(_text, os.path.join(folder, name), fix).strip() for name in names}
+
+
+def _secret_names(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(one.name for one in entries if one.name.upper().startswith(_PREFIXES) and not one.is_dir())
+
+
+def _config() -> dict[str, Any]:
+    path = os.path.expanduser(CONFIG_FILE)
+    if not os.path.isabs(path) or not os.path.exists(path):  # without a home there is none, least of all in `./~`
+        return {}
+    import tomllib
+
+    return _readable(lambda path: dict(_leaves(tomllib.loads(_text(path)), "")), CONFIG_FILE)
+
+
+def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
+    """Flatten tables into variable names, so that every source names a setting in the same way."""
+    for key, value in tree.items():
+        name = f"{above}__{key}".upper() if above else key.upper()
+        if not above and not name.startswith(_PREFIXES):
+            name = f"KIS_{name}"
+        if isinstance(value, dict):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _text(path: str) -> str:
+    content = files.read_bytes(path, FILE_LIMIT, trusted=False, links=True)
+    if content is None:
+        raise ValueError("it is not there any more")
+    return content.decode("utf-8-sig")
+
+
+def _readable(read: Callable[[str], _Read], place: str, fix: str = "fix or remove it") -> _Read:
+    """What `read` makes of the path; else a ConfigurationError."""
+    try:
+        return read(os.path.abspath(os.path.expanduser(place)))
+    except (OSError, ValueError, RecursionError) as error:
+        why = short(getattr(error, "strerror", None) or str(error).partition("\n")[0])
+        raise ConfigurationError(f"{place_of(place)} cannot be read ({why}); {fix}.") from None

@@ -1,0 +1,242 @@
+"""KIS's gateway over HTTP: issue, approve, revoke and quote, each one request within bounds of size and time.
+
+Nothing here follows a redirect or repeats a request that may have reached KIS. Texts of KIS are kept for people with
+everything removed that looks like a token or equals a credential.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import ssl
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+from urllib3.exceptions import HTTPError, ReadTimeoutError
+
+from tokencore.attempts import Outcome
+from tokencore.config.market import address
+from tokencore.errors import ConfigurationError, IssuerUnavailableError
+from tokencore.kis import codes, quotes
+from tokencore.kis.codes import ANSWER_LIMIT, OK, Refusal
+from tokencore.kis.quotes import Evidence
+from tokencore.tokens import Token, from_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tokencore.kis.quotes import Quote
+
+TRIES = 4  # the first and three more, only while the request cannot have reached KIS
+FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
+TEXT_LIMIT = 160  # characters of KIS's own words in a message
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TOO_SLOWLY = "the answer came too slowly"
+_HEADERS = {"Content-Type": "application/json; charset=UTF-8"}
+_APPROVAL_KEY = re.compile(r"[!-~]{1,512}")  # one word of visible ASCII; KIS's is a UUID
+_SECRETIVE = re.compile(r"[\w+/=.%&#;-]{20,}", re.ASCII)  # no word of KIS is so long, but every token and key
+
+
+class Gateway:
+    """KIS's gateway at `base_url` for one pair of credentials."""
+
+    __slots__ = ("_app_key", "_app_secret", "_base_url", "_timeout")
+
+    def __init__(self, base_url: str, credentials: tuple[str, str], *, timeout: float) -> None:
+        """Keep what a request needs; `timeout` in seconds, to connect and for each wait, twice that for an answer.
+
+        Raises:
+            ConfigurationError: the address is neither https nor on loopback; nothing was sent.
+
+        """
+        try:
+            self._base_url = address(base_url)
+        except ValueError as error:
+            raise ConfigurationError(f"KIS_BASE_URL {error}; nothing was sent. Correct or remove it.") from None
+        self._app_key, self._app_secret = credentials
+        self._timeout = timeout
+
+    def __repr__(self) -> str:
+        return f"Gateway({self._base_url!r})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Gateway holds credentials and is not pickled; make it anew where it is needed")
+
+    def issue(self, depart: Callable[[], bool] = lambda: True) -> Token | Refusal:
+        """One request to tokenP; only what cannot have reached KIS is sent again, three times at most.
+
+        `depart` is asked right before each try, which can be a minute after the first; where it says no, nothing is
+        sent.
+        """
+        answer = self._granted("/oauth2/tokenP", "appsecret", depart)
+        if isinstance(answer, Refusal):
+            return answer
+        received_at = datetime.now(UTC)
+        try:
+            token = from_answer(answer.body, received_at)
+        except ValueError as error:
+            return codes.bad_answer(str(error))
+        return token if token.expires_at > received_at else codes.bad_answer("its token has already expired")
+
+    def approve(self) -> str | Refusal:
+        """One request for the websocket's approval key, with the same care."""
+        answer = self._granted("/oauth2/Approval", "secretkey", lambda: True)
+        if isinstance(answer, Refusal):
+            return answer
+        key = answer.body.get("approval_key")
+        usable = isinstance(key, str) and _APPROVAL_KEY.fullmatch(key)
+        return str(key) if usable else codes.bad_answer("the answer holds no approval_key")
+
+    def revoke(self, access_token: str) -> None:
+        """Make KIS forget the token; every program that uses it is then without one.
+
+        Raises:
+            IssuerUnavailableError: KIS could not be asked or declined; the token stays valid.
+
+        """
+        answer = self._post("/oauth2/revokeP", {"appsecret": self._app_secret, "token": access_token})
+        if isinstance(answer, Refusal):
+            raise IssuerUnavailableError(f"The token was not revoked and stays valid. {answer.what}; {answer.fix}.")
+        done = answer.status == OK and answer.body.get("code") in (OK, str(OK))
+        if not done and codes.code_of(answer.body) not in codes.DEAD_TOKEN:
+            raise IssuerUnavailableError(f"KIS did not revoke the token ({self._detail(answer)}); it stays valid.")
+
+    def quote(self, access_token: str, asked: Quote) -> Evidence:
+        """What one quote call says about the token; never raises."""
+        headers = {
+            "authorization": f"Bearer {access_token}",
+            "appkey": self._app_key,
+            "appsecret": self._app_secret,
+            "custtype": "P",
+            "tr_id": asked.tr_id,
+        }
+        answer = self._send("GET", asked.path, headers=headers, params=asked.params)
+        if isinstance(answer, Refusal):
+            return Evidence(None, answer.what)
+        return quotes.judge(answer.status, answer.body, self._detail(answer))
+
+    def _granted(self, path: str, secret_name: str, depart: Callable[[], bool]) -> _Answer | Refusal:
+        fields = {"grant_type": "client_credentials", secret_name: self._app_secret}
+        for turn in range(TRIES):
+            if turn:
+                time.sleep(FIRST_PAUSE * 2 ** (turn - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+            if not depart():
+                return codes.not_sent()
+            answer = self._post(path, fields)
+            if not isinstance(answer, Refusal) or answer.outcome is not Outcome.UNREACHABLE:
+                break
+        return answer if isinstance(answer, Refusal) else self._judged(answer)
+
+    def _judged(self, answer: _Answer) -> _Answer | Refusal:
+        code = codes.code_of(answer.body)
+        if answer.status == OK and not answer.body.get("error_code") and code not in codes.KNOWN:
+            return answer
+        refusal = codes.refused(answer.status, code, self._detail(answer))
+        return codes.with_lengths(refusal, self._app_key, self._app_secret)
+
+    def _post(self, path: str, fields: Mapping[str, str]) -> _Answer | Refusal:
+        return self._send("POST", path, _Body(json.dumps({"appkey": self._app_key, **fields}).encode()))
+
+    def _send(self, method: str, path: str, body: _Body | None = None, **fields: Any) -> _Answer | Refusal:  # noqa: ANN401 - requests' own keywords
+        """One request and its whole answer, or why there is none: `unreachable` while it cannot have left."""
+        deadline = time.monotonic() + 2 * self._timeout
+        try:
+            with _session(self._base_url) as session:
+                request = session.prepare_request(requests.Request(method, self._base_url + path, data=body, **fields))
+                url = str(request.url)
+                settings = session.merge_environment_settings(url, {}, None, None, None)  # proxies and certificates
+                # Sent by the adapter: the session itself would read the answer of a redirect without bounds.
+                adapter = session.get_adapter(url)
+                with adapter.send(request, timeout=self._timeout, **settings) as response:  # type: ignore[arg-type] # none is None
+                    return _read(response, deadline)
+        except (requests.RequestException, HTTPError, OSError, RuntimeError, ValueError) as error:
+            if body is None or body.left:
+                return codes.no_answer(_fault(error, "the connection failed or broke off"))
+            return codes.unreachable(_fault(error, "the connection was refused or the name not found"))
+
+    def _detail(self, answer: _Answer) -> str:
+        """The status and KIS's own words, on one line, without anything secret."""
+        words = [answer.body.get(key) for key in ("error_code", "msg_cd", "error_description", "msg1")]
+        said = " ".join(str(word) for word in words if word) or answer.text
+        for secret in (self._app_secret, self._app_key):
+            said = said.replace(secret, "***")
+        said = _SECRETIVE.sub("***", "".join(sign if sign.isprintable() else " " for sign in said))
+        said = " ".join(said.split())
+        return f"HTTP {answer.status}: {said[:TEXT_LIMIT]}" if said else f"HTTP {answer.status}"
+
+
+class _Answer(NamedTuple):
+    """An answer of KIS: HTTP's status, the JSON body (empty when it is none), and its text without tags."""
+
+    status: int
+    body: Mapping[str, Any]
+    text: str
+
+
+class _Body(io.BytesIO):
+    """A request's body that knows whether it `left`: it is read when the connection stands and the header is sent."""
+
+    left = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left = True
+        return super().read(size)
+
+
+def _session(base_url: str) -> requests.Session:
+    session = requests.Session()
+    session.trust_env = urlsplit(base_url).hostname not in LOOPBACK  # a developer's proxy is not for the sandbox
+    session.auth = _no_netrc
+    session.headers.update(_HEADERS)
+    return session
+
+
+def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def _read(response: requests.Response, deadline: float) -> _Answer | Refusal:
+    """Read at most `ANSWER_LIMIT` bytes until `deadline` of the monotonic clock."""
+    content, late = b"", False
+    while not late and (piece := response.raw.read1(ANSWER_LIMIT, decode_content=True)):
+        content += piece
+        if len(content) > ANSWER_LIMIT:
+            return codes.no_answer(f"the answer is larger than {ANSWER_LIMIT} bytes")
+        late = time.monotonic() > deadline
+    body = codes.parse(content)
+    if late and not body:  # a process that was stopped meanwhile finds a whole body, which was there in time
+        return codes.no_answer(TOO_SLOWLY)
+    return _Answer(response.status_code, body, re.sub(r"<[^<>]*>", " ", content.decode("utf-8", errors="replace")))
+
+
+_FAULTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (requests.ConnectTimeout, "no connection within the time-out (KIS_TIMEOUT)"),
+    ((requests.ReadTimeout, ReadTimeoutError), "no answer within the time-out (KIS_TIMEOUT)"),
+    (requests.exceptions.ProxyError, "the proxy could not be reached"),
+    (ValueError, "KIS_BASE_URL is no address"),
+    ((requests.RequestException, HTTPError), ""),
+    (OSError, "its certificates cannot be checked (REQUESTS_CA_BUNDLE)"),  # requests' own check
+    (RuntimeError, "this machine has no room for another thread"),
+)
+
+
+def _fault(error: Exception, otherwise: str) -> str:
+    """What failed, without the address and headers that the libraries' own texts repeat."""
+    if reason := _openssl_reason(error):
+        return f"the encrypted connection failed ({reason})"
+    return next((words for kinds, words in _FAULTS if isinstance(error, kinds)), "") or otherwise
+
+
+def _openssl_reason(error: BaseException | None) -> str:
+    """OpenSSL's own reason for a failed connection; empty where it was not that."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            said = getattr(error, "verify_message", "") or error.reason or ""
+            return f"certificate: {said}" if isinstance(error, ssl.SSLCertVerificationError) else said.replace("_", " ")
+        error = error.__context__
+    return ""

@@ -1,0 +1,89 @@
+"""The quote calls that prove a token: what is asked, and what the answer says about the token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tokencore.calendars.exchanges import exchange
+from tokencore.kis.codes import DEAD_TOKEN, OK, code_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+SYMBOLS = {  # by quote code: one that will be traded for long
+    "NAS": "AAPL", "NYS": "IBM", "AMS": "SPY", "HKS": "00700", "SHS": "600519", "SZS": "000001",
+    "TSE": "7203", "HNX": "SHS", "HSX": "VNM",
+}  # fmt: skip
+
+
+class Quote(NamedTuple):
+    """One quote call; `code` is the exchange's and `symbol` the security's, as the call has them."""
+
+    path: str
+    tr_id: str
+    code: str
+    symbol: str
+    params: Mapping[str, str]
+
+
+class Evidence(NamedTuple):
+    """What a quote call said about a token.
+
+    Attributes:
+        accepted: whether KIS accepts the token; None when the call says nothing about it.
+        detail: KIS's words, or the fault, without anything secret.
+        status: of HTTP; None where there was no answer.
+        rt_cd, msg_cd: KIS's codes, empty where it gave none.
+        rows: how many rows with values came; None where there was no answer.
+
+    """
+
+    accepted: bool | None
+    detail: str
+    status: int | None = None
+    rt_cd: str = ""
+    msg_cd: str = ""
+    rows: int | None = None
+
+
+def domestic() -> Quote:
+    """The price of Samsung Electronics."""
+    params = {"FID_COND_MRKT_DIV_CODE": "J", "FID_INPUT_ISCD": "005930"}
+    return Quote("/uapi/domestic-stock/v1/quotations/inquire-price", "FHKST01010100", "J", "005930", params)
+
+
+def overseas(code: str = "NAS") -> Quote:
+    """The price of a well-known security on the exchange with this quote code."""
+    symbol = SYMBOLS[code]
+    params = {"AUTH": "", "EXCD": code, "SYMB": symbol}
+    return Quote("/uapi/overseas-price/v1/quotations/price", "HHDFS00000300", code, symbol, params)
+
+
+def daily(code: str, symbol: str) -> Quote:
+    """The daily prices of `symbol`; KIS answers a quote code with rows, and an order code with none."""
+    params = {"AUTH": "", "EXCD": code, "SYMB": symbol, "GUBN": "0", "BYMD": "", "MODP": "1"}
+    return Quote("/uapi/overseas-price/v1/quotations/dailyprice", "HHDFS76240000", code, symbol, params)
+
+
+def for_exchanges(codes: Sequence[str]) -> Quote:
+    """The call that proves a token for these exchanges: of Korea where one is Korean or none is named."""
+    quote_codes = [exchange(code).quote_code for code in codes]
+    if not quote_codes or None in quote_codes:
+        return domestic()
+    return overseas(next(code for code in quote_codes if code))
+
+
+def judge(status: int, body: Mapping[str, Any], detail: str) -> Evidence:
+    """What an answer proves: judged on the status and KIS's codes, never on rows."""
+    code, rt_cd = code_of(body), str(body.get("rt_cd", ""))[:4]
+    works = status == OK and rt_cd == "0"
+    accepted = False if code in DEAD_TOKEN else True if works else None
+    return Evidence(accepted, "rt_cd 0" if accepted else detail, status, rt_cd, code[:12], _rows(body))
+
+
+def _rows(body: Mapping[str, Any]) -> int:
+    found = body.get("output2", body.get("output"))
+    if isinstance(found, list):
+        return len(found)
+    # An unknown exchange code gets one row, of the symbol and empty values.
+    return int(isinstance(found, dict) and any(value for name, value in found.items() if name != "rsym"))

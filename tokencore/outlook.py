@@ -1,0 +1,303 @@
+"""What lies ahead of a key: its needs, the next renewal, the coming days, what a refresh would bring about. Pure."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, time, timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from tokencore import limits, policy
+from tokencore.attempts import DAY, issued_within
+from tokencore.calendars import sessions
+from tokencore.policy import CLOCK_SLACK, Renewal
+from tokencore.tokens import KST, SAME_TOKEN
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tokencore.attempts import Attempt
+    from tokencore.calendars.sessions import Override
+    from tokencore.config.market import Market
+    from tokencore.tokens import Token
+
+    Need = tuple[datetime, datetime]
+
+VALID = ("VALID", "EXPIRING_SOON")  # the words for a token that serves
+PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # of the needs that are looked at: the anchor wants two weeks
+PLAN_DAYS = 7  # unless asked otherwise
+AFTER = FUTURE - timedelta(days=PLAN_DAYS)  # a plan's end, of the needs that its last renewals may be for
+RAN_BEFORE = timedelta(hours=36)  # before now: the session that runs, and the one the token was issued for
+_MOMENT = timedelta(seconds=1)
+
+
+class Horizon(NamedTuple):
+    """When a set of exchanges needs a token, which changes with the days and the settings only.
+
+    Attributes:
+        needs: merged needs of two days before to three weeks after the moment that was asked about.
+        quiet: the time of day, from and to in KST, that is quiet on all days; None without one.
+        anchor: the KST minute of the daily renewal; None without a common quiet time.
+
+    """
+
+    needs: list[Need]
+    quiet: tuple[time, time] | None
+    anchor: time | None
+
+
+class Outlook(NamedTuple):
+    """What lies ahead of a key; times are aware UTC.
+
+    Attributes:
+        needs: merged needs of all exchanges of the key, from the present one on.
+        quiet, anchor: as in `Horizon`.
+        unserved: the first need that the present token does not serve; None when it serves all.
+        next: the next renewal; its `at` is `now` where it is due.
+
+    """
+
+    needs: list[Need]
+    quiet: tuple[time, time] | None
+    anchor: time | None
+    unserved: Need | None
+    next: Renewal | None
+
+
+class RefreshWarning(NamedTuple):
+    """One thing that a refresh would bring about, which a person should know before."""
+
+    kind: Literal["same token", "another issue", "inside a session"]
+    message: str
+
+
+class Row(NamedTuple):
+    """One exchange's sessions and needs in a plan's time; `certain_until` is the last day known for certain."""
+
+    code: str
+    zone: str
+    certain_until: str
+    sessions: list[Need]
+    needs: list[Need]
+
+
+class Plan(NamedTuple):
+    """The coming days of a key; times are aware UTC, the anchor is KST.
+
+    Attributes:
+        markets: the markets that share the key.
+        start, now, until: the time that is shown, and the present moment in it.
+        token: the present one, valid or not.
+        outlook: needs, quiet time, anchor and next renewal.
+        rows: the key's exchanges.
+        renewals: the coming ones, if each succeeds and brings a token of 24 hours; none of refused credentials.
+        buffer: seconds before an expiry in which a token no longer counts.
+        refused: whether KIS refused the credentials, so that nothing renews until a person acts.
+
+    """
+
+    markets: list[str]
+    start: datetime
+    now: datetime
+    until: datetime
+    token: Token | None
+    outlook: Outlook
+    rows: list[Row]
+    renewals: list[Renewal]
+    buffer: float
+    refused: bool
+
+    @property
+    def why(self) -> str:
+        """The sentence that explains the anchor."""
+        if not self.rows:
+            return "No exchange is configured: the token is renewed shortly before it expires."
+        if self.outlook.quiet is None or self.outlook.anchor is None:
+            return "No time of the day is quiet on all days: the token is renewed an hour before it expires."
+        begin, end = (moment.strftime("%H:%M") for moment in self.outlook.quiet)
+        return (
+            f"The token is renewed at {self.outlook.anchor:%H:%M} KST on every day with a session ahead that it does "
+            f"not serve: from {begin} to {end} KST no exchange of this key needs a token on any day. After an issue at "
+            "another time, 24 hours pass first where no session suffers from it."
+        )
+
+
+def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, now: datetime) -> Horizon | None:
+    """When the exchanges `codes` need a token around `now` (aware); None without any.
+
+    `known` is what the user's settings say of them, `buffer` in seconds.
+
+    Raises:
+        ConfigurationError: an exchange is unknown.
+
+    """
+    if not codes:
+        return None
+    needs = sessions.needs(codes, now - PAST, now + FUTURE, known)
+    anchor = policy.daily_anchor(needs, buffer=timedelta(seconds=buffer))
+    return Horizon(needs, policy.quiet_time(needs), anchor)
+
+
+def look(
+    token: Token | None, issued_at: datetime | None, ahead: Horizon | None, market: Market, now: datetime
+) -> Outlook:
+    """What lies ahead of a key with `token`, whose last issue was at `issued_at` (aware, None if unknown)."""
+    usable = token if token and token.serves(now, market.buffer) else None
+    if ahead is None:
+        return Outlook([], None, None, None, _without_exchanges(usable, market, now))
+    buffer = timedelta(seconds=market.buffer)
+    expires_at = usable.expires_at + CLOCK_SLACK if usable else None
+    planned = policy.next_renewal(
+        now, ahead.needs, issued_at=issued_at, expires_at=expires_at, anchor=ahead.anchor, buffer=buffer
+    )
+    if planned and token is None and issued_at and now < issued_at + SAME_TOKEN:
+        planned = Renewal(now, "the token is lost, and KIS still returns the same one", None)
+    needs = [need for need in ahead.needs if need[1] > now]
+    if token and token.rejected_at:  # there is nothing to wait for but KIS, where a session is near
+        same = token.same_until()
+        at = max(now, same + CLOCK_SLACK) if same else now
+        if any(start < at + DAY and end > at for start, end in needs):
+            planned = Renewal(at, "KIS has rejected the present token", None)
+    reach = expires_at - buffer if expires_at else now
+    unserved = next((need for need in needs if need[1] > reach), None)
+    return Outlook(needs, ahead.quiet, ahead.anchor, unserved, planned)
+
+
+def attempt_at(planned: Renewal | None, allowed: datetime | None, market: Market, now: datetime) -> datetime | None:
+    """When a `planned` renewal is tried next, if the limits allow it from `allowed` on; None where a person must act.
+
+    That is the plan's moment or, where it is due, when limits and pauses allow it, a minute from now at the soonest.
+    """
+    if planned is None or allowed is None:
+        return None
+    if planned.at > now:
+        return planned.at
+    return allowed if allowed > now else now + timedelta(seconds=market.settings.issue_interval)
+
+
+def in_served_session(
+    codes: Sequence[str], known: Mapping[str, Override], token: Token, now: datetime, buffer: float
+) -> bool:
+    """Whether an exchange needs a token now and this one serves that need to its end: no time for a swap."""
+    running = sessions.needs(codes, now, now + _MOMENT, known)
+    return any(start <= now and token.serves(end - CLOCK_SLACK, buffer) for start, end in running)
+
+
+def word(token: Token | None, problem: str, market: Market, now: datetime) -> str:
+    """One of the contract's six words for what `Store.read` found."""
+    if token is None:
+        return "UNREADABLE" if problem else "NO_TOKEN"
+    if token.rejected_at is not None:
+        return "REJECTED"
+    if not token.serves(now, market.buffer):
+        return "EXPIRED"
+    soon = token.expires_at - timedelta(seconds=market.proactive_window) <= now
+    return "EXPIRING_SOON" if soon else "VALID"
+
+
+def covers(token: Token | None, need: Need, market: Market) -> bool:
+    """Whether it serves until the end of the need; our clock and KIS's may differ by a little."""
+    return token is not None and token.serves(need[1] - CLOCK_SLACK, market.buffer)
+
+
+def preview_refresh(
+    now: datetime, token: Token | None, attempts: Sequence[Attempt], running: Mapping[str, datetime], market: Market
+) -> list[RefreshWarning]:
+    """What a refresh at `now` would bring about; empty where it harms nothing. It forbids nothing: `limits` does that.
+
+    `running` are the exchanges that need a token at `now`, and until when. Where no token serves, none can be lost.
+    """
+    if token is None or not token.serves(now, market.buffer):
+        return []
+    if same := limits.same_token_until(token, now):
+        return [RefreshWarning("same token", _same(same, token, now, market))]
+    found = []
+    if issues := _issues(now, token, attempts):
+        found.append(RefreshWarning("another issue", _another(issues, market)))
+    if running:
+        found.append(RefreshWarning("inside a session", _inside(running)))
+    return found
+
+
+def make_rows(codes: Sequence[str], start: datetime, until: datetime, known: Mapping[str, Override]) -> list[Row]:
+    """Sessions and needs of each exchange between two moments."""
+    return [_row(code, start, until, known) for code in dict.fromkeys(sessions.exchange(one).code for one in codes)]
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for programs: times as ISO 8601 in UTC, the anchor and the quiet time as KST `HH:MM`."""
+    token, ahead = plan.token, plan.outlook
+    return {
+        "markets": plan.markets,
+        "now": plan.now.isoformat(),
+        "until": plan.until.isoformat(),
+        "anchor_kst": ahead.anchor.strftime("%H:%M") if ahead.anchor else None,
+        "anchor_why": plan.why,
+        "quiet_kst": [moment.strftime("%H:%M") for moment in ahead.quiet] if ahead.quiet else None,
+        "issued_at": token.issued_at.isoformat() if token and token.issued_at else None,
+        "expires_at": token.expires_at.isoformat() if token else None,
+        "renewals": [
+            {"at": renewal.at.isoformat(), "reason": renewal.reason, "exception": renewal.exception}
+            for renewal in plan.renewals
+        ],
+        "exchanges": [
+            {
+                "exchange": row.code,
+                "zone": row.zone,
+                "closures_certain_until": row.certain_until,
+                "sessions": [[opens.isoformat(), closes.isoformat()] for opens, closes in row.sessions],
+                "needs": [[begin.isoformat(), end.isoformat()] for begin, end in row.needs],
+            }
+            for row in plan.rows
+        ],
+    }
+
+
+def _without_exchanges(token: Token | None, market: Market, now: datetime) -> Renewal:
+    if token is None:
+        return Renewal(now, "there is no valid token", None)
+    at = token.expires_at - timedelta(seconds=market.proactive_window)
+    return Renewal(max(now, at), "no exchange is configured: shortly before the expiry", None)
+
+
+def _issues(now: datetime, token: Token, attempts: Sequence[Attempt]) -> list[datetime]:
+    """When new tokens were issued in the last 24 hours; the record need not know of the present one."""
+    issues = {attempt.expires_at: attempt.at for attempt in issued_within(attempts, now)}
+    if token.issued_at and now - DAY < token.issued_at <= now:
+        issues.setdefault(token.expires_at, token.issued_at)
+    return sorted(issues.values())
+
+
+def _same(until: datetime, token: Token, now: datetime, market: Market) -> str:
+    return (
+        f"Nothing would change: KIS returns the present token until {limits.format_time(until)}, six hours after its "
+        "issue, and the key's next request would have to wait a minute. "
+        f"{limits.what_serves(token, now, market.buffer)}"
+    )
+
+
+def _another(issues: Sequence[datetime], market: Market) -> str:
+    over = len(issues) >= market.settings.max_issues_per_day
+    ceiling = f" It passes your limit, KIS_MAX_ISSUES_PER_DAY={market.settings.max_issues_per_day}." if over else ""
+    return (
+        f"It would be token number {len(issues) + 1} of this key in 24 hours, after the one of "
+        f"{limits.format_time(issues[-1])}. KIS asks for one a day and may restrict a key that takes more; the "
+        f"account's owner gets another KakaoTalk message.{ceiling}"
+    )
+
+
+def _inside(running: Mapping[str, datetime]) -> str:
+    return (
+        f"{', '.join(running)}: tokens are in use until {limits.format_time(max(running.values()))}. Programs would "
+        "get another token inside a session, and KIS does not say whether the old one stays valid."
+    )
+
+
+def _row(code: str, start: datetime, until: datetime, known: Mapping[str, Override]) -> Row:
+    days = sessions.days(code, start, until, known)
+    shown: list[Need] = [one.session for one in days if one.session.close > start and one.session.open < until]
+    needs = [one.need for one in days]
+    return Row(code, sessions.exchange(code).zone, sessions.certain_until(code).isoformat(), shown, needs)
+
+
+def plan_start(now: datetime) -> datetime:
+    """Midnight in KST of the day of `now`, aware UTC."""
+    return datetime.combine(now.astimezone(KST).date(), time(), KST).astimezone(UTC)

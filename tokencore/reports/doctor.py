@@ -1,0 +1,571 @@
+"""`tokencore doctor`: everything that a working set-up needs, looked at once, with the fix for what is wrong.
+
+Nothing is issued or posted, and no token is written: each lock is taken for a moment, and a temporary file is made
+where tokens are saved. Each group of checks has a thread of its own, and none is waited for longer than `DEADLINE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+
+from tokencore.attempts import CREDENTIALS, latest
+from tokencore.calendars.sessions import exchange
+from tokencore.clients.approval import approval_expiry
+from tokencore.clients.exports import Exports
+from tokencore.config import market as values
+from tokencore.config.settings import Settings
+from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, short, trusted_dotenv
+from tokencore.errors import ConfigurationError, TokenError
+from tokencore.kis import quotes
+from tokencore.kis.codes import KEY_LENGTH, KNOWN, SECRET_LENGTH
+from tokencore.kis.gateway import LOOPBACK, Gateway
+from tokencore.limits import format_time
+from tokencore.outlook import covers, word
+from tokencore.policy import CLOCK_SLACK
+from tokencore.reports.status import next_attempt
+from tokencore.stores import files
+from tokencore.tokens import jwt_claims
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from tokencore.calendars.exchanges import Exchange
+    from tokencore.config.market import Market
+    from tokencore.keys import Key, KeyState
+
+UNEXPECTED, SETTINGS, NO_TOKEN, REFUSED, UNREACHABLE, STORE = 1, 2, 3, 5, 6, 7  # exit codes, as of the commands
+DEADLINE = 30.0  # seconds for the whole examination
+PATIENCE, LOCK_WAIT = 4.0, 4.0  # seconds to connect and for each wait for data; for a lock
+PUBLIC = (
+    *("ENVIRONMENT", "BASE_URL", "TOKEN_DIR", "EXCHANGES", "EXPORTS", "CLOSED", "EXTENDED", "ISSUE_INTERVAL"),
+    *("KEYRING", "BUFFER", "PROACTIVE_WINDOW", "TIMEOUT", "MAX_ISSUES_PER_DAY", "PROVE_TOKENS", "SLACK_CHANNEL"),
+)  # what may be shown; any other value might be secret
+CREDENTIAL = ("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL")  # how their variables end
+LENGTHS = {"APP_KEY": KEY_LENGTH, "APP_SECRET": SECRET_LENGTH}
+LONGEST, SHOWN = 60, 3  # characters of a value, and names in a line, that are shown
+OTHERS = 0o077  # in a mode, what is not the owner's
+LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: time to look, and no token could be saved
+NOTICEABLE = 5.0  # seconds: the Date header knows whole ones, and the answer takes its time
+TOO_OFTEN, BREATH = "EGW00201", 1.1  # calls a second say nothing about the token; seconds until the next is welcome
+SLACK_API = "https://slack.com/api/"
+PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # names of variables
+POOL, CHECK = "tokens", "check_tokens"  # the work pool and the hourly deployment of prefect.yaml
+CACHES = {  # of other clients, each of which would issue for itself
+    "token.dat": "mojito2",
+    "~/token.dat": "mojito2",
+    "~/.pykis/cache/*.json": "python-kis",
+    "~/KIS/config/KIS*": "KIS's sample (kis_auth)",
+    "~/.cache/kis/token.key": "korea-investment-stock",
+}
+MANY, CACHE_LIMIT = 64, 65_536  # files of one pattern that are looked at, and their bytes
+FIRST_FIX = "the settings must be fixed first"
+NETWORK = "check the address, the network and the firewall"
+_OF_MARKET = r"(.+)_(?:api_token\.json|token_issued_at\.dat|krs_token\.dat|approval_key\.json)"
+_OURS = rf"config\.toml|incidents\.|prefect|key-|\.gitignore|.*\.(?:tmp|aside)$|{_OF_MARKET}$"
+LEFTOVERS = {  # by the files' names; what is in parentheses is the key or market that they belong to
+    "drafts of killed processes": r".*\.tmp",
+    "set aside as no token of this key": r".*\.aside",
+    "not tokencore's": rf"(?!{_OURS}).*".replace("(.+)", ".+"),
+    "of a key that is not configured": r".*?key-([0-9a-f]{16})\b.*",
+    "of a market that is not configured": _OF_MARKET,
+}
+FAULTS = {  # by a sign in an error's name or text: what failed; the first that fits
+    "proxyerror": "the proxy cannot be reached (HTTPS_PROXY, NO_PROXY)",
+    "certificate": "the certificate of {host} cannot be verified (clock, REQUESTS_CA_BUNDLE)",
+    "sslerror": "{host} does not speak TLS there",
+    "connecttimeout": "no connection to {host} within {patience:.0f} s",
+    "timeout": "{host} accepts connections, but does not answer",
+    "nameresolution": "the name {host} cannot be found (DNS)",
+    "refused": "{host} refuses the connection",
+    "": "the connection to {host} failed",
+}
+_JWT = re.compile(rb"[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)
+
+
+class State(StrEnum):
+    """How a thing is; the command's exit code is the first `fail`'s own, or 1 where there are warnings alone."""
+
+    OK = "ok"
+    WARN = "warn"  # it works, but something is to be done
+    FAIL = "fail"
+    SKIPPED = "skipped"  # it could not be looked at, or is not used
+
+
+class Finding(NamedTuple):
+    """How a thing is, what was looked at, what that means, and the fix, which programs know as `cure`."""
+
+    state: State
+    name: str
+    detail: str
+    cure: str = ""
+    exit_code: int = UNEXPECTED
+
+
+_ok, _warn, _fail, _skipped = (partial(Finding, state) for state in State)
+
+
+def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
+    """Look at everything; the findings in the order in which they are best fixed. `load` makes the settings' keys."""
+    settings, keys, problem = None, [], ""
+    try:
+        settings = Settings.load()
+        keys = load(settings)
+    except TokenError as error:
+        problem = str(error)
+    folder = settings.token_dir if settings else values.folder(values.TOKEN_DIR)
+    of_url: dict[str, list[Key]] = {}
+    for key in keys:
+        of_url.setdefault(key.market.base_url, []).append(key)
+    return _all({
+        "settings": _settings(settings, problem),
+        "token directory": _directory(folder, settings, keys),
+        "tokens": _tokens(keys),
+        **{f"kis {url}": _kis(url, asking) for url, asking in of_url.items()},
+        "slack": _slack(settings),
+        "prefect": _prefect(keys, os.path.join(folder, "prefect")),
+        "duplicates": _duplicates(keys),
+    })  # fmt: skip
+
+
+def _all(checks: Mapping[str, Iterator[Finding]]) -> list[Finding]:
+    """What the checks find, each in a thread of its own that nobody waits for after the deadline."""
+    found: dict[str, list[Finding]] = {}
+
+    def look(name: str) -> None:
+        found[name] = list(_tried(name, checks[name]))
+
+    threads = [threading.Thread(target=look, args=(name,), daemon=True) for name in checks]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + DEADLINE
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    late = f"no answer within {DEADLINE:.0f} s"
+    return [one for name in checks for one in found.get(name) or [_fail(name, late, "look for what hangs there")]]
+
+
+def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
+    """What `check` finds; its trouble is a finding, and hides no other."""
+    try:
+        yield from check
+    except TokenError as error:
+        yield _fail(name, str(error), "do what it says", error.exit_code)
+    except _NoAnswer as error:
+        yield _fail(name, str(error), NETWORK)
+    except Exception as error:  # noqa: BLE001 - its text may hold anything
+        yield _fail(name, f"could not be looked at ({type(error).__name__})", "please report this line")
+
+
+def _settings(settings: Settings | None, problem: str) -> Iterator[Finding]:
+    """Whether they can be used, a line for each that is set, with its origin, and whether others can read the files."""
+    found = settings.found if settings else Found()
+    if problem:
+        yield _fail("settings", problem, "correct it where it was set, see below", SETTINGS)
+        with contextlib.suppress(ConfigurationError):  # which is the problem
+            found = gather()
+    else:
+        yield _ok("settings", f"{len(found.origins)} set, all well-formed")
+    origins, unknown = found.origins, settings.misspelt() if settings else {}
+    try:
+        origins = settings.origins if settings else origins
+    except ConfigurationError as error:
+        yield _fail("keyring", str(error), "unlock it, or give the secret another source", SETTINGS)
+    yield from (_setting(name, found.values.get(name), origins[name]) for name in sorted(origins.keys() - unknown))
+    for name, meant in unknown.items():
+        fix = f"did you mean {meant}?" if meant else "remove it, unless another program uses it"
+        yield (_warn if meant else _skipped)(f"setting {short(name)}", "is not a setting of tokencore", fix)
+    secret = {path for name, path in origins.items() if name.endswith(CREDENTIAL)} & {DOTENV_FILE, CONFIG_FILE}
+    for path in secret if os.name == "posix" else ():
+        if os.stat(os.path.expanduser(path)).st_mode & OTHERS:
+            yield _warn("settings file", f"{path} holds credentials, and other users may read it", f"chmod 600 {path}")
+
+
+def _setting(name: str, value: object, origin: str) -> Finding:
+    if value is None:
+        return _ok(f"setting {name}", f"kept, in {origin}")
+    field = name.rpartition("__")[2].removeprefix("KIS_")
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value).strip()
+    shown = "".join(sign if sign.isprintable() else "?" for sign in text[:LONGEST]) + "..." * (len(text) > LONGEST)
+    if field not in PUBLIC or "@" in text or "?" in text:
+        shown = f"{len(text)} characters"
+    usual = LENGTHS.get(field, len(text))
+    odd = "" if len(text) == usual else f"; KIS's have {usual}: copy it again if KIS refuses it"
+    return _ok(f"setting {short(name)}", f"{shown}, from {place_of(origin)}{odd}")
+
+
+def _directory(folder: str, settings: Settings | None, keys: list[Key]) -> Iterator[Finding]:
+    """The folder by trying it; the files in it, the locks, the other clients' copies, and the disk."""
+    yield from _tried("token directory", _usable(folder))
+    if os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK):
+        names = sorted(os.listdir(folder))
+        yield _modes(folder, names)
+        markets = [market.name for market in settings.all_markets()] if settings else []
+        yield _leftovers(names, {*markets, *(key.fingerprint for key in keys)} if keys else None)
+        for key in keys:
+            name = f"lock {key.fingerprint}" if len(keys) > 1 else "lock"
+            yield from _tried(name, _lock(key, name))
+    for key in keys:
+        for place, why in Exports(key.markets, key.store).failures().items():
+            fix = "fix or remove what is there; the next renewal or check copies again"
+            yield _warn("exports", f"{place} is not up to date: {why}", fix)
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < TOO_LITTLE:
+        yield _fail("disk", f"{free >> 10:,} kB free", "free space: an issued token could not be saved", STORE)
+    else:
+        yield _judged("disk", f"{free >> 20:,} MB free", "free space before it runs out" if free < LITTLE else "")
+
+
+def _judged(name: str, detail: str, fix: str) -> Finding:
+    """A warning where there is something to fix."""
+    return _warn(name, detail, fix) if fix else _ok(name, detail)
+
+
+def _usable(folder: str) -> Iterator[Finding]:
+    name, own = "token directory", "give your user the right to read and write {}, or point KIS_TOKEN_DIR elsewhere"
+    if not os.path.lexists(folder):
+        above = _existing(folder)
+        if os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK):
+            yield _ok(name, f"{folder} does not exist yet; the first issue makes it")
+        else:
+            yield _fail(name, f"{folder} cannot be made: {above} is not writable", own.format(above), STORE)
+    elif not os.path.isdir(folder):
+        yield _fail(name, f"{folder} is no directory", "move it away, or point KIS_TOKEN_DIR elsewhere", STORE)
+    else:
+        files.refuse_strangers(folder)
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", suffix=".tmp", buffering=0) as trial:
+                trial.write(b"\n")
+                os.fsync(trial.fileno())
+        except OSError as error:
+            why = f"{folder} cannot be read and written ({error.strerror})"
+            yield _fail(name, why, own.format(folder), STORE)
+            return
+        mode = stat.S_IMODE(os.stat(folder).st_mode)
+        wide = os.name == "posix" and mode & OTHERS
+        detail = f"{folder} is open to other users (mode {mode:04o})" if wide else f"{folder}, mode {mode:04o}"
+        yield _judged(name, detail, f"chmod 700 {folder}" if wide else "")
+
+
+def _existing(path: str) -> str:
+    while not os.path.lexists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return path
+
+
+def _modes(folder: str, names: list[str]) -> Finding:
+    wide = []
+    for name in names if os.name == "posix" else ():
+        with contextlib.suppress(OSError):
+            mode = os.lstat(os.path.join(folder, name)).st_mode
+            wide += [name] if stat.S_ISREG(mode) and mode & OTHERS else []
+    detail = f"open to more than their owner: {_some(wide)}" if wide else "no file is open to other users"
+    return _judged("file modes", detail, f"chmod go= {folder}/*" if wide else "")
+
+
+def _leftovers(names: list[str], owners: set[str] | None) -> Finding:
+    """What nobody needs any more, and what is not ours: named, never removed.
+
+    While the settings give no key at all, there are no `owners`, and nothing is called another's: a record that is
+    deleted is missed.
+    """
+    found: dict[str, list[str]] = {}
+    for what, pattern in LEFTOVERS.items():
+        for name in names:
+            fits = re.fullmatch(pattern, name, re.ASCII | re.DOTALL)
+            if fits and (not fits.groups() or (owners and fits[1] not in owners)):
+                found.setdefault(what, []).append(name)
+    detail = "; ".join(f"{what}: {_some(which)}" for what, which in found.items())
+    return _judged("leftover files", detail or "none", detail and "look at them, and delete those that you do not need")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name)[1:-1] for name in names[:SHOWN]) + more
+
+
+def _lock(key: Key, name: str) -> Iterator[Finding]:
+    with key.store.lock(wait=LOCK_WAIT) as held:
+        if held:
+            yield _ok(name, "free")
+            return
+    holders = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
+    who = f"process {', '.join(holders)}" if holders else "another process"
+    detail = f"held by {who} for {LOCK_WAIT:g} s: normal while that waits for KIS"
+    yield _warn(name, detail, "if it lasts for minutes, end that process")
+
+
+def _holders(path: str) -> list[str]:
+    """The processes that hold a lock on the file, as Linux lists them: `1: FLOCK ADVISORY WRITE 71 08:01:913 0 EOF`."""
+    with contextlib.suppress(OSError, ValueError):
+        found = os.stat(path)
+        place = f" {os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino} "
+        lines = (files.read_bytes("/proc/locks", trusted=False) or b"").decode().splitlines()
+        return [line.split()[4] for line in lines if place in line and " -> " not in line]
+    return []
+
+
+def _tokens(keys: list[Key]) -> Iterator[Finding]:
+    """Each market's token, each key's issuance record, and the approval key where one was asked for."""
+    if not keys:
+        yield _skipped("tokens", FIRST_FIX)
+    for key in keys:
+        yield from _tried(f"token {key.name}", _key(key, key.state(datetime.now(UTC))))
+
+
+def _key(key: Key, state: KeyState) -> Iterator[Finding]:
+    yield from (_token(state, market) for market in key.markets)
+    name, last, allowed = f"issuing {key.label}", latest(state.attempts), key.market.settings.max_issues_per_day
+    counted = f"{state.issues_last_24h} of {allowed} issues in 24 hours"
+    asked = f"last request {format_time(last.at)}: {last.outcome}; {counted}" if last else "no request is on record"
+    if last and last.outcome in CREDENTIALS:
+        fix = KNOWN[last.code][2] if last.code in KNOWN else "check the credentials; then run `tokencore refresh`"
+        yield _fail(name, f"{asked}; nothing tries again automatically", fix, REFUSED)
+    else:
+        over = state.issues_last_24h >= allowed
+        yield _judged(name, asked, "wait, or find out what renews so often: tokencore history" if over else "")
+    if expires_at := approval_expiry(key.store):
+        lives = "expired at" if expires_at < state.now else "lives until"
+        yield _ok(f"approval key {key.label}", f"{lives} {format_time(expires_at)}")
+
+
+def _token(state: KeyState, market: Market) -> Finding:
+    name, need = f"token {market.name}", state.need_of(market)
+    hope = f"the next renewal is planned for {format_time(at)}" if (at := next_attempt(state)) else ""
+    if not state.serves_until:
+        status = word(state.token, state.problem, market, state.now)
+        fix = f"tokencore get {market.name}" + (f", or wait: {hope}" if hope else "")
+        return _fail(name, f"{status}: no program can use it", fix, NO_TOKEN)
+    until = f"serves until {format_time(state.serves_until)}"
+    if need is None:
+        return _ok(name, f"{until}; no exchange is configured")
+    ahead = f"the need from {format_time(need[0])}"
+    if covers(state.token, need, market):
+        return _ok(name, f"{until}; covers {ahead}")
+    if hope:
+        return _ok(name, f"{until}; {hope}, ahead of {ahead}")
+    return _warn(name, f"{until}, not through {ahead}, and no renewal is planned", "see the line on issuing")
+
+
+def _kis(url: str, keys: list[Key]) -> Iterator[Finding]:
+    """The gateway at `url`, its clock, and each key's token there."""
+    began = time.monotonic()
+    try:  # neither key nor tr_id: it counts as no call, and any answer proves name, connection and certificate
+        answer = _ask("GET", f"{url}/")
+    except _NoAnswer as error:
+        yield _fail("kis", f"{url}: {error}", NETWORK, UNREACHABLE)
+        names = ("clock", *(f"token accepted {key.label}" for key in keys))
+        yield from (_skipped(name, "KIS cannot be reached") for name in names)
+        return
+    took = time.monotonic() - began
+    answered = f"answers in {took * 1e3:.0f} ms (HTTP {answer.status_code} to GET /, which issues nothing)"
+    yield _ok("kis", f"{url} {answered}")
+    yield _clock(answer.headers.get("Date", ""), took)
+    for key in keys:
+        name = f"token accepted {key.label}"
+        yield from _tried(name, _accepted(key, name))
+
+
+def _clock(date: str, took: float) -> Finding:
+    try:
+        ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds() - took / 2 - 0.5
+    except (ValueError, TypeError):
+        return _skipped("clock", "KIS's answer has no Date header to compare with")
+    detail = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} KIS's"
+    fix = "let the system keep it by NTP (timedatectl set-ntp true)"
+    if abs(ahead) > CLOCK_SLACK.total_seconds():
+        return _fail("clock", f"{detail}: renewals come at wrong moments", fix)
+    return _warn("clock", detail, fix) if abs(ahead) > NOTICEABLE else _ok("clock", "agrees with KIS's within seconds")
+
+
+def _accepted(key: Key, name: str) -> Iterator[Finding]:
+    """Quote calls with the key's token, one after the other, until one shows that KIS rejects it."""
+    token, market = key.store.read()[0], key.market
+    if token is None or not token.serves(datetime.now(UTC), market.buffer):
+        yield _skipped(name, "there is no valid token to try")
+        return
+    gateway = Gateway(market.base_url, market.credentials(), timeout=min(market.settings.timeout, PATIENCE))
+    for what, asked, meaning in _calls([exchange(code) for code in key.exchanges]):
+        said = gateway.quote(token.access_token, asked)
+        if said.msg_cd == TOO_OFTEN:
+            time.sleep(BREATH)
+            said = gateway.quote(token.access_token, asked)
+        proof = f"HTTP {said.status} rt_cd={said.rt_cd or '-'} msg_cd={said.msg_cd or '-'}, rows={said.rows}"
+        line = f"{what}: {asked.tr_id} {asked.code} {asked.symbol} -> {proof if said.status else 'no answer'}"
+        if said.accepted:
+            yield _ok(name, line + meaning * (said.rows == 0))
+        elif said.accepted is None:
+            detail = f"{line}; {said.detail}: says nothing about the token"
+            yield _warn(name, detail, "try again later; look at KIS's notices")
+        else:
+            how = f"tokencore get {key.name} | tokencore reject {key.name}"
+            fix = f"{how}: marked dead, and renewed as soon as KIS does"
+            yield _fail(name, f"{line}; KIS rejects the token", fix, NO_TOKEN)
+            return
+
+
+def _calls(places: list[Exchange]) -> Iterator[tuple[str, quotes.Quote, str]]:
+    """What to ask for a key that trades on these exchanges, and what it means if no rows come."""
+    abroad = next((place for place in places if place.quote_code), None)
+    if abroad is None or any(place.quote_code is None for place in places):
+        yield "domestic price", quotes.domestic(), ""
+    if abroad and abroad.quote_code:
+        symbol = quotes.SYMBOLS[abroad.quote_code]
+        yield "overseas price", quotes.overseas(abroad.quote_code), ""
+        yield "overseas daily price", quotes.daily(abroad.quote_code, symbol), ""
+        meaning = f" - as it must be: {abroad.code} is for orders; quotes want {abroad.quote_code}"
+        yield "order code", quotes.daily(abroad.code, symbol), meaning
+
+
+def _slack(settings: Settings | None) -> Iterator[Finding]:
+    """Whether Slack would take an alert; a webhook's path is a secret and would post, so only its host is asked."""
+    given = {name: str(value).strip() for name, value in (settings.found.values if settings else {}).items()}
+    webhook, bot, channel = (given.get(f"SLACK_{name}", "") for name in ("WEBHOOK_URL", "BOT_TOKEN", "CHANNEL"))
+    parts, proof = urlsplit(webhook), "only a message proves it: make test-alert"
+    if not settings:
+        yield _skipped("slack", FIRST_FIX)
+    elif webhook and not (parts.hostname and parts.scheme in ("https", "http")):
+        yield _fail("slack", "SLACK_WEBHOOK_URL is no address", "copy it again from Slack")
+    elif webhook:
+        _ask("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/")
+        yield _ok("slack", f"{parts.hostname} answers; {proof}")
+    elif bot:
+        said = _json(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"}), dict)
+        if not said.get("ok"):
+            why = short(str(said.get("error", "no answer of Slack's")))
+            yield _fail("slack", f"Slack refuses the bot: {why}", "copy SLACK_BOT_TOKEN again (xoxb-...)")
+        elif not channel:
+            yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
+        else:
+            yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
+    else:
+        yield _skipped("slack", "not set up: alerts are logged only", "set SLACK_WEBHOOK_URL to hear of trouble")
+
+
+def _prefect(keys: list[Key], home: str) -> Iterator[Finding]:
+    """The server, its deployments for the keys' exchanges, and its worker; `home` is where `make up` keeps them."""
+    named, url, auth = _server(home)
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a password may be part of it
+    try:
+        answer = _ask("POST", f"{url}/deployments/filter", auth=auth, json={})
+        pool = _ask("GET", f"{url}/work_pools/{POOL}", auth=auth)
+    except _NoAnswer as error:
+        if named or os.path.isdir(home):
+            yield _fail("prefect", f"{shown}: {error}", "make up; or name the right server in PREFECT_API_URL")
+        else:
+            fix = "without one, let cron run `tokencore tick` every minute"
+            yield _skipped("prefect", f"no server at {shown}", fix)
+        return
+    if answer.status_code != requests.codes.ok:
+        fix = "set PREFECT_API_AUTH_STRING (user:password) as the server has it, or check the port"
+        yield _fail("prefect", f"{shown} answers HTTP {answer.status_code}", fix)
+        return
+    yield _ok("prefect", f"{shown} answers")
+    yield _deployments(_json(answer, list), keys)
+    ready = short(str(_json(pool, dict).get("status", f"HTTP {pool.status_code}")))
+    if ready == "READY":
+        yield _ok("prefect worker", f"the work pool {POOL!r} has a worker")
+    else:
+        yield _fail("prefect worker", f"the work pool {POOL!r} is {ready}: no run starts", "make up")
+
+
+def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
+    """Whether PREFECT_API_URL is set, the address, and user and password: those set, or those `make up` generated.
+
+    `.env` completes the environment, but may not say where a password of another source goes.
+    """
+    given = {**os.environ}
+    if not any(map(given.get, PASSWORDS)):
+        with contextlib.suppress(ConfigurationError):  # the line on the settings says it
+            given |= trusted_dotenv()
+    api, found = given.get("PREFECT_API_URL", "").rstrip("/"), next(filter(None, map(given.get, PASSWORDS)), "")
+    if not found and api == os.environ.get("PREFECT_API_URL", "").rstrip("/"):
+        with contextlib.suppress(ValueError):
+            found = (files.read_text(os.path.join(home, "password")) or "").strip()
+    user, _, password = found.partition(":")
+    url = api or f"http://127.0.0.1:{given.get('PREFECT_SERVER_API_PORT') or 4200}/api"
+    return bool(api), url, (user, password) if user else None
+
+
+def _deployments(found: list[dict[str, Any]], keys: list[Key]) -> Finding:
+    active = [one for one in found if not one.get("paused")]
+    scheduled = {one["name"] for one in active if any(each.get("active") for each in one.get("schedules") or [])}
+    wanted = dict.fromkeys([CHECK, *(exchange(code).code for key in keys for code in key.exchanges)])
+    if lacking := [name for name in wanted if name not in scheduled]:
+        fix = "make down, then make up, as schedules follow the settings; or unpause them in the page"
+        return _warn("prefect deployments", f"no active schedule: {', '.join(lacking)}", fix)
+    return _ok("prefect deployments", f"{len(scheduled)} with an active schedule, all that the markets need")
+
+
+def _duplicates(keys: list[Key]) -> Iterator[Finding]:
+    """Caches of other clients that name one of the app keys; they are searched as bytes, and nothing is unpickled."""
+    if not keys:
+        yield _skipped("duplicates", FIRST_FIX)
+        return
+    present: dict[str, list[bytes]] = {}
+    for key in keys:  # one app key may serve real and paper
+        token = key.store.newest()
+        present.setdefault(str(key.market.app_key), []).extend([token.access_token.encode()] if token else [])
+    paths = {pattern: sorted(glob.glob(os.path.expanduser(pattern)))[-MANY:] for pattern in CACHES}
+    caches = [_cache(path, CACHES[pattern], present) for pattern, every in paths.items() for path in every]
+    yield from list(filter(None, caches)) or [_ok("duplicates", "no other client's cache holds a token of your keys")]
+
+
+def _cache(path: str, client: str, present: Mapping[str, list[bytes]]) -> Finding | None:
+    content, shown = b"", f"{os.path.abspath(path)} ({client})"
+    with contextlib.suppress(ValueError):
+        content = files.read_bytes(path, CACHE_LIMIT, trusted=False) or b""
+    owners = {jwt_claims(text.decode()).get("jti") for text in _JWT.findall(content)}
+    named = [app_key for app_key in present if app_key in owners or app_key.encode() in content]
+    if any(token in content for app_key in named for token in present[app_key]):
+        return _ok("duplicates", f"{shown} has the same token")
+    fix = "delete the file; if that client is used, let tokencore feed it (tokencore export)"
+    detail = f"{shown} has another token of the same key: that client issues for itself"
+    return _warn("duplicates", detail, fix) if named else None
+
+
+class _NoAnswer(Exception):  # noqa: N818 - what happened
+    """Nobody answered; the text says what failed, without the address's path."""
+
+
+def _ask(method: str, url: str, **fields: Any) -> requests.Response:  # noqa: ANN401 - requests' own keywords
+    """Send one request; redirects are not followed, and no .netrc is read.
+
+    Raises:
+        _NoAnswer: nobody answered.
+
+    """
+    host = str(urlsplit(url).hostname)
+    with requests.Session() as session:
+        session.trust_env = host not in LOOPBACK
+        session.auth = fields.pop("auth", None) or (lambda request: request)
+        try:
+            return session.request(method, url, timeout=PATIENCE, allow_redirects=False, **fields)
+        except (requests.RequestException, OSError, ValueError) as error:
+            said = f"{type(error).__name__} {error}".lower()  # the libraries' texts repeat address and headers
+    raise _NoAnswer(next(FAULTS[sign] for sign in FAULTS if sign in said).format(host=host, patience=PATIENCE))
+
+
+def _json(answer: requests.Response, kind: type) -> Any:  # noqa: ANN401 - any JSON
+    """The answer's JSON if it is of that kind, which is otherwise returned empty."""
+    try:
+        found = answer.json()
+    except (ValueError, RecursionError):
+        return kind()
+    return found if isinstance(found, kind) else kind()

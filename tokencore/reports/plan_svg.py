@@ -1,0 +1,189 @@
+"""The plan as a picture: a row per exchange with its sessions and needs, the token's life, the renewals, and now.
+
+Plain SVG, drawn 420 units wide so that it can be read on a phone, on a ground of its own that follows
+the reader's light or dark setting. It holds no token, key or secret.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from datetime import datetime, timedelta
+from html import escape
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from tokencore.policy import LIFE
+from tokencore.sealing import sealed
+from tokencore.tokens import KST
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from tokencore.outlook import Plan, Row
+
+WIDTH, MARGIN, LABEL = 420, 10, 46  # units; the label column holds an order code
+ROW, BAR = 22, 12  # units: a row's height, a session's
+HEAD, FOOT = 62, 34
+TITLE = 52  # characters that fit in the width
+TIP = 1.5  # units: five minutes would be invisible
+_LEGEND = {
+    "session": "session",
+    "need": "need",
+    "quiet": "quiet daily",
+    "token": "token",
+    "buffer": "buffer",
+    "renew": "renewal",
+}
+_STYLE = """
+text{font:11px system-ui,sans-serif;fill:var(--ink)}.small{font-size:9.5px;fill:var(--soft)}
+.title{font-weight:600;font-size:13px}
+svg{--paper:#fff;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--quiet:#eef6ee;--need:#b6d7f5;--session:#1f6feb;
+--token:#2da44e;--buffer:#d29922;--renew:#cf222e}
+@media(prefers-color-scheme:dark){svg{--paper:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--quiet:#12261a;
+--need:#1d3b60;--session:#4493f8;--token:#3fb950;--buffer:#d29922;--renew:#ff7b72}}
+""".replace("\n", "")
+
+
+@sealed
+def draw_plans(plans: Sequence[Plan]) -> str:
+    """The plans, one key below the other, as an SVG document; times in KST."""
+    drawn, height = [], 0
+    for plan in plans:
+        drawn.append(f'<g transform="translate(0 {height})">{"".join(_panel(plan))}</g>')
+        height += _bottom(plan) + FOOT
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="100%" role="img" '
+        f'style="max-width:840px"><title>{escape("; ".join(map(_title, plans)))}</title><style>{_STYLE}</style>'
+        f'<rect width="{WIDTH}" height="{height}" rx="6" fill="var(--paper)"/>{"".join(drawn)}</svg>\n'
+    )
+
+
+def _panel(plan: Plan) -> list[str]:
+    bottom, x = _bottom(plan), _x(plan, plan.now)
+    return [
+        _text(MARGIN, 18, textwrap.shorten(" + ".join(plan.markets), TITLE, placeholder=" …"), "title"),
+        _text(MARGIN, 31, f"{_rule(plan)}; days and times in KST", "small"),
+        *_quiet(plan, bottom),
+        *_days(plan, bottom),
+        *[part for number, row in enumerate(plan.rows) for part in _row(plan, row, HEAD + ROW * number)],
+        *_token(plan, bottom - ROW),
+        *[_renewal(plan, renewal.at, bottom) for renewal in plan.renewals],
+        f'<path d="M{x} {HEAD - 4}V{bottom}" stroke="var(--ink)" stroke-width="1.2"/>',
+        _text(x + 2, bottom + 10, "now", "small"),
+        *_legend(bottom + FOOT - 8),
+    ]
+
+
+def _row(plan: Plan, row: Row, top: float) -> list[str]:
+    return [
+        _text(MARGIN, top + 14, row.code),
+        *[_bar(plan, need, top + 3, BAR + 4, "need") for need in row.needs],
+        *[_bar(plan, session, top + 5, BAR, "session") for session in row.sessions],
+    ]
+
+
+def _bottom(plan: Plan) -> int:
+    return HEAD + ROW * (len(plan.rows) + 1)
+
+
+def _title(plan: Plan) -> str:
+    return f"{' + '.join(plan.markets)}: {_rule(plan)}"
+
+
+def _rule(plan: Plan) -> str:
+    if plan.refused:
+        return "KIS refused the credentials: no renewal until a person acts"
+    anchor = plan.outlook.anchor
+    return f"one token, renewal aimed at {anchor:%H:%M} KST" if anchor else "one token, renewed before it expires"
+
+
+def _x(plan: Plan, at: datetime) -> float:
+    left, right = MARGIN + LABEL, WIDTH - MARGIN
+    share = (at - plan.start) / (plan.until - plan.start)
+    return round(left + (right - left) * min(1.0, max(0.0, share)), 1)
+
+
+def _bar(plan: Plan, span: tuple[datetime, datetime], top: float, height: float, colour: str) -> str:
+    begin, end = _x(plan, span[0]), _x(plan, span[1])
+    if end <= begin:
+        return ""
+    return (
+        f'<rect x="{begin}" y="{top}" width="{round(end - begin, 1)}" height="{height}" rx="1.5" '
+        f'fill="var(--{colour})"><title>{_span(span)}</title></rect>'
+    )
+
+
+def _days(plan: Plan, bottom: float) -> Iterable[str]:
+    count = (plan.until - plan.start).days
+    step = max(1, round(count / 7))
+    for number in range(count + 1):
+        day = plan.start + timedelta(days=number)
+        x = _x(plan, day)
+        yield f'<path d="M{x} {HEAD - 6}V{bottom}" stroke="var(--line)" stroke-width=".7"/>'
+        if number < count and number % step == 0:
+            yield _text(x + 2, HEAD - 10, day.astimezone(KST).strftime("%a %d"), "small")
+
+
+def _quiet(plan: Plan, bottom: float) -> Iterable[str]:
+    """The time of the day in which no exchange of the key needs a token on any day."""
+    if plan.outlook.quiet is None:
+        return
+    begin, end = plan.outlook.quiet
+    for number in range(-1, (plan.until - plan.start).days + 1):
+        day = (plan.start + timedelta(days=number)).astimezone(KST).date()
+        opens = datetime.combine(day, begin, KST)
+        closes = datetime.combine(day if end > begin else day + timedelta(days=1), end, KST)
+        left, right = _x(plan, opens), _x(plan, closes)
+        if right > left:
+            yield (
+                f'<rect x="{left}" y="{HEAD - 4}" width="{round(right - left, 1)}" '
+                f'height="{bottom - HEAD + 4}" fill="var(--quiet)"/>'
+            )
+
+
+def _token(plan: Plan, top: float) -> Iterable[str]:
+    """The present token's life and, hollow, those of the tokens planned; the tip is the buffer."""
+    yield _text(MARGIN, top + 14, "token")
+    tip = timedelta(seconds=plan.buffer)
+    token = plan.token
+    if token and token.rejected_at is None:
+        begin = token.issued_at or plan.start
+        yield _bar(plan, (begin, token.expires_at - tip), top + 5, BAR, "token")
+        if plan.start < token.expires_at < plan.until:
+            x = _x(plan, token.expires_at)
+            yield f'<rect x="{x - TIP}" y="{top + 5}" width="{TIP}" height="{BAR}" fill="var(--buffer)"/>'
+    for renewal, following in pairwise([*[r.at for r in plan.renewals], plan.until + LIFE]):
+        end = min(renewal + LIFE, following)
+        left, right = _x(plan, renewal), _x(plan, end)
+        if right > left:
+            yield (
+                f'<rect x="{left}" y="{top + 6}" width="{round(right - left, 1)}" height="{BAR - 2}" rx="1.5" '
+                f'fill="none" stroke="var(--token)"><title>planned: {_span((renewal, end))}</title></rect>'
+            )
+
+
+def _renewal(plan: Plan, at: datetime, bottom: float) -> str:
+    x = _x(plan, at)
+    tip = escape(f"renewal {_span((at, at))}")
+    return (
+        f'<path d="M{x} {HEAD - 4}V{bottom - 2}" stroke="var(--renew)" stroke-dasharray="2 2"/>'
+        f'<circle cx="{x}" cy="{bottom - 11}" r="3" fill="var(--renew)"><title>{tip}</title></circle>'
+    )
+
+
+def _legend(y: float) -> Iterable[str]:
+    x = float(MARGIN)
+    for colour, word in _LEGEND.items():
+        yield f'<rect x="{x}" y="{y - 8}" width="9" height="9" fill="var(--{colour})" stroke="var(--line)"/>'
+        yield _text(x + 12, y, word, "small")
+        x += 24 + 5.2 * len(word)
+
+
+def _text(x: float, y: float, words: str, style: str = "") -> str:
+    kind = f' class="{style}"' if style else ""
+    return f'<text x="{round(x, 1)}" y="{y}"{kind}>{escape(words)}</text>'
+
+
+def _span(span: tuple[datetime, datetime]) -> str:
+    begin, end = f"{span[0].astimezone(KST):%m-%d %H:%M}", f"{span[1].astimezone(KST):%m-%d %H:%M}"
+    return f"{begin} KST" if begin == end else f"{begin} to {end} KST"

@@ -1,0 +1,237 @@
+"""How statuses, plans and records look to people: aligned, coloured on a terminal, times in KST and local.
+
+One time stands everywhere: the one until which a token serves, KIS_BUFFER before it expires.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, tzinfo
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tokencore.attempts import GRANTED, Outcome, clean
+from tokencore.policy import LIFE
+from tokencore.tokens import KST
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from tokencore.attempts import Attempt
+    from tokencore.keys import Decision
+    from tokencore.outlook import Plan
+    from tokencore.reports.status import MarketStatus, Seen
+
+COLOURS = {"VALID": "green", "EXPIRING_SOON": "yellow"}  # everything else is red
+ANSWERS = {True: "KIS accepts the token", False: "KIS rejects the token", None: "not known"}
+LABEL = 7  # characters of an order code and space, before a plan's line
+REFUSED = "KIS refused the credentials: no renewal until you correct them, or run `tokencore refresh`"
+PRIVATE = ("0600", "0400", None)  # modes that only the owner can use
+BROAD = 112  # characters: from here on every column fits; below, the least important one gives way
+WIDE = 140  # characters, where no terminal says how wide it is: a pipe must not wrap a table
+
+
+def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None, str]], now: datetime) -> None:
+    """One row a market; below, its file, what does not fit into a row, and what the quote calls said."""
+    console = _console()
+    broad = console.width >= BROAD
+    columns = ["market", "status", "serves until (KST)", f"local ({_local(now).tzname()})", "left"]
+    table = _table(*columns, *["next need"] * broad)
+    for status in (one.status for one in seen):
+        until = _serves_until(status)
+        table.add_row(
+            status["market"],
+            f"[{COLOURS.get(status['status'], 'red')}]{status['status']}[/]",
+            moment(until, KST),
+            moment(until, None),
+            duration((until - now).total_seconds()) if until else "-",
+            *[_need(status)] * broad,
+        )
+    console.print(table)
+    lines = [] if broad else [f"{one.status['market']}: next need {_need(one.status)}" for one in seen]
+    lines += [f"{one.status['market']}: {_file(one)}" for one in seen]
+    lines += [f"{market}: {ANSWERS[accepted]} ({detail})" for market, (accepted, detail) in proofs.items()]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
+    """One row an attempt, oldest first, with the markets of its key."""
+    console = _console()
+    broad = console.width >= BROAD
+    table = _table("when (KST)", "markets", "outcome", "code", *["token expires (KST)"] * broad, "by", "reason")
+    for markets, one in found:
+        colour = "green" if one.outcome in GRANTED else "yellow" if one.outcome is Outcome.SENT else "red"
+        table.add_row(
+            moment(one.at, KST, seconds=True),
+            "+".join(markets),
+            f"[{colour}]{one.outcome}[/]",
+            one.code or "-",
+            *[moment(one.expires_at, KST)] * broad,
+            _plain(one.by or "-"),
+            _plain(one.reason),
+        )
+    console.print(table if found else "No attempt has been recorded.")
+
+
+def describe_tick(decision: Decision) -> str:
+    """One line: renewed or not, and the next renewal with its reason, unless refused credentials forbid it."""
+    planned = decision.state.outlook.next
+    done = "renewed" if decision.renewed else "due, but not renewed" if decision.trouble else "nothing due"
+    coming = f"next {moment(planned.at, KST)} KST ({planned.reason})" if planned else "no need ahead"
+    return f"{decision.state.key.label}: {done}; {REFUSED if planned and decision.state.refused else coming}"
+
+
+def print_plan(plan: Plan) -> None:
+    """Why and when the key renews, then a line per exchange over the days ahead."""
+    console = _console()
+    console.print(f"[bold]{' + '.join(plan.markets)}[/]  {plan.why}")
+    table = _table("next renewal (KST)", f"local ({_local(plan.now).tzname()})", "why")
+    for renewal in plan.renewals:
+        why = renewal.reason + (f" [yellow]({renewal.exception})[/]" if renewal.exception else "")
+        table.add_row(moment(renewal.at, KST), moment(renewal.at, None), why)
+    none = REFUSED if plan.refused else "No renewal is needed in these days."
+    console.print(table if plan.renewals else none)
+    width = max(40, console.width - LABEL - 1)
+    console.print(" " * LABEL + _ruler(plan, width), style="dim")
+    for row in plan.rows:
+        cells = _cells(plan, width, row.needs, "[blue]▒[/]", "[dim]·[/]")
+        strong = _cells(plan, width, row.sessions, "[bold blue]█[/]", "")
+        console.print(f"{row.code:<{LABEL}}" + "".join(s or c for s, c in zip(strong, cells, strict=True)))
+    console.print(f"{'token':<{LABEL}}" + "".join(_token_cells(plan, width)))
+    for certain, codes in _uncertain(plan).items():
+        console.print(
+            f"{', '.join(codes)}: closures are known until {certain}; a later or suddenly declared one costs a check."
+        )
+    console.print("█ session  ▒ need  ━ token  ┄ tokens planned  ▲ renewal  │ now\n", style="dim")
+
+
+def info_text(status: MarketStatus) -> str:
+    """A market's status in a few aligned lines."""
+    until = _serves_until(status)
+    rows = {
+        "market": f"{status['market']} ({status['environment']})",
+        "status": status["status"],
+        "serves until": f"{moment(until, KST)} KST, {moment(until, None)} local" if until else "-",
+        "left": duration((until - datetime.now(UTC)).total_seconds()) if until else "-",
+        "next need": _need(status),
+        "file": status["file"],
+    }
+    return "\n".join(f"{label:<12} {value}" for label, value in rows.items())
+
+
+def moment(at: datetime | None, zone: tzinfo | None, *, seconds: bool = False) -> str:
+    """A time in `zone` (None: this machine's), to the minute; a dash where there is none."""
+    if at is None:
+        return "-"
+    there = at.astimezone(zone) if zone else _local(at)
+    return there.strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
+
+
+def duration(seconds: float) -> str:
+    """A time span as `23 h 05 min`, `4 min` or `12 s`."""
+    minutes = int(seconds) // 60
+    if minutes >= 60:  # noqa: PLR2004 - an hour
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes else f"{max(0, int(seconds))} s"
+
+
+def _local(at: datetime) -> datetime:
+    """The time in this machine's zone; in UTC where TZ gives one that cannot be."""
+    try:
+        return at.astimezone()
+    except ValueError:
+        return at.astimezone(UTC)
+
+
+def _serves_until(status: MarketStatus) -> datetime | None:
+    expires_at = _parse(status["expires_at"])
+    return expires_at - timedelta(seconds=status["buffer_seconds"]) if status["valid"] and expires_at else None
+
+
+def _file(one: Seen) -> str:
+    """The file as the old check script showed it: mode, when it was cached, the token's length."""
+    status = one.status
+    if not status["cache_exists"]:
+        return f"no token file at {status['file']}"
+    readable = "" if status["permissions"] in PRIVATE else f" (others may use it: chmod 600 {status['file']})"
+    cached = f", cached {moment(_parse(status['cached_at']), KST)} KST" if status["cached_at"] else ""
+    length = f", {len(one.token.access_token)} characters" if one.token else ""
+    return f"{status['file']}, mode {status['permissions']}{readable}{cached}{length}"
+
+
+def _need(status: MarketStatus) -> str:
+    need = status["next_need"]
+    if need is None:
+        return "-"
+    start, end = _parse(need["start"]), _parse(need["end"])
+    covered = "covered" if status["covers_next_need"] else "not yet covered"
+    return f"{moment(start, KST)} to {moment(end, KST)[11:]} KST, {covered}"
+
+
+def _uncertain(plan: Plan) -> dict[str, list[str]]:
+    """The exchanges whose closures are not published for all days of the plan, by the last day that is."""
+    found: dict[str, list[str]] = {}
+    for row in plan.rows:
+        if row.certain_until < plan.until.date().isoformat():
+            found.setdefault(row.certain_until, []).append(row.code)
+    return found
+
+
+def _cells(plan: Plan, width: int, spans: Iterable[tuple[datetime, datetime]], inside: str, outside: str) -> list[str]:
+    """One cell for each stretch of the plan's time: `inside` where a span touches its middle."""
+    step = (plan.until - plan.start) / width
+    middles = [plan.start + step * (n + 0.5) for n in range(width)]
+    kept = list(spans)
+    return [inside if any(begin <= at < end for begin, end in kept) else outside for at in middles]
+
+
+def _token_cells(plan: Plan, width: int) -> list[str]:
+    token, step = plan.token, (plan.until - plan.start) / width
+    buffer = timedelta(seconds=plan.buffer)
+    life = [(token.issued_at or plan.start, token.expires_at - buffer)] if token and token.rejected_at is None else []
+    planned = [(renewal.at, renewal.at + LIFE) for renewal in plan.renewals]
+    future = _cells(plan, width, planned, "[green]┄[/]", " ")
+    cells = [now or later for now, later in zip(_cells(plan, width, life, "[green]━[/]", ""), future, strict=True)]
+    for at, mark in [*((renewal.at, "[red]▲[/]") for renewal in plan.renewals), (plan.now, "[bold]│[/]")]:
+        cells[min(width - 1, max(0, int((at - plan.start) / step)))] = mark
+    return cells
+
+
+def _ruler(plan: Plan, width: int) -> str:
+    count = (plan.until - plan.start).days
+    edges = [round(width * n / count) for n in range(count + 1)]
+    names = [(plan.start + timedelta(days=n)).astimezone(KST).strftime("%a %d") for n in range(count)]
+    return "".join(
+        name[: right - left].ljust(right - left) for name, (left, right) in zip(names, pairwise(edges), strict=True)
+    )
+
+
+def _plain(text: str) -> Text:
+    """What a person wrote: no markup; an earlier version's record may hold what a terminal would obey."""
+    return Text(clean(text))
+
+
+def _parse(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text).astimezone(UTC) if text else None
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number < 2, overflow="fold")  # noqa: PLR2004 - what names the row stays whole
+    return table
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # `cli` knows what to do; rich would exit with 1
+
+
+def _console() -> Console:
+    console = _Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console

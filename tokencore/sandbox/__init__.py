@@ -1,0 +1,67 @@
+"""A KIS gateway on loopback: real HTTP, KIS's rules at any speed, and its failures on request.
+
+Tests use `with Sandbox(...) as gateway`, people `tokencore sandbox`. Both are driven over HTTP too: `POST` to
+`/sandbox/fail`, `/sandbox/answer`, `/sandbox/clear` and `/sandbox/rules`, `GET /sandbox/stats`. It issues for made-up
+credentials, knows nothing of KIS's own hosts and logs neither token, key nor secret.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+from tokencore.sandbox.rules import FAILURES, KILL
+from tokencore.sandbox.server import Sandbox
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+__all__ = ["APP_KEY", "APP_SECRET", "Sandbox"]
+
+APP_KEY = ("SANDBOX-KEY-" * 3)[:36]  # as long as KIS's, and plainly nobody's
+APP_SECRET = ("SANDBOX-SECRET-" * 12)[:180]
+
+
+def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
+    parser = command("sandbox", run, "a KIS gateway on loopback, to try things out")
+    parser.add_argument("--port", type=int, default=9480, help="on 127.0.0.1 (%(default)s; 0: any)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command: print how to point the settings here, then serve until SIGINT or SIGTERM; 0.
+
+    Raises:
+        ConfigurationError: the port is not free.
+
+    """
+    # A shell's background jobs start with SIGINT ignored, and SIGTERM would end without closing.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with Sandbox(port=options.port) as gateway:
+            print(_welcome(gateway.url), flush=True)
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _welcome(url: str) -> str:
+    return f"""\
+# A KIS gateway for trying things out; nothing here reaches KIS. Ctrl-C ends it.
+export KIS_BASE_URL={url}
+export KIS_APP_KEY={APP_KEY}
+export KIS_APP_SECRET={APP_SECRET}
+
+# Let the next token request fail ({", ".join(FAILURES)}, or a code such as EGW00210),
+# or kill the tokens that are out ({KILL}); without "count" it lasts until /sandbox/clear:
+#   curl -X POST {url}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
+#   curl -X POST {url}/sandbox/clear
+# Script any other answer, for one path or for all that begin alike:
+#   curl -X POST {url}/sandbox/answer -d '{{"path": "/uapi/", "status": 401, "content": {{"error_code": "EGW00121"}}}}'
+# Shorten a rule (seconds), or see what was asked and answered:
+#   curl -X POST {url}/sandbox/rules -d '{{"issue_interval": 5}}'
+#   curl {url}/sandbox/stats"""

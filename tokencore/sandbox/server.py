@@ -1,0 +1,141 @@
+"""The sandbox's gateway over HTTP: keep-alive on loopback, and the failures that only a connection can play."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+from tokencore.errors import ConfigurationError
+from tokencore.sandbox.rules import NO_SUCH_PATH, TOKEN, Answer, Gateway, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Self
+
+_POLL = 0.02  # seconds until the accepting thread sees that it shall end
+_IDLE = 75.0  # seconds a kept-alive connection may stay silent, or a body may take to arrive
+_HANG = 300.0  # seconds after which even `hang` lets go of its client
+_DRIP = 0.05  # seconds between two bytes: each read is quick, the whole takes about half a minute
+
+
+class Sandbox(Gateway):
+    """The gateway while a `with` block lasts; leaving it closes the port, and no connection gets an answer any more.
+
+    The keywords beside `port` (0 takes a free one) are the lengths of `RULES` in seconds.
+
+    Raises:
+        ConfigurationError: a length is impossible or, on entering, the port is not free.
+
+    """
+
+    def __init__(self, *, port: int = 0, **lengths: float) -> None:
+        """Keep what `__enter__` needs to open the port."""
+        super().__init__(**lengths)
+        self._port = port
+        self.closing = threading.Event()
+
+    def __enter__(self) -> Self:
+        try:
+            self._server = _Server(("127.0.0.1", self._port), _Handler)
+        except (OSError, OverflowError) as error:
+            message = f"Cannot listen on 127.0.0.1:{self._port} ({error}): choose another port with --port."
+            raise ConfigurationError(message) from None
+        self._server.gateway = self
+        threading.Thread(target=self._server.serve_forever, args=(_POLL,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def url(self) -> str:
+        """The base URL, for KIS_BASE_URL."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+
+class _Server(ThreadingTCPServer):
+    gateway: Sandbox
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024  # hundreds of processes may connect in one instant
+    allow_reuse_address = os.name == "posix"  # elsewhere it would let two programs share a port
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as inherited
+        if not isinstance(sys.exception(), OSError):  # a client that gives up is no fault
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection: asks the gateway and delivers its answer, whole or as the failure has it."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the header's acknowledgement
+    timeout = _IDLE
+    server: _Server
+
+    def do_GET(self) -> None:
+        gateway, (path, _, query) = self.server.gateway, self.path.partition("?")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        params = {name.upper(): value for name, value in parse_qsl(query)}
+        asked = Request(self.command, path, self._fields(), headers, params)
+        answer = self._controlled(asked) if path.startswith("/sandbox/") else gateway.respond(asked, time.time())
+        slow = _HANG if answer.delivery == "hang" else gateway.rules["latency"] if path == TOKEN else 0
+        if gateway.closing.wait(slow) or answer.delivery in ("drop", "hang"):
+            self.close_connection = True  # a gateway that is down answers nobody, kept connections included
+        else:
+            self._deliver(answer)
+
+    do_POST = do_GET  # noqa: N815 - the name http.server looks for
+
+    def log_message(self, *_: object) -> None:
+        """Silent: the lines of http.server would show query strings."""
+
+    def _fields(self) -> Mapping[str, Any]:
+        """The JSON object of the body; empty if there is none."""
+        length = self.headers.get("Content-Length", "")
+        try:
+            fields = json.loads(self.rfile.read(int(length) if length.isdecimal() else 0))
+        except (ValueError, RecursionError):
+            return {}
+        return fields if isinstance(fields, dict) else {}
+
+    def _controlled(self, asked: Request) -> Answer:
+        gateway = self.server.gateway
+        actions: dict[tuple[str, str], Callable[..., Mapping[str, Any] | None]] = {
+            ("GET", "/sandbox/stats"): gateway.stats,
+            ("POST", "/sandbox/answer"): gateway.answer,
+            ("POST", "/sandbox/clear"): gateway.clear,
+            ("POST", "/sandbox/fail"): gateway.fail,
+            ("POST", "/sandbox/rules"): gateway.set_rules,
+        }
+        if asked[:2] not in actions:
+            return NO_SUCH_PATH
+        try:
+            return Answer(200, actions[asked[:2]](**asked.body) or {"ok": True}, "200")
+        except (ConfigurationError, TypeError, AttributeError) as error:  # the last two: a field of another type
+            return Answer(400, {"error": str(error)}, "400")
+
+    def _deliver(self, answer: Answer) -> None:
+        content, way = answer.content, answer.delivery
+        body = (content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)).encode()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(body) * 2 if way == "half" else len(body)))
+        if answer.outcome == "redirect":
+            self.send_header("Location", "/sandbox/elsewhere")
+        self.end_headers()
+        step = 1 if way == "drip" else len(body) or 1
+        for start in range(0, len(body), step):
+            self.wfile.write(body[start : start + step])
+            if self.server.gateway.closing.wait(_DRIP if way == "drip" else 0):
+                break
+        self.close_connection = self.close_connection or way == "half" or self.server.gateway.closing.is_set()

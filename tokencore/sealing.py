@@ -1,0 +1,67 @@
+"""What leaves tokencore with an error: its sentence and the lines it passed, but no value of a variable.
+
+Error trackers send the local variables of every frame in a traceback. Inside tokencore, requests and urllib3 these
+are the key, the secret and the token, so the public classes and functions let no error out with them.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    _Function = TypeVar("_Function", bound="Callable[..., Any]")
+    _Class = TypeVar("_Class", bound=type)
+
+
+def sealed_class(*, but: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
+    """Seal what is public of the class's own, `__init__` and `__call__` too, `but` what is sealed further inside."""
+
+    def seal(cls: _Class) -> _Class:
+        for name, member in list(vars(cls).items()):
+            if name not in but and (name in ("__init__", "__call__") or not name.startswith("_")):
+                setattr(cls, name, _sealed(member))
+        return cls
+
+    return seal
+
+
+def _sealed(member: Any) -> Any:  # noqa: ANN401 - whatever stands in a class
+    if isinstance(member, property):
+        return property(sealed(member.fget), doc=member.__doc__) if member.fget else member
+    if isinstance(member, (classmethod, staticmethod)):
+        return type(member)(sealed(member.__func__))
+    return sealed(member) if isinstance(member, type(sealed)) else member
+
+
+def sealed(work: _Function) -> _Function:
+    """`work`, whose errors, of whatever kind, leave with neither the arguments nor any other local variable of a frame.
+
+    Nor with the errors behind them: those of requests hold the request. What the caller was handling stays behind it.
+    """
+
+    def edge(*given: Any, **named: Any) -> Any:  # noqa: ANN401 - as `work` takes them
+        try:
+            return work(*given, **named)
+        except BaseException as error:  # noqa: BLE001 - an interrupt amid a request as well
+            met = error
+        del given, named
+        try:
+            raise _emptied(met)
+        finally:
+            del met
+
+    edge.__wrapped__ = work  # type: ignore[attr-defined] # by hand: functools costs a cached `get` a tenth of its time
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(edge, name, getattr(work, name))
+    return edge  # type: ignore[return-value] # it has the signature of `work`
+
+
+def _emptied(error: BaseException) -> BaseException:
+    from traceback import clear_frames  # not on the path of a cached token
+
+    clear_frames(error.__traceback__)
+    error.__cause__ = error.__context__ = None
+    error.__suppress_context__ = False  # which setting the cause has changed
+    return error

@@ -1,0 +1,32 @@
+"""Where a key's token, issuance record and lock are kept; `base.Store` says what every store can do."""
+
+from __future__ import annotations
+
+import os
+
+from tokencore.sealing import sealed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tokencore.config.market import Market
+    from tokencore.stores.base import Document, Store
+
+
+def open_store(market: Market, siblings: Callable[[], Sequence[str]]) -> Store:
+    """The store of the market's key, on the medium that the settings choose: the only place that knows which.
+
+    `siblings` tells the names of all configured markets of the key, when something is written.
+    """
+    from tokencore.stores.file_store import FileStore
+
+    return FileStore(market, siblings)
+
+
+@sealed
+def open_document(token_dir: str, name: str) -> Document:
+    """A document that all keys share, such as the incidents."""
+    from tokencore.stores.file_store import FileDocument
+
+    return FileDocument(os.path.join(token_dir, f"{name}.json"))

@@ -1,0 +1,426 @@
+"""A key's token, issuance record and lock as files in the token directory, shared by every process of the machine.
+
+`key-<fingerprint>.json` holds the token; `<market>_api_token.json` is each market's view of it;
+`key-<fingerprint>.jsonl` is the issuance record; `key-<fingerprint>.lock` is locked by the system, so that the lock
+ends with its holder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from datetime import UTC, datetime, timedelta
+
+from tokencore import tokens
+from tokencore.stores import files
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from typing import Any
+
+    from tokencore.attempts import Attempt
+    from tokencore.config.market import Market
+    from tokencore.stores.files import Signature
+    from tokencore.tokens import Token
+
+FOREIGN = "of another key or environment"
+RECORD_LIMIT = 1 << 20  # bytes of a record that are read, its end; ours have a quarter of that at most
+POLL = 0.02  # seconds between two tries for the lock
+PROMPT = timedelta(seconds=1)  # from the record's line to the request
+VIEW, MARK = "api_token.json", "token_issued_at.dat"
+STATE = ("key-", VIEW, MARK, "incidents.")  # in the names of the files that a change builds on
+OURS = (*STATE, "_krs_token.dat", "config.toml", "prefect", ".gitignore")
+# An access time that no clock gives: the lock file's modification time is then that of the last attempt, which the
+# record could not take. Each second more than the first is an issue that the record does not know.
+UNRECORDED, MANY = 1, 50
+_owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # whose token a file has: keys do not parse each other's
+_unsaved: dict[tuple[str, str], Token] = {}  # by path and environment: what could not be saved, for this process only
+
+
+class FileStore:
+    """The `Store` of one key in one folder, as the market `own` sees it."""
+
+    __slots__ = ("__dict__", "_app_key")  # what `vars` shows has no secret
+
+    def __init__(self, market: Market, siblings: Callable[[], Sequence[str]]) -> None:
+        """Name the files; nothing is opened yet. `siblings` tells the names of all markets of the key, when asked."""
+        self.folder = market.token_dir
+        self.fingerprint = market.fingerprint
+        self.place = self._path(f"{market.name}_{VIEW}")
+        paper = "-paper" if market.environment == "paper" else ""
+        self._key_path = self._path(f"key-{self.fingerprint}{paper}.json")
+        self._lock_path = self._path(f"key-{self.fingerprint}.lock")
+        self._record_path = self._path(f"key-{self.fingerprint}.jsonl")
+        self._identity = self.fingerprint, market.environment
+        self._app_key = market.app_key
+        self._siblings = siblings
+        self._known: dict[str, tuple[Signature, Token]] = {}
+        self._served: tuple[Token, str] | None = None
+        self._record: tuple[Signature | None, list[Attempt]] | None = None
+
+    def __repr__(self) -> str:
+        return f"FileStore({self.folder!r}, {self.fingerprint!r})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a FileStore knows its key and is not pickled")
+
+    # The token
+
+    def read(self) -> tuple[Token | None, str]:
+        """The key's living token, or the last one known, and why there is none; an unchanged file is not parsed again.
+
+        Raises:
+            TokenStoreError: the folder or a file belongs to another user, or others can write it.
+
+        """
+        token, problem = self._on_file(self._key_path)
+        if token is None or token.rejected_at is not None or token.expires_at.timestamp() <= time.time():
+            token = self._longest(token)
+            if token is None and not problem:
+                problem = self._on_file(self.place)[1]
+        return self._or_unsaved(token), problem
+
+    def unchanged(self, token: Token) -> bool:
+        """Whether `token`, as `read` gave it, is still what its file holds, by one `stat`."""
+        served = self._known.get(self._key_path)
+        return (
+            served is not None
+            and served[1] is token
+            and token.rejected_at is None
+            and not _unsaved
+            and files.signature(self._key_path) == served[0]
+        )
+
+    def newest(self) -> Token | None:
+        """The token that lasts longest of the key's file and all markets' views, which earlier versions write alone."""
+        return self._or_unsaved(self._longest(self._on_file(self._key_path)[0]))
+
+    def saved(self, token: Token) -> bool:
+        """Whether the key's file or a market's view has this token."""
+        found = [self._on_file(path)[0] for path in (self._key_path, *self._views())]
+        return any(one.access_token == token.access_token for one in found if one)
+
+    def save(self, token: Token) -> None:
+        """Write the key's file, which alone decides whether this succeeds, then each market's view."""
+        now = datetime.now(UTC)
+        text = tokens.to_cache(token, now=now, environment=self._identity[1], key_fingerprint=self.fingerprint)
+        try:
+            files.write_text(self._key_path, text, writer=self.fingerprint)
+        except OSError:
+            _unsaved[self._key_path, self._identity[1]] = token
+            raise
+        _unsaved.pop((self._key_path, self._identity[1]), None)
+        for path in self._own_views():
+            self._write_view(path, text)
+
+    def delete(self) -> bool:
+        """Remove this market's view, and the key's file with the last view."""
+        found = files.remove(self.place)
+        if not any(self._on_file(path)[0] for path in self._views()):
+            found = self._forget() or found
+        return found
+
+    def clear(self) -> None:
+        """Remove the key's file and all views of it."""
+        for path in self._views():
+            if self._on_file(path)[0]:
+                files.remove(path)
+        self._forget()
+
+    def details(self) -> dict[str, Any]:
+        """The market's view, or the key's file where there is none, its mode, and whether there is any."""
+        path = self.place if os.path.lexists(self.place) or not os.path.lexists(self._key_path) else self._key_path
+        try:
+            mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}"
+        except OSError:
+            mode = None
+        return {"file": path, "permissions": mode, "cache_exists": os.path.lexists(path)}
+
+    # The record
+
+    def attempts(self) -> list[Attempt]:
+        """The record, and after it what only the lock file or the marks of the issue know where it was lost."""
+        known = self._recorded()
+        unrecorded = self._unrecorded()
+        if not known and not unrecorded:
+            return self._marked()
+        return [*known, *(one for one in unrecorded if not known or one.at > known[-1].at)]
+
+    def begin(self, attempt: Attempt) -> Fence:
+        """Append to the record durably; where the disk takes no line, the lock file keeps the time."""
+        self._append(attempt)
+        return Fence(attempt)
+
+    def depart(self, fence: Fence) -> bool:
+        """Whoever holds the lock may send; connecting before that may have taken most of a minute."""
+        now = datetime.now(UTC)
+        if abs(now - fence.attempt.at) > PROMPT:
+            try:
+                self._replace(fence, fence.attempt._replace(at=now))
+            except OSError:
+                return False
+        return True
+
+    def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
+        """Save the token first, so that no crash leaves an outcome without it; then replace the attempt's line."""
+        failed: OSError | None = None
+        if token is not None:
+            try:
+                self.save(token)
+            except OSError as error:
+                failed = error
+            self._mark(token.issued_at or attempt.at)
+        self._replace(fence, attempt)
+        if failed:
+            raise failed
+
+    def note(self, attempt: Attempt) -> None:
+        """Append what needed no request."""
+        self._append(attempt)
+
+    # The lock and other documents
+
+    def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
+        """Hold the lock file's lock inside the block."""
+        return hold(self._lock_path, wait, give_up)
+
+    def document(self, name: str) -> FileDocument:
+        """`key-<fingerprint>-<name>.json`."""
+        return FileDocument(self._path(f"key-{self.fingerprint}-{name}.json"))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def _own_views(self) -> list[str]:
+        return list(dict.fromkeys([self.place, *(self._path(f"{name}_{VIEW}") for name in self._siblings())]))
+
+    def _views(self) -> list[str]:
+        """Every market's view in the folder, whosesoever it is: markets that only a subclass names are found too."""
+        try:
+            with os.scandir(self.folder) as entries:
+                found = sorted(entry.path for entry in entries if entry.name.endswith(f"_{VIEW}"))
+        except OSError:
+            return []
+        return sorted(found, key=lambda path: path != self.place)
+
+    def _longest(self, token: Token | None) -> Token | None:
+        """Of `token` and the views' tokens the one that lasts longest; a copy of a rejected one is no living token."""
+        found = [one for path in self._views() if (one := self._on_file(path)[0])]
+        if token is not None and token.rejected_at is not None:
+            found = [one for one in found if one.access_token != token.access_token]
+        return tokens.longest([token, *found])
+
+    def _or_unsaved(self, token: Token | None) -> Token | None:
+        return tokens.longest([token, _unsaved.get((self._key_path, self._identity[1]))]) if _unsaved else token
+
+    def _forget(self) -> bool:
+        _unsaved.pop((self._key_path, self._identity[1]), None)
+        return files.remove(self._key_path)
+
+    def _on_file(self, path: str) -> tuple[Token | None, str]:
+        seen = files.signature(path)
+        if seen is None:
+            return None, ""
+        known = self._known.get(path)
+        if known is None or known[0] != seen:
+            owner = _owners.get(path)
+            if owner and owner[0] == seen and owner[1] != self._identity:
+                return None, FOREIGN
+            token, problem = self._parse(path, seen)
+            if token is None:  # perhaps only for now: the next look reads it again
+                return None, problem
+            known = self._known[path] = (seen, token)
+        return known[1], ""
+
+    def _parse(self, path: str, seen: Signature) -> tuple[Token | None, str]:
+        files.refuse_strangers(self.folder)
+        try:
+            text = files.read_text(path)
+            if text is None:
+                return None, ""
+            token, content = tokens.from_text(text)
+        except (ValueError, RecursionError) as error:
+            return None, (str(error).splitlines() or ["unreadable"])[0][:80]
+        # Caches of other tools name no key; then the JWT's `jti`, where there is one, has to be ours.
+        bound = content.get("key_fingerprint")
+        if isinstance(bound, str) and isinstance(content.get("environment"), str):
+            _owners[path] = seen, (bound, content["environment"])
+        if bound is None and tokens.jwt_claims(token.access_token).get("jti", self._app_key) == self._app_key:
+            bound = self.fingerprint
+        if (bound, content.get("environment", self._identity[1])) != self._identity:
+            return None, FOREIGN
+        return token, ""
+
+    def _write_view(self, path: str, text: str) -> None:
+        """A view that cannot be written takes nothing from anybody: the key's file has the token."""
+        try:
+            if (problem := self._on_file(path)[1]) and not self._of_other_key(path, problem):
+                files.set_aside(path)
+                _warn(f"{path} was no token of this key ({problem}); it was moved to {path}.aside.")
+            files.write_text(path, text, writer=self.fingerprint)
+        except OSError as error:
+            _warn(f"{path} could not be updated ({error.strerror}); programs that use tokencore are not affected.")
+
+    def _of_other_key(self, path: str, problem: str) -> bool:
+        """Whether another key of this folder wrote it, whose own file has its token."""
+        if problem != FOREIGN:
+            return False
+        content = tokens.from_text(files.read_text(path) or "")[1]
+        paper = "-paper" if content.get("environment") == "paper" else ""
+        return os.path.exists(self._path(f"key-{os.path.basename(str(content.get('key_fingerprint')))}{paper}.json"))
+
+    def _recorded(self) -> list[Attempt]:
+        from tokencore.attempts import Attempt, Outcome  # a cached token needs no record
+        from tokencore.stores import record
+
+        seen = files.signature(self._record_path)
+        if self._record is None or self._record[0] != seen:
+            try:
+                found = record.parse(files.read_text(self._record_path, limit=RECORD_LIMIT, tail=True) or "")
+            except ValueError:  # an attempt was made when it was last changed
+                found = [Attempt(datetime.fromtimestamp(seen[2] / 1e9, UTC), Outcome.SENT)] if seen else []
+            self._record = seen, found
+        return self._record[1]
+
+    def _replace(self, fence: Fence, attempt: Attempt) -> None:
+        """Put `attempt` in the place of the fence's line, or at the end where the disk did not take that."""
+        known = self.attempts()
+        mine = bool(known) and (known[-1].outcome, known[-1].pid) == ("sent", fence.attempt.pid)
+        self._append(attempt, known[:-1] if mine else known)
+        fence.attempt = attempt
+
+    def _append(self, attempt: Attempt, known: list[Attempt] | None = None) -> None:
+        from tokencore.stores import record
+
+        known = self.attempts() if known is None else known
+        try:
+            if os.path.lexists(self._record_path) and not os.path.isfile(self._record_path):
+                files.set_aside(self._record_path)
+                _warn(f"{self._record_path} was no issuance record; it was moved to {self._record_path}.aside.")
+            files.write_text(self._record_path, record.render([*known, attempt]), writer="record")
+        except OSError as error:
+            self._keep_time(attempt)
+            _warn(f"The issuance record cannot be written ({error.strerror}); the lock file keeps the time.")
+        else:
+            if self._unrecorded():
+                os.utime(self._lock_path)
+        self._record = None
+
+    def _keep_time(self, attempt: Attempt) -> None:
+        """In the lock file's times: all that can be written on a full disk."""
+        known = len([one for one in self._unrecorded() if one.outcome == "issued"])
+        os.utime(self._lock_path, (UNRECORDED + known + (attempt.outcome == "issued"), attempt.at.timestamp()))
+
+    def _unrecorded(self) -> list[Attempt]:
+        from tokencore.attempts import Attempt, Outcome
+
+        try:
+            found = os.stat(self._lock_path)
+        except OSError:
+            return []
+        if not UNRECORDED <= found.st_atime <= MANY or found.st_atime % 1:
+            return []
+        at, issued = datetime.fromtimestamp(found.st_mtime, UTC), int(found.st_atime) - UNRECORDED
+        return [Attempt(at, Outcome.ISSUED)] * issued or [Attempt(at, Outcome.SENT)]
+
+    def _mark(self, issued_at: datetime) -> None:
+        for path in self._own_views():
+            try:
+                files.write_text(_mark_of(path), f"{int(issued_at.timestamp())}\n", writer=self.fingerprint)
+            except OSError as error:  # the record knows it too
+                _warn(f"{_mark_of(path)} could not be written ({error.strerror}).")
+
+    def _marked(self) -> list[Attempt]:
+        """The last issue by the marks beside the views; one beside another key's view is that one's."""
+        from tokencore.attempts import Attempt, Outcome
+
+        marks = [_marked_at(_mark_of(path)) for path in self._own_views() if self._on_file(path)[1] != FOREIGN]
+        at = max((mark for mark in marks if mark), default=None)
+        return [Attempt(at, Outcome.ISSUED)] if at else []
+
+
+class Fence:
+    """The attempt that its process has begun, as the record has it now."""
+
+    __slots__ = ("attempt",)
+
+    def __init__(self, attempt: Attempt) -> None:
+        """Begin with what was recorded first."""
+        self.attempt = attempt
+
+
+class FileDocument:
+    """A small JSON object in a file of its own, with a lock file beside it."""
+
+    def __init__(self, place: str) -> None:
+        """Name the file; nothing is opened yet."""
+        self.place = place
+
+    def read(self) -> dict[str, Any]:
+        """The object; empty where there is none that could be read."""
+        try:
+            found = json.loads(files.read_text(self.place) or "{}")
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Replace the file durably."""
+        files.write_text(self.place, json.dumps(content, indent=1) + "\n", writer="document")
+
+    def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
+        """Hold its lock inside the block; yields False where it was not acquired in time."""
+        return hold(self.place.removesuffix(".json") + ".lock", wait, give_up)
+
+
+def hold(path: str, wait: float, give_up: Callable[[], bool]) -> AbstractContextManager[bool]:
+    """Hold the lock of the file at `path`, whose folder is made if need be, for at most `wait` seconds of waiting."""
+    import contextlib  # not on the path of a cached token
+
+    return contextlib.contextmanager(_hold)(path, wait, give_up)
+
+
+def _hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
+    import contextlib
+
+    from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
+
+    folder = os.path.dirname(path)
+    files.make_private(folder, ours=OURS)
+    files.refuse_planted(folder, STATE)
+    # A new object each time: one made before a fork refuses to work in the child.
+    lock = FileLock(path, mode=files.PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
+    try:
+        lock.acquire(timeout=wait, poll_interval=POLL, cancel_check=give_up)
+        held = True
+    except Timeout:
+        held = False
+    except OSError as error:
+        raise files.unusable(path, error) from None
+    try:
+        yield held
+    finally:
+        with contextlib.suppress(OSError):  # the lock goes with its last reference
+            lock.release()
+
+
+def _mark_of(view: str) -> str:
+    return view.removesuffix(VIEW) + MARK
+
+
+def _marked_at(path: str) -> datetime | None:
+    try:
+        # Whole seconds: KIS counts the rest of the last one too.
+        return datetime.fromtimestamp(float(files.read_text(path) or "nan") + 1, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def _warn(message: str) -> None:
+    import logging  # only for trouble
+
+    logging.getLogger("tokencore").warning(message)
