@@ -52,10 +52,10 @@ class _Scheduling(LoadFileScheduling):  # type: ignore[misc] # xdist ships no ty
 
 
 def _place(file: Path) -> tuple[int, str]:
-    for rank, group in enumerate((("test_stack",), ("test_flows", "test_refresh", "test_week"))):
-        if file.stem.startswith(group):
-            return rank, group[0]
-    return 9, file.stem
+    if file.stem.startswith("test_stack"):
+        return 0, file.stem
+    shared = file.stem.startswith(("test_flows", "test_refresh", "test_week"))
+    return (1, "test_flows") if shared else (9, file.stem)
 
 
 @pytest.fixture(autouse=True)

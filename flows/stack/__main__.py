@@ -1,59 +1,70 @@
-"""`python -m flows.stack`: `up`, `run` (the same in the foreground), `down`, `status`, `demo`, and their parts."""
+"""`python -m flows.stack`: `up`, `run` (the same in the foreground), `down`, `status`, `demo`, `test-alert`, `watch`.
+
+The others are the parts of a running stack, which supervisord starts.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from typing import TYPE_CHECKING
 
-from flows.stack import demo, deploy, service, trial, watch
-from flows.stack.crew import CrewError, EndedError
+from flows.stack import demo, supervisor, watchdog
+from flows.stack.api import StackError
 from tokencore import TokenError, TokenStoreError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
 COMMANDS = {
-    "up": service.up,
-    "down": service.down,
-    "status": service.status,
-    "run": service.run,
-    "deploy": deploy.deploy,
-    "watch": watch.watch,
+    "up": supervisor.up,
+    "down": supervisor.down,
+    "status": supervisor.status,
+    "run": supervisor.run,
     "demo": demo.demo,
-    "test-alert": trial.send,
+    "test-alert": watchdog.test_alert,
+    "watch": watchdog.watch,
+    "server": supervisor.become_server,
+    "worker": supervisor.become_worker,
+    "tidy": supervisor.tidy,
+    "deploy": supervisor.deploy,
 }
 
 
 def main() -> int:
-    """Run the command of this process's arguments; its exit code. Failures are told in words, not tracebacks."""
+    """Run the command of this process's arguments; its exit code. Failures are a sentence, no traceback."""
     parser = argparse.ArgumentParser(prog="python -m flows.stack", description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--once", action="store_true", help="let the demo end by itself")
     options = parser.parse_args()
+    # One way to be interrupted. A signal that a shell ignores for its background jobs is no longer ignored in a program
+    # that this process becomes or starts: Prefect's worker could then not be stopped.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    os.umask(0o077)
     try:
-        return _done(demo.demo, once=True) if options.once else _done(COMMANDS[options.command])
+        return demo.demo(once=True) if options.once else COMMANDS[options.command]()
     except TokenError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except CrewError as error:
-        print(error, file=sys.stderr)
+        return _failed(error, error.exit_code)
+    except StackError as error:
+        return _failed(error, error.exit_code)
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (EndedError, KeyboardInterrupt):
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        unusable = TokenStoreError(
+            f"The token directory cannot be used: {where}{error.strerror or error}. "
+            "Fix its permissions or free space, or point KIS_TOKEN_DIR elsewhere.",
+        )
+        return _failed(unusable, unusable.exit_code)
+    except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
 
 
-def _done(command: Callable[..., int], **options: bool) -> int:
-    try:
-        return command(**options)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise TokenStoreError(
-            f"The token directory cannot be used: {where}{error.strerror or error}. "
-            "Mend its permissions or free space, or point KIS_TOKEN_DIR elsewhere.",
-        ) from None
+def _failed(error: Exception, exit_code: int) -> int:
+    print(error, file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Prefect's API over plain HTTP, for what must be quick or must go on where Prefect does not: no import of Prefect."""
+"""Prefect's REST API, for what must be quick or must go on where Prefect does not: nothing of Prefect is imported."""
 
 from __future__ import annotations
 
 import base64
+from datetime import UTC, datetime
 from typing import Any
 
 import requests
@@ -10,25 +11,41 @@ from requests import codes
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from flows.stack.crew import CrewError
-
-TIMEOUT = 30  # seconds for an answer
+POOL = "tokens"  # as prefect.yaml names it
+CHECK, REFRESH = "check-tokens/check_tokens", "refresh-token/refresh_token"
+CHECKED = ("Completed", "AlreadyValid", "Renewed", "Failed")  # the names of a check's states where it did its work
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 BUSY = Retry(
     5, connect=0, read=0, status_forcelist=[503], allowed_methods=None, backoff_factor=0.2
 )  # SQLite under load
 
 
-class Api:
-    """The API of one server.
+class StackError(Exception):
+    """Something of the stack failed; the message says what, and what to do.
 
     Attributes:
-        url: the address of the server's page.
+        exit_code: what the command ends with.
 
     """
 
-    def __init__(self, url: str, password: str | None) -> None:
-        """Ask nothing yet; `password` is `user:secret`, None for a server without one."""
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        """Take the message."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Api:
+    """The API of one server. Every method but `answers` raises StackError where the server gives no answer of use.
+
+    Attributes:
+        url: the address of the server.
+
+    """
+
+    def __init__(self, url: str, password: str | None, timeout: float = 30) -> None:
+        """Ask nothing yet; `password` is `user:password`, `timeout` the seconds for each answer."""
         self.url = url
+        self._timeout = timeout
         self._http = requests.Session()
         self._http.mount("http://", HTTPAdapter(max_retries=BUSY))
         self._http.headers["Connection"] = "close"  # the server hangs up after a 503; the next try must not meet that
@@ -37,22 +54,20 @@ class Api:
             self._http.headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
 
     def ask(self, method: str, path: str, content: object = None) -> Any:  # noqa: ANN401 - as JSON is
-        """What the server answers.
-
-        Raises:
-            CrewError: nothing that is of use.
-
-        """
+        """What the server answers."""
         try:
-            answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=TIMEOUT)
+            answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=self._timeout)
             if answer.status_code == codes.unauthorized:
-                raise CrewError(
-                    "The server refuses the password; set PREFECT_SERVER_API_AUTH_STRING as it was when it started."
+                raise StackError(
+                    "Prefect's server refuses the password; "
+                    "set PREFECT_SERVER_API_AUTH_STRING as it was when the server started."
                 )
             answer.raise_for_status()
             return answer.json() if answer.content else None
         except requests.RequestException as error:
-            raise CrewError(f"The server gave no answer to {method} {path}: {error}") from None
+            raise StackError(
+                f"Prefect's server at {self.url} gave no answer to {method} {path}: {type(error).__name__}."
+            ) from None
 
     def answers(self, path: str) -> bool:
         """Whether the server says yes, within a few seconds."""
@@ -60,3 +75,39 @@ class Api:
             return self._http.get(f"{self.url}/api/{path}", timeout=5).ok
         except requests.RequestException:
             return False
+
+    def runs(self, **conditions: object) -> list[dict[str, Any]]:
+        """The runs with these conditions of Prefect's filter, in the order in which they are due."""
+        asked = {"flow_runs": conditions, "sort": "EXPECTED_START_TIME_ASC"}
+        found: list[dict[str, Any]] = self.ask("POST", "flow_runs/filter", asked)
+        return found
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        """The deployment named `flow/deployment`."""
+        found: dict[str, Any] = self.ask("GET", f"deployments/name/{name}")
+        return found
+
+    def create_run(self, deployment: str, **parameters: object) -> str:
+        """A new run of the deployment, due now; its id."""
+        flow, _, _ = deployment.partition("/")
+        name = f"{flow} {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"  # until it starts; Prefect's own would be random
+        asked = {"parameters": parameters, "name": name}
+        made: str = self.ask("POST", f"deployments/{self.deployment(deployment)['id']}/create_flow_run", asked)["id"]
+        return made
+
+    def set_state(self, run: str, kind: str, name: str, message: str) -> None:
+        """Put a run into a state, whatever Prefect thinks of it."""
+        state = {"type": kind, "name": name, "message": message}
+        self.ask("POST", f"flow_runs/{run}/set_state", {"state": state, "force": True})
+
+    def last_check(self) -> tuple[str, datetime] | None:
+        """How the newest check that did its work ended, and when (aware); None before there was one."""
+        flow, _, _ = CHECK.partition("/")
+        asked = {
+            "flows": {"name": {"any_": [flow]}},
+            "flow_runs": {"state": {"name": {"any_": [*CHECKED]}}},
+            "sort": "END_TIME_DESC",
+            "limit": 1,
+        }
+        found = self.ask("POST", "flow_runs/filter", asked)
+        return (found[0]["state_name"], datetime.fromisoformat(found[0]["end_time"])) if found else None

@@ -5,30 +5,37 @@ It knows nothing of this machine's settings: no credentials, no `.env`, no other
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
 
-from flows.stack.crew import Crew, CrewError
-from flows.stack.server import CHECK, REFRESH, Prefect, addresses
+from flows.stack import environment, supervisor
+from flows.stack.api import CHECK, REFRESH, Api, StackError
+from flows.stack.deployments import run_to_end
+from tokencore import sessions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-WARM_UP = "warm-up/KRX"
-PATIENCE = 30.0  # seconds for the sandbox to start
 END = """\
 The page: {page}
-  The tokens: {tokens}
-  The plan: {plan}
-  Renew by hand: {form}
-  Let KIS refuse the next request, then renew by hand, with force, and see what the run tells:
+  Sign in with: {password}
+  The tokens: {page}/artifacts/key/tokens (click its newest entry)
+  The plan: {page}/artifacts/key/plan (click its newest entry)
+  Renew manually: {page}/deployments/deployment/{form}/run
+  Let KIS refuse the next request, then renew manually, with force, and see what the run reports:
     curl -X POST {sandbox}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
+
+Ctrl-C stops everything and leaves nothing behind.
 """
 
 
@@ -36,75 +43,110 @@ def demo(*, once: bool = False) -> int:
     """Start all, warm a token up and show it; then stay until SIGINT or SIGTERM, unless it is for `once`.
 
     Raises:
-        CrewError: a part could not be started, or a run did not complete; nothing is left running.
-        EndedError: it was asked to end on the way.
+        StackError: a part could not be started, or a run did not complete; nothing is left running.
 
     """
-    with tempfile.TemporaryDirectory(prefix="tokencore-demo-") as folder, Crew(Path(folder)) as crew:
-        environment = _environment(Path(folder))
-        environment |= _sandbox(crew, environment)
-        _say("sandbox", f"{environment['KIS_BASE_URL']} answers instead of KIS")
-        prefect = Prefect(crew, Path(folder), environment)
+    with tempfile.TemporaryDirectory(prefix="tokencore-demo-") as folder, _sandbox(Path(folder)) as known:
+        _say("sandbox", "a server on this machine answers instead of KIS")
         _say("Prefect", "starting its server, a worker and the deployments (half a minute) ...")
-        prefect.start()
-        _say("Prefect", f"{prefect.url} is up; every deployment is on its schedule")
-        _complete(prefect, WARM_UP, exchange="KRX")
-        if _tokencore(environment, "check", "kr", show=False):
-            _say("", "No session needs a token now, so a person asks for one:")
-            _complete(prefect, REFRESH, market="kr", operator="make demo", reason="no session needs a token now")
-        _complete(prefect, CHECK)
-        print(flush=True)
-        _tokencore(environment, "check")
-        print(flush=True)
-        shown = addresses(prefect.url) | {"form": prefect.form(), "sandbox": environment["KIS_BASE_URL"]}
-        print(END.format(**shown), flush=True)
-        if not once:
-            print("Ctrl-C stops everything and leaves nothing behind.", flush=True)
-            crew.watch()
-    if not once:
-        print("Stopped.")
+        home = Path(known["PREFECT_HOME"])
+        supervisor.private(home)
+        try:
+            supervisor.start(home, known, Path(folder))
+            api = Api(environment.address(known), environment.password(home, known))
+            _play(api, known)
+            if not once:
+                _stay(api, known)
+        finally:
+            supervisor.stop(home)
     return 0
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """This process's, without what would lead to an account, a message to Slack or another Prefect."""
-    alien = ("KIS_", "SLACK_", "PREFECT_")
-    harmless = {name: value for name, value in os.environ.items() if not name.upper().startswith(alien)}
-    return harmless | {
+def exchange(now: datetime) -> str:
+    """The exchange whose session runs at `now` (aware) or is next on its own day; one that is closed, where none is."""
+    ahead, closed = {}, ""
+    for code in ("KRX", "NASD"):
+        day = sessions.session(code, now.astimezone(ZoneInfo(sessions.exchange(code).zone)).date())
+        if day is None:
+            closed = code
+        elif day.close > now:
+            ahead[code] = day.open
+    return min(ahead, key=ahead.__getitem__) if ahead else closed
+
+
+def _play(api: Api, known: Mapping[str, str]) -> None:
+    """A warm-up and a check, and what they did to the tokens."""
+    code = exchange(datetime.now(UTC))
+    _complete(api, f"warm-up/{code}", exchange=code)
+    if _tokencore(known, "check", "kr", show=False):
+        _say("", "No session needs a token now, so a person asks for one:")
+        _complete(api, REFRESH, market="kr", operator="make demo", reason="no session needs a token now")
+    _complete(api, CHECK)
+    print(flush=True)
+    _tokencore(known, "check")
+    print(flush=True)
+
+
+def _stay(api: Api, known: Mapping[str, str]) -> None:
+    form, password = api.deployment(REFRESH)["id"], environment.password(Path(known["PREFECT_HOME"]), known)
+    page, sandbox = environment.page(known), known["KIS_BASE_URL"]
+    with contextlib.suppress(KeyboardInterrupt):
+        print(END.format(form=form, password=password, page=page, sandbox=sandbox), flush=True)
+        signal.pause()
+    print("Stopped.")
+
+
+@contextlib.contextmanager
+def _sandbox(folder: Path) -> Iterator[dict[str, str]]:
+    """A sandbox while the block lasts; the environment of a machine that knows nothing but it."""
+    alien = ("KIS_", "SLACK_", "PREFECT_", "TOKENCORE_")
+    known = {name: value for name, value in os.environ.items() if not name.upper().startswith(alien)}
+    known |= {
         "HOME": str(folder),
-        "TMPDIR": str(folder),  # Prefect's worker leaves something in there
         "KIS_TOKEN_DIR": str(folder / "tokens"),
+        "PREFECT_HOME": str(folder / "tokens" / "prefect"),
         "PREFECT_SERVER_API_PORT": str(_free_port()),
+        supervisor.CHECK_AT_START: "",
     }
-
-
-def _sandbox(crew: Crew, environment: Mapping[str, str]) -> dict[str, str]:
-    """Start it; the settings that it says to export."""
     command = [sys.executable, "-m", "tokencore", "sandbox", "--port", str(_free_port())]
-    gateway = crew.start("sandbox", command, environment)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(  # noqa: S603 - our own command
+        command, env=known, cwd=folder, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as sandbox:
+        try:
+            yield known | _exports(sandbox)
+        finally:
+            sandbox.terminate()
 
-    def exports() -> dict[str, str]:
-        return dict(re.findall(r"^export (\w+)=(.+)$", gateway.log.read_text(), re.MULTILINE))
 
-    crew.wait(lambda: "KIS_APP_SECRET" in exports(), "its settings", PATIENCE, of=gateway)
-    return exports()
+def _exports(sandbox: subprocess.Popen[str]) -> dict[str, str]:
+    """The settings that it says to export.
+
+    Raises:
+        StackError: it ended before it said all.
+
+    """
+    found: dict[str, str] = {}
+    for line in sandbox.stdout or ():
+        found.update(re.findall(r"^export (\w+)=(.+)$", line))
+        if {"KIS_BASE_URL", "KIS_APP_KEY", "KIS_APP_SECRET"} <= found.keys():
+            return found
+    raise StackError("The sandbox did not start.")
 
 
-def _complete(prefect: Prefect, deployment: str, **parameters: object) -> None:
-    state = prefect.run(deployment, **parameters)
-    told = f"{state['type'].capitalize()}: {state['name']}. {state['message'] or ''}"
+def _complete(api: Api, deployment: str, **parameters: object) -> None:
+    state = run_to_end(api, deployment, **parameters)
+    said = f"{state['type'].capitalize()}: {state['name']}. {state['message'] or ''}"
     if state["type"] != "COMPLETED":
-        raise CrewError(f"The run of {deployment} did not complete. {told}")
-    _say(deployment.partition("/")[0], told)
+        raise StackError(f"The run of {deployment} did not complete. {said}")
+    _say(deployment.partition("/")[0], said)
 
 
-def _tokencore(environment: Mapping[str, str], *arguments: str, show: bool = True) -> int:
+def _tokencore(known: Mapping[str, str], *arguments: str, show: bool = True) -> int:
     """Run the command where no `.env` is; its exit code."""
     output = None if show else subprocess.DEVNULL
     command = [sys.executable, "-m", "tokencore", *arguments]
-    return subprocess.run(  # noqa: S603 - our own command
-        command, env=environment, cwd=environment["HOME"], stdout=output, check=False
-    ).returncode
+    return subprocess.run(command, env=known, cwd=known["HOME"], stdout=output, check=False).returncode  # noqa: S603 - as above
 
 
 def _say(who: str, what: str) -> None:

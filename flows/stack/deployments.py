@@ -1,0 +1,158 @@
+"""What runs when, and what is reported when it does not run: prefect.yaml and automations.yaml, by the settings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import yaml
+
+from flows.stack.api import FINAL, POOL, StackError
+from tokencore import Key, Settings, sessions
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from uuid import UUID
+
+    from flows.stack.api import Api
+
+PREFECT_FILE = Path(__file__).resolve().parents[2] / "prefect.yaml"
+AUTOMATIONS_FILE = Path(__file__).with_name("automations.yaml")
+OURS = "tokencore"  # the tag of the automations that are ours to change and to remove
+BLOCK = "tokencore-slack"
+SLACK_API = "https://slack.com/api/"
+UNHEARD = " Nobody hears of it: the settings have no way to Slack."
+TRIES = 3  # SQLite under load makes the server answer 503; Prefect's own client asks six times, then gives up
+PATIENCE = 300.0  # seconds for a run
+
+
+def apply(api: Api, folder: Path) -> None:
+    """Bring deployments and automations up to date on the server of this process's settings; again, nothing changes.
+
+    Raises:
+        StackError: Prefect could not be made to.
+        ConfigurationError: a setting is missing or malformed.
+
+    """
+    settings = Settings.load()
+    traded = {sessions.exchange(code).code for key in Key.load(settings) for code in key.exchanges}
+    table = by_settings(yaml.safe_load(PREFECT_FILE.read_text("utf-8")), traded)
+    os.chdir(folder)  # Prefect reads `.env` and `prefect.toml` of the folder that it is loaded in
+    file = folder / "prefect.yaml"
+    file.write_text(yaml.safe_dump(table), "utf-8")
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+    for _ in range(TRIES):
+        if not subprocess.run(command, check=False, cwd=folder).returncode:  # noqa: S603 - our own command
+            break
+    else:
+        raise StackError("Prefect did not take the deployments.")
+    _remove_others(api, {one["name"] for one in table["deployments"]})
+    _apply_automations(settings)
+
+
+def by_settings(table: dict[str, Any], traded: Collection[str]) -> dict[str, Any]:
+    """The table of deployments without the warm-ups of exchanges that nobody trades, and with the others on."""
+    kept = [one for one in table["deployments"] if one.get("parameters", {}).get("exchange") in (None, *traded)]
+    for one in kept:
+        one["tags"] = [tag for tag in one["tags"] if tag != "off"]
+        one["schedules"] = [{k: v for k, v in each.items() if k != "active"} for each in one["schedules"]]
+    return {**table, "deployments": kept}
+
+
+def run_to_end(api: Api, deployment: str, **parameters: object) -> dict[str, Any]:
+    """Run a deployment, named `flow/deployment`, to its end; the final state with `type`, `name` and `message`.
+
+    Raises:
+        StackError: it did not end in time, or could not be created.
+
+    """
+    run, give_up = api.create_run(deployment, **parameters), time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        state: dict[str, Any] = api.ask("GET", f"flow_runs/{run}")["state"] or {}
+        if state.get("type") in FINAL:
+            return state
+        time.sleep(0.5)
+    raise StackError(f"The run of {deployment} did not end within {PATIENCE:.0f} s.")
+
+
+def _remove_others(api: Api, wanted: Collection[str]) -> None:
+    """An exchange that is traded no more would go on having warm-ups, which fail."""
+    warm_ups = {"flows": {"name": {"any_": ["warm-up"]}}, "work_pools": {"name": {"any_": [POOL]}}}
+    for one in api.ask("POST", "deployments/filter", warm_ups):
+        if one["name"] not in wanted and one["name"] in sessions.EXCHANGES:
+            api.ask("DELETE", f"deployments/{one['id']}")
+
+
+def _apply_automations(settings: Settings) -> None:
+    """Ours are known by name and tag: one that is no more goes, one that a person switched off stays off."""
+    from prefect.client.orchestration import get_client
+
+    wanted = automations(settings.slack_language, _slack_block(settings))
+    with get_client(sync_client=True) as client:
+        ours = [one for one in client.read_automations() if OURS in one.tags]
+        there = {one.name: one for one in ours}
+        for one in ours:
+            if one.name not in wanted or one is not there[one.name]:
+                client.delete_automation(one.id)
+        for name, made in wanted.items():
+            if known := there.get(name):
+                made.enabled = known.enabled
+                # The client leaves out whatever was not given, and the server then misses it; the owner it refuses.
+                full = type(made).model_validate(made.model_dump(exclude={"owner_resource"}))
+                client.update_automation(known.id, full)
+            else:
+                client.create_automation(made)
+
+
+def automations(language: str, block: UUID | None) -> dict[str, Any]:
+    """The automations of automations.yaml by name, their messages through that block; without one nobody hears."""
+    from prefect.events.schemas.automations import AutomationCore
+
+    found = {}
+    for entry in yaml.safe_load(AUTOMATIONS_FILE.read_text("utf-8")):
+        message, actions = entry.pop("message", None), entry.pop("actions", [])
+        if message and block:
+            actions.append({"type": "send-notification", "block_document_id": block, **message[language]})
+        elif message:
+            entry["description"] += UNHEARD
+        actions = actions or [{"type": "do-nothing"}]
+        entry["trigger"]["type"] = "event"
+        found[entry["name"]] = AutomationCore.model_validate({**entry, "tags": [OURS], "actions": actions})
+    return found
+
+
+def _slack_block(settings: Settings) -> UUID | None:
+    """Have the settings' way to Slack on the server, its secrets encrypted; the block's id, None without a way."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    if wanted := _way_to_slack(settings):
+        block = CustomWebhookNotificationBlock.model_validate({"name": "Slack", "timeout": 10, **wanted})
+        return cast("UUID", block.save(BLOCK, overwrite=True))  # no coroutine: there is no event loop here
+    with get_client(sync_client=True) as client:
+        try:
+            known = client.read_block_document_by_name(BLOCK, CustomWebhookNotificationBlock.get_block_type_slug())
+        except ObjectNotFound:
+            return None
+        client.delete_block_document(known.id)
+    return None
+
+
+def _way_to_slack(settings: Settings) -> dict[str, object] | None:
+    text = "*{{subject}}*\n{{body}}"
+    if settings.slack_bot_token and settings.slack_channel:
+        return {
+            "url": f"{SLACK_API}chat.postMessage",
+            "headers": {"Authorization": "Bearer {{token}}"},
+            "json_data": {"channel": settings.slack_channel, "text": text, "unfurl_links": False},
+            "secrets": {"token": settings.slack_bot_token.get_secret_value()},
+        }
+    if settings.slack_webhook_url:
+        webhook = settings.slack_webhook_url.get_secret_value()
+        return {"url": "{{webhook}}", "json_data": {"text": text}, "secrets": {"webhook": webhook}}
+    return None

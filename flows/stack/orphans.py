@@ -1,0 +1,124 @@
+"""Runs that nobody will end or that came too late: after a kill, a stop, a down-time or a sleep of the machine.
+
+Prefect's worker leaves the runs that it stops, and those that die with it, in the state `Running` for ever; and it
+starts every run that was missed, one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.stack.api import CHECK, POOL, StackError
+
+if TYPE_CHECKING:
+    from flows.stack.api import Api
+
+WORKER = platform.node()  # the name of our worker: a restarted one takes the place of the one before
+AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
+UNDERWAY = (*AT_WORK, "PAUSED")  # a paused run waits for a person, and its process for the run
+SUSPENDED = "Suspended"  # the name of a paused state in which a run needs no process
+OVERDUE = timedelta(minutes=3)  # a run that starts within it is on time
+NAP = 60.0  # seconds between two looks at the clock that count as a sleep of the machine, or a stop of all processes
+POLL = 0.5  # seconds
+GRACE = 10.0  # seconds that runs in flight get to end by themselves
+KILLED = "Its process is gone: it was killed together with its worker, or the machine stopped."
+STOPPED = "Stopped with its worker; the check that comes with the next start goes on."
+SKIPPED = "Missed while nothing ran here; a later run does it all."
+
+
+def watch_sleep(api: Api) -> None:
+    """Skip what each sleep of the machine made late, and check the tokens once instead; for ever.
+
+    The wall clock shows it: the monotonic one of Linux stands still meanwhile.
+    """
+    seen = time.time()
+    while True:
+        time.sleep(POLL)
+        before, seen = seen, time.time()
+        if seen - before > NAP:
+            print(f"Nothing ran here for {seen - before:.0f} s.", flush=True)
+            with contextlib.suppress(StackError):  # otherwise the hourly check comes
+                skip_overdue(api)
+                api.create_run(CHECK)
+
+
+def mark_crashed(api: Api) -> None:
+    """Mark as Crashed the runs whose process is gone; while no worker lives, as one that it starts has none yet.
+
+    Raises:
+        StackError: the server could not be asked.
+
+    """
+    for run in _orphans(api):
+        api.set_state(run["id"], "CRASHED", "Crashed", KILLED)
+
+
+def mark_cancelled(api: Api) -> None:
+    """Mark as Cancelled what a worker that was stopped has left; what fails here is Crashed with the next start."""
+    with contextlib.suppress(StackError):
+        for run in _orphans(api):
+            api.set_state(run["id"], "CANCELLED", "Cancelled", STOPPED)
+
+
+def drain(api: Api) -> None:
+    """Wait until no process of this machine works on a run, at most ten seconds; without a server not at all."""
+    give_up = time.monotonic() + GRACE
+    with contextlib.suppress(StackError):
+        while time.monotonic() < give_up and any(_is_alive(run) for run in _runs(api, *AT_WORK)):
+            time.sleep(POLL)
+
+
+def skip_overdue(api: Api) -> None:
+    """Skip the runs that were missed: all checks, all but the last of each warm-up.
+
+    To let a check run, which does for all of them, is up to the caller. What a person has asked for is left.
+
+    Raises:
+        StackError: the server could not be asked.
+
+    """
+    before = {"before_": (datetime.now(UTC) - OVERDUE).isoformat()}
+    missed = api.runs(state={"type": {"any_": ["SCHEDULED"]}}, expected_start_time=before)
+    checks = api.deployment(CHECK)["id"] if missed else ""
+    last = {run["deployment_id"]: run["id"] for run in missed}  # they come in the order in which they were due
+    for run in missed:
+        by_cron = "auto-scheduled" in run["tags"]
+        if run["deployment_id"] == checks or (by_cron and last[run["deployment_id"]] != run["id"]):
+            api.set_state(run["id"], "COMPLETED", "SkippedLate", SKIPPED)
+
+
+def _runs(api: Api, *states: str) -> list[dict[str, Any]]:
+    return api.runs(state={"type": {"any_": [*states]}})
+
+
+def _orphans(api: Api) -> list[dict[str, Any]]:
+    """The runs underway without a process. Another machine's look the same: while it has a worker, none is named."""
+    found = [run for run in _runs(api, *UNDERWAY) if run["state_name"] != SUSPENDED and not _is_alive(run)]
+    return found if found and not _others(api) else []
+
+
+def _others(api: Api) -> bool:
+    if not api.answers(f"work_pools/{POOL}"):
+        return False
+    workers = api.ask("POST", f"work_pools/{POOL}/workers/filter", {})
+    return any(one["status"] == "ONLINE" and one["name"] != WORKER for one in workers)
+
+
+def _is_alive(run: dict[str, Any]) -> bool:
+    """Whether its process, by the number that the worker noted, is there; one that waits to be reaped is not."""
+    number = run["infrastructure_pid"] or ""
+    if not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True

@@ -1,0 +1,102 @@
+"""The watchdog: a server cannot report its own death, so a timer outside of it asks whether it looks after the tokens.
+
+Quick and light while all is well: nothing of Prefect is loaded until there is something to report.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from flows.stack import supervisor
+from flows.stack.api import CHECK, StackError
+from tokencore import ConfigurationError, Settings, open_document
+
+if TYPE_CHECKING:
+    from flows.stack.api import Api
+
+WHO = "Prefect"  # whose incident it is
+PATIENCE = 45.0  # seconds: a restart is no death
+PAUSE = 5.0  # seconds between two questions
+SILENCE = timedelta(minutes=90)  # without a check that ended: one was missed, and the next is late
+
+
+def watch() -> int:
+    """Ask the server and its newest check for a sign of life; alert Slack where there is none, and when there is again.
+
+    The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
+
+    Raises:
+        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+
+    """
+    settings, found = Settings.load(), silence(supervisor.api(), PATIENCE)
+    if found is None and not _was_reported(settings):
+        return 0
+    from flows import alerts  # all of Prefect
+
+    now = datetime.now(UTC)
+    if found is None:
+        alerts.resolved(settings, WHO, now)
+        return 0
+    alerts.report(settings, WHO, alerts.causes.SilenceError(found), now)
+    print(found, file=sys.stderr)
+    return 1
+
+
+def test_alert() -> int:
+    """Send one message the way alerts take, and say whether Slack accepted it; 1 where it did not.
+
+    Raises:
+        ConfigurationError: a setting is missing or malformed; nothing was sent.
+
+    """
+    from flows.alerts import messages, slack  # all of Prefect
+
+    settings = Settings.load()
+    send = slack.sender(settings)
+    if send is None:
+        raise ConfigurationError(f"Nothing was sent: set {_missing(settings)}, as .env.example shows.")
+    facts = messages.Facts("", datetime.now(UTC), None, False, [], ("", None), settings.slack_mention)  # noqa: FBT003
+    receipt = send(messages.test(messages.LANGUAGES[settings.slack_language], facts))
+    if receipt.refusal:
+        print(f"Slack did not accept the test message ({receipt.refusal}): {receipt.fix}.")
+        return 1
+    way = "bot" if receipt.thread else "webhook"
+    print(f"Slack accepted the test message, by the {way}: look at its channel.")
+    return 0
+
+
+def silence(api: Api, patience: float) -> str | None:
+    """What is wrong with the server of `api` for `patience` seconds; None once all is well."""
+    give_up = time.monotonic() + patience
+    while (found := _silence(api, datetime.now(UTC))) and time.monotonic() < give_up:
+        time.sleep(PAUSE)
+    return found
+
+
+def _silence(api: Api, now: datetime) -> str | None:
+    if not api.answers("health"):
+        return f"Prefect's server at {api.url} does not answer."
+    try:
+        last = api.last_check()
+        # Before the first check has ended, its deployment counts.
+        seen = last[1] if last else datetime.fromisoformat(api.deployment(CHECK)["created"])
+    except StackError as error:
+        return str(error)
+    if now - seen > SILENCE:
+        return f"No check of the tokens has ended since {seen:%Y-%m-%d %H:%M} UTC."
+    return None
+
+
+def _was_reported(settings: Settings) -> bool:
+    known = open_document(settings.token_dir, "incidents").read().get("incidents", [])
+    return any(isinstance(one, dict) and one.get("subject") == WHO for one in known)
+
+
+def _missing(settings: Settings) -> str:
+    if settings.slack_bot_token:
+        return "SLACK_CHANNEL"
+    return "SLACK_BOT_TOKEN" if settings.slack_channel else "SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL"

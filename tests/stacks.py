@@ -1,0 +1,146 @@
+"""The running system on folders and ports of its own, for tests: started, asked, and looked for in /proc."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import uuid
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+import pytest
+import requests
+from requests.adapters import HTTPAdapter
+
+from flows.stack.api import BUSY
+from tokencore import sessions
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "PYTHON_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
+SLOW = 90  # seconds for what takes a few on two idle cores
+PARTS = ("supervisor", "server", "tidy", "worker")  # those that last
+in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+
+
+class Place(NamedTuple):
+    """A machine's worth of folders for one system, and the environment that leads there."""
+
+    home: Path
+    work: Path
+    temporary: Path
+    environment: dict[str, str]
+
+    @classmethod
+    def made(cls, folder: Path, **settings: str) -> Place:
+        """Folders below `folder`, with more environment variables."""
+        place = cls(folder / "stack" / "home", folder / "stack" / "work", folder / "stack" / "tmp", {})
+        for one in place[:3]:
+            one.mkdir(parents=True)
+        known = {
+            name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_", "PREFECT_"))
+        }
+        own = {"HOME": str(place.home), "TMPDIR": str(place.temporary), "PYTHONPATH": str(ROOT), MARK: uuid.uuid4().hex}
+        place.environment.update(known, **own, **settings)
+        return place
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `python -m flows.stack`, its output and errors in one pipe."""
+        command = [sys.executable, "-m", "flows.stack", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=self.environment, cwd=self.work, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Run it to its end; exit code and output."""
+        started = self.start(*arguments)
+        output = started.communicate(timeout=3 * SLOW)[0]
+        return started.returncode, output
+
+    def living(self) -> dict[int, str]:
+        """The command lines of all processes that come from here, by number."""
+        mark = f"{MARK}={self.environment[MARK]}"
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            number = int(process.name)
+            if mark in environment_of(number):
+                found[number] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+
+def environment_of(process: int) -> set[str]:
+    """The environment of a process, as `NAME=value`; empty where it has ended, or is another user's."""
+    try:
+        return {one.decode(errors="replace") for one in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")}
+    except OSError:
+        return set()
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process; one that waits to be reaped is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def always_open() -> dict[str, str]:
+    """Settings by which an exchange of `us` or of `kr` trades now, whatever day it is; never both are at midnight."""
+    found = {}
+    for code in ("NASD", "KRX"):
+        now = datetime.now(ZoneInfo(sessions.exchange(code).zone))
+        closes = min(now + timedelta(hours=1), now.replace(hour=23, minute=59))
+        found[f"KIS_EXCHANGES__{code}__HOURS__{now.date()}"] = f"00:00-{closes:%H:%M}"
+    return found
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Up(NamedTuple):
+    """A stack in the background: where, what `up` printed, its folder, its server's address and password."""
+
+    place: Place
+    output: str
+    folder: Path
+    url: str
+    password: str
+
+    def processes(self) -> dict[str, int]:
+        """Its parts that live, by name."""
+        found = {part: int((self.folder / f"{part}.pid").read_text() or 0) for part in PARTS}
+        return {part: number for part, number in found.items() if is_alive(number)}
+
+    def api(self, method: str, path: str, content: object = None, **headers: str) -> requests.Response:
+        """What the server answers to one who knows the password."""
+        with requests.Session() as session:
+            session.mount("http://", HTTPAdapter(max_retries=BUSY))
+            session.auth = tuple(self.password.split(":", 1))  # type: ignore[assignment] # two, by its form
+            session.headers["Connection"] = "close"  # the server hangs up after a 503
+            session.headers.update(headers)
+            return session.request(method, f"{self.url}/api/{path}", json=content, timeout=60)
+
+    def create(self, deployment: str, **content: object) -> str:
+        """A new run of the deployment; its id."""
+        found = self.api("GET", f"deployments/name/{deployment}").json()["id"]
+        number: str = self.api("POST", f"deployments/{found}/create_flow_run", content).json()["id"]
+        return number
+
+    def look(self, run: str) -> dict[str, Any]:
+        """The run as the server has it."""
+        found: dict[str, Any] = self.api("GET", f"flow_runs/{run}").json()
+        return found
+
+    def state(self, run: str) -> tuple[str, str]:
+        """Type and name of its state."""
+        state = self.look(run)["state"]
+        return state["type"], state["name"]

@@ -1,0 +1,194 @@
+"""The same on PostgreSQL, with two workers: `make postgres`, as it takes minutes and Debian's package postgresql."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+import pytest
+from running import asked, until
+from stacks import MARK, SLOW, Place, Up, environment_of, free_port, in_proc
+
+from tokencore import sessions
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
+PASSWORD = "CanaryPassword"
+TEN = ("KRX", "NXT", "NYSE", "AMEX", "SEHK", "SHAA", "SZAA", "TKSE", "VNSE", "HASE")
+pytestmark = [
+    in_proc,
+    pytest.mark.skipif(not os.environ.get("TOKENCORE_POSTGRES"), reason="takes minutes: make postgres"),
+    pytest.mark.skipif(PROGRAMS is None, reason="no PostgreSQL server in /usr/lib/postgresql"),
+]
+
+
+class Two(NamedTuple):
+    """A stack on PostgreSQL, and a second worker beside its own."""
+
+    up: Up
+    gateway: Sandbox
+    second: subprocess.Popen[bytes]
+
+    def start(self, deployment: str, **parameters: object) -> str:
+        """Create a run that is due now; its id."""
+        found = self.up.api("GET", f"deployments/name/{deployment}").json()["id"]
+        made = self.up.api("POST", f"deployments/{found}/create_flow_run", {"parameters": parameters}).json()
+        run: str = made["id"]
+        return run
+
+    def run(self, number: str) -> dict[str, Any]:
+        """The run as it is now."""
+        found: dict[str, Any] = self.up.api("GET", f"flow_runs/{number}").json()
+        return found
+
+    def ended(self, numbers: list[str]) -> list[dict[str, Any]]:
+        """The runs, once none has anything left to do."""
+        final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+        until(lambda: all(self.run(number)["state"]["type"] in final for number in numbers), SLOW)
+        return [self.run(number) for number in numbers]
+
+    def tokencore(self, *arguments: str) -> str:
+        """What the command prints."""
+        command = [sys.executable, "-m", "tokencore", *arguments]
+        place = self.up.place
+        return subprocess.run(
+            command, env=place.environment, cwd=place.work, check=True, capture_output=True, text=True
+        ).stdout
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """A PostgreSQL server of one's own on loopback, as a user who is not root; the address of its database."""
+    assert PROGRAMS
+    folder, port = Path(tempfile.mkdtemp(prefix="tokencore-postgres-")), free_port()
+    user = "postgres" if os.geteuid() == 0 else None
+    try:
+        (folder / "password").write_text(PASSWORD)
+        if user:
+            shutil.chown(folder, user)
+            shutil.chown(folder / "password", user)
+        make = [
+            str(PROGRAMS / "initdb"),
+            "-D",
+            str(folder / "data"),
+            "-U",
+            "prefect",
+            "-A",
+            "scram-sha-256",
+            "-E",
+            "UTF8",
+        ]
+        subprocess.run([*make, f"--pwfile={folder / 'password'}"], user=user, cwd="/", check=True, capture_output=True)
+        options = ["-p", str(port), "-k", str(folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        with (folder / "log").open("wb") as log:
+            server = subprocess.Popen(
+                [PROGRAMS / "postgres", "-D", folder / "data", *options], user=user, cwd="/", stdout=log, stderr=log
+            )
+        try:
+            until(lambda: b"ready to accept connections" in (folder / "log").read_bytes(), 60)
+            yield f"postgresql+asyncpg://prefect:{PASSWORD}@127.0.0.1:{port}/postgres"
+        finally:
+            server.send_signal(signal.SIGINT)  # a fast shutdown: connections are ended
+            server.wait(60)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def always_open() -> dict[str, str]:
+    """Settings by which the ten exchanges have a session now that ends within the hour, whatever day it is."""
+    found = {}
+    for code in ("NASD", *TEN):
+        now = datetime.now(ZoneInfo(sessions.exchange(code).zone))
+        closes = min(now + timedelta(hours=1), now.replace(hour=23, minute=59))
+        found[f"KIS_EXCHANGES__{code}__HOURS__{now.date()}"] = f"00:00-{closes:%H:%M}"
+    return found | {"KIS_MARKETS__ALL__EXCHANGES": ",".join(("NASD", *TEN))}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    """Server, two workers, one key with KIS's own minute."""
+    place = Place.made(tmp_path_factory.mktemp("postgres"), PREFECT_SERVER_API_PORT=str(free_port()))
+    with cluster() as database, Sandbox(issue_interval=60) as gateway:
+        settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
+        settings |= {"KIS_TOKEN_DIR": str(place.work / "tokens"), "PREFECT_SERVER_DATABASE_CONNECTION_URL": database}
+        lines = [f"{name}={value}" for name, value in (settings | always_open()).items()]
+        gateway.fail("limit", 1)  # so that the check of `up` gets no token
+        (place.work / ".env").write_text("\n".join(lines))
+        code, output = place.run("up")
+        assert code == 0, output
+        folder = place.work / "tokens" / "prefect"
+        url = f"http://127.0.0.1:{place.environment['PREFECT_SERVER_API_PORT']}"
+        up = Up(place, output, folder, url, (folder / "password").read_text().strip())
+        yield from _with_second(up, gateway)
+        assert place.run("down") == (0, "Stopped.\n")
+        assert place.living() == {}
+
+
+def _with_second(up: Up, gateway: Sandbox) -> Iterator[Two]:
+    environment = dict(one.split("=", 1) for one in environment_of(up.processes()["worker"]) if one)
+    assert MARK in environment
+    command = [sys.executable, "-m", "prefect", "worker", "start", "-p", "tokens", "-t", "process", "-n", "second"]
+    with (up.folder / "second.log").open("wb") as log:
+        second = subprocess.Popen(command, env=environment, cwd=up.folder, stdout=log, stderr=log)
+    try:
+        until(lambda: b"started!" in (up.folder / "second.log").read_bytes(), SLOW)
+        yield Two(up, gateway, second)
+    finally:
+        second.terminate()
+        second.wait(60)
+
+
+def attempts(two: Two) -> list[datetime]:
+    """When requests went to KIS, by the issuance record."""
+    return [datetime.fromisoformat(one["at"]) for one in json.loads(two.tokencore("history", "us", "--json"))]
+
+
+def test_the_work_of_a_killed_worker_is_finished_by_the_other(two: Two) -> None:
+    """SIGKILL of worker and run during a renewal: the other worker's run has a token by one more request."""
+    before = asked(two.gateway)
+    two.gateway.set_rules(latency=15)
+    first = two.start("warm-up/NASD", exchange="NASD")
+    until(lambda: asked(two.gateway) == before + 1, SLOW)
+    worker = two.up.processes()["worker"]
+    log = f"submitting flow run '{first}'"
+    was_second = log in (two.up.folder / "second.log").read_text()
+    os.kill(two.second.pid if was_second else worker, signal.SIGKILL)
+    os.kill(int(two.run(first)["infrastructure_pid"]), signal.SIGKILL)
+    two.gateway.set_rules(latency=0)
+    (other,) = two.ended([two.start("warm-up/NYSE", exchange="NYSE")])
+    assert (other["state"]["type"], other["state"]["name"]) == ("COMPLETED", "Renewed")
+    assert asked(two.gateway) <= before + 2
+    times = attempts(two)[-2:]
+    assert times[1] - times[0] >= timedelta(seconds=60)
+
+
+def test_ten_warm_ups_in_one_minute_make_one_request(two: Two) -> None:
+    """Ten deployments due at once, one key, the limit on: one request, ten `Completed` runs, each run once."""
+    for market in ("us", "kr", "all"):
+        two.tokencore("delete", market)
+    before = asked(two.gateway)
+    runs = two.ended([two.start(f"warm-up/{code}", exchange=code) for code in TEN])
+    assert [run["state"]["type"] for run in runs] == ["COMPLETED"] * 10
+    assert {run["run_count"] for run in runs} == {1}
+    assert asked(two.gateway) == before + 1
+
+
+def test_the_databases_password_is_told_nowhere(two: Two) -> None:
+    """Not in the stack's files, not on a command line; the runs' environment has no use for it."""
+    stored = {path: path.read_bytes() for path in two.up.folder.rglob("*") if path.is_file()}
+    assert [path for path, content in stored.items() if PASSWORD.encode() in content] == []
+    assert not any(PASSWORD in line for line in two.up.place.living().values())
+    assert PASSWORD.encode() not in Path(f"/proc/{two.up.processes()['worker']}/environ").read_bytes()
