@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 pytestmark = in_proc
 WEBHOOK = "CanaryWebhook"  # in the address of the Slack that the stack alerts
-CHECK, REFRESH = "check-tokens/check_tokens", "refresh-token/refresh_token"
+CHECK = "check-tokens/check_tokens"
 NAMES = ["A run crashed", "A run is late", "A run shows no life", "No worker", "The hourly check is missing"]
 STRANGER = "http://stranger.example"
 WATCH = """
@@ -91,8 +91,10 @@ def refreshing(up: Up, gateway: Sandbox) -> Iterator[tuple[str, int]]:
     """A run that waits for KIS, and its process."""
     gateway.set_rules(latency=MINUTE)
     before = gateway.stats()["token_requests"]
-    asked = {"market": "kr", "operator": "Kim", "force": True, "reason": "test"}
-    run = up.create(REFRESH, parameters=asked)
+    for pattern in ("key-*.json*", "*_api_token.json", "*_token_issued_at.dat"):  # no token, and nobody who issued one
+        for file in up.folder.parent.glob(pattern):
+            file.unlink()
+    run = up.create(CHECK)
     until(lambda: gateway.stats()["token_requests"] > before, SLOW)
     gateway.set_rules(latency=0)
     yield run, int(up.look(run)["infrastructure_pid"])
