@@ -241,7 +241,7 @@ def same_counted() -> None:
     def within(known: Any, now: Any, span: Any = attempts.DAY) -> list[Any]:
         return [one for one in known if one.outcome in attempts.GRANTED and abs(now - one.at) < span]
 
-    attempts.issued_within = within
+    attempts.issued_within = within  # type: ignore[assignment]
 
 
 @found_by("faults", "the_ceiling_holds_or_the_refusal_says_why[full disk]")
@@ -266,10 +266,12 @@ def fast_reader_differs() -> None:
 def anchor_ignored() -> None:
     """A renewal is due as soon as a day has passed since the last one."""
     moment: Any = policy._moment
-    policy._moment = lambda past, window, needs, _: moment(past, window, needs, None)
+    inside: Any = policy
+    inside._moment = lambda past, window, needs, _: moment(past, window, needs, None)
 
 
 @found_by("faults", "an_answer_of_64_mb_takes_no_memory[64 MB in chunks]")
 def endless_answer() -> None:
     """An answer is read to its end, however long it is."""
-    gateway.ANSWER_LIMIT = 1 << 40
+    inside: Any = gateway
+    inside.ANSWER_LIMIT = 1 << 40
