@@ -410,15 +410,23 @@ def _returned(answer: Token, standing: Standing) -> bool:
 
     What else is known of it holds for the answer then.
     """
+    now = standing.now
     present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
     # The record also knows a token whose file was deleted.
-    earlier = [attempt.at for attempt in standing.attempts if attempt.expires_at == answer.expires_at]
+    earlier = [one.at for one in standing.attempts if one.expires_at == answer.expires_at or _is_issue(one, answer, now)]
     if present:
         answer.rejected_at = present.rejected_at
     issues = [answer.issued_at, present and present.issued_at, *earlier]
     answer.issued_at = min((at for at in issues if at), default=None)
-    foreign = answer.issued_at is not None and answer.issued_at < standing.now - FOREIGN_AGE
+    foreign = answer.issued_at is not None and answer.issued_at < now - FOREIGN_AGE
     return bool(present or earlier or foreign)
+
+
+def _is_issue(attempt: Attempt, answer: Token, now: datetime) -> bool:
+    """Whether an issue of which only the time is known brought this answer: it tells a time nearer to that than now."""
+    if attempt.outcome is not Outcome.ISSUED or attempt.expires_at is not None or answer.issued_at is None:
+        return False
+    return abs(attempt.at - answer.issued_at) < abs(now - answer.issued_at)
 
 
 def _safe(error: Exception) -> object:
