@@ -379,6 +379,17 @@ def test_the_ceiling_holds_or_the_refusal_says_why(state: str, desk: Desk) -> No
     assert desk.hurried() == []
 
 
+def test_a_token_that_kis_repeats_on_a_full_disk_counts_once(desk: Desk) -> None:
+    """Each process has it for itself, and KIS returns it to the next: one issue of the day's two, however many ask."""
+    for _ in range(4):
+        process = desk.start("get", "us")
+        while process.at is not None:
+            process.go(errno.ENOSPC if needs_space(process.at) else 0)
+        assert process.ran.out.split() == desk.granted
+    assert len(desk.served()) == 1
+    assert desk.hurried() == []
+
+
 TEXTS: dict[str, bytes] = {
     "empty": b"",
     "null": b"null",
