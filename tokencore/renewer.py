@@ -413,7 +413,9 @@ def _returned(answer: Token, standing: Standing) -> bool:
     now = standing.now
     present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
     # The record also knows a token whose file was deleted.
-    earlier = [one.at for one in standing.attempts if one.expires_at == answer.expires_at or _is_issue(one, answer, now)]
+    earlier = [
+        one.at for one in standing.attempts if one.expires_at == answer.expires_at or _is_issue(one, answer, now)
+    ]
     if present:
         answer.rejected_at = present.rejected_at
     issues = [answer.issued_at, present and present.issued_at, *earlier]
