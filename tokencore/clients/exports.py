@@ -166,10 +166,11 @@ class Exports:
             except ValueError:  # something is there, but no readable file
                 looked.append(Found(path))
                 continue
-            jwts = [] if _is_ours(path, content, written) else _jwts(content)
+            mine = _digest(content) in str(written.get(path))
+            jwts = [] if mine else _jwts(content)
             keys = {jwt: key for jwt in jwts if isinstance(key := jwt_claims(jwt).get("jti"), str)}
             theirs = bool(keys or CLIENTS[target.client].names_key) and set(keys.values()) <= {app_key}
-            replaceable = theirs or not content.strip() or _is_ours(path, content, written)
+            replaceable = theirs or mine or not content.strip()
             longer = longest([_longer(jwt, ours, now) for jwt, key in keys.items() if key == app_key])
             if longer and files.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
                 longer = None
@@ -205,8 +206,8 @@ class Exports:
             if past_days_only and not (_DATED.fullmatch(name) and name < today):
                 continue
             with contextlib.suppress(OSError, ValueError):
-                ours = _is_ours(path, files.read_bytes(path, FILE_LIMIT, trusted=False) or b"", written)
-                if ours and files.remove(path) and not past_days_only:
+                content = files.read_bytes(path, FILE_LIMIT, trusted=False) or b""
+                if _digest(content) in str(written[path]) and files.remove(path) and not past_days_only:
                     _log.warning(
                         "Removed the copy %s: the key has no living token. That client may issue itself.", path
                     )
@@ -300,10 +301,6 @@ def _longer(jwt: str, ours: Token | None, now: datetime) -> Token | None:
         if token.expires_at > max(now, ours.expires_at if ours else now) and not (ours and jwt == ours.access_token):
             return token
     return None
-
-
-def _is_ours(path: str, content: bytes, written: dict[str, object]) -> bool:
-    return _digest(content) in str(written.get(path))
 
 
 def _digest(content: bytes) -> str:

@@ -124,13 +124,10 @@ class Gateway:
                 what = "Nothing was sent: another process is asking with this key, or the attempt could not be recorded"
                 return Refusal(Outcome.UNREACHABLE, None, what, codes.AGAIN)
             answer = self._post(path, fields)
-            if not isinstance(answer, Refusal):
-                return self._judged(answer)
-            if answer.outcome is not Outcome.UNREACHABLE:
+            if not isinstance(answer, Refusal) or answer.outcome is not Outcome.UNREACHABLE:
                 break
-        return answer
-
-    def _judged(self, answer: _Answer) -> _Answer | Refusal:
+        if isinstance(answer, Refusal):
+            return answer
         code = codes.code_of(answer.body)
         if answer.status == OK and not answer.body.get("error_code") and code not in codes.KNOWN:
             return answer
