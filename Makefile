@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test clients torture fuzz postgres bench lint docs pins clean
+.PHONY: help demo up down status test-alert test clients torture postgres bench lint docs pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -16,8 +16,7 @@ help:
 	@echo 'make test-alert  send a test message to Slack, and say whether it took it'
 	@echo 'make test    the tests'
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
-	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks (up to 45 min)'
-	@echo 'make fuzz    any bytes to each parser, guided by coverage, a minute each: installs atheris into .fuzz'
+	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks, planted bugs (up to an hour)'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes ten minutes'
 	@echo 'make postgres  two workers on a PostgreSQL server of their own, one of them killed'
 	@echo 'make lint    linters, formatter, packages that fit each other, type checker, direction of imports'
@@ -39,17 +38,8 @@ clients: .venv/.dev
 	@TOKENCORE_CLIENTS=all $(RUN) pytest tests/test_clients.py $(ARGS)
 
 torture: .venv/.dev
-	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),$(wildcard tests/test_faults_*.py) tests/test_secrets.py)
-
-# Seconds for each and names of parsers go into ARGS, such as `make fuzz ARGS="10 record"`.
-fuzz: .fuzz/.ready
-	@PYTHONPATH=tests .fuzz/bin/python tests/fuzz.py $(ARGS)
-
-.fuzz/.ready: tests/fuzzing.txt pyproject.toml constraints.txt
-	@echo 'Installing into .fuzz ...'
-	@$(PYTHON) -m venv --clear .fuzz
-	@.fuzz/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable . -r tests/fuzzing.txt
-	@touch $@
+	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),\
+		tests/test_faults.py tests/test_model.py tests/test_planted.py tests/test_secrets.py)
 
 # Beside other clients, which are installed for nothing else; tokencore as a user has it, not as a checkout.
 bench: .venv/.flows .bench/.clients
@@ -119,5 +109,5 @@ pins:
 	cp "$$new/constraints.txt" constraints.txt
 
 clean:
-	@rm -rf .venv .bench .fuzz .demo build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .bench .demo build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

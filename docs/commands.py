@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
-from tokencore.commands import EXIT_CODES, parser, parsers
+from tokencore.commands import EXIT_CODES, parsers
 
 PAGE = Path(__file__).with_suffix(".md")
 WIDTH = 110  # columns of the help texts
@@ -31,7 +31,7 @@ It knows the markets of your settings as they were then: write it again when you
 
 def text() -> str:
     """The page."""
-    found = parsers(parser())
+    _, found = parsers()
     for one in found.values():
         one.formatter_class = functools.partial(argparse.HelpFormatter, width=WIDTH)
     index = "\n".join(f"- [`tokencore {name}`](#tokencore-{name})" for name in found)

@@ -472,7 +472,7 @@ class _Watch:
         self._open_files()
         self._tell_time()
         threading.Thread.start = threading.Thread.run  # type: ignore[method-assign]
-        threading.Thread.join = lambda *_: None  # type: ignore[assignment, method-assign]
+        threading.Thread.join = lambda *_: None  # type: ignore[method-assign]
 
     @property
     def now(self) -> float:

@@ -220,13 +220,14 @@ def test_young_rejected_token_has_no_successor_and_kiss_answer_is_handed_out(gat
 def test_redirect_takes_no_secret_with_it(
     gateway: Sandbox, kis: Callable[..., Scripted], send: Send, before: list[Answer]
 ) -> None:
-    """KIS never redirects; who does sees the request, and where it leads neither token, key nor secret arrives."""
-    with Scripted(gateway) as elsewhere:
+    """KIS never redirects; where it leads neither token, key nor secret arrives, whatever is answered there."""
+    with Scripted(gateway, Answer(500, "EGW00121")) as elsewhere:
         first = kis(*before, Answer(302, location=elsewhere.url))
         cached(17 * HOUR)
         send(first.url)
-    assert not set(elsewhere.seen[0][0]) & SECRET_HEADERS
-    assert len(first.seen) == len(before) + 1
+    assert elsewhere.seen
+    assert not any(set(headers) & SECRET_HEADERS for headers, _ in elsewhere.seen)
+    assert len(first.seen) >= len(before) + 1
     assert set(first.seen[-1][0]) >= SECRET_HEADERS
 
 

@@ -20,7 +20,7 @@ from running import Ran, asked, cached, folder, issue_of, on_disk, one_line, out
 
 from tokencore import TokenManager
 from tokencore.clients.exports import CLIENTS
-from tokencore.commands import MODULES, parser, parsers
+from tokencore.commands import MODULES, parsers
 from tokencore.reports.tables import REFUSED
 from tokencore.sandbox import APP_KEY
 from tokencore.tokens import KST
@@ -33,36 +33,12 @@ if TYPE_CHECKING:
     Command = Callable[..., Ran]
     Give = Callable[..., Ran]
 
-CHECK_FIELDS: dict[str, tuple[type, ...]] = {
-    "market": (str,),
-    "status": (str,),
-    "valid": (bool,),
-    "expires_at": (str,),
-    "remaining_seconds": (int,),
-    "remaining_hours": (float,),
-    "buffer_seconds": (int, float),
-    "proactive_refresh_seconds": (int, float),
-    "cache_exists": (bool,),
-    "environment": (str,),
-    "issued_at": (str,),
-    "cached_at": (str,),
-    "file": (str,),
-    "permissions": (str,),
-    "cooldown_until": (str,),
-    "issues_last_24h": (int,),
-    "next_need": (dict,),
-    "covers_next_need": (bool,),
-}
-NEVER_NULL = {
-    "market",
-    "status",
-    "valid",
-    "remaining_seconds",
-    "remaining_hours",
-    "cache_exists",
-    "environment",
-    "file",
-}
+NEVER_NULL = {  # fields of `check --json`, with and without a token
+    "market": str, "status": str, "valid": bool, "remaining_seconds": int, "remaining_hours": float,
+    "buffer_seconds": float, "proactive_refresh_seconds": float, "cache_exists": bool, "environment": str, "file": str,
+    "issues_last_24h": int, "next_need": dict, "covers_next_need": bool,
+}  # fmt: skip
+WITH_A_TOKEN = dict.fromkeys(("expires_at", "issued_at", "cached_at", "permissions", "cooldown_until"), str)
 
 
 def test_refresh_renews_or_declines_with_4(quick: Sandbox, command: Command) -> None:
@@ -121,18 +97,24 @@ def test_forced_refresh_passes_the_ceiling_and_says_when_nothing_changed(
     assert asked(quick) == 3
 
 
-def test_a_second_forced_refresh_asks_on_a_terminal(
-    quick: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def at_a_terminal(answer: str, *arguments: str) -> Ran:
+    """Run a command that a person answers at a real terminal."""
+    ours, theirs = os.openpty()
+    program = [sys.executable, "-m", "tokencore", *arguments]
+    with subprocess.Popen(program, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        os.write(ours, answer.encode())
+        out, err = running.communicate(timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    return Ran(running.returncode, out, err)
+
+
+def test_a_second_forced_refresh_asks_on_a_terminal(quick: Sandbox, command: Command) -> None:
     """It names who had the key renewed and when; what programs renewed by themselves is no reason to ask."""
     quick.set_rules(same_token=0)
     assert command("get", "us").code == 0
-    for by, answer, code in (("김민지", None, 0), ("Kim", "no\n", 2), ("Kim", "y\n", 0)):
-        time.sleep(0.1)
-        if answer:
-            monkeypatch.setattr(sys, "stdin", terminal := io.StringIO(answer))
-            monkeypatch.setattr(terminal, "isatty", lambda: True)
-        ran = command("refresh", "us", "--force", "--by", by)
+    for by, answer, code in (("김민지", "", 0), ("Kim", "no\n", 2), ("Kim", "y\n", 0)):
+        ran = at_a_terminal(answer, "refresh", "us", "--force", "--by", by)
         assert (ran.code, "김민지 had this key renewed at" in ran.err) == (code, bool(answer))
     assert asked(quick) == 3
 
@@ -153,54 +135,24 @@ def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: San
     assert gateway.stats()["revokes"] == 0
 
 
-def test_delete_revoke_makes_kis_forget_the_token_for_every_market(gateway: Sandbox, command: Command) -> None:
-    """KIS is asked once, and the other market of the key is without the dead token too; from when on is said."""
-    command("get", "us")
-    ran = command("delete", "us", "--revoke", "--yes")
-    assert (ran.code, ran.err) == (0, "")
-    assert re.search(r"Revoked at KIS, .* only from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d KST\.\nDeleted\.", ran.out)
-    assert gateway.stats()["revokes"] == 1
-    assert command("check", "kr").code == 3
+def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Command) -> None:
+    """The question names the markets of the key, and from when KIS issues another token; it is for yes alone.
 
-
-def at_a_terminal(answer: str, *arguments: str) -> Ran:
-    """Run a command that a person answers at a real terminal."""
-    ours, theirs = os.openpty()
-    program = [sys.executable, "-m", "tokencore", *arguments]
-    with subprocess.Popen(program, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        os.write(ours, answer.encode())
-        out, err = running.communicate(timeout=30)
-    os.close(ours)
-    os.close(theirs)
-    return Ran(running.returncode, out, err)
-
-
-@pytest.mark.parametrize("answer", ["y\n", "YES\n"])
-def test_delete_revoke_asks_a_person_and_does_what_is_confirmed(
-    gateway: Sandbox, command: Command, answer: str
-) -> None:
-    """The question names the markets of the key, and from when KIS issues another token; nothing to revoke, none."""
+    Anything else, and nobody who can be asked, is exit 2, and the token is as it was. The other market of the key is
+    without the dead token too.
+    """
     assert "no token to revoke" in at_a_terminal("", "delete", "us", "--revoke").out
-    command("get", "us")
-    until = (issue_of(on_disk()) + timedelta(hours=6)).astimezone(KST)
-    ran = at_a_terminal(answer, "delete", "us", "--revoke")
-    assert (ran.code, ran.out.splitlines()[-1]) == (0, "Deleted.")
-    assert f"uses the token of us, kr loses it. KIS issues a new one only from {until:%Y-%m-%d %H:%M:%S} KST" in ran.err
-    assert gateway.stats()["revokes"] == 1
-
-
-@pytest.mark.parametrize("answer", ["n\n", "\n", "yesterday\n", "\x04"], ids=["no", "nothing", "another", "end"])
-def test_delete_revoke_does_nothing_unless_a_person_says_yes(gateway: Sandbox, command: Command, answer: str) -> None:
-    """Exit 2 at a terminal, and without one, where nobody can be asked; the token and its file are as they were."""
     token = command("get", "us").out
-    ran = at_a_terminal(answer, "delete", "us", "--revoke")
-    assert (ran.code, ran.out, "Nothing was revoked or deleted." in ran.err) == (2, "", True)
-    done = subprocess.run(
-        [sys.executable, "-m", "tokencore", "delete", "us", "--revoke"],
-        input="yes\n", capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, "add --yes" in done.stderr) == (2, True)
-    assert (command("get", "us").out, gateway.stats()["revokes"]) == (token, 0)
+    for answer in ("n\n", "\n", "yesterday\n", "\x04"):
+        ran = at_a_terminal(answer, "delete", "us", "--revoke")
+        assert (ran.code, ran.out, "Nothing was revoked or deleted." in ran.err) == (2, "", True)
+    assert "add --yes" in one_line(command("delete", "us", "--revoke"))
+    assert command("get", "us", "--no-renew").out == token
+    until = f"only from {(issue_of(on_disk()) + timedelta(hours=6)).astimezone(KST):%Y-%m-%d %H:%M:%S} KST."
+    ran = at_a_terminal("YES\n", "delete", "us", "--revoke")
+    assert f"uses the token of us, kr loses it. KIS issues a new one {until}" in ran.err
+    assert (ran.code, ran.out.endswith(f"KIS issues a new one {until}\nDeleted.\n")) == (0, True)
+    assert (gateway.stats()["revokes"], command("check", "kr").code) == (1, 3)
 
 
 def test_delete_revoke_that_fails_deletes_nothing(gateway: Sandbox, command: Command) -> None:
@@ -216,7 +168,9 @@ def test_delete_revoke_that_fails_deletes_nothing(gateway: Sandbox, command: Com
 def test_history_tells_every_attempt_of_every_key(
     quick: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table for people, JSON for programs; attempts of markets with one key appear once, with both names."""
+    """A table for people, JSON for programs, also of nothing; attempts of one key appear once, with all its markets."""
+    assert command("history").out == "No attempt has been recorded.\n"
+    assert json.loads(command("history", "us", "--json").out) == []
     monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
     monkeypatch.setenv("KIS_MARKETS__HK__APP_KEY", KEY)
     monkeypatch.setenv("KIS_MARKETS__HK__APP_SECRET", SECRET)
@@ -238,48 +192,34 @@ def test_history_tells_every_attempt_of_every_key(
     assert "us+kr" in table[2]
 
 
-@pytest.mark.usefixtures("gateway")
-def test_history_without_attempts_says_so(command: Command) -> None:
-    """Nothing recorded is a sentence for people and an empty list for programs."""
-    assert command("history").out == "No attempt has been recorded.\n"
-    assert json.loads(command("history", "us", "--json").out) == []
-
-
 @pytest.mark.usefixtures("slow")
-def test_check_json_has_exactly_the_contracts_fields_and_types(command: Command) -> None:
-    """One object for every market, in the settings' order; every field has its type, with a token or without."""
+def test_check_json_has_exactly_the_contracts_fields_and_tells_facts(command: Command) -> None:
+    """One object for every market, in the settings' order; each field has its type, with a token or without.
+
+    Times are ISO 8601 with offset, file and mode are real, cool-down and count come from the record.
+    """
     empty = json.loads(command("check", "--json").out)
     command("get", "us")
     ran = command("check", "--json")
-    full = json.loads(ran.out)
-    assert (ran.code, ran.err) == (0, "")
-    assert [one["market"] for one in full] == ["us", "kr"]
-    for one in full:
-        assert list(one) == list(CHECK_FIELDS)
-        assert all(type(one[name]) in types for name, types in CHECK_FIELDS.items()), one
-    for one in empty:
-        assert list(one) == list(CHECK_FIELDS)
-        assert all(one[name] is None or type(one[name]) in types for name, types in CHECK_FIELDS.items())
-        assert all(one[name] is not None for name in NEVER_NULL)
-        assert (one["status"], one["valid"], one["cache_exists"]) == ("NO_TOKEN", False, False)
-        assert (one["remaining_seconds"], one["remaining_hours"], one["issues_last_24h"]) == (0, 0, 0)
-
-
-@pytest.mark.usefixtures("slow")
-def test_check_json_tells_facts(command: Command) -> None:
-    """Times are ISO 8601 with offset, file and mode are real, cool-down and count come from the record."""
-    command("get", "us")
-    one = json.loads(command("check", "us", "--json").out)[0]
+    one, other = full = json.loads(ran.out)
+    assert (ran.code, ran.err, one["market"], other["market"]) == (0, "", "us", "kr")
+    for status in full:
+        assert {name: type(value) for name, value in status.items()} == NEVER_NULL | WITH_A_TOKEN
+    for status in empty:
+        nothing = dict.fromkeys(WITH_A_TOKEN)
+        assert {name: value and type(value) for name, value in status.items() if name in nothing} == nothing
+        assert {name: type(value) for name, value in status.items() if name not in nothing} == NEVER_NULL
+        assert (status["status"], status["valid"], status["cache_exists"]) == ("NO_TOKEN", False, False)
+        assert (status["remaining_seconds"], status["remaining_hours"], status["issues_last_24h"]) == (0, 0, 0)
     times = {name: datetime.fromisoformat(one[name]) for name in ("expires_at", "issued_at", "cooldown_until")}
     assert all(at.utcoffset() is not None for at in times.values())
     assert times["expires_at"] - times["issued_at"] == timedelta(days=1)
     assert one["remaining_hours"] == pytest.approx(one["remaining_seconds"] / 3600, abs=0.01)
     assert (one["file"], one["permissions"]) == (str(folder() / "us_api_token.json"), "0600")
     assert (one["issues_last_24h"], one["buffer_seconds"], one["proactive_refresh_seconds"]) == (1, 300, 1800)
-    start_of_need, end_of_need = (datetime.fromisoformat(one["next_need"][edge]) for edge in ("start", "end"))
-    assert start_of_need < end_of_need
-    assert end_of_need > datetime.now(UTC)
-    assert one["covers_next_need"] is (end_of_need < times["expires_at"] - timedelta(seconds=270))
+    start, end = (datetime.fromisoformat(one["next_need"][edge]) for edge in ("start", "end"))
+    assert start < end > datetime.now(UTC)
+    assert one["covers_next_need"] is (end < times["expires_at"] - timedelta(seconds=270))
 
 
 @pytest.mark.parametrize(
@@ -298,17 +238,15 @@ def test_check_words_and_exit_codes(command: Command, left: float, status: str, 
     assert command("check").code == code
 
 
-@pytest.mark.usefixtures("gateway")
-def test_check_creates_nothing_where_nothing_is(command: Command) -> None:
-    """Without a token directory `check` reports exit 3 and makes none."""
-    assert command("check").code == 3
-    assert command("check", "--json").code == 3
-    assert not folder().exists()
-
-
 @pytest.mark.parametrize("line", ["check", "check --json", "check --probe", "history", "tick", "plan", "metrics"])
 def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Command, line: str) -> None:
-    """Neither contents, nor times, nor modes of the directory and its files change, and KIS is asked for no token."""
+    """Neither contents, nor times, nor modes of the directory and its files change, and KIS is asked for no token.
+
+    Where there is no directory, none is made.
+    """
+    if line != "tick":  # which renews
+        assert command(*line.split()).code == 3 * line.startswith("check")
+        assert not folder().exists()
     command("get", "us")
     before = snapshot(Path.home())
     assert command(*line.split()).code == 0
@@ -340,7 +278,9 @@ def test_check_of_a_file_that_is_no_token_says_so(command: Command) -> None:
 def test_probe_proves_each_valid_token_with_one_call(
     gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accepted: 0. Dead at KIS: 3. KIS gone: 6. Nothing is issued, and the proof has a field of its own."""
+    """Accepted: 0. Dead at KIS: 3. KIS gone: 6. Nothing is issued, no expired one is tried, the proof has its field."""
+    cached(100)
+    assert (command("check", "--probe").code, gateway.stats()["quotes_refused"]) == (3, {})
     command("get", "us")
     ran = command("check", "--probe")
     assert (ran.code, ran.out.count("KIS accepts the token")) == (0, 2)
@@ -356,13 +296,6 @@ def test_probe_proves_each_valid_token_with_one_call(
     assert ran.code == 6
     assert "not known" in ran.out
     assert asked(gateway) == 1
-
-
-def test_probe_without_a_valid_token_asks_nothing(gateway: Sandbox, command: Command) -> None:
-    """What has expired needs no proof."""
-    cached(100)
-    assert command("check", "--probe").code == 3
-    assert gateway.stats()["quotes_refused"] == {}
 
 
 @pytest.mark.usefixtures("nowhere")
@@ -409,11 +342,11 @@ def test_tick_gives_every_key_its_turn(gateway: Sandbox, command: Command, monke
 
 def test_a_command_loads_its_own_room_only() -> None:
     """The parser made for one command knows it as the whole one does; `check --json` pays for no other's imports."""
-    whole = parsers(parser())
+    _, whole = parsers()
     assert [name for names in MODULES.values() for name in names] == list(whole)
     for name, one in whole.items():
-        assert parsers(parser(name))[name].format_help() == one.format_help()
-    program = "import sys; from tokencore.commands import parser; parser('check'); print(*sys.modules)"
+        assert parsers(name)[1][name].format_help() == one.format_help()
+    program = "import sys; from tokencore.commands import parsers; parsers('check'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"rich", "http.server", "requests", "tokencore.keys", "tokencore.sandbox"} & set(loaded)
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt
@@ -30,21 +30,26 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
     Command = Callable[..., Ran]
+    Set = Callable[[str, str], None]
+
+ACCEPTED, DEPLOYMENTS = "token accepted us+kr", "/api/deployments/filter"
+by_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives a file away")
 
 
 class Answers:
-    """A server on loopback that answers each path with a status, JSON and headers of the test's choice."""
+    """A server on loopback that answers each path with a status and JSON, and everything with the test's headers."""
 
     def __init__(self) -> None:
         """Answer 404 to everything."""
         self.by_path: dict[str, tuple[int, object]] = {}
         self.headers: dict[str, str] = {}
         self.asked: list[tuple[str, str]] = []
+        self.url = ""
 
 
 @pytest.fixture
-def answers() -> Iterator[tuple[Answers, str]]:
-    """The server and its address."""
+def answers() -> Iterator[Answers]:
+    """The server."""
     answers = Answers()
 
     class Handler(BaseHTTPRequestHandler):
@@ -66,14 +71,16 @@ def answers() -> Iterator[tuple[Answers, str]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield answers, f"http://127.0.0.1:{server.server_port}"
+        answers.url = f"http://127.0.0.1:{server.server_port}"
+        yield answers
         server.shutdown()
 
 
 @pytest.fixture
-def warm(gateway: Sandbox) -> None:  # noqa: ARG001 - KIS issues it
-    """A valid token for us and kr."""
+def warm(gateway: Sandbox) -> Sandbox:
+    """KIS, which has issued a valid token for us and kr."""
     TokenManager("us").get_valid_token()
+    return gateway
 
 
 @pytest.fixture(autouse=True)
@@ -83,67 +90,63 @@ def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_API_PORT", "1")
 
 
-def found(command: Command, code: int) -> dict[str, list[dict[str, str]]]:
-    """The findings by name, after a look that ended with `code`."""
-    ran = command("doctor", "--json")
-    assert ran.err == ""
-    assert ran.code == code, ran.out
-    lines: dict[str, list[dict[str, str]]] = {}
+class Seen(dict[str, list[dict[str, str]]]):
+    """The findings by name."""
+
+    def only(self, name: str) -> dict[str, str]:
+        """The one finding of that name."""
+        (one,) = self[name]
+        return one
+
+    def states(self, *names: str) -> list[str]:
+        """How the things of these names are, of which there is one each."""
+        return [self.only(name)["state"] for name in names]
+
+
+def found(command: Command, code: int) -> Seen:
+    """What a look finds that ends with `code`."""
+    ran, seen = command("doctor", "--json"), Seen()
+    assert (ran.code, ran.err) == (code, ""), ran.out
     for one in json.loads(ran.out):
         assert set(one) == {"name", "state", "detail", "cure"}
         assert one["cure"] or one["state"] in ("ok", "skipped")
-        lines.setdefault(one["name"], []).append(one)
-    return lines
+        seen.setdefault(one["name"], []).append(one)
+    return seen
 
 
-def only(lines: dict[str, list[dict[str, str]]], name: str) -> dict[str, str]:
-    """The one finding of that name."""
-    (one,) = lines[name]
-    return one
-
-
-def test_a_healthy_set_up_is_exit_0_with_evidence(gateway: Sandbox, command: Command) -> None:
+def test_a_healthy_set_up_is_exit_0_with_evidence(warm: Sandbox, command: Command) -> None:
     """No failure, and for the token a line per quote call; the order code's empty answer is explained, not blamed."""
-    TokenManager("us").get_valid_token()
-    lines = found(command, 0)
-    assert {one["state"] for every in lines.values() for one in every} <= {"ok", "skipped"}
-    price, abroad, daily, order = [one["detail"] for one in lines["token accepted us+kr"]]
+    seen = found(command, 0)
+    assert {one["state"] for every in seen.values() for one in every} <= {"ok", "skipped"}
+    price, abroad, daily, order = [one["detail"] for one in seen[ACCEPTED]]
     assert price == "domestic price: FHKST01010100 J 005930 -> HTTP 200 rt_cd=0 msg_cd=MCA00000, rows=1"
     assert abroad == "overseas price: HHDFS00000300 NAS AAPL -> HTTP 200 rt_cd=0 msg_cd=MCA00000, rows=1"
     assert daily.startswith("overseas daily price: HHDFS76240000 NAS AAPL -> HTTP 200 rt_cd=0")
     assert not daily.endswith("rows=0")
     assert order.endswith("rows=0 - as it must be: NASD is for orders; quotes want NAS")
-    assert gateway.stats()["quotes"] == 4
+    assert warm.stats()["quotes"] == 4
 
 
 def test_looking_issues_and_writes_nothing_and_tells_no_secret(
     gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With and without a token, as text and as JSON: no request, no file touched, no credential, token or webhook."""
-    for name, value in {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_HTS_ID": "CanaryId"}.items():
+    """With and without a token, as JSON and as text of 79 columns: no request, no file touched, nothing secret."""
+    own = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL_": "https://user:Canary@host"}
+    own |= {"SLACK_WEBHOOK_URL": "http://127.0.0.1:1/services/Canary", "KIS_HTS_ID": "CanaryId"}
+    for name, value in {**own, "PREFECT_API_URL": "http://user:Canary@127.0.0.1:1/api"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SLACK_WEBHOOK_URL", "http://127.0.0.1:1/services/Canary")
-    monkeypatch.setenv("KIS_BASE_URL_", "https://user:Canary@host")
-    monkeypatch.setenv("PREFECT_API_URL", "http://user:Canary@127.0.0.1:1/api")
     said = [command("doctor"), command("doctor", "--json")]
     assert not folder().exists()
     cached(20_000)
     before = snapshot(folder())
-    said += [command("doctor"), command("doctor", "--json")]
+    said += [text := command("doctor"), command("doctor", "--json")]
     after = snapshot(folder())
     assert [path for path in before | after if after.get(path) != before.get(path)] == [str(folder())], "its time alone"
     assert asked(gateway) == 0
     assert [canary for canary in CANARIES if any(canary in ran.out + ran.err for ran in said)] == []
-
-
-@pytest.mark.usefixtures("gateway")
-def test_text_fits_80_columns_without_colours(command: Command) -> None:
-    """Each line is at most 79 characters, a state begins each finding, and no escape sequence is in it."""
-    ran = command("doctor")
-    assert max(map(len, ran.out.splitlines())) < 80
-    assert "\x1b" not in ran.out
-    first = {line.split()[0] for line in ran.out.splitlines() if not line.startswith(" ")}
-    assert first <= {"ok", "warn", "fail", "skipped"}
+    lines = text.out.splitlines()
+    assert (max(map(len, lines)) < 80, "\x1b" in text.out) == (True, False)
+    assert {line.split()[0] for line in lines if not line.startswith(" ")} <= {"ok", "warn", "fail", "skipped"}
 
 
 def test_settings_are_told_with_their_origin(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,60 +156,130 @@ def test_settings_are_told_with_their_origin(command: Command, monkeypatch: pyte
     monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
     monkeypatch.setenv("KIS_APP_SECRET", SECRET)
     monkeypatch.setenv("KIS_BASE_URL", "http://127.0.0.1:1")
-    lines = found(command, 3)
-    key = only(lines, "setting KIS_APP_KEY")
+    seen = found(command, 3)
+    key = seen.only("setting KIS_APP_KEY")
     assert (key["state"], key["detail"].partition(";")[0]) == ("ok", f"7 characters, from {Path('.env').resolve()}")
     assert "KIS's have 36" in key["detail"]
-    assert only(lines, "setting KIS_MARKETS__HK__EXCHANGES")["detail"] == "SEHK, from the environment"
-    assert only(lines, "setting KIS_BUFER")["cure"] == "did you mean KIS_BUFFER?"
-    assert only(lines, "setting KIS_OTHERS")["state"] == "skipped"
-    assert only(lines, "settings file")["cure"] == "chmod 600 .env"
+    assert seen.only("setting KIS_MARKETS__HK__EXCHANGES")["detail"] == "SEHK, from the environment"
+    assert seen.only("setting KIS_BUFER")["cure"] == "did you mean KIS_BUFFER?"
+    assert seen.only("setting KIS_OTHERS")["state"] == "skipped"
+    assert seen.only("settings file")["cure"] == "chmod 600 .env"
 
 
-@pytest.mark.usefixtures("gateway")
+@pytest.mark.usefixtures("warm")
 def test_a_secret_in_the_keyring_is_told_without_its_text(isolated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the keyring has it, its line says so; one that is locked is a failure, and the token still serves."""
-    TokenManager("us").get_valid_token()
     monkeypatch.delenv("KIS_APP_SECRET")
     own = {"KIS_KEYRING": "kis", "PYTHON_KEYRING_BACKEND": "keyring_in_file.Keyring"}
     own["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}{os.pathsep}{Path(__file__).parent}"
-    locked = json.loads(tokencore("doctor", "--json", **own).out)
-    states = {one["name"]: one["state"] for one in locked}
+    states = {one["name"]: one["state"] for one in json.loads(tokencore("doctor", "--json", **own).out)}
     assert (states["keyring"], states["token us"] == "fail") == ("fail", False), "what is cached serves"
     (isolated / "keyring.json").write_text(json.dumps({"kis": {"KIS_APP_SECRET": APP_SECRET}}))
     ran = tokencore("doctor", "--json", **own)
-    assert ran.code == 0
-    assert {
-        "name": "setting KIS_APP_SECRET",
-        "state": "ok",
-        "detail": "kept, in keyring kis",
-        "cure": "",
-    } in json.loads(ran.out)
+    line = {"state": "ok", "name": "setting KIS_APP_SECRET", "detail": "kept, in keyring kis", "cure": ""}
+    assert (ran.code, line in json.loads(ran.out)) == (0, True)
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("KIS_TIMEOUT", "soon"), ("KIS_MARKETS", "us"), ("KIS_SECRETS_DIR", "/nowhere/at/all")]
 )
 def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(
-    gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    warm: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     """The sentence names the variable; what depends on it is skipped, and nobody is told to delete the key's record."""
-    TokenManager("us").get_valid_token()
     monkeypatch.setenv(name, value)
-    lines = found(command, 2)
-    assert only(lines, "leftover files")["detail"] == "none"
-    assert name in only(lines, "settings")["detail"]
-    assert only(lines, "tokens")["state"] == "skipped"
-    assert {"token directory", "disk", "slack", "prefect"} <= set(lines)
-    assert asked(gateway) == 1
+    seen = found(command, 2)
+    assert seen.only("leftover files")["detail"] == "none"
+    assert name in seen.only("settings")["detail"]
+    assert seen.only("tokens")["state"] == "skipped"
+    assert {"token directory", "disk", "slack", "prefect"} <= set(seen)
+    assert asked(warm) == 1
 
 
-@pytest.mark.usefixtures("gateway")
-def test_a_file_as_token_directory_is_exit_7_or_earlier(command: Command) -> None:
-    """It says so with the path."""
+def a_file_as_folder(*_: object) -> None:
+    """Where the token directory should be."""
+    for path in folder().iterdir():
+        path.unlink()
+    folder().rmdir()
     folder().write_text("")
-    one = only(found(command, 7), "token directory")
-    assert one["detail"] == f"{folder()} is no directory"
+
+
+def a_folder_as_lock(*_: object) -> None:
+    """Where the lock file should be."""
+    lock = next(folder().glob("key-*.lock"))
+    lock.unlink()
+    lock.mkdir()
+
+
+def a_closed_port() -> str:
+    """Where nothing listens on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def refused(gateway: Sandbox, set_to: Set) -> None:
+    """KIS does not take the secret when a person asks for a renewal."""
+    gateway.set_rules(issue_interval=0)
+    set_to("KIS_ISSUE_INTERVAL", "0")
+    gateway.fail("bad-secret")
+    tokencore("refresh", "us", "--force", "--yes")
+
+
+class Trouble(NamedTuple):
+    """What is wrong, the exit code, the finding that says it, and words of its detail and fix."""
+
+    arrange: Callable[[Sandbox, Set], object]
+    code: int
+    name: str
+    told: str
+    cure: str
+
+
+def unreachable(url: str, told: str) -> Trouble:
+    """KIS is looked for at `url`, where OPEN and CLOSED are ports."""
+
+    def arrange(gateway: Sandbox, set_to: Set) -> None:
+        place = url.replace("OPEN", gateway.url.partition("//")[2]).replace("CLOSED", a_closed_port())
+        set_to("KIS_BASE_URL", place)
+        cached(20_000)
+
+    return Trouble(arrange, 6, "kis", told, "check the address, the network and the firewall")
+
+
+TROUBLES = {
+    "directory is a file": Trouble(a_file_as_folder, 7, "token directory", "is no directory", "KIS_TOKEN_DIR"),
+    "lock is a folder": Trouble(a_folder_as_lock, 7, "lock", "", "do what it says"),
+    "rejected token": Trouble(lambda kis, _: kis.fail("dead-token"), 3, ACCEPTED, "EGW00121", "tokencore reject"),
+    "refused credentials": Trouble(refused, 5, "issuing us+kr", "bad_secret", "KIS_APP_SECRET"),
+    "KIS refuses": unreachable("http://CLOSED", "127.0.0.1 refuses the connection"),
+    "KIS without TLS": unreachable("https://OPEN", "127.0.0.1 does not speak TLS there"),
+    "no such name": unreachable("https://kis.invalid:9443", "the name kis.invalid cannot be found (DNS)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TROUBLES)
+def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
+    warm: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """The finding is a failure that says what is wrong and what to do; without KIS nothing else is blamed on it."""
+    trouble = TROUBLES[case]
+    trouble.arrange(warm, monkeypatch.setenv)
+    seen = found(command, trouble.code)
+    one = seen.only(trouble.name)
+    assert (one["state"], trouble.told in one["detail"], trouble.cure in one["cure"]) == ("fail", True, True), one
+    if trouble.code == 6:
+        assert seen.states("clock", ACCEPTED) == ["skipped", "skipped"]
+    if case == "rejected token":
+        assert warm.stats()["quotes_refused"] == {"EGW00121": 1}, "one refusal is proof enough"
+
+
+@by_root
+@pytest.mark.usefixtures("warm")
+def test_a_directory_of_another_user_is_exit_7(command: Command) -> None:
+    """Though it can be read and written."""
+    os.chown(folder(), 12_345, -1)
+    assert "belongs to another user (uid 12345)" in found(command, 7).only("token directory")["detail"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes apply where the system has them")
@@ -215,42 +288,38 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
     """Drafts, files set aside and those of other keys and markets are named; a failure's exit code comes first."""
     cached()
     folder().chmod(0o755)
-    for name in (
-        ".us_api_token.json.x.tmp",
-        "us_api_token.json.aside",
-        "key-0123456789abcdef.jsonl",
-        "old_api_token.json",
-    ):
+    leftovers = {
+        "drafts of killed processes": ".us_api_token.json.x.tmp",
+        "set aside as no token of this key": "us_api_token.json.aside",
+        "not tokencore's": "notes.txt",
+        "of a key that is not configured": "key-0123456789abcdef.jsonl",
+        "of a market that is not configured": "old_api_token.json",
+    }
+    for name in leftovers.values():
         (folder() / name).write_text("")
-    (folder() / "old_api_token.json").chmod(0o644)
-    lines = found(command, 3)  # the sandbox does not know the token
-    assert only(lines, "token directory")["cure"] == f"chmod 700 {folder()}"
-    wide = only(lines, "file modes")
-    assert "old_api_token.json" in wide["detail"]
+        (folder() / name).chmod(0o644)
+    seen = found(command, 3)  # the sandbox does not know the token
+    assert seen.only("token directory")["cure"] == f"chmod 700 {folder()}"
+    wide = seen.only("file modes")
+    assert re.search(r"key-0123456789abcdef\.jsonl, .* and 2 more$", wide["detail"])
     assert wide["cure"] == f"chmod go= {folder()}/*", "600 would lock the folder that Prefect has in there"
-    told = only(lines, "leftover files")["detail"]
-    assert "drafts of killed processes: .us_api_token.json.x.tmp" in told
-    assert "set aside as no token of this key: us_api_token.json.aside" in told
-    assert "of a key that is not configured: key-0123456789abcdef.jsonl" in told
-    assert "of a market that is not configured: old_api_token.json" in told
+    assert seen.only("leftover files")["detail"] == "; ".join(f"{what}: {name}" for what, name in leftovers.items())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who holds a lock")
-@pytest.mark.usefixtures("gateway")
+@pytest.mark.usefixtures("warm")
 def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that holds the key's lock is named, and not disturbed; without one it is free."""
-    TokenManager("us").get_valid_token()
-    assert only(found(command, 0), "lock")["detail"] == "free"
-    path = next(folder().glob("key-*.lock"))
+    assert found(command, 0).only("lock")["detail"] == "free"
     program = (
         "import sys; from filelock import FileLock\n"
         "with FileLock(sys.argv[1], preserve_lock_file=True): print('held', flush=True); input()"
     )
-    with start(program, str(path)) as holder:
+    with start(program, str(next(folder().glob("key-*.lock")))) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         monkeypatch.setattr(doctor, "LOCK_WAIT", 0.2)
-        one = only(found(command, 1), "lock")
+        one = found(command, 1).only("lock")
         assert (one["state"], f"held by process {holder.pid} for" in one["detail"]) == ("warn", True)
         holder.communicate("\n")
 
@@ -258,78 +327,15 @@ def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("quick")
 def test_a_copy_that_cannot_be_written_is_named_until_it_can(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last failure of each export is kept with the key; the next copy that succeeds ends it."""
+    bot = Path("~/bot").expanduser()
     monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", "mojito2:~/bot")
-    Path("~/bot").expanduser().write_text("no folder")
+    bot.write_text("no folder")
     TokenManager("us").get_valid_token()
-    one = only(found(command, 1), "exports")
-    assert re.match(r"mojito2:.*/bot is not up to date: ", one["detail"])
-    Path("~/bot").expanduser().unlink()
-    Path("~/bot").expanduser().mkdir(0o700)
-    command("tick")
+    assert re.match(r"mojito2:.*/bot is not up to date: ", found(command, 1).only("exports")["detail"])
+    bot.unlink()
+    bot.mkdir(0o700)
     TokenManager("us").save_token(on_disk())
     assert "exports" not in found(command, 0)
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives a file away")
-@pytest.mark.usefixtures("gateway")
-def test_what_cannot_be_used_is_found_by_trying(command: Command) -> None:
-    """A lock that is a folder and a directory of another user are failures with what to do, though they look fine."""
-    TokenManager("us").get_valid_token()
-    lock = next(folder().glob("key-*.lock"))
-    lock.unlink()
-    lock.mkdir()
-    assert only(found(command, 7), "lock")["state"] == "fail"
-    lock.rmdir()
-    os.chown(folder(), 12_345, -1)
-    one = only(found(command, 7), "token directory")
-    assert "belongs to another user (uid 12345)" in one["detail"]
-
-
-def test_a_rejected_token_is_exit_3_and_asked_for_once(gateway: Sandbox, command: Command) -> None:
-    """One refusal is proof enough: KIS's code is told, and no further call is made."""
-    TokenManager("us").get_valid_token()
-    gateway.fail("dead-token")
-    one = only(found(command, 3), "token accepted us+kr")
-    assert "msg_cd=EGW00121" in one["detail"]
-    assert gateway.stats()["quotes_refused"] == {"EGW00121": 1}
-
-
-def test_refused_credentials_are_exit_5(quick: Sandbox, command: Command) -> None:
-    """Nothing renews any more: the code's own cure is told."""
-    cached(20_000)
-    quick.fail("bad-secret")
-    TokenManager("us")
-    command("refresh", "us", "--force")
-    lines = found(command, 5)
-    assert "bad_secret" in only(lines, "issuing us+kr")["detail"]
-    assert "KIS_APP_SECRET" in only(lines, "issuing us+kr")["cure"]
-
-
-def closed() -> int:
-    """A port of loopback where nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-@pytest.mark.parametrize(
-    ("url", "told"),
-    [
-        ("http://127.0.0.1:{closed}", "127.0.0.1 refuses the connection"),
-        ("https://127.0.0.1:{open}", "127.0.0.1 does not speak TLS there"),
-        ("https://kis.invalid:9443", "the name kis.invalid cannot be found (DNS)"),
-    ],
-)
-def test_what_stands_between_here_and_kis_is_told_apart(
-    gateway: Sandbox, command: Command, monkeypatch: pytest.MonkeyPatch, url: str, told: str
-) -> None:
-    """Refused, no TLS, no such name: each with its cure, and exit 6 once a token is there."""
-    monkeypatch.setenv("KIS_BASE_URL", url.format(closed=closed(), open=gateway.url.rpartition(":")[2]))
-    cached(20_000)
-    lines = found(command, 6)
-    assert told in only(lines, "kis")["detail"]
-    assert only(lines, "clock")["state"] == only(lines, "token accepted us+kr")["state"] == "skipped"
 
 
 @pytest.mark.usefixtures("gateway")
@@ -338,82 +344,71 @@ def test_the_whole_examination_is_bounded(command: Command, monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("KIS_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         cached(20_000)
-        monkeypatch.setenv("KIS_TIMEOUT", "0.2")
-        monkeypatch.setattr("tokencore.reports.doctor.PATIENCE", 0.2)
-        assert "does not answer" in only(found(command, 6), "kis")["detail"]
-        monkeypatch.setattr("tokencore.reports.doctor.PATIENCE", 3)
+        monkeypatch.setattr(doctor, "PATIENCE", 0.2)
+        assert "does not answer" in found(command, 6).only("kis")["detail"]
+        monkeypatch.setattr(doctor, "PATIENCE", 3)
         monkeypatch.setattr(doctor, "DEADLINE", 0.3)
         began = time.monotonic()
-        lines = found(command, 1)
+        seen = found(command, 1)
         assert time.monotonic() - began < 2
-    assert "no answer within" in next(one for name, (one, *_) in lines.items() if name.startswith("kis "))["detail"]
+    assert any("no answer within" in one["detail"] for name, (one, *_) in seen.items() if name.startswith("kis "))
 
 
 @pytest.mark.usefixtures("gateway")
-@pytest.mark.parametrize(("ahead", "state"), [(0, "ok"), (12, "warn"), (-300, "fail")])
+@pytest.mark.parametrize(("ahead", "state"), [(0, "ok"), (12, "warn"), (-300, "fail"), (None, "skipped")])
 def test_the_clock_is_compared_with_kis(
-    command: Command, monkeypatch: pytest.MonkeyPatch, answers: tuple[Answers, str], ahead: int, state: str
+    command: Command, monkeypatch: pytest.MonkeyPatch, answers: Answers, ahead: int | None, state: str
 ) -> None:
     """Seconds are nothing, more is a warning, and more than the rule allows for is a failure; no header, no line."""
-    told, url = answers
-    monkeypatch.setenv("KIS_BASE_URL", url)
-    told.headers["Date"] = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
+    monkeypatch.setenv("KIS_BASE_URL", answers.url)
+    if ahead is not None:
+        answers.headers["Date"] = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
     cached(20_000)
-    lines = found(command, 1)  # these answers say nothing about the token
-    assert only(lines, "clock")["state"] == state
-    if state != "ok":
-        assert ("ahead of" if ahead > 0 else "behind") in only(lines, "clock")["detail"]
-    del told.headers["Date"]
-    assert only(found(command, 1), "clock")["state"] == "skipped"
+    one = found(command, 1).only("clock")  # these answers say nothing about the token
+    assert one["state"] == state
+    assert {12: "ahead of", -300: "behind"}.get(ahead or 0, "") in one["detail"]
 
 
 @pytest.mark.usefixtures("warm")
-def test_slack_is_asked_without_posting(
-    command: Command, monkeypatch: pytest.MonkeyPatch, answers: tuple[Answers, str]
-) -> None:
+def test_slack_is_asked_without_posting(command: Command, monkeypatch: pytest.MonkeyPatch, answers: Answers) -> None:
     """A bot by auth.test with its token, a webhook by its host alone: its path is a secret and would post."""
-    told, url = answers
-    monkeypatch.setattr(doctor, "SLACK_API", f"{url}/api/")
+    monkeypatch.setattr(doctor, "SLACK_API", f"{answers.url}/api/")
     monkeypatch.setenv("SLACK_BOT_TOKEN", "xoxb-Canary")
     monkeypatch.setenv("SLACK_CHANNEL", "#tokens")
-    told.by_path["/api/auth.test"] = 200, {"ok": True}
-    assert only(found(command, 0), "slack")["state"] == "ok"
-    assert told.asked == [("/api/auth.test", "Bearer xoxb-Canary")]
-    told.by_path["/api/auth.test"] = 200, {"ok": False, "error": "invalid_auth"}
-    assert "invalid_auth" in only(found(command, 1), "slack")["detail"]
-    told.asked.clear()
-    monkeypatch.setenv("SLACK_WEBHOOK_URL", f"{url}/services/Canary")
-    assert "make test-alert" in only(found(command, 0), "slack")["detail"]
-    assert told.asked == [("/", "")]
+    answers.by_path["/api/auth.test"] = 200, {"ok": True}
+    assert found(command, 0).states("slack") == ["ok"]
+    assert answers.asked == [("/api/auth.test", "Bearer xoxb-Canary")]
+    answers.by_path["/api/auth.test"] = 200, {"ok": False, "error": "invalid_auth"}
+    assert "invalid_auth" in found(command, 1).only("slack")["detail"]
+    answers.asked.clear()
+    monkeypatch.setenv("SLACK_WEBHOOK_URL", f"{answers.url}/services/Canary")
+    assert "make test-alert" in found(command, 0).only("slack")["detail"]
+    assert answers.asked == [("/", "")]
 
 
-def deployment(name: str, **more: object) -> dict[str, Any]:
-    """A deployment with one active schedule, as the Prefect server answers it."""
-    return {"name": name, "paused": False, "schedules": [{"active": True}], **more}
+def deployments(*names: str, **more: object) -> list[dict[str, Any]]:
+    """Deployments with one active schedule each, as the Prefect server answers them."""
+    return [{"name": name, "paused": False, "schedules": [{"active": True}], **more} for name in names]
 
 
 @pytest.mark.usefixtures("warm")
 def test_prefect_is_asked_for_its_deployments_and_worker(
-    command: Command, monkeypatch: pytest.MonkeyPatch, answers: tuple[Answers, str]
+    command: Command, monkeypatch: pytest.MonkeyPatch, answers: Answers
 ) -> None:
     """Lacking or paused deployments are a warning, a pool without a worker and other credentials a failure."""
-    told, url = answers
-    monkeypatch.setenv("PREFECT_API_URL", f"{url}/api")
+    monkeypatch.setenv("PREFECT_API_URL", f"{answers.url}/api")
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:Canary")
-    names = ["check_tokens", "KRX", "NASD", "NYSE", "AMEX"]
-    told.by_path["/api/deployments/filter"] = 200, [deployment(name) for name in names]
-    told.by_path["/api/work_pools/tokens"] = 200, {"status": "READY"}
-    lines = found(command, 0)
-    assert [only(lines, f"prefect{what}")["state"] for what in ("", " deployments", " worker")] == ["ok"] * 3
-    assert {auth for _, auth in told.asked} == {"Basic YWRtaW46Q2FuYXJ5"}
-    paused = [deployment("KRX", paused=True), *(deployment(name) for name in names if name != "KRX")]
-    told.by_path["/api/deployments/filter"] = 200, paused
-    told.by_path["/api/work_pools/tokens"] = 200, {"status": "NOT_READY"}
-    lines = found(command, 1)
-    assert only(lines, "prefect deployments")["detail"] == "no active schedule: KRX"
-    assert "NOT_READY" in only(lines, "prefect worker")["detail"]
-    told.by_path["/api/deployments/filter"] = 401, {}
-    assert "PREFECT_API_AUTH_STRING" in only(found(command, 1), "prefect")["cure"]
+    others, pool = ["check_tokens", "NASD", "NYSE", "AMEX"], "/api/work_pools/tokens"
+    answers.by_path |= {DEPLOYMENTS: (200, deployments("KRX", *others)), pool: (200, {"status": "READY"})}
+    assert found(command, 0).states("prefect", "prefect deployments", "prefect worker") == ["ok"] * 3
+    assert {auth for _, auth in answers.asked} == {"Basic YWRtaW46Q2FuYXJ5"}
+    paused = deployments("KRX", paused=True) + deployments(*others)
+    answers.by_path |= {DEPLOYMENTS: (200, paused), pool: (200, {"status": "NOT_READY"})}
+    seen = found(command, 1)
+    assert seen.only("prefect deployments")["detail"] == "no active schedule: KRX"
+    assert "NOT_READY" in seen.only("prefect worker")["detail"]
+    answers.by_path[DEPLOYMENTS] = 401, {}
+    assert "PREFECT_API_AUTH_STRING" in found(command, 1).only("prefect")["cure"]
 
 
 class Bomb:
@@ -423,24 +418,20 @@ class Bomb:
         return Path.write_text, (Path("exploded"), "")
 
 
-@pytest.mark.usefixtures("gateway")
+@pytest.mark.usefixtures("warm")
 def test_caches_of_other_clients_are_found_without_unpickling(isolated: Path, command: Command) -> None:
     """By the key in clear or by the token's `jti`; one with the same token is fed by us, another key's is no matter.
 
     A warning alone ends the command with 1.
     """
-    token = make_jwt(APP_KEY)
-    Path("token.dat").write_bytes(pickle.dumps({"api_key": APP_KEY, "bomb": Bomb()}))
-    sample = isolated / "KIS" / "config" / "KIS20261121"
-    sample.parent.mkdir(parents=True)
-    sample.write_text(f"token: {token}\n")
+    pickled, sample = Path("token.dat").resolve(), isolated / "KIS" / "config" / "KIS20261121"
     alien = isolated / ".pykis" / "cache" / "token_real_x.json"
-    alien.parent.mkdir(parents=True)
+    for path in (sample, alien):
+        path.parent.mkdir(parents=True)
+    pickled.write_bytes(pickle.dumps({"api_key": APP_KEY, "bomb": Bomb()}))
     alien.write_text(json.dumps({"access_token": make_jwt("PSsomeoneelse")}))
-    TokenManager("us").get_valid_token()
-    states = {one["detail"].split()[0]: one["state"] for one in found(command, 1)["duplicates"]}
-    assert states == {str(Path("token.dat").resolve()): "warn", str(sample): "warn"}
+    for token, state in ((make_jwt(APP_KEY), "warn"), (on_disk().access_token, "ok")):
+        sample.write_text(f"token: {token}\n")
+        states = {one["detail"].split()[0]: one["state"] for one in found(command, 1)["duplicates"]}
+        assert states == {str(pickled): "warn", str(sample): state}
     assert not Path("exploded").exists()
-    sample.write_text(f"token: {on_disk().access_token}\n")
-    states = {one["detail"].split()[0]: one["state"] for one in found(command, 1)["duplicates"]}
-    assert states[str(sample)] == "ok"

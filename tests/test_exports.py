@@ -147,7 +147,7 @@ def test_copies_die_with_the_token(death: str, copies: Path, caplog: pytest.LogC
         assert held(copies) == text  # kr has the key's token: it lives
         TokenManager("kr").delete_token()
     assert list(copies.iterdir()) == []
-    assert sum("Removed the copy for" in message for message in caplog.messages) == 4
+    assert sum("Removed the copy" in message for message in caplog.messages) == 4
 
 
 def test_what_fails_harms_neither_the_token_nor_the_other_copies(
@@ -162,7 +162,10 @@ def test_what_fails_harms_neither_the_token_nor_the_other_copies(
     assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
     failed = exports_of().failures()
     assert list(failed) == [f"kis-auth:{copies}/missing", f"mojito2:{copies}"]
-    assert "cannot be written: No such file or directory" in failed[f"kis-auth:{copies}/missing"]
+    assert (
+        "cannot be written, and the token is untouched: No such file or directory"
+        in failed[f"kis-auth:{copies}/missing"]
+    )
     assert "holds no token of this key" in failed[f"mojito2:{copies}"]
     foreign.unlink()
     (copies / "missing").mkdir()
@@ -309,13 +312,15 @@ def test_mojito2s_copy_in_the_token_directory_is_off_by_default(
 
 
 def test_samples_files_of_past_days_are_cleared_away(copies: Path) -> None:
-    """A file that this key's token left under an earlier day goes, as it reveals the app key; another key's stays."""
-    old, others = copies / "KIS20200101", copies / "KIS20200102"
-    old.write_text(f"token: {make_jwt(APP_KEY, life=600)}\n")
-    others.write_text(f"token: {make_jwt(OTHER_KEY)}\n")
-    TokenManager("us").get_valid_token()
-    assert not old.exists()
+    """A copy of ours for an earlier day goes, as even an expired token reveals the app key; what others wrote stays."""
+    others = copies / "KIS20200102"
+    others.write_text(f"token: {make_jwt(APP_KEY, life=600)}\n")
+    renew = "from tokencore import TokenManager; TokenManager('us').refresh(force=True)"
+    for zone in ("Pacific/Midway", "Pacific/Kiritimati"):  # it is always a later day there
+        subprocess.run([sys.executable, "-c", renew], env={**os.environ, "TZ": zone}, check=True)
+    day = datetime.now(ZoneInfo("Pacific/Midway"))
     assert others.exists()
+    assert not (copies / f"KIS{day:%Y%m%d}").exists()
 
 
 def test_token_that_names_no_key_is_copied_too(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +354,17 @@ def test_copy_that_was_removed_is_there_again_after_the_hourly_check(copies: Pat
     key.sync_exports()
     assert (held(copies), len(list(copies.iterdir()))) == (text, 4)
     assert asked(nowhere) == 1
+
+
+def test_hourly_check_adopts_what_another_client_has_issued(copies: Path, nowhere: Sandbox) -> None:
+    """A token that lasts longer than the present one, which serves, becomes the key's and goes into every copy."""
+    cached(17 * 3_600)
+    theirs = _as_written_by("mojito2", issued_elsewhere(), copies)
+    (key,) = Key.load(Settings.load())
+    key.sync_exports()
+    assert on_disk().access_token == theirs == held(copies)
+    assert [attempt.outcome for attempt in TokenManager("us").history()] == ["imported"]
+    assert asked(nowhere) == 0
 
 
 def test_mistake_in_the_client_is_named(nowhere: Sandbox) -> None:

@@ -59,30 +59,25 @@ def get(url: str, **headers: str) -> requests.Response:
 
 
 @pytest.mark.usefixtures("gateway")
-def test_standard_output_has_every_market(command: Command) -> None:
-    """Times are the token's own in epoch seconds, states 0 or 1, and all outcomes stand there from the start."""
-    TokenManager("us").get_valid_token()
+def test_standard_output_has_what_is_known_of_every_market(command: Command) -> None:
+    """Without a token no expiry, rather than 1970; with one, its times; all outcomes are there from the start."""
     found = samples(command("metrics").out)
-    token = on_disk()
-    assert found["kis_token_expiration_timestamp_seconds"] == {
-        "us": token.expires_at.timestamp(), "kr": token.expires_at.timestamp(),
-    }  # fmt: skip
+    assert found["kis_token_valid"] == {"us": 0, "kr": 0}
+    assert found["kis_token_need_start_timestamp_seconds"]["us"] > 0
+    for name in ("kis_token_expiration", "kis_token_issue", "kis_issuance_cooldown_end", "kis_approval_key_expiration"):
+        assert f"{name}_timestamp_seconds" not in found
+    TokenManager("us").get_valid_token()
+    TokenManager("us").get_approval_key()
+    found, token = samples(command("metrics").out), on_disk()
+    assert found["kis_token_expiration_timestamp_seconds"] == dict.fromkeys(("us", "kr"), token.expires_at.timestamp())
     assert found["kis_token_issue_timestamp_seconds"]["kr"] == issue_of(token).timestamp()
     assert found["kis_token_valid"] == {"us": 1, "kr": 1}
     assert found["kis_issuance_last_day_issues"]["us"] == 1
+    ends = found["kis_approval_key_expiration_timestamp_seconds"]
+    assert ends["us"] == ends["kr"] == pytest.approx(time.time() + 86_400, abs=60)
     attempts = found["kis_issuance_attempts_total"]
     assert {name for name in attempts if name.startswith("us ")} == {f"us {outcome}" for outcome in Outcome}
     assert (attempts["us issued"], attempts["us limit"]) == (1, 0)
-
-
-@pytest.mark.usefixtures("gateway")
-def test_what_is_unknown_is_absent(command: Command) -> None:
-    """Without a token there is no expiry, rather than 1970, and without a cool-down no end of one; valid is 0."""
-    found = samples(command("metrics").out)
-    assert found["kis_token_valid"] == {"us": 0, "kr": 0}
-    for name in ("kis_token_expiration", "kis_token_issue", "kis_issuance_cooldown_end"):
-        assert f"{name}_timestamp_seconds" not in found
-    assert found["kis_token_need_start_timestamp_seconds"]["us"] > 0
 
 
 def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, command: Command, tmp_path: Path) -> None:
@@ -104,22 +99,13 @@ def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, co
 
 
 @pytest.mark.usefixtures("gateway")
-def test_a_textfile_without_a_name_is_exit_2(command: Command) -> None:
-    """A shell's unset variable is no wish for standard output: cron would keep quiet about it."""
-    ran = command("metrics", "--textfile", "")
-    assert (ran.code, ran.out) == (2, "")
-    assert "cannot be written" in ran.err
-
-
-@pytest.mark.usefixtures("gateway")
 def test_a_textfile_that_cannot_be_written_is_exit_2(command: Command, tmp_path: Path) -> None:
-    """One sentence with the path, and no draft is left."""
-    target = tmp_path / "kis.prom"
-    target.mkdir()
-    ran = command("metrics", "--textfile", str(target))
-    assert ran.code == 2
-    assert str(target) in one_line(ran)
-    assert [path.name for path in tmp_path.iterdir() if "prom" in path.name] == ["kis.prom"]
+    """One sentence with the path, and no draft is left; a shell's unset variable is no wish for standard output."""
+    (tmp_path / "node" / "kis.prom").mkdir(parents=True)
+    for target in ("", str(tmp_path / "node" / "kis.prom")):
+        ran = command("metrics", "--textfile", target)
+        assert (ran.code, f"{target} cannot be written" in one_line(ran)) == (2, True)
+    assert [path.name for path in (tmp_path / "node").iterdir()] == ["kis.prom"]
 
 
 def test_scrapes_speak_the_format_that_is_asked_for(url: str) -> None:
@@ -201,14 +187,6 @@ def test_a_record_that_cannot_be_read_is_said(url: str) -> None:
     assert samples(get(f"{url}/metrics").text)["kis_issuance_record_readable"] == {"us": 0, "kr": 0}
 
 
-def test_the_approval_keys_expiry_is_there_once_one_was_asked_for(url: str) -> None:
-    """In a day, for each market of the key."""
-    assert "kis_approval_key_expiration_timestamp_seconds" not in samples(get(f"{url}/metrics").text)
-    TokenManager("us").get_approval_key()
-    found = samples(get(f"{url}/metrics").text)["kis_approval_key_expiration_timestamp_seconds"]
-    assert found["us"] == found["kr"] == pytest.approx(time.time() + 86_400, abs=60)
-
-
 def test_serving_changes_nothing_and_tells_no_secret(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """No path issues, writes or shows a token, key or secret."""
     monkeypatch.setenv("KIS_APP_KEY", KEY)
@@ -242,30 +220,18 @@ def test_the_command_serves_until_sigterm_and_a_taken_port_is_exit_2(command: Co
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("9479", ("127.0.0.1", 9479)),
-        (":9479", ("127.0.0.1", 9479)),
-        ("192.0.2.1:9479", ("192.0.2.1", 9479)),
+        ("9479", ("127.0.0.1", 9479)), (":9479", ("127.0.0.1", 9479)), ("192.0.2.1:9479", ("192.0.2.1", 9479)),
         ("[::1]:9479", ("::1", 9479)),
+        *((text, None) for text in ("", "localhost", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:-1", "port")),
     ],
-)
-def test_other_hosts_are_only_where_they_are_named(text: str, place: tuple[str, int]) -> None:
-    """A port alone is loopback's; every interface has to be asked for."""
-    assert address(text) == place
-
-
-@pytest.mark.parametrize("text", ["", "localhost", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:-1", "port"])
-def test_no_address_is_a_usage_error(command: Command, text: str) -> None:
-    """Exit 2 and one sentence."""
-    ran = command("metrics", "--listen", text)
-    assert ran.code == 2
-    assert "HOST:PORT" in one_line(ran)
-
-
-def test_without_settings_nothing_is_exported(command: Command) -> None:
-    """Exit 2 with the sentence that names the variable, rather than metrics without a market."""
-    ran = command("metrics")
-    assert ran.code == 2
-    assert "KIS_APP_KEY" in one_line(ran)
+)  # fmt: skip
+def test_other_hosts_are_only_where_they_are_named(command: Command, text: str, place: tuple[str, int] | None) -> None:
+    """A port alone is loopback's, every interface has to be asked for, and what is no address is a usage error."""
+    if place:
+        assert address(text) == place
+    else:
+        ran = command("metrics", "--listen", text)
+        assert (ran.code, "HOST:PORT" in one_line(ran)) == (2, True)
 
 
 # The alert rules and the dashboard in docs/ ask for metrics that exist, and the alerts fire when they should.
@@ -281,46 +247,22 @@ EXPRESSIONS = [*(alert["expr"] for alert in ALERTS), *QUERIES]
 
 PROMETHEUS_OWN = {"up"}
 LABELS = {"market", "outcome", "key", "environment", "job", "instance"}
-WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right", "bool", "offset"}
-TOKEN = re.compile(
-    r"""(?P<text>"[^"]*"|'[^']*') | (?P<span>\[[^]]*\]) | (?P<number>\d[\w.]*)
-      | (?P<name>[a-zA-Z_:][\w:]*) | (?P<sign>[=!]~|[=!<>]=|[-+*/%^<>=(){},]) | (?P<space>\s+)""",
-    re.VERBOSE,
-)
+WORDS = {"and", "or", "unless", "bool", "offset"}
+GROUPING = r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)"
 
 
 def named(expression: str) -> tuple[set[str], set[tuple[str, str]]]:
     """The metrics of a PromQL expression, and its label matchers; functions, groupings and texts are neither."""
-    tokens, at = [], 0
-    while at < len(expression):
-        found = TOKEN.match(expression, at)
-        assert found, f"no PromQL at {expression[at:]!r}"
-        tokens += [found] if found.lastgroup != "space" else []
-        at = found.end()
-    metrics, matchers, braces, grouping = set(), set(), 0, 0
-    for n, token in enumerate(tokens):
-        text, after = token[0], tokens[n + 1][0] if n + 1 < len(tokens) else ""
-        braces += {"{": 1, "}": -1}.get(text, 0)
-        if text in ("by", "without", "on", "ignoring", "group_left", "group_right") and after == "(":
-            grouping = 1
-        elif text == ")":
-            grouping = 0
-        if token.lastgroup != "name" or text in WORDS:
-            continue
-        if braces or grouping:
-            matchers.add((text, tokens[n + 2][0].strip("\"'") if braces else ""))
-        elif after != "(" and after not in ("by", "without"):
-            metrics.add(text)
-    return metrics, matchers
+    matchers = set(re.findall(r"""(\w+)\s*[=!][=~]?\s*["']([^"']*)["']""", expression))
+    matchers |= {(label.strip(), "") for group in re.findall(GROUPING, expression) for label in group.split(",")}
+    bare = re.sub(rf"\{{[^}}]*\}}|\[[^]]*\]|{GROUPING}", " ", expression)
+    return set(re.findall(r"(?<![\w:])[a-zA-Z_:][\w:]*(?![\w:]|\s*\()", bare)) - WORDS, matchers
 
 
 @pytest.fixture
 def known(gateway: object) -> set[str]:  # noqa: ARG001 - for its settings
     """The names of all samples that the collector can give."""
-    return {
-        f"{family.name}_total" if family.type == "counter" else family.name
-        for family in Watch(Key.load).collect()
-    }
+    return {f"{family.name}_total" if family.type == "counter" else family.name for family in Watch(Key.load).collect()}
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
@@ -374,16 +316,12 @@ def test_the_dashboard_hangs_together() -> None:
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
 
 
-def case(alert: str, series: dict[str, str], *, fires: bool, at: str = "20m") -> dict[str, Any]:
+def case(alert: str, series: dict[str, str], *, fires: bool, at: str) -> dict[str, Any]:
     """A test for promtool: with these series, from 0 s on each minute, the alert fires at that time, or does not."""
-    return {
-        "interval": "1m",
-        "input_series": [{"series": name, "values": values} for name, values in series.items()],
-        "promql_expr_test": [
-            {"expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)', "eval_time": at,
-             "exp_samples": [{"labels": "{}", "value": 1 if fires else 0}]}
-        ],
-    }  # fmt: skip
+    asked = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)'
+    answer = {"expr": asked, "eval_time": at, "exp_samples": [{"labels": "{}", "value": int(fires)}]}
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    return {"interval": "1m", "input_series": given, "promql_expr_test": [answer]}
 
 
 def of(name: str, values: str, labels: str = 'market="us"') -> dict[str, str]:
@@ -393,33 +331,30 @@ def of(name: str, values: str, labels: str = 'market="us"') -> dict[str, str]:
 
 SESSION = of("token_need_start_timestamp_seconds", "600x60") | of("token_need_end_timestamp_seconds", "6000x60")
 LATER = of("token_need_start_timestamp_seconds", "60000x60") | of("token_need_end_timestamp_seconds", "66000x60")
-BAD = 'market="us",outcome="bad_key"'
+CEILING, BAD = of("issuance_last_day_ceiling", "2x60"), 'market="us",outcome="bad_key"'
+ISSUES, ATTEMPTS, COVERS = "issuance_last_day_issues", "issuance_attempts_total", "token_covers_next_need"
+COLLECTED = "kis_metrics_collection_timestamp_seconds"
+WHEN: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {  # series with which it fires, and without
+    "KISTokenMissingInSession": (
+        [SESSION | of("token_valid", "0x60")], [SESSION | of("token_valid", "1x60"), LATER | of("token_valid", "0x60")],
+    ),
+    "KISTokenDoesNotCoverNextNeed": (
+        [SESSION | of(COVERS, "0x60")], [LATER | of(COVERS, "0x60"), SESSION | of(COVERS, "1x60")],
+    ),
+    "KISTokenIssuesAboveCeiling": ([CEILING | of(ISSUES, "3x60")], [CEILING | of(ISSUES, "2x60")]),
+    "KISCredentialsRefused": ([of(ATTEMPTS, "0x10 1x50", BAD)], [of(ATTEMPTS, "1x60", BAD)]),
+    "KISStateUnreadable": ([of("issuance_record_readable", "0x60")], [of("market_readable", "1x60")]),
+    "KISExporterDown": ([{'up{job="tokencore"}': "0x60"}], [{'up{job="tokencore"}': "1x60"}]),
+    "KISMetricsStale": ([{COLLECTED: "0x60"}], [{COLLECTED: "0+60x60"}]),
+    "KISMetricsAbsent": ([{"up": "1x60"}], [of("token_valid", "0x60")]),
+}  # fmt: skip
+EARLY = {"KISTokenDoesNotCoverNextNeed": "5m"}  # before the need, when another alert takes over
 CASES = [
-    case("KISTokenMissingInSession", SESSION | of("token_valid", "0x60"), fires=True),
-    case("KISTokenMissingInSession", SESSION | of("token_valid", "1x60"), fires=False),
-    case("KISTokenMissingInSession", LATER | of("token_valid", "0x60"), fires=False),
-    case("KISTokenDoesNotCoverNextNeed", SESSION | of("token_covers_next_need", "0x60"), fires=True, at="5m"),
-    case("KISTokenDoesNotCoverNextNeed", LATER | of("token_covers_next_need", "0x60"), fires=False),
-    case("KISTokenDoesNotCoverNextNeed", SESSION | of("token_covers_next_need", "1x60"), fires=False),
-    case(
-        "KISTokenIssuesAboveCeiling",
-        of("issuance_last_day_issues", "3x60") | of("issuance_last_day_ceiling", "2x60"), fires=True,
-    ),
-    case(
-        "KISTokenIssuesAboveCeiling",
-        of("issuance_last_day_issues", "2x60") | of("issuance_last_day_ceiling", "2x60"), fires=False,
-    ),
-    case("KISCredentialsRefused", of("issuance_attempts_total", "0x10 1x50", BAD), fires=True),
-    case("KISCredentialsRefused", of("issuance_attempts_total", "1x60", BAD), fires=False),
-    case("KISStateUnreadable", of("issuance_record_readable", "0x60"), fires=True),
-    case("KISStateUnreadable", of("market_readable", "1x60"), fires=False),
-    case("KISExporterDown", {'up{job="tokencore"}': "0x60"}, fires=True),
-    case("KISExporterDown", {'up{job="tokencore"}': "1x60"}, fires=False),
-    case("KISMetricsStale", {"kis_metrics_collection_timestamp_seconds": "0x60"}, fires=True),
-    case("KISMetricsStale", {"kis_metrics_collection_timestamp_seconds": "0+60x60"}, fires=False),
-    case("KISMetricsAbsent", {"up": "1x60"}, fires=True),
-    case("KISMetricsAbsent", of("token_valid", "0x60"), fires=False),
-]  # fmt: skip
+    case(alert, series, fires=fires, at=EARLY.get(alert, "20m") if fires else "20m")
+    for alert, (firing, silent) in WHEN.items()
+    for fires, every in ((True, firing), (False, silent))
+    for series in every
+]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with the package prometheus")
@@ -436,12 +371,5 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
 
 def test_every_alert_has_a_case_for_and_one_against() -> None:
     """No alert is left out of what promtool is asked."""
-    asked = [
-        (str(one["promql_expr_test"][0]["expr"]).split('"')[1], one["promql_expr_test"][0]["exp_samples"][0]["value"])
-        for one in CASES
-    ]
-    assert (
-        {alert["alert"] for alert in ALERTS}
-        == {name for name, fires in asked if fires}
-        == {name for name, fires in asked if not fires}
-    )
+    assert WHEN.keys() == {alert["alert"] for alert in ALERTS}
+    assert all(firing and silent for firing, silent in WHEN.values())

@@ -25,7 +25,7 @@ def test_the_protocol_holds(make_desk: Callable[[], Desk], record_property: Call
     class Machine(Renewals):
         pass
 
-    Machine.make_desk = staticmethod(make_desk)  # type: ignore[method-assign]
+    Machine.make_desk = staticmethod(make_desk)
     planted = "PLANTED" in os.environ
     examples = SEARCH if planted else EXAMPLES
     run_state_machine_as_test(

@@ -107,27 +107,22 @@ def test_what_another_user_can_change_is_refused_until_that_is_over(
 def test_no_change_builds_on_a_file_of_another_user(
     place: Path, name: str, open_door: Callable[[Path], None], gateway: Sandbox, command: Command
 ) -> None:
-    """A cached token is served, but nothing is issued or deleted, and the doctor says which file it is."""
+    """A cached token is served, but nothing is issued or deleted, and the doctor says which file it is.
+
+    No approval key is served from such a file. What is not read anyway harms nothing.
+    """
+    for harmless in (place / f"{VIEW}.aside", place / ".key-0.json.tmp"):
+        harmless.touch()
+        harmless.chmod(0o666)
+    assert command("refresh", "us").code == 4
     path = place / name if name.startswith("us_") else Path(str(key_file(place)).replace(".json", name))
     path.touch()
     open_door(path)
     assert command("get", "us").code == 0
-    for line in ("refresh us --force", "delete us", "doctor"):
+    for line in ("refresh us --force", "delete us", "doctor", *(["get us --approval-key"] * ("approval" in name))):
         ran = command(*line.split())
         assert (line, ran.code, path.name in "".join((ran.out + ran.err).split())) == (line, 7, True)
     assert asked(gateway) == 1
-
-
-@needs_root
-def test_no_approval_key_of_another_user_is_served(place: Path, command: Command) -> None:
-    """The websocket's key as well as the token; what is not read anyway harms nothing."""
-    for harmless in (place / f"{VIEW}.aside", place / ".key-0.json.tmp"):
-        harmless.touch()
-        give_away(harmless)
-    assert command("refresh", "us").code == 4
-    give_away(next(place.glob("key-*-approval.json")))
-    ran = command("get", "us", "--approval-key")
-    assert (ran.code, "-approval.json" in one_line(ran)) == (7, True)
 
 
 @needs_root
@@ -253,7 +248,7 @@ def test_no_secret_goes_into_a_folder_that_another_user_can_exchange(
     else:
         ran = tokencore("export", "us", "--to", "mojito2", str(copies))
     assert (ran.code, asked(gateway)) == ((0, 1) if configured else (7, 0))
-    assert "cannot be written: " in ran.err
+    assert "cannot be written" in ran.err
     assert "find out why, then run `ch" in ran.err
     assert list(copies.iterdir()) == []
 

@@ -57,7 +57,7 @@ def check(intent: Intent, standing: Standing, market: Market) -> None:
             `retry_at`. The present token, if any, is untouched.
 
     """
-    _check_credentials(intent, standing, market)
+    check_credentials(intent, standing, market)
     if intent is not Intent.FORCE:  # first what lasts for hours: nobody waits a minute to learn of it
         _check_same_token(standing, market)
         _check_ceiling(standing, market)
@@ -138,7 +138,13 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
     return f"There is no valid token: the last one expired at {format_time(token.expires_at)}."
 
 
-def _check_credentials(intent: Intent, standing: Standing, market: Market) -> None:
+def check_credentials(intent: Intent, standing: Standing, market: Market) -> None:
+    """Return where KIS has not refused these very credentials with the last attempt.
+
+    Raises:
+        CredentialsError: it has; a person has to act.
+
+    """
     last = record.latest(standing.attempts)
     if last is None or last.outcome not in CREDENTIALS or last.credentials != standing.credentials:
         return

@@ -102,10 +102,7 @@ def next_renewal(
         window = _Window.of(needs, index, buffer)
         at, why = _moment(past, window, needs[:index], anchor)
         if at < window.end:  # else the six hours last longer than this need: it is lost
-            needed = "needed since" if window.start <= at else "next needed"
-            return Renewal(
-                at, f"{why}; {needed} {window.start.astimezone(KST):%m-%d %H:%M} KST", _exception(at, past, window)
-            )
+            return _renewal(at, why, past, window)
     return None
 
 
@@ -214,7 +211,8 @@ def _quiet(at: datetime, earlier: Needs, window: _Window) -> datetime:
     return end + min(SETTLE, (follows - end) / 2)
 
 
-def _exception(at: datetime, past: _Past, window: _Window) -> str | None:
+def _renewal(at: datetime, why: str, past: _Past, window: _Window) -> Renewal:
+    needed = "needed since" if window.start <= at else "next needed"
     found = []
     if window.too_long:
         found.append(f"the need lasts {_hours(window.end - window.start)}, longer than one token")
@@ -223,7 +221,8 @@ def _exception(at: datetime, past: _Past, window: _Window) -> str | None:
         found.append(f"{age} after the last issue, because 24 h would be too late for the need")
     if at >= window.start:
         found.append("inside the need, because no token serves it to its end")
-    return "; ".join(found) or None
+    reason = f"{why}; {needed} {window.start.astimezone(KST):%m-%d %H:%M} KST"
+    return Renewal(at, reason, "; ".join(found) or None)
 
 
 def _hours(span: timedelta) -> str:

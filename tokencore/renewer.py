@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tokencore.config.market import Market
-    from tokencore.kis.codes import Refusal
     from tokencore.kis.gateway import Gateway
     from tokencore.stores.base import Fence, Store
 
@@ -227,10 +226,14 @@ class Renewer:
             )
 
     def sync_copies(self) -> None:
-        """Bring the files of other clients up to date, unless another process that holds the lock does so; never raises."""
+        """Adopt a token that lasts longer from another client's file, and bring all the files up to date; never raises.
+
+        Where another process holds the lock, it does so.
+        """
         try:
-            with self._locked(0):
-                pass
+            with self._locked(0) as held:
+                if held and (token := self._adopted(lambda _: True)):
+                    self._keep(token, held=held)
         except (TokenError, OSError) as error:
             _log.error("The copies for other clients could not be updated: %s", _safe(error))
 
@@ -313,7 +316,8 @@ class Renewer:
         now = datetime.now(UTC)
         if not isinstance(answer, Token):
             self._finish(fence, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
-            raise self._refused(answer, standing.token, now)
+            serves = limits.what_serves(standing.token, now, self._market.buffer)
+            raise answer.as_error(serves, now + timedelta(seconds=self._market.settings.issue_interval))
         same = _returned(answer, standing)
         outcome = Outcome.SAME if same else Outcome.ISSUED
         self._finish(fence, attempt._replace(at=now, outcome=outcome, expires_at=answer.expires_at), answer)
@@ -339,14 +343,6 @@ class Renewer:
 
     def _imported(self, token: Token, reason: str) -> Attempt:
         return self._attempt(Outcome.IMPORTED, Note(reason))._replace(expires_at=token.expires_at)
-
-    def _refused(self, refusal: Refusal, present: Token | None, now: datetime) -> TokenError:
-        serves = limits.what_serves(present, now, self._market.buffer)
-        text = f"{refusal.what}. {serves} To do: {refusal.fix}."
-        if refusal.error is IssuanceLimitError:
-            retry_at = now + timedelta(seconds=self._market.settings.issue_interval)
-            return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
-        return refusal.error(text)
 
     def _share_failure(self, standing: Standing, began: datetime) -> None:
         """Who waited for the lock while its holder could not reach KIS need not find that out again."""
@@ -410,15 +406,25 @@ def _returned(answer: Token, standing: Standing) -> bool:
 
     What else is known of it holds for the answer then.
     """
+    now = standing.now
     present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
     # The record also knows a token whose file was deleted.
-    earlier = [attempt.at for attempt in standing.attempts if attempt.expires_at == answer.expires_at]
+    earlier = [
+        one.at for one in standing.attempts if one.expires_at == answer.expires_at or _is_issue(one, answer, now)
+    ]
     if present:
         answer.rejected_at = present.rejected_at
     issues = [answer.issued_at, present and present.issued_at, *earlier]
     answer.issued_at = min((at for at in issues if at), default=None)
-    foreign = answer.issued_at is not None and answer.issued_at < standing.now - FOREIGN_AGE
+    foreign = answer.issued_at is not None and answer.issued_at < now - FOREIGN_AGE
     return bool(present or earlier or foreign)
+
+
+def _is_issue(attempt: Attempt, answer: Token, now: datetime) -> bool:
+    """Whether an issue of which only the time is known brought this answer: it tells a time nearer to that than now."""
+    if attempt.outcome is not Outcome.ISSUED or attempt.expires_at is not None or answer.issued_at is None:
+        return False
+    return abs(attempt.at - answer.issued_at) < abs(now - answer.issued_at)
 
 
 def _safe(error: Exception) -> object:

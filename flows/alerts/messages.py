@@ -127,20 +127,20 @@ class Message(NamedTuple):
     def plain(self) -> str:
         """The message as one line."""
         parts = [self.headline, self.preview, self.happened, *(f"{name}: {text}" for name, text in self.answers)]
-        return clean(" | ".join(part for part in parts if part))
+        return clean(" | ".join(filter(None, parts)))
 
     @property
     def fallback(self) -> str:
         """What a phone's notification shows, in Slack's escaping."""
         parts = [self.preview, f"{self.headline}. {self.happened}"]
-        return f"{escape(' · '.join(part for part in parts if part))} {self.mention}".rstrip()
+        return f"{escape(' · '.join(filter(None, parts)))} {self.mention}".rstrip()
 
     @property
     def blocks(self) -> list[dict[str, Any]]:
         """The message as Block Kit."""
         bold = f"*{escape(self.preview)}*\n" if self.preview else ""
         happened = f"{self.mention} {bold}{escape(self.happened[:SENTENCE])}".lstrip()
-        answers = "\n".join(f"*{name}:* {escape(text)}" for name, text in self.answers)
+        answers = "\n".join([f"*{name}:* {escape(text)}" for name, text in self.answers])
         header = f"{self.icon} {clean(self.headline)}"[:HEADLINE]
         found = [
             {"type": "header", "text": {"type": "plain_text", "text": header}},
@@ -220,9 +220,11 @@ def risks(codes: Iterable[str], until: datetime | None, now: datetime, known: Ov
     found: dict[tuple[sessions.Session, str], list[str]] = {}
     for code in codes:
         place = sessions.exchange(code)
-        if session := _unserved(place, until, now, known):
-            found.setdefault((session, place.zone), []).append(place.code)
-    return sorted(Risk(session, tuple(names), zone) for (session, zone), names in found.items())
+        coming = sessions.days(code, now, now + timedelta(days=DAYS_AHEAD), known)
+        left = [one.session for one in coming if until is None or one.need[1] > until + CLOCKS]
+        if left:
+            found.setdefault((left[0], place.zone), []).append(place.code)
+    return sorted([Risk(session, tuple(names), zone) for (session, zone), names in found.items()])
 
 
 def sentence(text: str) -> str:
@@ -232,7 +234,7 @@ def sentence(text: str) -> str:
 
 def escape(text: str) -> str:
     """Slack's three characters, so that no foreign text becomes a link or calls a channel, and nothing unprintable."""
-    lines = (clean(line) for line in text.splitlines())
+    lines = [clean(line) for line in text.splitlines()]
     return "\n".join(lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -285,18 +287,6 @@ def _risk(texts: Texts, risk: Risk, now: datetime) -> str:
     if there.utcoffset() == session.open.astimezone(KST).utcoffset():
         return texts("risk.ahead", who=who, opens=opens, left=left)
     return texts("risk.abroad", who=who, opens=opens, there=texts.weekday(there), left=left)
-
-
-def _unserved(
-    place: sessions.Exchange, until: datetime | None, now: datetime, known: Overrides
-) -> sessions.Session | None:
-    today = now.astimezone(ZoneInfo(place.zone)).date()
-    for offset in range(-1, DAYS_AHEAD):
-        day = today + timedelta(days=offset)
-        need = sessions.need(place.code, day, known)
-        if need and need[1] > now and (until is None or need[1] > until + CLOCKS):
-            return sessions.session(place.code, day, known)
-    return None
 
 
 def _cause(incident: Incident) -> str:

@@ -127,7 +127,7 @@ def needs(
 
     """
     merged: list[tuple[datetime, datetime]] = []
-    for begins, ends in sorted(one.need for code in codes for one in days(code, start, end, overrides)):
+    for begins, ends in sorted([one.need for code in codes for one in days(code, start, end, overrides)]):
         if merged and begins <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(ends, merged[-1][1])
         else:
@@ -144,8 +144,10 @@ def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Over
     """
     # A need may begin the day before its session's and end the day after, by lead and pad.
     place = exchange(code)
-    first, last = (edge.astimezone(ZoneInfo(place.zone)).date() for edge in (start, end))
-    found = (_day(place, first + n * _DAY, overrides) for n in range(-1, (last - first).days + 2))
+    zone, known = ZoneInfo(place.zone), place.code in overrides
+    first, last = start.astimezone(zone).date(), end.astimezone(zone).date()
+    dates = [first + n * _DAY for n in range(-1, (last - first).days + 2)]
+    found = [_day(place, day, overrides) if known else _by_calendar(place.code, day) for day in dates]
     return [one for one in found if one and one.need[0] < end and one.need[1] > start]
 
 
@@ -187,7 +189,7 @@ def _closure(place: Exchange, day: date) -> str | None:
 
 def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) -> Day:
     zone = ZoneInfo(place.zone)
-    opens, closes = (datetime.combine(day, hour, zone).astimezone(UTC) for hour in hours)
+    opens, closes = [datetime.combine(day, hour, zone).astimezone(UTC) for hour in hours]
     return Day(Session(opens, closes), (opens - LEAD, closes + pad))
 
 

@@ -9,51 +9,31 @@ from __future__ import annotations
 import logging
 import os
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from tokencore import limits
-from tokencore.attempts import CREDENTIALS, Attempt, Outcome, latest
-from tokencore.errors import (
-    CredentialsError,
-    IssuanceLimitError,
-    IssuerUnavailableError,
-    TokenError,
-    TokenStoreError,
-    TokenUnavailableError,
-)
+from tokencore import errors, limits
+from tokencore.attempts import Attempt, Outcome
+from tokencore.limits import Intent, Standing, format_time
 from tokencore.sealing import sealed_class
 from tokencore.stores import record
-from tokencore.tokens import sane
+from tokencore.tokens import Token, sane
 
 if TYPE_CHECKING:
     from tokencore.config.market import Market
-    from tokencore.kis.codes import Refusal
     from tokencore.renewer import Renewer
-    from tokencore.stores.base import Document, Store
+    from tokencore.stores.base import Store
 
 _log = logging.getLogger("tokencore")
 LIFE = timedelta(hours=24)  # by KIS's documentation; its answer does not say
 LOCK_WAIT = 8  # time-outs, as for the token: connecting four times, and waiting for an answer
-REMEMBERED = 20  # attempts
-
-
-class Approval(NamedTuple):
-    """An approval key and when it was issued, aware UTC."""
-
-    text: str
-    issued_at: datetime
-
-    def __repr__(self) -> str:
-        return f"Approval(issued_at={self.issued_at.isoformat()})"
-
-    def serves(self, until: datetime) -> bool:
-        """Whether it lives at `until`."""
-        return until < self.issued_at + LIFE
 
 
 @sealed_class()
 class ApprovalKeys:
-    """The approval key of one app key, for all its markets and any number of processes."""
+    """The approval key of one app key, for all its markets and any number of processes.
+
+    The document has the present key, and the last request with its outcome.
+    """
 
     __slots__ = ("_document", "_market", "_renewer", "_store")
 
@@ -63,12 +43,6 @@ class ApprovalKeys:
         self._store = store
         self._renewer = renewer
         self._document = store.document("approval")
-
-    def __repr__(self) -> str:
-        return f"ApprovalKeys({self._store.fingerprint!r})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("ApprovalKeys know credentials and are not pickled; make them anew where they are needed")
 
     def obtain(self, rejected: str = "") -> str:
         """A key that lives and is not the `rejected` one; the present one goes on serving whatever fails.
@@ -81,131 +55,101 @@ class ApprovalKeys:
             TokenStoreError: the token directory cannot be used; nothing was asked.
 
         """
-        soon = datetime.now(UTC) + timedelta(seconds=self._market.buffer)
-        if found := self._serving(rejected, soon):
-            return found.text
         try:
-            return self._renewed(rejected, soon).text
-        except TokenError as error:
-            last = self._serving(rejected, datetime.now(UTC))
-            if last is None:
+            return (self._serving(rejected, self._market.buffer) or self._renewed(rejected)).access_token
+        except errors.TokenError as error:
+            if not (last := self._serving(rejected, 0)):
                 raise
             _log.warning("The approval key was not renewed, and the present one goes on serving: %s", error)
-            return last.text
+            return last.access_token
 
-    def _renewed(self, rejected: str, until: datetime) -> Approval:
-        began, wait = datetime.now(UTC), LOCK_WAIT * self._market.settings.timeout
-        with self._document.lock(wait=wait, give_up=lambda: self._serving(rejected, until) is not None) as held:
-            if found := self._serving(rejected, until):
+    def _renewed(self, rejected: str) -> Token:
+        began, wait, buffer = datetime.now(UTC), LOCK_WAIT * self._market.settings.timeout, self._market.buffer
+        with self._document.lock(wait=wait, give_up=lambda: self._serving(rejected, buffer) is not None) as held:
+            if found := self._serving(rejected, buffer):
                 return found
             if not held:
-                raise TokenUnavailableError(
+                raise errors.TokenUnavailableError(
                     f"Another process has been asking KIS for an approval key for {wait:.0f} s; try again, or look "
                     f"for a hanging process that uses {self._document.place}."
                 )
-            attempts = self._attempts()
-            self._check(attempts, began)
-            return self._issue(attempts)
+            self._check(began)
+            return self._issued()
 
-    def _check(self, attempts: list[Attempt], began: datetime) -> None:
-        now = datetime.now(UTC)
-        self._check_credentials(attempts)
-        if until := limits.cooldown_until(attempts, now, self._market):
-            last = attempts[-1]
-            raise IssuanceLimitError(
-                f"The last request for an approval key was at {limits.format_time(last.at)} ({last.outcome}). "
-                f"The next is made from {limits.format_time(until)} on.",
+    def _check(self, began: datetime) -> None:
+        """Return where the last request, if there was one, lets another one be made now."""
+        now, asked = datetime.now(UTC), record.parse(str(self._document.read().get("attempt")))
+        both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # refused for both alike
+        standing = Standing(now, both, self._store.newest(), self._renewer.credentials)
+        limits.check_credentials(Intent.REQUIRED, standing, self._market)
+        if until := limits.cooldown_until(asked, now, self._market):
+            raise errors.IssuanceLimitError(
+                f"The last request for an approval key was at {format_time(asked[-1].at)} ({asked[-1].outcome}). "
+                f"The next is made from {format_time(until)} on.",
                 retry_at=until,
                 cause="minute",
             )
-        if attempts and attempts[-1].outcome is Outcome.UNREACHABLE and attempts[-1].at >= began:
-            raise IssuerUnavailableError(
-                "KIS cannot be reached for an approval key, as another process has just found. "
-                "Check the network and KIS_BASE_URL; then try again.",
+        if asked and asked[-1].outcome is Outcome.UNREACHABLE and asked[-1].at >= began:
+            raise errors.IssuerUnavailableError(
+                "KIS cannot be reached, as another process has just found. Check the network; then try again."
             )
 
-    def _check_credentials(self, attempts: list[Attempt]) -> None:
-        """Credentials that KIS refused are not tried again, until it has issued a token with them since."""
-        last = latest(sorted([*attempts, *self._store.attempts()], key=lambda attempt: attempt.at))
-        if last and last.outcome in CREDENTIALS and last.credentials == self._renewer.credentials:
-            raise CredentialsError(
-                f"KIS refused these credentials at {limits.format_time(last.at)} ({last.code}), so they are not tried "
-                f"again for an approval key. Correct them, or run `tokencore refresh {self._market.name}` when KIS "
-                "has restored them.",
-            )
-
-    def _issue(self, attempts: list[Attempt]) -> Approval:
+    def _issued(self) -> Token:
         """One request, recorded before it is sent; a key that was issued reaches its caller even if it is not saved."""
-        gateway, before = self._renewer.gateway, self._read()
+        gateway, before = self._renewer.gateway, approval_key(self._store)
         attempt = Attempt(datetime.now(UTC), Outcome.SENT, credentials=self._renewer.credentials, pid=os.getpid())
         try:
-            self._write(before, [*attempts, attempt])
+            self._write(before, attempt)
         except OSError as error:
-            raise TokenStoreError(
+            raise errors.TokenStoreError(
                 f"The request for an approval key could not be recorded, so none was made: {self._document.place}: "
                 f"{error.strerror}. Fix its permissions or free space."
             ) from None
-        answer = gateway.approve()
-        now = datetime.now(UTC)
-        if not isinstance(answer, str):
-            self._complete(before, [*attempts, attempt._replace(at=now, outcome=answer.outcome, code=answer.code)])
-            raise self._refused(answer, now)
-        same = before is not None and before.text == answer
-        approval = before if before and same else Approval(answer, now)
-        outcome = Outcome.SAME if same else Outcome.ISSUED
-        done = attempt._replace(at=now, outcome=outcome, expires_at=approval.issued_at + LIFE)
-        self._complete(approval, [*attempts, done])
-        return approval
+        answer, now = gateway.approve(), datetime.now(UTC)
+        if isinstance(answer, str):
+            key = before if before and before.access_token == answer else Token(answer, now + LIFE, now)
+            self._complete(key, attempt._replace(at=now, outcome=Outcome.ISSUED))
+            return key
+        self._complete(before, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
+        retry_at = now + timedelta(seconds=self._market.settings.issue_interval)
+        raise answer.as_error("There is no new approval key.", retry_at)
 
-    def _refused(self, refusal: Refusal, now: datetime) -> TokenError:
-        text = f"There is no new approval key. {refusal.what}. To do: {refusal.fix}."
-        if refusal.error is IssuanceLimitError:
-            retry_at = now + timedelta(seconds=self._market.settings.issue_interval)
-            return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
-        return refusal.error(text)
-
-    def _serving(self, rejected: str, until: datetime) -> Approval | None:
-        found = self._read()
-        return found if found and found.text != rejected and found.serves(until) else None
-
-    def _read(self) -> Approval | None:
-        return _read(self._document, self._store.fingerprint)
-
-    def _attempts(self) -> list[Attempt]:
-        lines = self._document.read().get("attempts")
-        return record.parse("\n".join(map(str, lines))) if isinstance(lines, list) else []
-
-    def _complete(self, approval: Approval | None, attempts: list[Attempt]) -> None:
+    def _complete(self, key: Token | None, attempt: Attempt) -> None:
         try:
-            self._write(approval, attempts)
+            self._write(key, attempt)
         except OSError as error:
             _log.critical("The outcome of a request for an approval key could not be saved: %s", error.strerror)
 
-    def _write(self, approval: Approval | None, attempts: list[Attempt]) -> None:
-        content: dict[str, object] = {"attempts": record.render(attempts[-REMEMBERED:]).splitlines()}
-        if approval:
+    def _serving(self, rejected: str, buffer: float) -> Token | None:
+        found = approval_key(self._store)
+        return found if found and found.access_token != rejected and found.serves(datetime.now(UTC), buffer) else None
+
+    def _write(self, key: Token | None, attempt: Attempt) -> None:
+        content = {"attempt": record.render([attempt]).strip()}
+        if key and key.issued_at:
             content |= {
-                "approval_key": approval.text,
-                "issued_at": approval.issued_at.isoformat(),
-                "expires_at": (approval.issued_at + LIFE).isoformat(),
+                "approval_key": key.access_token,
+                "issued_at": key.issued_at.isoformat(),
+                "expires_at": key.expires_at.isoformat(),
                 "environment": self._market.environment,
                 "key_fingerprint": self._store.fingerprint,
             }
         self._document.write(content)
 
 
-def approval_expiry(store: Store) -> datetime | None:
-    """When the last approval key of this app key expires, aware UTC; None where none was ever asked for."""
-    found = _read(store.document("approval"), store.fingerprint)
-    return found.issued_at + LIFE if found else None
-
-
-def _read(document: Document, fingerprint: str) -> Approval | None:
-    """The key in the document; None where there is none of this app key that could be read."""
-    content = document.read()
+def approval_key(store: Store) -> Token | None:
+    """The last approval key of this app key, as a token of `LIFE`; None where none was ever asked for."""
+    content = store.document("approval").read()
     try:
         issued_at = datetime.fromisoformat(content["issued_at"]).astimezone(UTC)
-        known = content["key_fingerprint"] == fingerprint and sane(issued_at)
-        return Approval(str(content["approval_key"]), issued_at) if known else None
-    except (ValueError, KeyError, TypeError, OverflowError):
+        if content["key_fingerprint"] != store.fingerprint or not sane(issued_at):
+            return None
+        return Token(content["approval_key"], issued_at + LIFE, issued_at)
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
         return None
+
+
+def approval_expiry(store: Store) -> datetime | None:
+    """When the last approval key of this app key expires, aware UTC; None where none was ever asked for."""
+    found = approval_key(store)
+    return found.expires_at if found else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from requests.auth import AuthBase
 from requests.exceptions import UnrewindableBodyError
@@ -21,20 +20,18 @@ from tokencore.manager import TokenManager
 from tokencore.sealing import sealed, sealed_class
 
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import Any
 
     from requests import PreparedRequest, Response
 
-    Origin = tuple[str, str, int | None]
-
 _log = logging.getLogger("tokencore")
 SECRET_HEADERS = ("authorization", "appkey", "appsecret")
-PORTS = {"https": 443, "http": 80}
+PORTS = {"https": ":443", "http": ":80"}  # which libraries write or leave out
 CLIENT_ERROR = 400
 
 
 class Signature:
-    """The headers of one token, neither shown nor pickled: the secret ones as text, and all four as bytes."""
+    """The headers of one token, which no repr shows: the secret ones as text, and all four as bytes."""
 
     __slots__ = ("headers", "raw", "token")
 
@@ -45,34 +42,37 @@ class Signature:
         self.raw = [(name.encode(), value.encode()) for name, value in self.headers.items()]
         self.raw.append((b"custtype", custtype.encode()))
 
-    def __reduce__(self) -> str:
-        raise TypeError("a signature holds credentials and is not pickled")
-
 
 class Signer:
-    """Signs for one market, from any thread.
+    """Signs for one market, from any thread."""
 
-    Attributes:
-        origin: scheme, host and port of the only address that may see the credentials.
-
-    """
-
-    __slots__ = ("_custtype", "_manager", "_prefix", "_present", "origin")
+    __slots__ = ("_custtype", "_manager", "_present", "_with_port", "address", "market")
 
     def __init__(self, market: str, custtype: str) -> None:
         """Sign for the configured `market`; credentials and token are asked for with the first request."""
         self._manager = TokenManager(market)
         self._custtype = custtype
-        url = urlsplit(self._manager.get_api_url())
-        self._prefix = f"{url.scheme}://{url.netloc}/".lower()  # as clients normally spell every address of it
-        self.origin: Origin = (url.scheme, url.hostname or "", url.port or PORTS.get(url.scheme))
         self._present: Signature | None = None
+        self.market = self._manager.market.name
+        scheme, _, rest = self._manager.get_api_url().lower().partition("://")
+        host = rest.partition("/")[0].removesuffix(PORTS[scheme])
+        self.address = f"{scheme}://{host}/"
+        self._with_port = f"{scheme}://{host}{PORTS[scheme]}/"
 
-    def __repr__(self) -> str:
-        return repr(self._manager.market.name)
+    def check(self, url: str) -> None:
+        """Return where a request to `url`, as requests and httpx spell it, may be signed: it goes to KIS's own address.
 
-    def __reduce__(self) -> str:
-        raise TypeError("what signs requests knows credentials and is not pickled; make it anew where it is needed")
+        Raises:
+            ConfigurationError: it is another address; nothing was sent.
+
+        """
+        if url.startswith((self.address, self._with_port)):
+            return
+        where = url.replace("\\", "/").partition("?")[0].rpartition("@")[2]
+        raise ConfigurationError(
+            f"The credentials of {self.market!r} are for {self.address} only, and this request goes to {where}: "
+            "nothing was sent. Correct the address, or KIS_BASE_URL and KIS_ENVIRONMENT.",
+        )
 
     def signature(self) -> Signature:
         """The headers with a valid token, which is renewed if it must be.
@@ -85,18 +85,6 @@ class Signer:
         if present is None or present.token != self._manager.get_valid_token():
             return self._signed()
         return present
-
-    def signature_for(self, url: str) -> Signature:
-        """The same for a request to `url`.
-
-        Raises:
-            ConfigurationError: it is another address than KIS's own (scheme, host, port); nothing was sent.
-            TokenError: as above.
-
-        """
-        if not url.startswith(self._prefix) and _origin(url) != self.origin:
-            self.refuse(url)
-        return self.signature()
 
     @sealed
     def signature_at_hand(self) -> Signature | None:
@@ -112,16 +100,8 @@ class Signer:
             self._manager.report_rejected(rejected.token)
             return self._signed()
         except TokenError as error:
-            _log.warning("KIS rejected the token of %r, and there is no other yet: %s", self, error)
+            _log.warning("KIS rejected the token of %r, and there is no other yet: %s", self.market, error)
             return None
-
-    def refuse(self, url: str) -> NoReturn:
-        """Say that `url` is not KIS's."""
-        where = url.replace("\\", "/").partition("?")[0].rpartition("@")[2]
-        raise ConfigurationError(
-            f"The credentials of {self!r} are for {self._prefix} only, and this request goes to {where}: nothing was "
-            "sent. Correct the address, or KIS_BASE_URL and KIS_ENVIRONMENT.",
-        )
 
     @sealed
     def _signed(self) -> Signature:
@@ -152,7 +132,7 @@ class KISAuth(AuthBase):
         self._custtype = custtype
 
     def __repr__(self) -> str:
-        return f"KISAuth({self._signer!r})"
+        return f"KISAuth({self._signer.market!r})"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         """Put the headers on `request`.
@@ -162,8 +142,10 @@ class KISAuth(AuthBase):
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
-        signature = self._signer.signature_for(request.url or "")
-        headers = request.headers
+        signer, url, headers = self._signer, request.url or "", request.headers
+        if not url.startswith(signer.address):  # a call less than `check`
+            signer.check(url)
+        signature = signer.signature()
         for name, value in signature.headers.items():  # `update` takes a tenth longer
             headers[name] = value
         headers.setdefault("custtype", self._custtype)
@@ -172,60 +154,42 @@ class KISAuth(AuthBase):
 
     @sealed
     def _answered(self, used: Signature, response: Response, **sending: Any) -> Response:  # noqa: ANN401 - requests' own keywords
-        _hide_from_redirect(response)
-        if sending.get("stream") and not may_refuse(response.status_code, response.headers):
+        request = response.request
+        _hide_from_redirect(response, request)
+        elsewhere = "appsecret" not in request.headers  # a redirect led there, without the secret
+        unread = sending.get("stream") and not may_refuse(response.status_code, response.headers)
+        if elsewhere or unread or not is_dead(response.content):
             return response
-        if not is_dead(response.content):
+        successor, again = self._signer.successor(used), request.copy()
+        if successor is None or not _replayable(again):
             return response
-        signature = self._signer.successor(used)
-        again = response.request.copy()
-        if signature is None or not _replayable(again):
-            return response
-        again.headers.update(signature.headers)
+        again.headers.update(successor.headers)
         response.close()
         retried: Response = response.connection.send(again, **sending)
         retried.history.append(response)
         retried.request = again
-        _hide_from_redirect(retried, response.request)
+        _hide_from_redirect(retried, request)
         return retried
 
 
 def may_refuse(status: int, headers: Any) -> bool:  # noqa: ANN401 - a mapping of either library
-    """Whether a streamed answer can be a refusal of KIS: JSON, or short and an error or text. Others stay unread."""
-    kind = headers.get("content-type", "").lower()
-    if "json" in kind:
-        return True
-    length = headers.get("content-length", "")
-    if length.isdecimal() and int(length) > ANSWER_LIMIT:
-        return False
-    return status >= CLIENT_ERROR or not kind or kind.startswith("text/")
+    """Whether a streamed answer can be a refusal of KIS: short, and JSON, text or an error. Others stay unread."""
+    kind, length = headers.get("content-type", "").lower(), headers.get("content-length", "")
+    short = not length.isdecimal() or int(length) <= ANSWER_LIMIT
+    return short and (status >= CLIENT_ERROR or not kind or "json" in kind or kind.startswith("text/"))
 
 
-def _hide_from_redirect(response: Response, *requests: PreparedRequest) -> None:
+def _hide_from_redirect(response: Response, request: PreparedRequest) -> None:
     """KIS never redirects: whoever does shall not see the secret as well. requests copies the first request for it."""
-    if response.is_redirect:
-        for request in (response.request, *requests):
-            for name in SECRET_HEADERS:
-                request.headers.pop(name, None)
+    for name in SECRET_HEADERS if response.is_redirect else ():
+        request.headers.pop(name, None)
 
 
 def _replayable(request: PreparedRequest) -> bool:
     """Whether its body can be sent again; a stream is wound back to its start for that."""
-    if request.body is None or isinstance(request.body, str | bytes):
-        return True
     try:
-        rewind_body(request)
+        if request.body is not None and not isinstance(request.body, str | bytes):
+            rewind_body(request)
     except UnrewindableBodyError:
         return False
     return True
-
-
-def _origin(url: str) -> Origin | None:
-    try:
-        parts = urlsplit(url)
-        port = parts.port or PORTS.get(parts.scheme)
-    except ValueError:
-        return None
-    if "\\" in url:  # where urllib3 ends the host and urlsplit does not
-        return None
-    return parts.scheme, parts.hostname or "", port

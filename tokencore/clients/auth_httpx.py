@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from tokencore.clients.auth import PORTS, Signer, may_refuse
+from tokencore.clients.auth import SECRET_HEADERS, Signer, may_refuse
 from tokencore.kis.codes import is_dead
 from tokencore.sealing import sealed
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokencore.clients.auth import Signature
 
 _T = TypeVar("_T")
-_NAMES = frozenset({b"authorization", b"appkey", b"appsecret", b"custtype"})
+_SECRET = frozenset(name.encode() for name in SECRET_HEADERS)
 
 
 class KISHttpxAuth(httpx.Auth):
@@ -46,7 +46,7 @@ class KISHttpxAuth(httpx.Auth):
         self._turn: RunVar[CapacityLimiter] = RunVar(f"renewal {id(self)}")
 
     def __repr__(self) -> str:
-        return f"KISHttpxAuth({self._signer!r})"
+        return f"KISHttpxAuth({self._signer.market!r})"
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Sign and send; report a rejected token, and send once more.
@@ -58,12 +58,11 @@ class KISHttpxAuth(httpx.Auth):
         """
         self._check(request.url)
         signature = self._signer.signature()
-        response = yield self._signed(request, signature)
-        if not may_refuse(response.status_code, response.headers) or not is_dead(response.read()):
-            return
-        successor = self._signer.successor(signature)
-        if successor and _replayable(request):
-            yield self._signed(request, successor)
+        response = yield _signed(request, signature)
+        if may_refuse(response.status_code, response.headers) and is_dead(response.read()):
+            successor = self._signer.successor(signature)
+            if successor and isinstance(request.stream, httpx.ByteStream):
+                yield _signed(request, successor)
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         """The same on an event loop, which goes on while KIS is asked for a token."""
@@ -71,31 +70,27 @@ class KISHttpxAuth(httpx.Auth):
         signature = self._signer.signature_at_hand()
         if signature is None:
             signature = await self._aside(self._signer.signature)
-        response = yield self._signed(request, signature)
-        if not may_refuse(response.status_code, response.headers) or not is_dead(await response.aread()):
-            return
-        successor = await self._aside(self._signer.successor, signature)
-        if successor and _replayable(request):
-            yield self._signed(request, successor)
+        response = yield _signed(request, signature)
+        if may_refuse(response.status_code, response.headers) and is_dead(await response.aread()):
+            successor = await self._aside(self._signer.successor, signature)
+            if successor and isinstance(request.stream, httpx.ByteStream):
+                yield _signed(request, successor)
 
     def _check(self, url: httpx.URL) -> None:
-        if (url.scheme, url.host, url.port or PORTS.get(url.scheme)) != self._signer.origin:
-            self._signer.refuse(str(url))
-
-    @staticmethod
-    def _signed(request: httpx.Request, signature: Signature) -> httpx.Request:
-        headers = _Signed(request.headers)
-        headers.signature = signature
-        request.headers = headers
-        return request
+        self._signer.check((url.raw_scheme + b"://" + url.netloc + b"/").decode())
 
     async def _aside(self, work: Callable[..., _T], *arguments: Any) -> _T:  # noqa: ANN401 - as the work takes them
         """Wait in a thread: one at a time, so that a long wait for KIS leaves the loop's other threads free."""
-        turn = self._turn.get(None)
-        if turn is None:
-            turn = CapacityLimiter(1)
-            self._turn.set(turn)
+        turn = self._turn.get(None) or CapacityLimiter(1)
+        self._turn.set(turn)
         return await to_thread.run_sync(work, *arguments, limiter=turn, abandon_on_cancel=True)
+
+
+def _signed(request: httpx.Request, signature: Signature) -> httpx.Request:
+    headers = _Signed(request.headers)
+    headers.signature = signature
+    request.headers = headers
+    return request
 
 
 class _Signed(httpx.Headers):
@@ -112,17 +107,7 @@ class _Signed(httpx.Headers):
     @property
     def raw(self) -> list[tuple[bytes, bytes]]:
         """What is sent: a `custtype` of the caller's own stays, everything else of these names is ours."""
-        own = super().raw
-        for name, _ in own:
-            if name.lower() in _NAMES:
-                return self._merged(own)
-        return own + self.signature.raw
-
-    def _merged(self, own: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        kept = [(name, value) for name, value in own if name.lower() not in _NAMES - {b"custtype"}]
-        known = [name.lower() for name, _ in kept]
-        return kept + [pair for pair in self.signature.raw if pair[0] not in known]
-
-
-def _replayable(request: httpx.Request) -> bool:
-    return isinstance(request.stream, httpx.ByteStream)
+        given = super().raw
+        names = {name.lower() for name, _ in given}
+        own = [pair for pair in given if pair[0].lower() not in _SECRET] if names & _SECRET else given
+        return own + (self.signature.raw[:-1] if b"custtype" in names else self.signature.raw)

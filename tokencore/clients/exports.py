@@ -1,9 +1,9 @@
 """The token's copies in the files of other KIS clients, so that one issue serves them all.
 
-The file in another client's folder is (a) ours, known by the digest of what was written, (b) that client's own with a
-token of this key, or (c) anything else. (c) is never touched. (b) with a token that lasts longer than ours is left for
-`found`, as it is the key's newest. Every other file is written, whole and private, as that client reads it. A copy is
-removed only when the key has no living token. Pickles are only written: nothing is ever unpickled.
+The file in another client's folder is (a) ours, known by the digest of what was written there, (b) that client's own
+with a token of this key, or (c) anything else. (c) is never touched. (b) with a token that lasts longer than ours is
+left for `found`, as it is the key's newest. Every other file is written, whole and private, as that client reads it. A
+copy is removed only when the key has no living token. Pickles are only written: nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -25,85 +25,90 @@ from tokencore.stores import files
 from tokencore.tokens import as_answer, from_text, jwt_claims, longest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from tokencore.config.market import Market
     from tokencore.stores.base import Store
     from tokencore.tokens import Token
 
 _log = logging.getLogger("tokencore")
+DAY = timedelta(days=1)
 FILE_LIMIT = 1 << 16  # bytes; what is larger is no client's file
-REMEMBERED = 400  # digests of what was written; the oldest are forgotten
 PICKLE_PROTOCOL = 2  # read by every Python that the clients run on
 _PICKLED = b"\x80"
 _DATED = re.compile(r"KIS[0-9]{8}", re.ASCII)
 _JWT = re.compile(r"(?<![\w-])[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)  # possessive: linear, whatever stands there
 
 
+class Client(NamedTuple):
+    """How a client wants the token: the names of its files, their content, and the folder it looks in by itself."""
+
+    names: Callable[[Market, datetime], list[str]]
+    content: Callable[[Market, Token, datetime], bytes]
+    folder: str = ""
+    holds_secret: bool = False
+    names_key: bool = False  # by a digest
+
+
 class Target(NamedTuple):
-    """Where a client finds the token: its absolute folder, and the file where the client leaves the name free."""
+    """A client, its absolute folder, and the file's name where the client leaves it free."""
 
     client: str
     folder: str
     name: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.client}:{os.path.join(self.folder, self.name) if self.name else self.folder}"
+    def paths(self, market: Market, now: datetime) -> list[str]:
+        """The files that the client reads; ConfigurationError where a setting for their name is missing."""
+        names = [self.name] if self.name else CLIENTS[self.client].names(market, now)
+        return [os.path.join(self.folder, name) for name in names]
 
 
-class Client(NamedTuple):
-    """How a client wants the token: its files by name, the folder it looks in by itself, and what they reveal."""
+class Found(NamedTuple):
+    """What a client's file holds: whether it may be written over, and the client's token if that lasts longer."""
 
-    contents: Callable[[Target, Market, Token, datetime], dict[str, bytes]]
-    folder: str | None
-    holds_secret: bool = False
+    path: str
+    content: bytes = b""
+    replaceable: bool = False
+    longer: Token | None = None
 
 
 @sealed_class()
 class Exports:
     """The copies of one key's token; what writes is called under the key's lock."""
 
-    __slots__ = ("_document", "_markets", "_store")
+    __slots__ = ("_failed", "_market", "_markets", "_store", "_written")
 
     def __init__(self, markets: Sequence[Market], store: Store) -> None:
         """Serve the `markets` of one key, whose token is in `store`."""
         self._markets = markets
+        self._market = markets[0]
         self._store = store
-        self._document = store.document("exports")
-
-    def __repr__(self) -> str:
-        return f"Exports({self._store.fingerprint!r})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("Exports know credentials and are not pickled")
+        self._written = store.document("exports")  # by path, the digests of its last two contents
+        self._failed = store.document("export-failures")
 
     def found(self, now: datetime) -> Token | None:
         """The living token of this key that another client has put into one of its files, if it outlasts ours."""
-        theirs: list[Token | None] = []
-        try:
-            ours = self._store.newest()
-            for target in self._targets():
-                with contextlib.suppress(TokenError):  # what cannot be named or trusted is for `sync` to report
-                    _refuse_strangers(target)
-                    theirs += [self._outlasting(path, ours, now) for path in _present(target, self._markets[0])]
-        except Exception as error:  # noqa: BLE001 - another program's files are no reason to fail
-            _log.warning("The files of other clients could not be searched for a token: %s", _words(error))
+        ours, theirs = self._store.newest(), []
+        for target in self._targets():
+            with contextlib.suppress(Exception):  # another program's files are no reason to fail, and `sync` reports
+                paths = [*target.paths(self._market, now), *target.paths(self._market, now - DAY)]
+                theirs += [one.longer for one in self._look(target, paths, ours, now)]
         return longest(theirs)
 
     def sync(self, token: Token | None) -> None:
-        """Write what the settings ask for, or remove the copies where the key has no living token; never raises."""
+        """Write what the settings ask for, or remove all copies where the key has no living token; never raises."""
         failed = {}
-        try:
-            for target in self._targets():
-                try:
-                    self._copy(target, token) if token else self._withdraw(target)
-                except Exception as error:  # noqa: BLE001 - the next copy gets its turn whatever happened to this one
-                    failed[str(target)] = _words(error)
-                    _log.error("The token's copy %s is not up to date: %s", target, failed[str(target)])
+        for target in self._targets():
+            try:
+                if token:
+                    self._copy(target, token)
+            except Exception as error:  # noqa: BLE001 - the next copy gets its turn whatever happened to this one
+                failed[_label(target)] = _words(error)
+                _log.error("The token's copy %s is not up to date: %s", _label(target), _words(error))
+        with contextlib.suppress(Exception):  # the next time does it
+            self._remove(past_days_only=token is not None)
             if failed != self.failures():
-                self._note(failures=failed)
-        except Exception as error:  # noqa: BLE001 - a copy is no reason to lose a token
-            _log.error("The token's copies for other clients could not be written: %s", _words(error))
+                self._failed.write(failed)
 
     def write(self, client: str, folder: str, token: Token) -> list[str]:
         """Write the files of `client` into `folder`, made if need be; their paths.
@@ -114,14 +119,7 @@ class Exports:
             TokenStoreError: the system refuses; each file is as before or whole.
 
         """
-        target = _target(client, folder)
-        try:
-            if not os.path.isdir(target.folder):
-                files.make_private(target.folder)
-        except TokenStoreError:
-            _refuse_strangers(target)
-            raise _unwritable(target, "the folder cannot be made") from None
-        return self._copy(target, token)
+        return self._copy(_target(f"{client}:{folder}", self._market), token, make=True)
 
     def check(self, client: str, folder: str) -> None:
         """Return where nothing but the token may be missing for `write`.
@@ -131,155 +129,131 @@ class Exports:
             TokenStoreError: others can exchange the folder.
 
         """
-        target = _target(client, folder)
-        _refuse_strangers(target)
-        for path in _present(target, self._markets[0]):
-            self._refuse_foreign(target, path)
+        now, target = datetime.now(UTC), _target(f"{client}:{folder}", self._market)
+        _refuse_foreign(self._look(target, target.paths(self._market, now), None, now))
 
     def failures(self) -> dict[str, str]:
         """The copies that the settings ask for and that could not be brought up to date last time, and why."""
-        wanted = {str(target) for target in self._targets()}
-        failed = self._document.read().get("failures") if wanted else None
-        return {name: str(why) for name, why in failed.items() if name in wanted} if isinstance(failed, dict) else {}
+        wanted = {_label(target) for target in self._targets()}
+        return {name: str(why) for name, why in self._failed.read().items() if name in wanted} if wanted else {}
 
     def _targets(self) -> list[Target]:
-        wanted = [_configured(text, market) for market in self._markets for text in market.exports]
+        wanted = [_target(text, market) for market in self._markets for text in market.exports]
         return list(dict.fromkeys(wanted))
 
-    def _copy(self, target: Target, token: Token) -> list[str]:
+    def _copy(self, target: Target, token: Token, *, make: bool = False) -> list[str]:
         now, client = datetime.now(UTC), CLIENTS[target.client]
+        paths = target.paths(self._market, now)
+        present = self._look(target, paths, token, now)
+        if all(token.access_token.encode() in one.content for one in present):
+            self._note({one.path: one.content for one in present})  # whoever wrote it: with the token it goes
+            return paths
+        _refuse_foreign(present)
+        if any(one.longer for one in present):
+            _log.info("%s has a token of this key that lasts longer than ours; it is left there.", _label(target))
+            return paths
+        self._put(target, dict.fromkeys(paths, client.content(self._market, token, now)), make=make)
+        _log.info("Copied the token for %s: %s", target.client, ", ".join(paths))
+        return paths
+
+    def _look(self, target: Target, paths: list[str], ours: Token | None, now: datetime) -> list[Found]:
+        """Each file by the rule: replaceable are empty ones, ours and those with a token of this key alone."""
         _refuse_strangers(target)
-        contents = client.contents(target, self._markets[0], token, now)
-        paths = {os.path.join(target.folder, name): text for name, text in contents.items()}
-        present = {path: _content(path) or b"" for path in paths}
-        if all(token.access_token.encode() in text for text in present.values()):
-            self._note(written=present.values())  # whoever wrote it: with the token it goes
-            return list(paths)
-        for path in paths:
-            self._refuse_foreign(target, path)
-        if any(self._outlasting(path, token, now) for path in paths):
-            _log.info("%s has a token of this key that lasts longer than ours; it is left there.", target)
-            return list(paths)
-        self._put(target, paths)
-        secret = ", with the app secret in it" if client.holds_secret else ""
-        _log.info("Copied the token for %s%s: %s", target.client, secret, ", ".join(paths))
-        self._tidy(target, token, min(contents), now)
-        return list(paths)
+        written, app_key, looked = self._written.read(), str(self._market.app_key), []
+        for path in dict.fromkeys(paths):
+            try:
+                content = files.read_bytes(path, FILE_LIMIT, trusted=False) or b""
+            except ValueError:  # something is there, but no readable file
+                looked.append(Found(path))
+                continue
+            mine = _digest(content) in str(written.get(path))
+            jwts = [] if mine else _jwts(content)
+            keys = {jwt: key for jwt in jwts if isinstance(key := jwt_claims(jwt).get("jti"), str)}
+            theirs = bool(keys or CLIENTS[target.client].names_key) and set(keys.values()) <= {app_key}
+            replaceable = theirs or mine or not content.strip()
+            longer = longest([_longer(jwt, ours, now) for jwt, key in keys.items() if key == app_key])
+            if longer and files.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
+                longer = None
+            looked.append(Found(path, content, replaceable, longer))
+        return looked
 
-    def _put(self, target: Target, paths: dict[str, bytes]) -> None:
-        self._note(written=paths.values())
+    def _put(self, target: Target, contents: dict[str, bytes], *, make: bool) -> None:
+        self._note(contents)
         try:
-            for path, content in paths.items():
+            if make and not os.path.isdir(target.folder):
+                files.make_private(target.folder)
+            for path, content in contents.items():
                 files.write_bytes(path, content, writer=self._store.fingerprint)
-        except OSError as error:
-            raise _unwritable(target, error.strerror or type(error).__name__) from None
+        except (OSError, TokenStoreError) as error:
+            _refuse_strangers(target)
+            why = "the folder cannot be made" if isinstance(error, TokenStoreError) else error.strerror
+            raise _unwritable(target, f"{why}; make the folder, fix its permissions or free space") from None
 
-    def _tidy(self, target: Target, token: Token, first: str, now: datetime) -> None:
-        """Remove this key's dated files of past days: a token, even an expired one, reveals the app key."""
-        past = [path for path in _present(target, self._markets[0]) if os.path.basename(path) < first]
-        for path in past if target.client == "kis-auth" else ():
-            if self._is_keys(target, path) and not self._outlasting(path, token, now):
-                with contextlib.suppress(OSError):
-                    files.remove(path)
-
-    def _withdraw(self, target: Target) -> None:
-        for path in _present(target, self._markets[0]):
-            if self._is_ours(_content(path)) and files.remove(path):
-                _log.warning(
-                    "Removed the copy for %s, as the key has no living token: %s. Started before the next renewal, "
-                    "that client asks KIS for a token itself.",
-                    target.client,
-                    path,
-                )
-
-    def _outlasting(self, path: str, ours: Token | None, now: datetime) -> Token | None:
-        """The token that the client itself has put there, if it is of this key, lives, and lasts longer than `ours`."""
-        content = _content(path)
-        texts = [] if content is None or self._is_ours(content) else _jwts(content)
-        known = ours.access_token if ours else ""
-        theirs = longest([from_text(text)[0] for text in texts if _key_of(text) == self._app_key and text != known])
-        last = max(now, ours.expires_at if ours else now)
-        planted = files.stranger(path, os.lstat(path), lenient=True) if theirs else None
-        return theirs if theirs and theirs.expires_at > last and not planted else None
-
-    def _refuse_foreign(self, target: Target, path: str) -> None:
-        if os.path.lexists(path) and not self._is_keys(target, path):
-            raise ConfigurationError(
-                f"{path} holds no token of this key, as far as can be seen: it was left as it is, and nothing was "
-                "written. Give this market a folder of its own, or remove the file."
-            )
-
-    def _is_keys(self, target: Target, path: str) -> bool:
-        """Whether the file may be written over: empty, ours, or that client's own with a token of this key."""
-        content = _content(path)
-        if content is None or not content.strip() or self._is_ours(content):
-            return content is not None
-        named = {key for text in _jwts(content) if (key := _key_of(text))}
-        by_name = target.client == "python-kis"  # a digest of the key is in it
-        by_content = self._app_key.encode() in content if content.startswith(_PICKLED) else bool(named)
-        return (by_name or by_content) and named <= {self._app_key}
-
-    def _is_ours(self, content: bytes | None) -> bool:
-        return content is not None and _digest(content) in self._written()
-
-    def _written(self) -> list[str]:
-        """The digests of what was written, oldest first."""
-        known = self._document.read().get("written")
-        return [one for one in known if isinstance(one, str)] if isinstance(known, list) else []
-
-    def _note(self, *, written: Iterable[bytes] = (), failures: dict[str, str] | None = None) -> None:
-        """Remember what is about to be written, or what failed; a store that cannot be written stops no copy."""
-        before = self._document.read()
-        digests = dict.fromkeys([*self._written(), *map(_digest, written)])
-        after = {"written": list(digests)[-REMEMBERED:], "failures": self.failures() if failures is None else failures}
+    def _note(self, contents: dict[str, bytes]) -> None:
+        """Remember what is about to be written; a store that cannot be written stops no copy."""
+        before = self._written.read()
+        after = {path: digests for path, digests in before.items() if os.path.lexists(path)}
+        after |= {path: f"{_digest(new)} {str(before.get(path, ''))[:16]}" for path, new in contents.items()}
         if after != before:
             with contextlib.suppress(OSError):
-                self._document.write(after)
+                self._written.write(after)
 
-    @property
-    def _app_key(self) -> str:
-        return str(self._markets[0].app_key)
+    def _remove(self, *, past_days_only: bool) -> None:
+        """Remove copies of ours; those of past days reveal the app key to no use, even when they have expired."""
+        today, written = f"KIS{datetime.now(UTC).astimezone():%Y%m%d}", self._written.read()
+        for path in written:
+            name = os.path.basename(path)
+            if past_days_only and not (_DATED.fullmatch(name) and name < today):
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                content = files.read_bytes(path, FILE_LIMIT, trusted=False) or b""
+                if _digest(content) in str(written[path]) and files.remove(path) and not past_days_only:
+                    _log.warning(
+                        "Removed the copy %s: the key has no living token. That client may issue itself.", path
+                    )
 
 
-def _configured(text: str, market: Market) -> Target:
+def _target(text: str, market: Market) -> Target:
     """What a setting such as `mojito2`, `kis-auth` or `mojito2:~/bot` asks for in `market`."""
     client, _, folder = (part.strip() for part in text.partition(":"))
-    folder = folder or CLIENTS[client].folder or ""
-    return _target(client, folder) if folder else Target(client, market.token_dir, f"{market.name}_krs_token.dat")
-
-
-def _target(client: str, folder: str) -> Target:
     if client not in CLIENTS:
         raise ConfigurationError(f"There is no export for {client!r}; choose one of {', '.join(CLIENTS)}.")
-    return Target(client, os.path.abspath(os.path.expanduser(folder)))
+    if folder := folder or CLIENTS[client].folder:
+        return Target(client, os.path.abspath(os.path.expanduser(folder)))
+    return Target(client, market.token_dir, f"{market.name}_krs_token.dat")
 
 
-def _present(target: Target, market: Market) -> list[str]:
-    """The paths where the client may have a file: the official sample's are named by the day."""
-    names = [_file_name(target, market)]
-    if target.client == "kis-auth":
-        names = []
-        with contextlib.suppress(OSError):
-            names = sorted(name for name in os.listdir(target.folder) if _DATED.fullmatch(name))
-    return [os.path.join(target.folder, name) for name in names]
+def _label(target: Target) -> str:
+    return f"{target.client}:{target.folder}"
 
 
-def _file_name(target: Target, market: Market) -> str:
-    return _python_kis_name(market) if target.client == "python-kis" else target.name or "token.dat"
+def _refuse_foreign(present: list[Found]) -> None:
+    for path in [one.path for one in present if not one.replaceable]:
+        raise ConfigurationError(
+            f"{path} holds no token of this key, as far as can be seen: it was left as it is, and nothing was written. "
+            "Give this market a folder of its own, or remove the file."
+        )
 
 
-def _mojito2(target: Target, market: Market, token: Token, now: datetime) -> dict[str, bytes]:
+def _refuse_strangers(target: Target) -> None:
+    """Return where nobody else can have made or can exchange the folder that the secret goes into."""
+    if fault := files.stranger(target.folder, lenient=True):
+        raise _unwritable(target, f"{fault[0]}; find out why, then run `{fault[1]}`")
+
+
+def _unwritable(target: Target, why: str) -> TokenStoreError:
+    return TokenStoreError(
+        f"The files of {target.client} in {target.folder} cannot be written, and the token is untouched: {why}."
+    )
+
+
+def _mojito2(market: Market, token: Token, now: datetime) -> bytes:
     app_key, app_secret = market.credentials()
     content = as_answer(token, now) | {"timestamp": int(token.expires_at.timestamp())}
-    content |= {"api_key": app_key, "api_secret": app_secret}
-    return {_file_name(target, market): pickle.dumps(content, protocol=PICKLE_PROTOCOL)}
+    return pickle.dumps(content | {"api_key": app_key, "api_secret": app_secret}, protocol=PICKLE_PROTOCOL)
 
 
-def _python_kis(target: Target, market: Market, token: Token, now: datetime) -> dict[str, bytes]:
-    return {_file_name(target, market): json.dumps(as_answer(token, now)).encode()}
-
-
-def _python_kis_name(market: Market) -> str:
+def _python_kis_names(market: Market, _: datetime) -> list[str]:
     """The name that python-kis computes, with a digest of the key in it."""
     hts_id = market.settings.hts_id or ""
     if not hts_id or os.path.basename(hts_id) != hts_id:
@@ -288,31 +262,27 @@ def _python_kis_name(market: Market) -> str:
         )
     source = "".join(("pykis", hts_id, *market.credentials(), "token"))
     digest = sha1(source.encode(), usedforsecurity=False).hexdigest()
-    return f"token_{'virtual' if market.environment == 'paper' else 'real'}_{hts_id}_{digest}.json"
+    return [f"token_{'virtual' if market.environment == 'paper' else 'real'}_{hts_id}_{digest}.json"]
 
 
-def _kis_auth(_: Target, __: Market, token: Token, now: datetime) -> dict[str, bytes]:
-    """The file is named by the day and compared with the clock, both in the zone of the machine that reads it."""
-    expiry = f"{token.expires_at.astimezone():%Y-%m-%d %H:%M:%S}"
-    content = f"token: {token.access_token}\nvalid-date: {expiry}\n".encode()
-    today = now.astimezone().date()
-    return {f"KIS{day:%Y%m%d}": content for day in (today, today + timedelta(days=1))}
+def _kis_auth_names(_: Market, now: datetime) -> list[str]:
+    """Today's and tomorrow's, in the zone of the machine that reads them."""
+    return [f"KIS{day.astimezone():%Y%m%d}" for day in (now, now + DAY)]
 
 
-# A new client is a function and a line here.
+def _kis_auth(_: Market, token: Token, __: datetime) -> bytes:
+    """Its expiry is compared with the clock of the machine that reads it."""
+    return f"token: {token.access_token}\nvalid-date: {token.expires_at.astimezone():%Y-%m-%d %H:%M:%S}\n".encode()
+
+
+# A new client is two functions and a line here.
 CLIENTS = {
-    "mojito2": Client(_mojito2, None, holds_secret=True),
-    "python-kis": Client(_python_kis, "~/.pykis/cache"),
-    "kis-auth": Client(_kis_auth, "~/KIS/config"),
+    "mojito2": Client(lambda *_: ["token.dat"], _mojito2, holds_secret=True),
+    "python-kis": Client(
+        _python_kis_names, lambda _, *held: json.dumps(as_answer(*held)).encode(), "~/.pykis/cache", names_key=True
+    ),
+    "kis-auth": Client(_kis_auth_names, _kis_auth, "~/KIS/config"),
 }
-
-
-def _content(path: str) -> bytes | None:
-    """The content at `path`; None without a file, or where it is no readable one."""
-    try:
-        return files.read_bytes(path, FILE_LIMIT, trusted=False)
-    except ValueError:
-        return None
 
 
 def _jwts(content: bytes) -> list[str]:
@@ -324,26 +294,17 @@ def _jwts(content: bytes) -> list[str]:
     return []
 
 
-def _key_of(jwt: str) -> str | None:
-    key = jwt_claims(jwt).get("jti")
-    return key if isinstance(key, str) else None
+def _longer(jwt: str, ours: Token | None, now: datetime) -> Token | None:
+    """The token, if it lives, tells its expiry, and lasts longer than `ours`."""
+    with contextlib.suppress(ValueError):
+        token, _ = from_text(jwt)
+        if token.expires_at > max(now, ours.expires_at if ours else now) and not (ours and jwt == ours.access_token):
+            return token
+    return None
 
 
 def _digest(content: bytes) -> str:
     return sha256(content).hexdigest()[:16]
-
-
-def _refuse_strangers(target: Target) -> None:
-    """Return where nobody else can have made or can exchange the folder that the secret goes into."""
-    if fault := files.stranger(target.folder, lenient=True):
-        raise _unwritable(target, f"{fault[0]}; find out why, then run `{fault[1]}`")
-
-
-def _unwritable(target: Target, why: str) -> TokenStoreError:
-    return TokenStoreError(
-        f"The files of {target.client} in {target.folder} cannot be written: {why}. The token itself is untouched; "
-        "make the folder, fix its permissions or free space."
-    )
 
 
 def _words(error: Exception) -> str:

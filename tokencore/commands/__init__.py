@@ -9,24 +9,21 @@ import sys
 from contextlib import suppress
 from datetime import datetime
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 from tokencore import __doc__ as about
 from tokencore.config.sources import short
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tokencore.config.settings import Settings
     from tokencore.keys import Key
 
-    class AddCommand(Protocol):
-        """Adds a command to the command line; its parser, for its arguments."""
-
-        def __call__(self, name: str, function: object, text: str) -> argparse.ArgumentParser:
-            """Add `name`; `function` gets the parsed options and returns the exit code."""
-
+    # Adds a command by its name, its function and what it does; its parser, for its arguments. The function gets the
+    # parsed options and returns the exit code.
+    AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 # Each module brings its imports, some of them a tenth of a second: a command loads its own only.
 MODULES = {
@@ -69,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 
     """
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
-    top = parser(arguments[0] if arguments else "")
+    top, _ = parsers(arguments[0] if arguments else "")
     if not arguments:
         top.print_help()
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
@@ -83,29 +80,20 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def parser(asked: str = "") -> argparse.ArgumentParser:
-    """The parser of the whole command line, or, where one of them is `asked`, of that command and its like."""
+def parsers(asked: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and those of all commands by name, or of the one that is `asked` and its like."""
     top = _Parser(prog="tokencore", description=(about or "").partition("\n")[0], epilog=EXIT_CODES)
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
         added.set_defaults(run=function)
         return added
 
     for module in [module for module, names in MODULES.items() if asked in names] or MODULES:
         import_module(module).add(command)
-    return top
-
-
-def parsers(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of all commands by their names."""
-    found: dict[str, argparse.ArgumentParser] = {}
-    for action in top._actions:  # noqa: SLF001 - argparse has no public way to its parts
-        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
-            found |= action.choices
-    return found
+    return top, dict(commands.choices)
 
 
 def add_market(to: argparse.ArgumentParser, *, many: str | None = None) -> None:
@@ -193,13 +181,12 @@ def _completion(options: argparse.Namespace) -> int:
 
     from tokencore.config.settings import Settings
 
-    top, markets = parser(), [market.name for market in Settings.load().all_markets()]
-    for one in parsers(top).values():
-        for action in one._actions:  # noqa: SLF001 - shtab reads it as well; there is no public way
-            if action.dest == "market":
-                action.choices = markets
-            elif action.metavar in ("FILE", "DIR"):
-                vars(action)["complete"] = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
+    markets, (top, commands) = [market.name for market in Settings.load().all_markets()], parsers()
+    for action in (action for one in commands.values() for action in one._actions):  # noqa: SLF001 - as shtab does
+        if action.dest == "market":
+            action.choices = markets
+        elif action.metavar in ("FILE", "DIR"):
+            vars(action)["complete"] = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
     script = shtab.complete(top, options.shell)
     if options.shell == "zsh":  # where shtab's "(*)::" offers one market, and no second one
         script = script.replace('"(*)::', '"*:')

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,12 @@ from tokencore.tokens import as_answer, from_text
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from tokencore.commands import AddCommand
     from tokencore.tokens import Token
+
+SAID = ("market", "environment", "expires_at", "issued_at", "remaining_seconds")  # of the status, beside the token
 
 
 def add(command: AddCommand) -> None:
@@ -31,7 +33,7 @@ def add(command: AddCommand) -> None:
     add_json(output)
     output.add_argument(
         "--format",
-        choices=_FORMATS,
+        choices=[*filter(None, _FORMATS)],
         help="process: JSON with version, token and expiration; env: for a shell's eval; dotenv: for docker's "
         "--env-file; header: for an HTTP request; answer: JSON as tokenP answers",
     )
@@ -54,17 +56,17 @@ def add(command: AddCommand) -> None:
 
 
 def _get(options: argparse.Namespace) -> int:
-    manager = TokenManager(options.market)
+    manager, renew = TokenManager(options.market), not options.no_renew
     if options.approval_key:
-        if options.no_renew:
+        if not renew:
             raise ConfigurationError("--no-renew is for tokens, not for the --approval-key; leave one of them out.")
         print(manager.get_approval_key())
     elif options.json:
-        token = _served(manager, renew=not options.no_renew)
-        print_json({"access_token": token.access_token, "token_type": "Bearer"} | _facts(manager))
+        token, facts = _served(manager, renew=renew), manager.get_token_status().items()
+        said = {"access_token": token.access_token, "token_type": "Bearer"}
+        print_json(said | {name: value for name, value in facts if name in SAID})
     else:
-        token = _served(manager, renew=not options.no_renew)
-        print(_FORMATS[options.format](token) if options.format else token.access_token)
+        print(_FORMATS[options.format](_served(manager, renew=renew)))
     return 0
 
 
@@ -82,33 +84,6 @@ def _served(manager: TokenManager, *, renew: bool) -> Token:
     return token
 
 
-def _facts(manager: TokenManager) -> dict[str, object]:
-    shown = {"market", "environment", "expires_at", "issued_at", "remaining_seconds"}
-    return {name: value for name, value in manager.get_token_status().items() if name in shown}
-
-
-def _as_process(token: Token) -> str:
-    """The shape of AWS's `credential_process`, which many launchers of processes can read."""
-    return json.dumps({"Version": 1, "token": token.access_token, "Expiration": _expiry(token)})
-
-
-def _as_env(token: Token) -> str:
-    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in _variables(token).items())
-
-
-def _as_dotenv(token: Token) -> str:
-    """Without quotes, which docker would take as a part of the value."""
-    return "\n".join(f"{name}={value}" for name, value in _variables(token).items())
-
-
-def _as_header(token: Token) -> str:
-    return f"Authorization: Bearer {token.access_token}"
-
-
-def _as_answer(token: Token) -> str:
-    return json.dumps(as_answer(token, datetime.now(UTC)))
-
-
 def _variables(token: Token) -> dict[str, str]:
     return {"KIS_ACCESS_TOKEN": token.access_token, "KIS_TOKEN_EXPIRES_AT": _expiry(token)}
 
@@ -117,9 +92,16 @@ def _expiry(token: Token) -> str:
     return token.expires_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-_FORMATS = {
-    "process": _as_process, "env": _as_env, "dotenv": _as_dotenv, "header": _as_header, "answer": _as_answer,
-}  # fmt: skip
+_FORMATS: dict[str | None, Callable[[Token], str]] = {
+    None: lambda token: token.access_token,
+    # What AWS calls `credential_process`; many launchers of processes can read it.
+    "process": lambda token: json.dumps({"Version": 1, "token": token.access_token, "Expiration": _expiry(token)}),
+    "env": lambda token: "\n".join(f"export {name}={shlex.quote(value)}" for name, value in _variables(token).items()),
+    # Without quotes, which docker would take as a part of the value.
+    "dotenv": lambda token: "\n".join(f"{name}={value}" for name, value in _variables(token).items()),
+    "header": lambda token: f"Authorization: Bearer {token.access_token}",
+    "answer": lambda token: json.dumps(as_answer(token, datetime.now(UTC))),
+}
 
 
 def _exec(options: argparse.Namespace) -> int:
@@ -154,38 +136,26 @@ def _bare(text: str) -> str:
 
 
 def _delete(options: argparse.Namespace) -> int:
-    manager, revoked = TokenManager(options.market), False
-    if options.revoke:
-        if not options.yes:
-            _confirm_revocation(manager)
-        revoked = _revoke(manager)
+    manager = TokenManager(options.market)
+    revoked = options.revoke and _revoke(manager, asking=not options.yes)
     removed = manager.delete_token() or revoked
     print("Deleted." if removed else f"There was no token file for {manager.market.name!r}.")
     return 0
 
 
-def _confirm_revocation(manager: TokenManager) -> None:
-    token = manager.load_token()
-    if token is None and sys.stdin is not None and sys.stdin.isatty():
-        return
-    markets = ", ".join(market.name for market in key_of(manager.market.settings, manager.market.name).markets)
-    later = (token and _reissue(token)) or "KIS issues a new one at the next request."
-    question = f"Every program that uses the token of {markets} loses it. {later} Revoke it?"
-    confirm("--revoke", question, "Nothing was revoked or deleted.")
+def _revoke(manager: TokenManager, *, asking: bool) -> bool:
+    from tokencore.limits import format_time  # not for `get`
 
-
-def _revoke(manager: TokenManager) -> bool:
     token = manager.load_token()
+    until = token.same_until() if token else None
+    again = f"KIS issues a new one only from {format_time(until)}." if until and until > datetime.now(UTC) else ""
+    if token and asking:
+        markets = ", ".join(market.name for market in key_of(manager.market.settings, manager.market.name).markets)
+        later = again or "KIS issues a new one at the next request."
+        question = f"Every program that uses the token of {markets} loses it. {later} Revoke it?"
+        confirm("--revoke", question, "Nothing was revoked or deleted.")
     if token is None or not manager.revoke():
         print("There is no token to revoke.")
         return False
-    print(f"Revoked at KIS, for every market of the key. {_reissue(token)}".rstrip())
+    print(f"Revoked at KIS, for every market of the key. {again}".rstrip())
     return True
-
-
-def _reissue(token: Token) -> str:
-    """From when KIS issues another one; empty where it does so at once."""
-    from tokencore.limits import format_time
-
-    until = token.same_until()
-    return f"KIS issues a new one only from {format_time(until)}." if until and until > datetime.now(UTC) else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tokencore.clients.exports import CLIENTS
 from tokencore.commands import add_market, key_of, read_input
 from tokencore.config.market import HOSTS
-from tokencore.errors import ConfigurationError, IssuerUnavailableError, TokenUnavailableError
+from tokencore.errors import ConfigurationError, IssuerUnavailableError, TokenError, TokenUnavailableError
 from tokencore.limits import format_time
 from tokencore.manager import TokenManager
 from tokencore.tokens import from_text, jwt_claims
@@ -61,10 +61,8 @@ def _import(options: argparse.Namespace) -> int:
     elif "jti" not in jwt_claims(token.access_token):
         raise ConfigurationError("This token does not say whose it is, so KIS has to be asked: leave out --offline.")
     saved = manager.adopt(token, force=options.force, proven=not options.offline)
-    markets = "+".join(market.name for market in key_of(manager.market.settings, manager.market.name).markets)
-    print(
-        f"{'Saved' if saved else 'Known already'}: the token of {markets} expires at {format_time(token.expires_at)}."
-    )
+    label, done = key_of(manager.market.settings, manager.market.name).label, "Saved" if saved else "Known already"
+    print(f"{done}: the token of {label} expires at {format_time(token.expires_at)}.")
     return 0
 
 
@@ -83,27 +81,27 @@ def read_token(text: str, market: Market, now: datetime) -> Token:
             "Standard input holds no token that gives its expiry: give the token alone, or what `tokencore get MARKET "
             "--json` prints. Nothing was saved."
         ) from None
-    key = market.identified()
+    if unfit := _unfit(token, content.get("environment", market.environment), market, now):
+        raise unfit
+    return token
+
+
+def _unfit(token: Token, environment: object, market: Market, now: datetime) -> TokenError | None:
+    key, name, done = market.identified(), repr(market.name), "Nothing was saved."
     if jwt_claims(token.access_token).get("jti", key) != key:
-        raise ConfigurationError(
-            f"The token belongs to another app key than that of {market.name!r}. Nothing was saved; import it to the "
-            "market with its key."
-        )
-    environment = content.get("environment", market.environment)
+        whose = f"The token belongs to another app key than that of {name}"
+        return ConfigurationError(f"{whose}. {done[:-1]}; import it to the market with its key.")
     if environment != market.environment:
         shown = environment if environment in tuple(HOSTS) else "unknown"  # it may hold anything
-        raise ConfigurationError(
-            f"The environment of the token is {shown}, and that of {market.name!r} {market.environment}. "
-            "Nothing was saved."
+        return ConfigurationError(
+            f"The environment of the token is {shown}, and that of {name} {market.environment}. {done}"
         )
     if token.rejected_at is not None:
-        raise TokenUnavailableError(f"KIS rejected the token at {format_time(token.rejected_at)}. Nothing was saved.")
+        return TokenUnavailableError(f"KIS rejected the token at {format_time(token.rejected_at)}. {done}")
     if not token.serves(now, market.buffer):
-        raise TokenUnavailableError(
-            f"The token is of no use any more: it expires at {format_time(token.expires_at)}, and KIS_BUFFER is "
-            f"{market.buffer:.0f} s. Nothing was saved."
-        )
-    return token
+        use = f"it expires at {format_time(token.expires_at)}, and KIS_BUFFER is {market.buffer:.0f} s"
+        return TokenUnavailableError(f"The token is of no use any more: {use}. {done}")
+    return None
 
 
 def _prove(manager: TokenManager, access_token: str) -> None:

@@ -15,7 +15,7 @@ from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
 from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, place_of, short, warn
 from tokencore.errors import ConfigurationError
-from tokencore.sealing import sealed_class
+from tokencore.sealing import sealed, sealed_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -138,6 +138,8 @@ class Settings(BaseSettings):
     slack_language: Literal["en", "ko"] = "en"
     prefect_ui_url: str | None = None
     _markets: dict[str, Market] = {}
+    if not TYPE_CHECKING:
+        __init__ = sealed(BaseSettings.__init__)  # whose frames have all values
 
     @classmethod
     def settings_customise_sources(

@@ -11,6 +11,7 @@ from tokencore.errors import CredentialsError, IssuanceLimitError, IssuerUnavail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from datetime import datetime
 
 DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired, on a business call
 DEAD_START = b"EGW0012"  # of both: most answers need not be parsed for them
@@ -21,6 +22,8 @@ AGAIN = "the next call or check tries again"
 WAIT_LONGER = "wait: the request may have counted, so the next attempt comes after the cool-down"
 THEN = "then run `tokencore refresh`"
 PORTAL = "on the KIS Developers portal"
+WHICH = "check KIS_APP_KEY and that KIS_ENVIRONMENT (real or paper) is the key's"
+REAL = "set KIS_ENVIRONMENT=real and the real account's key and secret"
 
 
 class Refusal(NamedTuple):
@@ -31,116 +34,73 @@ class Refusal(NamedTuple):
     what: str
     fix: str
 
-    @property
-    def error(self) -> type[TokenError]:
-        """The error class for `except`."""
+    def as_error(self, serves: str, retry_at: datetime) -> TokenError:
+        """The error to raise; `serves` says what still works, `retry_at` when the minute of a limit is over."""
+        text = f"{self.what}. {serves} To do: {self.fix}."
         if self.outcome is Outcome.LIMIT:
-            return IssuanceLimitError
-        return CredentialsError if self.outcome in CREDENTIALS else IssuerUnavailableError
+            return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
+        return CredentialsError(text) if self.outcome in CREDENTIALS else IssuerUnavailableError(text)
 
 
-KNOWN = {  # KIS's codes on /oauth2, as its portal lists them; a new one is a line here
-    "EGW00133": (
-        Outcome.LIMIT,
-        "KIS refused to issue: one request a minute per app key",
-        (
-            "another program issues with this key: let it use tokencore too, and wait a minute; KIS's 24-hour limit of "
-            "one token a day counts what it issues as well"
-        ),
-    ),
+FOREIGN = (
+    "another program issues with this key: let it use tokencore too, and wait a minute; KIS's 24-hour limit of one "
+    "token a day counts what it issues as well"
+)
+KNOWN = {  # KIS's codes on /oauth2, as its portal lists them, and what to do; a new one is a line here
+    "EGW00133": (Outcome.LIMIT, "KIS refused to issue: one request a minute per app key", FOREIGN),
     "EGW00102": (Outcome.BAD_KEY, "KIS found no app key in the request", f"set KIS_APP_KEY; {THEN}"),
-    "EGW00103": (
-        Outcome.BAD_KEY,
-        "KIS does not know the app key",
-        f"check KIS_APP_KEY and that KIS_ENVIRONMENT (real or paper) is the key's; {THEN}",
-    ),
+    "EGW00103": (Outcome.BAD_KEY, "KIS does not know the app key", f"{WHICH}; {THEN}"),
     "EGW00104": (Outcome.BAD_SECRET, "KIS found no app secret in the request", f"set KIS_APP_SECRET; {THEN}"),
-    "EGW00105": (
-        Outcome.BAD_SECRET,
-        "KIS refused the app secret",
-        f"copy KIS_APP_SECRET again, all {SECRET_LENGTH} characters of it; {THEN}",
-    ),
-    "EGW00003": (
-        Outcome.DENIED,
-        "KIS denied access to this key",
-        f"see {PORTAL} whether the key is registered and not restricted; {THEN}",
-    ),
-    "EGW00004": (
-        Outcome.DENIED,
-        "KIS says that this customer has no permission",
-        f"apply for the Open API {PORTAL}; {THEN}",
-    ),
-    "EGW00206": (
-        Outcome.DENIED,
-        "KIS says this key has no right to the API",
-        f"apply for the service {PORTAL}; {THEN}",
-    ),
-    "EGW00207": (
-        Outcome.DENIED,
-        "KIS does not allow this IP address",
-        f"register the address {PORTAL}; {THEN}",
-    ),
-    "EGW00210": (
-        Outcome.DENIED,
-        "KIS offers no paper trading to corporate customers",
-        f"set KIS_ENVIRONMENT=real and the real account's key and secret; {THEN}",
-    ),
+    "EGW00105": (Outcome.BAD_SECRET, "KIS refused the app secret", f"copy KIS_APP_SECRET again, all of it; {THEN}"),
+    "EGW00003": (Outcome.DENIED, "KIS denied access to this key", f"see {PORTAL} whether it is restricted; {THEN}"),
+    "EGW00004": (Outcome.DENIED, "KIS gives this customer no permission", f"apply for the Open API {PORTAL}; {THEN}"),
+    "EGW00206": (Outcome.DENIED, "KIS says this key has no right to the API", f"apply for it {PORTAL}; {THEN}"),
+    "EGW00207": (Outcome.DENIED, "KIS does not allow this IP address", f"register the address {PORTAL}; {THEN}"),
+    "EGW00210": (Outcome.DENIED, "KIS offers no paper trading to corporate customers", f"{REAL}; {THEN}"),
     "EGW00001": (Outcome.SERVER_ERROR, "KIS reported a temporary fault of its own", f"wait: {AGAIN}"),
     "EGW00002": (Outcome.SERVER_ERROR, "KIS reported a fault of its own", f"wait: {AGAIN}"),
 }
+SILENT = {  # without any word of KIS
+    Outcome.UNREACHABLE: ("KIS cannot be reached", f"check the network and KIS_BASE_URL; {AGAIN}"),
+    Outcome.NO_ANSWER: ("KIS gave no whole answer", WAIT_LONGER),
+    Outcome.BAD_ANSWER: ("KIS gave no usable answer", WAIT_LONGER),
+}
 
 
-def refused(status: int, code: str, detail: str) -> Refusal:
+def silent(outcome: Outcome, why: str) -> Refusal:
+    """No answer, or success without anything usable: one of the outcomes in `SILENT`."""
+    what, fix = SILENT[outcome]
+    return Refusal(outcome, None, f"{what}: {why}", fix)
+
+
+def refused(status: int, code: str, detail: str, lengths: tuple[int, int]) -> Refusal:
     """What an answer without a token means, by its code, and by its HTTP `status` where the code is unknown.
 
-    `detail` is the answer for people, without anything secret.
+    `detail` is the answer for people, without anything secret. `lengths` are the characters of the key and the secret,
+    by which two that were swapped, or one that was cut off, is found.
     """
     if code in KNOWN:
         outcome, what, fix = KNOWN[code]
-        return Refusal(outcome, code, f"{what} ({code})", fix)
+        hint = _hint(*lengths) if outcome in (Outcome.BAD_KEY, Outcome.BAD_SECRET) else ""
+        return Refusal(outcome, code, f"{what} ({code})", hint + fix)
     shown = code if re.fullmatch(r"\w{1,12}", code, re.ASCII) else f"HTTP {status}"
     if status >= SERVER_FAULT:
         return Refusal(Outcome.SERVER_ERROR, shown, f"KIS reported a fault of its own ({detail})", f"wait: {AGAIN}")
-    return Refusal(
-        Outcome.REFUSED,
-        shown,
-        f"KIS, or a proxy on the way, refused the request without a known reason ({detail})",
+    what = f"KIS, or a proxy on the way, refused the request without a known reason ({detail})"
+    fix = (
         "look for a proxy between here and KIS and at KIS's notices of maintenance; without either, KIS may have "
         "restricted the key after too many issues (the 24-hour limit): `tokencore history` lists ours, and no other "
-        "program should issue with it",
+        "program should issue with it"
     )
+    return Refusal(Outcome.REFUSED, shown, what, fix)
 
 
-def unreachable(why: str) -> Refusal:
-    """The request cannot have reached KIS, and is no attempt."""
-    fix = f"check the network and KIS_BASE_URL; {AGAIN}"
-    return Refusal(Outcome.UNREACHABLE, None, f"KIS cannot be reached: {why}", fix)
-
-
-def not_sent() -> Refusal:
-    """Whoever keeps the record did not let the request leave."""
-    what = "Nothing was sent to KIS: another process is asking with this key, or the attempt could not be recorded"
-    return Refusal(Outcome.UNREACHABLE, None, what, AGAIN)
-
-
-def no_answer(why: str) -> Refusal:
-    """The request may have reached KIS, but no whole answer came back."""
-    return Refusal(Outcome.NO_ANSWER, None, f"KIS gave no whole answer: {why}", WAIT_LONGER)
-
-
-def bad_answer(why: str) -> Refusal:
-    """KIS answered success, but without anything that could be used."""
-    return Refusal(Outcome.BAD_ANSWER, None, f"KIS answered, but {why}", WAIT_LONGER)
-
-
-def with_lengths(refusal: Refusal, app_key: str, app_secret: str) -> Refusal:
-    """The refusal of a key or secret with what its length alone says: the two swapped, or one cut off."""
-    found = len(app_key), len(app_secret)
-    if refusal.outcome not in (Outcome.BAD_KEY, Outcome.BAD_SECRET) or found == (KEY_LENGTH, SECRET_LENGTH):
-        return refusal
-    swapped = " (they look swapped)" if found[0] == SECRET_LENGTH or found[1] == KEY_LENGTH else ""
-    hint = f"KIS's keys have {KEY_LENGTH} characters and its secrets {SECRET_LENGTH}, these {found[0]} and {found[1]}"
-    return refusal._replace(fix=f"{hint}{swapped}; {refusal.fix}")
+def _hint(key: int, secret: int) -> str:
+    if (key, secret) == (KEY_LENGTH, SECRET_LENGTH):
+        return ""
+    swapped = " (they look swapped)" if key == SECRET_LENGTH or secret == KEY_LENGTH else ""
+    expected = f"KIS's keys have {KEY_LENGTH} characters and its secrets {SECRET_LENGTH}"
+    return f"{expected}, these {key} and {secret}{swapped}; "
 
 
 def code_of(body: Mapping[str, Any]) -> str:

@@ -24,19 +24,17 @@ from tokencore.config.market import address
 from tokencore.errors import ConfigurationError, IssuerUnavailableError
 from tokencore.kis import codes, quotes
 from tokencore.kis.codes import ANSWER_LIMIT, OK, Refusal
-from tokencore.kis.quotes import Evidence
 from tokencore.tokens import Token, from_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from tokencore.kis.quotes import Quote
+    from tokencore.kis.quotes import Evidence, Quote
 
 TRIES = 4  # the first and three more, only while the request cannot have reached KIS
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-TOO_SLOWLY = "the answer came too slowly"
 _HEADERS = {"Content-Type": "application/json; charset=UTF-8"}
 _APPROVAL_KEY = re.compile(r"[!-~]{1,512}")  # one word of visible ASCII; KIS's is a UUID
 _SECRETIVE = re.compile(r"[\w+/=.%&#;-]{20,}", re.ASCII)  # no word of KIS is so long, but every token and key
@@ -61,9 +59,6 @@ class Gateway:
         self._app_key, self._app_secret = credentials
         self._timeout = timeout
 
-    def __repr__(self) -> str:
-        return f"Gateway({self._base_url!r})"
-
     def __reduce__(self) -> str:
         raise TypeError("a Gateway holds credentials and is not pickled; make it anew where it is needed")
 
@@ -80,17 +75,17 @@ class Gateway:
         try:
             token = from_answer(answer.body, received_at)
         except ValueError as error:
-            return codes.bad_answer(str(error))
-        return token if token.expires_at > received_at else codes.bad_answer("its token has already expired")
+            return codes.silent(Outcome.BAD_ANSWER, str(error))
+        expired = token.expires_at <= received_at
+        return codes.silent(Outcome.BAD_ANSWER, "its token has already expired") if expired else token
 
     def approve(self) -> str | Refusal:
         """One request for the websocket's approval key, with the same care."""
         answer = self._granted("/oauth2/Approval", "secretkey", lambda: True)
         if isinstance(answer, Refusal):
             return answer
-        key = answer.body.get("approval_key")
-        usable = isinstance(key, str) and _APPROVAL_KEY.fullmatch(key)
-        return str(key) if usable else codes.bad_answer("the answer holds no approval_key")
+        key = str(answer.body.get("approval_key", ""))
+        return key if _APPROVAL_KEY.fullmatch(key) else codes.silent(Outcome.BAD_ANSWER, "it holds no approval_key")
 
     def revoke(self, access_token: str) -> None:
         """Make KIS forget the token; every program that uses it is then without one.
@@ -117,7 +112,7 @@ class Gateway:
         }
         answer = self._send("GET", asked.path, headers=headers, params=asked.params)
         if isinstance(answer, Refusal):
-            return Evidence(None, answer.what)
+            return quotes.Evidence(None, answer.what)
         return quotes.judge(answer.status, answer.body, self._detail(answer))
 
     def _granted(self, path: str, secret_name: str, depart: Callable[[], bool]) -> _Answer | Refusal:
@@ -126,38 +121,36 @@ class Gateway:
             if turn:
                 time.sleep(FIRST_PAUSE * 2 ** (turn - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             if not depart():
-                return codes.not_sent()
+                what = "Nothing was sent: another process is asking with this key, or the attempt could not be recorded"
+                return Refusal(Outcome.UNREACHABLE, None, what, codes.AGAIN)
             answer = self._post(path, fields)
             if not isinstance(answer, Refusal) or answer.outcome is not Outcome.UNREACHABLE:
                 break
-        return answer if isinstance(answer, Refusal) else self._judged(answer)
-
-    def _judged(self, answer: _Answer) -> _Answer | Refusal:
+        if isinstance(answer, Refusal):
+            return answer
         code = codes.code_of(answer.body)
         if answer.status == OK and not answer.body.get("error_code") and code not in codes.KNOWN:
             return answer
-        refusal = codes.refused(answer.status, code, self._detail(answer))
-        return codes.with_lengths(refusal, self._app_key, self._app_secret)
+        lengths = len(self._app_key), len(self._app_secret)
+        return codes.refused(answer.status, code, self._detail(answer), lengths)
 
     def _post(self, path: str, fields: Mapping[str, str]) -> _Answer | Refusal:
         return self._send("POST", path, _Body(json.dumps({"appkey": self._app_key, **fields}).encode()))
 
     def _send(self, method: str, path: str, body: _Body | None = None, **fields: Any) -> _Answer | Refusal:  # noqa: ANN401 - requests' own keywords
-        """One request and its whole answer, or why there is none: `unreachable` while it cannot have left."""
-        deadline = time.monotonic() + 2 * self._timeout
+        """One request and its whole answer, or why there is none: `UNREACHABLE` while it cannot have left."""
+        deadline, url = time.monotonic() + 2 * self._timeout, self._base_url + path
         try:
-            with _session(self._base_url) as session:
-                request = session.prepare_request(requests.Request(method, self._base_url + path, data=body, **fields))
-                url = str(request.url)
-                settings = session.merge_environment_settings(url, {}, None, None, None)  # proxies and certificates
-                # Sent by the adapter: the session itself would read the answer of a redirect without bounds.
-                adapter = session.get_adapter(url)
-                with adapter.send(request, timeout=self._timeout, **settings) as response:  # type: ignore[arg-type] # none is None
-                    return _read(response, deadline)
-        except (requests.RequestException, HTTPError, OSError, RuntimeError, ValueError) as error:
+            with (
+                _Session(self._base_url) as session,
+                session.request(method, url, data=body, timeout=self._timeout, stream=True, **fields) as response,
+            ):
+                return _read(response, deadline)
+        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             if body is None or body.left:
-                return codes.no_answer(_fault(error, "the connection failed or broke off"))
-            return codes.unreachable(_fault(error, "the connection was refused or the name not found"))
+                return codes.silent(Outcome.NO_ANSWER, _fault(error, "the connection failed or broke off"))
+            why = _fault(error, "the connection was refused or the name not found")
+            return codes.silent(Outcome.UNREACHABLE, why)
 
     def _detail(self, answer: _Answer) -> str:
         """The status and KIS's own words, on one line, without anything secret."""
@@ -188,16 +181,18 @@ class _Body(io.BytesIO):
         return super().read(size)
 
 
-def _session(base_url: str) -> requests.Session:
-    session = requests.Session()
-    session.trust_env = urlsplit(base_url).hostname not in LOOPBACK  # a developer's proxy is not for the sandbox
-    session.auth = _no_netrc
-    session.headers.update(_HEADERS)
-    return session
+class _Session(requests.Session):
+    """Without redirects, `.netrc`, and a proxy on the way to the sandbox."""
 
+    def __init__(self, base_url: str) -> None:
+        super().__init__()
+        self.trust_env = urlsplit(base_url).hostname not in LOOPBACK
+        self.auth = lambda request: request  # else requests looks into `.netrc`
+        self.headers.update(_HEADERS)
 
-def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request
+    def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002 - requests' own parameter
+        """Nowhere: requests would follow, or read the answer without bounds."""
+        return None
 
 
 def _read(response: requests.Response, deadline: float) -> _Answer | Refusal:
@@ -206,11 +201,11 @@ def _read(response: requests.Response, deadline: float) -> _Answer | Refusal:
     while not late and (piece := response.raw.read1(ANSWER_LIMIT, decode_content=True)):
         content += piece
         if len(content) > ANSWER_LIMIT:
-            return codes.no_answer(f"the answer is larger than {ANSWER_LIMIT} bytes")
+            return codes.silent(Outcome.NO_ANSWER, f"the answer is larger than {ANSWER_LIMIT} bytes")
         late = time.monotonic() > deadline
     body = codes.parse(content)
     if late and not body:  # a process that was stopped meanwhile finds a whole body, which was there in time
-        return codes.no_answer(TOO_SLOWLY)
+        return codes.silent(Outcome.NO_ANSWER, "the answer came too slowly")
     return _Answer(response.status_code, body, re.sub(r"<[^<>]*>", " ", content.decode("utf-8", errors="replace")))
 
 
@@ -221,22 +216,16 @@ _FAULTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     (ValueError, "KIS_BASE_URL is no address"),
     ((requests.RequestException, HTTPError), ""),
     (OSError, "its certificates cannot be checked (REQUESTS_CA_BUNDLE)"),  # requests' own check
-    (RuntimeError, "this machine has no room for another thread"),
 )
 
 
 def _fault(error: Exception, otherwise: str) -> str:
-    """What failed, without the address and headers that the libraries' own texts repeat."""
-    if reason := _openssl_reason(error):
-        return f"the encrypted connection failed ({reason})"
+    """What failed, without the address and headers that the libraries' own texts repeat; OpenSSL's reason first."""
+    inner: BaseException | None = error
+    while inner and not isinstance(inner, ssl.SSLError):
+        inner = inner.__context__
+    if isinstance(inner, ssl.SSLCertVerificationError):
+        return f"the encrypted connection failed (certificate: {inner.verify_message})"
+    if inner:
+        return f"the encrypted connection failed ({str(getattr(inner, 'reason', '')).replace('_', ' ')})"
     return next((words for kinds, words in _FAULTS if isinstance(error, kinds)), "") or otherwise
-
-
-def _openssl_reason(error: BaseException | None) -> str:
-    """OpenSSL's own reason for a failed connection; empty where it was not that."""
-    while error is not None:
-        if isinstance(error, ssl.SSLError):
-            said = getattr(error, "verify_message", "") or error.reason or ""
-            return f"certificate: {said}" if isinstance(error, ssl.SSLCertVerificationError) else said.replace("_", " ")
-        error = error.__context__
-    return ""

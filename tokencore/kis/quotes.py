@@ -75,15 +75,9 @@ def for_exchanges(codes: Sequence[str]) -> Quote:
 
 def judge(status: int, body: Mapping[str, Any], detail: str) -> Evidence:
     """What an answer proves: judged on the status and KIS's codes, never on rows."""
-    code, rt_cd = code_of(body), str(body.get("rt_cd", ""))[:4]
-    works = status == OK and rt_cd == "0"
-    accepted = False if code in DEAD_TOKEN else True if works else None
-    return Evidence(accepted, "rt_cd 0" if accepted else detail, status, rt_cd, code[:12], _rows(body))
-
-
-def _rows(body: Mapping[str, Any]) -> int:
-    found = body.get("output2", body.get("output"))
-    if isinstance(found, list):
-        return len(found)
-    # An unknown exchange code gets one row, of the symbol and empty values.
-    return int(isinstance(found, dict) and any(value for name, value in found.items() if name != "rsym"))
+    code, rt_cd, found = code_of(body), str(body.get("rt_cd", ""))[:4], body.get("output2", body.get("output"))
+    accepted = False if code in DEAD_TOKEN else True if status == OK and rt_cd == "0" else None
+    if isinstance(found, dict):  # an unknown exchange code gets one row, of the symbol and empty values
+        found = [value for name, value in found.items() if name != "rsym" and value][:1]
+    rows = len(found) if isinstance(found, list) else 0
+    return Evidence(accepted, "rt_cd 0" if accepted else detail, status, rt_cd, code[:12], rows)

@@ -26,14 +26,10 @@ ROW, BAR = 22, 12  # units: a row's height, a session's
 HEAD, FOOT = 62, 34
 TITLE = 52  # characters that fit in the width
 TIP = 1.5  # units: five minutes would be invisible
-_LEGEND = {
-    "session": "session",
-    "need": "need",
-    "quiet": "quiet daily",
-    "token": "token",
-    "buffer": "buffer",
+_LEGEND = {  # colours, and what has them
+    "session": "session", "need": "need", "quiet": "quiet daily", "token": "token", "buffer": "buffer",
     "renew": "renewal",
-}
+}  # fmt: skip
 _STYLE = """
 text{font:11px system-ui,sans-serif;fill:var(--ink)}.small{font-size:9.5px;fill:var(--soft)}
 .title{font-weight:600;font-size:13px}
@@ -103,13 +99,15 @@ def _x(plan: Plan, at: datetime) -> float:
     return round(left + (right - left) * min(1.0, max(0.0, share)), 1)
 
 
-def _bar(plan: Plan, span: tuple[datetime, datetime], top: float, height: float, colour: str) -> str:
+def _bar(plan: Plan, span: tuple[datetime, datetime], top: float, height: float, colour: str, why: str = "") -> str:
+    """A bar, hollow where it shows what is only planned; its tip says `why`, and when."""
     begin, end = _x(plan, span[0]), _x(plan, span[1])
     if end <= begin:
         return ""
+    look = f'fill="none" stroke="var(--{colour})"' if why else f'fill="var(--{colour})"'
     return (
-        f'<rect x="{begin}" y="{top}" width="{round(end - begin, 1)}" height="{height}" rx="1.5" '
-        f'fill="var(--{colour})"><title>{_span(span)}</title></rect>'
+        f'<rect x="{begin}" y="{top}" width="{round(end - begin, 1)}" height="{height}" rx="1.5" {look}>'
+        f"<title>{why}{_span(span)}</title></rect>"
     )
 
 
@@ -131,14 +129,9 @@ def _quiet(plan: Plan, bottom: float) -> Iterable[str]:
     begin, end = plan.outlook.quiet
     for number in range(-1, (plan.until - plan.start).days + 1):
         day = (plan.start + timedelta(days=number)).astimezone(KST).date()
-        opens = datetime.combine(day, begin, KST)
-        closes = datetime.combine(day if end > begin else day + timedelta(days=1), end, KST)
-        left, right = _x(plan, opens), _x(plan, closes)
-        if right > left:
-            yield (
-                f'<rect x="{left}" y="{HEAD - 4}" width="{round(right - left, 1)}" '
-                f'height="{bottom - HEAD + 4}" fill="var(--quiet)"/>'
-            )
+        closes = day if end > begin else day + timedelta(days=1)
+        span = datetime.combine(day, begin, KST), datetime.combine(closes, end, KST)
+        yield _bar(plan, span, HEAD - 4, bottom - HEAD + 4, "quiet")
 
 
 def _token(plan: Plan, top: float) -> Iterable[str]:
@@ -153,13 +146,7 @@ def _token(plan: Plan, top: float) -> Iterable[str]:
             x = _x(plan, token.expires_at)
             yield f'<rect x="{x - TIP}" y="{top + 5}" width="{TIP}" height="{BAR}" fill="var(--buffer)"/>'
     for renewal, following in pairwise([*[r.at for r in plan.renewals], plan.until + LIFE]):
-        end = min(renewal + LIFE, following)
-        left, right = _x(plan, renewal), _x(plan, end)
-        if right > left:
-            yield (
-                f'<rect x="{left}" y="{top + 6}" width="{round(right - left, 1)}" height="{BAR - 2}" rx="1.5" '
-                f'fill="none" stroke="var(--token)"><title>planned: {_span((renewal, end))}</title></rect>'
-            )
+        yield _bar(plan, (renewal, min(renewal + LIFE, following)), top + 6, BAR - 2, "token", "planned: ")
 
 
 def _renewal(plan: Plan, at: datetime, bottom: float) -> str:

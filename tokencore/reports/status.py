@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
     Span = tuple[datetime, datetime]
+    Read = tuple[Token | None, str, list[Attempt]]  # what a store gives: the token, why there is none, the record
 
 HORIZON = timedelta(days=15)  # longer than any holiday of the exchanges: the next need is in it
 
@@ -72,7 +73,7 @@ def status_of(market: Market, store: Store, now: datetime) -> MarketStatus:
         TokenStoreError: the store cannot be used.
 
     """
-    return _status(market, store, *store.read(), store.attempts(), next_need(market, now), now)
+    return _status(market, store, (*store.read(), store.attempts()), next_need(market, now), now)
 
 
 def look(markets: Iterable[Market], now: datetime) -> list[Seen]:
@@ -95,7 +96,7 @@ def look(markets: Iterable[Market], now: datetime) -> list[Seen]:
             needs[market.exchanges] = next_need(market, now)
         token, attempts = keys[key]
         problem = "" if token else store.read()[1]  # each market's own file may be the trouble
-        status = _status(market, store, token, problem, attempts, needs[market.exchanges], now)
+        status = _status(market, store, (token, problem, attempts), needs[market.exchanges], now)
         found.append(Seen(status, token, store))
     return found
 
@@ -119,15 +120,8 @@ def next_attempt(state: KeyState) -> datetime | None:
         return None
 
 
-def _status(
-    market: Market,
-    store: Store,
-    token: Token | None,
-    problem: str,
-    attempts: list[Attempt],
-    need: Span | None,
-    now: datetime,
-) -> MarketStatus:
+def _status(market: Market, store: Store, read: Read, need: Span | None, now: datetime) -> MarketStatus:
+    token, problem, attempts = read
     named, details = word(token, problem, market, now), store.details()
     left = max(0.0, (token.expires_at - now).total_seconds()) if token else 0.0
     return {

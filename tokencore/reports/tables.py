@@ -18,7 +18,7 @@ from tokencore.policy import LIFE
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from tokencore.attempts import Attempt
     from tokencore.keys import Decision
@@ -38,8 +38,8 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None,
     """One row a market; below, its file, what does not fit into a row, and what the quote calls said."""
     console = _console()
     broad = console.width >= BROAD
-    columns = ["market", "status", "serves until (KST)", f"local ({_local(now).tzname()})", "left"]
-    table = _table(*columns, *["next need"] * broad)
+    local = f"local ({_local(now).tzname()})"
+    table = _table("market", "status", "serves until (KST)", local, "left", *["next need"] * broad)
     for status in (one.status for one in seen):
         until = _serves_until(status)
         table.add_row(
@@ -70,8 +70,7 @@ def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
             f"[{colour}]{one.outcome}[/]",
             one.code or "-",
             *[moment(one.expires_at, KST)] * broad,
-            _plain(one.by or "-"),
-            _plain(one.reason),
+            *(Text(clean(text)) for text in (one.by or "-", one.reason)),  # no markup; earlier versions kept controls
         )
     console.print(table if found else "No attempt has been recorded.")
 
@@ -97,9 +96,8 @@ def print_plan(plan: Plan) -> None:
     width = max(40, console.width - LABEL - 1)
     console.print(" " * LABEL + _ruler(plan, width), style="dim")
     for row in plan.rows:
-        cells = _cells(plan, width, row.needs, "[blue]▒[/]", "[dim]·[/]")
-        strong = _cells(plan, width, row.sessions, "[bold blue]█[/]", "")
-        console.print(f"{row.code:<{LABEL}}" + "".join(s or c for s, c in zip(strong, cells, strict=True)))
+        layers = {"[dim]·[/]": [(plan.start, plan.until)], "[blue]▒[/]": row.needs, "[bold blue]█[/]": row.sessions}
+        console.print(f"{row.code:<{LABEL}}" + "".join(_cells(plan, width, layers)))
     console.print(f"{'token':<{LABEL}}" + "".join(_token_cells(plan, width)))
     for certain, codes in _uncertain(plan).items():
         console.print(
@@ -180,38 +178,35 @@ def _uncertain(plan: Plan) -> dict[str, list[str]]:
     return found
 
 
-def _cells(plan: Plan, width: int, spans: Iterable[tuple[datetime, datetime]], inside: str, outside: str) -> list[str]:
-    """One cell for each stretch of the plan's time: `inside` where a span touches its middle."""
+def _cells(plan: Plan, width: int, layers: Mapping[str, Sequence[tuple[datetime, datetime]]]) -> list[str]:
+    """One cell for each stretch of the plan's time: the mark of the last layer with a span over its middle."""
     step = (plan.until - plan.start) / width
     middles = [plan.start + step * (n + 0.5) for n in range(width)]
-    kept = list(spans)
-    return [inside if any(begin <= at < end for begin, end in kept) else outside for at in middles]
+    over = [
+        [mark for mark, spans in layers.items() if any(begin <= at < end for begin, end in spans)] for at in middles
+    ]
+    return [marks[-1] if marks else " " for marks in over]
 
 
 def _token_cells(plan: Plan, width: int) -> list[str]:
     token, step = plan.token, (plan.until - plan.start) / width
-    buffer = timedelta(seconds=plan.buffer)
-    life = [(token.issued_at or plan.start, token.expires_at - buffer)] if token and token.rejected_at is None else []
+    expiry = token.expires_at - timedelta(seconds=plan.buffer) if token and token.rejected_at is None else plan.start
+    life = token.issued_at or plan.start if token else plan.start
     planned = [(renewal.at, renewal.at + LIFE) for renewal in plan.renewals]
-    future = _cells(plan, width, planned, "[green]┄[/]", " ")
-    cells = [now or later for now, later in zip(_cells(plan, width, life, "[green]━[/]", ""), future, strict=True)]
+    cells = _cells(plan, width, {"[green]┄[/]": planned, "[green]━[/]": [(life, expiry)]})
     for at, mark in [*((renewal.at, "[red]▲[/]") for renewal in plan.renewals), (plan.now, "[bold]│[/]")]:
         cells[min(width - 1, max(0, int((at - plan.start) / step)))] = mark
     return cells
 
 
 def _ruler(plan: Plan, width: int) -> str:
+    """The days' names, each over its own cells."""
     count = (plan.until - plan.start).days
     edges = [round(width * n / count) for n in range(count + 1)]
     names = [(plan.start + timedelta(days=n)).astimezone(KST).strftime("%a %d") for n in range(count)]
     return "".join(
-        name[: right - left].ljust(right - left) for name, (left, right) in zip(names, pairwise(edges), strict=True)
+        f"{name:{right - left}.{right - left}}" for name, (left, right) in zip(names, pairwise(edges), strict=True)
     )
-
-
-def _plain(text: str) -> Text:
-    """What a person wrote: no markup; an earlier version's record may hold what a terminal would obey."""
-    return Text(clean(text))
 
 
 def _parse(text: str | None) -> datetime | None:
