@@ -78,7 +78,7 @@ def make_answer(life: float = 86_400, *, now: datetime | None = None) -> dict[st
     }
 
 
-def make_market(name: str = "us", /, **numbers: float) -> Market:
+def make_market(name: str = "us", /, **numbers: object) -> Market:
     """A market of the key `KEY` in the real environment; `numbers` are fields of the settings, such as `buffer`."""
     found = Found()
     found.add("environment", {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import shutil
 import stat
 from datetime import UTC, datetime, timedelta
@@ -180,10 +179,3 @@ def test_request_that_cannot_be_recorded_is_not_made(gateway: Sandbox) -> None:
     folder().write_text("")
     assert isinstance(raised(USTokenManager().get_approval_key), TokenStoreError)
     assert approvals(gateway) == 1
-
-
-def test_no_repr_or_pickle_has_the_key() -> None:
-    """As of everything that knows a secret."""
-    keys = USTokenManager()
-    with pytest.raises(TypeError, match="not pickled"):
-        pickle.dumps(keys)

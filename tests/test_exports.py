@@ -346,23 +346,17 @@ def test_copies_that_the_previous_version_wrote_go_on(copies: Path, isolated: Pa
     assert list(copies.iterdir()) == []
 
 
-def test_copy_that_was_removed_is_there_again_after_the_hourly_check(copies: Path, nowhere: Sandbox) -> None:
-    """What was removed, or could not be written, is written again without a renewal."""
-    text = TokenManager("us").get_valid_token()
-    (copies / "token.dat").unlink()
-    (key,) = [one for one in Key.load(Settings.load()) if one.name == "us"]
-    key.sync_exports()
-    assert (held(copies), len(list(copies.iterdir()))) == (text, 4)
-    assert asked(nowhere) == 1
-
-
-def test_hourly_check_adopts_what_another_client_has_issued(copies: Path, nowhere: Sandbox) -> None:
+def test_hourly_check_adopts_what_another_client_has_issued_and_writes_what_is_missing(
+    copies: Path, nowhere: Sandbox
+) -> None:
     """A token that lasts longer than the present one, which serves, becomes the key's and goes into every copy."""
     cached(17 * 3_600)
     theirs = _as_written_by("mojito2", issued_elsewhere(), copies)
+    next(copies.glob("token_*.json")).unlink()
     (key,) = Key.load(Settings.load())
     key.sync_exports()
     assert on_disk().access_token == theirs == held(copies)
+    assert len(list(copies.iterdir())) == 4
     assert [attempt.outcome for attempt in TokenManager("us").history()] == ["imported"]
     assert asked(nowhere) == 0
 

@@ -117,8 +117,8 @@ def test_without_exchanges_the_plain_rule_is_said(monkeypatch: pytest.MonkeyPatc
     assert draw_plans([plan]).endswith("</svg>\n")
 
 
-def test_the_command_prints_writes_and_refuses(tmp_path: Path) -> None:
-    """`plan` shows anchor and exchanges, `--svg` writes a picture, `--json` a list; nonsense gets one sentence."""
+def test_the_command_prints_and_writes(tmp_path: Path) -> None:
+    """`plan` shows anchor and exchanges, `--svg` writes a picture, `--json` a list."""
     shown = tokencore("plan", "--days", "3")
     assert shown.code == 0, shown.err
     assert "16:35 KST" in shown.out
@@ -127,7 +127,3 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path) -> None:
     assert tokencore("plan", "--svg", str(picture)).code == 0
     assert ET.parse(picture).getroot().tag == f"{SVG}svg"  # noqa: S314 - our own file
     assert json.loads(tokencore("plan", "--json").out)[0]["markets"] == ["us", "kr"]
-    for wrong in (("--days", "0"), ("--days", "x"), ("--svg", str(tmp_path / "no" / "plan.svg"))):
-        refused = tokencore("plan", *wrong)
-        assert refused.code == 2
-        assert len(refused.err.splitlines()) == 1

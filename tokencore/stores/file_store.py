@@ -261,7 +261,7 @@ class FileStore:
             if (problem := self._on_file(path)[1]) and not self._of_other_key(path, problem):
                 files.set_aside(path)
                 _warn(f"{path} was no token of this key ({problem}); it was moved to {path}.aside.")
-            files.write_text(path, text, writer=self.fingerprint)
+            files.write_text(path, text, writer=self.fingerprint, durable=False)
         except OSError as error:
             _warn(f"{path} could not be updated ({error.strerror}); programs that use tokencore are not affected.")
 
@@ -332,7 +332,9 @@ class FileStore:
     def _mark(self, issued_at: datetime) -> None:
         for path in self._own_views():
             try:
-                files.write_text(_mark_of(path), f"{int(issued_at.timestamp())}\n", writer=self.fingerprint)
+                files.write_text(
+                    _mark_of(path), f"{int(issued_at.timestamp())}\n", writer=self.fingerprint, durable=False
+                )
             except OSError as error:  # the record knows it too
                 _warn(f"{_mark_of(path)} could not be written ({error.strerror}).")
 
