@@ -60,35 +60,6 @@ def test_cached_get_imports_nothing_heavy() -> None:
     assert "tokencore.manager" in modules
 
 
-@pytest.mark.usefixtures("nowhere")
-def test_get_while_another_process_renews_prints_the_old_token_and_asks_nothing(gateway: Sandbox) -> None:
-    """In the proactive window one process asks KIS; the others print the old token."""
-    gateway.set_rules(latency=3)
-    token = cached(1_500)
-    assert USTokenManager().get_valid_token() == token.access_token
-    until(lambda: asked(gateway) == 1)
-    assert tokencore("get", "us") == Ran(0, token.access_token + "\n", "")
-    assert asked(gateway) == 1
-    gateway.set_rules(latency=0)
-    until(lambda: USTokenManager().get_valid_token() != token.access_token)
-
-
-@pytest.mark.usefixtures("nowhere")
-@pytest.mark.parametrize("mode", ["limit", "down", "drop", "bad-key", "garbage", "html"])
-def test_get_with_25_minutes_left_prints_the_old_token_whatever_kis_answers(
-    quick: Sandbox, command: Command, mode: str
-) -> None:
-    """Exit 0 and the old token while KIS fails, in one request and a warning; the next success replaces it."""
-    old = cached(25 * 60).access_token + "\n"
-    quick.fail(mode)
-    ran = command("get", "us")
-    assert (ran.code, ran.out) == (0, old)
-    until(lambda: asked(quick) == 1)
-    quick.clear()
-    until(lambda: command("get", "us").out != old)
-    assert asked(quick) == 2
-
-
 @pytest.mark.parametrize(("mode", "code"), FAILURES.items())
 def test_get_without_a_token_fails_with_the_contracts_code(
     quick: Sandbox, command: Command, mode: str, code: int
@@ -98,19 +69,6 @@ def test_get_without_a_token_fails_with_the_contracts_code(
     ran = command("get", "us")
     assert ran.code == code
     assert "There is no token." in one_line(ran)
-
-
-def test_bad_key_is_not_asked_again_by_get_but_by_a_persons_refresh(quick: Sandbox, command: Command) -> None:
-    """The second `get` fails with 5 without a request; `refresh` asks."""
-    quick.fail("bad-key", 1)
-    assert command("get", "us").code == 5
-    time.sleep(0.1)
-    ran = command("get", "us")
-    assert ran.code == 5
-    assert "EGW00103" in one_line(ran)
-    assert asked(quick) == 1
-    assert command("refresh", "us").code == 0
-    assert asked(quick) == 2
 
 
 def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
@@ -225,16 +183,12 @@ def test_bad_setting_is_named_and_exit_2(
     assert asked(gateway) == 0
 
 
-@pytest.mark.parametrize("arguments", [("get", "us"), ("refresh", "us"), ("delete", "us")])
-def test_unusable_store_is_exit_7_and_costs_no_request(
-    gateway: Sandbox, command: Command, arguments: tuple[str, ...]
-) -> None:
+def test_unusable_store_is_exit_7_and_costs_no_request(gateway: Sandbox, command: Command) -> None:
     """A token directory that is no directory: one sentence with its path, nothing issued."""
-    path = folder()
-    path.write_text("")
-    ran = command(*arguments)
-    assert ran.code == 7
-    assert str(path) in one_line(ran)
+    folder().write_text("")
+    for name in ("get", "refresh", "delete"):
+        ran = command(name, "us")
+        assert (ran.code, str(folder()) in one_line(ran)) == (7, True)
     assert asked(gateway) == 0
 
 
