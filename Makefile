@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test clients torture postgres bench lint docs pins clean
+.PHONY: help demo up down status test-alert test hours clients torture postgres bench lint docs pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -15,6 +15,7 @@ help:
 	@echo 'make down    stop it'
 	@echo 'make test-alert  send a test message to Slack, and say whether it took it'
 	@echo 'make test    the tests'
+	@echo 'make hours   what needs no process of its own, with the clock moved to six moments'
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks, planted bugs (up to an hour)'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes ten minutes'
@@ -32,6 +33,12 @@ up down status test-alert: .venv/.flows
 
 test: .venv/.dev
 	@$(RUN) pytest $(ARGS)
+
+# KRX's session, New York's, a Saturday, a holiday (Chuseok), New Year's Eve, the night when New York's clocks go back.
+MOMENTS := 2026-11-24T02:00Z 2026-11-24T15:00Z 2026-11-28T03:00Z 2026-09-25T02:00Z 2026-12-31T14:30Z 2026-11-01T05:30Z
+
+hours: .venv/.dev
+	@for moment in $(MOMENTS); do echo "At $$moment:"; $(RUN) pytest --at=$$moment -q -rfE $(ARGS) || exit 1; done
 
 # The same as in `test`, with as many processes as a big bot has.
 clients: .venv/.dev

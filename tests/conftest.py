@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from zoneinfo import ZoneInfo
 
 import hypothesis
 import pytest
+import time_machine
 from hypothesis.configuration import set_hypothesis_home_dir
 from running import Ran
 from slack_endpoint import HOOK, SlackEndpoint
@@ -34,8 +36,15 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize="TORTUR
 hypothesis.settings.load_profile("house")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What stands on a running system takes longest, and begins."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--at 2026-11-24T02:00Z` moves the clock of what runs in the tests' own process; see `make hours`."""
+    parser.addoption("--at", type=datetime.fromisoformat, help="a moment, ISO 8601, at which the tests are run")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What stands on a running system takes longest, and begins; with a clock that is moved it is left out."""
+    if config.getoption("--at"):
+        items[:] = [item for item in items if not {"prefect_home", "stack"} & set(getattr(item, "fixturenames", ()))]
     items.sort(key=lambda item: _place(item.path)[0])
 
 
@@ -71,6 +80,23 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(folder)
     return home
+
+
+@pytest.fixture(autouse=True)
+def moved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The moment of `--at`; what needs a process of its own, which has the machine's clock, is skipped there."""
+    at = request.config.getoption("--at")
+    if at is None:
+        yield
+        return
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        pytest.skip("a process of its own has the machine's clock")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(os, "fork", refuse)
+    with time_machine.travel(at):
+        yield
 
 
 @pytest.fixture
