@@ -15,7 +15,7 @@ from tokencore import attempts, limits, policy, renewer, sealing, tokens
 from tokencore.clients import exports
 from tokencore.config import sources
 from tokencore.errors import TokenStoreError
-from tokencore.kis import codes, gateway
+from tokencore.kis import codes
 from tokencore.stores import file_store, files
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def thrown_away() -> None:
     Renewer._finish = finish
 
 
-@found_by("faults", "whatever_happens_before_any_call[expired-killed]")
+@found_by("faults", "without_a_token_each_fault_is_one_error_and_one_next_attempt")
 def never_expired() -> None:
     """A token serves for as long as nobody rejects it."""
     tokens.Token.serves = lambda self, *_: self.rejected_at is None  # type: ignore[method-assign]
@@ -197,7 +197,7 @@ def outcome_lost() -> None:
     Store._replace = lambda self, fence, attempt: attempt.outcome == "issued" or replace(self, fence, attempt)
 
 
-@found_by("secrets", "a_traceback_with_all_local_variables_has_no_secret", quick=True)
+@found_by("sealing", "an_interrupt_amid_a_request_carries_no_secret", quick=True)
 def frames_kept() -> None:
     """An error leaves with the variables of every frame it passed."""
     sealing._emptied = lambda error: error
@@ -268,10 +268,3 @@ def anchor_ignored() -> None:
     moment: Any = policy._moment
     inside: Any = policy
     inside._moment = lambda past, window, needs, _: moment(past, window, needs, None)
-
-
-@found_by("faults", "an_answer_of_64_mb_takes_no_memory[64 MB in chunks]")
-def endless_answer() -> None:
-    """An answer is read to its end, however long it is."""
-    inside: Any = gateway
-    inside.ANSWER_LIMIT = 1 << 40

@@ -238,15 +238,15 @@ ERRORS = {"EIO", "ENOSPC", "EACCES", "EROFS", "EINTR", "EMFILE"}
 RIVALS = (*RENEWALS, "damaged file", "lost record", "views alone")
 CONNECTED = ("first token", "expired")
 KINDS = {
-    "killed": Kind(killed, 20, wasted=True),
+    "killed": Kind(killed, 50, wasted=True),
     "torn": Kind(torn, 5, calls=("write",), wasted=True),
-    **{name: Kind(partial(failing, getattr(errno, name)), 130, calls=FILES) for name in sorted(ERRORS)},
-    "disk full": Kind(partial(no_space, errno.ENOSPC), 12, calls=SPACE),
+    **{name: Kind(partial(failing, getattr(errno, name)), 200, calls=FILES) for name in sorted(ERRORS)},
+    "disk full": Kind(partial(no_space, errno.ENOSPC), 4, calls=SPACE),
     "read-only": Kind(partial(no_space, errno.EROFS), 1, calls=("start",)),
     **{f"clock {hours:+} h": Kind(partial(jump, hours), 60, RENEWALS, wasted=hours > 0) for hours in (1, -1, 25, -25)},
     **{f"asleep {hours} h": Kind(partial(night, hours), 80, RENEWALS, issues=2, wasted=True) for hours in (8, 30)},
-    "asleep, then full": Kind(full_night, 12, CONNECTED, issues=2, wasted=True),
-    "late and killed": Kind(late, 9, CONNECTED, wasted=True),
+    "asleep, then full": Kind(full_night, 40, CONNECTED, issues=2, wasted=True),
+    "late and killed": Kind(late, 25, CONNECTED, wasted=True),
     **{one.__name__: Kind(one, 50, RIVALS, wasted=one is one_dies) for one in (side_by_side, one_stops, one_dies)},
     "record unreadable": Kind(partial(failing, errno.EIO), 5, ("inside the minute",), ("open key", "read key")),
 }

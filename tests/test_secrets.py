@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import gc
 import json
-import os
 import pickle
 import time
-import traceback
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
@@ -18,7 +15,6 @@ import pytest
 import requests
 from builders import CANARIES, KEY, SECRET, forms, make_jwt, make_token
 from running import Ran, raised, start
-from running import tokencore as commanded
 from stepping import FULL
 
 import tokencore
@@ -223,48 +219,3 @@ def test_every_public_class_and_all_that_it_leads_to_keeps_its_secrets(canaries:
             except (TypeError, AttributeError, pickle.PicklingError) as refused:
                 content = str(refused).encode()
             assert leaks(content.decode("latin-1")) == [], type(one)
-
-
-def with_locals(error: BaseException) -> str:
-    """What a tool tells that prints the local variables of every frame, the error's own and those behind it."""
-    told: list[str] = []
-    chained: traceback.TracebackException | None
-    chained = traceback.TracebackException.from_exception(error, capture_locals=True)
-    while chained is not None:
-        theirs = [frame for frame in chained.stack if f"{os.sep}tests{os.sep}" not in frame.filename]
-        told += [f"{frame.name}: {frame.locals}" for frame in theirs]
-        chained = chained.__cause__ or (None if chained.__suppress_context__ else chained.__context__)
-    return "\n".join(told)
-
-
-def test_a_traceback_with_all_local_variables_has_no_secret(canaries: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As rich, cgitb or an error tracker print it: no frame between the caller and the fault holds one in clear."""
-    manager, told = USTokenManager(), []
-    for mode in QUICK_FAILURES if FULL else QUICK_FAILURES[1::3]:
-        for work in (manager.get_valid_token, partial(manager.refresh, force=True), manager.get_approval_key):
-            for one in (manager, KRTokenManager()):
-                one.delete_token()
-            canaries.fail(mode, 1)
-            canaries.answer("/oauth2/Approval", FAILURES[mode].content, FAILURES[mode].status, 1)
-            try:
-                work()
-            except TokenError as error:
-                told.append(with_locals(error))
-            time.sleep(0.11)
-        canaries.clear()
-    assert len(told) > 6
-    assert leaks("".join(told)) == []
-    for variable, value in (("KIS_APP_KEY", f"{KEY} x"), ("KIS_TIMEOUT", SECRET), ("KIS_ENVIRONMENT", KEY)):
-        with monkeypatch.context() as wrong:
-            wrong.setenv(variable, value)
-            assert leaks(with_locals(raised(Settings.load))) == []
-
-
-def test_usage_errors_do_not_repeat_a_secret_that_was_typed_by_mistake() -> None:
-    """A key given as a setting of the wrong kind is not shown in the sentence about it."""
-    variables = ("KIS_ENVIRONMENT", "KIS_APP_KEY", "KIS_BASE_URL", "KIS_TIMEOUT", "KIS_MARKETS__US__BASE_URL")
-    for variable in variables if FULL else variables[:2]:
-        value = KEY + " " + SECRET if variable == "KIS_APP_KEY" else KEY
-        ran = commanded("check", **{"KIS_APP_KEY": "k", "KIS_APP_SECRET": "s", variable: value})
-        assert ran.code == 2
-        assert leaks(ran.err) == [], variable
