@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokencore.clients.auth import KISAuth
     from tokencore.clients.auth_httpx import KISHttpxAuth
     from tokencore.config.settings import Settings
+    from tokencore.config.sources import trusted_dotenv
     from tokencore.errors import (
         ConfigurationError,
         CredentialsError,
@@ -49,6 +50,7 @@ __all__ = [
     "draw_plans",
     "open_document",
     "sessions",
+    "trusted_dotenv",
 ]
 
 _PLACES = {
@@ -56,6 +58,7 @@ _PLACES = {
     "clients.auth": ("KISAuth",),
     "clients.auth_httpx": ("KISHttpxAuth",),
     "config.settings": ("Settings",),
+    "config.sources": ("trusted_dotenv",),
     "keys": ("Key", "KeyState"),
     "reports.plan_svg": ("draw_plans",),
     "stores": ("open_document",),

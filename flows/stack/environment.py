@@ -6,22 +6,18 @@ What has to outlive a restart is generated once into the stack's folder, for its
 from __future__ import annotations
 
 import base64
-import io
 import ipaddress
 import os
 import re
 import secrets
-import stat
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
-
-from tokencore import ConfigurationError
+from tokencore import ConfigurationError, trusted_dotenv
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 DEFAULT_PORT = "4200"  # Prefect's own
 LOOPBACK = "127.0.0.1"
@@ -29,7 +25,6 @@ EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 DATABASES = ("sqlite+aiosqlite", "postgresql+asyncpg")  # what Prefect's server speaks
 USER = "admin"  # of a generated password
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # noqa: S105 - the name of the setting
-DOTENV_LIMIT = 65_536  # bytes
 
 DEFAULTS = {
     # Nobody is called but KIS and Slack.
@@ -98,28 +93,17 @@ def for_worker(stack: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in stack.items() if not name.startswith(SERVER_ONLY)}
 
 
-def with_dotenv(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment`, completed with Prefect's settings from `.env` of the working directory.
+def with_dotenv() -> dict[str, str]:
+    """This process's environment, completed with Prefect's settings from `.env` of the working directory.
 
-    Those of KIS and Slack stay where they are: tokencore reads them, by its own rules. A `.env` that others could have
-    written counts for nothing.
+    Those of KIS and Slack stay where they are: tokencore reads them. It also judges whom a `.env` may come from.
+
+    Raises:
+        ConfigurationError: a source of settings cannot be read, or gives an address for a secret of another source.
+
     """
-    try:
-        text = _own_file(Path(".env"))
-    except OSError:
-        return dict(environment)
-    found = dotenv_values(stream=io.StringIO(text), interpolate=False)
-    mine = {k: v for k, v in found.items() if v and k.startswith("PREFECT_") and not environment.get(k)}
-    return {**environment, **mine}
-
-
-def _own_file(path: Path) -> str:
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8", errors="replace") as file:
-        facts, folder = os.fstat(file.fileno()), path.absolute().parent.stat()
-        trusted = all(one.st_uid in (0, os.geteuid()) and not one.st_mode & 0o022 for one in (facts, folder))
-        if not trusted or not stat.S_ISREG(facts.st_mode) or facts.st_size > DOTENV_LIMIT:
-            raise PermissionError
-        return file.read()
+    found = trusted_dotenv()
+    return {**os.environ, **{name: value for name, value in found.items() if name.startswith("PREFECT_")}}
 
 
 def check(environment: Mapping[str, str]) -> None:

@@ -86,7 +86,7 @@ def run() -> NoReturn:
         StackError: it runs already.
 
     """
-    home, given = _home(), environment.with_dotenv(os.environ)
+    home, given = _home(), environment.with_dotenv()
     private(home)
     _hold(home, "supervisor")
     _prepare(home, given)
@@ -108,7 +108,7 @@ def up() -> int:
 
     """
     Key.load(Settings.load())  # a missing key or secret is said now, not by a run at night
-    home, given = _home(), environment.with_dotenv(os.environ)
+    home, given = _home(), environment.with_dotenv()
     environment.check(given)
     private(home)
     with FileLock(home / "up.lock", preserve_lock_file=True):
@@ -262,7 +262,7 @@ def api(timeout: float = 30) -> Api:
         ConfigurationError: the settings are malformed, so that nobody knows where to look.
 
     """
-    given = environment.with_dotenv(os.environ)
+    given = environment.with_dotenv()
     return Api(environment.address(given), environment.password(_home(), given), timeout)
 
 
@@ -394,7 +394,7 @@ def _show(name: str, what: str) -> None:
 
 def _show_server(home: Path) -> bool:
     """What the server itself says; whether that is all well."""
-    given, server = environment.with_dotenv(os.environ), api(timeout=5)
+    given, server = environment.with_dotenv(), api(timeout=5)
     page, kept = environment.page(given), environment.password_file(home)
     _show("page", page)
     _show("password", environment.PASSWORD if given.get(environment.PASSWORD) else f"in {kept}")
