@@ -728,7 +728,7 @@ def test_any_bytes_are_something_or_nothing(
 ) -> None:
     """Token file, view, mark and record are read as something or nothing; what is a token can be saved and read."""
     content = seed[: at[0]] + sign + seed[sum(at) :]
-    market = make_market("us", token_dir=tmp_path_factory.getbasetemp())  # type: ignore[arg-type] # no number
+    market = make_market("us", token_dir=tmp_path_factory.getbasetemp())
     store = open_store(market, lambda: ["us"])
     assert isinstance(store, FileStore)
     folder, key = Path(store.folder), f"key-{store.fingerprint}"
