@@ -15,7 +15,7 @@ from tokencore.manager import make_renewer
 from tokencore.outlook import PLAN_DAYS, Plan, RefreshWarning
 from tokencore.policy import CLOCK_SLACK
 from tokencore.renewer import FOREIGN_AGE
-from tokencore.sealing import sealed_class
+from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import open_store
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @sealed_class()
-class Key:
+class Key(Sensitive):
     """One app key in one environment: its markets, where its token is kept, and how it is renewed.
 
     Attributes:
@@ -61,9 +61,6 @@ class Key:
 
     def __repr__(self) -> str:
         return f"Key({self.label!r})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a Key knows credentials and is not pickled; load it where it is needed")
 
     @classmethod
     def load(cls, settings: Settings) -> list[Key]:

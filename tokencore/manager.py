@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from tokencore.config import market_of_program, read_market
 from tokencore.config.market import ISSUE_INTERVAL
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
-from tokencore.sealing import sealed, sealed_class
+from tokencore.sealing import Sensitive, sealed, sealed_class
 from tokencore.stores import open_store
 
 TYPE_CHECKING = False
@@ -34,7 +34,7 @@ PATIENCE = 0.8  # seconds that a caller with a valid token waits for its success
 
 
 @sealed_class(but=("get_valid_token",))
-class BaseTokenManager:
+class BaseTokenManager(Sensitive):
     """Serves one market's token; thread-safe, fork-safe, and at one with every other process of the machine.
 
     A subclass states what is its own: `get_api_url`, `get_app_credentials` and `get_token_file_prefix`; everything
@@ -62,9 +62,6 @@ class BaseTokenManager:
     def __repr__(self) -> str:
         market = getattr(self, "market", None)  # none yet where an error's traceback shows what was being made
         return f"{type(self).__name__}({market.name!r}, {market.environment!r})" if market else type(self).__name__
-
-    def __reduce__(self) -> str:
-        raise TypeError("a token manager knows credentials and is not pickled; make it anew where it is needed")
 
     def get_api_url(self) -> str:
         """Where KIS is asked: a base URL without a trailing slash."""

@@ -25,6 +25,7 @@ from tokencore.errors import (
     TokenUnavailableError,
 )
 from tokencore.limits import Intent, Standing, format_time
+from tokencore.sealing import Sensitive
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Copies(Protocol):
         """Bring the files up to date with the key's token, None where it has no living one; never raises."""
 
 
-class Renewer:
+class Renewer(Sensitive):
     """Renews the token of one key in its store; any number of them, in any process, act as one."""
 
     __slots__ = ("__dict__", "_secrets")  # what `vars` shows has no secret
@@ -74,9 +75,6 @@ class Renewer:
 
     def __repr__(self) -> str:
         return f"Renewer({self._store.fingerprint!r})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a Renewer knows credentials and is not pickled; make it anew where it is needed")
 
     @property
     def gateway(self) -> Gateway:

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     _Class = TypeVar("_Class", bound=type)
 
 
+class Sensitive:
+    """What knows a secret: neither pickled nor copied into another process, however it is passed on."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"{type(self).__name__} knows secrets and is not pickled; make it anew where it is needed")
+
+
 def sealed_class(*, but: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
     """Seal what is public of the class's own, `__init__` and `__call__` too, `but` what is sealed further inside."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta, timezone
 
+from tokencore.sealing import Sensitive
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,7 +26,7 @@ OTHER_NAMES = ("expiration", "expires", "expire", "expiry", "timestamp", "kis_to
 ISSUE_NAMES = ("issued_at", "created_at", "cached_at")  # the first one that is there counts
 
 
-class Token:
+class Token(Sensitive):
     """An access token with its life; its text is shown by no repr and goes into no pickle.
 
     Attributes:
@@ -68,9 +70,6 @@ class Token:
 
     def __repr__(self) -> str:
         return f"Token(expires_at={self.expires_at.isoformat()})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a Token is a secret and is not pickled; ask the manager for it where it is needed")
 
     def serves(self, until: datetime, buffer: float) -> bool:
         """Whether it still counts as valid at `until`: not rejected, and `buffer` seconds before expiry not reached."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tokencore import errors, limits
 from tokencore.attempts import Attempt, Outcome
 from tokencore.limits import Intent, Standing, format_time
-from tokencore.sealing import sealed_class
+from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import record
 from tokencore.tokens import Token, sane
 
@@ -29,7 +29,7 @@ LOCK_WAIT = 8  # time-outs, as for the token: connecting four times, and waiting
 
 
 @sealed_class()
-class ApprovalKeys:
+class ApprovalKeys(Sensitive):
     """The approval key of one app key, for all its markets and any number of processes.
 
     The document has the present key, and the last request with its outcome.

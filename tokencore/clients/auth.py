@@ -17,7 +17,7 @@ from requests.utils import rewind_body
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.kis.codes import ANSWER_LIMIT, is_dead
 from tokencore.manager import TokenManager
-from tokencore.sealing import sealed, sealed_class
+from tokencore.sealing import Sensitive, sealed, sealed_class
 
 if TYPE_CHECKING:
     from typing import Any
@@ -30,7 +30,7 @@ PORTS = {"https": ":443", "http": ":80"}  # which libraries write or leave out
 CLIENT_ERROR = 400
 
 
-class Signature:
+class Signature(Sensitive):
     """The headers of one token, which no repr shows: the secret ones as text, and all four as bytes."""
 
     __slots__ = ("headers", "raw", "token")
@@ -43,7 +43,7 @@ class Signature:
         self.raw.append((b"custtype", custtype.encode()))
 
 
-class Signer:
+class Signer(Sensitive):
     """Signs for one market, from any thread."""
 
     __slots__ = ("_custtype", "_manager", "_present", "_with_port", "address", "market")
@@ -112,7 +112,7 @@ class Signer:
 
 
 @sealed_class()
-class KISAuth(AuthBase):
+class KISAuth(Sensitive, AuthBase):
     """`requests` authentication for a market: `requests.get(url, auth=KISAuth("us"))`.
 
     A token that KIS rejects is reported, and the request is sent once more with its successor. Where there is none

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tokencore.clients.auth import SECRET_HEADERS, Signer, may_refuse
 from tokencore.kis.codes import is_dead
-from tokencore.sealing import sealed
+from tokencore.sealing import Sensitive, sealed
 
 try:
     import httpx
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 _SECRET = frozenset(name.encode() for name in SECRET_HEADERS)
 
 
-class KISHttpxAuth(httpx.Auth):
+class KISHttpxAuth(Sensitive, httpx.Auth):
     """`httpx` authentication for a market: `httpx.Client(auth=KISHttpxAuth("us"))`, and `AsyncClient` alike.
 
     A token that KIS rejects is reported, and the request is sent once more with its successor. Where there is none

@@ -20,7 +20,7 @@ from hashlib import sha1, sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
-from tokencore.sealing import sealed_class
+from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import files
 from tokencore.tokens import as_answer, from_text, jwt_claims, longest
 
@@ -73,7 +73,7 @@ class Found(NamedTuple):
 
 
 @sealed_class()
-class Exports:
+class Exports(Sensitive):
     """The copies of one key's token; what writes is called under the key's lock."""
 
     __slots__ = ("_failed", "_market", "_markets", "_store", "_written")

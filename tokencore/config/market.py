@@ -6,6 +6,7 @@ import hashlib
 import os
 
 from tokencore.errors import ConfigurationError
+from tokencore.sealing import Sensitive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-class Market:
+class Market(Sensitive):
     """One market's settings. What a cached token needs is read at once; the rest when it is first asked for.
 
     Attributes:
@@ -167,9 +168,6 @@ class Market:
 
     def __repr__(self) -> str:
         return f"Market({getattr(self, 'name', '')!r})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a Market holds credentials and is not pickled; read it where it is needed")
 
 
 def digest(*parts: str, length: int) -> str:

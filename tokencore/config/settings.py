@@ -15,7 +15,7 @@ from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
 from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, place_of, short, warn
 from tokencore.errors import ConfigurationError
-from tokencore.sealing import sealed, sealed_class
+from tokencore.sealing import Sensitive, sealed, sealed_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -88,7 +88,7 @@ Listed = BeforeValidator(_items)
 Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
 
 
-class MarketSettings(BaseModel):
+class MarketSettings(Sensitive, BaseModel):
     """What one market has of its own; everything else it takes from the settings for all."""
 
     app_key: Credential = None
@@ -108,7 +108,7 @@ class ExchangeSettings(BaseModel):
 
 
 @sealed_class()
-class Settings(BaseSettings):
+class Settings(Sensitive, BaseSettings):
     """All settings of this process; `KIS_` variables with other names are other programs'."""
 
     model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True, arbitrary_types_allowed=True)

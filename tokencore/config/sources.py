@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 
 from tokencore.errors import ConfigurationError
-from tokencore.sealing import sealed
+from tokencore.sealing import Sensitive, sealed
 from tokencore.stores import files
 
 TYPE_CHECKING = False
@@ -35,7 +35,7 @@ _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
 _warned: set[str] = set()  # messages; once a process is enough
 
 
-class Found:
+class Found(Sensitive):
     """The merged settings by variable name in upper case: text, of config.toml also its types, and their sources."""
 
     __slots__ = ("markets", "origins", "values")
@@ -87,9 +87,6 @@ class Found:
 
     def __repr__(self) -> str:
         return f"Found({sorted(self.origins)})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("the settings hold credentials and are not pickled; read them where they are needed")
 
 
 @sealed

@@ -24,6 +24,7 @@ from tokencore.config.market import address
 from tokencore.errors import ConfigurationError, IssuerUnavailableError
 from tokencore.kis import codes, quotes
 from tokencore.kis.codes import ANSWER_LIMIT, OK, Refusal
+from tokencore.sealing import Sensitive
 from tokencore.tokens import Token, from_answer
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _APPROVAL_KEY = re.compile(r"[!-~]{1,512}")  # one word of visible ASCII; KIS's 
 _SECRETIVE = re.compile(r"[\w+/=.%&#;-]{20,}", re.ASCII)  # no word of KIS is so long, but every token and key
 
 
-class Gateway:
+class Gateway(Sensitive):
     """KIS's gateway at `base_url` for one pair of credentials."""
 
     __slots__ = ("_app_key", "_app_secret", "_base_url", "_timeout")
@@ -58,9 +59,6 @@ class Gateway:
             raise ConfigurationError(f"KIS_BASE_URL {error}; nothing was sent. Correct or remove it.") from None
         self._app_key, self._app_secret = credentials
         self._timeout = timeout
-
-    def __reduce__(self) -> str:
-        raise TypeError("a Gateway holds credentials and is not pickled; make it anew where it is needed")
 
     def issue(self, depart: Callable[[], bool] = lambda: True) -> Token | Refusal:
         """One request to tokenP; only what cannot have reached KIS is sent again, three times at most.

@@ -14,6 +14,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from tokencore import tokens
+from tokencore.sealing import Sensitive
 from tokencore.stores import files
 
 TYPE_CHECKING = False
@@ -41,7 +42,7 @@ _owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # whose token a file
 _unsaved: dict[tuple[str, str], Token] = {}  # by path and environment: what could not be saved, for this process only
 
 
-class FileStore:
+class FileStore(Sensitive):
     """The `Store` of one key in one folder, as the market `own` sees it."""
 
     __slots__ = ("__dict__", "_app_key")  # what `vars` shows has no secret
@@ -64,9 +65,6 @@ class FileStore:
 
     def __repr__(self) -> str:
         return f"FileStore({self.folder!r}, {self.fingerprint!r})"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a FileStore knows its key and is not pickled")
 
     # The token
 
