@@ -47,7 +47,7 @@ MONDAY = datetime(2026, 11, 22, 23, 20, tzinfo=UTC)  # 08:20 in Seoul, 40 minute
 NEW_YORK = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)  # Monday's open there, 23:30 in Seoul
 LIMIT_SAID = "KIS refused to issue: one request a minute per app key (EGW00133). There is no token. To do: wait."
 DOWN_SAID = "KIS reported a fault of its own (EGW00002). There is no token. To do: wait."
-LIMITED = "us+kr: Someone else issues with this key: KIS's minute limit refused us (not its 24-hour limit)"
+LIMITED = "us+kr: Someone else issues with this key (minute limit, not 24-hour limit)"
 
 
 def limit(cause: str, retry_at: datetime | None = None, said: str = LIMIT_SAID) -> IssuanceLimitError:

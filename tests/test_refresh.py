@@ -115,7 +115,7 @@ def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
     exchange = opens(timedelta(minutes=40))
     gateway.fail("limit", 1)
     assert told(renewed()) == ("FAILED", "Failed")
-    assert slack.headlines[0] == "us+kr: Someone else issues with this key: KIS's minute limit refused us (not its 24-hour limit)"
+    assert slack.headlines[0] == "us+kr: Someone else issues with this key (minute limit, not 24-hour limit)"
     assert slack.told[0]["text"].startswith(f"no token · {exchange} opens in 40 min · ")
 
 
