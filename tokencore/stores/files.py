@@ -91,10 +91,14 @@ def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
     """Look in the same way at all files of `folder` with one of `parts` in their name.
 
     Raises:
-        TokenStoreError: another user owns one of them or can write it.
+        TokenStoreError: another user owns one of them or can write it, or the folder cannot be read.
 
     """
-    for name in os.listdir(folder):
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise unusable(folder, error) from None
+    for name in names:
         path = os.path.join(folder, name)
         if _has(name, parts) and not name.endswith((".tmp", ".aside")):
             found = _stat(path, follow=False)
