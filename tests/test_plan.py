@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from running import tokencore
 
 from tokencore import Key, Settings, draw_plans
 from tokencore.outlook import plan_as_json
+from tokencore.reports.tables import LABEL, print_plan
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
@@ -87,6 +89,15 @@ def test_the_picture_is_well_formed_and_complete() -> None:
     assert len(list(root.iter(f"{SVG}circle"))) == 2 * len(plan.renewals)
     assert "prefers-color-scheme:dark" in text
     assert not any(secret in text for secret in (TEXT, KEY, SECRET))
+
+
+def test_the_lines_for_a_terminal_show_sessions_over_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    """A need begins before its session and ends after it; the token's line has the present one, those planned, now."""
+    print_plan(planned())
+    lines = {line[:LABEL].strip(): line[LABEL:] for line in capfd.readouterr().out.splitlines()}
+    assert re.fullmatch(r"(·+▒?█{5,6}▒){3}·+(▒?█{5,6}▒·+){2}", lines["KRX"]), lines["KRX"]
+    assert re.fullmatch(r"━+│━+▲.*", lines["token"])
+    assert (lines["token"].count("▲"), set(lines["token"])) == (5, {*"━│▲┄ "})
 
 
 def test_overrides_reach_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
