@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import requests
@@ -33,7 +32,7 @@ class Wire:
         self.url = f"{'https' if context else 'http'}://{host}:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
         return self
 
@@ -46,43 +45,51 @@ class Wire:
     def answer(self, status: int, body: object, **headers: str) -> None:
         """Answer from now on with this status and JSON, or bytes as they are."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        lines = [f"HTTP/1.1 {status} x", f"Content-Length: {len(content)}", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
+        headers = {"Content-Length": str(len(content)), "Connection": "close", **headers}
+        lines = [f"HTTP/1.1 {status} x", *(f"{name}: {value}" for name, value in headers.items())]
         self.reply = "\r\n".join([*lines, "", ""]).encode() + content
 
-    def _serve(self) -> None:
+    def _accept(self) -> None:
         while True:
             try:
                 plain, _ = self._socket.accept()
             except OSError:
                 return
-            try:
-                with self._context.wrap_socket(plain, server_side=True) if self._context else plain as connection:
-                    self.requests.append(_received(connection))
-                    for at in range(len(self.drip)):  # by the byte, and not to its end within a test
-                        connection.sendall(self.drip[at : at + 1])
-                        time.sleep(DRIP)
-                    with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
-                        (bare if self.raw else connection).sendall(self.reply)
-            except OSError:
-                continue
+            threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
+
+    def _serve(self, plain: socket.socket) -> None:
+        try:
+            with self._context.wrap_socket(plain, server_side=True) if self._context else plain as connection:
+                reply = self._reply_to(_received(connection))
+                for at in range(len(self.drip)):  # by the byte, and not to its end within a test
+                    connection.sendall(self.drip[at : at + 1])
+                    time.sleep(DRIP)
+                with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
+                    (bare if self.raw else connection).sendall(reply)
+        except OSError:
+            plain.close()
+
+    def _reply_to(self, request: bytes) -> bytes:
+        self.requests.append(request)
+        return self.reply
 
 
 def _received(connection: socket.socket) -> bytes:
+    """A whole request, its body out of the chunks where it came in some."""
     got = b""
     while b"\r\n\r\n" not in got:
-        piece = connection.recv(65536)
-        if not piece:
+        if not (piece := connection.recv(65536)):
             return got
         got += piece
     head, _, body = got.partition(b"\r\n\r\n")
-    sizes = [int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-    while len(body) < sum(sizes):
+    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
+    chunked, size = b"transfer-encoding" in fields, int(fields.get(b"content-length", 0))
+    while not body.endswith(b"0\r\n\r\n") if chunked else len(body) < size:
         body += connection.recv(65536)
-    return head + b"\r\n\r\n" + body
+    return head + b"\r\n\r\n" + (b"".join(body.split(b"\r\n")[1::2]) if chunked else body)
 
 
-class Scripted:
+class Scripted(Wire):
     """A KIS that issues like the sandbox behind it and gives its other answers in order, the last one for ever."""
 
     class Answer(NamedTuple):
@@ -96,50 +103,22 @@ class Scripted:
 
     def __init__(self, gateway: Sandbox, *answers: Answer) -> None:
         """Answer as given; requests for a token go to `gateway`."""
-        script, seen = list(answers or [self.Answer()]), []
+        super().__init__()
+        self.seen: list[tuple[dict[str, str], bytes]] = []
+        self._gateway, self._script = gateway, list(answers or [self.Answer()])
+        self._turn = threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                chunked = "transfer-encoding" in headers
-                body = self.chunks() if chunked else self.rfile.read(int(headers.get("content-length", 0)))
-                if self.path.startswith("/oauth2/"):
-                    issued = requests.post(gateway.url + self.path, data=body, timeout=5)
-                    self.answer(issued.status_code, "application/json", issued.content)
-                    return
-                seen.append((headers, body))
-                answer = script.pop(0) if len(script) > 1 else script[0]
-                content = json.dumps({"rt_cd": "1", answer.field: answer.code}).encode()
-                self.answer(answer.status, answer.kind, content, answer.location)
-
-            do_POST = do_GET  # noqa: N815 - the name http.server looks for
-
-            def chunks(self) -> bytes:
-                body = b""
-                while size := int(self.rfile.readline(), 16):
-                    body += self.rfile.read(size)
-                    self.rfile.readline()
-                self.rfile.readline()
-                return body
-
-            def answer(self, status: int, kind: str, content: bytes, location: str = "") -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Location", location)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                """Silent."""
-
-        self.seen: list[tuple[dict[str, str], bytes]] = seen
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def _reply_to(self, request: bytes) -> bytes:
+        head, _, body = request.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        path = first.split()[1]
+        issued = requests.post(self._gateway.url + path, data=body, timeout=5) if "/oauth2/" in path else None
+        with self._turn:
+            if issued is not None:
+                self.answer(issued.status_code, issued.content)
+                return self.reply
+            self.seen.append(({name.lower(): value for name, _, value in (one.partition(": ") for one in lines)}, body))
+            one = self._script.pop(0) if len(self._script) > 1 else self._script[0]
+            where = {"Location": one.location} if one.location else {}
+            self.answer(one.status, {"rt_cd": "1", one.field: one.code}, **{"Content-Type": one.kind}, **where)
+            return self.reply
