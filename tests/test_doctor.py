@@ -274,6 +274,17 @@ def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
         assert warm.stats()["quotes_refused"] == {"EGW00121": 1}, "one refusal is proof enough"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes apply where the system has them")
+@pytest.mark.usefixtures("warm")
+def test_one_broken_key_hides_no_other(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token file that others can write is a failure of its own key; the other one is still looked at."""
+    next(folder().glob("key-*.json")).chmod(0o666)
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", SECRET)
+    seen = found(command, 7)
+    assert (seen.states("token us", "token kr"), "issuing kr" in seen) == (["fail", "fail"], True)
+
+
 @by_root
 @pytest.mark.usefixtures("warm")
 def test_a_directory_of_another_user_is_exit_7(command: Command) -> None:

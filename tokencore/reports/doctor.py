@@ -17,7 +17,6 @@ import threading
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -98,26 +97,21 @@ FAULTS = {  # by a sign in an error's name or text: what failed; the first that 
 _JWT = re.compile(rb"[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)
 
 
-class State(StrEnum):
-    """How a thing is; the command's exit code is the first `fail`'s own, or 1 where there are warnings alone."""
-
-    OK = "ok"
-    WARN = "warn"  # it works, but something is to be done
-    FAIL = "fail"
-    SKIPPED = "skipped"  # it could not be looked at, or is not used
-
-
 class Finding(NamedTuple):
-    """How a thing is, what was looked at, what that means, and the fix, which programs know as `cure`."""
+    """How a thing is, what was looked at, what that means, and the fix, which programs know as `cure`.
 
-    state: State
+    It is `ok`, `warn` (it works, but something is to be done), `fail`, or `skipped` (it is not used, or could not be
+    looked at). The command's exit code is the first `fail`'s own, or 1 where there are warnings alone.
+    """
+
+    state: str
     name: str
     detail: str
     cure: str = ""
     exit_code: int = UNEXPECTED
 
 
-_ok, _warn, _fail, _skipped = (partial(Finding, state) for state in State)
+_ok, _warn, _fail, _skipped = (partial(Finding, state) for state in ("ok", "warn", "fail", "skipped"))
 
 
 def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
@@ -300,10 +294,11 @@ def _some(names: list[str]) -> str:
 
 
 def _lock(key: Key, name: str) -> Iterator[Finding]:
-    with key.store.lock(wait=LOCK_WAIT) as held:
-        if held:
-            yield _ok(name, "free")
-            return
+    with key.store.lock(wait=LOCK_WAIT) as free:
+        pass
+    if free:
+        yield _ok(name, "free")
+        return
     holders = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
     who = f"process {', '.join(holders)}" if holders else "another process"
     detail = f"held by {who} for {LOCK_WAIT:g} s: normal while that waits for KIS"
@@ -325,10 +320,11 @@ def _tokens(keys: list[Key]) -> Iterator[Finding]:
     if not keys:
         yield _skipped("tokens", FIRST_FIX)
     for key in keys:
-        yield from _tried(f"token {key.name}", _key(key, key.state(datetime.now(UTC))))
+        yield from _tried(f"token {key.name}", _key(key))
 
 
-def _key(key: Key, state: KeyState) -> Iterator[Finding]:
+def _key(key: Key) -> Iterator[Finding]:
+    state = key.state(datetime.now(UTC))
     yield from (_token(state, market) for market in key.markets)
     name, last, allowed = f"issuing {key.label}", latest(state.attempts), key.market.settings.max_issues_per_day
     counted = f"{state.issues_last_24h} of {allowed} issues in 24 hours"
@@ -386,11 +382,13 @@ def _clock(date: str, took: float) -> Finding:
         ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds() - took / 2 - 0.5
     except (ValueError, TypeError):
         return _skipped("clock", "KIS's answer has no Date header to compare with")
+    if abs(ahead) <= NOTICEABLE:
+        return _ok("clock", "agrees with KIS's within seconds")
     detail = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} KIS's"
     fix = "let the system keep it by NTP (timedatectl set-ntp true)"
     if abs(ahead) > CLOCK_SLACK.total_seconds():
         return _fail("clock", f"{detail}: renewals come at wrong moments", fix)
-    return _warn("clock", detail, fix) if abs(ahead) > NOTICEABLE else _ok("clock", "agrees with KIS's within seconds")
+    return _warn("clock", detail, fix)
 
 
 def _accepted(key: Key, name: str) -> Iterator[Finding]:
