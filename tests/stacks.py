@@ -18,8 +18,10 @@ from requests.adapters import HTTPAdapter
 
 from flows.stack.api import BUSY
 from tokencore import sessions
+from tokencore.sandbox import APP_KEY, APP_SECRET
 
 ROOT = Path(__file__).resolve().parent.parent
+KEYS = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET}
 MARK = "PYTHON_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
 SLOW = 90  # seconds for what takes a few on two idle cores
 PARTS = ("supervisor", "server", "tidy", "worker")  # those that last
@@ -36,24 +38,25 @@ class Place(NamedTuple):
 
     @classmethod
     def made(cls, folder: Path, **settings: str) -> Place:
-        """Folders below `folder`, with more environment variables."""
-        place = cls(folder / "stack" / "home", folder / "stack" / "work", folder / "stack" / "tmp", {})
+        """Folders below `folder`, and a port, with more environment variables."""
+        place = cls(folder / "home", folder / "work", folder / "tmp", {})
         for one in place[:3]:
             one.mkdir(parents=True)
-        known = {
-            name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_", "PREFECT_"))
-        }
+        alien = ("KIS_", "SLACK_", "PREFECT_")
+        place.environment.update({k: v for k, v in os.environ.items() if not k.startswith(alien)})
         own = {"HOME": str(place.home), "TMPDIR": str(place.temporary), "PYTHONPATH": str(ROOT), MARK: uuid.uuid4().hex}
-        place.environment.update(known, **own, **settings)
+        place.environment.update(own, **{"PREFECT_SERVER_API_PORT": str(free_port()), **settings})
         return place
+
+    def dotenv(self, **settings: str) -> None:
+        """Write `.env`."""
+        (self.work / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start `python -m flows.stack`, its output and errors in one pipe."""
         command = [sys.executable, "-m", "flows.stack", *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, env=self.environment, cwd=self.work, stdout=pipe, stderr=subprocess.STDOUT, text=True
-        )
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=self.environment, cwd=self.work, **pipes)
 
     def run(self, *arguments: str) -> tuple[int, str]:
         """Run it to its end; exit code and output."""
@@ -61,49 +64,21 @@ class Place(NamedTuple):
         output = started.communicate(timeout=3 * SLOW)[0]
         return started.returncode, output
 
+    def up(self) -> Up:
+        """Start it in the background; it has no password but its own."""
+        code, output = self.run("up")
+        assert code == 0, output
+        known = {**self.environment, **_pairs(self.work / ".env")}
+        folder = Path(known["KIS_TOKEN_DIR"]) / "prefect"
+        url = f"http://127.0.0.1:{known['PREFECT_SERVER_API_PORT']}"
+        return Up(self, output, folder, url, (folder / "password").read_text().strip())
+
     def living(self) -> dict[int, str]:
         """The command lines of all processes that come from here, by number."""
         mark = f"{MARK}={self.environment[MARK]}"
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            number = int(process.name)
-            if mark in environment_of(number):
-                found[number] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return found
-
-
-def environment_of(process: int) -> set[str]:
-    """The environment of a process, as `NAME=value`; empty where it has ended, or is another user's."""
-    try:
-        return {one.decode(errors="replace") for one in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")}
-    except OSError:
-        return set()
-
-
-def is_alive(process: int) -> bool:
-    """Whether there is such a process; one that waits to be reaped is none."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def always_open() -> dict[str, str]:
-    """Settings by which an exchange of `us` or of `kr` trades now, whatever day it is; never both are at midnight."""
-    found = {}
-    for code in ("NASD", "KRX"):
-        now = datetime.now(ZoneInfo(sessions.exchange(code).zone))
-        closes = min(now + timedelta(hours=1), now.replace(hour=23, minute=59))
-        found[f"KIS_EXCHANGES__{code}__HOURS__{now.date()}"] = f"00:00-{closes:%H:%M}"
-    return found
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        numbers = [int(process.name) for process in Path("/proc").glob("[0-9]*")]
+        mine = [number for number in numbers if mark in environment_of(number)]
+        return {one: Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ").decode() for one in mine}
 
 
 class Up(NamedTuple):
@@ -125,15 +100,13 @@ class Up(NamedTuple):
         with requests.Session() as session:
             session.mount("http://", HTTPAdapter(max_retries=BUSY))
             session.auth = tuple(self.password.split(":", 1))  # type: ignore[assignment] # two, by its form
-            session.headers["Connection"] = "close"  # the server hangs up after a 503
-            session.headers.update(headers)
+            session.headers.update({"Connection": "close", **headers})  # the server hangs up after a 503
             return session.request(method, f"{self.url}/api/{path}", json=content, timeout=60)
 
     def create(self, deployment: str, **content: object) -> str:
         """A new run of the deployment; its id."""
         found = self.api("GET", f"deployments/name/{deployment}").json()["id"]
-        number: str = self.api("POST", f"deployments/{found}/create_flow_run", content).json()["id"]
-        return number
+        return str(self.api("POST", f"deployments/{found}/create_flow_run", content).json()["id"])
 
     def look(self, run: str) -> dict[str, Any]:
         """The run as the server has it."""
@@ -144,3 +117,41 @@ class Up(NamedTuple):
         """Type and name of its state."""
         state = self.look(run)["state"]
         return state["type"], state["name"]
+
+
+def environment_of(process: int) -> set[str]:
+    """The environment of a process, as `NAME=value`; empty where it has ended, or is another user's."""
+    try:
+        return {one.decode(errors="replace") for one in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")}
+    except OSError:
+        return set()
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process; one that waits to be reaped is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def always_open(*exchanges: str) -> dict[str, str]:
+    """Settings by which these exchanges have a session now that ends within the hour, whatever day it is."""
+    found = {}
+    for code in exchanges:
+        now = datetime.now(ZoneInfo(sessions.exchange(code).zone))
+        closes = min(now + timedelta(hours=1), now.replace(hour=23, minute=59))
+        found[f"KIS_EXCHANGES__{code}__HOURS__{now.date()}"] = f"00:00-{closes:%H:%M}"
+    return found
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _pairs(file: Path) -> dict[str, str]:
+    lines = file.read_text().splitlines() if file.exists() else []
+    return dict(line.split("=", 1) for line in lines)

@@ -15,18 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from shutil import rmtree
+from shutil import rmtree, which
 from typing import TYPE_CHECKING, Any
 
-import browser
 import pytest
 import requests
-from running import until
+from playwright.sync_api import sync_playwright
+from running import asked, until
 from slack_endpoint import SlackEndpoint
-from stacks import PARTS, SLOW, Place, Up, always_open, environment_of, free_port, in_proc, is_alive
+from stacks import KEYS, PARTS, SLOW, Place, Up, always_open, environment_of, in_proc, is_alive
 
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
@@ -38,13 +38,15 @@ WEBHOOK = "CanaryWebhook"  # in the address of the Slack that the stack alerts
 CHECK = "check-tokens/check_tokens"
 NAMES = ["A run crashed", "A run is late", "A run shows no life", "No worker", "The hourly check is missing"]
 STRANGER = "http://stranger.example"
+CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
+QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+MINUTE = 60.0
 WATCH = """
 from flows.stack import orphans, supervisor
 orphans.NAP = 2.0  # seconds that count as a sleep
 print("awake", flush=True)
 orphans.watch_sleep(supervisor.api())
 """
-MINUTE = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +65,19 @@ def slack() -> Iterator[SlackEndpoint]:
 
 @pytest.fixture(scope="module")
 def up(gateway: Sandbox, slack: SlackEndpoint) -> Iterator[Up]:
-    """A stack with credentials in `.env` only and another user's `runner_storage` in the way; stopped in the end.
+    """A stack with credentials and a proxy in `.env` only, and another user's `runner_storage` in the way.
 
     Its folders are below one that every user may enter, so that it is its own modes which keep others out.
     """
     root = Path(tempfile.mkdtemp(prefix="tokencore-"))
     root.chmod(0o755)
-    port = free_port()
-    place = Place.made(root, PREFECT_SERVER_API_PORT=str(port), AWS_SECRET_ACCESS_KEY="CanaryCloud")
+    place = Place.made(root / "stack", AWS_SECRET_ACCESS_KEY="CanaryCloud")
     (place.temporary / "runner_storage").touch(0)  # not even root can make a folder of it
-    folder = place.work / "tokens"
-    settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
-    settings |= {"KIS_TOKEN_DIR": str(folder), "KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_ISSUE_INTERVAL": "1"}
-    settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "KIS_TIMEOUT": "60"} | always_open()
-    (place.work / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-    code, output = place.run("up")
-    assert code == 0, output
-    password = (folder / "prefect" / "password").read_text().strip()
-    made = Up(place, output, folder / "prefect", f"http://127.0.0.1:{port}", password)
-    yield made
+    settings = {"KIS_BASE_URL": gateway.url, "KIS_TOKEN_DIR": str(place.work / "tokens"), "KIS_ISSUE_INTERVAL": "1"}
+    settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "KIS_TIMEOUT": "60"}
+    settings |= {"HTTPS_PROXY": "http://CanaryProxy", "KIS_MARKETS__HK__EXCHANGES": "SEHK"}
+    place.dotenv(**KEYS, **settings, **always_open("NASD", "KRX"))  # never both are near midnight
+    yield place.up()
     place.run("down")
     rmtree(root)
 
@@ -90,12 +86,12 @@ def up(gateway: Sandbox, slack: SlackEndpoint) -> Iterator[Up]:
 def refreshing(up: Up, gateway: Sandbox) -> Iterator[tuple[str, int]]:
     """A run that waits for KIS, and its process."""
     gateway.set_rules(latency=MINUTE)
-    before = gateway.stats()["token_requests"]
+    before = asked(gateway)
     for pattern in ("key-*.json*", "*_api_token.json", "*_token_issued_at.dat"):  # no token, and nobody who issued one
         for file in up.folder.parent.glob(pattern):
             file.unlink()
     run = up.create(CHECK)
-    until(lambda: gateway.stats()["token_requests"] > before, SLOW)
+    until(lambda: asked(gateway) > before, SLOW)
     gateway.set_rules(latency=0)
     yield run, int(up.look(run)["infrastructure_pid"])
     time.sleep(1)  # KIS's minute
@@ -103,13 +99,7 @@ def refreshing(up: Up, gateway: Sandbox) -> Iterator[tuple[str, int]]:
 
 def lines(output: str) -> dict[str, str]:
     """What `up` and `status` say, by the first words of the line."""
-    found = re.findall(r"^(last check|server says|\S+) +(.+)$", output, re.MULTILINE)
-    return dict(found)
-
-
-def stored(up: Up) -> dict[str, bytes]:
-    """Every file of the stack's folder, by name."""
-    return {path.name: path.read_bytes() for path in up.folder.rglob("*") if path.is_file()}
+    return dict(re.findall(r"^(last check|server says|\S+) +(.+)$", output, re.MULTILINE))
 
 
 def automations(up: Up) -> dict[str, dict[str, Any]]:
@@ -119,31 +109,26 @@ def automations(up: Up) -> dict[str, dict[str, Any]]:
     return {one["name"]: one for one in found}
 
 
-def overdue(up: Up, deployment: str, hours: int) -> str:
-    """A run that its schedule had made for so long ago; its id."""
-    due = (datetime.now(UTC) - timedelta(hours=hours)).isoformat()
-    state = {"type": "SCHEDULED", "state_details": {"scheduled_time": due}}
-    return up.create(deployment, state=state, tags=["auto-scheduled"])
+def overdue(up: Up, deployment: str, *hours: int) -> list[str]:
+    """Runs that the schedule had made for so long ago; their ids."""
+    due = [(datetime.now(UTC) - timedelta(hours=ago)).isoformat() for ago in hours]
+    states = [{"type": "SCHEDULED", "state_details": {"scheduled_time": at}} for at in due]
+    return [up.create(deployment, state=state, tags=["auto-scheduled"]) for state in states]
 
 
 def crash(up: Up) -> str:
     """A run of the check in the far future that crashed; its name."""
-    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
-    run = up.create(CHECK, state=later)
+    run = up.create(CHECK, state={"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}})
     up.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CRASHED"}, "force": True})
-    name: str = up.look(run)["name"]
-    return name
+    return str(up.look(run)["name"])
 
 
-def listening(processes: Iterator[int]) -> set[int]:
+def listening(processes: dict[int, str]) -> set[int]:
     """The TCP ports on which these processes listen."""
     table = [line.split() for path in ("tcp", "tcp6") for line in Path(f"/proc/net/{path}").read_text().splitlines()]
-    ports = {row[9]: int(row[1].rpartition(":")[2], 16) for row in table if row[3] == "0A"}
-    found = set()
-    for process in processes:
-        for file in Path(f"/proc/{process}/fd").iterdir():
-            found.add(ports.get(re.sub(r"socket:\[(\d+)\]", r"\1", os.readlink(file))))
-    return {port for port in found if port}
+    ports = {f"socket:[{row[9]}]": int(row[1].rpartition(":")[2], 16) for row in table if row[3] == "0A"}
+    files = [file for process in processes for file in Path(f"/proc/{process}/fd").iterdir()]
+    return {ports[link] for link in map(os.readlink, files) if link in ports}
 
 
 def test_up_starts_all_and_says_where_it_is(up: Up) -> None:
@@ -155,59 +140,50 @@ def test_up_starts_all_and_says_where_it_is(up: Up) -> None:
     assert said["refresh"].startswith(f"{up.url}/v2/deployments/deployment/")
     assert re.fullmatch(r"Renewed, \d{4}-\d\d-\d\d \d\d:\d\d UTC", said["last check"])
     assert said["password"] == f"in {up.folder}/password"
-    for name in ("tokens", "plan"):
-        assert up.api("GET", f"artifacts/{name}/latest").ok
+    assert all(up.api("GET", f"artifacts/{name}/latest").ok for name in ("tokens", "plan"))
 
 
-def test_status_is_0_only_with_the_right_password(up: Up) -> None:
-    """All is well: 0. With another password it says that it knows nothing, and is 3."""
-    code, output = up.place.run("status")
-    assert code == 0, output
-    other = up.place._replace(
-        environment=up.place.environment | {"PREFECT_SERVER_API_AUTH_STRING": "admin:AnotherPassword"}
-    )
-    code, output = other.run("status")
-    assert code == 3
-    assert "NOT KNOWN. Prefect's server refuses the password" in output
-    assert "AnotherPassword" not in output
-
-
-def test_a_second_start_is_refused(up: Up) -> None:
-    """`up` says that it runs, `run` refuses, and neither touches the first one's processes."""
+def test_a_second_start_is_refused_and_status_wants_the_right_password(up: Up) -> None:
+    """`up` says that it runs, `run` refuses, nothing is touched; `status` is 0, and 3 with another password."""
     before = up.processes()
     code, output = up.place.run("up")
     assert (code, output.splitlines()[0]) == (0, "It runs already.")
     assert up.place.run("run") == (1, "It runs already; `make status` shows how it is.\n")
     assert up.processes() == before
+    assert up.place.run("status")[0] == 0
+    wrong = up.place.environment | {"PREFECT_SERVER_API_AUTH_STRING": "admin:AnotherPassword"}
+    code, output = up.place._replace(environment=wrong).run("status")
+    assert (code, "NOT KNOWN. Prefect's server refuses the password" in output) == (3, True)
+    assert "AnotherPassword" not in output
 
 
-@pytest.mark.parametrize("path", ["flow_runs/filter", "deployments/filter", "block_documents/filter"])
-def test_without_the_password_nothing_is_given_away(path: str, up: Up) -> None:
+def test_without_the_password_nothing_is_given_away(up: Up) -> None:
     """Every question but that for its health is refused."""
-    assert requests.post(f"{up.url}/api/{path}", json={}, timeout=30).status_code == 401
+    for path in ("flow_runs/filter", "deployments/filter", "block_documents/filter"):
+        assert requests.post(f"{up.url}/api/{path}", json={}, timeout=30).status_code == 401
     assert requests.get(f"{up.url}/api/health", timeout=30).ok
 
 
-def test_a_foreign_page_gets_nothing_from_a_browser(up: Up) -> None:
-    """Its preflight is refused, no answer is marked for it, the page's own is; a name that points here is refused."""
-    asked = {"Access-Control-Request-Method": "POST", "Origin": STRANGER}
-    assert requests.options(f"{up.url}/api/flow_runs/filter", headers=asked, timeout=30).status_code == 400
-    foreign = up.api("POST", "flow_runs/filter", {}, Origin=STRANGER)
-    assert "access-control-allow-origin" not in foreign.headers
-    own = up.api("POST", "flow_runs/filter", {}, Origin=up.url)
-    assert own.headers["access-control-allow-origin"] == up.url
-    assert up.api("GET", "health", Host="stranger.example").status_code == 400
-    assert up.api("GET", "health", Host="localhost").ok
+def test_a_foreign_page_gets_nothing_and_our_own_asks_nobody_else(up: Up) -> None:
+    """Its preflight is refused, no answer is marked for it, the page's own is; a name that points here is refused.
 
-
-def test_the_page_may_ask_nobody_else(up: Up) -> None:
-    """Prefect's analytics host, which its page asks whatever the settings say, is refused by the page's policy."""
+    Prefect's analytics host, which its page asks whatever the settings say, is refused by the page's policy.
+    """
+    preflight = {"Access-Control-Request-Method": "POST", "Origin": STRANGER}
+    assert requests.options(f"{up.url}/api/flow_runs/filter", headers=preflight, timeout=30).status_code == 400
+    marked = [
+        up.api("POST", "flow_runs/filter", {}, Origin=origin).headers.get("access-control-allow-origin")
+        for origin in (STRANGER, up.url)
+    ]
+    assert marked == [None, up.url]
+    called = [up.api("GET", "health", Host=name).status_code for name in ("stranger.example", "localhost")]
+    assert called == [400, 200]
     assert "connect-src 'self'" in requests.get(f"{up.url}/v2/", timeout=30).headers["content-security-policy"]
 
 
 def test_only_the_server_listens(up: Up) -> None:
     """Supervisord has no port; its socket and every other file are the owner's alone."""
-    assert listening(iter(up.place.living())) == {int(up.url.rpartition(":")[2])}
+    assert listening(up.place.living()) == {int(up.url.rpartition(":")[2])}
     assert stat.S_ISSOCK((up.folder / "sock").stat().st_mode)
     everything = [up.folder.parent, up.folder, *up.folder.rglob("*")]
     assert [path.name for path in everything if path.lstat().st_mode & 0o077] == []
@@ -221,23 +197,19 @@ def test_another_user_gets_at_nothing(up: Up) -> None:
 
     def reads(path: Path) -> bool:
         look = ["/bin/sh", "-c", 'cat "$0" || test -w "$0"', str(path)]
-        return not subprocess.run(
-            look, user=other.pw_uid, group=other.pw_gid, extra_groups=[], capture_output=True, check=False
-        ).returncode
+        as_other: dict[str, Any] = {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []}
+        return not subprocess.run(look, **as_other, capture_output=True, check=False).returncode
 
-    assert reads(up.place.work / "open")
     kept = ("password", "prefect.db", "sock", "supervisord.conf", "server.log", "encryption.key")
-    assert [name for name in kept if reads(up.folder / name)] == []
+    assert [path.name for path in (up.place.work / "open", *map(up.folder.joinpath, kept)) if reads(path)] == ["open"]
 
 
 def test_no_secret_is_stored_or_on_a_command_line(up: Up) -> None:
     """The password is in its file alone, the app key, the secret and the webhook in no file of the stack's."""
     secrets = [up.password.partition(":")[2], APP_SECRET, APP_KEY, WEBHOOK, "CanaryCloud"]
-    assert [name for name, content in stored(up).items() if any(one.encode() in content for one in secrets)] == [
-        "password"
-    ]
-    assert not any(one in line for line in up.place.living().values() for one in secrets)
-    assert not any(one in up.output for one in secrets)
+    stored = {path.name: path.read_bytes() for path in up.folder.rglob("*") if path.is_file()}
+    assert [name for name, kept in stored.items() if any(one.encode() in kept for one in secrets)] == ["password"]
+    assert not any(one in line for line in (up.output, *up.place.living().values()) for one in secrets)
 
 
 def test_the_settings_decide_what_is_deployed(up: Up) -> None:
@@ -258,8 +230,10 @@ def test_a_crash_is_reported_with_a_link_and_a_refusal_leaves_no_address(up: Up,
     log = up.folder / "server.log"
 
     def heard() -> bool:
-        name = crash(up)  # Prefect keeps an event back that overtakes its forerunner: then another one
-        return any(name in message["text"] for message in wait_for_message(slack))
+        name, before, give_up = crash(up), len(slack.told), time.monotonic() + 5
+        while len(slack.told) == before and time.monotonic() < give_up:
+            time.sleep(0.1)  # Prefect keeps an event back that overtakes its forerunner: then another one
+        return any(name in message["text"] for message in slack.told if "blocks" not in message)
 
     until(lambda: heard() and "HTTPStatusError" in log.read_text(), MINUTE)
     text = slack.told[-1]["text"]
@@ -269,22 +243,17 @@ def test_a_crash_is_reported_with_a_link_and_a_refusal_leaves_no_address(up: Up,
     assert WEBHOOK not in log.read_text()
 
 
-def wait_for_message(slack: SlackEndpoint) -> list[dict[str, Any]]:
-    """What the server's automations said, once they have said more or five seconds are over."""
-    before, give_up = len(slack.told), time.monotonic() + 5
-    while len(slack.told) == before and time.monotonic() < give_up:
-        time.sleep(0.1)
-    return [message for message in slack.told if "blocks" not in message]
-
-
-@browser.needs_chromium
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium or Chrome is installed here")
 def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
     """Who is not signed in answers one question, with what the password file holds, and is where the link led."""
     run = up.create(CHECK)
-    with browser.page() as page:
+    with sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=QUIET) as browser:
+        page = browser.new_page(reduced_motion="reduce")
+        page.set_default_timeout(MINUTE * 1000)
         page.goto(f"{up.url}/v2/runs/flow-run/{run}")
         page.wait_for_url("**/v2/login?redirectTo=*")
-        browser.sign_in(page, up.password)
+        page.get_by_placeholder("admin:pass").fill(up.password)
+        page.get_by_role("button", name="Login").click()
         page.wait_for_url(f"**/v2/runs/flow-run/{run}*")
         page.get_by_text("check-tokens").first.wait_for()
 
@@ -301,18 +270,20 @@ def test_status_does_not_wait_for_a_server_that_hangs(up: Up) -> None:
 
 
 def test_a_killed_worker_comes_back_and_its_run_is_crashed(up: Up, refreshing: tuple[str, int]) -> None:
-    """`status` is 3 until another worker is there, and its first act is to end what died with the one before."""
+    """`status` is 3 until another worker is there, and its first act is to end what died with the one before.
+
+    The run knew nothing that it has no use for: no cloud key, no key of the server's blocks, no proxy of a `.env`.
+    """
     run, process = refreshing
-    canaries = {one for one in environment_of(process) if "Canary" in one or "ENCRYPTION_KEY" in one}
-    assert canaries == set()
-    worker = up.processes()["worker"]
-    os.kill(up.processes()["supervisor"], signal.SIGSTOP)  # it would be quicker than `status`
+    assert {one for one in environment_of(process) if "Canary" in one or "ENCRYPTION_KEY" in one} == set()
+    supervisor, worker = (up.processes()[part] for part in ("supervisor", "worker"))
+    os.kill(supervisor, signal.SIGSTOP)  # it would be quicker than `status`
     try:
         os.kill(worker, signal.SIGKILL)
         os.kill(process, signal.SIGKILL)
         code, output = up.place.run("status")
     finally:
-        os.kill(up.processes()["supervisor"], signal.SIGCONT)
+        os.kill(supervisor, signal.SIGCONT)
     assert (code, lines(output)["worker"]) == (3, "NOT RUNNING")
     until(lambda: up.processes().get("worker", worker) != worker, SLOW)
     until(lambda: up.state(run) == ("CRASHED", "Crashed"), SLOW)
@@ -320,11 +291,12 @@ def test_a_killed_worker_comes_back_and_its_run_is_crashed(up: Up, refreshing: t
 
 def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
     """All checks that were missed end without a process: another watch, which slept long enough for it, ends them."""
+    up.api("PATCH", "work_pools/tokens", {"is_paused": True})  # the worker starts nothing
     watch = [sys.executable, "-c", WATCH]
-    with paused(up), subprocess.Popen(watch, env=up.place.environment, cwd=up.place.work, text=True, stdout=-1) as one:
+    with subprocess.Popen(watch, env=up.place.environment, cwd=up.place.work, text=True, stdout=-1) as one:
         assert one.stdout
         assert one.stdout.readline() == "awake\n"
-        checks = [overdue(up, CHECK, hours) for hours in (3, 2, 1)]
+        checks = overdue(up, CHECK, 3, 2, 1)
         one.send_signal(signal.SIGSTOP)
         time.sleep(3)
         assert "COMPLETED" not in {up.state(run)[0] for run in checks}
@@ -332,15 +304,8 @@ def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
         until(lambda: {up.state(run) for run in checks} == {("COMPLETED", "SkippedLate")}, 30)
         assert one.stdout.readline().startswith("Nothing ran here for")
         one.kill()
-    assert {up.look(run)["infrastructure_pid"] for run in checks} == {None}
-
-
-@contextmanager
-def paused(up: Up) -> Iterator[None]:
-    """The worker starts nothing."""
-    up.api("PATCH", "work_pools/tokens", {"is_paused": True})
-    yield
     up.api("PATCH", "work_pools/tokens", {"is_paused": False})
+    assert {up.look(run)["infrastructure_pid"] for run in checks} == {None}
 
 
 def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: Up, refreshing: tuple[str, int]) -> None:
@@ -349,12 +314,11 @@ def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: U
     processes, before = up.processes(), automations(up)
     up.api("PATCH", f"automations/{before[NAMES[0]]['id']}", {"enabled": False})
     content = {key: value for key, value in before[NAMES[1]].items() if key not in ("id", "created", "updated")}
-    up.api("POST", "automations/", content | {"name": "A person's", "tags": []})
-    up.api("POST", "automations/", content | {"name": "Ours of old"})
+    for more in ({"name": "A person's", "tags": []}, {"name": "Ours of old"}):
+        up.api("POST", "automations/", content | more)
     for part in ("supervisor", "worker"):
         os.kill(processes[part], signal.SIGKILL)
-    checks = [overdue(up, CHECK, hours) for hours in (3, 2, 1)]
-    warm_ups = [overdue(up, "warm-up/KRX", hours) for hours in (72, 48, 24)]
+    checks, warm_ups = overdue(up, CHECK, 3, 2, 1), overdue(up, "warm-up/KRX", 72, 48, 24)
     for number in (processes["server"], process):
         os.kill(number, signal.SIGKILL)
     until(lambda: not up.place.run("status")[1].startswith("worker"), 30)

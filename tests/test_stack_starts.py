@@ -1,0 +1,300 @@
+"""The demo from start to end, starts that fail with one sentence and leave nothing, and the watchdog outside."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from zoneinfo import ZoneInfo
+
+import pytest
+from running import until
+from stacks import KEYS, SLOW, Place, free_port, in_proc
+
+from flows.stack import demo as play
+from flows.stack import environment, watchdog
+from tokencore import sessions
+from tokencore.sandbox import APP_KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from slack_endpoint import SlackEndpoint
+
+pytestmark = in_proc
+TITLE = "Prefect: Prefect does not look after the tokens"
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's, as pytest's own does not."""
+    with tempfile.TemporaryDirectory(prefix="s-") as folder:
+        yield Path(folder)
+
+
+def made(short: Path, **settings: str) -> Place:
+    """A place with these settings, the port's among them."""
+    return Place.made(short / uuid.uuid4().hex[:8], **settings)
+
+
+def left(place: Place) -> tuple[dict[int, str], list[Path]]:
+    """The processes and the temporary files that are left."""
+    return place.living(), list(place.temporary.iterdir())
+
+
+def test_the_demo_comes_to_a_token_whatever_the_settings_and_leaves_nothing(short: Path) -> None:
+    """Where every setting is a trap it warms up, renews once, checks, and shows that every token is valid.
+
+    No process, no file, no address that is dead by now is left, and no real credential in its output.
+    """
+    traps = {"KIS_APP_KEY": "CanaryKey", "KIS_ENVIRONMENT": "nonsense", "SLACK_WEBHOOK_URL": "http://127.0.0.1:9/"}
+    traps |= {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_PROFILE": "missing"}
+    place = made(short, **traps)
+    place.dotenv(KIS_TIMEOUT="nonsense", PREFECT_API_KEY="CanaryKey", PREFECT_SERVER_API_PORT="9")
+    (place.home / ".tokencore").mkdir()
+    (place.home / ".tokencore" / "config.toml").write_text("this is no TOML")
+    code, output = place.run("demo", "--once")
+    assert code == 0, output
+    assert re.search(r"^warm-up +Completed: (Renewed|MarketClosed)\.", output, re.MULTILINE)
+    assert output.count("Completed: Renewed.") == 1
+    assert re.search(r"^check-tokens +Completed: AlreadyValid\.", output, re.MULTILINE)
+    assert re.findall(r"^(us|kr) +VALID ", output, re.MULTILINE) == ["us", "kr"]
+    assert left(place) == ({}, [])
+    assert sorted(path.name for path in place.home.rglob("*")) == [".tokencore", "config.toml"]
+    assert [path.name for path in place.work.iterdir()] == [".env"]
+    assert not [one for one in ("Canary", "http://") if one in output]
+
+
+def test_a_demo_that_stays_says_how_to_sign_in_and_ends_with_ctrl_c(short: Path) -> None:
+    """The page's address and, beside it, what the login asks for; after Ctrl-C nothing is left."""
+    place = made(short)
+    running = place.start("demo")
+    assert running.stdout
+    output = ""
+    while not output.rpartition("\n")[0].endswith("leaves nothing behind."):
+        output += running.stdout.readline() or pytest.fail(output)
+    assert re.search(r"^The page: http://127\.0\.0\.1:\d+/v2\n  Sign in with: admin:\S{20,}$", output, re.MULTILINE)
+    running.send_signal(signal.SIGINT)
+    assert (running.communicate(timeout=SLOW)[0].strip(), running.returncode) == ("Stopped.", 0)
+    assert left(place) == ({}, [])
+
+
+def test_the_demo_warms_an_exchange_that_is_not_over() -> None:
+    """At each hour of two years the session runs or is ahead on that day; otherwise there is none on it."""
+    for hour in range(2 * 365 * 24):
+        now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=hour, minutes=hour % 60)
+        code = play.exchange(now)
+        session = sessions.session(code, now.astimezone(ZoneInfo(sessions.exchange(code).zone)).date())
+        assert session is None or session.close > now
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_an_interrupted_start_leaves_nothing(command: str, short: Path) -> None:
+    """Ctrl-C while it starts ends supervisord and its processes before the command says so, exit 130."""
+    place = made(short, **KEYS)
+    running = place.start(command)
+    until(lambda: any("flows.stack.server" in line for line in place.living().values()), SLOW)
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    output = running.communicate(timeout=SLOW)[0]
+    assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
+    assert left(place) == ({}, [])
+
+
+def test_a_server_that_cannot_start_is_shown_with_its_log(short: Path) -> None:
+    """Exit 1 with the end of the server's own words, without the database's password, and nothing is left running."""
+    url = f"postgresql+asyncpg://prefect:CanaryPassword@127.0.0.1:{free_port()}/prefect"
+    place = made(short, **KEYS, PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
+    code, output = place.run("up")
+    assert (code, "server: exited with code" in output, place.living()) == (1, True, {})
+    kept = [path.read_bytes() for path in place.home.rglob("*") if path.is_file()]
+    assert not any(b"CanaryPassword" in one for one in (output.encode(), *kept))
+
+
+REFUSED = {
+    "no app key": ({}, 2, "KIS_APP_KEY is not set"),
+    "no app secret": ({"KIS_APP_KEY": APP_KEY}, 2, "KIS_APP_SECRET is not set"),
+    "a port that is taken": ({"PREFECT_SERVER_API_PORT": "taken"}, 2, r"Port \d+ is taken by another program; set PRE"),
+    "a port that is none": ({"PREFECT_SERVER_API_PORT": "70000"}, 2, "PREFECT_SERVER_API_PORT=70000 is no port"),
+    "another's address": ({"PREFECT_SERVER_API_HOST": "192.0.2.7"}, 2, "Cannot listen on PREFECT_SERVER_API_HOST=192"),
+    "a password that is not ASCII": ({"PREFECT_SERVER_API_AUTH_STRING": "a:비밀"}, 2, "PREFECT_SERVER_API_AUTH_STRI"),
+    "no database's address": ({"PREFECT_SERVER_DATABASE_CONNECTION_URL": "x://비밀"}, 2, "PREFECT_SERVER_DATABASE_"),
+    "no token directory": ({"KIS_TOKEN_DIR": "/proc/tokens"}, 7, "The token directory cannot be used: /proc/tokens"),
+    "a long path": ({"KIS_TOKEN_DIR": f"/var/{'d' * 90}"}, 2, "/var/d+/prefect is too long"),
+}
+
+
+@pytest.mark.parametrize(("settings", "code", "sentence"), REFUSED.values(), ids=list(REFUSED))
+def test_a_start_that_cannot_be_is_one_sentence(
+    settings: dict[str, str], code: int, sentence: str, short: Path
+) -> None:
+    """It names the setting, repeats no secret, has its documented exit code, and nothing runs."""
+    with_keys = {} if "APP_" in sentence else KEYS
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        place = made(short, **with_keys, **{k: taken if v == "taken" else v for k, v in settings.items()})
+        for command in ("up", "run") if with_keys else ("up",):  # a service starts before a person has given them
+            ended, output = place.run(command)
+            assert (ended, output.count("\n")) == (code, 1), output
+            assert re.match(sentence, output)
+            assert "비밀" not in output
+    assert place.living() == {}
+
+
+def test_a_full_disk_is_said(short: Path) -> None:
+    """Where nothing more can be written, `up` says so instead of a log that could not be."""
+    place = made(short, **KEYS)
+    command = ["/bin/sh", "-c", 'ulimit -f 2048; exec "$0" -m flows.stack up', sys.executable]  # blocks of 512 bytes
+    done = subprocess.run(command, env=place.environment, cwd=place.work, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr[:36]) == (7, "The token directory cannot be used: ")
+    assert place.living() == {}
+
+
+def test_a_process_with_a_recycled_number_is_spared(short: Path) -> None:
+    """`down` stops nobody whose number once belonged to the stack."""
+    place = made(short)
+    folder = place.home / ".tokencore" / "prefect"
+    folder.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as bystander:
+        for part in ("supervisor", "worker"):
+            (folder / f"{part}.pid").write_text(str(bystander.pid))
+        assert place.run("down") == (0, "Nothing was running.\n")
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_a_dotenv_may_not_say_where_the_secret_of_the_environment_is_sent(short: Path) -> None:
+    """`up` in the folder of a cloned repository starts nothing, and says where the address belongs."""
+    place = made(short, **KEYS)
+    place.dotenv(KIS_BASE_URL="http://127.0.0.1:9")
+    code, output = place.run("up")
+    assert (code, output.count("\n")) == (2, 1), output
+    assert output.startswith(f"KIS_BASE_URL in {place.work}/.env is refused, because it would send there the app ")
+    assert left(place) == ({}, [])
+
+
+def test_a_dotenv_gives_prefects_settings_unless_others_could_have_written_it() -> None:
+    """Of the rest, such as a proxy, the server and the worker get nothing; what is set already stays."""
+    dotenv = Path(".env")
+    dotenv.write_text("PREFECT_SERVER_API_PORT=4201\nHTTPS_PROXY=http://127.0.0.1:9\nKIS_TIMEOUT=9\n")
+    before = dict(environment.os.environ)
+    assert environment.with_dotenv() == before | {"PREFECT_SERVER_API_PORT": "4201"}
+    dotenv.chmod(0o666)
+    assert environment.with_dotenv() == before
+
+
+class Answers:
+    """What a server says: how it is, and when the last check ended (None: not yet, it has just been deployed)."""
+
+    def __init__(self) -> None:
+        """All is well."""
+        self.health = 200
+        self.asked = threading.Event()
+        self.checked: datetime | None = datetime.now(UTC)
+
+    def to(self, path: str, asked: bytes) -> tuple[int, object]:
+        """Status and content of its answer."""
+        if path == "/api/health":
+            self.asked.set()
+            return self.health, True
+        if not asked:
+            return 200, {"created": datetime.now(UTC).isoformat()}
+        assert json.loads(asked)["flows"] == {"name": {"any_": ["check-tokens"]}}
+        ended = [{"state_name": "AlreadyValid", "end_time": self.checked.isoformat()}] if self.checked else []
+        return 200, ended
+
+
+class Desk(NamedTuple):
+    """A port where there may be a server, and the Slack that hears of it."""
+
+    port: int
+    slack: SlackEndpoint
+
+    @contextmanager
+    def server(self) -> Iterator[Answers]:
+        """A server, as far as the watchdog asks it."""
+        answers = Answers()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status, content = answers.to(self.path, asked)
+                body = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET  # noqa: N815 - the name http.server looks for
+
+            def log_message(self, *_: object) -> None:
+                """Silent."""
+
+        with ThreadingHTTPServer(("127.0.0.1", self.port), Handler) as server:
+            thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+            thread.start()
+            yield answers
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def desk(monkeypatch: pytest.MonkeyPatch, slack: SlackEndpoint) -> Desk:
+    """No server yet; the watchdog bears silence for a moment only."""
+    monkeypatch.setattr(watchdog, "PATIENCE", 0.1)
+    monkeypatch.setattr(watchdog, "PAUSE", 0.05)
+    port = free_port()
+    for name, value in (KEYS | {"PREFECT_SERVER_API_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    return Desk(port, slack)
+
+
+def test_a_dead_server_is_told_once_and_its_return_too(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
+    """Exit 1 with a line for cron at each look, one message to Slack; then one that it is over, and silence.
+
+    Nothing is told either with a server so new that no check has ended yet.
+    """
+    for _ in range(2):
+        assert watchdog.watch() == 1
+        assert capfd.readouterr().err.endswith(f"Prefect's server at http://127.0.0.1:{desk.port} does not answer.\n")
+        assert desk.slack.headlines == [TITLE]
+    with desk.server() as answers:
+        for answers.checked in (datetime.now(UTC), datetime.now(UTC), None):
+            assert watchdog.watch() == 0
+    assert desk.slack.headlines == [TITLE, TITLE.replace(": ", ": solved: ", 1)]
+
+
+@pytest.mark.parametrize("ill", ["unhealthy", "no check for long"])
+def test_a_server_that_looks_after_nothing_is_told(ill: str, desk: Desk) -> None:
+    """One that says itself that it is ill, and one that answers while no check ends."""
+    with desk.server() as answers:
+        if ill == "unhealthy":
+            answers.health = 500
+        else:
+            answers.checked = datetime.now(UTC) - watchdog.SILENCE - timedelta(minutes=1)
+        assert watchdog.watch() == 1
+    assert desk.slack.headlines == [TITLE]
+
+
+def test_a_restart_is_no_death(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is well again within the watchdog's patience has been away for nobody."""
+    monkeypatch.setattr(watchdog, "PATIENCE", 60)
+    with desk.server() as answers:
+        answers.health = 500
+        recovery = threading.Thread(target=lambda: answers.asked.wait(30) and setattr(answers, "health", 200))
+        recovery.start()
+        assert watchdog.watch() == 0
+        recovery.join()
+    assert desk.slack.requests == []
