@@ -117,5 +117,12 @@ def killed(child: int) -> None:
     os.waitpid(child, 0)
 
 
+def fill_disk(room: int = 0) -> None:
+    """From here on this process, a child, can write no file of more than `room` bytes, as on a full disk."""
+    import resource  # not on every platform
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+
 def _base64url(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from builders import make_token
 
-from tokencore import TokenError, TokenManager
+from tokencore import IssuanceLimitError, Key, Settings, TokenError, TokenManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
 
+    from tokencore.attempts import Attempt
     from tokencore.sandbox import Sandbox
     from tokencore.tokens import Token
 
@@ -71,6 +73,27 @@ def at_a_barrier(program: str, arguments: Sequence[Sequence[str]]) -> tuple[floa
         one.stdin.flush()
     ends = [(one, *one.communicate(timeout=60)) for one in started]
     return began, [Ran(one.returncode, out, err) for one, out, err in ends]
+
+
+def forked(count: int, work: Callable[[int], object]) -> list[Any]:
+    """What `work` returns, or its error as text, in each of so many processes that are forked and begin at once."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(count), context.SimpleQueue()
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            results.put(work(number))
+        except Exception as error:  # noqa: BLE001 - the test compares
+            results.put(repr(error))
+
+    processes = [context.Process(target=run, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return found
 
 
 def until(happened: Callable[[], bool], within: float = 30) -> float:
@@ -130,6 +153,21 @@ def raised(work: Callable[[], object]) -> TokenError:
     with pytest.raises(TokenError) as caught:
         work()
     return caught.value
+
+
+def limited(work: Callable[[], object]) -> tuple[str | None, datetime | None]:
+    """The limit that `work` meets, and until when."""
+    error = raised(work)
+    assert isinstance(error, IssuanceLimitError), error
+    return error.cause, error.retry_at
+
+
+def record(*attempts: Attempt) -> None:
+    """Put attempts into the record of the first key."""
+    store = Key.load(Settings.load())[0].store
+    with store.lock(wait=5):
+        for attempt in attempts:
+            store.note(attempt)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
