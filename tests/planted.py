@@ -197,7 +197,7 @@ def outcome_lost() -> None:
     Store._replace = lambda self, fence, attempt: attempt.outcome == "issued" or replace(self, fence, attempt)
 
 
-@found_by("sealing", "an_interrupt_amid_a_request_carries_no_secret", quick=True)
+@found_by("secrets", "an_interrupt_amid_a_request_carries_no_secret", quick=True)
 def frames_kept() -> None:
     """An error leaves with the variables of every frame it passed."""
     sealing._emptied = lambda error: error

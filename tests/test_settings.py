@@ -18,6 +18,7 @@ from builders import KEY, SECRET, ended, in_child
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from servers import Wire
 
 from tokencore.config import market_of_program, read_market, sources
 from tokencore.config.settings import Settings
@@ -26,6 +27,8 @@ from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from running import Ran
 
     from tokencore.config.market import Market
 
@@ -222,16 +225,31 @@ def test_each_setting_has_an_origin() -> None:
 # --- whom they trust
 
 
-@pytest.mark.parametrize("variable", ["KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "KIS_STORE"])
+@pytest.mark.parametrize(
+    "variable",
+    ["KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "KIS_STORE", "KIS_MARKETS__US__EXPORTS"],
+)
 @pytest.mark.parametrize("source", ["config.toml", "environment", "secrets folder"])
-def test_a_cloned_repository_gets_no_secret_of_another_source(source: str, variable: str) -> None:
-    """An address in the `.env` of the folder, the user's own file, is refused by every reader alike."""
+def test_a_cloned_repository_gets_no_secret_of_another_source(
+    source: str, variable: str, command: Callable[..., Ran]
+) -> None:
+    """A command in a folder whose `.env`, the user's own file, says where a secret goes: refused, nothing is sent."""
     give(source, {**PAIR, "KIS_STORE_KEYS": SECRET})
-    if source != "secrets folder" or variable != "KIS_SECRETS_DIR":
-        path = dotenv(**{variable: EVIL})
+    trap = Path("trap").absolute()
+    trap.mkdir()
+    if variable == "KIS_SECRETS_DIR":
+        os.environ.pop(variable, None)
+    with Wire() as thief:
+        (trap / "KIS_BASE_URL").write_text(thief.url)
+        value = {"KIS_SECRETS_DIR": str(trap), "KIS_MARKETS__US__EXPORTS": f"mojito2:{trap}"}.get(variable, thief.url)
+        path = dotenv(**{variable: value})
         messages = {refusal(work) for work in (us, Settings.load, Settings, trusted_dotenv)}
         assert len(messages) == 1
-        assert messages.pop().startswith(f"{variable} in {path} is refused, because ")
+        assert (message := messages.pop()).startswith(f"{variable} in {path} is refused, because ")
+        assert "~/.tokencore/config.toml" in message
+        for line in ("get us", "check", "refresh us --force"):
+            assert command(*line.split()) == (2, "", f"tokencore: {message}\n")
+    assert (thief.requests, os.listdir(trap), list(Path.home().rglob("*.json*"))) == ([], ["KIS_BASE_URL"], [])
 
 
 def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None:
@@ -316,6 +334,7 @@ OPEN = {
     "another user's folder": lambda: give_away(Path.cwd()),
     "file for all": lambda: Path(".env").chmod(0o666),
     "file for the group": lambda: Path(".env").chmod(0o660),
+    "folder for the group": lambda: Path.cwd().chmod(0o770),
     "folder for all": lambda: Path.cwd().chmod(0o777),
     "folder like /tmp": lambda: Path.cwd().chmod(0o1777),
     "link into a folder for all": linked_into_an_open_folder,

@@ -1,42 +1,46 @@
-"""What a cloned repository, another user's folder, a strange file or a person's words can do: nothing."""
+"""What another user of the machine, a cloned repository or a person's words can do to tokencore: nothing.
+
+What another user can change is not used, and nothing that tokencore makes is open to one, whatever the umask.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import KEY, SECRET, make_answer
+from builders import KEY, SECRET, ended, in_child, make_jwt
 from hypothesis import example, given
 from hypothesis import strategies as st
-from other_users import STRANGER, by_a_stranger, give_away, needs_root, public
-from running import Ran, asked, one_line, outcomes, raised, tokencore
+from running import asked, one_line, outcomes, raised, tokencore
 from servers import Wire
-from test_settings import dotenv, give, own_environment
+from test_settings import NAMELESS as STRANGER
+from test_settings import as_root, dotenv, give, give_away, own_environment
 
-from tokencore import ConfigurationError, Key, TokenManager, USTokenManager
+from tokencore import ConfigurationError, Key, TokenManager, TokenStoreError, USTokenManager, open_document
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    from running import Ran
 
     from tokencore.sandbox import Sandbox
 
-__all__ = ["own_environment", "public"]  # fixtures
+    Command = Callable[..., Ran]
+    Door = Callable[[Path], None]
+
+__all__ = ["own_environment"]  # a fixture
 PAIR = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET}
-GUARDED = ("config.toml", "environment", "secrets folder")
-PLACES = ("KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "KIS_MARKETS__US__EXPORTS")
 NASTY = "\x1b[2J\x1b]0;x\x07\u202ekcats\u2066\u200f\u2028next\x85\x9b31m\r\nlast\u200b"
-
-
-@pytest.fixture
-def thief() -> Iterator[Wire]:
-    """A server that wants the secret: it keeps what it is sent, and answers as KIS does."""
-    with Wire() as server:
-        server.answer(200, make_answer())
-        yield server
+VIEW = "us_api_token.json"
 
 
 def only(source: str, values: Mapping[str, str]) -> None:
@@ -46,126 +50,335 @@ def only(source: str, values: Mapping[str, str]) -> None:
     give(source, values)
 
 
-# --- a cloned repository
+# --- the token directory
 
 
-@pytest.mark.parametrize("variable", PLACES)
-@pytest.mark.parametrize("source", GUARDED)
-def test_a_cloned_repository_gets_no_secret_of_another_source(source: str, variable: str, thief: Wire) -> None:
-    """A command in a folder whose `.env`, the user's own file, says where a secret goes: refused, nothing is sent."""
-    only(source, PAIR)
-    trap = Path("trap").absolute()
-    trap.mkdir()
-    (trap / "KIS_BASE_URL").write_text(thief.url)
-    if variable == "KIS_SECRETS_DIR":
-        os.environ.pop(variable, None)
-    value = {"KIS_SECRETS_DIR": str(trap), "KIS_MARKETS__US__EXPORTS": f"mojito2:{trap}"}.get(variable, thief.url)
-    path = dotenv(**{variable: value})
-    for line in ("get us", "check", "refresh us --force"):
-        ran = tokencore(*line.split())
-        assert (line, ran.code) == (line, 2)
-        assert one_line(ran).startswith(f"tokencore: {variable} in {path} is refused, because ")
-        assert "~/.tokencore/config.toml" in ran.err
-        assert not {APP_KEY, APP_SECRET} & set(ran.err.split())
-    assert (thief.requests, os.listdir(trap)) == ([], ["KIS_BASE_URL"])
-    assert list(Path.home().rglob("*.json*")) == []
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder outside of this user's private ones that other users may enter, but not write."""
+    folder = Path(tempfile.mkdtemp(prefix="tokencore-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def place(gateway: Sandbox, public: Path, command: Command) -> Path:
+    """A token directory with a token, where other users come by; KIS has been asked once."""
+    folder = public / "mine" / "tokens"
+    folder.parent.mkdir(0o755)
+    os.environ["KIS_TOKEN_DIR"] = str(folder)
+    assert (command("get", "us").code, command("get", "us", "--approval-key").code, asked(gateway)) == (0, 0, 1)
+    return folder
+
+
+def key_file(folder: Path) -> Path:
+    """The key's own file."""
+    return next(path for path in folder.glob("key-*.json") if path.name.count("-") == 1)
+
+
+def plant(folder: Path) -> None:
+    """A stranger puts a token in the place of ours, through a directory that everybody may change for a while."""
+    path = key_file(folder)
+    program = f"rm {path.name}; umask 022; printf %s {shlex.quote(path.read_text())} > {path.name}"
+    folder.chmod(0o777)
+    subprocess.run(
+        ["/bin/sh", "-c", program], cwd=folder, user=STRANGER, group=STRANGER, extra_groups=[], env={}, check=True
+    )
+    folder.chmod(0o700)
+
+
+def mode(bits: int, of: Callable[[Path], Path] = Path) -> Door:
+    """Give the place, or what `of` finds from it, this mode."""
+    return lambda path: of(path).chmod(bits)
+
+
+DOORS = [
+    pytest.param(mode(0o777), id="directory open to all"),
+    pytest.param(mode(0o770), id="directory open to its group"),
+    pytest.param(mode(0o1777), id="directory like /tmp"),
+    pytest.param(mode(0o777, lambda folder: folder.parent), id="directory above open to all"),
+    pytest.param(mode(0o666, key_file), id="token open to all"),
+    pytest.param(mode(0o620, key_file), id="token open to its group"),
+    pytest.param(give_away, id="directory of another user", marks=as_root),
+    pytest.param(lambda folder: give_away(folder.parent), id="directory above of another user", marks=as_root),
+    pytest.param(lambda folder: give_away(key_file(folder)), id="token of another user", marks=as_root),
+    pytest.param(plant, id="token planted by another user", marks=as_root),
+]
+
+
+@pytest.mark.parametrize("open_door", DOORS)
+def test_what_another_user_can_change_is_refused_until_that_is_over(
+    place: Path, open_door: Door, gateway: Sandbox, command: Command
+) -> None:
+    """Every command and the library: exit 7 and a sentence, no request; what it says to run makes it work again.
+
+    A textfile of metrics is written all the same, and says that the market cannot be read.
+    """
+    open_door(place)
+    ran = command("get", "us")
+    assert (ran.code, "nothing was issued" in one_line(ran)) == (7, True)
+    manager = USTokenManager()
+    for work in (manager.get_valid_token, manager.load_token, manager.refresh, manager.get_token_status):
+        with pytest.raises(TokenStoreError, match=r"chmod go-w|chown"):
+            work()
+    for line in ("check us", "tick", "delete us", "refresh us --force"):
+        assert (line, command(*line.split()).code) == (line, 7)
+    advice = shlex.split(ran.err.split("`")[1])
+    doctor = command("doctor")
+    assert (doctor.code, shlex.join(advice) in " ".join(doctor.out.split())) == (7, True)
+    assert command("metrics", "--textfile", "out.prom").code == 0
+    assert 'kis_market_readable{market="us"} 0.0' in Path("out.prom").read_text()
+    subprocess.run(advice, check=True)
+    assert (command("get", "us").code, asked(gateway)) == (0, 1)
+
+
+@pytest.mark.parametrize("name", [".jsonl", ".lock", "-approval.json", "-exports.json", VIEW, "us_token_issued_at.dat"])
+@pytest.mark.parametrize(
+    "open_door", [pytest.param(give_away, marks=as_root), mode(0o666)], ids=["another's", "open to all"]
+)
+def test_no_change_builds_on_a_file_of_another_user(
+    place: Path, name: str, open_door: Door, gateway: Sandbox, command: Command
+) -> None:
+    """A cached token is served, but nothing is issued or deleted, and the doctor says which file it is.
+
+    No approval key is served from such a file. What is not read anyway harms nothing.
+    """
+    for harmless in (place / f"{VIEW}.aside", place / ".key-0.json.tmp"):
+        harmless.touch()
+        harmless.chmod(0o666)
+    assert command("refresh", "us").code == 4
+    path = place / name if name.startswith("us_") else Path(str(key_file(place)).replace(".json", name))
+    path.touch()
+    open_door(path)
+    assert command("get", "us").code == 0
+    for line in ("refresh us --force", "delete us", "doctor", *(["get us --approval-key"] * ("approval" in name))):
+        ran = command(*line.split())
+        assert (line, ran.code, path.name in "".join((ran.out + ran.err).split())) == (line, 7, True)
+    assert asked(gateway) == 1
+
+
+@as_root
+def test_a_planted_token_never_reaches_a_program_that_runs(place: Path) -> None:
+    """A manager with a token in memory: an opened file changes nothing for it, a planted one is refused."""
+    manager = USTokenManager()
+    token = manager.get_valid_token()
+    key_file(place).chmod(0o666)
+    manager._fresh_until = 0.0  # noqa: SLF001 - a second later
+    assert manager.get_valid_token() == token
+    plant(place)
+    manager._fresh_until = 0.0  # noqa: SLF001
+    with pytest.raises(TokenStoreError, match="belongs to another user"):
+        manager.get_valid_token()
+
+
+def test_what_others_can_only_read_is_used(place: Path, gateway: Sandbox, command: Command) -> None:
+    """Modes that other tools leave, and a folder above that is sticky or open to the owner's own group: served."""
+    key_file(place).chmod(0o644)
+    place.parent.chmod(0o1777)
+    assert command("get", "us").code == 0
+    place.parent.chmod(0o775)
+    place.chmod(0o755)
+    assert (command("get", "us").code, asked(gateway)) == (0, 1)
+
+
+@as_root
+def test_files_of_root_are_trusted_and_those_of_a_user_not_by_root(place: Path) -> None:
+    """A user gets what root has put there for all; who runs as root over a user's directory believes nothing in it."""
+    key_file(place).chmod(0o644)
+    place.chmod(0o755)
+    token = USTokenManager().get_valid_token()
+
+    def as_a_user() -> None:
+        os.setgid(STRANGER)
+        os.setuid(STRANGER)
+        assert USTokenManager().get_valid_token() == token
+
+    assert ended(in_child(as_a_user)) == 0
+    for path in (place, *place.iterdir()):
+        give_away(path)
+    with pytest.raises(TokenStoreError, match=f"another user.*uid {STRANGER}"):
+        USTokenManager().get_valid_token()
+
+
+# --- what tokencore makes
+
+
+def test_nothing_that_is_made_is_open_to_others(tmp_path: Path, gateway: Sandbox, command: Command) -> None:
+    """With umask 000: the directory, the missing ones above it, every file, the copies and their folders, incidents."""
+    tmp_path.chmod(0o755)
+    gateway.set_rules(issue_interval=0)
+    os.environ |= {"KIS_TOKEN_DIR": str(tmp_path / "a" / "b" / "tokens"), "KIS_ISSUE_INTERVAL": "0"}
+    copies = tmp_path / "c" / "d" / "copies"
+    lines = ["get us", "get us --approval-key", "refresh us --force", f"export us --to kis-auth {copies}"]
+    before = os.umask(0)
+    try:
+        for line in (*lines, f"export us --to mojito2 {copies}/deeper"):
+            assert command(*line.split()).code == 0, line
+        document = open_document(str(tmp_path / "e" / "f"), "incidents")
+        with document.lock(wait=1):
+            document.write({"a": 1})
+    finally:
+        os.umask(before)
+    made = [path for top in ("a", "c", "e") for path in (tmp_path / top, *(tmp_path / top).rglob("*"))]
+    modes = {str(path): stat.S_IMODE(path.stat().st_mode) for path in made}
+    assert len(modes) > 20
+    assert {path: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+
+
+@pytest.mark.usefixtures("gateway")
+def test_folders_of_our_own_hide_from_git_and_others_do_not(tmp_path: Path, command: Command) -> None:
+    """Inside somebody's repository: new folders for tokens and copies ignore themselves, its own are left alone."""
+    repository = tmp_path / "repository"
+    bot = repository / "bot"
+    bot.mkdir(parents=True)
+    (bot / "main.py").touch()
+    subprocess.run(["/usr/bin/env", "git", "init", "--quiet", "."], cwd=repository, check=True)
+    rows = [  # the folder for tokens, a command, what git would add afterwards
+        ("tokens", "get us", "bot/main.py"),
+        ("tokens", "get us --approval-key", "bot/main.py"),
+        ("tokens", f"export us --to kis-auth {repository}/copies", "bot/main.py"),
+        ("tokens", f"export us --to mojito2 {bot}", "bot/main.py bot/token.dat"),
+        ("bot", "get us", "bot/main.py"),
+    ]
+    for tokens, line, added in rows:
+        os.environ["KIS_TOKEN_DIR"] = str(repository / tokens)
+        assert command(*line.split()).code == 0
+        status = ["/usr/bin/env", "git", "status", "--porcelain", "-uall"]
+        shown = subprocess.run(status, cwd=repository, check=True, capture_output=True, text=True).stdout
+        found = {line[3:] for line in shown.splitlines()}
+        assert set(added.split()) <= found if tokens == "bot" else set(added.split()) == found
+
+
+# --- the folders of other clients
+
+
+@pytest.fixture
+def copies(gateway: Sandbox, public: Path) -> Path:  # noqa: ARG001 - for the settings; the fixture
+    """The folder of another client."""
+    folder = public / "copies"
+    folder.mkdir(0o755)
+    return folder
+
+
+FOLDERS = [
+    pytest.param(mode(0o777), True, id="open to all"),
+    pytest.param(mode(0o777, lambda folder: folder.parent), True, id="folder above open to all"),
+    pytest.param(give_away, True, id="of another user", marks=as_root),
+    pytest.param(mode(0o775), False, id="open to its own group, as the usual umasks leave it"),
+    pytest.param(mode(0o1777), False, id="like /tmp"),
+]
+
+
+@pytest.mark.parametrize("configured", [True, False], ids=["by a setting", "by the command"])
+@pytest.mark.parametrize(("open_door", "refused"), FOLDERS)
+def test_no_secret_goes_into_a_folder_that_another_user_can_exchange(
+    open_door: Door,
+    copies: Path,
+    gateway: Sandbox,
+    command: Command,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    refused: bool,
+    configured: bool,
+) -> None:
+    """mojito2's file holds the app secret: it is not written, the sentence has the command, and nothing was issued."""
+    open_door(copies)
+    if configured:
+        os.environ["KIS_MARKETS__US__EXPORTS"] = f"mojito2:{copies}"
+    ran = command("get", "us") if configured else command("export", "us", "--to", "mojito2", str(copies))
+    code = 7 if refused and not configured else 0
+    assert (ran.code, asked(gateway), [*copies.iterdir()] == []) == (code, 0 if code else 1, refused)
+    for words in ("cannot be written", "find out why, then run `ch"):
+        assert (words in ran.err + caplog.text) == refused
+
+
+@pytest.mark.parametrize(
+    ("spoil", "adopted"),
+    [
+        pytest.param(mode(0o664), True, id="a file open to its own group"),
+        pytest.param(mode(0o666), False, id="a file open to all"),
+        pytest.param(give_away, False, id="a file of another user", marks=as_root),
+    ],
+)
+def test_no_token_of_another_user_is_adopted(
+    spoil: Door, copies: Path, gateway: Sandbox, command: Command, *, adopted: bool
+) -> None:
+    """Another client's file that somebody else can have written brings no token, however long that seems to last."""
+    text, now = make_jwt(APP_KEY, life=90_000), datetime.now().astimezone()
+    for day in (now, now + timedelta(days=1)):  # midnight may be now
+        path = copies / f"KIS{day:%Y%m%d}"
+        path.write_text(f"token: {text}\nvalid-date: 2099-01-01 00:00:00\n")
+        spoil(path)
+    os.environ["KIS_MARKETS__US__EXPORTS"] = f"kis-auth:{copies}"
+    ran = command("get", "us")
+    assert (ran.code, ran.out == f"{text}\n", asked(gateway)) == (0, adopted, 0 if adopted else 1)
+
+
+# --- a `.env`
 
 
 @pytest.mark.parametrize("exports", ["mojito2", "kis-auth:{copies}", "python-kis, mojito2:{copies}"])
-def test_dotenv_says_where_copies_go_for_its_own_secret_only(exports: str, gateway: Sandbox) -> None:
+def test_dotenv_says_where_copies_go_for_its_own_secret_only(exports: str, gateway: Sandbox, command: Command) -> None:
     """A place for copies, or the secret beside the tokens, is refused beside another source; for its own it counts."""
     copies = Path("copies").absolute()
     copies.mkdir()
     wanted = {"KIS_MARKETS__US__EXPORTS": exports.format(copies=copies), "KIS_HTS_ID": "me"}
     dotenv(**wanted)
-    assert tokencore("get", "us").code == 2
+    assert command("get", "us").code == 2
 
     class Vaulted(USTokenManager):
         def get_app_credentials(self) -> tuple[str, str]:
             return KEY, SECRET
 
     dotenv(KIS_MARKETS__US__EXPORTS="kis-auth,python-kis", KIS_HTS_ID="me")  # as these clients look at home
-    assert tokencore("check", "us").code == 3
+    assert command("check", "us").code == 3
     only(".env", {**wanted, **PAIR})
     assert "KIS_MARKETS__US__EXPORTS" in str(raised(Vaulted))
     only(".env", {**wanted, **PAIR, "KIS_BASE_URL": gateway.url})
-    ran = tokencore("get", "us")
-    assert (ran.code, asked(gateway)) == (0, 1)
+    assert (command("get", "us").code, asked(gateway)) == (0, 1)
     assert [*copies.iterdir(), *Path.home().rglob("us_krs_token.dat")] != []
 
 
-# --- a folder of another user
-
-
-def assert_ignored(ran: Ran, path: Path, culprit: Path) -> None:
-    """One line says that `path` is ignored, and whose fault it is."""
-    lines = [line for line in ran.err.splitlines() if "is ignored" in line]
-    assert len(lines) == 1
-    assert lines[0].removeprefix("tokencore: ").startswith(f"{path} is ignored, because ")
-    assert f"{culprit.resolve()}" in lines[0].partition("because")[2]
-
-
-@needs_root
-def test_dotenv_of_another_user_is_ignored(public: Path, thief: Wire, gateway: Sandbox) -> None:
-    """In another user's folder, `get` warns once and asks whom the user's own settings say."""
+@as_root
+def test_get_says_once_that_a_dotenv_of_another_user_is_ignored(gateway: Sandbox) -> None:
+    """It goes on with the user's own settings."""
     only("config.toml", {**PAIR, "KIS_BASE_URL": gateway.url})
-    trap = public / "trap"
-    trap.mkdir()
-    give_away(trap)
-    lines = f"KIS_APP_KEY=a\\nKIS_APP_SECRET=b\\nKIS_BASE_URL={thief.url}\\n"
-    by_a_stranger(f"printf {shlex.quote(lines)} > .env", trap)
-    os.chdir(trap)
+    path = dotenv(KIS_APP_KEY="a", KIS_APP_SECRET="b", KIS_BASE_URL="http://127.0.0.1:1")
+    give_away(path)
     ran = tokencore("get", "us")
-    assert (ran.code, asked(gateway), thief.requests) == (0, 1, [])
-    assert_ignored(ran, trap / ".env", trap)
+    assert (ran.code, asked(gateway)) == (0, 1)
+    assert ran.err.removeprefix("tokencore: ").startswith(f"{path} is ignored, because {path} belongs to another user")
+    assert ran.err.count("\n") == 1
 
 
-@needs_root
-@pytest.mark.parametrize("opened", ["file", "folder"])
-def test_dotenv_that_a_group_does_write_is_ignored(opened: str, public: Path) -> None:
-    """Another user of the group writes the file, or one into the folder: what it says is not believed."""
-    path = public / ".env"
-    if opened == "file":
-        path.touch(0o664)
-        path.chmod(0o664)
-    else:
-        public.chmod(0o775)
-    os.chown(path if opened == "file" else public, 0, STRANGER)
-    by_a_stranger("echo KIS_TIMEOUT=nonsense > .env", public)
-    os.chdir(public)
-    for line in ("get us --no-renew", "check us"):
-        ran = tokencore(*line.split(), **PAIR)
-        assert ran.code == 3
-        assert_ignored(ran, path, path if opened == "file" else public)
-
-
-def test_the_doctor_sends_no_password_where_dotenv_says(thief: Wire) -> None:
+def test_the_doctor_sends_no_password_where_dotenv_says(command: Command) -> None:
     """Neither the environment's password for Prefect, nor the one that `make up` has generated; its own one goes."""
     home = Path.home() / ".tokencore" / "prefect"
     home.mkdir(parents=True, mode=0o700)
     (home / "password").write_text("admin:Canary")
     (home / "password").chmod(0o600)
-    dotenv(PREFECT_API_URL=f"{thief.url}/api")
-    tokencore("doctor", **PAIR, PREFECT_API_AUTH_STRING="admin:Canary", PREFECT_SERVER_API_PORT="1")
-    assert thief.requests == []
-    tokencore("doctor", **PAIR)
-    assert {b"Authorization" in one for one in thief.requests} == {False}
-    dotenv(PREFECT_API_URL=f"{thief.url}/api", PREFECT_API_AUTH_STRING="admin:Canary")
-    tokencore("doctor", **PAIR)
-    assert b"Authorization: Basic" in thief.requests[-1]
-
-
-# --- a folder of nobody's
+    with Wire() as thief:
+        dotenv(PREFECT_API_URL=f"{thief.url}/api")
+        os.environ |= {**PAIR, "PREFECT_API_AUTH_STRING": "admin:Canary", "PREFECT_SERVER_API_PORT": "1"}
+        command("doctor")
+        assert thief.requests == []
+        del os.environ["PREFECT_API_AUTH_STRING"], os.environ["PREFECT_SERVER_API_PORT"]
+        command("doctor")
+        assert {b"Authorization" in one for one in thief.requests} == {False}
+        dotenv(PREFECT_API_URL=f"{thief.url}/api", PREFECT_API_AUTH_STRING="admin:Canary")
+        command("doctor")
+        assert b"Authorization: Basic" in thief.requests[-1]
 
 
 @pytest.mark.parametrize("value", ["relative/dir", "~nosuchuser-here/tokens"])
 @pytest.mark.parametrize("source", ["environment", ".env", "config.toml"])
-def test_a_token_directory_that_depends_on_the_folder_is_refused(source: str, value: str) -> None:
+def test_a_token_directory_that_depends_on_the_folder_is_refused(source: str, value: str, command: Command) -> None:
     """Programs started in two folders would have two caches: the sentence names the variable, and nothing is made."""
     only(source, {"KIS_TOKEN_DIR": value, **PAIR})
     before = sorted(os.listdir())
     for line in ("get us", "check", "refresh us"):
-        ran = tokencore(*line.split())
+        ran = command(*line.split())
         assert (ran.code, "KIS_TOKEN_DIR cannot be used: set it to an absolute path" in one_line(ran)) == (2, True)
     assert sorted(os.listdir()) == before
 
@@ -191,12 +404,6 @@ def test_a_note_is_one_short_printable_line(reason: str, by: str) -> None:
     assert kept == Key.note(*kept)
 
 
-def test_a_clean_note_stays_as_it_is_and_escape_sequences_go_whole() -> None:
-    """Korean and accents, and signs that are no words."""
-    assert Key.note("수동 갱신: €5 + café?", "김민지") == ("수동 갱신: €5 + café?", "김민지")
-    assert Key.note(NASTY, "") == ("]0;x kcats next last", "")
-
-
 @pytest.mark.parametrize("before", ["", "\x1b[2J", "x" * 30 + " ", "\u202e", "word " * 100])
 def test_a_key_is_found_whatever_stands_before_it(before: str) -> None:
     """Also where only its beginning would be within the length."""
@@ -205,17 +412,18 @@ def test_a_key_is_found_whatever_stands_before_it(before: str) -> None:
 
 
 @pytest.mark.usefixtures("gateway")
-def test_a_command_keeps_and_repeats_nothing_raw() -> None:
-    """The record has the clean words of `--reason` and `--by`; a wrong argument is repeated clean."""
-    ran = tokencore("refresh", "us", "--reason", NASTY, "--by", f"Kim{NASTY}")
-    assert ran.code == 0
+def test_a_command_keeps_and_repeats_nothing_raw(command: Command) -> None:
+    """The record has the clean words of `--reason` and `--by`, escape sequences gone whole; so have other answers."""
+    assert Key.note("수동 갱신: €5 + café?", "김민지") == ("수동 갱신: €5 + café?", "김민지")
+    assert command("refresh", "us", "--reason", NASTY, "--by", f"Kim{NASTY}").code == 0
     attempt = TokenManager("us").history()[-1]
     assert (attempt.reason, attempt.by) == ("]0;x kcats next last", "Kim ]0;x kcats next last")
-    assert unclean(tokencore("history").out.replace("\n", "")) == []
+    assert unclean(command("history").out.replace("\n", "")) == []
     for wrong in (("refresh", "us", NASTY), (NASTY,), ("get", NASTY), ("export", "us", "--to", NASTY, "x")):
-        told = tokencore(*wrong)
-        assert told.code == 2
-        assert unclean(told.err.removesuffix("\n")) == []
+        said = command(*wrong)
+        assert said.code == 2
+        assert unclean(said.err.removesuffix("\n")) == []
     assert outcomes() == ["issued"]
-    told = tokencore("get", "us", KIS_TOKEN_DIR="/proc/\x1b[2J\u202ex")
-    assert (told.code, "/proc/ x" in told.err, unclean(told.err[:-1])) == (7, True, [])
+    os.environ["KIS_TOKEN_DIR"] = "/proc/\x1b[2J\u202ex"
+    said = command("get", "us")
+    assert (said.code, "/proc/ x" in said.err, unclean(said.err[:-1])) == (7, True, [])
