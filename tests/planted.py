@@ -79,7 +79,7 @@ def lock_deleted() -> None:
     file_store.hold = deleting  # type: ignore[assignment]
 
 
-@found_by("model", "the_protocol_holds")
+@found_by("faults", "a_renewal_of_version_0_1_is_the_keys_token[23.6]")
 def no_second_look() -> None:
     """Under the lock nobody looks whether another process was quicker."""
     Renewer._serving = lambda *_: None
