@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from keyring import errors
 from keyring.backend import KeyringBackend
-from keyring.errors import KeyringLocked
 
 
 class Keyring(KeyringBackend):
-    """Answers from the file; without one it is locked."""
+    """Answers from the file; without one it is locked, and where that has the name of an error, it fails so."""
 
     priority = 1
 
@@ -21,7 +21,9 @@ class Keyring(KeyringBackend):
         try:
             known = json.loads((Path.home() / "keyring.json").read_text())
         except FileNotFoundError:
-            raise KeyringLocked("Canary") from None
+            raise errors.KeyringLocked("Canary") from None
+        if isinstance(known, str):
+            raise getattr(errors, known, RuntimeError)("Canary")
         found: str | None = known.get(service, {}).get(username)
         return found
 

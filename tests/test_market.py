@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import date, time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +19,8 @@ from builders import KEY, SECRET
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from keyring.backend import KeyringBackend
-from keyring.errors import KeyringLocked, NoKeyringError
-from test_settings import PAIR, config, dotenv, give, in_frames, own_environment, refusal, restored  # noqa: F401 - a fixture
+from keyring_in_file import Keyring
+from test_settings import PAIR, SOURCES, config, dotenv, give, own_environment, refusal, restored  # noqa: F401 - a fixture
 
 from tokencore.calendars.sessions import Override
 from tokencore.config import read_market
@@ -29,7 +30,7 @@ from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 REAL, PAPER = HOSTS["real"], HOSTS["paper"]
 LONG = "Canary" * 20_000  # 120 KB
@@ -175,9 +176,8 @@ def test_a_market_asks_where_its_own_settings_say() -> None:
 @pytest.mark.parametrize(("address", "environment"), [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real")])
 def test_the_other_environments_address_is_refused(address: str, environment: str) -> None:
     """A key would be sent where it is not known: both readers say which of the two to set."""
-    give("environment", {"KIS_BASE_URL": address, "KIS_ENVIRONMENT": environment})
-    message = refusal(lambda: read_market("us"))
-    assert message == refusal()
+    os.environ |= {"KIS_BASE_URL": address, "KIS_ENVIRONMENT": environment}
+    assert (message := refusal(lambda: read_market("us"))) == refusal()
     assert f"set KIS_ENVIRONMENT={'paper' if environment == 'real' else 'real'}" in message
 
 
@@ -227,14 +227,12 @@ def test_what_the_user_knows_of_exchanges() -> None:
 
 def test_no_secret_is_shown_or_pickled() -> None:
     """No repr, text or pickle of settings contains a credential."""
-    values = {**PAIR, "KIS_MARKETS__US__APP_SECRET": SECRET, "KIS_STORE": f"postgresql://u:{SECRET}@h"}
-    values |= {"KIS_STORE_KEYS": f"{SECRET},{KEY}", "SLACK_WEBHOOK_URL": SECRET, "SLACK_BOT_TOKEN": SECRET}
-    give("environment", values)
+    os.environ |= {**PAIR, "KIS_MARKETS__US__APP_SECRET": SECRET, "KIS_STORE": f"postgresql://u:{SECRET}@h"}
+    os.environ |= {"KIS_STORE_KEYS": f"{SECRET},{KEY}", "SLACK_WEBHOOK_URL": SECRET, "SLACK_BOT_TOKEN": SECRET}
     for shown in (Settings.load(), read_market("us"), gather()):
-        assert "Canary" not in repr(shown) + str(shown)
         with pytest.raises(TypeError) as caught:
             pickle.dumps(shown)
-        assert "Canary" not in str(caught.value) + in_frames(caught.value)
+        assert "Canary" not in f"{shown!r} {shown} {caught.value}"
     assert "Canary" not in Settings.load().model_dump_json()
 
 
@@ -258,7 +256,6 @@ PLAUSIBLE = {
     **dict.fromkeys(("KIS_BASE_URL", "KIS_MARKETS__KR__BASE_URL", "KIS_MARKETS__HK__BASE_URL"), URLS),
     "KIS_TOKEN_DIR": FOLDERS,
 }
-SOURCES = ("environment", ".env", "secrets folder", "config.toml")
 SIX = operator.attrgetter("app_key", "environment", "base_url", "token_dir", "buffer", "proactive_window")
 PLACED = st.fixed_dictionaries({}, optional={k: st.tuples(st.sampled_from(SOURCES), v) for k, v in PLAUSIBLE.items()})
 
@@ -308,69 +305,59 @@ def test_any_bytes_are_settings_or_one_sentence(write: Callable[[], Path], conte
 # --- the keyring
 
 
-class Keeper(KeyringBackend):
-    """A keyring that notes what it is asked for; it keeps secrets by variable, or fails."""
-
-    priority = 1
-
-    def __init__(self, secrets: dict[str, str] | Exception) -> None:
-        """Keep `secrets`, or fail with the error."""
-        super().__init__()  # type: ignore[no-untyped-call] # keyring ships no types
-        self.secrets, self.asked = secrets, list[str]()
-
-    def get_password(self, service: str, username: str) -> str | None:
-        """The secret of `username`."""
-        self.asked.append(f"{service} {username}")
-        if isinstance(self.secrets, Exception):
-            raise self.secrets
-        return self.secrets.get(username)
-
-    def set_password(self, service: str, username: str, password: str) -> None:
-        """Not by us."""
+Keeper = Callable[[object], list[str]]
 
 
 @pytest.fixture
-def keeper() -> Iterator[Keeper]:
-    """The process's keyring, switched on by KIS_KEYRING, where only the key is set."""
-    give("environment", {"KIS_APP_KEY": KEY, "KIS_KEYRING": "kis"})
-    before, ours = keyring.get_keyring(), Keeper({"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"})
-    keyring.set_keyring(ours)
-    yield ours
+def keeper(isolated: Path) -> Iterator[Keeper]:
+    """Switched on by KIS_KEYRING, where only the key is set: give the keyring its content; what it has been asked."""
+    os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": "kis"}
+    before = keyring.get_keyring()
+    keyring.set_keyring(Keyring())  # type: ignore[no-untyped-call] # keyring ships no types
+
+    def keep(content: object) -> list[str]:
+        log = isolated / "keyring.log"
+        asked = log.read_text().splitlines() if log.exists() else []
+        log.write_text("")
+        (isolated / "keyring.json").write_text(json.dumps(content))
+        return asked
+
+    yield keep
     keyring.set_keyring(before)
 
 
-def test_secret_that_no_other_source_gives_comes_from_the_keyring_once(keeper: Keeper) -> None:
-    """It is asked for with the variable's name when a request needs the secret, and not before."""
+KEPT = {"kis": {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"}}
+
+
+def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(keeper: Keeper) -> None:
+    """Asked for when a request needs it, by the variable's name; a market with a key of its own has its own there."""
+    keeper(KEPT)
     us = read_market("us")
-    assert (us.identified(), keeper.asked) == (KEY, [])
+    assert (us.identified(), keeper(KEPT)) == (KEY, [])
     assert [us.credentials() for _ in range(2)] == [(KEY, SECRET)] * 2
-    assert keeper.asked == ["kis KIS_APP_SECRET"]
+    assert keeper(KEPT) == ["kis KIS_APP_SECRET"]
     assert Settings.load().origins["KIS_APP_SECRET"] == "keyring kis"
-
-
-def test_other_sources_come_before_the_keyring_and_the_own_secret_before_the_common_one(keeper: Keeper) -> None:
-    """Who gives the secret elsewhere asks no keyring; a market with a key of its own has its own secret there."""
     os.environ["KIS_MARKETS__KR__APP_KEY"] = KEY
     assert [read_market(name).credentials()[1] for name in ("us", "kr")] == [SECRET, "of-kr"]
-    give("environment", {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"})
-    keeper.asked.clear()
+    keeper(KEPT)
+    os.environ |= {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}
     assert [read_market(name).credentials()[1] for name in ("us", "kr")] == ["given", "too"]
-    assert keeper.asked == []
+    assert keeper(KEPT) == []
 
 
-PROBLEMS: dict[str, dict[str, str] | Exception] = {
-    "it is locked": KeyringLocked("Canary"),
-    "this machine has none": NoKeyringError("Canary"),
-    "it failed (RuntimeError)": RuntimeError("Canary"),
-    "`keyring set kis KIS_APP_SECRET`": {},
-    "not a secret as KIS shows it": {"KIS_APP_SECRET": "Canary Canary"},
-}
-
-
-@pytest.mark.parametrize("why", PROBLEMS)
-def test_a_keyring_that_does_not_serve_is_one_sentence(why: str, keeper: Keeper) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("KeyringLocked", "it is locked"),
+        ("NoKeyringError", "this machine has none"),
+        ("another", "it failed (RuntimeError)"),
+        ({}, "`keyring set kis KIS_APP_SECRET`"),
+        ({"kis": {"KIS_APP_SECRET": "Canary Canary"}}, "not a secret as KIS shows it"),
+    ],
+)
+def test_a_keyring_that_does_not_serve_is_one_sentence(content: object, why: str, keeper: Keeper) -> None:
     """It says what is wrong and what to do; the backend's own words are not repeated."""
-    keeper.secrets = PROBLEMS[why]
+    keeper(content)
     assert why in refusal(read_market("us").credentials)
 
 
@@ -382,6 +369,6 @@ def test_missing_credentials_are_named_with_both_ways_to_set_them(
     assert "pip install 'tokencore[keyring]'" in refusal(read_market("us").credentials)
     os.environ["KIS_APP_KEY"] = ""
     assert "keyring keeps its secret only" in refusal(read_market("us").identified)
-    give("environment", {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""})
+    os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}
     assert "set KIS_APP_SECRET (or KIS_MARKETS__KR__APP_SECRET)" in refusal(read_market("kr").credentials)
-    assert keeper.asked == []
+    assert keeper({}) == []

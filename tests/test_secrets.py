@@ -97,14 +97,14 @@ def files_but_tokens(place: Path) -> str:
 
 NOW = datetime.now(UTC)
 LATER = NOW + timedelta(hours=30)
-PROCESSES = 10
+PROCESSES = 16
 TROUBLES = ("KIS refuses", "KIS is unreachable", "the directory is unusable", "the secret is missing")
 ARGUMENTS: dict[str, Any] = dict.fromkeys(("access_token", "rejected"), make_jwt()) | {"token": make_token()}
 ARGUMENTS |= {"now": NOW, "until": LATER, "valid_until": LATER, "force": True, "by": "me", "reason": "try"}
 ARGUMENTS |= {"market": "us", "name": "us", "exchange": "NASD", "codes": ["NASD"], "names": ["KIS_APP_SECRET"]}
 ARGUMENTS |= {"client": "python-kis", "folder": "copies", "plans": [], "token_dir": "/proc/nothing"}
 LIBRARIES = (httpx, httpcore, asyncio, threading, concurrent.futures)  # through which the caller's own request goes
-CALLER = (__file__, *(str(library.__file__).removesuffix("__init__.py") for library in LIBRARIES))
+CALLER = (os.path.dirname(__file__), *(str(library.__file__).removesuffix("__init__.py") for library in LIBRARIES))
 
 
 class _Own(BaseTokenManager):
