@@ -5,6 +5,7 @@ One outer `except` turns every error into one sentence on standard error and the
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
+UNWRITABLE = (errno.EBADF, errno.EFBIG, errno.EIO, errno.ENOSPC)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 0
     except Exception as error:  # noqa: BLE001 - so that no traceback shows a secret
-        code = _fail(_output_failure() or _unexpected(error), 1)
+        code = _fail(_output_failure(error) or _unexpected(error), 1)
     return code
 
 
@@ -76,14 +78,12 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _output_failure() -> str:
+def _output_failure(error: Exception) -> str:
     """The message where standard output could not be written; empty for another error."""
-    try:
-        sys.stdout.flush()  # what could not be written before cannot be written now
-    except OSError as error:
-        _discard_output()
-        return f"Standard output cannot be written ({error.strerror}). Cached tokens are untouched; free or change it."
-    return ""
+    if not isinstance(error, OSError) or error.filename is not None or error.errno not in UNWRITABLE:
+        return ""
+    _discard_output()
+    return f"Standard output cannot be written ({error.strerror}). Cached tokens are untouched; free or change it."
 
 
 def _discard_output() -> None:
