@@ -1,41 +1,51 @@
-"""KISAuth and KISHttpxAuth: their headers, their one retry, where their secrets stay, and a loop that never waits."""
+"""Signed calls by KISAuth and KISHttpxAuth, and the websocket's approval key: one issue for all, no secret astray."""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import json
+import logging
 import pickle
+import shutil
 import ssl
+import stat
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 import pytest
 import requests
 from builders import CANARIES, KEY, SECRET
-from running import asked, cached, raised
+from running import asked, at_a_barrier, cached, folder, raised
 from servers import Scripted
 
-from tokencore import ConfigurationError, IssuerUnavailableError, KISAuth, KISHttpxAuth, USTokenManager
+from tokencore import Key, KISAuth, KISHttpxAuth, KRTokenManager, Settings, USTokenManager, errors
+from tokencore.clients.approval import approval_expiry
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tokencore.sandbox import Sandbox
 
     Send = Callable[..., "Got"]
+    Start = Callable[..., Scripted]
 
+# ruff: noqa: ANN401 - the signers, keywords and answers of either library
 HOUR = 3600.0
 PRICE = "/uapi/domestic-stock/v1/quotations/inquire-price"
 TR_ID = {"tr_id": "FHKST01010100"}
 SECRET_HEADERS = {"authorization", "appkey", "appsecret"}
-Answer = Scripted.Answer
 CLIENT: dict[str, Any] = {"trust_env": False, "follow_redirects": True, "verify": ssl.create_default_context()}
+Answer = Scripted.Answer
 
 
 class Got(NamedTuple):
@@ -46,54 +56,50 @@ class Got(NamedTuple):
     before: list[str]
 
 
-def by_requests(url: str, auth: Any = None, **keywords: Any) -> Got:  # noqa: ANN401 - requests' own keywords
-    """By requests."""
-    method = "POST" if {"json", "data"} & set(keywords) else "GET"
-    return got(requests.request(method, url, auth=auth or KISAuth("us"), timeout=5, **keywords))
-
-
-def by_httpx(url: str, auth: Any = None, **keywords: Any) -> Got:  # noqa: ANN401 - httpx' own keywords
-    """By httpx, from a thread."""
-    keywords = {"content" if name == "data" else name: value for name, value in keywords.items()}
-    method = "POST" if {"json", "content"} & set(keywords) else "GET"
-    with httpx.Client(auth=auth or KISHttpxAuth("us"), **CLIENT) as client:
-        return got(client.request(method, url, **keywords))
-
-
-def by_loop(url: str, auth: Any = None, **keywords: Any) -> Got:  # noqa: ANN401 - httpx' own keywords
-    """By httpx, from an event loop."""
-    if "data" in keywords:
-        keywords["content"] = drawn(keywords.pop("data"))
-    method = "POST" if {"json", "content"} & set(keywords) else "GET"
-
-    async def send() -> Got:
-        async with httpx.AsyncClient(auth=auth or KISHttpxAuth("us"), **CLIENT) as client:
-            return got(await client.request(method, url, **keywords))
-
-    return asyncio.run(send())
-
-
-async def drawn(pieces: Iterator[bytes]) -> Any:  # noqa: ANN401 - an async generator
-    """The same pieces for an event loop."""
-    for piece in pieces:
-        yield piece
-
-
-def got(answer: Any) -> Got:  # noqa: ANN401 - an answer of either library
+def got(answer: Any) -> Got:
     """What the caller has of an answer."""
     codes = [one.json().get("msg_cd") or one.json()["error_code"] for one in (answer, *answer.history)]
     return Got(answer.status_code, codes[0], codes[1:])
 
 
-@pytest.fixture(params=[by_requests, by_httpx, by_loop], ids=lambda function: function.__name__)
-def send(request: pytest.FixtureRequest) -> Send:
+def by_requests(url: str, auth: Any = None, body: Any = None, **headers: str) -> Got:
+    """By requests."""
+    method = "POST" if body else "GET"
+    return got(requests.request(method, url, auth=auth or KISAuth("us"), data=body, headers=headers, timeout=5))
+
+
+def by_httpx(url: str, auth: Any = None, body: Any = None, **headers: str) -> Got:
+    """By httpx, from a thread."""
+    with httpx.Client(auth=auth or KISHttpxAuth("us"), **CLIENT) as client:
+        return got(client.request("POST" if body else "GET", url, content=body, headers=headers))
+
+
+def by_loop(url: str, auth: Any = None, body: Any = None, **headers: str) -> Got:
+    """By httpx, from an event loop."""
+
+    async def drawn() -> Any:
+        for piece in body:
+            yield piece
+
+    async def send() -> Got:
+        content = body if body is None or isinstance(body, bytes) else drawn()
+        async with httpx.AsyncClient(auth=auth or KISHttpxAuth("us"), **CLIENT) as client:
+            return got(await client.request("POST" if body else "GET", url, content=content, headers=headers))
+
+    return asyncio.run(send())
+
+
+SIGNERS: dict[Any, Callable[[str], Any]] = {by_requests: KISAuth, by_httpx: KISHttpxAuth, by_loop: KISHttpxAuth}
+
+
+@pytest.fixture(params=SIGNERS, ids=lambda one: one.__name__)
+def send(request: pytest.FixtureRequest) -> Any:
     """Each way to send a signed request."""
-    found: Send = request.param
-    return found
+    return request.param
 
 
 @pytest.fixture
-def kis(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scripted]]:
+def kis(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts a KIS with a script; the settings point to it."""
     with ExitStack() as running:
 
@@ -105,121 +111,110 @@ def kis(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         yield started
 
 
-def test_request_carries_token_key_secret_and_customer_type(kis: Callable[..., Scripted], send: Send) -> None:
+def bearer(server: Scripted) -> list[str]:
+    """The tokens that the requests had."""
+    return [headers["authorization"].removeprefix("Bearer ") for headers, _ in server.seen]
+
+
+def test_request_carries_token_key_secret_and_customer_type(kis: Start, send: Send) -> None:
     """The four headers of KIS's business API; a customer type that the caller set himself is left as it is."""
     server = kis()
     send(server.url)
-    send(server.url, headers={"custtype": "B", "appkey": "mine"})
-    (first, _), (second, _) = server.seen
-    assert first["authorization"] == second["authorization"] == f"Bearer {USTokenManager().get_valid_token()}"
-    assert (first["appkey"], first["appsecret"], first["custtype"]) == (APP_KEY, APP_SECRET, "P")
-    assert (second["appkey"], second["appsecret"], second["custtype"]) == (APP_KEY, APP_SECRET, "B")
+    send(server.url, custtype="B", appkey="mine")
+    assert bearer(server) == [USTokenManager().get_valid_token()] * 2
+    carried = [[headers[name] for name in ("appkey", "appsecret", "custtype")] for headers, _ in server.seen]
+    assert carried == [[APP_KEY, APP_SECRET, "P"], [APP_KEY, APP_SECRET, "B"]]
 
 
-def test_renewal_elsewhere_is_seen_within_a_second(kis: Callable[..., Scripted], send: Send) -> None:
+def test_renewal_elsewhere_is_seen_within_a_second(kis: Start, send: Send) -> None:
     """A signer that goes on for days signs with the present token, whoever renewed it."""
-    server, auth = kis(), KISAuth("us") if send is by_requests else KISHttpxAuth("us")
-    tokens = [cached(17 * HOUR)]
+    server, auth = kis(), SIGNERS[send]("us")
+    tokens = [cached(17 * HOUR).access_token]
     send(server.url, auth)
-    tokens.append(cached(20 * HOUR))
+    tokens.append(cached(20 * HOUR).access_token)
     time.sleep(1)
     send(server.url, auth)
-    assert [seen["authorization"] for seen, _ in server.seen] == [f"Bearer {one.access_token}" for one in tokens]
+    assert bearer(server) == tokens
 
 
-@pytest.mark.parametrize(
-    "dead",
-    [
-        Answer(500, "EGW00121"),
-        Answer(200, "EGW00123"),
-        Answer(401, "EGW00121", "error_code"),
-        Answer(403, "EGW00123", "error_code", "text/plain"),
-        Answer(500, "EGW00121", "error_code", "text/html;charset=UTF-8"),
-        Answer(200, "EGW00121", kind="text/plain"),
-        Answer(500, "EGW00123", kind="application/octet-stream"),
-    ],
-    ids=str,
-)
-def test_dead_token_is_seen_by_its_code_wherever_that_stands(
-    gateway: Sandbox, kis: Callable[..., Scripted], send: Send, dead: Answer
+DEAD = {
+    "rejected": Answer(500, "EGW00121"),
+    "expired, with success": Answer(200, "EGW00123"),
+    "in the other shape": Answer(401, "EGW00121", "error_code"),
+    "as plain text": Answer(403, "EGW00123", "error_code", "text/plain"),
+    "as a page": Answer(500, "EGW00121", "error_code", "text/html;charset=UTF-8"),
+    "as plain text, with success": Answer(200, "EGW00121", kind="text/plain"),
+    "as bytes": Answer(500, "EGW00123", kind="application/octet-stream"),
+}
+ALIVE = ("EGW00201", "EGW00122", "EGW00002", "40310000")  # the call rate, faults, a refused order
+CALLS: dict[str, tuple[list[Answer], Got]] = {
+    **{name: ([one, Answer()], Got(200, "MCA00000", [one.code])) for name, one in DEAD.items()},
+    **{f"{code} is about no token": ([Answer(500, code)], Got(500, code, [])) for code in ALIVE},
+    "rejected twice": ([Answer(500, "EGW00121")], Got(500, "EGW00121", ["EGW00121"])),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dead_token_is_seen_by_its_code_alone_and_the_request_sent_once_more(
+    gateway: Sandbox, kis: Start, send: Send, name: str
 ) -> None:
-    """Either shape, any status, any content type: the request is sent again, body and all, with the successor."""
-    server = kis(dead, Answer())
-    old = cached(17 * HOUR)
-    assert send(server.url, json={"order": 1}) == Got(200, "MCA00000", [dead.code])
-    (first, body), (second, again) = server.seen
-    assert first["authorization"] == f"Bearer {old.access_token}"
-    assert second["authorization"] == f"Bearer {USTokenManager().get_valid_token()}" != first["authorization"]
-    assert body == again
-    assert b'"order"' in body
-    assert asked(gateway) == 1
+    """Wherever the code stands: body and all go out again with the successor, and a second refusal is the caller's."""
+    script, expected = CALLS[name]
+    server, old = kis(*script), cached(17 * HOUR).access_token
+    assert send(server.url, body=b'{"order": 1}') == expected
+    tries = len(expected.before) + 1
+    assert bearer(server) == [old, USTokenManager().get_valid_token()][:tries]
+    assert [body for _, body in server.seen] == [b'{"order": 1}'] * tries
+    assert (asked(gateway), USTokenManager().get_valid_token() == old) == (tries - 1, tries == 1)
 
 
 def test_key_that_was_replaced_in_the_settings_is_sent_with_its_token(
-    kis: Callable[..., Scripted], send: Send, monkeypatch: pytest.MonkeyPatch
+    kis: Start, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Set while the program runs, the new key and secret are used from the next renewal on, never beside the old."""
-    server, auth = (
-        kis(Answer(), Answer(500, "EGW00121"), Answer()),
-        KISAuth("us") if send is by_requests else KISHttpxAuth("us"),
-    )
+    server, auth = kis(Answer(), Answer(500, "EGW00121"), Answer()), SIGNERS[send]("us")
     cached(17 * HOUR)
     send(server.url, auth)
     monkeypatch.setenv("KIS_APP_KEY", KEY)
     monkeypatch.setenv("KIS_APP_SECRET", SECRET)
     send(server.url, auth)
-    assert [(seen["appkey"], seen["appsecret"]) for seen, _ in server.seen] == [(APP_KEY, APP_SECRET)] * 2 + [
-        (KEY, SECRET)
-    ]
-    assert server.seen[2][0]["authorization"] == f"Bearer {USTokenManager().get_valid_token()}"
-
-
-@pytest.mark.parametrize("code", ["EGW00201", "EGW00122", "EGW00002", "40310000"])
-def test_other_refusals_say_nothing_about_the_token(
-    gateway: Sandbox, kis: Callable[..., Scripted], send: Send, code: str
-) -> None:
-    """The call rate, a server fault, a refused order: one call, KIS's answer, and the token stays valid."""
-    server = kis(Answer(500, code))
-    old = cached(17 * HOUR)
-    assert send(server.url) == Got(500, code, [])
-    assert len(server.seen) == 1
-    assert (asked(gateway), USTokenManager().get_valid_token()) == (0, old.access_token)
-
-
-def test_second_rejection_is_the_callers(gateway: Sandbox, kis: Callable[..., Scripted], send: Send) -> None:
-    """KIS rejects the successor too: its answer is handed out, without a third try."""
-    server = kis(Answer(500, "EGW00121"))
-    cached(17 * HOUR)
-    assert send(server.url) == Got(500, "EGW00121", ["EGW00121"])
-    assert (len(server.seen), asked(gateway)) == (2, 1)
+    own = [(headers["appkey"], headers["appsecret"]) for headers, _ in server.seen]
+    assert own == [(APP_KEY, APP_SECRET), (APP_KEY, APP_SECRET), (KEY, SECRET)]
+    assert bearer(server)[2] == USTokenManager().get_valid_token()
 
 
 def test_body_that_cannot_be_sent_again_is_not_but_the_token_is_reported(
-    gateway: Sandbox, kis: Callable[..., Scripted], send: Send
+    gateway: Sandbox, kis: Start, send: Send
 ) -> None:
     """A generator is used up by the first try: KIS's answer is handed out, and the next request has the successor."""
-    server = kis(Answer(500, "EGW00123"), Answer())
-    old = cached(17 * HOUR)
-    assert send(server.url, data=iter([b'{"order":', b" 1}"])) == Got(500, "EGW00123", [])
-    assert server.seen[0][1] == b'{"order": 1}'
-    assert asked(gateway) == 1
-    assert USTokenManager().get_valid_token() != old.access_token
+    server, old = kis(Answer(500, "EGW00123"), Answer()), cached(17 * HOUR).access_token
+    assert send(server.url, body=iter([b'{"order":', b" 1}"])) == Got(500, "EGW00123", [])
+    assert (server.seen[0][1], asked(gateway)) == (b'{"order": 1}', 1)
     assert send(server.url).status == 200
+    assert bearer(server) == [old, USTokenManager().get_valid_token()]
+    assert bearer(server)[1] != old
+
+
+def test_file_is_sent_again_from_where_it_began(kis: Start) -> None:
+    """A body that can be wound back is, to where the caller had it."""
+    server, body = kis(Answer(500, "EGW00121"), Answer()), io.BytesIO(b"not this: the order")
+    cached(17 * HOUR)
+    body.seek(10)
+    assert by_requests(server.url, body=body).status == 200
+    assert [sent for _, sent in server.seen] == [b"the order", b"the order"]
 
 
 def test_young_rejected_token_has_no_successor_and_kiss_answer_is_handed_out(gateway: Sandbox, send: Send) -> None:
     """Within six hours KIS would repeat the dead token: no request for one, no second try, and it is served no more."""
-    assert send(gateway.url + PRICE, headers=TR_ID).status == 200
+    assert send(gateway.url + PRICE, **TR_ID).status == 200
     gateway.kill_tokens()
-    assert send(gateway.url + PRICE, headers=TR_ID).code == "EGW00121"
+    assert send(gateway.url + PRICE, **TR_ID).code == "EGW00121"
     assert USTokenManager().is_token_expired()
     assert (asked(gateway), gateway.stats()["quotes_refused"]) == (1, {"EGW00121": 1})
 
 
 @pytest.mark.parametrize("before", [[], [Answer(500, "EGW00121")]], ids=["first try", "second try"])
-def test_redirect_takes_no_secret_with_it(
-    gateway: Sandbox, kis: Callable[..., Scripted], send: Send, before: list[Answer]
-) -> None:
+def test_redirect_takes_no_secret_with_it(gateway: Sandbox, kis: Start, send: Send, before: list[Answer]) -> None:
     """KIS never redirects; where it leads neither token, key nor secret arrives, whatever is answered there."""
     with Scripted(gateway, Answer(500, "EGW00121")) as elsewhere:
         first = kis(*before, Answer(302, location=elsewhere.url))
@@ -231,22 +226,17 @@ def test_redirect_takes_no_secret_with_it(
     assert set(first.seen[-1][0]) >= SECRET_HEADERS
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "http://localhost:{port}/uapi",
-        "http://127.0.0.1:9/uapi",
-        "https://127.0.0.1:{port}/uapi",
-        "http://127.0.0.1:{port}@localhost:9/uapi",
-        "http://openapi.koreainvestment.com:9443/uapi",
-    ],
+FOREIGN = (
+    *("http://localhost:{port}/uapi", "http://127.0.0.1:9/uapi", "https://127.0.0.1:{port}/uapi"),
+    *("http://127.0.0.1:{port}@localhost:9/uapi", "http://openapi.koreainvestment.com:9443/uapi"),
 )
+
+
+@pytest.mark.parametrize("address", FOREIGN)
 def test_credentials_do_not_go_to_another_address(gateway: Sandbox, send: Send, address: str) -> None:
     """Another host, port or scheme than the base URL's: a sentence that names both, and nothing is sent or issued."""
-    port = gateway.url.rpartition(":")[2]
-    error = raised(lambda: send(address.format(port=port)))
-    assert isinstance(error, ConfigurationError)
-    assert gateway.url in str(error)
+    with pytest.raises(errors.ConfigurationError, match=gateway.url):
+        send(address.format(port=gateway.url.rpartition(":")[2]))
     assert asked(gateway) == 0
 
 
@@ -254,7 +244,8 @@ def test_address_that_readers_understand_in_different_ways_is_not_signed(gateway
     """To urlsplit this is KIS's address with a user's name before it; urllib3 would send the request to that name."""
     request = requests.Request("GET", gateway.url).prepare()
     request.url = gateway.url.replace("//", "//elsewhere.example\\@") + "/uapi"
-    assert isinstance(raised(lambda: KISAuth("us")(request)), ConfigurationError)
+    with pytest.raises(errors.ConfigurationError):
+        KISAuth("us")(request)
     assert "appsecret" not in request.headers
 
 
@@ -262,19 +253,17 @@ def test_address_is_the_same_however_it_is_spelt(gateway: Sandbox, send: Send, m
     """Capital letters in the base URL and in the request's: the same scheme, host and port."""
     port = gateway.url.rpartition(":")[2]
     monkeypatch.setenv("KIS_BASE_URL", f"http://LocalHost:{port}")
-    assert send(f"HTTP://LOCALHOST:{port}{PRICE}", headers=TR_ID).status == 200
+    assert send(f"HTTP://LOCALHOST:{port}{PRICE}", **TR_ID).status == 200
 
 
 def test_without_a_token_nothing_is_sent(gateway: Sandbox, send: Send) -> None:
     """Where no token can be had the package's error comes out of the call, before any business call."""
     gateway.fail("down")
-    assert isinstance(raised(lambda: send(gateway.url + PRICE)), IssuerUnavailableError)
+    assert isinstance(raised(lambda: send(gateway.url + PRICE)), errors.IssuerUnavailableError)
     assert gateway.stats()["quotes_refused"] == {}
 
 
-def test_valid_token_is_used_at_once_while_kis_hangs(
-    nowhere: Sandbox, kis: Callable[..., Scripted], send: Send
-) -> None:
+def test_valid_token_is_used_at_once_while_kis_hangs(nowhere: Sandbox, kis: Start, send: Send) -> None:
     """In the proactive window a renewal that gets no answer costs a caller less than a second."""
     server = kis()
     cached(900)
@@ -285,20 +274,24 @@ def test_valid_token_is_used_at_once_while_kis_hangs(
     assert asked(nowhere) == 1
 
 
-@pytest.mark.parametrize("twin", [KISAuth, KISHttpxAuth])
-def test_twin_that_has_signed_shows_no_secret(
-    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, twin: type[KISAuth | KISHttpxAuth]
+@pytest.mark.parametrize("send", [by_requests, by_httpx])
+def test_neither_a_signer_nor_what_httpx_shows_of_a_request_has_a_secret(
+    gateway: Sandbox, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither its repr, nor its attributes, nor a pickle has one; and a misspelt market fails where it is written."""
+    """No repr, attribute or pickle, after a call: only what is sent has it; a misspelt market fails at once."""
     monkeypatch.setenv("KIS_APP_KEY", KEY)
     monkeypatch.setenv("KIS_APP_SECRET", SECRET)
-    auth = twin("us")
-    (by_requests if twin is KISAuth else by_httpx)(gateway.url + PRICE, auth, headers=TR_ID)
-    shown = f"{auth!r} {vars(auth)}"
+    auth = SIGNERS[send]("us")
+    assert send(gateway.url + PRICE, auth, **TR_ID).status == 200
+    request = httpx.get(gateway.url + PRICE, auth=KISHttpxAuth("us"), headers=TR_ID, trust_env=False).request
+    shown = f"{auth!r} {vars(auth)} {request!r} {request.headers!r} {dict(request.headers)} {pickle.dumps(request)!r}"
     assert not any(canary in shown for canary in CANARIES)
+    assert pickle.loads(pickle.dumps(request)).headers["tr_id"] == TR_ID["tr_id"]  # noqa: S301 - our own
+    assert KEY.encode() in dict(request.headers.raw)[b"appkey"]
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(auth)
-    assert isinstance(raised(lambda: twin("hk")), ConfigurationError)
+    with pytest.raises(errors.ConfigurationError):
+        SIGNERS[send]("hk")
 
 
 def test_session_signs_every_request_and_keeps_the_first_answer(gateway: Sandbox) -> None:
@@ -315,18 +308,7 @@ def test_session_signs_every_request_and_keeps_the_first_answer(gateway: Sandbox
     assert (asked(gateway), gateway.stats()["quotes"]) == (1, 2)
 
 
-def test_file_is_sent_again_from_where_it_began(gateway: Sandbox, kis: Callable[..., Scripted]) -> None:
-    """A body that can be wound back is, to where the caller had it."""
-    server = kis(Answer(500, "EGW00121"), Answer())
-    cached(17 * HOUR)
-    body = io.BytesIO(b"not this: the order")
-    body.seek(10)
-    assert requests.post(server.url, data=body, auth=KISAuth("us"), timeout=5).status_code == 200
-    assert [sent for _, sent in server.seen] == [b"the order", b"the order"]
-    assert asked(gateway) == 1
-
-
-def test_download_is_handed_out_unread(gateway: Sandbox, kis: Callable[..., Scripted]) -> None:
+def test_download_is_handed_out_unread(gateway: Sandbox, kis: Start) -> None:
     """A streamed success that is neither text nor JSON stays the caller's to read, with either library."""
     server = kis(Answer(code="EGW00121", kind="application/zip"))
     cached(17 * HOUR)
@@ -337,62 +319,47 @@ def test_download_is_handed_out_unread(gateway: Sandbox, kis: Callable[..., Scri
     assert (len(server.seen), asked(gateway)) == (2, 0)
 
 
-def test_threads_that_meet_a_dead_token_renew_it_once(gateway: Sandbox) -> None:
-    """Sixteen threads with one signer: all their calls succeed, and one token is issued."""
+def test_threads_and_loops_that_meet_a_dead_token_renew_it_once(gateway: Sandbox, send: Send) -> None:
+    """Eight threads, or as many with a loop each, and one signer: all calls succeed, and one token is issued."""
     cached(17 * HOUR)
     gateway.set_rules(latency=0.2)
-    signer, told = KISAuth("kr"), []
-    barrier = threading.Barrier(16)
+    signer, barrier = SIGNERS[send]("kr"), threading.Barrier(8)
 
-    def call() -> None:
+    def call(_: int) -> int:
         barrier.wait()
-        told.append(requests.get(gateway.url + PRICE, auth=signer, headers=TR_ID, timeout=10).json()["rt_cd"])
+        return send(gateway.url + PRICE, signer, **TR_ID).status
 
-    in_threads(call, 16)
-    assert told == ["0"] * 16
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(call, range(8))) == [200] * 8
     assert asked(gateway) == 1
-
-
-def in_threads(work: Callable[[], object], count: int) -> None:
-    """Run `work` in so many threads at once, to its end."""
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-async def beats(gateway: Sandbox) -> int:
-    """How often the event loop came round while KIS was thinking about a token."""
-    count = 0
-    while gateway.stats()["quotes"] == 0:
-        await asyncio.sleep(0.02)
-        count += asked(gateway)
-    return count
-
-
-def calls_of(auth: KISHttpxAuth, gateway: Sandbox) -> httpx.AsyncClient:
-    """A client for quote calls on a loop."""
-    return httpx.AsyncClient(auth=auth, base_url=gateway.url, headers=TR_ID, trust_env=False)
 
 
 @pytest.mark.parametrize("present", [None, 17 * HOUR], ids=["without a token", "with one that KIS rejects"])
 def test_loop_goes_on_while_a_renewal_waits_for_kis(gateway: Sandbox, present: float | None) -> None:
-    """Fifty calls wait for one slow issue, and everything else on the loop goes on."""
+    """One call is given up in time, fifty wait for the same issue, and everything else on the loop goes on."""
     if present:
         cached(present)
-    gateway.set_rules(latency=0.6)
-    auth = KISHttpxAuth("us")
+    gateway.set_rules(latency=1)
 
-    async def work() -> tuple[list[httpx.Response], int]:
-        async with calls_of(auth, gateway) as calls:
-            heart = asyncio.create_task(beats(gateway))
+    async def beats() -> int:
+        count = 0
+        while gateway.stats()["quotes"] == 0:
+            await asyncio.sleep(0.02)
+            count += asked(gateway)
+        return count
+
+    async def work() -> None:
+        auth = KISHttpxAuth("us")
+        async with httpx.AsyncClient(auth=auth, base_url=gateway.url, headers=TR_ID, trust_env=False) as calls:
+            heart, began = asyncio.create_task(beats()), time.monotonic()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(calls.get(PRICE), 0.1)
+            assert time.monotonic() - began < 0.9
             answers = await asyncio.gather(*(calls.get(PRICE) for _ in range(50)))
-            return answers, await heart
+        assert {answer.json()["rt_cd"] for answer in answers} == {"0"}
+        assert await heart >= 5
 
-    answers, count = asyncio.run(work())
-    assert {answer.json()["rt_cd"] for answer in answers} == {"0"}
-    assert count >= 5
+    asyncio.run(work())
     assert asked(gateway) == 1
 
 
@@ -400,76 +367,161 @@ def test_cached_token_needs_no_thread_after_the_first_call(gateway: Sandbox) -> 
     """Calls with a valid token start no thread, also where the file is looked at again."""
     cached(17 * HOUR)
     auth = KISHttpxAuth("us")
-    by_httpx(gateway.url + PRICE, auth, headers=TR_ID)  # the first one may ask a keyring
-    known: list[set[threading.Thread]] = []
+    by_httpx(gateway.url + PRICE, auth, **TR_ID)  # the first one may ask a keyring
+    known = set(threading.enumerate())
 
     async def work() -> None:
-        transport = httpx.MockTransport(lambda _: httpx.Response(200))
-        async with httpx.AsyncClient(auth=auth, transport=transport) as calls:
-            for _ in range(2):
+        async with httpx.AsyncClient(auth=auth, transport=httpx.MockTransport(lambda _: httpx.Response(200))) as calls:
+            for pause in (0, 1):
+                await asyncio.sleep(pause)
                 await calls.get(gateway.url)
-                await asyncio.sleep(1)
-                known.append(set(threading.enumerate()))
+                assert set(threading.enumerate()) <= known
 
-    before = set(threading.enumerate())
     asyncio.run(work())
-    assert len(known) == 2
-    assert all(threads <= before for threads in known)
-
-
-def test_waiting_call_can_be_given_up(gateway: Sandbox) -> None:
-    """A time limit of the caller ends the wait at once; the renewal goes on, and the next call has its token."""
-    gateway.set_rules(latency=1.2)
-    auth = KISHttpxAuth("us")
-
-    async def work() -> tuple[float, httpx.Response]:
-        async with calls_of(auth, gateway) as calls:
-            began = time.monotonic()
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(calls.get(PRICE), 0.1)
-            took = time.monotonic() - began
-            return took, await calls.get(PRICE)
-
-    took, answer = asyncio.run(work())
-    assert took < 1
-    assert answer.status_code == 200
-    assert asked(gateway) == 1
-
-
-def test_one_object_serves_several_loops_and_threads(gateway: Sandbox) -> None:
-    """Four loops in four threads, and then a plain client, with the same object."""
-    auth, told = KISHttpxAuth("us"), []
-
-    async def call() -> int:
-        async with calls_of(auth, gateway) as calls:
-            return (await calls.get(PRICE)).status_code
-
-    in_threads(lambda: told.append(asyncio.run(call())), 4)
-    told.append(by_httpx(gateway.url + PRICE, auth, headers=TR_ID).status)
-    assert told == [200] * 5
-    assert asked(gateway) == 1
-
-
-def test_signed_request_shows_and_pickles_no_secret(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an event hook, a log or an error report sees of a request has no secret: only what is sent has them."""
-    monkeypatch.setenv("KIS_APP_KEY", KEY)
-    monkeypatch.setenv("KIS_APP_SECRET", SECRET)
-    answer = httpx.get(gateway.url + PRICE, auth=KISHttpxAuth("us"), headers=TR_ID, trust_env=False)
-    request = answer.request
-    assert answer.status_code == 200
-    shown = f"{request!r} {request.headers!r} {dict(request.headers)} {pickle.dumps(request)!r}"
-    assert not any(canary in shown for canary in CANARIES)
-    assert pickle.loads(pickle.dumps(request)).headers["tr_id"] == "FHKST01010100"  # noqa: S301 - our own
-    assert KEY.encode() in dict(request.headers.raw)[b"appkey"]
 
 
 def test_without_httpx_the_name_says_what_to_install() -> None:
     """Who has no httpx gets a sentence instead of a missing module, and everything else works."""
-    program = (
-        "import sys; sys.modules['httpx'] = None\n"
-        "import tokencore; tokencore.KISAuth\n"
-        "try: tokencore.KISHttpxAuth\n"
-        "except ImportError as error: print(error)"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ran.stdout == "KISHttpxAuth needs httpx: pip install 'httpx>=0.28' 'anyio>=4.1'\n"
+    program = "import sys, tokencore; sys.modules['httpx'] = None; tokencore.KISAuth; tokencore.KISHttpxAuth"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ImportError: KISHttpxAuth needs httpx: pip install 'httpx>=0.28' 'anyio>=4.1'\n" in ran.stderr
+
+
+WANT_A_KEY = """
+import sys
+from tokencore import TokenManager
+
+manager = TokenManager(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+print(manager.get_approval_key())
+"""
+
+
+def approvals(gateway: Sandbox) -> int:
+    """How many approval keys KIS has given."""
+    count: int = gateway.stats()["approvals"]
+    return count
+
+
+def key_file() -> Path:
+    """The approval key's file."""
+    return next(folder().glob("key-*-approval.json"))
+
+
+def aged(hours: float) -> str:
+    """A key that version 0.1 wrote so long ago, in the place of the present one."""
+    USTokenManager().get_approval_key()
+    content = json.loads(key_file().read_text())
+    issued = datetime.now(UTC) - timedelta(hours=hours)
+    times = {"issued_at": issued.isoformat(), "expires_at": (issued + timedelta(hours=24)).isoformat()}
+    own = {name: content[name] for name in ("environment", "key_fingerprint")}
+    key_file().write_text(json.dumps({"approval_key": "an-older-one", **times, **own}))
+    return "an-older-one"
+
+
+def test_start_of_many_processes_asks_for_one_approval_key(gateway: Sandbox) -> None:
+    """Half for us and half for kr, which have one app key: all of them get the same approval key, and no token."""
+    cached(20_000)
+    _, ends = at_a_barrier(WANT_A_KEY, [["us"], ["kr"]] * 2)
+    assert [one.code for one in ends] == [0] * 4, ends[0].err
+    assert len({one.out for one in ends}) == 1
+    assert (approvals(gateway), asked(gateway)) == (1, 0)
+
+
+def test_approval_key_is_shared_in_a_private_file_by_the_markets_of_its_app_key(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read one file, 0600, with the day that the key lives, and nothing else; another key has its own."""
+    (store,) = [key.store for key in Key.load(Settings.load())]
+    assert approval_expiry(store) is None
+    key = USTokenManager().get_approval_key()
+    assert KRTokenManager().get_approval_key() == key
+    content = json.loads(key_file().read_text())
+    issued, expires = (datetime.fromisoformat(content[name]) for name in ("issued_at", "expires_at"))
+    assert (content["approval_key"], expires - issued) == (key, timedelta(hours=24))
+    assert approval_expiry(store) == expires
+    assert stat.S_IMODE(key_file().stat().st_mode) == 0o600
+    assert not list(folder().glob("*_api_token.json"))
+    assert (USTokenManager().history(), approvals(gateway)) == ([], 1)
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
+    monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", SECRET)
+    assert KRTokenManager().get_approval_key() != key
+
+
+@pytest.mark.parametrize(("hours", "kept"), [(12, True), (23.95, False), (24.5, False)])
+def test_approval_key_is_replaced_when_it_is_about_to_expire(gateway: Sandbox, *, hours: float, kept: bool) -> None:
+    """One that the previous version left is used without a request; in the buffer, and past its day, it is replaced."""
+    old = aged(hours)
+    assert (USTokenManager().get_approval_key() == old) == kept
+    assert approvals(gateway) == (1 if kept else 2)
+
+
+def test_failed_request_for_an_approval_key_costs_no_other_and_not_the_present_one(
+    gateway: Sandbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its last minutes a key serves, with a warning; without one there is the error, and later when to ask again."""
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    old = aged(23.95)
+    gateway.answer("/oauth2/Approval", {}, 500)
+    assert USTokenManager().get_approval_key() == old
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "goes on serving" in caplog.text
+    assert "The next is made from" in str(raised(lambda: KRTokenManager().get_approval_key(old)))
+    key_file().unlink()
+    assert isinstance(raised(USTokenManager().get_approval_key), errors.IssuerUnavailableError)
+    assert isinstance(raised(KRTokenManager().get_approval_key), errors.IssuanceLimitError)
+    assert approvals(gateway) == 1
+
+
+def test_rejected_approval_key_is_replaced_once_for_all(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reports the dead key first gets a new one, the others get that too; a second report waits for the minute."""
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
+    dead = USTokenManager().get_approval_key()
+    new = USTokenManager().get_approval_key(dead)
+    assert KRTokenManager().get_approval_key(dead) == new != dead
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    error = raised(lambda: USTokenManager().get_approval_key(new))
+    assert isinstance(error, errors.IssuanceLimitError)
+    assert error.retry_at is not None
+    assert error.retry_at > datetime.now(UTC) + timedelta(seconds=50)
+    assert approvals(gateway) == 2
+
+
+def test_refused_credentials_are_not_tried_for_an_approval_key_until_they_have_worked(
+    monkeypatch: pytest.MonkeyPatch, gateway: Sandbox
+) -> None:
+    """A wrong secret is one request, for the token and the approval key together; `refresh` is the way back."""
+    gateway.fail("bad-secret", 1)
+    assert isinstance(raised(USTokenManager().get_valid_token), errors.CredentialsError)
+    assert isinstance(raised(USTokenManager().get_approval_key), errors.CredentialsError)
+    assert approvals(gateway) == 0
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
+    gateway.set_rules(issue_interval=0)
+    USTokenManager().refresh()
+    assert USTokenManager().get_approval_key()
+    assert approvals(gateway) == 1
+
+
+def test_damaged_file_of_an_approval_key_costs_one_request(gateway: Sandbox) -> None:
+    """What cannot be read is a miss."""
+    USTokenManager().get_approval_key()
+    damages = ("", "{", "[]", '{"approval_key": "x", "issued_at": "soon"}', '{"attempt": 5}', '{"attempt": [null, {}]}')
+    for count, content in enumerate(damages, 2):
+        key_file().write_text(content)
+        assert USTokenManager().get_approval_key()
+        assert approvals(gateway) == count
+
+
+def test_request_for_an_approval_key_that_cannot_be_recorded_is_not_made(gateway: Sandbox) -> None:
+    """Where the document or the whole directory cannot be written nothing is asked, and the error says so."""
+    USTokenManager().get_approval_key()
+    key_file().unlink()
+    (place := next(folder().glob("key-*-approval.lock")).with_suffix(".json")).mkdir()
+    error = raised(USTokenManager().get_approval_key)
+    assert isinstance(error, errors.TokenStoreError)
+    assert f"none was made: {place}" in str(error)
+    shutil.rmtree(folder())
+    folder().write_text("")
+    assert isinstance(raised(USTokenManager().get_approval_key), errors.TokenStoreError)
+    assert approvals(gateway) == 1
