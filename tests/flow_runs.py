@@ -17,6 +17,7 @@ from prefect.states import Scheduled
 
 from flows import upcoming
 from flows.refresh_token import refresh_token
+from tokencore import Key, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +34,12 @@ def run(flow: Flow[..., State], due: datetime | None = None, **parameters: objec
             flow, parameters=parameters, state=Scheduled(scheduled_time=due or datetime.now(UTC))
         )
     return cast("State", run_flow(flow, flow_run=scheduled, parameters=parameters, return_type="state"))
+
+
+def only_key() -> Key:
+    """The key of all markets."""
+    (key,) = Key.load(Settings.load())
+    return key
 
 
 def told(state: State) -> tuple[str, str]:
@@ -86,9 +93,8 @@ def _asked(end: Future[State]) -> tuple[UUID, str]:
             for one in client.read_flow_runs():
                 keys = one.state and one.state.is_paused() and one.state.state_details.run_input_keyset
                 if keys:
+                    place = {"id": one.id, "key": keys["description"]}
                     with contextlib.suppress(PrefectHTTPStatusError):
-                        return one.id, client.request(
-                            "GET", "/flow_runs/{id}/input/{key}", path_params={"id": one.id, "key": keys["description"]}
-                        ).json()
+                        return one.id, client.request("GET", "/flow_runs/{id}/input/{key}", path_params=place).json()
             time.sleep(0.1)
     raise AssertionError(f"no run waits for a person: {end.result()}")

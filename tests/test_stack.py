@@ -91,7 +91,7 @@ def refreshing(up: Up, gateway: Sandbox) -> Iterator[tuple[str, int]]:
         for file in up.folder.parent.glob(pattern):
             file.unlink()
     run = up.create(CHECK)
-    until(lambda: asked(gateway) > before, SLOW)
+    until(lambda: asked(gateway) > before and up.look(run)["infrastructure_pid"], SLOW)
     gateway.set_rules(latency=0)
     yield run, int(up.look(run)["infrastructure_pid"])
     time.sleep(1)  # KIS's minute
@@ -116,11 +116,9 @@ def overdue(up: Up, deployment: str, *hours: int) -> list[str]:
     return [up.create(deployment, state=state, tags=["auto-scheduled"]) for state in states]
 
 
-def crash(up: Up) -> str:
-    """A run of the check in the far future that crashed; its name."""
-    run = up.create(CHECK, state={"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}})
-    up.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CRASHED"}, "force": True})
-    return str(up.look(run)["name"])
+def later(up: Up) -> str:
+    """A run of the check in the far future; its id."""
+    return up.create(CHECK, state={"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}})
 
 
 def listening(processes: dict[int, str]) -> set[int]:
@@ -230,9 +228,11 @@ def test_a_crash_is_reported_with_a_link_and_a_refusal_leaves_no_address(up: Up,
     log = up.folder / "server.log"
 
     def heard() -> bool:
-        name, before, give_up = crash(up), len(slack.told), time.monotonic() + 5
+        run, before, give_up = later(up), len(slack.told), time.monotonic() + 5
+        up.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CRASHED"}, "force": True})
         while len(slack.told) == before and time.monotonic() < give_up:
             time.sleep(0.1)  # Prefect keeps an event back that overtakes its forerunner: then another one
+        name = up.look(run)["name"]
         return any(name in message["text"] for message in slack.told if "blocks" not in message)
 
     until(lambda: heard() and "HTTPStatusError" in log.read_text(), MINUTE)
@@ -246,7 +246,7 @@ def test_a_crash_is_reported_with_a_link_and_a_refusal_leaves_no_address(up: Up,
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium or Chrome is installed here")
 def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
     """Who is not signed in answers one question, with what the password file holds, and is where the link led."""
-    run = up.create(CHECK)
+    run = later(up)
     with sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=QUIET) as browser:
         page = browser.new_page(reduced_motion="reduce")
         page.set_default_timeout(MINUTE * 1000)

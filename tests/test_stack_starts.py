@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -189,7 +190,7 @@ def test_a_dotenv_gives_prefects_settings_unless_others_could_have_written_it() 
     """Of the rest, such as a proxy, the server and the worker get nothing; what is set already stays."""
     dotenv = Path(".env")
     dotenv.write_text("PREFECT_SERVER_API_PORT=4201\nHTTPS_PROXY=http://127.0.0.1:9\nKIS_TIMEOUT=9\n")
-    before = dict(environment.os.environ)
+    before = dict(os.environ)
     assert environment.with_dotenv() == before | {"PREFECT_SERVER_API_PORT": "4201"}
     dotenv.chmod(0o666)
     assert environment.with_dotenv() == before
@@ -293,7 +294,12 @@ def test_a_restart_is_no_death(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(watchdog, "PATIENCE", 60)
     with desk.server() as answers:
         answers.health = 500
-        recovery = threading.Thread(target=lambda: answers.asked.wait(30) and setattr(answers, "health", 200))
+
+        def recover() -> None:
+            answers.asked.wait(30)
+            answers.health = 200
+
+        recovery = threading.Thread(target=recover)
         recovery.start()
         assert watchdog.watch() == 0
         recovery.join()
