@@ -153,7 +153,7 @@ def view_first() -> None:
     Store.read = lambda self: (self.newest(), "")
 
 
-@found_by("file_store", "a_view_of_another_key_or_environment_is_a_miss[spoiled1]")
+@found_by("file_store", "a_view_of_another_key_or_environment_is_a_miss[paper]")
 def paper_as_real() -> None:
     """A file's environment is not looked at."""
     from_text = tokens.from_text

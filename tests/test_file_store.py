@@ -1,32 +1,34 @@
-"""The files of a key: the key's own one is the truth, the markets' are its views, and the record outlives both."""
+"""The files of a key: its own one is the truth, the markets' are its views, the record outlives both; all are whole."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import pickle
-import resource
 import stat
-import threading
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import KEY, NOW, ended, in_child, make_jwt, make_market, make_token
+from builders import KEY, NOW, ended, fill_disk, in_child, killed, make_jwt, make_market, make_token
 
 from tokencore.attempts import Attempt, Outcome
-from tokencore.stores import open_store
-from tokencore.stores.file_store import FileStore
+from tokencore.stores import files, open_store
+from tokencore.stores.file_store import OURS, FileStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tokencore.tokens import Token
 
 SENT = Attempt(NOW, Outcome.SENT, credentials="0123abcd", pid=7)
+VIEW = "us_api_token.json"
+HOUR = timedelta(hours=1)
 
 
 def open_files(folder: Path, market: str = "us", *siblings: str, **settings: object) -> FileStore:
@@ -37,17 +39,20 @@ def open_files(folder: Path, market: str = "us", *siblings: str, **settings: obj
     return store
 
 
-def put(path: Path, token: Token, **fields: object) -> None:
-    """Write a token file as an earlier version or a person does."""
-    content = {"access_token": token.access_token, "expires_at": token.expires_at.isoformat(), **fields}
-    path.write_text(json.dumps(content), encoding="utf-8")
+def put(path: Path, content: bytes | Token, **fields: object) -> None:
+    """Write a private file as an earlier version or a person does."""
+    if not isinstance(content, bytes):
+        known = {"access_token": content.access_token, "expires_at": content.expires_at.isoformat()}
+        content = json.dumps({**known, **fields}).encode()
+    path.write_bytes(content)
     path.chmod(0o600)
 
 
-def save(store: FileStore, token: Token) -> None:
-    """Save it as the holder of the lock."""
+def save(store: FileStore, token: Token) -> str:
+    """Save it as the holder of the lock; its text."""
     with store.lock(wait=5):
         store.save(token)
+    return token.access_token
 
 
 def text_of(store: FileStore) -> str | None:
@@ -56,8 +61,16 @@ def text_of(store: FileStore) -> str | None:
     return token.access_token if token else None
 
 
+def mode_of(path: Path) -> str:
+    """The permissions of a file or folder itself, in octal."""
+    return f"{stat.S_IMODE(path.lstat().st_mode):o}"
+
+
+# --- the key's file and the views
+
+
 def test_files_have_the_contracts_names_and_modes(folder: Path) -> None:
-    """0600 whatever the umask, in a folder of 0700 that hides itself from git."""
+    """0600 whatever the umask, in a folder of 0700 that hides itself from git; key and app key are not in a name."""
     before = os.umask(0)
     try:
         store = open_files(folder, "us", "us", "kr")
@@ -68,89 +81,83 @@ def test_files_have_the_contracts_names_and_modes(folder: Path) -> None:
     key = f"key-{store.fingerprint}"
     names = {f"{key}.json", f"{key}.lock", f"{key}.jsonl", ".gitignore"}
     names |= {f"{market}_{end}" for market in ("us", "kr") for end in ("api_token.json", "token_issued_at.dat")}
-    assert {path.name for path in folder.iterdir()} == names
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {path.name: mode_of(path) for path in folder.iterdir()} == dict.fromkeys(names, "600")
+    assert mode_of(folder) == "700"
     assert (folder / ".gitignore").read_text(encoding="ascii") == "*\n"
-    view = json.loads((folder / "us_api_token.json").read_text(encoding="utf-8"))
+    view = json.loads((folder / VIEW).read_text(encoding="utf-8"))
     assert view == json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
     fields = ["access_token", "expires_at", "cached_at", "issued_at", "token_type", "environment", "key_fingerprint"]
     assert list(view) == fields
+    assert store.fingerprint == "1ecf0a38badc0de1"  # that of version 0.1, so that both share lock and record
+    assert KEY not in store.place
+    with pytest.raises(TypeError, match="not pickled"):
+        pickle.dumps(store)
 
 
 def test_paper_has_a_file_of_its_own_where_one_address_serves_both(folder: Path) -> None:
     """The sandbox serves both environments: their tokens never meet, their limits do."""
     address = {"base_url": "http://127.0.0.1:1"}
     real, paper = (open_files(folder, "us", environment=word, **address) for word in ("real", "paper"))
-    save(real, make_token())
+    ours = save(real, make_token())
     assert paper.read()[0] is None
-    save(paper, make_token(life=90_000))
-    assert text_of(real) != text_of(paper)
+    theirs = save(paper, make_token(life=90_000))
+    assert [text_of(store) for store in (real, paper)] == [ours, theirs]
     assert (folder / f"key-{paper.fingerprint}-paper.json").exists()
 
 
 def test_two_keys_of_one_market_have_each_its_own_token(folder: Path) -> None:
     """Two bots with other keys for `us` write one view in turn: neither loses its token, and nothing is set aside."""
     stores = [open_files(folder, "us", base_url=f"http://127.0.0.1:{port}") for port in (1, 2)]
-    texts = []
-    for age, store in enumerate(stores):
-        token = make_token(age=age)
-        save(store, token)
-        texts.append(token.access_token)
+    texts = [save(store, make_token(age=age)) for age, store in enumerate(stores)]
     assert [text_of(store) for store in stores] == texts
     save(stores[0], make_token(life=90_000))
     assert text_of(stores[1]) == texts[1]
     assert not list(folder.glob("*.aside"))
 
 
-def test_a_view_is_read_where_the_key_has_no_living_token(folder: Path) -> None:
+def test_a_view_of_any_market_is_read_where_the_key_has_no_living_token(folder: Path) -> None:
     """Earlier versions and people write views only: no file of the key, or an expired one, lets them speak."""
-    put(folder / "us_api_token.json", fresh := make_token())
-    store = open_files(folder)
-    assert text_of(store) == fresh.access_token
-    save(store, make_token(life=60, age=120))
-    put(folder / "us_api_token.json", fresh)
+    fresh = make_token()
+    put(folder / "kr_api_token.json", fresh)
+    assert text_of(open_files(folder, "hk")) == fresh.access_token
+    save(open_files(folder), make_token(life=60, age=120))
+    put(folder / VIEW, fresh)
     assert text_of(open_files(folder)) == fresh.access_token
 
 
 def test_a_view_never_beats_a_living_token_of_the_key(folder: Path) -> None:
     """What stands in a market's file is a copy; only the thorough look, under the lock, finds a longer one there."""
-    store, longer = open_files(folder), make_token(life=90_000)
-    save(store, make_token())
-    ours = text_of(store)
-    put(folder / "us_api_token.json", longer)
+    longer = make_token(life=90_000)
+    ours = save(open_files(folder), make_token())
+    put(folder / VIEW, longer)
     assert text_of(open_files(folder)) == ours
     newest = open_files(folder).newest()
     assert newest is not None
     assert newest.access_token == longer.access_token
 
 
-def test_another_markets_view_serves_this_one(folder: Path) -> None:
-    """A market that is new on a key has the key's token at once, without any file of its own."""
-    put(folder / "kr_api_token.json", token := make_token())
-    assert text_of(open_files(folder, "hk")) == token.access_token
-
-
 def test_a_dead_token_does_not_come_back_from_a_view(folder: Path) -> None:
     """The key's file says that KIS has rejected it; an older copy without that word is no living token."""
     dead = make_token(rejected=True)
-    store = open_files(folder)
-    save(store, dead)
-    put(folder / "us_api_token.json", dead)
+    save(open_files(folder), dead)
+    put(folder / VIEW, dead)
     found = open_files(folder).read()[0]
     assert found is not None
     assert found.rejected_at is not None
 
 
-@pytest.mark.parametrize("spoiled", [{"key_fingerprint": "0" * 16}, {"environment": "paper"}, {"access_token": "x"}])
-def test_a_view_of_another_key_or_environment_is_a_miss(folder: Path, spoiled: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("key", "fields"),
+    [(KEY, {"key_fingerprint": "0" * 16}), (KEY, {"environment": "paper"}), ("SomebodyElsesKey", {})],
+    ids=["another key", "paper", "another key in the JWT"],
+)
+def test_a_view_of_another_key_or_environment_is_a_miss(folder: Path, key: str, fields: dict[str, str]) -> None:
     """Whether the file says so itself, or the JWT in it."""
-    token = make_token(text=make_jwt("SomebodyElsesKey")) if "access_token" in spoiled else make_token()
-    put(folder / "us_api_token.json", token, **{k: v for k, v in spoiled.items() if k != "access_token"})
+    put(folder / VIEW, make_token(text=make_jwt(key)), **fields)
     assert open_files(folder).read() == (None, "of another key or environment")
 
 
-DAMAGED = {
+DAMAGED: dict[str, bytes] = {
     "empty": b"",
     "half": b'{"access_token": "ey',
     "garbage": b"\x00\xff\xfe",
@@ -168,90 +175,153 @@ def test_a_damaged_view_is_a_miss_and_set_aside_with_a_word(
     folder: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing breaks the reading; the next save keeps what stood there and says so once."""
-    path = folder / "us_api_token.json"
-    path.write_bytes(DAMAGED[damage])
-    path.chmod(0o600)
+    put(folder / VIEW, DAMAGED[damage])
     store = open_files(folder)
     token, problem = store.read()
-    assert token is None
-    assert problem
-    with caplog.at_level(logging.WARNING):
-        save(store, make_token())
-    assert (folder / "us_api_token.json.aside").read_bytes() == DAMAGED[damage]
-    assert [record.getMessage() for record in caplog.records if "api_token.json.aside" in record.getMessage()]
-    assert text_of(open_files(folder))
+    assert (token, bool(problem)) == (None, True)
+    text = save(store, make_token())
+    assert (folder / f"{VIEW}.aside").read_bytes() == DAMAGED[damage]
+    assert [line.levelno for line in caplog.records if f"{VIEW}.aside" in line.message] == [logging.WARNING]
+    assert text_of(open_files(folder)) == text
 
 
-@pytest.mark.parametrize("kind", ["folder", "fifo", "link"])
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link", "dangling link"])
 def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp_path: Path) -> None:
-    """A FIFO, a folder or a link in the place of a view keeps nobody waiting."""
-    path = folder / "us_api_token.json"
+    """A FIFO, a folder or a link in the place of a view keeps nobody waiting, and takes nothing from anybody."""
+    path = folder / VIEW
     put(tmp_path / "elsewhere", make_token())
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    else:
-        path.symlink_to(tmp_path / "elsewhere")
+    make: dict[str, Callable[[], None]] = {
+        "folder": path.mkdir,
+        "fifo": lambda: os.mkfifo(path),
+        "link": lambda: path.symlink_to(tmp_path / "elsewhere"),
+        "dangling link": lambda: path.symlink_to("nowhere"),
+    }
+    make[kind]()
+    put(folder / f"{VIEW}.aside", b"earlier")
     store = open_files(folder)
     assert store.read()[0] is None
-    save(store, make_token())
-    assert text_of(store)
+    text = save(store, make_token())
+    assert text_of(store) == text_of(open_files(folder, "kr")) == text
 
 
-def test_a_view_that_cannot_be_written_takes_nothing_from_anybody(folder: Path) -> None:
-    """The key's file has the token: the save succeeds."""
-    (folder / "us_api_token.json").mkdir()
-    (folder / "us_api_token.json.aside").write_text("earlier", encoding="utf-8")
-    store = open_files(folder, "us", "us", "kr")
-    save(store, token := make_token())
-    assert text_of(open_files(folder, "kr")) == token.access_token
+# --- whole files
 
 
-def test_a_token_that_cannot_be_saved_serves_its_process(folder: Path) -> None:
-    """On a full disk the save fails, and this process goes on with what was paid for."""
-    store = open_files(folder)
-    save(store, make_token(age=100))
-
-    def work() -> None:
-        newer = make_token()
-        with store.lock(wait=5):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-            with pytest.raises(OSError, match="File too large"):
-                store.save(newer)
-        assert text_of(store) == newer.access_token
-        assert not store.saved(newer)
-
-    assert ended(in_child(work)) == 0
-    assert text_of(store) != ""
-
-
-def test_a_file_that_did_not_change_is_not_read_again(folder: Path) -> None:
-    """A look at an unchanged file gives the very token that was parsed before."""
-    store = open_files(folder)
-    save(store, make_token())
-    assert store.read()[0] is store.read()[0]
-
-
-def test_a_reader_beside_a_busy_writer_always_has_a_token(folder: Path) -> None:
-    """No reader ever sees half a file, or none."""
-    writer, reader = open_files(folder), open_files(folder)
-    save(writer, make_token())
-    end = time.monotonic() + 1
+def test_a_busy_writer_shows_a_reader_neither_half_a_token_nor_an_open_file(folder: Path) -> None:
+    """With umask 0, every look at the files meets a whole token, modes of 0600, and sees each change."""
+    save(open_files(folder), make_token())
+    reader, path = open_files(folder), folder / VIEW
 
     def write_on() -> None:
-        while time.monotonic() < end:
-            save(writer, make_token())
+        os.umask(0)
+        while True:
+            save(open_files(folder), make_token())
 
-    thread = threading.Thread(target=write_on)
-    thread.start()
-    looks = 0
+    child, modes, signatures = in_child(write_on), set(), set()
+    end = time.monotonic() + 0.7
     while time.monotonic() < end:
         assert text_of(reader)
-        looks += 1
-    thread.join()
-    assert looks > 100
+        assert files.read_text(str(path))
+        signatures.add(files.signature(str(path)))
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):  # it was renamed between two looks
+                modes.add((entry.name.endswith(".tmp"), stat.S_IMODE(entry.stat().st_mode)))
+    killed(child)
+    assert modes == {(True, 0o600), (False, 0o600)}
+    assert None not in signatures
+    assert len(signatures) > 10
 
+
+def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it(folder: Path) -> None:
+    """A power cut cannot leave an empty file under the right name: fsync, rename, fsync of the folder."""
+
+    def work() -> None:
+        calls: list[str] = []
+
+        def noted(name: str) -> Callable[..., object]:
+            real = getattr(os, name)
+            return lambda *args: (calls.append(name), real(*args))[1]
+
+        os.fsync, os.replace = noted("fsync"), noted("replace")  # type: ignore[assignment]
+        files.write_text(str(folder / VIEW), "new")
+        assert calls == ["fsync", "replace", "fsync"]
+
+    assert ended(in_child(work)) == 0
+
+
+def test_a_writer_never_follows_a_link_at_its_path(folder: Path, tmp_path: Path) -> None:
+    """A symbolic link at the file or its draft is replaced; what it points to stays as it is."""
+    path, victim = folder / VIEW, tmp_path / "victim"
+    victim.write_text("old", encoding="utf-8")
+    path.symlink_to(victim)
+    (folder / f".{VIEW}.key.tmp").symlink_to(victim)
+    files.write_text(str(path), "new", writer="key")
+    assert (victim.read_text(encoding="utf-8"), path.read_text(encoding="utf-8")) == ("old", "new")
+    assert not path.is_symlink()
+
+
+def test_a_mounted_file_is_written_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be replaced, as a single file that Docker mounts, is overwritten; nothing else is left."""
+
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, "")
+
+    path = folder / VIEW
+    path.write_text("something longer", encoding="utf-8")
+    monkeypatch.setattr(os, "replace", busy)
+    files.write_text(str(path), "new")
+    assert path.read_text(encoding="utf-8") == "new"
+    assert os.listdir(folder) == [path.name]
+
+
+def test_a_file_is_read_again_only_where_its_signature_differs(folder: Path) -> None:
+    """The very token that was parsed before is given; a change of the same size is noticed by inode or time alone."""
+    store, path = open_files(folder), folder / VIEW
+    save(store, make_token())
+    assert store.read()[0] is store.read()[0]
+    path.write_bytes(b"\xef\xbb\xbf" + b"a" * 9)  # as Windows' editor does
+    assert files.read_text(str(path)) == "a" * 9
+    first, times = files.signature(str(path)), path.stat()
+    files.write_text(str(path), "b" * 12)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = files.signature(str(path))
+    os.utime(path, (1, 1))
+    assert len({first, second, files.signature(str(path)), files.signature(str(folder / "none"))}) == 4
+    assert files.read_text(str(path / "below")) is None
+
+
+@pytest.mark.parametrize("before", ["nothing", "file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_set_aside_is_kept_and_only_a_file_keeps_its_place(folder: Path, kind: str, before: str) -> None:
+    """Whatever was set aside earlier, the content is kept, private if a file; a file stays for its successor, too."""
+    path, aside = folder / VIEW, folder / f"{VIEW}.aside"
+    for place, what in ((aside, before), (path, kind)):
+        if what == "folder":
+            (place / "below").mkdir(parents=True)
+        elif what == "file":
+            place.write_text(what, encoding="utf-8")
+            place.chmod(0o644)
+        elif what == "link":
+            place.symlink_to(folder)
+    files.set_aside(str(path))
+    kept = [place for place in folder.iterdir() if place.name.endswith(".aside")]
+    assert os.path.lexists(path) == (kind == "file")
+    assert any(place.is_symlink() == (kind == "link") and place.is_dir() == (kind != "file") for place in kept)
+    assert kind != "file" or "600" in [mode_of(place) for place in kept if place.is_file()]
+
+
+@pytest.mark.parametrize(("name", "mode"), [*((f"us{part}", "700") for part in OURS), ("someone's file", "755")])
+def test_a_directory_that_holds_only_our_files_is_closed_to_others(tmp_path: Path, name: str, mode: str) -> None:
+    """One that others use keeps its mode: `KIS_TOKEN_DIR=/tmp` locks nobody out of /tmp."""
+    found = tmp_path / "found"
+    found.mkdir()
+    (found / name).touch()
+    found.chmod(0o755)
+    files.make_private(str(found), ours=OURS)
+    assert mode_of(found) == mode
+
+
+# --- the record, and what speaks in its place
 
 OLD_LINE = {
     "at": "2026-11-20T07:35:00.123+00:00",
@@ -268,89 +338,60 @@ OLD_LINE = {
 def test_a_record_of_version_0_1_is_read_and_continued(folder: Path) -> None:
     """Its lines are padded to a disk sector, its first one may count what was cut; unknown lines are passed over."""
     store = open_files(folder)
-    path = folder / f"key-{store.fingerprint}.jsonl"
-    lines = [
-        json.dumps({"cut": {"issued": 3}}),
-        json.dumps(OLD_LINE),
-        "{torn",
-        json.dumps({**OLD_LINE, "outcome": "?"}),
-    ]
-    path.write_text("".join(line.ljust(511) + "\n" for line in lines), encoding="utf-8")
-    path.chmod(0o600)
+    known = [{"cut": {"issued": 3}}, OLD_LINE, "{torn", {**OLD_LINE, "outcome": "?"}]
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in known]
+    put(folder / f"key-{store.fingerprint}.jsonl", "".join(line.ljust(511) + "\n" for line in lines).encode())
     assert [attempt.outcome for attempt in store.attempts()] == [Outcome.ISSUED, Outcome.SENT]
     with store.lock(wait=5):
         store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.LIMIT))
     assert [attempt.outcome for attempt in open_files(folder).attempts()] == ["issued", "sent", "limit"]
 
 
-def test_a_record_of_any_size_keeps_its_end(folder: Path) -> None:
-    """Of three megabytes the last attempts are known, so the minute and the ceiling hold."""
+def test_a_record_of_any_size_keeps_its_end_and_what_is_none_is_set_aside(folder: Path) -> None:
+    """Of three megabytes the last attempts are known; a folder in its place counts as an attempt, and is moved away."""
     store = open_files(folder)
     path = folder / f"key-{store.fingerprint}.jsonl"
-    path.write_text((json.dumps(OLD_LINE) + "\n") * 15_000, encoding="utf-8")
-    path.chmod(0o600)
+    put(path, (json.dumps(OLD_LINE) + "\n").encode() * 15_000)
     assert len(store.attempts()) > 1000
     with store.lock(wait=5):
         store.begin(SENT)
     assert path.stat().st_size < 1 << 20
     assert open_files(folder).attempts()[-1] == SENT
-
-
-def test_what_is_no_record_is_set_aside_and_the_attempt_recorded(folder: Path) -> None:
-    """A folder in its place is moved away; until then it counts as an attempt made when it was changed."""
-    store = open_files(folder)
-    path = folder / f"key-{store.fingerprint}.jsonl"
+    path.unlink()
     path.mkdir()
     assert [attempt.outcome for attempt in store.attempts()] == [Outcome.SENT]
     with store.lock(wait=5):
         store.begin(SENT)
     assert open_files(folder).attempts()[-1] == SENT
-    assert path.with_name(path.name + ".aside").is_dir()
+    assert path.with_name(f"{path.name}.aside").is_dir()
 
 
-def test_on_a_full_disk_the_lock_file_keeps_the_time_and_counts_the_issues(folder: Path) -> None:
-    """Where no line can be written, other processes know when a request was made, and how many brought a token."""
+@pytest.mark.parametrize(("apart", "known"), [(HOUR / 30, 3), (25 * HOUR, 1)], ids=["within a day", "a day apart"])
+def test_on_a_full_disk_the_lock_file_keeps_the_time_and_counts_the_issues(
+    folder: Path, apart: timedelta, known: int
+) -> None:
+    """Where no line can be written, others know when a request was made, and how many of the day brought a token."""
     store = open_files(folder)
     with store.lock(wait=5):
         pass
 
-    def issue_twice() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        for minutes in (0, 2):
-            at = NOW + timedelta(minutes=minutes)
+    def issue_three_times() -> None:
+        fill_disk()
+        for number in range(3):
+            sent = SENT._replace(at=NOW + number * apart)
             with store.lock(wait=5):
-                fence = store.begin(SENT._replace(at=at))
-                assert open_files(folder).attempts()[-1].at == at
-                try:
-                    store.finish(fence, SENT._replace(at=at, outcome=Outcome.ISSUED), make_token())
-                except OSError:
-                    continue
-        os._exit(3)
+                fence = store.begin(sent)
+                assert open_files(folder).attempts()[-1].at == sent.at
+                with pytest.raises(OSError, match="File too large"):
+                    store.finish(fence, sent._replace(outcome=Outcome.ISSUED), make_token())
 
-    assert ended(in_child(issue_twice)) == 3
-    known = open_files(folder).attempts()
-    assert [attempt.outcome for attempt in known] == [Outcome.ISSUED] * 2
-    assert known[-1].at == NOW + timedelta(minutes=2)
+    assert ended(in_child(issue_three_times)) == 0
+    found = open_files(folder).attempts()
+    assert [attempt.outcome for attempt in found] == [Outcome.ISSUED] * known
+    assert found[-1].at == NOW + 2 * apart
     with store.lock(wait=5):
-        store.begin(later := SENT._replace(at=NOW + timedelta(minutes=5)))
-    assert open_files(folder).attempts() == [*known, later]
-
-
-def test_the_lock_file_forgets_issues_of_earlier_days(folder: Path) -> None:
-    """A disk that stays full for days does not add its daily issues up to one day's."""
-    store = open_files(folder)
-    with store.lock(wait=5):
-        pass
-
-    def issue_daily() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        for day in range(3):
-            with store.lock(wait=5), contextlib.suppress(OSError):
-                issued = SENT._replace(at=NOW + timedelta(hours=25 * day), outcome=Outcome.ISSUED)
-                store.finish(store.begin(issued._replace(outcome=Outcome.SENT)), issued, make_token())
-
-    assert ended(in_child(issue_daily)) == 0
-    assert [attempt.outcome for attempt in open_files(folder).attempts()] == [Outcome.ISSUED]
+        store.begin(later := SENT._replace(at=NOW + 2 * apart + HOUR / 20))
+    assert open_files(folder).attempts() == [*found, later]
 
 
 def test_the_mark_speaks_where_the_record_is_lost(folder: Path) -> None:
@@ -366,7 +407,7 @@ def test_the_mark_speaks_where_the_record_is_lost(folder: Path) -> None:
     (attempt,) = open_files(folder).attempts()
     assert attempt.outcome is Outcome.ISSUED
     assert timedelta(0) <= attempt.at - NOW <= timedelta(seconds=1)
-    put(folder / "us_api_token.json", make_token(), key_fingerprint="0" * 16)
+    put(folder / VIEW, make_token(), key_fingerprint="0" * 16)
     assert open_files(folder).attempts() == []
 
 
@@ -378,18 +419,5 @@ def test_an_attempt_that_seems_newer_than_the_record_is_not_lost(folder: Path) -
     lock = folder / f"key-{store.fingerprint}.lock"
     os.utime(lock, (time.time(), time.time()))
     assert open_files(folder).attempts() == [SENT]
-    os.utime(lock, (1, (NOW + timedelta(hours=1)).timestamp()))
-    assert [attempt.at for attempt in open_files(folder).attempts()] == [NOW, NOW + timedelta(hours=1)]
-
-
-def test_a_store_is_not_pickled(folder: Path) -> None:
-    """It knows its key."""
-    with pytest.raises(TypeError, match="not pickled"):
-        pickle.dumps(open_files(folder))
-
-
-def test_a_key_is_named_without_being_shown(folder: Path) -> None:
-    """The fingerprint is that of version 0.1, so that both share lock and record."""
-    store = open_files(folder)
-    assert KEY not in store.place
-    assert store.fingerprint == "1ecf0a38badc0de1"
+    os.utime(lock, (1, (NOW + HOUR).timestamp()))
+    assert [attempt.at for attempt in open_files(folder).attempts()] == [NOW, NOW + HOUR]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import make_token
-from running import asked, outcomes, raised
+from running import asked, limited, outcomes, raised, record
 
 from tokencore import ConfigurationError, IssuanceLimitError, Key, Settings, USTokenManager
 from tokencore.attempts import Attempt, Outcome
@@ -17,26 +17,21 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
 HOUR = 3600.0
-DUE = datetime(2026, 11, 24, 8, 15, tzinfo=UTC)  # a Tuesday, 17:15 KST: after the anchor of us and kr
+DUE = datetime(2025, 11, 18, 8, 15, tzinfo=UTC)  # a Tuesday, 17:15 KST: after the anchor of us and kr
 
 
-def the_key() -> Key:
+@pytest.fixture
+def key(gateway: Sandbox) -> Key:
     """The key of us and kr, as a run of a flow loads it."""
-    (key,) = Key.load(Settings.load())
-    return key
+    assert gateway.url
+    (found,) = Key.load(Settings.load())
+    return found
 
 
-def save(key: Key, life: float = 24 * HOUR, age: float = 0, *, now: datetime = DUE, rejected: bool = False) -> None:
+def save(key: Key, life: float = 24 * HOUR, age: float = 0, *, now: datetime = DUE) -> None:
     """Save a token of the key that was issued `age` seconds before `now`."""
     with key.store.lock(wait=5):
-        key.store.save(make_token(life, age=age, now=now, rejected=rejected))
-
-
-def record(key: Key, *attempts: Attempt) -> None:
-    """Put attempts into the key's record."""
-    with key.store.lock(wait=5):
-        for attempt in attempts:
-            key.store.note(attempt)
+        key.store.save(make_token(life, age=age, now=now))
 
 
 @pytest.mark.usefixtures("gateway")
@@ -51,117 +46,84 @@ def test_markets_with_one_key_are_one_key(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("gateway")
-def test_a_key_is_found_by_any_name_of_an_exchange_it_trades() -> None:
-    """Order code, quote code and MIC mean the same; an exchange that nobody trades is said with what to set."""
+def test_a_key_is_found_by_any_name_of_an_exchange_it_trades(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order code, quote code and MIC mean the same; what nobody trades, or no key at all, is said with what to set."""
     for name in ("NASD", "NAS", "XNAS", "nasdaq"):
         assert [key.label for key in Key.trading(Settings.load(), name)] == ["us+kr"]
     error = raised(lambda: Key.trading(Settings.load(), "SEHK"))
     assert isinstance(error, ConfigurationError)
     assert "KIS_MARKETS__HKS__EXCHANGES=SEHK" in str(error)
-
-
-def test_without_credentials_there_is_no_key() -> None:
-    """The message says what to set."""
+    monkeypatch.delenv("KIS_APP_KEY")
     assert "KIS_APP_KEY" in str(raised(lambda: Key.load(Settings.load())))
 
 
-@pytest.mark.usefixtures("gateway")
-def test_a_state_says_all_that_is_known_at_one_moment() -> None:
-    """A token that lasts: until when it serves, that it covers the coming need, and the next daily renewal."""
-    key = the_key()
+def test_a_state_says_all_that_is_known_at_one_moment(key: Key) -> None:
+    """Without a token a renewal is due now; one that lasts covers the coming need until the next daily renewal."""
+    state = key.state(DUE)
+    assert state.served == "us+kr: no valid token"
+    assert (state.token, state.problem, state.serves_until, state.covered) == (None, "", None, False)
+    assert state.outlook.next is not None
+    assert state.outlook.next.at == DUE
     save(key)
     state = key.state(DUE)
     assert state.serves_until == DUE + timedelta(hours=24, minutes=-5)
-    assert state.served == "us+kr: the token serves until 2026-11-25 17:10 KST"
+    assert state.served == "us+kr: the token serves until 2025-11-19 17:10 KST"
     assert state.covered
-    assert state.lasts(DUE + timedelta(hours=20))
-    assert not state.lasts(DUE + timedelta(hours=24))
+    assert [state.lasts(DUE + timedelta(hours=hours)) for hours in (20, 24)] == [True, False]
     assert state.outlook.next is not None
     assert state.outlook.next.exception is None
     assert state.next_attempt == state.outlook.next.at
     assert (state.refused, state.cooldown_until, state.issues_last_24h, state.foreign_issue) == (False, None, 0, None)
 
 
-@pytest.mark.usefixtures("gateway")
-def test_a_state_without_a_token_says_so_first() -> None:
-    """No token: nothing serves, nothing is covered, and a renewal is due now."""
-    state = the_key().state(DUE)
-    assert state.served == "us+kr: no valid token"
-    assert (state.token, state.problem, state.serves_until, state.covered) == (None, "", None, False)
-    assert state.outlook.next is not None
-    assert state.outlook.next.at == DUE
-
-
-@pytest.mark.usefixtures("gateway")
-def test_a_state_knows_a_token_that_another_program_issued() -> None:
+def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
     """KIS returned it to us although no request of ours is from its time; our own, or an imported one, is none."""
-    key = the_key()
     save(key, age=2 * HOUR)
-    expires_at = DUE + timedelta(hours=22)
-    same = Attempt(DUE, Outcome.SAME, expires_at=expires_at)
+    issued_at = DUE - timedelta(hours=2)
     assert key.state(DUE).foreign_issue is None
-    record(key, same)
-    assert key.state(DUE).foreign_issue == DUE - timedelta(hours=2)
-    ours = Attempt(DUE - timedelta(hours=2), Outcome.NO_ANSWER)
-    record(key, ours)
+    record(Attempt(DUE, Outcome.SAME, expires_at=DUE + timedelta(hours=22)))
+    assert key.state(DUE).foreign_issue == issued_at
+    record(Attempt(issued_at, Outcome.NO_ANSWER))
     assert key.state(DUE).foreign_issue is None
 
 
-@pytest.mark.usefixtures("gateway")
-def test_a_tick_renews_when_the_rule_says_so_and_not_before(gateway: Sandbox) -> None:
+def test_a_tick_renews_when_the_rule_says_so_and_not_before(key: Key, gateway: Sandbox) -> None:
     """Due: one request, and the state afterwards is the new one. Not due: nothing is asked."""
-    key = the_key()
     save(key, 24 * HOUR, 24.2 * HOUR)
     decision = key.tick(key.state(DUE))
-    assert decision.renewed
-    assert decision.state.covered
-    assert outcomes() == ["issued"]
+    assert (decision.renewed, decision.state.covered, outcomes()) == (True, True, ["issued"])
     again = key.tick(decision.state)
     assert (again.renewed, again.trouble) == (False, None)
     assert asked(gateway) == 1
 
 
-def test_a_tick_in_trouble_says_why_and_keeps_the_token(gateway: Sandbox) -> None:
+def test_a_tick_in_trouble_says_why_and_keeps_the_token(key: Key, gateway: Sandbox) -> None:
     """A refusal is the decision's trouble, no exception; the present token stays, and the pause is the record's."""
     gateway.fail("limit")
-    key = the_key()
     save(key, 25 * HOUR, 24.5 * HOUR)
     decision = key.tick(key.state(DUE))
-    assert not decision.renewed
-    assert isinstance(decision.trouble, IssuanceLimitError)
+    assert (decision.renewed, type(decision.trouble)) == (False, IssuanceLimitError)
     assert decision.state.serves_until == DUE + timedelta(minutes=25)
     assert isinstance(key.tick(decision.state).trouble, IssuanceLimitError)
     assert asked(gateway) == 1
 
 
-def test_obtaining_issues_only_where_the_token_does_not_last(gateway: Sandbox) -> None:
-    """A token that lasts costs nothing; the answer says whether this call issued one."""
-    key, now = the_key(), datetime.now(UTC)
-    assert key.obtain(now + timedelta(hours=10), now)
-    assert not key.obtain(now + timedelta(hours=10), now)
-    assert asked(gateway) == 1
-
-
-def test_a_rejected_token_is_dead_for_the_managers_too(gateway: Sandbox) -> None:
-    """What a flow finds out with one quote call holds for every program of the machine."""
-    key, now = the_key(), datetime.now(UTC)
-    key.obtain(now, now)
+def test_a_key_obtains_only_what_does_not_last_and_its_rejection_holds_for_managers(key: Key, gateway: Sandbox) -> None:
+    """The answer says whether the call issued; what a flow finds out with one quote holds for the whole machine."""
+    now = datetime.now(UTC)
+    assert [key.obtain(now + timedelta(hours=10), now) for _ in range(2)] == [True, False]
     token = key.state(now).token
     assert token is not None
     assert key.prove(token).accepted is True
     key.reject(token, now)
-    error = raised(USTokenManager().get_valid_token)
-    assert isinstance(error, IssuanceLimitError)
-    assert error.cause == "same_token"
-    assert "--force" in str(error)
+    assert limited(USTokenManager().get_valid_token)[0] == "same_token"
+    assert "--force" in str(raised(USTokenManager().get_valid_token))
     assert asked(gateway) == 1
 
 
-@pytest.mark.usefixtures("gateway")
-def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be_lost() -> None:
+def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be_lost(key: Key) -> None:
     """The same token within six hours, a second issue in 24 hours, a swap inside a session; nothing without a token."""
-    key = the_key()
-    inside = datetime(2026, 11, 24, 2, 0, tzinfo=UTC)  # 11:00 KST, KRX is open
+    inside = datetime(2025, 11, 18, 2, 0, tzinfo=UTC)  # 11:00 KST, KRX is open
     assert key.state(inside).warnings() == []
     save(key, age=HOUR, now=inside)
     assert [one.kind for one in key.state(inside).warnings()] == ["same token"]
@@ -174,24 +136,20 @@ def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be
     assert key.state(inside).warnings() == []
 
 
-@pytest.mark.usefixtures("gateway")
-def test_a_plan_shows_the_coming_week_and_none_of_refused_credentials() -> None:
+def test_a_plan_shows_the_coming_week_and_none_of_refused_credentials(key: Key) -> None:
     """A renewal a day at the anchor, rows of every exchange; a key that KIS refuses plans nothing."""
-    key = the_key()
     save(key)
     plan = key.state(DUE).plan()
     assert [row.code for row in plan.rows] == ["NASD", "NYSE", "AMEX", "KRX"]
     assert len(plan.renewals) >= 3
     assert all(renewal.exception is None for renewal in plan.renewals)
-    credentials = key.renewer.credentials
-    record(key, Attempt(DUE, Outcome.BAD_KEY, code="EGW00103", credentials=credentials))
+    record(Attempt(DUE, Outcome.BAD_KEY, code="EGW00103", credentials=key.renewer.credentials))
     refused = key.state(DUE + timedelta(hours=8))
     assert (refused.refused, refused.next_attempt, refused.plan().renewals) == (True, None, [])
 
 
-@pytest.mark.usefixtures("gateway")
-def test_a_key_shows_and_pickles_no_secret() -> None:
+def test_a_key_shows_and_pickles_no_secret(key: Key) -> None:
     """Its repr is its label."""
-    assert repr(the_key()) == "Key('us+kr')"
+    assert repr(key) == "Key('us+kr')"
     with pytest.raises(TypeError, match="not pickled"):
-        pickle.dumps(the_key())
+        pickle.dumps(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import DAY, NOW, make_market, make_token
@@ -69,31 +69,52 @@ def test_the_minute_holds_after_every_attempt_that_kis_may_have_seen(intent: Int
         assert verdict(intent, attempts) is None
 
 
-@pytest.mark.parametrize("intent", [Intent.REQUIRED, Intent.REFRESH, Intent.FORCE])
-def test_after_the_minute_whoever_needs_a_token_may_ask(intent: Intent) -> None:
-    """At 60 s the cool-down is over, and failures do not delay a caller that has no token."""
-    assert verdict(intent, [tried(Outcome.LIMIT, MINUTE)] * 9) is None
-    assert verdict(intent, []) is None
+LATE = make_token(age=20 * 3600, now=NOW)  # four hours left, and past KIS's six
+FORGIVEN = [tried(Outcome.REFUSED, HOUR)] * 9
+TABLE: dict[str, tuple[Intent, list[Attempt], dict[str, Any], tuple[str, datetime] | None]] = {
+    "no record, no limit": (Intent.REQUIRED, [], {}, None),
+    "the minute is over after 60 s": (Intent.REQUIRED, [tried(Outcome.LIMIT, MINUTE)] * 9, {}, None),
+    "and for a person": (Intent.REFRESH, [tried(Outcome.LIMIT, MINUTE)] * 9, {}, None),
+    "a setting makes it 5 min": (
+        *(Intent.FORCE, [tried(Outcome.LIMIT, 2 * MINUTE)], {"issue_interval": 300}),
+        ("minute", NOW + 3 * MINUTE),
+    ),
+    "0 switches it off": (Intent.FORCE, [tried(Outcome.LIMIT, 0 * HOUR)], {"issue_interval": 0}, None),
+    "an attempt ahead is one of now": (
+        *(Intent.FORCE, [tried(Outcome.LIMIT, -47 * HOUR)], {}),
+        ("minute", NOW + MINUTE),
+    ),
+    "who waited it out asks": (
+        *(Intent.REQUIRED, [tried(Outcome.LIMIT, -5 * HOUR)], {"waited_out": NOW + 5 * HOUR}),
+        None,
+    ),
+    "who waited another out does not": (
+        *(Intent.REQUIRED, [tried(Outcome.LIMIT, -5 * HOUR)], {"waited_out": NOW}),
+        ("minute", NOW + MINUTE),
+    ),
+    "a failure ahead is one of now": (
+        *(Intent.AHEAD, [tried(Outcome.UNREACHABLE, -5 * HOUR)], {"token": LATE}),
+        ("backoff", NOW + 65 * SECOND),
+    ),
+    "a new token ends the pauses": (Intent.AHEAD, [*FORGIVEN, tried(Outcome.ISSUED, MINUTE)], {"token": LATE}, None),
+    "a repeated one makes them long": (
+        *(Intent.DUE, [*FORGIVEN, tried(Outcome.SAME, MINUTE)], {"token": LATE}),
+        ("backoff", NOW + 4 * MINUTE),
+    ),
+    "other credentials are tried": (Intent.REQUIRED, [tried(Outcome.BAD_SECRET, HOUR, "wrong")], {}, None),
+    "a key that is perhaps locked waits 5 min": (
+        *(Intent.AHEAD, [tried(Outcome.BAD_KEY, 4 * MINUTE)], {"token": LATE}),
+        ("backoff", NOW + MINUTE),
+    ),
+    "and is tried ahead of need": (Intent.AHEAD, [tried(Outcome.BAD_KEY, 5 * MINUTE)], {"token": LATE}, None),
+}
 
 
-def test_the_minute_is_as_long_as_the_setting() -> None:
-    """`KIS_ISSUE_INTERVAL` sets the cool-down; 0 switches it off."""
-    attempts = [tried(Outcome.LIMIT, 2 * MINUTE)]
-    assert limit(verdict(Intent.FORCE, attempts, issue_interval=300)) == ("minute", NOW + 3 * MINUTE)
-    assert verdict(Intent.FORCE, [tried(Outcome.LIMIT, SECOND * 0)], issue_interval=0) is None
-
-
-def test_who_sat_the_cool_down_out_asks_at_once() -> None:
-    """A caller that waited by the monotonic clock is not held by a wall clock that was set back meanwhile."""
-    attempts = [tried(Outcome.LIMIT, -5 * HOUR)]
-    assert verdict(Intent.REQUIRED, attempts, waited_out=attempts[0].at) is None
-    assert limit(verdict(Intent.REQUIRED, attempts, waited_out=NOW)) == ("minute", NOW + MINUTE)
-
-
-@pytest.mark.parametrize("hours", [1, 25, 47])
-def test_a_clock_set_back_does_not_shorten_the_minute(hours: int) -> None:
-    """An attempt that seems to lie ahead counts as one of this moment."""
-    assert limits.cooldown_until([tried(Outcome.LIMIT, -hours * HOUR)], NOW, make_market()) == NOW + MINUTE
+@pytest.mark.parametrize("case", TABLE)
+def test_verdicts(case: str) -> None:
+    """The length of the minute, what a clock that was set back changes, and what ends or lengthens the pauses."""
+    intent, attempts, given_to, expected = TABLE[case]
+    assert limit(verdict(intent, attempts, **given_to)) == expected
 
 
 @pytest.mark.parametrize("intent", Intent)
@@ -108,7 +129,6 @@ def test_a_clock_that_was_wrong_by_a_year_forbids_nothing_for_a_year(intent: Int
 @pytest.mark.parametrize("outcome", [*FAILED, Outcome.UNREACHABLE])
 def test_ahead_of_need_failures_are_followed_by_longer_pauses(intent: Intent, outcome: Outcome) -> None:
     """While the present token serves: 65 s after each of three failures in a row, then five minutes."""
-    token = make_token(age=20 * 3600, now=NOW)
     for count, pause in ((1, 65), (2, 65), (3, 65), (4, 300), (50, 300)):
         for early in (0, 0.1):
             attempts = [tried(Outcome.ISSUED, 20 * HOUR)]
@@ -116,22 +136,7 @@ def test_ahead_of_need_failures_are_followed_by_longer_pauses(intent: Intent, ou
             expected = ("backoff", NOW + timedelta(seconds=early)) if early else None
             if outcome is Outcome.SENT and pause < UNKNOWN:  # it may have left that much later
                 expected = ("minute", NOW + timedelta(seconds=UNKNOWN - pause + early))
-            assert limit(verdict(intent, attempts, token)) == expected
-
-
-def test_a_clock_set_back_does_not_prolong_the_pauses() -> None:
-    """A failure that seems to lie ahead is one of this moment: the pause ends 65 s from now."""
-    token = make_token(age=20 * 3600, now=NOW)
-    found = verdict(Intent.AHEAD, [tried(Outcome.UNREACHABLE, -5 * HOUR)], token)
-    assert limit(found) == ("backoff", NOW + 65 * SECOND)
-
-
-def test_a_success_ends_the_pauses() -> None:
-    """After a new token the minute alone counts again; where KIS repeats an old one, it is asked seldom."""
-    failed, token = [tried(Outcome.REFUSED, HOUR)] * 9, make_token(age=20 * 3600, now=NOW)
-    assert verdict(Intent.AHEAD, [*failed, tried(Outcome.ISSUED, MINUTE)], token) is None
-    repeated = verdict(Intent.DUE, [*failed, tried(Outcome.SAME, MINUTE)], token)
-    assert limit(repeated) == ("backoff", NOW + 4 * MINUTE)
+            assert limit(verdict(intent, attempts, LATE)) == expected
 
 
 @pytest.mark.parametrize("intent", [Intent.REQUIRED, Intent.DUE])
@@ -139,25 +144,12 @@ def test_a_success_ends_the_pauses() -> None:
 def test_refused_credentials_are_not_tried_again_by_themselves(intent: Intent, outcome: Outcome) -> None:
     """Neither who lacks a token nor the rule asks again, however late; a person may. The error stays the same."""
     attempts = [tried(outcome, 30 * DAY)]
-    found = verdict(intent, attempts)
-    assert isinstance(found, CredentialsError)
+    for token in (None, LATE):
+        assert isinstance(found := verdict(intent, attempts, token), CredentialsError)
+        assert limits.what_serves(token, NOW, 300) in str(found)
     assert "tokencore refresh us" in str(found)
-    assert "There is no token." in str(found)
     assert verdict(Intent.REFRESH, attempts) is None
     assert verdict(Intent.FORCE, attempts) is None
-
-
-def test_other_credentials_are_tried_at_once() -> None:
-    """A corrected key or secret is no longer the refused one."""
-    assert verdict(Intent.REQUIRED, [tried(Outcome.BAD_SECRET, HOUR, credentials="wrong")]) is None
-
-
-def test_a_locked_key_that_still_has_a_token_is_tried_seldom() -> None:
-    """KIS answers `wrong key` to a locked key too: ahead of need it is asked every five minutes, not every 65 s."""
-    token = make_token(age=20 * 3600, now=NOW)
-    assert limit(verdict(Intent.AHEAD, [tried(Outcome.BAD_KEY, 4 * MINUTE)], token)) == ("backoff", NOW + MINUTE)
-    assert verdict(Intent.AHEAD, [tried(Outcome.BAD_KEY, 5 * MINUTE)], token) is None
-    assert isinstance(verdict(Intent.DUE, [tried(Outcome.BAD_KEY, HOUR)], token), CredentialsError)
 
 
 @pytest.mark.parametrize("intent", [Intent.REQUIRED, Intent.DUE, Intent.AHEAD, Intent.REFRESH])
@@ -213,21 +205,17 @@ def test_what_a_person_wills_is_never_forbidden_by_more(attempts: list[Attempt],
 
 
 def test_every_refusal_says_what_still_works_until_when() -> None:
-    """The sentence tells, in KST, until when the present token serves, or since when none does."""
-    attempts = [tried(Outcome.LIMIT, SECOND)]
-    serving = str(verdict(Intent.REFRESH, attempts, make_token(age=20 * 3600, now=NOW)))
-    assert "The present token serves until 2026-11-23 21:10:00 KST" in serving  # 4 h left, less the buffer of 5 min
-    assert "The next is allowed at 2026-11-23 17:15:59 KST" in serving
-    dead = str(verdict(Intent.REFRESH, attempts, make_token(age=3600, now=NOW, rejected=True)))
-    assert "There is no valid token: KIS has rejected the present one (issued 2026-11-23 16:15:00 KST)" in dead
-    assert "expired at 2026-11-23 16:15:00 KST" in str(
-        verdict(Intent.REFRESH, attempts, make_token(3600, age=7200, now=NOW)),
-    )
-    assert "There is no token." in str(verdict(Intent.REFRESH, attempts))
+    """It says, in KST, until when the present token serves or since when none does; the ceiling's, what to do too."""
 
+    def said(token: Token | None) -> str:
+        return str(verdict(Intent.REFRESH, [tried(Outcome.LIMIT, SECOND)], token))
 
-def test_the_ceilings_sentence_names_the_way_past_it() -> None:
-    """Who needs a token all the same is told the command."""
-    found = str(verdict(Intent.REQUIRED, [tried(Outcome.ISSUED, HOUR)] * 2))
-    assert "KIS_MAX_ISSUES_PER_DAY is 2" in found
-    assert "`tokencore refresh us --force`" in found
+    assert "The present token serves until 2026-11-23 21:10:00 KST" in said(LATE)  # 4 h left, less the buffer of 5 min
+    assert "The next is allowed at 2026-11-23 17:15:59 KST" in said(LATE)
+    dead = make_token(age=3600, now=NOW, rejected=True)
+    assert "no valid token: KIS has rejected the present one (issued 2026-11-23 16:15:00 KST)" in said(dead)
+    assert "expired at 2026-11-23 16:15:00 KST" in said(make_token(3600, age=7200, now=NOW))
+    assert "There is no token." in said(None)
+    ceiling = str(verdict(Intent.REQUIRED, [tried(Outcome.ISSUED, HOUR)] * 2))
+    assert "KIS_MAX_ISSUES_PER_DAY is 2" in ceiling
+    assert "`tokencore refresh us --force`" in ceiling

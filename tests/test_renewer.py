@@ -60,6 +60,7 @@ LAST_MINUTES = 25 * 60.0  # seconds left: inside the proactive window, before th
 @pytest.mark.parametrize(
     ("mode", "error"),
     [("bad-key", CredentialsError), ("drop", IssuerUnavailableError), ("html", IssuerUnavailableError)],
+    ids=["bad-key", "drop", "html"],
 )
 def test_failing_first_issuance_raises_its_own_error_after_one_request(
     quick: Sandbox, mode: str, error: type[TokenError]

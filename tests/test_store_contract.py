@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import CANARIES, DAY, NOW, in_child, killed, make_market, make_token
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tokencore.stores.base import Store
+    from tokencore.tokens import Token
 
     Open = Callable[..., Store]
 
@@ -28,11 +29,7 @@ SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7
 
 def file_store(folder: Path) -> Open:
     """Opens the store of files for a market, as a process of its own would."""
-
-    def opened(market: str = "us", **numbers: float) -> Store:
-        return open_store(make_market(market, token_dir=folder, **numbers), lambda: MARKETS)
-
-    return opened
+    return lambda market="us": open_store(make_market(market, token_dir=folder), lambda: MARKETS)
 
 
 STORES = {"files": file_store}
@@ -45,18 +42,20 @@ def opened(request: pytest.FixtureRequest, folder: Path) -> Open:
     return made
 
 
-def save(store: Store, **token: float) -> str:
-    """Save a token under the lock; its text."""
-    made = make_token(**token)  # type: ignore[arg-type] # a life and an age
+def save(store: Store, token: Token) -> Token:
+    """Save a token under the lock, and read it."""
     with store.lock(wait=5) as held:
         assert held
-        store.save(made)
-    return made.access_token
+        store.save(token)
+    found = store.read()[0]
+    assert found is not None
+    assert found.access_token == token.access_token
+    return found
 
 
 def text_of(store: Store) -> str | None:
     """The text of the token that the store gives."""
-    token = store.read()[0]
+    token = store.newest()
     return token.access_token if token else None
 
 
@@ -64,8 +63,7 @@ def test_an_empty_store_has_no_token_and_no_trouble(opened: Open) -> None:
     """Nothing is stored: there is no token, no reason, no attempt, and nothing to delete."""
     store = opened()
     assert store.read() == (None, "")
-    assert store.newest() is None
-    assert store.attempts() == []
+    assert (store.newest(), store.attempts(), store.details()["cache_exists"]) == (None, [], False)
     with store.lock(wait=1):
         assert not store.delete()
 
@@ -74,60 +72,49 @@ def test_a_saved_token_is_read_by_every_market_of_the_key(opened: Open) -> None:
     """Also by one that was opened before, and by one that the settings got later."""
     before = opened("kr")
     assert before.read()[0] is None
-    text = save(opened())
-    assert [text_of(store) for store in (before, opened("kr"), opened("hk"))] == [text] * 3
-    token = opened().read()[0]
-    assert token is not None
+    token = save(opened(), make_token())
+    for store in (before, opened("kr"), opened("hk")):
+        found = store.read()[0]
+        assert found is not None
+        assert found.access_token == token.access_token
     assert opened().saved(token)
 
 
 def test_an_unchanged_token_is_told_from_a_renewed_one(opened: Open) -> None:
     """One cheap look tells whether another process has renewed."""
     store = opened()
-    save(store)
-    token = store.read()[0]
-    assert token is not None
+    token = save(store, make_token())
     assert store.unchanged(token)
-    newer = save(opened(), life=90_000)
+    newer = save(opened(), make_token(life=90_000))
     assert not store.unchanged(token)
-    assert text_of(store) == newer
+    assert text_of(store) == newer.access_token
 
 
 def test_a_rejected_token_is_known_to_all_and_does_not_come_back(opened: Open) -> None:
     """Marked dead by one market, it is dead for the others, and never served from a copy."""
-    store = opened()
-    save(store)
-    token = store.read()[0]
-    assert token is not None
+    token = save(opened(), make_token())
     token.rejected_at = NOW
-    with store.lock(wait=5):
-        store.save(token)
+    save(opened(), token)
     for market in (*MARKETS, "hk"):
         found = opened(market).newest()
         assert found is not None
         assert found.rejected_at == NOW
 
 
-def test_deleting_ends_with_the_last_market(opened: Open) -> None:
+def test_deleting_ends_with_the_last_market_and_clearing_with_one_call(opened: Open) -> None:
     """`delete` of one market leaves the key its token; with the last one it is gone, and the record stays."""
     store = opened()
     with store.lock(wait=5):
         store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), make_token())
         assert store.delete()
-    assert opened("kr").read()[0] is not None
-    with opened("kr").lock(wait=5):
+        assert text_of(opened("kr"))
         assert opened("kr").delete()
-    assert opened().newest() is None
-    assert [attempt.outcome for attempt in opened().attempts()] == [Outcome.ISSUED]
-
-
-def test_clearing_removes_the_token_of_every_market(opened: Open) -> None:
-    """After a revocation no market has a token, and the record stays."""
-    store = opened()
-    save(store)
+    assert text_of(opened()) is None
+    save(store, make_token())
     with store.lock(wait=5):
         store.clear()
-    assert all(opened(market).newest() is None for market in MARKETS)
+    assert {text_of(opened(market)) for market in MARKETS} == {None}
+    assert [attempt.outcome for attempt in opened().attempts()] == [Outcome.ISSUED]
 
 
 def test_an_attempt_is_recorded_before_its_outcome_and_completed_by_it(opened: Open) -> None:
@@ -148,10 +135,10 @@ def test_a_request_that_left_late_is_dated_anew(opened: Open) -> None:
     """Connecting took a minute: if the process dies now, KIS's minute counts from when the request left."""
     store = opened()
     with store.lock(wait=5):
-        assert store.depart(store.begin(SENT))
+        assert store.depart(store.begin(SENT._replace(at=NOW - 9999 * DAY)))
     (attempt,) = opened().attempts()
     assert attempt.outcome is Outcome.SENT
-    assert attempt.at > NOW
+    assert attempt.at > NOW - 9998 * DAY
 
 
 def test_attempts_keep_their_order_and_all_that_was_said_of_them(opened: Open) -> None:
@@ -167,76 +154,59 @@ def test_attempts_keep_their_order_and_all_that_was_said_of_them(opened: Open) -
     assert opened("kr").attempts() == wanted
 
 
-def test_one_holds_the_lock_and_the_others_are_told(opened: Open) -> None:
-    """Neither another process nor another thread gets it meanwhile; who finds what he waits for gives up at once."""
-    store, taken = opened(), threading.Event()
+def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) -> None:
+    """Neither another thread nor another process gets it; it ends with its holder, also where that one is killed.
+
+    Who finds meanwhile what he waits for gives up at once.
+    """
+    taken, marked = threading.Event(), folder / "held"
 
     def try_it() -> None:
         with opened("kr").lock(wait=0) as held:
             if not held:
                 taken.set()
 
-    with store.lock(wait=5) as held:
-        assert held
-        thread = threading.Thread(target=try_it)
-        thread.start()
-        thread.join()
-        assert taken.is_set()
-        began = time.monotonic()
-        with opened("kr").lock(wait=30, give_up=lambda: True) as second:
-            assert not second
-        assert time.monotonic() - began < 5
-    with opened("kr").lock(wait=0) as free:
-        assert free
-
-
-def test_the_lock_ends_with_its_holder(opened: Open, folder: Path) -> None:
-    """A process that is killed while it holds the lock keeps nobody waiting."""
-    marked = folder / "held"
-
     def hold_on() -> None:
         with opened().lock(wait=5):
             marked.touch()
             time.sleep(60)
 
-    child = in_child(hold_on)
-    until(marked.exists)
-    killed(child)
     with opened().lock(wait=5) as held:
         assert held
+        thread = threading.Thread(target=try_it)
+        thread.start()
+        thread.join()
+        assert taken.is_set()
+    child = in_child(hold_on)
+    until(marked.exists)
+    began = time.monotonic()
+    with opened("kr").lock(wait=30, give_up=lambda: True) as second:
+        assert not second
+    assert time.monotonic() - began < 5
+    killed(child)
+    with opened("kr").lock(wait=5) as free:
+        assert free
 
 
-def test_a_document_is_shared_whole(opened: Open) -> None:
-    """What one process writes under its lock the next one reads; an empty one is an empty object."""
-    document = opened().document("approval")
-    assert document.read() == {}
-    with document.lock(wait=5) as held:
-        assert held
-        document.write({"name": "한글", "times": [1, 2]})
-    assert opened("kr").document("approval").read() == {"name": "한글", "times": [1, 2]}
-
-
-def test_a_document_of_all_keys_is_one_place(folder: Path) -> None:
-    """The incidents of a machine are found by every run."""
-    document = open_document(str(folder), "incidents")
-    with document.lock(wait=5):
-        document.write({"incidents": []})
-    assert open_document(str(folder), "incidents").read() == {"incidents": []}
+def test_a_document_is_shared_whole(opened: Open, folder: Path) -> None:
+    """What is written under its lock the next process reads, of one key or of them all; an empty one is an object."""
+    kinds: list[Callable[[], Any]] = [
+        lambda: opened("kr").document("approval"),
+        lambda: open_document(str(folder), "incidents"),
+    ]
+    for kind in kinds:
+        assert kind().read() == {}
+        with kind().lock(wait=5) as held:
+            assert held
+            kind().write({"name": "한글", "times": [1, 2]})
+        assert kind().read() == {"name": "한글", "times": [1, 2]}
 
 
 def test_a_store_shows_no_secret(opened: Open) -> None:
-    """Neither its repr nor its details nor what `vars` shows has a key or a token in it."""
+    """Neither its repr nor the details for `check --json` nor what `vars` shows has a key or a token in it."""
     store = opened()
-    save(store)
-    store.read()
-    shown = repr(store) + str(store.details()) + store.place + store.fingerprint + repr(vars(store))
-    assert not any(canary in shown for canary in CANARIES)
-
-
-def test_details_are_those_of_check(opened: Open) -> None:
-    """`check --json` takes three fields from the store."""
-    store = opened()
-    assert store.details()["cache_exists"] is False
-    save(store)
+    save(store, make_token())
     assert set(store.details()) == {"file", "permissions", "cache_exists"}
     assert store.details()["cache_exists"] is True
+    shown = repr(store) + str(store.details()) + store.place + store.fingerprint + repr(vars(store))
+    assert not any(canary in shown for canary in CANARIES)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HOUR = timedelta(hours=1)
-PLAIN = "opaque-token-of-another-format"
+PLAIN, JWT = "opaque-token-of-another-format", make_jwt(issued=NOW)
+IN_KST, IN_UTC = "2026-11-24 17:15:00", "2026-11-24T08:15:00Z"
 
 
 @pytest.fixture
@@ -61,23 +62,17 @@ def test_the_expiry_is_the_earliest_of_all_that_kis_says(told: list[int | None])
     assert from_answer(answer, NOW).expires_at == NOW + timedelta(seconds=min(known))
 
 
-def test_the_answer_of_kis_is_read_whole() -> None:
-    """A usual answer gives the token's text, its issue from `iat` and its expiry, all aware UTC."""
-    token = from_answer(make_answer(now=NOW), NOW + timedelta(seconds=3))
-    assert (token.issued_at, token.expires_at, token.token_type) == (NOW, NOW + DAY, "Bearer")
+@pytest.mark.parametrize(
+    ("age", "life"),
+    [(0 * HOUR, DAY), (5 * HOUR, DAY), (0 * HOUR, 90 * DAY)],
+    ids=["usual", "repeated: its own issue and expiry", "three months, as of partner corporates"],
+)
+def test_the_answer_of_kis_is_read_whole(age: timedelta, life: timedelta) -> None:
+    """An answer gives the issue from `iat` and the expiry, aware UTC, though `expires_in` says a whole life again."""
+    answer = make_answer(life.total_seconds(), now=NOW - age)
+    token = from_answer(answer, NOW + timedelta(seconds=3))
+    assert (token.issued_at, token.expires_at, token.token_type) == (NOW - age, NOW - age + life, "Bearer")
     assert token.expires_at.tzinfo is UTC
-
-
-def test_a_repeated_token_tells_its_own_issue_and_expiry() -> None:
-    """KIS's token of five hours ago is not taken for a new one, though `expires_in` says a day again."""
-    answer = make_answer(now=NOW - 5 * HOUR)
-    token = from_answer(answer, NOW)
-    assert (token.issued_at, token.expires_at) == (NOW - 5 * HOUR, NOW + 19 * HOUR)
-
-
-def test_a_life_of_three_months_is_believed() -> None:
-    """Partner corporates' tokens last 90 days; no 24 hours are assumed anywhere."""
-    assert from_answer(make_answer(90 * 86_400, now=NOW), NOW).expires_at == NOW + 90 * DAY
 
 
 @pytest.mark.parametrize(
@@ -148,36 +143,24 @@ def test_a_token_file_gives_back_what_was_saved(issued: datetime, life: int, rej
 
 
 @pytest.mark.parametrize("machine", ["Asia/Seoul", "UTC", "America/New_York"])
-def test_naive_times_of_earlier_tools_are_this_machines(machine: str, zone: pytest.MonkeyPatch) -> None:
-    """`{"access_token", "expires_at", "cached_at"}` with naive local times is read in the zone it was written in."""
+def test_times_of_earlier_tools_are_read_in_the_zone_they_were_written_in(
+    machine: str, zone: pytest.MonkeyPatch
+) -> None:
+    """Naive times are this machine's, and epoch seconds need no zone; what is ambiguous is not believed too long."""
     zone.setenv("TZ", machine)
     time.tzset()
-    local = NOW.astimezone().replace(tzinfo=None)
-    found = from_content(
+    local, epoch = NOW.astimezone().replace(tzinfo=None), NOW.timestamp() + 0.25
+    for content in (
         {"access_token": PLAIN, "expires_at": (local + DAY).isoformat(), "cached_at": local.isoformat()},
-    )
-    assert (found.issued_at, found.cached_at) == (NOW, NOW)
-    assert abs(found.expires_at - NOW - DAY) < timedelta(seconds=1)
-
-
-def test_a_jwt_bounds_a_naive_time_from_another_zone(zone: pytest.MonkeyPatch) -> None:
-    """A file that was written in Seoul and is read in New York does not keep its token 14 hours too long."""
-    zone.setenv("TZ", "America/New_York")
-    time.tzset()
-    written = (NOW + DAY + 9 * HOUR).replace(tzinfo=None)
-    found = from_content({"access_token": make_jwt(issued=NOW), "expires_at": written.isoformat()})
-    assert found.expires_at == NOW + DAY
-
-
-@pytest.mark.parametrize("machine", ["Asia/Seoul", "America/New_York"])
-def test_epoch_seconds_of_earlier_tools_are_read_in_any_zone(machine: str, zone: pytest.MonkeyPatch) -> None:
-    """`{"access_token", "expires_at", "created_at", "expires_datetime"}` with epoch floats needs no zone."""
-    zone.setenv("TZ", machine)
-    time.tzset()
-    epoch = NOW.timestamp() + 0.25
-    content = {"access_token": PLAIN, "expires_at": epoch + 86_400, "created_at": epoch, "expires_datetime": "x"}
-    found = from_content(content)
-    assert (found.issued_at, found.expires_at) == (NOW + timedelta(seconds=0.25), NOW + DAY + timedelta(seconds=0.25))
+        {"access_token": PLAIN, "expires_at": epoch + 86_400, "created_at": epoch, "expires_datetime": "x"},
+    ):
+        found = from_content(content)
+        assert found.issued_at is not None
+        assert abs(found.issued_at - NOW) < timedelta(seconds=1)
+        assert abs(found.expires_at - NOW - DAY) < timedelta(seconds=1)
+    elsewhere = (NOW + DAY + 9 * HOUR).replace(tzinfo=None)  # written in Seoul: its own `exp` bounds a JWT
+    assert from_content({"access_token": JWT, "expires_at": elsewhere.isoformat()}).expires_at <= NOW + DAY
+    assert from_content({"token": PLAIN, "expire": IN_KST}).expires_at == NOW + DAY  # KST, or this machine's
 
 
 @pytest.mark.parametrize("expiry", [None, "", "soon", True, math.nan, math.inf, 1e400, 10**400, -1, "0001-01-01T00:00"])
@@ -188,8 +171,6 @@ def test_a_file_needs_a_readable_expiry(expiry: object) -> None:
     assert from_content({"access_token": make_jwt(issued=NOW), "expires_at": expiry}).expires_at == NOW + DAY
 
 
-JWT = make_jwt(issued=NOW)
-IN_KST, IN_UTC = "2026-11-24 17:15:00", "2026-11-24T08:15:00Z"
 FORMS = {
     "tokenP's own answer": json.dumps(make_answer(now=NOW)),
     "tokenP's answer with an opaque token": json.dumps({"access_token": PLAIN, "access_token_token_expired": IN_KST}),
@@ -220,13 +201,6 @@ def test_what_people_already_have_is_understood(form: str, zone: pytest.MonkeyPa
     assert token.expires_at == NOW + DAY
 
 
-def test_an_ambiguous_naive_time_is_read_as_the_earlier_one(zone: pytest.MonkeyPatch) -> None:
-    """Where nothing tells whether a time is KST or this machine's, the token is not believed longer than sure."""
-    zone.setenv("TZ", "America/New_York")
-    time.tzset()
-    assert from_content({"token": PLAIN, "expire": IN_KST}).expires_at == NOW + DAY
-
-
 def test_the_answer_form_is_what_tokenp_would_say() -> None:
     """Bots that read tokenP's own fields read ours: the expiry in KST, the remaining seconds."""
     token = make_token(now=NOW)
@@ -237,12 +211,14 @@ def test_the_answer_form_is_what_tokenp_would_say() -> None:
 
 
 def test_a_token_serves_until_the_buffer_before_its_expiry() -> None:
-    """At expiry minus buffer it no longer counts, a microsecond before it does; a rejected one never."""
+    """At expiry minus buffer it no longer counts, a microsecond before it does; a rejected one never; all in a zone."""
     token = make_token(now=NOW)
     end = NOW + DAY - timedelta(seconds=300)
     assert token.serves(end - timedelta(microseconds=1), 300)
     assert not token.serves(end, 300)
     assert not make_token(now=NOW, rejected=True).serves(NOW, 0)
+    with pytest.raises(ValueError, match="zone"):
+        Token(PLAIN, NOW.replace(tzinfo=None))
 
 
 def test_the_same_token_comes_back_for_six_hours() -> None:
@@ -257,12 +233,8 @@ def test_the_same_token_comes_back_for_six_hours() -> None:
     "text", ["", "a.b", "a.b.c.d", "a.é.c", "a.W10.c", "a.bnVsbA.c", f"a.{'W1tb' * 9999}.c", "..."]
 )
 def test_what_is_no_jwt_has_no_claims(text: str) -> None:
-    """Any other format, nested without end or not an object, counts as a token that tells nothing."""
+    """Any other format, nested without end or not an object, counts as a token that tells nothing; `jti` is the key."""
     assert jwt_claims(text) == {}
-
-
-def test_a_jwt_names_its_key() -> None:
-    """The claims are read without the signature; `jti` is the app key."""
     assert jwt_claims(make_jwt())["jti"] == KEY
 
 
@@ -275,9 +247,3 @@ def test_a_token_shows_itself_to_nobody() -> None:
         with pytest.raises(TypeError) as caught:
             leave(token)
         assert not any(canary in str(caught.value) for canary in CANARIES)
-
-
-def test_an_expiry_without_a_zone_is_refused() -> None:
-    """A naive time never gets into a token."""
-    with pytest.raises(ValueError, match="zone"):
-        Token(PLAIN, NOW.replace(tzinfo=None))
