@@ -251,6 +251,7 @@ def test_decisions(now: str, issued: str | None, at: str, reason: str, exception
 @pytest.mark.parametrize(
     ("now", "issued", "at", "age"),
     [("06-01 10:00", "06-01 08:00", "06-01 14:00", "6 h"), ("06-01 13:00", "06-01 11:00", "06-02 07:25", "20 h")],
+    ids=["six hours after the issue", "for the next need"],
 )
 def test_a_lost_token_is_replaced_when_kis_gives_another(now: str, issued: str, at: str, age: str) -> None:
     """Not before six hours after the issue; where that is too late for the running need, for the next one."""
@@ -264,21 +265,17 @@ def test_a_healthy_renewal_reads_as_one() -> None:
     planned = decide(kst("06-05 17:00"), WEEKDAYS, kst("06-04 16:35"))
     following = decide(kst("06-01 16:35"), WEEKDAYS, kst("05-31 16:35"))
     assert [one and one.reason for one in (planned, following)] == [
-        "renews daily at 16:35 KST; next needed 06-08 08:30 KST",
-        "renews daily at 16:35 KST, 24 h after the last issue; next needed 06-02 08:30 KST",
+        f"{DAILY}; next needed 06-08 08:30 KST",
+        f"{DAILY}, 24 h after the last issue; next needed 06-02 08:30 KST",
     ]
 
 
-def test_an_overdue_renewal_waits_for_the_end_of_a_served_need() -> None:
-    """Inside a need that the token serves there is no hurry: half of the three quiet minutes after it will do."""
+def test_the_quiet_before_a_need_is_preferred() -> None:
+    """No hurry inside a served need: half of the three quiet minutes after it will do; an anchor near a need waits."""
     needs = spans(kst("06-01 17:00"), [(5 * HOUR, 7 * HOUR), (3 * MINUTE, 1 * HOUR), (147 * MINUTE, 8 * HOUR)])
     expires, anchor = kst("06-02 12:00"), time(16, 35)
     planned = next_renewal(kst("06-01 23:00"), needs, issued_at=None, expires_at=expires, anchor=anchor)
     assert planned == Renewal(kst("06-02 05:01:30"), ANY, None)
-
-
-def test_an_anchor_too_near_a_need_is_not_waited_for() -> None:
-    """An anchor kept from other hours, half an hour before the need: the quiet of the day before is better."""
     assert decide(kst("05-31 12:00"), WEEKDAYS, None, time(8)) == Renewal(kst("05-31 16:35"), ANY, None)
 
 
@@ -337,16 +334,16 @@ def live(codes: list[str], first: str, days: int) -> list[Renewal]:
     return done
 
 
-@pytest.mark.parametrize(
-    ("codes", "first", "days", "expected"),
-    [
-        pytest.param("KRX NASD", "06-07", 8, "7 8 9 10 11 12 14", id="a plain week has no issue on Saturday"),
-        pytest.param("KRX", "06-07", 8, "7 8 9 10 11 14", id="nor on Friday without New York"),
-        pytest.param("KRX", "02-08", 12, "8 9 10 11 12 18 19", id="Lunar New Year in Seoul"),
-        pytest.param("KRX NASD", "02-08", 12, "8 9 10 11 12 13 17 18 19", id="New York rests on Monday 16 too"),
-        pytest.param("KRX", "12-27", 9, "27 28 29 3 4", id="the turn of the year"),
-    ],
-)
+WEEKS = {
+    "a plain week has no issue on Saturday": ("KRX NASD", "06-07", 8, "7 8 9 10 11 12 14"),
+    "nor on Friday without New York": ("KRX", "06-07", 8, "7 8 9 10 11 14"),
+    "Lunar New Year in Seoul": ("KRX", "02-08", 12, "8 9 10 11 12 18 19"),
+    "New York rests on Monday 16 too": ("KRX NASD", "02-08", 12, "8 9 10 11 12 13 17 18 19"),
+    "the turn of the year": ("KRX", "12-27", 9, "27 28 29 3 4"),
+}
+
+
+@pytest.mark.parametrize(("codes", "first", "days", "expected"), WEEKS.values(), ids=WEEKS)
 def test_real_weeks(codes: str, first: str, days: int, expected: str) -> None:
     """One issue at 16:35 on the days before which a need begins, and none while everything rests."""
     found = [one.at.astimezone(KST) for one in live(codes.split(), first, days)]
