@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import make_token
+from conftest import ISSUE_INTERVAL
 from running import asked, limited, outcomes, raised, record
 
 from tokencore import ConfigurationError, IssuanceLimitError, Key, Settings, USTokenManager
@@ -25,6 +26,7 @@ def key(gateway: Sandbox) -> Key:
     """The key of us and kr, as a run of a flow loads it."""
     assert gateway.url
     (found,) = Key.load(Settings.load())
+    assert repr(found) == "Key('us+kr')"
     return found
 
 
@@ -88,24 +90,20 @@ def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
 
 
 def test_a_tick_renews_when_the_rule_says_so_and_not_before(key: Key, gateway: Sandbox) -> None:
-    """Due: one request, and the state afterwards is the new one. Not due: nothing is asked."""
-    save(key, 24 * HOUR, 24.2 * HOUR)
-    decision = key.tick(key.state(DUE))
-    assert (decision.renewed, decision.state.covered, outcomes()) == (True, True, ["issued"])
-    again = key.tick(decision.state)
-    assert (again.renewed, again.trouble) == (False, None)
-    assert asked(gateway) == 1
-
-
-def test_a_tick_in_trouble_says_why_and_keeps_the_token(key: Key, gateway: Sandbox) -> None:
-    """A refusal is the decision's trouble, no exception; the present token stays, and the pause is the record's."""
-    gateway.fail("limit")
+    """A refusal is trouble, no exception, and starts a pause; then one request, and not due any more: none."""
     save(key, 25 * HOUR, 24.5 * HOUR)
+    gateway.fail("limit", 1)
     decision = key.tick(key.state(DUE))
     assert (decision.renewed, type(decision.trouble)) == (False, IssuanceLimitError)
     assert decision.state.serves_until == DUE + timedelta(minutes=25)
     assert isinstance(key.tick(decision.state).trouble, IssuanceLimitError)
     assert asked(gateway) == 1
+    record(Attempt(DUE, Outcome.IMPORTED))  # which ends the pause
+    time.sleep(ISSUE_INTERVAL)
+    decision = key.tick(decision.state)
+    assert (decision.renewed, decision.state.covered, outcomes()[-1]) == (True, True, "issued")
+    assert key.tick(decision.state)[:2] == (False, None)
+    assert asked(gateway) == 2
 
 
 def test_a_key_obtains_only_what_does_not_last_and_its_rejection_holds_for_managers(key: Key, gateway: Sandbox) -> None:
@@ -134,22 +132,3 @@ def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be
     assert "KRX" in warnings["inside a session"]
     save(key, 24 * HOUR, 25 * HOUR, now=inside)
     assert key.state(inside).warnings() == []
-
-
-def test_a_plan_shows_the_coming_week_and_none_of_refused_credentials(key: Key) -> None:
-    """A renewal a day at the anchor, rows of every exchange; a key that KIS refuses plans nothing."""
-    save(key)
-    plan = key.state(DUE).plan()
-    assert [row.code for row in plan.rows] == ["NASD", "NYSE", "AMEX", "KRX"]
-    assert len(plan.renewals) >= 3
-    assert all(renewal.exception is None for renewal in plan.renewals)
-    record(Attempt(DUE, Outcome.BAD_KEY, code="EGW00103", credentials=key.renewer.credentials))
-    refused = key.state(DUE + timedelta(hours=8))
-    assert (refused.refused, refused.next_attempt, refused.plan().renewals) == (True, None, [])
-
-
-def test_a_key_shows_and_pickles_no_secret(key: Key) -> None:
-    """Its repr is its label."""
-    assert repr(key) == "Key('us+kr')"
-    with pytest.raises(TypeError, match="not pickled"):
-        pickle.dumps(key)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
+REQUIRED, DUE, AHEAD, REFRESH, FORCE = Intent
 UNKNOWN = 75  # seconds after a request whose end nobody knows: a failure's pause and KIS_TIMEOUT
 FAILED = [outcome for outcome in Outcome if outcome not in GRANTED | CREDENTIALS and outcome is not Outcome.UNREACHABLE]
 
@@ -65,56 +66,35 @@ def test_the_minute_holds_after_every_attempt_that_kis_may_have_seen(intent: Int
     attempts = [tried(outcome, length - SECOND / 10)]
     if outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED):
         assert limit(verdict(intent, attempts)) == ("minute", NOW + SECOND / 10)
-    elif intent not in (Intent.AHEAD, Intent.DUE):
+    elif intent not in (AHEAD, DUE):
         assert verdict(intent, attempts) is None
 
 
 LATE = make_token(age=20 * 3600, now=NOW)  # four hours left, and past KIS's six
-FORGIVEN = [tried(Outcome.REFUSED, HOUR)] * 9
-TABLE: dict[str, tuple[Intent, list[Attempt], dict[str, Any], tuple[str, datetime] | None]] = {
-    "no record, no limit": (Intent.REQUIRED, [], {}, None),
-    "the minute is over after 60 s": (Intent.REQUIRED, [tried(Outcome.LIMIT, MINUTE)] * 9, {}, None),
-    "and for a person": (Intent.REFRESH, [tried(Outcome.LIMIT, MINUTE)] * 9, {}, None),
-    "a setting makes it 5 min": (
-        *(Intent.FORCE, [tried(Outcome.LIMIT, 2 * MINUTE)], {"issue_interval": 300}),
-        ("minute", NOW + 3 * MINUTE),
-    ),
-    "0 switches it off": (Intent.FORCE, [tried(Outcome.LIMIT, 0 * HOUR)], {"issue_interval": 0}, None),
-    "an attempt ahead is one of now": (
-        *(Intent.FORCE, [tried(Outcome.LIMIT, -47 * HOUR)], {}),
-        ("minute", NOW + MINUTE),
-    ),
-    "who waited it out asks": (
-        *(Intent.REQUIRED, [tried(Outcome.LIMIT, -5 * HOUR)], {"waited_out": NOW + 5 * HOUR}),
-        None,
-    ),
-    "who waited another out does not": (
-        *(Intent.REQUIRED, [tried(Outcome.LIMIT, -5 * HOUR)], {"waited_out": NOW}),
-        ("minute", NOW + MINUTE),
-    ),
-    "a failure ahead is one of now": (
-        *(Intent.AHEAD, [tried(Outcome.UNREACHABLE, -5 * HOUR)], {"token": LATE}),
-        ("backoff", NOW + 65 * SECOND),
-    ),
-    "a new token ends the pauses": (Intent.AHEAD, [*FORGIVEN, tried(Outcome.ISSUED, MINUTE)], {"token": LATE}, None),
-    "a repeated one makes them long": (
-        *(Intent.DUE, [*FORGIVEN, tried(Outcome.SAME, MINUTE)], {"token": LATE}),
-        ("backoff", NOW + 4 * MINUTE),
-    ),
-    "other credentials are tried": (Intent.REQUIRED, [tried(Outcome.BAD_SECRET, HOUR, "wrong")], {}, None),
-    "a key that is perhaps locked waits 5 min": (
-        *(Intent.AHEAD, [tried(Outcome.BAD_KEY, 4 * MINUTE)], {"token": LATE}),
-        ("backoff", NOW + MINUTE),
-    ),
-    "and is tried ahead of need": (Intent.AHEAD, [tried(Outcome.BAD_KEY, 5 * MINUTE)], {"token": LATE}, None),
+LIMITED, REFUSED = [tried(Outcome.LIMIT, MINUTE)] * 9, [tried(Outcome.REFUSED, HOUR)] * 9
+TABLE: dict[str, tuple[Intent, list[Attempt], dict[str, Any], tuple[str, timedelta] | None]] = {
+    "no record": (REQUIRED, [], {}, None),
+    "over after 60 s": (REQUIRED, LIMITED, {}, None),
+    "over for a person": (REFRESH, LIMITED, {}, None),
+    "a minute of 5 min": (FORCE, [tried(Outcome.LIMIT, 2 * MINUTE)], {"issue_interval": 300}, ("minute", 3 * MINUTE)),
+    "switched off": (FORCE, [tried(Outcome.LIMIT, 0 * HOUR)], {"issue_interval": 0}, None),
+    "clock set back": (FORCE, [tried(Outcome.LIMIT, -47 * HOUR)], {}, ("minute", MINUTE)),
+    "waited out": (REQUIRED, [tried(Outcome.LIMIT, -5 * HOUR)], {"waited_out": NOW + 5 * HOUR}, None),
+    "another waited out": (REQUIRED, [tried(Outcome.LIMIT, -5 * HOUR)], {"waited_out": NOW}, ("minute", MINUTE)),
+    "a failure ahead": (AHEAD, [tried(Outcome.UNREACHABLE, -5 * HOUR)], {"token": LATE}, ("backoff", 65 * SECOND)),
+    "a new token ends pauses": (AHEAD, [*REFUSED, tried(Outcome.ISSUED, MINUTE)], {"token": LATE}, None),
+    "a repeated one": (DUE, [*REFUSED, tried(Outcome.SAME, MINUTE)], {"token": LATE}, ("backoff", 4 * MINUTE)),
+    "other credentials": (REQUIRED, [tried(Outcome.BAD_SECRET, HOUR, "wrong")], {}, None),
+    "a locked key": (AHEAD, [tried(Outcome.BAD_KEY, 4 * MINUTE)], {"token": LATE}, ("backoff", MINUTE)),
+    "a locked key, later": (AHEAD, [tried(Outcome.BAD_KEY, 5 * MINUTE)], {"token": LATE}, None),
 }
 
 
 @pytest.mark.parametrize("case", TABLE)
 def test_verdicts(case: str) -> None:
     """The length of the minute, what a clock that was set back changes, and what ends or lengthens the pauses."""
-    intent, attempts, given_to, expected = TABLE[case]
-    assert limit(verdict(intent, attempts, **given_to)) == expected
+    intent, attempts, beside, expected = TABLE[case]
+    assert limit(verdict(intent, attempts, **beside)) == (expected and (expected[0], NOW + expected[1]))
 
 
 @pytest.mark.parametrize("intent", Intent)
@@ -125,7 +105,7 @@ def test_a_clock_that_was_wrong_by_a_year_forbids_nothing_for_a_year(intent: Int
     assert verdict(intent, [tried(Outcome.ISSUED, -365 * DAY)] * 3) is None
 
 
-@pytest.mark.parametrize("intent", [Intent.DUE, Intent.AHEAD])
+@pytest.mark.parametrize("intent", [DUE, AHEAD])
 @pytest.mark.parametrize("outcome", [*FAILED, Outcome.UNREACHABLE])
 def test_ahead_of_need_failures_are_followed_by_longer_pauses(intent: Intent, outcome: Outcome) -> None:
     """While the present token serves: 65 s after each of three failures in a row, then five minutes."""
@@ -139,7 +119,7 @@ def test_ahead_of_need_failures_are_followed_by_longer_pauses(intent: Intent, ou
             assert limit(verdict(intent, attempts, LATE)) == expected
 
 
-@pytest.mark.parametrize("intent", [Intent.REQUIRED, Intent.DUE])
+@pytest.mark.parametrize("intent", [REQUIRED, DUE])
 @pytest.mark.parametrize("outcome", sorted(CREDENTIALS))
 def test_refused_credentials_are_not_tried_again_by_themselves(intent: Intent, outcome: Outcome) -> None:
     """Neither who lacks a token nor the rule asks again, however late; a person may. The error stays the same."""
@@ -148,21 +128,21 @@ def test_refused_credentials_are_not_tried_again_by_themselves(intent: Intent, o
         assert isinstance(found := verdict(intent, attempts, token), CredentialsError)
         assert limits.what_serves(token, NOW, 300) in str(found)
     assert "tokencore refresh us" in str(found)
-    assert verdict(Intent.REFRESH, attempts) is None
-    assert verdict(Intent.FORCE, attempts) is None
+    assert verdict(REFRESH, attempts) is None
+    assert verdict(FORCE, attempts) is None
 
 
-@pytest.mark.parametrize("intent", [Intent.REQUIRED, Intent.DUE, Intent.AHEAD, Intent.REFRESH])
+@pytest.mark.parametrize("intent", [REQUIRED, DUE, AHEAD, REFRESH])
 def test_kis_is_not_asked_while_it_would_hand_back_the_same_token(intent: Intent) -> None:
     """For six hours after its issue no request is spent on the present token; only force passes."""
     for age, expected in ((6 * HOUR - SECOND, ("same_token", NOW + SECOND)), (6 * HOUR, None)):
         token = make_token(age=age.total_seconds(), now=NOW)
         attempts = [tried(Outcome.ISSUED, age)]
         assert limit(verdict(intent, attempts, token)) == expected
-        assert verdict(Intent.FORCE, attempts, token) is None
+        assert verdict(FORCE, attempts, token) is None
 
 
-@pytest.mark.parametrize("intent", [Intent.REQUIRED, Intent.DUE, Intent.AHEAD, Intent.REFRESH])
+@pytest.mark.parametrize("intent", [REQUIRED, DUE, AHEAD, REFRESH])
 def test_the_ceiling_holds_for_any_24_hours(intent: Intent) -> None:
     """After as many new tokens as the setting allows, the next waits until the oldest of them is a day old."""
     attempts = [tried(Outcome.ISSUED, age * HOUR) for age in (25, 20, 10)]
@@ -170,7 +150,7 @@ def test_the_ceiling_holds_for_any_24_hours(intent: Intent) -> None:
     assert limit(verdict(intent, attempts, max_issues_per_day=1)) == ("ceiling", NOW + 14 * HOUR)
     assert verdict(intent, attempts, max_issues_per_day=3) is None
     assert verdict(intent, [*attempts[:2], tried(Outcome.SAME, HOUR), tried(Outcome.SAME, HOUR)]) is None
-    assert verdict(Intent.FORCE, attempts, max_issues_per_day=1) is None
+    assert verdict(FORCE, attempts, max_issues_per_day=1) is None
 
 
 ATTEMPTS = st.lists(
@@ -190,7 +170,7 @@ TOKENS = st.none() | st.builds(
 def test_what_a_person_wills_is_never_forbidden_by_more(attempts: list[Attempt], token: Token | None) -> None:
     """Whatever forbids force forbids a refresh too, and every limit names the moment, soon enough, that ends it."""
     found = {intent: verdict(intent, attempts, token) for intent in Intent}
-    assert found[Intent.FORCE] is None or found[Intent.REFRESH]
+    assert found[FORCE] is None or found[REFRESH]
     for intent, error in found.items():
         if isinstance(error, IssuanceLimitError):
             assert error.retry_at
@@ -198,7 +178,7 @@ def test_what_a_person_wills_is_never_forbidden_by_more(attempts: list[Attempt],
             assert error.retry_at.utcoffset() == timedelta(0)
             assert limits.format_time(error.retry_at) in str(error)
         elif error:
-            assert intent in (Intent.REQUIRED, Intent.DUE)
+            assert intent in (REQUIRED, DUE)
             assert isinstance(error, CredentialsError)
         if error and token:
             assert limits.what_serves(token, NOW, 300) in str(error)
@@ -208,7 +188,7 @@ def test_every_refusal_says_what_still_works_until_when() -> None:
     """It says, in KST, until when the present token serves or since when none does; the ceiling's, what to do too."""
 
     def said(token: Token | None) -> str:
-        return str(verdict(Intent.REFRESH, [tried(Outcome.LIMIT, SECOND)], token))
+        return str(verdict(REFRESH, [tried(Outcome.LIMIT, SECOND)], token))
 
     assert "The present token serves until 2026-11-23 21:10:00 KST" in said(LATE)  # 4 h left, less the buffer of 5 min
     assert "The next is allowed at 2026-11-23 17:15:59 KST" in said(LATE)
@@ -216,6 +196,6 @@ def test_every_refusal_says_what_still_works_until_when() -> None:
     assert "no valid token: KIS has rejected the present one (issued 2026-11-23 16:15:00 KST)" in said(dead)
     assert "expired at 2026-11-23 16:15:00 KST" in said(make_token(3600, age=7200, now=NOW))
     assert "There is no token." in said(None)
-    ceiling = str(verdict(Intent.REQUIRED, [tried(Outcome.ISSUED, HOUR)] * 2))
+    ceiling = str(verdict(REQUIRED, [tried(Outcome.ISSUED, HOUR)] * 2))
     assert "KIS_MAX_ISSUES_PER_DAY is 2" in ceiling
     assert "`tokencore refresh us --force`" in ceiling

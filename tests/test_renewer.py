@@ -227,7 +227,10 @@ def test_rejected_old_token_is_renewed_at_once_and_a_latecomers_report_costs_not
 
 
 def test_rejected_token_gives_way_to_a_newer_one_in_a_markets_view(gateway: Sandbox) -> None:
-    """An earlier version has renewed and written the views alone: the report finds its token, without a request."""
+    """An earlier version has renewed and written the views alone: the report finds its token, without a request.
+
+    Without a file of its own a market's report reaches the key's other files.
+    """
     new = cached(17 * HOUR)
     content = (folder() / "us_api_token.json").read_bytes()
     old = cached(16 * HOUR)
@@ -235,14 +238,9 @@ def test_rejected_token_gives_way_to_a_newer_one_in_a_markets_view(gateway: Sand
     assert USTokenManager().get_valid_token() == old.access_token
     assert USTokenManager().report_rejected(old.access_token) == new.access_token
     assert on_disk().access_token == new.access_token
-    assert asked(gateway) == 0
-
-
-def test_rejected_token_of_a_deleted_file_is_marked_where_another_market_has_it(gateway: Sandbox) -> None:
-    """Without a file of its own a market's report reaches the key's other files: the dead token is not handed back."""
-    token = cached(23 * HOUR)
+    young = cached(23 * HOUR)
     USTokenManager().delete_token()
-    assert limited(lambda: USTokenManager().report_rejected(token.access_token))[0] == "same_token"
+    assert limited(lambda: USTokenManager().report_rejected(young.access_token))[0] == "same_token"
     assert on_disk("kr").rejected_at is not None
     assert asked(gateway) == 0
 

@@ -1,11 +1,11 @@
-"""What every store of tokens does, whichever medium it is on; a new store is one more line in `STORES`."""
+"""What every store of tokens does, whichever medium it is on."""
 
 from __future__ import annotations
 
 import threading
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from builders import CANARIES, DAY, NOW, in_child, killed, make_market, make_token
@@ -27,19 +27,10 @@ MARKETS = ("us", "kr")
 SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7)
 
 
-def file_store(folder: Path) -> Open:
-    """Opens the store of files for a market, as a process of its own would."""
+@pytest.fixture
+def opened(folder: Path) -> Open:
+    """Opens the store of a market, as a process of its own would; another kind of store is a parameter more."""
     return lambda market="us": open_store(make_market(market, token_dir=folder), lambda: MARKETS)
-
-
-STORES = {"files": file_store}
-
-
-@pytest.fixture(params=STORES)
-def opened(request: pytest.FixtureRequest, folder: Path) -> Open:
-    """Opens a store of each kind, which is empty."""
-    made: Open = STORES[request.param](folder)
-    return made
 
 
 def save(store: Store, token: Token) -> Token:
@@ -55,39 +46,33 @@ def save(store: Store, token: Token) -> Token:
 
 def text_of(store: Store) -> str | None:
     """The text of the token that the store gives."""
-    token = store.newest()
+    token = store.read()[0]
     return token.access_token if token else None
 
 
 def test_an_empty_store_has_no_token_and_no_trouble(opened: Open) -> None:
     """Nothing is stored: there is no token, no reason, no attempt, and nothing to delete."""
     store = opened()
-    assert store.read() == (None, "")
-    assert (store.newest(), store.attempts(), store.details()["cache_exists"]) == (None, [], False)
+    assert (store.read(), store.newest(), store.attempts()) == ((None, ""), None, [])
+    assert store.details()["cache_exists"] is False
     with store.lock(wait=1):
         assert not store.delete()
 
 
-def test_a_saved_token_is_read_by_every_market_of_the_key(opened: Open) -> None:
-    """Also by one that was opened before, and by one that the settings got later."""
-    before = opened("kr")
+def test_a_saved_token_is_read_by_every_market_of_the_key_and_shows_no_secret(opened: Open) -> None:
+    """Also by one that was opened before, and by one that the settings got later; one cheap look sees a renewal."""
+    store, before = opened(), opened("kr")
     assert before.read()[0] is None
-    token = save(opened(), make_token())
-    for store in (before, opened("kr"), opened("hk")):
-        found = store.read()[0]
-        assert found is not None
-        assert found.access_token == token.access_token
-    assert opened().saved(token)
-
-
-def test_an_unchanged_token_is_told_from_a_renewed_one(opened: Open) -> None:
-    """One cheap look tells whether another process has renewed."""
-    store = opened()
     token = save(store, make_token())
-    assert store.unchanged(token)
+    assert {text_of(one) for one in (before, opened("kr"), opened("hk"))} == {token.access_token}
+    assert (opened().saved(token), store.unchanged(token)) == (True, True)
     newer = save(opened(), make_token(life=90_000))
     assert not store.unchanged(token)
     assert text_of(store) == newer.access_token
+    assert set(store.details()) == {"file", "permissions", "cache_exists"}
+    assert store.details()["cache_exists"] is True
+    shown = repr(store) + str(store.details()) + store.place + store.fingerprint + repr(vars(store))
+    assert not any(canary in shown for canary in CANARIES)
 
 
 def test_a_rejected_token_is_known_to_all_and_does_not_come_back(opened: Open) -> None:
@@ -190,23 +175,9 @@ def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) 
 
 def test_a_document_is_shared_whole(opened: Open, folder: Path) -> None:
     """What is written under its lock the next process reads, of one key or of them all; an empty one is an object."""
-    kinds: list[Callable[[], Any]] = [
-        lambda: opened("kr").document("approval"),
-        lambda: open_document(str(folder), "incidents"),
-    ]
-    for kind in kinds:
-        assert kind().read() == {}
-        with kind().lock(wait=5) as held:
+    for again in (lambda: opened("kr").document("approval"), lambda: open_document(str(folder), "incidents")):
+        assert again().read() == {}
+        with again().lock(wait=5) as held:
             assert held
-            kind().write({"name": "한글", "times": [1, 2]})
-        assert kind().read() == {"name": "한글", "times": [1, 2]}
-
-
-def test_a_store_shows_no_secret(opened: Open) -> None:
-    """Neither its repr nor the details for `check --json` nor what `vars` shows has a key or a token in it."""
-    store = opened()
-    save(store, make_token())
-    assert set(store.details()) == {"file", "permissions", "cache_exists"}
-    assert store.details()["cache_exists"] is True
-    shown = repr(store) + str(store.details()) + store.place + store.fingerprint + repr(vars(store))
-    assert not any(canary in shown for canary in CANARIES)
+            again().write({"name": "한글", "times": [1, 2]})
+        assert again().read() == {"name": "한글", "times": [1, 2]}
