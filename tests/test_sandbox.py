@@ -126,19 +126,19 @@ def test_64_requests_at_once_are_granted_one_token(kis: Sandbox) -> None:
     assert issue(kis, appkey="x" * 36).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        pytest.param(b"{not json", "EGW00101", id="no JSON"),
-        pytest.param(b"\xff\xfe", "EGW00101", id="no text"),
-        pytest.param(b"[" * 50_000, "EGW00101", id="nested too deep"),
-        pytest.param(b"[1]", "EGW00101", id="no object"),
-        pytest.param({"grant_type": "password"}, "EGW00116", id="another grant"),
-        pytest.param({"appkey": None}, "EGW00102", id="no key"),
-        pytest.param({"appsecret": None}, "EGW00104", id="no secret"),
-        pytest.param({"appsecret": "another"}, "EGW00105", id="not the first secret of this key"),
-    ],
-)
+MALFORMED: dict[str, tuple[bytes | dict[str, object], str]] = {
+    "no JSON": (b"{not json", "EGW00101"),
+    "no text": (b"\xff\xfe", "EGW00101"),
+    "nested too deep": (b"[" * 50_000, "EGW00101"),
+    "no object": (b"[1]", "EGW00101"),
+    "another grant": ({"grant_type": "password"}, "EGW00116"),
+    "no key": ({"appkey": None}, "EGW00102"),
+    "no secret": ({"appsecret": None}, "EGW00104"),
+    "not the first secret of this key": ({"appsecret": "another"}, "EGW00105"),
+}
+
+
+@pytest.mark.parametrize(("body", "code"), MALFORMED.values(), ids=MALFORMED)
 def test_malformed_requests_are_refused_with_a_code(
     lenient: Sandbox, body: bytes | dict[str, object], code: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,11 +146,8 @@ def test_malformed_requests_are_refused_with_a_code(
     issue(lenient)
     data = body if isinstance(body, bytes) else json.dumps(credentials(**body)).encode()
     answer = requests.post(lenient.url + TOKEN, data=data, timeout=5)
-    assert (answer.status_code, answer.json()) == (
-        403,
-        {"error_code": code, "error_description": TEXTS.get(code, OTHER)},
-    )
-    assert capfd.readouterr() == ("", "")
+    refusal = {"error_code": code, "error_description": TEXTS.get(code, OTHER)}
+    assert (answer.status_code, answer.json(), capfd.readouterr()) == (403, refusal, ("", ""))
 
 
 def test_an_expired_token_is_refused_and_replaced(lenient: Sandbox) -> None:
@@ -202,17 +199,17 @@ def test_quotes_answer_rows_of_text(kis: Sandbox) -> None:
     assert kis.stats()["quotes"] == len(QUOTES) + 1
 
 
-@pytest.mark.parametrize(
-    ("headers", "code"),
-    [
-        pytest.param({"authorization": ""}, "EGW00122", id="no bearer"),
-        pytest.param({"authorization": "Bearer"}, "EGW00122", id="an empty bearer"),
-        pytest.param({"authorization": "Bearer a.b.c"}, "EGW00121", id="a foreign token"),
-        pytest.param({"appkey": "x"}, "EGW00103", id="another key than the token's"),
-        pytest.param({"appsecret": ""}, "EGW00105", id="no secret"),
-        pytest.param({"tr_id": "HHDFS00000300"}, "EGW00203", id="another call's tr_id"),
-    ],
-)
+WRONG_HEADERS = {
+    "no bearer": ({"authorization": ""}, "EGW00122"),
+    "an empty bearer": ({"authorization": "Bearer"}, "EGW00122"),
+    "a foreign token": ({"authorization": "Bearer a.b.c"}, "EGW00121"),
+    "another key than the token's": ({"appkey": "x"}, "EGW00103"),
+    "no secret": ({"appsecret": ""}, "EGW00105"),
+    "another call's tr_id": ({"tr_id": "HHDFS00000300"}, "EGW00203"),
+}
+
+
+@pytest.mark.parametrize(("headers", "code"), WRONG_HEADERS.values(), ids=WRONG_HEADERS)
 def test_business_calls_check_their_headers(kis: Sandbox, headers: dict[str, str], code: str) -> None:
     """A business call with a wrong header is refused with status 500 in the business shape."""
     answer = quote(kis, token_of(kis), **headers)
@@ -240,14 +237,11 @@ def test_failures_on_request_last_as_long_as_asked(kis: Sandbox, mode: str, stat
     assert time.time() - 60 < stats["requests"][0]["at"] < stats["requests"][2]["at"] < time.time()
 
 
-@pytest.mark.parametrize(
-    ("mode", "error"),
-    [
-        ("drop", requests.ConnectionError),
-        ("hang", requests.ReadTimeout),
-        ("half", requests.exceptions.ChunkedEncodingError),
-    ],
-)
+ENDS = {"drop": requests.ConnectionError, "hang": requests.ReadTimeout}
+ENDS["half"] = requests.exceptions.ChunkedEncodingError
+
+
+@pytest.mark.parametrize(("mode", "error"), ENDS.items(), ids=ENDS)
 def test_answers_that_never_arrive_whole_are_network_errors(kis: Sandbox, mode: str, error: type[Exception]) -> None:
     """A dropped, hanging or half answer is a client's network error, and grants nothing."""
     kis.fail(mode, 1)
@@ -269,15 +263,15 @@ def test_a_dripping_answer_outlasts_the_time_for_a_read(kis: Sandbox, capfd: pyt
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("content", "status", "counted"),
-    [
-        pytest.param({"error_code": "EGW00121"}, 401, {"EGW00121": 1}, id="tokenP's shape"),
-        pytest.param({"msg_cd": "EGW00123"}, 500, {"EGW00123": 1}, id="the business shape"),
-        pytest.param("<p>점검 중</p>", 503, {}, id="a page of maintenance"),
-        pytest.param({"rt_cd": "7", "msg_cd": "IGW00002"}, 200, {}, id="a refusal of the call itself"),
-    ],
-)
+SCRIPTED: dict[str, tuple[dict[str, str] | str, int, dict[str, int]]] = {
+    "tokenP's shape": ({"error_code": "EGW00121"}, 401, {"EGW00121": 1}),
+    "the business shape": ({"msg_cd": "EGW00123"}, 500, {"EGW00123": 1}),
+    "a page of maintenance": ("<p>점검 중</p>", 503, {}),
+    "a refusal of the call itself": ({"rt_cd": "7", "msg_cd": "IGW00002"}, 200, {}),
+}
+
+
+@pytest.mark.parametrize(("content", "status", "counted"), SCRIPTED.values(), ids=SCRIPTED)
 def test_any_answer_can_be_scripted_for_a_path(
     kis: Sandbox, content: dict[str, str] | str, status: int, counted: dict[str, int]
 ) -> None:
@@ -288,8 +282,7 @@ def test_any_answer_can_be_scripted_for_a_path(
     assert post(kis, "/sandbox/answer", wish).json() == {"ok": True}
     assert post(kis, "/uapi/order", {}).json()["msg_cd"] == "EGW00201"
     answer = quote(kis, token, PRICE)
-    assert answer.status_code == status
-    assert (answer.content.decode() if isinstance(content, str) else answer.json()) == content
+    assert (answer.status_code, answer.text if isinstance(content, str) else answer.json()) == (status, content)
     assert quote(kis, token, PRICE).json()["msg_cd"] == "EGW00201"
     assert kis.stats()["quotes_refused"] == {**counted, "EGW00201": 2}
     assert post(kis, "/sandbox/clear", {}).json() == {"ok": True}
@@ -306,8 +299,7 @@ def test_it_is_driven_over_http(kis: Sandbox) -> None:
     post(kis, "/sandbox/rules", {"issue_interval": 0, "same_token": 0})
     assert quote(kis, token_of(kis)).status_code == 200
     stats = requests.get(f"{kis.url}/sandbox/stats", timeout=5).json()
-    assert stats == kis.stats()
-    assert stats["rules"]["issue_interval"] == 0
+    assert (stats, stats["rules"]["issue_interval"]) == (kis.stats(), 0)
 
 
 WISHES: list[tuple[str, Any]] = [
@@ -319,14 +311,12 @@ WISHES: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), WISHES)
+@pytest.mark.parametrize(("path", "body"), WISHES, ids=str)
 def test_impossible_wishes_change_nothing(kis: Sandbox, path: str, body: object) -> None:
     """A wish that makes no sense is answered 400 with a reason, and the gateway is as it was."""
     before = kis.stats()
     answer = post(kis, f"/sandbox/{path}", body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]
-    assert kis.stats() == before
+    assert (answer.status_code, answer.json()["error"] != "", kis.stats()) == (400, True, before)
     assert quote(kis, token_of(kis), PRICE).status_code == 200
 
 
