@@ -578,7 +578,7 @@ class TestRuns:
         opens(SOON)
         monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", "another-key-" * 3)
         gateway.fail("bad-secret", 1)
-        due = Scheduled(scheduled_time=now())
+        due: State[Any] = Scheduled(scheduled_time=now())
         with get_client(sync_client=True) as client:
             made = client.create_flow_run(check_tokens.check_tokens, name="renew us", tags=[upcoming.TAG], state=due)
             state = cast("State", run_flow(check_tokens.check_tokens, flow_run=made, return_type="state"))
@@ -609,7 +609,7 @@ class TestRuns:
 
     def test_coming_runs_have_the_names_that_they_will_have(self) -> None:
         """Named after what they will do and when; a run of somebody else's flow keeps Prefect's words."""
-        noon = Scheduled(scheduled_time=datetime(2098, 6, 3, 12, 20, tzinfo=UTC))  # a Tuesday in New York
+        noon: State[Any] = Scheduled(scheduled_time=datetime(2098, 6, 3, 12, 20, tzinfo=UTC))  # a Tuesday in New York
         expected = {
             "warm-up": "warm-up NASD 2098-06-03",
             "check": "check-tokens 2098-06-03 12:20 UTC",

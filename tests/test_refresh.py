@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import KEY, SECRET, make_jwt
-from flow_runs import paused, refreshed, told
+from flow_runs import only_key, paused, refreshed, told
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from running import asked, cached
 
-from flows import artifacts, refresh_token
+from flows import refresh_token
 from flows.refresh_token import Request
-from tokencore import Key, Settings, attempts
+from tokencore import Settings, attempts
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
@@ -30,13 +31,8 @@ if TYPE_CHECKING:
 
     Opens = Callable[[timedelta], str]
 
-RENEW = "renew now"
-
-
-def only_key() -> Key:
-    """The key of all markets."""
-    (key,) = Key.load(Settings.load())
-    return key
+RENEW, LEAVE = "renew now", "leave the token as it is"
+BROUGHT_NONE = "us+kr: a manual refresh brought no new token"
 
 
 def renewed(*, force: bool = False, reason: str = "a test", operator: str = "Kim") -> State:
@@ -51,15 +47,18 @@ def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.refresh_token.CONFIRM_WITHIN", timedelta(seconds=20))  # a test that fails is not to hang
 
 
-def test_a_first_token_needs_no_confirmation_and_is_told_with_who_and_why(
-    gateway: Sandbox, slack: SlackEndpoint
-) -> None:
-    """Where no valid token can be lost nobody is asked; the record and Slack know by whom and why."""
-    assert told(renewed(reason="a first\ttoken \x1b[2J", operator="Kim \u202eMinji")) == ("COMPLETED", "Renewed")
+def test_a_first_token_needs_no_confirmation_although_prefect_is_away(gateway: Sandbox, slack: SlackEndpoint) -> None:
+    """Where no valid token can be lost nobody is asked; the record and Slack know by whom and why.
+
+    A table that cannot be published, as Prefect's server does not answer, changes nothing.
+    """
+    asked_for = Request("us", force=False, reason="a first\ttoken \x1b[2J", operator="Kim \u202eMinji")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        state = refresh_token.refresh(Settings.load(), asked_for, datetime.now(UTC))
+    assert told(state) == ("COMPLETED", "Renewed")
     attempt = only_key().state(datetime.now(UTC)).attempts[-1]
     assert (attempt.by, attempt.reason) == ("Kim Minji", "a first token")
-    assert slack.headlines == ["us+kr: refreshed manually"]
-    assert asked(gateway) == 1
+    assert (slack.headlines, asked(gateway)) == (["us+kr: refreshed manually"], 1)
 
 
 def test_without_a_token_nobody_is_asked_shortly_before_an_open(gateway: Sandbox, opens: Opens) -> None:
@@ -71,41 +70,37 @@ def test_without_a_token_nobody_is_asked_shortly_before_an_open(gateway: Sandbox
     assert asked(gateway) == 1
 
 
-def test_a_forced_refresh_says_what_became_of_it(gateway: Sandbox, slack: SlackEndpoint) -> None:
-    """AlreadyValid where KIS returns the token; Failed with the reason, and told with who asked."""
+def test_a_forced_refresh_says_what_became_of_it(nowhere: Sandbox, slack: SlackEndpoint) -> None:
+    """Failed with the reason and what serves while KIS is down, and told with who asked; then Renewed."""
     cached(left=17 * 3600)
-    assert told(renewed(force=True)) == ("COMPLETED", "Renewed")
-    gateway.clear()
-    time.sleep(0.6)  # the gateway's minute
-    gateway.fail("down", 1)
-    state, asked_for = only_key().state(datetime.now(UTC)), Request("us", force=True, reason="", operator="Kim")
-    failed = refresh_token.unrenewed(Settings.load(), state, _error(state.key), asked_for)
+    nowhere.fail("down")
+    failed = renewed(force=True)
     assert told(failed) == ("FAILED", "Failed")
     assert "The present token serves until" in str(failed.message)
-    assert slack.headlines == [
-        "us+kr: refreshed manually, with force",
-        "us+kr: a manual refresh brought no new token",
-    ]
+    assert BROUGHT_NONE in slack.headlines
     assert "Kim asked for it" in json.dumps(slack.told[-1])
+    nowhere.clear()
+    time.sleep(0.6)  # the gateway's minute
+    assert told(renewed(force=True)) == ("COMPLETED", "Renewed")
+    assert slack.headlines[-1] == "us+kr: refreshed manually, with force"
 
 
-def _error(key: Key) -> Exception:
-    try:
-        key.refresh(force=True, reason="a test", by="")
-    except Exception as error:  # noqa: BLE001 - it is what the flow is given
-        return error
-    raise AssertionError("it was renewed")
+def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
+    nowhere: Sandbox, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token lasts and the plan renews in time: Declined, one note that names the person, nothing at risk.
 
-
-def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(gateway: Sandbox, slack: SlackEndpoint) -> None:
-    """The token lasts and the plan renews in time: Declined, one note that names the person, nothing at risk."""
+    Not even force passes KIS's minute then; nothing is asked, so nobody else hears of that one.
+    """
     cached(left=17 * 3600)
-    gateway.fail("limit", 1)
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    nowhere.fail("limit", 1)
     state = renewed(force=True)
-    assert told(state) == ("COMPLETED", "Declined")
-    assert "EGW00133" in str(state.message)
-    assert slack.headlines == ["us+kr: a manual refresh brought no new token"]
+    assert (told(state), "EGW00133" in str(state.message)) == (("COMPLETED", "Declined"), True)
+    assert told(renewed(force=True)) == ("COMPLETED", "Declined")
+    assert slack.headlines == [BROUGHT_NONE]
     assert "Kim asked for it" in json.dumps(slack.told)
+    assert asked(nowhere) == 1
 
 
 def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
@@ -117,19 +112,6 @@ def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
     assert told(renewed()) == ("FAILED", "Failed")
     assert slack.headlines[0] == "us+kr: Someone else issues with this key (minute limit, not 24-hour limit)"
     assert slack.told[0]["text"].startswith(f"no token · {exchange} opens in 40 min · ")
-
-
-def test_our_own_minute_declines_without_a_word_to_slack(
-    gateway: Sandbox, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even force passes KIS's minute; nothing was asked, so nobody else hears of it."""
-    cached(left=17 * 3600)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
-    gateway.fail("limit", 1)
-    renewed(force=True)
-    assert told(renewed(force=True)) == ("COMPLETED", "Declined")
-    assert asked(gateway) == 1
-    assert len(slack.told) == 1
 
 
 # Prefect keeps parameters in clear, so these are not the credentials that the scan of its database looks for.
@@ -150,27 +132,27 @@ def test_a_secret_in_the_form_is_declined(gateway: Sandbox, slack: SlackEndpoint
 
 def test_the_form_checks_its_texts_as_tokencore_does() -> None:
     """The same rule, and lengths that lose nothing; all but the market is optional."""
-    fields = refresh_token.refresh_token.parameters.properties
-    assert refresh_token.refresh_token.parameters.required == ["market"]
+    form = refresh_token.refresh_token.parameters
+    lengths = [form.properties[name]["maxLength"] for name in ("reason", "operator")]
+    assert (form.required, lengths) == (["market"], [attempts.REASON_LENGTH, attempts.BY_LENGTH])
     assert refresh_token.SHORT_WORDS == attempts.SHORT_WORDS
-    assert fields["reason"]["maxLength"] == attempts.REASON_LENGTH
-    assert fields["operator"]["maxLength"] == attempts.BY_LENGTH
 
 
-def test_the_form_lists_the_configured_markets() -> None:
-    """Those with credentials where there are any, else those that the settings name, else `us` and `kr`."""
+HONG_KONG = {"KIS_MARKETS__HK__EXCHANGES": "SEHK"}
+ABLE = {"KIS_MARKETS__HK__APP_KEY": APP_KEY, "KIS_MARKETS__HK__APP_SECRET": APP_SECRET}
+FORMS = {
+    "those with credentials": (HONG_KONG | ABLE, "hk"),
+    "without any, those that the settings name": (HONG_KONG, "us kr hk"),
+    "with settings that are malformed, the two": ({"KIS_TIMEOUT": "soon"}, "us kr"),
+}
+
+
+@pytest.mark.parametrize(("settings", "listed"), FORMS.values(), ids=list(FORMS))
+def test_the_form_lists_the_configured_markets(settings: dict[str, str], listed: str) -> None:
+    """As the settings are when the flow's module is imported, which is where deployments are made."""
     program = "from flows.refresh_token import refresh_token as r; print(*r.parameters.properties['market']['enum'])"
-
-    def listed(**more: str) -> str:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("KIS_")} | more
-        command = [sys.executable, "-c", program]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-    hong_kong = {"KIS_MARKETS__HK__EXCHANGES": "SEHK"}
-    credentials = {"KIS_MARKETS__HK__APP_KEY": APP_KEY, "KIS_MARKETS__HK__APP_SECRET": APP_SECRET}
-    assert listed(**hong_kong, **credentials) == "hk"
-    assert listed(**hong_kong) == "us kr hk"
-    assert listed(KIS_TIMEOUT="soon") == "us kr"
+    command, known = [sys.executable, "-c", program], {**os.environ, **settings}
+    assert subprocess.run(command, env=known, capture_output=True, text=True, check=True).stdout.strip() == listed
 
 
 @pytest.mark.usefixtures("prefect_home", "attentive")
@@ -178,12 +160,14 @@ class TestQuestions:
     """Runs on a Prefect server that wait for a person."""
 
     def test_the_same_token_again_is_asked_for_only_where_a_person_confirms(self, gateway: Sandbox) -> None:
-        """Within six hours the run waits with the sentence; no means Declined, yes means KIS is asked."""
+        """Within six hours the run waits with the sentence; no means Declined, yes means KIS is asked.
+
+        A second forced refresh within an hour waits too: a scheduler that misfires six times costs one request.
+        """
         cached(left=23 * 3600)
-        for decision, end in (("leave the token as it is", "Declined"), (RENEW, "Renewed")):
-            with paused() as waiting:
+        for force, decision, end in (False, LEAVE, "Declined"), (False, RENEW, "Renewed"), (True, LEAVE, "Declined"):
+            with paused(force=force) as waiting:
                 assert "KIS returns the present token until" in waiting.question
-                assert asked(gateway) == 0
                 assert told(waiting.answer(decision)) == ("COMPLETED", end)
         assert asked(gateway) == 1
 
@@ -200,17 +184,7 @@ class TestQuestions:
             assert f"- {exchange}: tokens are in use until " in question
             assert told(waiting.answer(RENEW)) == ("COMPLETED", "Renewed")
         assert only_key().state(datetime.now(UTC)).attempts[-1].reason == "점검 뒤"
-        assert slack.headlines == ["us+kr: refreshed manually"]
-        assert asked(gateway) == 1
-
-    def test_a_second_forced_refresh_within_an_hour_is_confirmed_too(self, gateway: Sandbox) -> None:
-        """A scheduler that misfires six times costs one request; the question names the harm."""
-        assert told(refreshed(force=True)) == ("COMPLETED", "Renewed")
-        time.sleep(0.6)  # the gateway's minute
-        with paused(force=True) as waiting:
-            assert "KIS returns the present token until" in waiting.question
-            assert told(waiting.answer("leave the token as it is")) == ("COMPLETED", "Declined")
-        assert asked(gateway) == 1
+        assert (slack.headlines, asked(gateway)) == (["us+kr: refreshed manually"], 1)
 
     def test_without_an_answer_a_refresh_is_declined(self, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
         """A question that nobody answers in time ends as Declined, and nothing was asked of KIS."""
@@ -236,13 +210,3 @@ class TestQuestions:
             cached()
             assert told(waiting.answer(RENEW)) == ("COMPLETED", "AlreadyValid")
         assert asked(gateway) == 0
-
-    @pytest.mark.usefixtures("gateway")
-    def test_a_table_that_cannot_be_published_fails_no_refresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The token is there, and the run says so."""
-
-        def broken(**_: object) -> None:
-            raise OSError("the server is away")
-
-        monkeypatch.setattr(artifacts, "create_table_artifact", broken)
-        assert told(refreshed()) == ("COMPLETED", "Renewed")
