@@ -1,22 +1,25 @@
 """The other clients themselves, with the code of docs/other-clients.md: warm token in, no issue request out.
 
-mojito2 and python-kis are the real packages, each in its own environment; the official sample is read by
+mojito2 and python-kis are the real packages, from exact pins, each in a virtual environment beside the one that runs
+the tests; it is built once, as that takes longer than all the tests. The official sample is read by
 `clients/kis_auth.py`. `make test` starts a few processes of each, `make clients` as many as a big bot has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from environments import PINS, interpreter_with
+from filelock import FileLock
 from running import asked, on_disk, tokencore
 
 from tokencore import TokenManager
@@ -25,6 +28,7 @@ from tokencore.sandbox import APP_KEY, APP_SECRET
 if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
+PINS = Path(__file__).with_name("clients")
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "other-clients.md"
 BLOCKS = [(match[1], match[2]) for match in re.finditer(r"```([\w -]+)\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)]
 THOROUGH = "TOKENCORE_CLIENTS" in os.environ  # `make clients`
@@ -44,22 +48,30 @@ def blocks(language: str) -> list[str]:
     return [code for name, code in BLOCKS if name.split()[-1] == language]
 
 
+def interpreter_with(client: str) -> Path | None:
+    """The Python of an environment with `client`, built if need be; None where its packages cannot be had."""
+    pins = PINS / f"{client}.txt"
+    if not pins.exists():
+        return Path(sys.executable)
+    home = Path(sys.prefix, "clients", f"{client}-{hashlib.sha256(pins.read_bytes()).hexdigest()[:12]}")
+    python, complete = home / "bin" / "python", home / "complete"
+    home.parent.mkdir(exist_ok=True)
+    with FileLock(home.with_suffix(".lock")):
+        if not complete.exists():
+            shutil.rmtree(home, ignore_errors=True)
+            venv.create(home, symlinks=True)
+            pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "-r"]
+            if subprocess.run([*pip, str(pins)], check=False, capture_output=not THOROUGH).returncode:
+                return None
+            complete.touch()
+    return python
+
+
 @pytest.fixture(scope="session")
-def pythons() -> dict[str, Path]:
-    """The interpreters of the clients' environments, built side by side; what cannot be had is missing."""
-
-    def build(client: str) -> Path | None:
-        try:
-            return interpreter_with(client)
-        except subprocess.CalledProcessError as error:
-            if THOROUGH:
-                raise AssertionError(error.stderr) from None
-            return None
-
-    clients = [pins.stem for pins in PINS.glob("*.txt")]
+def pythons() -> dict[str, Path | None]:
+    """The interpreters of all clients, built side by side."""
     with ThreadPoolExecutor() as pool:
-        built = dict(zip(clients, pool.map(build, clients), strict=True))
-    return {"kis-auth": Path(sys.executable)} | {client: python for client, python in built.items() if python}
+        return dict(zip(QUOTES, pool.map(interpreter_with, QUOTES), strict=True))
 
 
 class Bots:
@@ -71,11 +83,9 @@ class Bots:
         program = f"import os, sys\n{POINTED[client]}{first}\nfor _ in sys.stdin:\n    exec({later!r})\n"
         # Whatever would go out to KIS's own hosts meets a closed door.
         env = {**os.environ, "PYTHONPATH": str(PINS), "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+        command, pipe = [str(python), "-c", program], subprocess.PIPE
         self._started = [
-            subprocess.Popen(
-                [str(python), "-c", program], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            for _ in range(count)
+            subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True, bufsize=1) for _ in range(count)
         ]
 
     def quoted(self) -> int:
@@ -85,9 +95,7 @@ class Bots:
     def swap(self) -> None:
         """Let them take over the new token."""
         for one in self._started:
-            assert one.stdin is not None
-            one.stdin.write("swap\n")
-            one.stdin.flush()
+            print("swap", file=one.stdin)
 
     def end(self) -> None:
         """Let them end by themselves."""
@@ -95,26 +103,31 @@ class Bots:
             one.communicate(timeout=60)
 
 
-def prepared(client: str, gateway: Sandbox, pythons: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folders of the three clients at their defaults, and the settings that export there; the client's Python."""
-    if client not in pythons:
+@pytest.fixture(params=QUOTES)
+def client(request: pytest.FixtureRequest) -> str:
+    """The name of each client."""
+    return str(request.param)
+
+
+@pytest.fixture
+def python(client: str, gateway: Sandbox, pythons: dict[str, Path | None], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The client's Python; the folders of all clients at their defaults, and the settings that export there."""
+    if not (found := pythons[client]):
+        assert not THOROUGH
         pytest.skip(f"{client} cannot be installed here; `make clients` says why")
     monkeypatch.setenv("KIS_HTS_ID", "me")
     monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", f"mojito2:{Path.cwd()},python-kis,kis-auth")
     config = Path.home() / "KIS" / "config"
     for made in (config, Path.home() / ".pykis" / "cache"):
         made.mkdir(parents=True)
-    told = f"prod: {gateway.url}\nmy_app: {APP_KEY}\nmy_sec: {APP_SECRET}\n"
-    (config / "kis_devlp.yaml").write_text(told)
-    return pythons[client]
+    (config / "kis_devlp.yaml").write_text(f"prod: {gateway.url}\nmy_app: {APP_KEY}\nmy_sec: {APP_SECRET}\n")
+    return found
 
 
-@pytest.mark.parametrize("client", QUOTES)
 def test_client_uses_the_token_and_issues_none(
-    client: str, nowhere: Sandbox, pythons: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    client: str, nowhere: Sandbox, python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every process takes the warm token for its quotes, and the next one after a renewal, without an issue request."""
-    python = prepared(client, nowhere, pythons, monkeypatch)
     nowhere.set_rules(same_token=0, issue_interval=0)
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
     first = TokenManager("us").get_valid_token()
@@ -131,12 +144,11 @@ def test_client_uses_the_token_and_issues_none(
     assert (asked(nowhere), stats["quotes"], stats["quotes_refused"]) == (2, PROCESSES * sum(QUOTES[client]), {})
 
 
-@pytest.mark.parametrize("client", QUOTES)
 def test_without_the_file_a_client_issues_and_its_token_is_taken_over(
-    client: str, gateway: Sandbox, pythons: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    client: str, gateway: Sandbox, python: Path
 ) -> None:
     """The counter-proof: without a copy the same code sends one request; its token is then the key's, for no other."""
-    bots = Bots(client, prepared(client, gateway, pythons, monkeypatch), 1)
+    bots = Bots(client, python, 1)
     assert bots.quoted() == 1
     bots.end()
     assert asked(gateway) == 1
@@ -145,20 +157,20 @@ def test_without_the_file_a_client_issues_and_its_token_is_taken_over(
     assert asked(gateway) == 1
 
 
-@pytest.mark.usefixtures("gateway")
-@pytest.mark.parametrize("code", blocks("requests"))
-def test_plain_requests_are_signed(code: str) -> None:
-    """The document's code for plain requests gets its quote."""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert ran.returncode == 0, ran.stderr
+PROGRAMS = [
+    *([sys.executable, "-c", code] for code in blocks("requests")),
+    *(["/bin/sh", "-euc", code] for code in blocks("sh")),
+    *(["node", "-e", code] for code in blocks("js")),
+]
 
 
-@pytest.mark.parametrize("code", [*blocks("sh"), *blocks("js")])
-def test_commands_run(code: str, gateway: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The document's commands run as they stand; Node's code where there is Node."""
-    program = ["/bin/sh", "-euc", code]
-    if code in blocks("js"):
-        program = [shutil.which("node") or pytest.skip("there is no Node here"), "-e", code]
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda one: Path(one[0]).name)
+def test_code_that_needs_no_client_runs(
+    program: list[str], gateway: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The document's code for plain requests gets its quote, and its commands run; Node's where there is Node."""
+    if not shutil.which(program[0]):
+        pytest.skip(f"there is no {program[0]} here")
     command = tmp_path / "bin" / "tokencore"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tokencore "$@"\n')
@@ -174,5 +186,4 @@ def test_commands_run(code: str, gateway: Sandbox, tmp_path: Path, monkeypatch: 
 def test_settings_are_read() -> None:
     """The setting that the document shows is one that tokencore takes."""
     (text,) = blocks("ini")
-    settings = dict(line.split("=", 1) for line in text.splitlines())
-    assert tokencore("plan", **settings).code == 0
+    assert tokencore("plan", **dict(line.split("=", 1) for line in text.splitlines())).code == 0
