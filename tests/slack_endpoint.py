@@ -73,9 +73,10 @@ def _handler(slack: SlackEndpoint) -> type[BaseHTTPRequestHandler]:
                 answer = {"channel": CHANNEL, "ts": f"{len(slack.told)}.0", **answer}
             body = json.dumps(answer).encode() if is_bot else word.encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json" if is_bot else "text/plain")
-            self.send_header("Retry-After", str(slack.retry_after))
-            self.send_header("Content-Length", str(len(body)))
+            kind = "application/json" if is_bot else "text/plain"
+            own = {"Content-Type": kind, "Retry-After": slack.retry_after, "Content-Length": len(body)}
+            for name, value in own.items():
+                self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(body)
 

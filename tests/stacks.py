@@ -45,7 +45,8 @@ class Place(NamedTuple):
         alien = ("KIS_", "SLACK_", "PREFECT_")
         place.environment.update({k: v for k, v in os.environ.items() if not k.startswith(alien)})
         own = {"HOME": str(place.home), "TMPDIR": str(place.temporary), "PYTHONPATH": str(ROOT), MARK: uuid.uuid4().hex}
-        place.environment.update(own, **{"PREFECT_SERVER_API_PORT": str(free_port()), **settings})
+        quick = {"PREFECT_SERVER_API_PORT": str(free_port()), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+        place.environment.update(own | quick | settings)
         return place
 
     def dotenv(self, **settings: str) -> None:

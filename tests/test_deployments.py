@@ -1,13 +1,18 @@
-"""prefect.yaml and the house rules that hold for every flow and deployment; no server needed."""
+"""prefect.yaml, the house rules of every flow and deployment, and the systemd units; no server needed."""
 
 from __future__ import annotations
 
 import asyncio
+import configparser
 import copy
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+import shutil
+import subprocess
+import sys
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -26,9 +31,11 @@ import flows
 from flows.alerts import CHECK_MINUTE
 from flows.refresh_token import Market
 from flows.runs import kis_is_down
+from flows.stack import __main__ as stack
 from flows.stack import api, deployments
 from flows.warm_up import Exchange
 from tokencore import sessions
+from tokencore.commands import parsers
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -38,12 +45,9 @@ FILE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {deployment["name"]: deployment for deployment in FILE["deployments"]}
 WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint"] == "flows.warm_up.warm_up"}
 DEFAULTS = {"KRX", "NASD", "NYSE", "AMEX"}  # what the markets `us` and `kr` trade
-WEEKS = (
-    date(2026, 1, 5),
-    date(2026, 3, 2),
-    date(2026, 7, 6),
-    date(2026, 10, 26),
-)  # winter, summer, and around both changes
+WEEKS = [date(2026, 1, 5), date(2026, 3, 2), date(2026, 7, 6), date(2026, 10, 26)]  # two around changes of clocks
+UNITS = sorted((ROOT / "docs" / "systemd").iterdir())
+COMMAND = re.compile(r"-?%h/tokencore/\.venv/bin/python -m (\S+) (\S+)")
 
 every_deployment = pytest.mark.parametrize("name", DEPLOYMENTS)
 
@@ -54,87 +58,59 @@ def flow_of(name: str) -> Flow[..., Any]:
 
 
 def dates(schedule: dict[str, Any], start: datetime, count: int) -> list[datetime]:
-    """When Prefect's own scheduler would start the next `count` runs."""
+    """When Prefect's own scheduler would start the next `count` runs, in UTC."""
     cron = CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
-    return [*asyncio.run(cron.get_dates(count, start=start))]
+    return [at.astimezone(UTC) for at in asyncio.run(cron.get_dates(count, start=start))]
 
 
 @every_deployment
-def test_a_deployment_loads_and_its_parameters_validate(name: str) -> None:
-    """Every entrypoint is a flow of an installed module, and what the deployment gives fits it."""
+def test_a_deployment_keeps_the_rules(name: str) -> None:
+    """It loads, and what it gives fits its flow; no limit, whose slot a killed run would keep; nothing is pulled.
+
+    Prefect resolves templates when it deploys and stores them in clear: there are none. Every schedule has a zone.
+    """
+    one = DEPLOYMENTS[name]
     given = {"market": "us", "operator": "Kim"} if name == "refresh_token" else {}
-    parameters = flow_of(name).validate_parameters({**DEPLOYMENTS[name].get("parameters", {}), **given})
+    parameters = flow_of(name).validate_parameters({**one.get("parameters", {}), **given})
     assert set(parameters) == set(inspect.signature(flow_of(name).fn).parameters)
-
-
-@every_deployment
-def test_a_deployment_has_no_limit(name: str) -> None:
-    """The key's lock makes one request of whatever runs at once; a slot would stay taken by a run that was killed."""
-    assert "concurrency_limit" not in DEPLOYMENTS[name]
+    assert "concurrency_limit" not in one
+    assert (FILE["pull"], "{{" in yaml.safe_dump(one)) == ([], False)
+    variables = {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}}
+    assert one["work_pool"] == {"name": "tokens", "job_variables": variables}
+    assert all(ZoneInfo(schedule["timezone"]) for schedule in one["schedules"])
 
 
 @every_deployment
 def test_a_deployment_tells_an_operator_what_to_do(name: str) -> None:
-    """It has tags, its flow's text as a description, with a triage note, and every parameter explains itself."""
+    """It has tags, its flow's text as a description, with every end and a triage note; parameters explain themselves.
+
+    Nothing is persisted, no print captured, and no flow repeated as a whole: only its task asks KIS again.
+    """
     flow = flow_of(name)
     assert DEPLOYMENTS[name]["tags"]
     assert "description" not in DEPLOYMENTS[name]  # then Prefect takes the flow's
-    assert flow.description
-    assert "**Triage:**" in flow.description
-    assert "Args:" not in flow.description  # the form shows them
-    assert not re.search(r"[^\n]\n[^\n]", flow.description)  # the page would break the line there
+    text = str(flow.description)
+    assert not [part for part in ("**Triage:**", "Ends as") if part not in text]
+    assert "Args:" not in text  # the form shows them
+    assert not re.search(r"[^\n]\n[^\n]", text)  # the page would break the line there
+    source = (ROOT / f"{flow.fn.__module__.replace('.', '/')}.py").read_text()
+    ends = {"Failed", *re.findall(r'Completed\(name="(\w+)"', source)}
+    assert ends - set(re.findall(r"\*\*(\w+)\*\*", text)) == set()
     fields = parameter_schema(flow.fn).properties.values()
     assert all(field.get("description") and field.get("type") for field in fields)
+    assert (flow.persist_result, flow.log_prints, flow.retries) == (False, False, 0)
 
 
-@every_deployment
-def test_a_deployment_leaves_no_secret_and_no_path_behind(name: str) -> None:
-    """Prefect resolves templates when it deploys and stores them in clear: there are none. Nothing is pulled."""
-    assert FILE["pull"] == []
-    assert "{{" not in yaml.safe_dump(DEPLOYMENTS[name])
-    variables = {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}}
-    assert DEPLOYMENTS[name]["work_pool"] == {"name": "tokens", "job_variables": variables}
-
-
-@every_deployment
-def test_a_flow_keeps_nothing_and_is_not_repeated_as_a_whole(name: str) -> None:
-    """No persisted results, no captured prints; only the task that asks KIS is tried again."""
-    flow = flow_of(name)
-    assert flow.persist_result is False
-    assert flow.log_prints is False
-    assert flow.retries == 0
-
-
-def tasks() -> list[Any]:
-    """Every task that a module of `flows` makes."""
-    names = [f"flows.{module.name}" for module in pkgutil.iter_modules(flows.__path__) if not module.ispkg]
-    made = [value for name in names for value in vars(importlib.import_module(name)).values()]
-    return [value for value in made if isinstance(value, Task)]
-
-
-@pytest.mark.parametrize("task", tasks(), ids=lambda task: str(task.name))
-def test_a_task_is_tried_again_only_while_kis_is_down(task: Any) -> None:  # noqa: ANN401 - a task with any parameters
+def test_a_task_is_tried_again_only_while_kis_is_down() -> None:
     """Its condition lets limits, refusals and settings be, its pauses outlast the cool-down, nothing is kept."""
-    assert task.retry_condition_fn is kis_is_down
-    assert task.retries == 0  # `runs.each_key` gives it pauses that outlast the key's own issue interval
-    assert task.persist_result is False
-    assert task.cache_policy is NO_CACHE
-
-
-@every_deployment
-def test_every_schedule_names_its_zone(name: str) -> None:
-    """A cron without a zone would mean the server's."""
-    assert all(ZoneInfo(schedule["timezone"]) for schedule in DEPLOYMENTS[name]["schedules"])
-
-
-@every_deployment
-def test_every_end_of_a_flow_is_explained(name: str) -> None:
-    """The text in the page says what the run does, how it ends and what to do then."""
-    text = str(flow_of(name).description)
-    source = (ROOT / f"{flow_of(name).fn.__module__.replace('.', '/')}.py").read_text()
-    used = {"Failed", *re.findall(r'Completed\(name="(\w+)"', source)}
-    assert "Ends as" in text
-    assert used - set(re.findall(r"\*\*(\w+)\*\*", text)) == set()
+    modules = [f"flows.{module.name}" for module in pkgutil.iter_modules(flows.__path__) if not module.ispkg]
+    values = [value for name in modules for value in vars(importlib.import_module(name)).values()]
+    tasks = [value for value in values if isinstance(value, Task)]
+    assert sorted(task.name for task in tasks) == ["advance", "ensure"]
+    for task in tasks:
+        assert task.retry_condition_fn is kis_is_down
+        assert task.retries == 0  # `runs.each_key` gives it pauses that outlast the key's own issue interval
+        assert (task.persist_result, task.cache_policy) == (False, NO_CACHE)
 
 
 def test_every_exchange_has_its_warm_up() -> None:
@@ -142,8 +118,9 @@ def test_every_exchange_has_its_warm_up() -> None:
     assert set(WARM_UPS) == set(sessions.EXCHANGES) == set(get_args(Exchange))
     assert all(each["parameters"] == {"exchange": name} for name, each in WARM_UPS.items())
     assert parameter_schema(flow_of("KRX").fn).properties["exchange"]["enum"] == list(sessions.EXCHANGES)
-    on = {name for name, each in WARM_UPS.items() if each["schedules"][0].get("active", True)}
-    assert on == DEFAULTS
+    assert {name for name, each in WARM_UPS.items() if each["schedules"][0].get("active", True)} == DEFAULTS
+    slugs = [schedule["slug"] for each in DEPLOYMENTS.values() for schedule in each["schedules"]]
+    assert len(set(slugs)) == len(slugs) == len(DEPLOYMENTS) - 1  # two with one slug would overwrite each other
 
 
 @pytest.mark.parametrize("traded", [{"KRX"}, {"SEHK", "NASD"}, set()])
@@ -156,60 +133,79 @@ def test_the_settings_decide_which_warm_ups_there_are(traded: set[str]) -> None:
     assert not any("off" in one["tags"] for one in made.values())
 
 
-@pytest.mark.parametrize("language", ["en", "ko"])
-def test_every_automation_reports_in_each_language_or_acts(language: str) -> None:
-    """Prefect takes each of them; its message has a headline and what to do, and without a way to Slack it says so."""
+@pytest.mark.parametrize(("language", "do"), [("en", "To do"), ("ko", "조치 사항")])
+def test_every_automation_reports_in_each_language_or_acts(language: str, do: str) -> None:
+    """Prefect takes each of them; its message has a headline and what to do, and without a way to Slack it says so.
+
+    The one that misses the hourly check, the watchdog and `status` know the same ends of it.
+    """
     block = uuid4()
     made = deployments.automations(language, block)
-    actions = {name: one.actions[0] for name, one in made.items()}
-    assert all(getattr(action, "block_document_id", block) == block for action in actions.values())
-    said = [action.body for action in actions.values() if action.type == "send-notification"]
-    assert len(said) == 4
-    assert all(("조치 사항" if language == "ko" else "To do") in body for body in said)
-    silent = deployments.automations(language, None)
-    assert [one.actions[0].type for one in silent.values()].count("do-nothing") == 4
-    assert sum(deployments.UNHEARD in one.description for one in silent.values()) == 4
-
-
-def test_what_counts_as_a_check_is_the_same_everywhere() -> None:
-    """The automation that misses the hourly check, the watchdog and `status` know the same ends of it."""
-    (missing,) = (one for one in deployments.automations("en", None).values() if "check is missing" in one.name)
+    actions = [one.actions[0] for one in made.values()]
+    assert all(getattr(action, "block_document_id", block) == block for action in actions)
+    said = [action.body for action in actions if action.type == "send-notification"]
+    assert [do in body for body in said] == [True] * 4
+    silent = deployments.automations(language, None).values()
+    assert [one.actions[0].type for one in silent].count("do-nothing") == 4
+    assert sum(deployments.UNHEARD in one.description for one in silent) == 4
+    (missing,) = (one for one in made.values() if "check is missing" in one.name)
     assert missing.trigger.expect == {f"prefect.flow-run.{name}" for name in api.CHECKED}
 
 
-def test_slugs_name_one_schedule_each() -> None:
-    """A schedule is known by its slug across deploys; two with one would overwrite each other."""
-    slugs = [schedule["slug"] for each in DEPLOYMENTS.values() for schedule in each["schedules"]]
-    assert len(set(slugs)) == len(slugs) == len(DEPLOYMENTS) - 1
-
-
-@pytest.mark.parametrize("week", WEEKS, ids=str)
 @pytest.mark.parametrize("name", WARM_UPS)
-def test_a_warm_up_comes_40_minutes_before_the_open(name: str, week: date) -> None:
+def test_a_warm_up_comes_40_minutes_before_the_open(name: str) -> None:
     """On every weekday of two weeks, winter and summer and across the changes of the clock, in the exchange's zone."""
     place, (schedule,) = sessions.exchange(name), WARM_UPS[name]["schedules"]
-    assert schedule["timezone"] == place.zone
     zone = ZoneInfo(place.zone)
-    begin = datetime.combine(week, datetime.min.time(), zone)
-    weekdays = [week + timedelta(days=n) for n in range(14) if (week + timedelta(days=n)).weekday() < 5]
-    opens = [datetime.combine(day, place.open, zone).astimezone(UTC) for day in weekdays]
-    assert [at.astimezone(UTC) for at in dates(schedule, begin, 10)] == [at - timedelta(minutes=40) for at in opens]
+    assert schedule["timezone"] == place.zone
+    for week in WEEKS:
+        days = [week + timedelta(days=n) for n in range(14) if (week + timedelta(days=n)).weekday() < 5]
+        opens = [datetime.combine(day, place.open, zone).astimezone(UTC) for day in days]
+        begin = datetime.combine(week, datetime.min.time(), zone)
+        assert dates(schedule, begin, 10) == [at - timedelta(minutes=40) for at in opens]
 
 
 def test_the_check_comes_every_hour_of_the_year() -> None:
     """In UTC, at the minute that alerts announce, also on the night on which New York's clocks are set back."""
     (schedule,) = DEPLOYMENTS["check_tokens"]["schedules"]
     begin = datetime(2026, 10, 31, tzinfo=UTC)
-    expected = [begin + timedelta(hours=n, minutes=CHECK_MINUTE) for n in range(48)]
-    assert [at.astimezone(UTC) for at in dates(schedule, begin, 48)] == expected
+    assert dates(schedule, begin, 48) == [begin + timedelta(hours=n, minutes=CHECK_MINUTE) for n in range(48)]
 
 
 def test_the_form_of_a_refresh_has_drop_downs() -> None:
     """A market is chosen, force is a switch, name and reason are short words; a manual run has no schedule."""
     fields = parameter_schema(flow_of("refresh_token").fn).properties
     assert fields["market"]["enum"] == list(get_args(get_args(Market)[0]))
-    assert fields["force"]["type"] == "boolean"
-    assert (fields["reason"]["type"], fields["reason"]["maxLength"]) == ("string", 80)
-    assert fields["operator"]["type"] == "string"
+    assert [fields[name]["type"] for name in ("force", "reason", "operator")] == ["boolean", "string", "string"]
     assert fields["reason"]["pattern"] == fields["operator"]["pattern"]
     assert DEPLOYMENTS["refresh_token"]["schedules"] == []
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze (Debian's package systemd)")
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    """`systemd-analyze verify` finds nothing, where the folder is as the units say."""
+    program = tmp_path / "tokencore" / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.symlink_to(sys.executable)
+    place = {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path), "PATH": os.environ["PATH"]}
+    verify = ["systemd-analyze", "verify", "--user", "--man=no", *map(str, UNITS)]
+    done = subprocess.run(verify, env=place, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_every_command_of_a_unit_is_there(unit: Path) -> None:
+    """A module of ours with that command; the settings' file is optional; a timer has its service."""
+    read = configparser.ConfigParser(strict=False, interpolation=None)
+    read.read_string(unit.read_text())
+    lines = re.findall(r"^ExecStart=(.+)$", unit.read_text(), re.MULTILINE)  # systemd's files have keys more than once
+    known = {"tokencore": set(parsers()[1]), "flows.stack": set(stack.COMMANDS)}
+    commands = [match.groups() for line in lines if (match := COMMAND.fullmatch(line))]
+    assert len(commands) == len(lines)
+    assert all(command in known[module] for module, command in commands)
+    if unit.suffix == ".timer":
+        assert unit.with_suffix(".service") in UNITS
+    else:
+        assert commands
+        assert read["Service"]["EnvironmentFile"].startswith("-")
+        assert read["Service"]["LimitCORE"] == "0"  # it would hold secrets

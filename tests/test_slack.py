@@ -66,8 +66,13 @@ def kind(message: dict[str, Any]) -> str:
     return "escalated" if icon == ":rotating_light:" else found
 
 
-def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(gateway: Sandbox, bot: SlackEndpoint) -> None:
-    """Reminder, escalation and end answer the opening; only what calls people shows in the channel too."""
+def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(
+    gateway: Sandbox, bot: SlackEndpoint, slack: SlackEndpoint
+) -> None:
+    """Reminder, escalation and end answer the opening; only what calls people shows in the channel too.
+
+    It speaks alone where a webhook is set as well, which cannot answer in threads.
+    """
     error = refusal(gateway)
     for hours in (0, 1, 4.75, 8.7):  # from the evening before: KRX's need starts at 08:30
         report(error, EVENING + timedelta(hours=hours))
@@ -79,7 +84,7 @@ def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(gateway: Sandbox,
         ("escalated", "1.0", True, CHANNEL),
         ("solved", "1.0", False, CHANNEL),
     ]
-    assert {authorization for _, authorization in bot.requests} == {f"Bearer {BOT}"}
+    assert ({authorization for _, authorization in bot.requests}, slack.requests) == ({f"Bearer {BOT}"}, [])
 
 
 def test_a_thread_that_is_gone_does_not_swallow_what_follows(gateway: Sandbox, bot: SlackEndpoint) -> None:
@@ -89,17 +94,8 @@ def test_a_thread_that_is_gone_does_not_swallow_what_follows(gateway: Sandbox, b
     bot.bot_answers = [{"ok": False, "error": "thread_not_found"}]
     report(error, MONDAY + timedelta(hours=1))
     resolve(MONDAY + timedelta(hours=2))
-    assert [(one["channel"], one.get("thread_ts")) for one in bot.told] == [
-        ("#tokens", None),
-        ("#tokens", None),
-        (CHANNEL, "2.0"),
-    ]
-
-
-def test_where_both_ways_are_set_the_bot_speaks(gateway: Sandbox, slack: SlackEndpoint, bot: SlackEndpoint) -> None:
-    """It can answer in threads, which a webhook cannot."""
-    report(refusal(gateway))
-    assert (len(bot.told), slack.requests) == (1, [])
+    threads = [("#tokens", None), ("#tokens", None), (CHANNEL, "2.0")]
+    assert [(one["channel"], one.get("thread_ts")) for one in bot.told] == threads
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -107,32 +103,26 @@ def test_a_busy_slack_is_asked_once_more(gateway: Sandbox, slack: SlackEndpoint,
     """A rate limit (after its Retry-After) or a fault of Slack's own is retried by slack_sdk."""
     slack.answers, slack.retry_after = [status], 0
     report(refusal(gateway))
-    assert len(slack.requests) == 2
-    assert len(slack.told) == 1
+    assert (len(slack.requests), len(slack.told)) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    ("answer", "named", "fix"),
-    [
-        ((410, "channel_is_archived"), "channel_is_archived", "unarchive it"),
-        ((400, "invalid_blocks"), "invalid_blocks", "fault of tokencore's"),
-        ((404, "no_service"), "no_service", "make a new webhook"),
-        ((403, "action_prohibited"), "action_prohibited", "ask who administers Slack"),
-        ((404, "<html>"), "HTTP 404", "make a new webhook"),
-        ((418, "teapot"), "HTTP 418", "the next run sends the message"),
-    ],
-)
+REFUSALS = {
+    "channel_is_archived": (410, "channel_is_archived", "unarchive it"),
+    "invalid_blocks": (400, "invalid_blocks", "fault of tokencore's"),
+    "no_service": (404, "no_service", "make a new webhook"),
+    "action_prohibited": (403, "action_prohibited", "ask who administers Slack"),
+    "HTTP 404": (404, "<html>", "make a new webhook"),
+    "HTTP 418": (418, "teapot", "the next run sends the message"),
+}
+
+
+@pytest.mark.parametrize("named", REFUSALS)
 def test_a_refusal_of_the_webhook_is_named_with_what_to_do(
-    gateway: Sandbox,
-    slack: SlackEndpoint,
-    caplog: pytest.LogCaptureFixture,
-    answer: tuple[int, str],
-    named: str,
-    fix: str,
+    gateway: Sandbox, slack: SlackEndpoint, caplog: pytest.LogCaptureFixture, named: str
 ) -> None:
     """Slack's own word stands in the log, HTTP's status where it says anything else; the next run sends the message."""
-    error = refusal(gateway)
-    slack.answers = [answer]
+    error, (status, word, fix) = refusal(gateway), REFUSALS[named]
+    slack.answers = [(status, word)]
     for minutes in (0, 5, 10):
         report(error, MONDAY + timedelta(minutes=minutes))
     assert f"Slack did not accept the message ({named}): " in caplog.text
