@@ -29,7 +29,7 @@ PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # wha
 _OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
 _ALIKE = 0.85  # of two names: a letter or two are wrong
 _KEYRING = {
-    "ModuleNotFoundError": "the package is not installed: run `pip install 'tokencore[keyring]'`",
+    "ModuleNotFoundError": "the package is not installed: run `pip install 'keyring>=25'`",
     "NoKeyringError": "this machine has none that programs can use: install one, or give the secret in another way",
     "ValueError": "what it keeps is not a secret as KIS shows it: set it again with `keyring set`",
     "KeyringLocked": "it is locked: unlock it, by logging in or with its own program",

@@ -1,0 +1,70 @@
+"""What is installed: the wheel's files, the pins, a reason beside every bound, and the example settings."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tokencore import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("tokencore", "flows")
+DATA = {"tokencore/py.typed", "flows/alerts/texts.toml", "flows/stack/automations.yaml"}
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PROJECT = tomllib.loads(PYPROJECT)["project"]
+REQUIREMENTS = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
+PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+BUILD = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+UNBOUNDED = {"tzdata"}  # the zones of the world: the newest is the right one
+
+
+def test_the_wheel_has_every_module_and_its_data(tmp_path: Path) -> None:
+    """Each module of both packages is in the wheel, with the files that they read, and nothing else of the tree."""
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    built = subprocess.run([sys.executable, "-c", BUILD], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("tokencore-*.whl"))) as wheel:
+        inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    assert inside == modules | DATA
+
+
+@pytest.mark.parametrize("requirement", dict.fromkeys(REQUIREMENTS))
+def test_every_dependency_has_a_bound_a_reason_and_a_pin(requirement: str) -> None:
+    """Nothing is taken in whatever version comes, nothing without a reason, and the pin is within the bounds."""
+    wanted = Requirement(requirement)
+    assert wanted.name in UNBOUNDED or any(clause.operator in ("<", "==") for clause in wanted.specifier)
+    assert re.search(rf'^    "{re.escape(requirement)}",\s+# \w', PYPROJECT, re.MULTILINE)
+    versions = {canonicalize_name(name): version for name, version in (pin.split("==") for pin in PINS)}
+    assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)])
+
+
+def test_every_pin_is_a_name_and_a_version() -> None:
+    """The pins hold no address, marker or range: where packages come from is each machine's own setting."""
+    assert [pin for pin in PINS if not re.fullmatch(r"[\w.-]+==[0-9][\w.]*", pin, re.ASCII)] == []
+
+
+def test_the_example_has_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each setting of KIS and Slack is in .env.example, and with all of them switched on it loads: none is misspelt."""
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    lines = re.findall(r"^#?((?:KIS|SLACK|PREFECT_UI)_\w[\w-]*)=(.*)$", example, re.MULTILINE)
+    text = "\n".join(f"{name}={value or 'https://example.com'}" for name, value in lines)
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
+    (tmp_path / ".env").chmod(0o600)
+    monkeypatch.chdir(tmp_path)
+    later = {"found", "store", "store_keys"}  # for a store that machines share, which there is none of yet
+    loaded = Settings.load()
+    assert loaded.model_fields_set - {"found"} == Settings.model_fields.keys() - later
+    assert loaded.misspelt() == {}
