@@ -105,7 +105,8 @@ class Scripted(Wire):
         """Answer as given; requests for a token go to `gateway`."""
         super().__init__()
         self.seen: list[tuple[dict[str, str], bytes]] = []
-        self._gateway, self._script = gateway, list(answers or [self.Answer()])
+        self.script = list(answers or [self.Answer()])
+        self._gateway = gateway
         self._turn = threading.Lock()
 
     def _reply_to(self, request: bytes) -> bytes:
@@ -118,7 +119,7 @@ class Scripted(Wire):
                 self.answer(issued.status_code, issued.content)
                 return self.reply
             self.seen.append(({name.lower(): value for name, _, value in (one.partition(": ") for one in lines)}, body))
-            one = self._script.pop(0) if len(self._script) > 1 else self._script[0]
+            one = self.script.pop(0) if len(self.script) > 1 else self.script[0]
             where = {"Location": one.location} if one.location else {}
             self.answer(one.status, {"rt_cd": "1", one.field: one.code}, **{"Content-Type": one.kind}, **where)
             return self.reply

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
     Send = Callable[..., "Got"]
-    Start = Callable[..., Scripted]
 
 # ruff: noqa: ANN401 - the signers, keywords and answers of either library
 HOUR = 3600.0
@@ -99,16 +97,11 @@ def send(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def kis(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Starts a KIS with a script; the settings point to it."""
-    with ExitStack() as running:
-
-        def started(*answers: Answer) -> Scripted:
-            server = running.enter_context(Scripted(gateway, *answers))
-            monkeypatch.setenv("KIS_BASE_URL", server.url)
-            return server
-
-        yield started
+def kis(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
+    """A KIS with a script; the settings point to it."""
+    with Scripted(gateway) as server:
+        monkeypatch.setenv("KIS_BASE_URL", server.url)
+        yield server
 
 
 def bearer(server: Scripted) -> list[str]:
@@ -116,25 +109,29 @@ def bearer(server: Scripted) -> list[str]:
     return [headers["authorization"].removeprefix("Bearer ") for headers, _ in server.seen]
 
 
-def test_request_carries_token_key_secret_and_customer_type(kis: Start, send: Send) -> None:
+def test_request_carries_token_key_secret_and_customer_type(kis: Scripted, send: Send) -> None:
     """The four headers of KIS's business API; a customer type that the caller set himself is left as it is."""
-    server = kis()
-    send(server.url)
-    send(server.url, custtype="B", appkey="mine")
-    assert bearer(server) == [USTokenManager().get_valid_token()] * 2
-    carried = [[headers[name] for name in ("appkey", "appsecret", "custtype")] for headers, _ in server.seen]
+    send(kis.url)
+    send(kis.url, custtype="B", appkey="mine")
+    assert bearer(kis) == [USTokenManager().get_valid_token()] * 2
+    carried = [[headers[name] for name in ("appkey", "appsecret", "custtype")] for headers, _ in kis.seen]
     assert carried == [[APP_KEY, APP_SECRET, "P"], [APP_KEY, APP_SECRET, "B"]]
 
 
-def test_renewal_elsewhere_is_seen_within_a_second(kis: Start, send: Send) -> None:
-    """A signer that goes on for days signs with the present token, whoever renewed it."""
-    server, auth = kis(), SIGNERS[send]("us")
-    tokens = [cached(17 * HOUR).access_token]
-    send(server.url, auth)
-    tokens.append(cached(20 * HOUR).access_token)
+def test_signer_goes_on_for_days(kis: Scripted, send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renewal elsewhere is seen within a second; a key that the settings change goes out with its own token only."""
+    kis.script = [Answer(), Answer(), Answer(500, "EGW00121"), Answer()]
+    auth, tokens = SIGNERS[send]("us"), [cached(17 * HOUR).access_token]
+    send(kis.url, auth)
+    tokens.append(cached(17.1 * HOUR).access_token)
     time.sleep(1)
-    send(server.url, auth)
-    assert bearer(server) == tokens
+    send(kis.url, auth)
+    monkeypatch.setenv("KIS_APP_KEY", KEY)
+    monkeypatch.setenv("KIS_APP_SECRET", SECRET)
+    send(kis.url, auth)
+    assert bearer(kis) == [*tokens, tokens[-1], USTokenManager().get_valid_token()]
+    own = [(headers["appkey"], headers["appsecret"]) for headers, _ in kis.seen]
+    assert own == [(APP_KEY, APP_SECRET)] * 3 + [(KEY, SECRET)]
 
 
 DEAD = {
@@ -156,52 +153,38 @@ CALLS: dict[str, tuple[list[Answer], Got]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_dead_token_is_seen_by_its_code_alone_and_the_request_sent_once_more(
-    gateway: Sandbox, kis: Start, send: Send, name: str
+    gateway: Sandbox, kis: Scripted, send: Send, name: str
 ) -> None:
     """Wherever the code stands: body and all go out again with the successor, and a second refusal is the caller's."""
-    script, expected = CALLS[name]
-    server, old = kis(*script), cached(17 * HOUR).access_token
-    assert send(server.url, body=b'{"order": 1}') == expected
+    kis.script, expected = list(CALLS[name][0]), CALLS[name][1]
+    old = cached(17 * HOUR).access_token
+    assert send(kis.url, body=b'{"order": 1}') == expected
     tries = len(expected.before) + 1
-    assert bearer(server) == [old, USTokenManager().get_valid_token()][:tries]
-    assert [body for _, body in server.seen] == [b'{"order": 1}'] * tries
+    assert bearer(kis) == [old, USTokenManager().get_valid_token()][:tries]
+    assert [body for _, body in kis.seen] == [b'{"order": 1}'] * tries
     assert (asked(gateway), USTokenManager().get_valid_token() == old) == (tries - 1, tries == 1)
 
 
-def test_key_that_was_replaced_in_the_settings_is_sent_with_its_token(
-    kis: Start, send: Send, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Set while the program runs, the new key and secret are used from the next renewal on, never beside the old."""
-    server, auth = kis(Answer(), Answer(500, "EGW00121"), Answer()), SIGNERS[send]("us")
-    cached(17 * HOUR)
-    send(server.url, auth)
-    monkeypatch.setenv("KIS_APP_KEY", KEY)
-    monkeypatch.setenv("KIS_APP_SECRET", SECRET)
-    send(server.url, auth)
-    own = [(headers["appkey"], headers["appsecret"]) for headers, _ in server.seen]
-    assert own == [(APP_KEY, APP_SECRET), (APP_KEY, APP_SECRET), (KEY, SECRET)]
-    assert bearer(server)[2] == USTokenManager().get_valid_token()
-
-
 def test_body_that_cannot_be_sent_again_is_not_but_the_token_is_reported(
-    gateway: Sandbox, kis: Start, send: Send
+    gateway: Sandbox, kis: Scripted, send: Send
 ) -> None:
     """A generator is used up by the first try: KIS's answer is handed out, and the next request has the successor."""
-    server, old = kis(Answer(500, "EGW00123"), Answer()), cached(17 * HOUR).access_token
-    assert send(server.url, body=iter([b'{"order":', b" 1}"])) == Got(500, "EGW00123", [])
-    assert (server.seen[0][1], asked(gateway)) == (b'{"order": 1}', 1)
-    assert send(server.url).status == 200
-    assert bearer(server) == [old, USTokenManager().get_valid_token()]
-    assert bearer(server)[1] != old
+    kis.script = [Answer(500, "EGW00123"), Answer()]
+    old = cached(17 * HOUR).access_token
+    assert send(kis.url, body=iter([b'{"order":', b" 1}"])) == Got(500, "EGW00123", [])
+    assert (kis.seen[0][1], asked(gateway)) == (b'{"order": 1}', 1)
+    assert send(kis.url).status == 200
+    assert bearer(kis) == [old, USTokenManager().get_valid_token()]
+    assert bearer(kis)[1] != old
 
 
-def test_file_is_sent_again_from_where_it_began(kis: Start) -> None:
+def test_file_is_sent_again_from_where_it_began(kis: Scripted) -> None:
     """A body that can be wound back is, to where the caller had it."""
-    server, body = kis(Answer(500, "EGW00121"), Answer()), io.BytesIO(b"not this: the order")
+    kis.script, body = [Answer(500, "EGW00121"), Answer()], io.BytesIO(b"not this: the order")
     cached(17 * HOUR)
     body.seek(10)
-    assert by_requests(server.url, body=body).status == 200
-    assert [sent for _, sent in server.seen] == [b"the order", b"the order"]
+    assert by_requests(kis.url, body=body).status == 200
+    assert [sent for _, sent in kis.seen] == [b"the order", b"the order"]
 
 
 def test_young_rejected_token_has_no_successor_and_kiss_answer_is_handed_out(gateway: Sandbox, send: Send) -> None:
@@ -214,16 +197,16 @@ def test_young_rejected_token_has_no_successor_and_kiss_answer_is_handed_out(gat
 
 
 @pytest.mark.parametrize("before", [[], [Answer(500, "EGW00121")]], ids=["first try", "second try"])
-def test_redirect_takes_no_secret_with_it(gateway: Sandbox, kis: Start, send: Send, before: list[Answer]) -> None:
+def test_redirect_takes_no_secret_with_it(gateway: Sandbox, kis: Scripted, send: Send, before: list[Answer]) -> None:
     """KIS never redirects; where it leads neither token, key nor secret arrives, whatever is answered there."""
     with Scripted(gateway, Answer(500, "EGW00121")) as elsewhere:
-        first = kis(*before, Answer(302, location=elsewhere.url))
+        kis.script = [*before, Answer(302, location=elsewhere.url)]
         cached(17 * HOUR)
-        send(first.url)
+        send(kis.url)
     assert elsewhere.seen
     assert not any(set(headers) & SECRET_HEADERS for headers, _ in elsewhere.seen)
-    assert len(first.seen) >= len(before) + 1
-    assert set(first.seen[-1][0]) >= SECRET_HEADERS
+    assert len(kis.seen) >= len(before) + 1
+    assert set(kis.seen[-1][0]) >= SECRET_HEADERS
 
 
 FOREIGN = (
@@ -263,13 +246,12 @@ def test_without_a_token_nothing_is_sent(gateway: Sandbox, send: Send) -> None:
     assert gateway.stats()["quotes_refused"] == {}
 
 
-def test_valid_token_is_used_at_once_while_kis_hangs(nowhere: Sandbox, kis: Start, send: Send) -> None:
+def test_valid_token_is_used_at_once_while_kis_hangs(nowhere: Sandbox, kis: Scripted, send: Send) -> None:
     """In the proactive window a renewal that gets no answer costs a caller less than a second."""
-    server = kis()
     cached(900)
     nowhere.fail("hang")
     began = time.monotonic()
-    assert send(server.url).status == 200
+    assert send(kis.url).status == 200
     assert time.monotonic() - began < 1.5  # with the time that a client takes to start
     assert asked(nowhere) == 1
 
@@ -308,15 +290,15 @@ def test_session_signs_every_request_and_keeps_the_first_answer(gateway: Sandbox
     assert (asked(gateway), gateway.stats()["quotes"]) == (1, 2)
 
 
-def test_download_is_handed_out_unread(gateway: Sandbox, kis: Start) -> None:
+def test_download_is_handed_out_unread(gateway: Sandbox, kis: Scripted) -> None:
     """A streamed success that is neither text nor JSON stays the caller's to read, with either library."""
-    server = kis(Answer(code="EGW00121", kind="application/zip"))
+    kis.script = [Answer(code="EGW00121", kind="application/zip")]
     cached(17 * HOUR)
-    answer = requests.get(server.url, auth=KISAuth("us"), stream=True, timeout=5)
+    answer = requests.get(kis.url, auth=KISAuth("us"), stream=True, timeout=5)
     assert next(answer.iter_content(5)) == b'{"rt_'
-    with httpx.Client(auth=KISHttpxAuth("us"), **CLIENT) as client, client.stream("GET", server.url) as streamed:
+    with httpx.Client(auth=KISHttpxAuth("us"), **CLIENT) as client, client.stream("GET", kis.url) as streamed:
         assert next(streamed.iter_raw(5)) == b'{"rt_'
-    assert (len(server.seen), asked(gateway)) == (2, 0)
+    assert (len(kis.seen), asked(gateway)) == (2, 0)
 
 
 def test_threads_and_loops_that_meet_a_dead_token_renew_it_once(gateway: Sandbox, send: Send) -> None:

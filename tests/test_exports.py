@@ -259,31 +259,23 @@ def as_written_by(client: str, text: str, folder: Path) -> str:
     return text
 
 
+@pytest.mark.parametrize("hourly", [False, True], ids=["when KIS rejects ours", "at the hourly check"])
 @pytest.mark.parametrize("client", NAMES)
 def test_newer_token_of_another_client_is_adopted_instead_of_written_over(
-    nowhere: Sandbox, copies: Path, client: str
+    nowhere: Sandbox, copies: Path, client: str, *, hourly: bool
 ) -> None:
-    """A client renewed by itself: its token, which lasts longer, stays, becomes the key's, and nothing is issued."""
-    TokenManager("us").save_token(make_token(age=17 * 3_600))
+    """A client renewed by itself: its token stays, becomes the key's, and goes into every copy; nothing is issued."""
+    cached(17 * 3_600)
     theirs = as_written_by(client, longer(), copies)
     exports().sync(on_disk())
     assert theirs in file_of(client, copies).read_bytes().decode("latin-1")
     assert found() == theirs
-    TokenManager("us").report_rejected(on_disk().access_token)  # KIS let the one before die
+    next(path for path in copies.iterdir() if theirs not in path.read_bytes().decode("latin-1")).unlink()
+    if hourly:
+        Key.load(Settings.load())[0].sync_exports()
+    else:
+        TokenManager("us").report_rejected(on_disk().access_token)
     assert TokenManager("kr").get_valid_token() == theirs == held(copies)
-    assert asked(nowhere) == 0
-
-
-def test_hourly_check_adopts_what_another_client_has_issued_and_writes_what_is_missing(
-    copies: Path, nowhere: Sandbox
-) -> None:
-    """A token that lasts longer than the present one, which serves, becomes the key's and goes into every copy."""
-    cached(17 * 3_600)
-    theirs = as_written_by("mojito2", longer(), copies)
-    file_of("python-kis", copies).unlink()
-    (key,) = Key.load(Settings.load())
-    key.sync_exports()
-    assert on_disk().access_token == theirs == held(copies)
     assert len(list(copies.iterdir())) == 4
     assert [attempt.outcome for attempt in TokenManager("us").history()] == ["imported"]
     assert asked(nowhere) == 0

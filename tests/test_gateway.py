@@ -44,14 +44,10 @@ LIMITED, REFUSED, DOWN = IssuanceLimitError, CredentialsError, IssuerUnavailable
 ANSWERS: dict[str, tuple[Reply, type[TokenError], str, str | None, str]] = {
     "the minute is not over": ("limit", LIMITED, "limit", "EGW00133", "one request a minute.*24-hour limit"),
     "it is not over, with status 200": ((200, {"error_code": "EGW00133"}), LIMITED, "limit", "EGW00133", "a minute"),
-    "it is not over, as a business call says it": (
-        *((500, {"msg_cd": "EGW00133", "rt_cd": "1"}), LIMITED, "limit", "EGW00133", "a minute"),
-    ),
+    "it is not over, in the other shape": ((500, {"msg_cd": "EGW00133"}), LIMITED, "limit", "EGW00133", "a minute"),
     "no key": ("EGW00102", REFUSED, "bad_key", "EGW00102", "no app key.*set KIS_APP_KEY"),
     "an unknown key": ("bad-key", REFUSED, "bad_key", "EGW00103", "does not know the app key.*KIS_ENVIRONMENT"),
-    "an unknown key, as a business call says it": (
-        *((200, {"msg_cd": "EGW00103", "rt_cd": "1"}), REFUSED, "bad_key", "EGW00103", "does not know"),
-    ),
+    "an unknown key, in the other shape": ((200, {"msg_cd": "EGW00103"}), REFUSED, "bad_key", "EGW00103", "not know"),
     "no secret": ("EGW00104", REFUSED, "bad_secret", "EGW00104", "no app secret.*set KIS_APP_SECRET"),
     "a wrong secret": ("bad-secret", REFUSED, "bad_secret", "EGW00105", "refused the app secret.*KIS_APP_SECRET"),
     "a denied key": ("EGW00003", REFUSED, "denied", "EGW00003", "denied access.*restricted"),
