@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 import stat
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -11,7 +12,6 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-import alert_samples
 import pytest
 from builders import make_token
 from hypothesis import given
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from flows.alerts.causes import Cause
     from tokencore.tokens import Token
 
+ROOT = Path(__file__).resolve().parent.parent
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
 MONDAY = datetime(2026, 11, 22, 23, 20, tzinfo=UTC)  # 08:20 in Seoul, 40 minutes before KRX opens
 NEW_YORK = datetime(2026, 11, 23, 14, 30, tzinfo=UTC)  # Monday's open there, 23:30 in Seoul
@@ -393,9 +394,10 @@ def test_every_alert_fits_slack_and_a_phone(texts: messages.Texts) -> None:
 
 
 def test_the_page_of_alerts_is_current() -> None:
-    """What docs/alerts.md shows is what the code says today; `python tests/alert_samples.py` brings it up to date."""
-    page = alert_samples.PAGE.read_text(encoding="utf-8")
-    assert page == alert_samples.current(page)
+    """What docs/alerts.md shows is what the code says today; `make docs` brings it up to date."""
+    made = runpy.run_path(str(ROOT / "docs" / "alerts.py"))
+    page = made["PAGE"].read_text(encoding="utf-8")
+    assert page == made["current"](page)
 
 
 def story(cause: Cause, need: datetime | None, looks: list[datetime]) -> list[tuple[datetime, Telling]]:

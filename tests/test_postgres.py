@@ -13,14 +13,12 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from zoneinfo import ZoneInfo
 
 import pytest
 from running import asked, until
-from stacks import MARK, SLOW, Place, Up, environment_of, free_port, in_proc
+from stacks import KEYS, MARK, SLOW, Place, Up, always_open, environment_of, free_port, in_proc
 
-from tokencore import sessions
-from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
+from tokencore.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,31 +40,20 @@ class Two(NamedTuple):
     gateway: Sandbox
     second: subprocess.Popen[bytes]
 
-    def start(self, deployment: str, **parameters: object) -> str:
-        """Create a run that is due now; its id."""
-        found = self.up.api("GET", f"deployments/name/{deployment}").json()["id"]
-        made = self.up.api("POST", f"deployments/{found}/create_flow_run", {"parameters": parameters}).json()
-        run: str = made["id"]
-        return run
+    def warm_up(self, exchange: str) -> str:
+        """Create a warm-up that is due now; its id."""
+        return self.up.create(f"warm-up/{exchange}", parameters={"exchange": exchange})
 
-    def run(self, number: str) -> dict[str, Any]:
-        """The run as it is now."""
-        found: dict[str, Any] = self.up.api("GET", f"flow_runs/{number}").json()
-        return found
-
-    def ended(self, numbers: list[str]) -> list[dict[str, Any]]:
+    def ended(self, *numbers: str) -> list[dict[str, Any]]:
         """The runs, once none has anything left to do."""
         final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-        until(lambda: all(self.run(number)["state"]["type"] in final for number in numbers), SLOW)
-        return [self.run(number) for number in numbers]
+        until(lambda: all(self.up.state(number)[0] in final for number in numbers), SLOW)
+        return [self.up.look(number) for number in numbers]
 
     def tokencore(self, *arguments: str) -> str:
         """What the command prints."""
-        command = [sys.executable, "-m", "tokencore", *arguments]
-        place = self.up.place
-        return subprocess.run(
-            command, env=place.environment, cwd=place.work, check=True, capture_output=True, text=True
-        ).stdout
+        command, place = [sys.executable, "-m", "tokencore", *arguments], self.up.place
+        return subprocess.check_output(command, env=place.environment, cwd=place.work, text=True)
 
 
 @contextmanager
@@ -80,23 +67,13 @@ def cluster() -> Iterator[str]:
         if user:
             shutil.chown(folder, user)
             shutil.chown(folder / "password", user)
-        make = [
-            str(PROGRAMS / "initdb"),
-            "-D",
-            str(folder / "data"),
-            "-U",
-            "prefect",
-            "-A",
-            "scram-sha-256",
-            "-E",
-            "UTF8",
-        ]
-        subprocess.run([*make, f"--pwfile={folder / 'password'}"], user=user, cwd="/", check=True, capture_output=True)
+        how = ["-U", "prefect", "-A", "scram-sha-256", "-E", "UTF8", f"--pwfile={folder / 'password'}"]
+        make = [str(PROGRAMS / "initdb"), "-D", str(folder / "data"), *how]
+        subprocess.run(make, user=user, cwd="/", check=True, capture_output=True)
         options = ["-p", str(port), "-k", str(folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        command = [str(PROGRAMS / "postgres"), "-D", str(folder / "data"), *options]
         with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [PROGRAMS / "postgres", "-D", folder / "data", *options], user=user, cwd="/", stdout=log, stderr=log
-            )
+            server = subprocess.Popen(command, user=user, cwd="/", stdout=log, stderr=log)
         try:
             until(lambda: b"ready to accept connections" in (folder / "log").read_bytes(), 60)
             yield f"postgresql+asyncpg://prefect:{PASSWORD}@127.0.0.1:{port}/postgres"
@@ -107,32 +84,16 @@ def cluster() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def always_open() -> dict[str, str]:
-    """Settings by which the ten exchanges have a session now that ends within the hour, whatever day it is."""
-    found = {}
-    for code in ("NASD", *TEN):
-        now = datetime.now(ZoneInfo(sessions.exchange(code).zone))
-        closes = min(now + timedelta(hours=1), now.replace(hour=23, minute=59))
-        found[f"KIS_EXCHANGES__{code}__HOURS__{now.date()}"] = f"00:00-{closes:%H:%M}"
-    return found | {"KIS_MARKETS__ALL__EXCHANGES": ",".join(("NASD", *TEN))}
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     """Server, two workers, one key with KIS's own minute."""
-    place = Place.made(tmp_path_factory.mktemp("postgres"), PREFECT_SERVER_API_PORT=str(free_port()))
+    place = Place.made(tmp_path_factory.mktemp("postgres") / "stack")
     with cluster() as database, Sandbox(issue_interval=60) as gateway:
-        settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET, "KIS_BASE_URL": gateway.url}
-        settings |= {"KIS_TOKEN_DIR": str(place.work / "tokens"), "PREFECT_SERVER_DATABASE_CONNECTION_URL": database}
-        lines = [f"{name}={value}" for name, value in (settings | always_open()).items()]
+        settings = {"KIS_BASE_URL": gateway.url, "KIS_TOKEN_DIR": str(place.work / "tokens")}
+        settings |= {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database, **always_open("NASD", *TEN)}
         gateway.fail("limit", 1)  # so that the check of `up` gets no token
-        (place.work / ".env").write_text("\n".join(lines))
-        code, output = place.run("up")
-        assert code == 0, output
-        folder = place.work / "tokens" / "prefect"
-        url = f"http://127.0.0.1:{place.environment['PREFECT_SERVER_API_PORT']}"
-        up = Up(place, output, folder, url, (folder / "password").read_text().strip())
-        yield from _with_second(up, gateway)
+        place.dotenv(**KEYS, **settings, KIS_MARKETS__ALL__EXCHANGES=",".join(("NASD", *TEN)))
+        yield from _with_second(place.up(), gateway)
         assert place.run("down") == (0, "Stopped.\n")
         assert place.living() == {}
 
@@ -151,28 +112,21 @@ def _with_second(up: Up, gateway: Sandbox) -> Iterator[Two]:
         second.wait(60)
 
 
-def attempts(two: Two) -> list[datetime]:
-    """When requests went to KIS, by the issuance record."""
-    return [datetime.fromisoformat(one["at"]) for one in json.loads(two.tokencore("history", "us", "--json"))]
-
-
 def test_the_work_of_a_killed_worker_is_finished_by_the_other(two: Two) -> None:
     """SIGKILL of worker and run during a renewal: the other worker's run has a token by one more request."""
     before = asked(two.gateway)
     two.gateway.set_rules(latency=15)
-    first = two.start("warm-up/NASD", exchange="NASD")
+    first = two.warm_up("NASD")
     until(lambda: asked(two.gateway) == before + 1, SLOW)
-    worker = two.up.processes()["worker"]
-    log = f"submitting flow run '{first}'"
-    was_second = log in (two.up.folder / "second.log").read_text()
-    os.kill(two.second.pid if was_second else worker, signal.SIGKILL)
-    os.kill(int(two.run(first)["infrastructure_pid"]), signal.SIGKILL)
+    was_second = f"submitting flow run '{first}'" in (two.up.folder / "second.log").read_text()
+    os.kill(two.second.pid if was_second else two.up.processes()["worker"], signal.SIGKILL)
+    os.kill(int(two.up.look(first)["infrastructure_pid"]), signal.SIGKILL)
     two.gateway.set_rules(latency=0)
-    (other,) = two.ended([two.start("warm-up/NYSE", exchange="NYSE")])
+    (other,) = two.ended(two.warm_up("NYSE"))
     assert (other["state"]["type"], other["state"]["name"]) == ("COMPLETED", "Renewed")
     assert asked(two.gateway) <= before + 2
-    times = attempts(two)[-2:]
-    assert times[1] - times[0] >= timedelta(seconds=60)
+    times = [datetime.fromisoformat(one["at"]) for one in json.loads(two.tokencore("history", "us", "--json"))]
+    assert times[-1] - times[-2] >= timedelta(seconds=60)
 
 
 def test_ten_warm_ups_in_one_minute_make_one_request(two: Two) -> None:
@@ -180,9 +134,8 @@ def test_ten_warm_ups_in_one_minute_make_one_request(two: Two) -> None:
     for market in ("us", "kr", "all"):
         two.tokencore("delete", market)
     before = asked(two.gateway)
-    runs = two.ended([two.start(f"warm-up/{code}", exchange=code) for code in TEN])
-    assert [run["state"]["type"] for run in runs] == ["COMPLETED"] * 10
-    assert {run["run_count"] for run in runs} == {1}
+    runs = two.ended(*[two.warm_up(code) for code in TEN])
+    assert [(run["state"]["type"], run["run_count"]) for run in runs] == [("COMPLETED", 1)] * 10
     assert asked(two.gateway) == before + 1
 
 
@@ -191,4 +144,4 @@ def test_the_databases_password_is_told_nowhere(two: Two) -> None:
     stored = {path: path.read_bytes() for path in two.up.folder.rglob("*") if path.is_file()}
     assert [path for path, content in stored.items() if PASSWORD.encode() in content] == []
     assert not any(PASSWORD in line for line in two.up.place.living().values())
-    assert PASSWORD.encode() not in Path(f"/proc/{two.up.processes()['worker']}/environ").read_bytes()
+    assert not any(PASSWORD in one for one in environment_of(two.up.processes()["worker"]))
