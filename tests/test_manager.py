@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import requests
-from builders import KEY, SECRET, ended, in_child, make_token
+from builders import KEY, SECRET, make_token
 from running import DAY, asked, at_a_barrier, cached, folder, forked, issue_of, on_disk, outcomes, raised, start, until
 
 from tokencore import (
@@ -63,15 +63,6 @@ def test_valid_token_is_served_when_nothing_else_is_left(gateway: Sandbox) -> No
     assert USTokenManager().get_valid_token() == token.access_token
     assert asked(gateway) == 0
     assert not list(folder().glob("key-*"))
-
-
-def test_another_processs_renewal_is_seen_within_a_second(gateway: Sandbox) -> None:
-    """A manager that has a token in memory gives out another process's token a second after it was saved."""
-    held, old, new = USTokenManager(), cached(DAY - 7 * HOUR), make_token()
-    assert held.get_valid_token() == old.access_token
-    assert ended(in_child(lambda: KRTokenManager().save_token(new))) == 0
-    assert until(lambda: held.get_valid_token() == new.access_token) < 1.5
-    assert asked(gateway) == 0
 
 
 @pytest.mark.usefixtures("gateway")
