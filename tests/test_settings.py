@@ -359,6 +359,19 @@ def test_dotenv_that_others_can_have_written_is_ignored(
 @as_root
 def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
     """A service's user reads what root wrote and no config.toml of a folder named `~`; its token folder must be set."""
+
+    def as_nameless() -> None:
+        os.setgroups([])
+        os.setgid(NAMELESS)
+        os.setuid(NAMELESS)
+        del os.environ["HOME"]
+        assert (us().buffer, us().proactive_window, Settings.load().buffer) == (7, 1800, 7)
+        os.chdir("/")  # where no .env is
+        for work in (us, Settings.load):
+            assert "KIS_TOKEN_DIR cannot be used: set it to an absolute path" in refusal(work)
+        os.environ.update(KIS_TOKEN_DIR="/nowhere", KIS_MARKETS__US__EXPORTS="kis-auth")
+        assert "KIS_MARKETS__US__EXPORTS cannot be used: set it to an absolute path" in refusal()
+
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path(folder).chmod(0o755)
         trap = Path("~/.tokencore")
@@ -367,20 +380,6 @@ def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
         dotenv(KIS_BUFFER="7", KIS_TOKEN_DIR="/nowhere")
         assert us().buffer == Settings.load().buffer == 7  # what is imported late is known before the user changes
         assert ended(in_child(as_nameless)) == 0
-
-
-def as_nameless() -> None:
-    """Become a user without name and home, and read the settings; without a folder for tokens they are refused."""
-    os.setgroups([])
-    os.setgid(NAMELESS)
-    os.setuid(NAMELESS)
-    del os.environ["HOME"]
-    assert (us().buffer, us().proactive_window, Settings.load().buffer) == (7, 1800, 7)
-    os.chdir("/")  # where no .env is
-    for work in (us, Settings.load):
-        assert "KIS_TOKEN_DIR cannot be used: set it to an absolute path" in refusal(work)
-    os.environ.update(KIS_TOKEN_DIR="/nowhere", KIS_MARKETS__US__EXPORTS="kis-auth")
-    assert "KIS_MARKETS__US__EXPORTS cannot be used: set it to an absolute path" in refusal()
 
 
 def test_dotenv_adds_to_the_environment_only_what_counts() -> None:

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from running import asked, one_line, outcomes, raised
 from servers import Wire
 from test_settings import NAMELESS as STRANGER
-from test_settings import as_root, dotenv, give, give_away, own_environment
+from test_settings import as_root, dotenv, give_away, own_environment
 
 from tokencore import ConfigurationError, Key, TokenManager, TokenStoreError, USTokenManager, open_document
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from running import Ran
 
@@ -41,13 +41,6 @@ __all__ = ["own_environment"]  # a fixture
 PAIR = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET}
 NASTY = "\x1b[2J\x1b]0;x\x07\u202ekcats\u2066\u200f\u2028next\x85\x9b31m\r\nlast\u200b"
 VIEW = "us_api_token.json"
-
-
-def only(source: str, values: Mapping[str, str]) -> None:
-    """Have these variables, from the source of that name, be all that is known of keys and addresses."""
-    for name in ("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_BASE_URL"):
-        os.environ.pop(name, None)  # the fixture of the gateway has set them
-    give(source, values)
 
 
 # --- the token directory
@@ -332,9 +325,11 @@ def test_dotenv_says_where_copies_go_for_its_own_secret_only(exports: str, gatew
 
     dotenv(KIS_MARKETS__US__EXPORTS="kis-auth,python-kis", KIS_HTS_ID="me")  # as these clients look at home
     assert command("check", "us").code == 3
-    only(".env", {**wanted, **PAIR})
+    for name in ("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_BASE_URL"):
+        del os.environ[name]  # the fixture of the gateway has set them
+    dotenv(**wanted, **PAIR)
     assert "KIS_MARKETS__US__EXPORTS" in str(raised(Vaulted))
-    only(".env", {**wanted, **PAIR, "KIS_BASE_URL": gateway.url})
+    dotenv(**wanted, **PAIR, KIS_BASE_URL=gateway.url)
     assert (command("get", "us").code, asked(gateway)) == (0, 1)
     assert [*copies.iterdir(), *Path.home().rglob("us_krs_token.dat")] != []
 
