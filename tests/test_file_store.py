@@ -227,15 +227,10 @@ def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it
     """A power cut cannot leave an empty file under the right name: fsync, rename, fsync of the folder."""
 
     def work() -> None:
-        calls: list[str] = []
-
-        def noted(name: str) -> Callable[..., object]:
-            real = getattr(os, name)
-            return lambda *args: (calls.append(name), real(*args))[1]
-
-        os.fsync, os.replace = noted("fsync"), noted("replace")  # type: ignore[assignment]
+        calls = Mock(**{"fsync.side_effect": os.fsync, "replace.side_effect": os.replace})
+        os.fsync, os.replace = calls.fsync, calls.replace
         files.write_text(str(folder / VIEW), "new")
-        assert calls == ["fsync", "replace", "fsync"]
+        assert [name for name, _, _ in calls.mock_calls] == ["fsync", "replace", "fsync"]
 
     assert ended(in_child(work)) == 0
 

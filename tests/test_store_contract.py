@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tokencore.stores.base import Store
+    from tokencore.stores.base import Document, Store
     from tokencore.tokens import Token
 
     Open = Callable[..., Store]
@@ -146,9 +147,10 @@ def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) 
 
 def test_a_document_is_shared_whole(opened: Open, folder: Path) -> None:
     """What is written under its lock the next process reads, of one key or of them all; an empty one is an object."""
-    for again in (lambda: opened("kr").document("approval"), lambda: open_document(str(folder), "incidents")):
-        assert again().read() == {}
-        with again().lock(wait=5) as held:
+    for again in (partial(opened("kr").document, "approval"), partial(open_document, str(folder), "incidents")):
+        document: Document = again()
+        assert document.read() == {}
+        with document.lock(wait=5) as held:
             assert held
-            again().write({"name": "한글", "times": [1, 2]})
+            document.write({"name": "한글", "times": [1, 2]})
         assert again().read() == {"name": "한글", "times": [1, 2]}
