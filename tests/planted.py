@@ -256,7 +256,7 @@ def controls_kept() -> None:
     attempts.clean = lambda text: text
 
 
-@found_by("market", "the_fast_reader_and_the_validated_settings_agree")
+@found_by("settings", "the_fast_reader_and_the_validated_settings_agree")
 def fast_reader_differs() -> None:
     """A market's own address does not reach the reader of a cached `get`."""
     sources.Found.address_variable = lambda *_: "KIS_BASE_URL"  # type: ignore[method-assign]
