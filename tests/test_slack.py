@@ -87,15 +87,25 @@ def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(
     assert ({authorization for _, authorization in bot.requests}, slack.requests) == ({f"Bearer {BOT}"}, [])
 
 
-def test_a_thread_that_is_gone_does_not_swallow_what_follows(gateway: Sandbox, bot: SlackEndpoint) -> None:
-    """Where Slack refuses the thread, the channel gets the message, and what follows goes under that."""
+def test_a_thread_that_is_gone_does_not_swallow_what_follows(
+    gateway: Sandbox, bot: SlackEndpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where Slack refuses the thread, the channel gets the message, and what follows goes under that.
+
+    Another refusal of the API is named, without the bot's token, and the next run sends the message.
+    """
     error = refusal(gateway)
+    caplog.set_level(logging.DEBUG)
     report(error)
     bot.bot_answers = [{"ok": False, "error": "thread_not_found"}]
     report(error, MONDAY + timedelta(hours=1))
-    resolve(MONDAY + timedelta(hours=2))
+    bot.bot_answers = [{"ok": False, "error": "is_archived"}] * 2  # in the thread, and beside it
+    for hours in (2, 3):
+        resolve(MONDAY + timedelta(hours=hours))
+    assert "Slack did not accept the message (is_archived): the channel is archived" in caplog.text
     threads = [("#tokens", None), ("#tokens", None), (CHANNEL, "2.0")]
     assert [(one["channel"], one.get("thread_ts")) for one in bot.told] == threads
+    assert BOT not in caplog.text
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -128,17 +138,6 @@ def test_a_refusal_of_the_webhook_is_named_with_what_to_do(
     assert f"Slack did not accept the message ({named}): " in caplog.text
     assert fix in caplog.text
     assert len(slack.told) == 1
-
-
-def test_a_refusal_of_the_api_is_named_without_the_token(
-    gateway: Sandbox, bot: SlackEndpoint, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its word and what to do; the next run sends the message."""
-    bot.bot_answers = [{"ok": False, "error": "is_archived"}]
-    with caplog.at_level(logging.DEBUG):
-        report(refusal(gateway))
-    assert "Slack did not accept the message (is_archived): the channel is archived" in caplog.text
-    assert BOT not in caplog.text
 
 
 def test_a_silent_slack_delays_a_run_by_three_seconds_at_most(gateway: Sandbox, slack: SlackEndpoint) -> None:
