@@ -282,17 +282,16 @@ def objects(gateway: Sandbox) -> Iterator[object]:
     time.sleep(0.1)
     (key,) = Key.load(Settings.load())
     state = key.state(datetime.now(UTC))
-    yield from (manager, TokenManager("us"), KRTokenManager(), manager.market, key, state)
-    yield from (key.tick(state), state.plan(), draw_plans([state.plan()]), manager.get_token_info())
-    yield from (key.store, key.store.document("approval"), make_renewer(key.markets, key.store), state.warnings())
-    yield from (KISAuth("us"), KISHttpxAuth("us"), gather(), Settings.load(), make_token(), manager.history())
-    yield from (Gateway(gateway.url, (KEY, SECRET), timeout=1), manager.get_token_status(), manager.load_token())
-    yield from (ApprovalKeys(key.market, key.store, key.renewer), key.prove(make_token()), open_document("/", "x"))
+    yield from (manager, TokenManager("us"), KRTokenManager(), key, state, key.tick(state), state.plan(), make_token())
+    yield from (state.warnings(), manager.history(), manager.get_token_status(), manager.get_token_info())
+    yield from (KISAuth("us"), KISHttpxAuth("us"), gather(), Settings.load(), key.prove(make_token()))
+    yield from (draw_plans([state.plan()]), open_document("/", "x"), key.store, key.store.document("approval"))
+    yield from (make_renewer(key.markets, key.store), ApprovalKeys(key.market, key.store, key.renewer))
+    yield Gateway(gateway.url, (KEY, SECRET), timeout=1)
     for mode in ("limit", "bad-key", "down", "garbage"):
         gateway.fail(mode, 1)
         yield raised(lambda: manager.refresh(force=True, reason="try"))
         time.sleep(0.11)
-    KISAuth("us").__call__(requests.Request("GET", f"{gateway.url}/uapi/x").prepare())
 
 
 def reachable(roots: list[object]) -> list[object]:
@@ -330,23 +329,21 @@ def test_every_public_class_and_all_that_it_leads_to_keeps_its_secrets(canaries:
 
 
 @pytest.fixture
-def meet(quick: Sandbox, tmp_path: Path) -> Iterator[Place]:
-    """The settings with which a call meets a failure in a directory of its own."""
+def meet(quick: Sandbox) -> Iterator[Place]:
+    """The settings with which a call meets a failure."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         closed: int = taken.getsockname()[1]
     with Wire() as refusing:
         refusing.answer(403, {"error_code": "EGW00103", "error_description": f"no such key {KEY}"})
         urls = {"KIS refuses": refusing.url, "KIS is unreachable": f"http://127.0.0.1:{closed}"}
         secrets = {"the secret is missing": "", "the secret is malformed": f"{SECRET} x"}
+        same = {"KIS_APP_KEY": KEY, "KIS_HTS_ID": "me", "KIS_MARKETS__US__EXPORTS": "mojito2"}
+        same["PYTHON_KEYRING_BACKEND"] = "keyring.backends.null.Keyring"  # one that has nothing
         yield lambda failure: {
-            "KIS_APP_KEY": KEY,
             "KIS_APP_SECRET": secrets.get(failure, SECRET),
             "KIS_BASE_URL": urls.get(failure, quick.url),
-            "KIS_HTS_ID": "me",
             "KIS_KEYRING": "kis" if failure == "the secret is missing" else "",
-            "KIS_MARKETS__US__EXPORTS": "mojito2",
-            "KIS_TOKEN_DIR": str(tmp_path / "tokens"),
-            "PYTHON_KEYRING_BACKEND": "keyring.backends.null.Keyring",  # one that has nothing
+            **same,
         }
 
 

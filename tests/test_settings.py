@@ -509,7 +509,7 @@ def test_a_market_has_values_of_its_own() -> None:
     hk = loaded.market("HK")
     assert (hk is loaded.market("hk"), hk.credentials(), hk.exchanges) == (True, ("OwnKey", SECRET), ("SEHK", "SHAA"))
     assert (hk.exports, loaded.market("ab").exports) == (("mojito2:~/bot",), ("kis-auth", "python-kis:/tmp"))
-    assert (loaded.market("us").exchanges, read_market("us").exchanges) == (("NAS", "NYS"),) * 2
+    assert (loaded.market("us").exchanges, us().exchanges) == (("NAS", "NYS"),) * 2
     assert [read_market(name).base_url for name in ("us", "hk", "kr")] == ["HTTPS://own/kis", "http://[::1]:80", REAL]
     assert read_market("aB").fingerprint == loaded.market("kr").fingerprint != hk.fingerprint
 
@@ -707,7 +707,7 @@ def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(keeper:
 def test_a_keyring_that_does_not_serve_is_one_sentence(content: object, why: str, keeper: Keeper) -> None:
     """It says what is wrong and what to do; the backend's own words are not repeated."""
     keeper(content)
-    assert why in refusal(read_market("us").credentials)
+    assert why in refusal(us().credentials)
 
 
 def test_missing_credentials_are_named_with_both_ways_to_set_them(
@@ -715,9 +715,9 @@ def test_missing_credentials_are_named_with_both_ways_to_set_them(
 ) -> None:
     """A key is not looked for in the keyring, whose package may be missing; without the switch none is asked."""
     monkeypatch.setitem(sys.modules, "keyring", None)
-    assert "pip install 'keyring>=25'" in refusal(read_market("us").credentials)
+    assert "pip install 'keyring>=25'" in refusal(us().credentials)
     os.environ["KIS_APP_KEY"] = ""
-    assert "keyring keeps its secret only" in refusal(read_market("us").identified)
+    assert "keyring keeps its secret only" in refusal(us().identified)
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}
     assert "set KIS_APP_SECRET (or KIS_MARKETS__KR__APP_SECRET)" in refusal(read_market("kr").credentials)
     assert keeper({}) == []
