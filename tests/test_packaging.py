@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(PYPROJECT)["project"]
 REQUIREMENTS = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
 PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+PINNED = {str(canonicalize_name(name)): version for name, _, version in (pin.partition("==") for pin in PINS)}
 BUILD = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
 UNBOUNDED = {"tzdata"}  # the zones of the world: the newest is the right one
 
@@ -47,8 +49,20 @@ def test_every_dependency_has_a_bound_a_reason_and_a_pin(requirement: str) -> No
     wanted = Requirement(requirement)
     assert wanted.name in UNBOUNDED or any(clause.operator in ("<", "==") for clause in wanted.specifier)
     assert re.search(rf'^    "{re.escape(requirement)}",\s+# \w', PYPROJECT, re.MULTILINE)
-    versions = {canonicalize_name(name): version for name, version in (pin.split("==") for pin in PINS)}
-    assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)])
+    assert wanted.specifier.contains(PINNED[canonicalize_name(wanted.name)])
+
+
+def test_everything_that_is_needed_is_installed_as_pinned() -> None:
+    """What a dependency brings is pinned like the dependency, so that the pins are the whole list to audit."""
+    found, seen, waiting = dict[str, str](), set[str](), [(Requirement(line), [""]) for line in REQUIREMENTS]
+    for one, extras in waiting:
+        if not one.marker or any(one.marker.evaluate({"extra": extra}) for extra in extras):
+            found[canonicalize_name(one.name)] = metadata.version(one.name)
+            if str(one) not in seen:
+                waiting += [(Requirement(line), ["", *one.extras]) for line in metadata.requires(one.name) or []]
+                seen.add(str(one))
+    assert found == {name: PINNED.get(name) for name in found}
+    assert len(found) > len(PINS) / 2
 
 
 def test_every_pin_is_a_name_and_a_version() -> None:
