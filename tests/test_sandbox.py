@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
+from running import until
 
 from tokencore.errors import ConfigurationError
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
@@ -341,8 +342,7 @@ def test_leaving_ends_port_answers_and_threads(mode: str) -> None:
             if mode in FAILURES:
                 gateway.fail(mode)
             waiting = pool.submit(issue, gateway, timeout=30)
-            while not gateway.stats()["requests"]:
-                time.sleep(0.01)
+            until(lambda: bool(gateway.stats()["requests"]))
         with pytest.raises(requests.RequestException):
             waiting.result(timeout=2)
         for _ in range(2):  # the kept connection, and a new one
@@ -350,10 +350,7 @@ def test_leaving_ends_port_answers_and_threads(mode: str) -> None:
                 session.get(f"{gateway.url}/sandbox/stats", timeout=5)
     with gateway:
         assert requests.get(f"{gateway.url}/sandbox/stats", timeout=5).status_code == 200
-    deadline = time.monotonic() + 2
-    while set(threading.enumerate()) - before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert set(threading.enumerate()) <= before
+    until(lambda: set(threading.enumerate()) <= before, within=2)
 
 
 def test_it_listens_on_loopback_alone_and_says_when_it_cannot(kis: Sandbox) -> None:
