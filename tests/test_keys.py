@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
 HOUR = 3600.0
-DUE = datetime(2025, 11, 18, 8, 15, tzinfo=UTC)  # a Tuesday, 17:15 KST: after the anchor of us and kr
+DUE = datetime(2024, 11, 19, 8, 15, tzinfo=UTC)  # a Tuesday, 17:15 KST: after the anchor of us and kr
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_state_says_all_that_is_known_at_one_moment(key: Key) -> None:
     save(key)
     state = key.state(DUE)
     assert state.serves_until == DUE + timedelta(hours=24, minutes=-5)
-    assert state.served == "us+kr: the token serves until 2025-11-19 17:10 KST"
+    assert state.served == "us+kr: the token serves until 2024-11-20 17:10 KST"
     assert state.covered
     assert [state.lasts(DUE + timedelta(hours=hours)) for hours in (20, 24)] == [True, False]
     assert state.outlook.next is not None
@@ -121,7 +121,7 @@ def test_a_key_obtains_only_what_does_not_last_and_its_rejection_holds_for_manag
 
 def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be_lost(key: Key) -> None:
     """The same token within six hours, a second issue in 24 hours, a swap inside a session; nothing without a token."""
-    inside = datetime(2025, 11, 18, 2, 0, tzinfo=UTC)  # 11:00 KST, KRX is open
+    inside = datetime(2024, 11, 19, 2, 0, tzinfo=UTC)  # 11:00 KST, KRX is open
     assert key.state(inside).warnings() == []
     save(key, age=HOUR, now=inside)
     assert [one.kind for one in key.state(inside).warnings()] == ["same token"]

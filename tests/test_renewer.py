@@ -266,6 +266,8 @@ def test_renewal_for_others_that_reaches_no_file_is_an_error(
 ) -> None:
     """On a full disk `refresh` does not say that it renewed: exit 7 and a critical line; KIS keeps the token."""
     old = cached(17 * HOUR)
+    key_file = next(folder().glob("key-*.json"))
+    before = key_file.read_bytes()
 
     def refresh_on_a_full_disk() -> None:
         fill_disk(600)  # a line of the record fits, a token file does not
@@ -278,7 +280,7 @@ def test_renewal_for_others_that_reaches_no_file_is_an_error(
         assert held.get_valid_token() != old.access_token
 
     assert ended(in_child(refresh_on_a_full_disk)) == 0
-    assert on_disk().access_token == old.access_token
+    assert (key_file.read_bytes(), on_disk().access_token) == (before, old.access_token)
     time.sleep(QUICK)
     assert USTokenManager().refresh(force=True)
     assert (quick.stats()["granted_new"], quick.stats()["granted_same"]) == (1, 1)
