@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from zoneinfo import ZoneInfo
 
 import pytest
+from prefect.settings.models.server.api import ServerAPISettings
 from running import until
 from stacks import KEYS, SLOW, Place, free_port, in_proc
+from starlette.middleware.trustedhost import parse_host_header
+from test_settings import NAMELESS, as_root
 
 from flows.stack import demo as play
 from flows.stack import environment, watchdog
@@ -30,7 +33,7 @@ from tokencore import sessions
 from tokencore.sandbox import APP_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from slack_endpoint import SlackEndpoint
 
@@ -142,6 +145,49 @@ def test_a_start_that_cannot_be_is_one_sentence(
             assert re.match(sentence, output)
             assert "비밀" not in output
     assert place.living() == {}
+
+
+DOORS = {
+    "the stack's folder": lambda folder: folder.chmod(0o777),
+    "the token directory": lambda folder: folder.parent.chmod(0o777),
+    "the password, open to all": lambda folder: (folder / "password").chmod(0o666),
+    "the password, another's": lambda folder: os.chown(folder / "password", NAMELESS, NAMELESS),
+    "the settings of supervisord, another's": lambda folder: os.chown(folder / "supervisord.conf", NAMELESS, NAMELESS),
+}
+
+
+@pytest.mark.parametrize(
+    "open_door", [pytest.param(door, marks=[as_root] * ("another" in name), id=name) for name, door in DOORS.items()]
+)
+def test_what_another_user_can_have_planted_starts_and_stops_nothing(
+    open_door: Callable[[Path], None], short: Path
+) -> None:
+    """Who could exchange them would choose what runs, or know the password: exit 7 and the command that ends it."""
+    place = made(short, **KEYS)
+    folder = place.home / ".tokencore" / "prefect"
+    folder.mkdir(parents=True)
+    for name in ("password", "supervisord.conf"):
+        (folder / name).touch()
+    open_door(folder)
+    for command in ("up", "run", "status", "down"):
+        code, output = place.run(command)
+        assert (code, output.count("\n"), " run `ch" in output) == (7, 1, True), output
+    assert (place.living(), (folder / "password").read_text()) == ({}, "")
+
+
+def test_no_setting_of_another_prefect_opens_the_server(tmp_path: Path) -> None:
+    """An empty password file, Prefect's other name for its origins: a password and the page's own; IPv6 has a name."""
+    (tmp_path / "password").touch()
+    os.environ |= {"PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": "*", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "*"}
+    os.environ["PREFECT_SERVER_API_HOST"] = "::1"
+    os.environ |= environment.load(tmp_path, dict(os.environ))
+    known = ServerAPISettings()
+    assert known.auth_string is not None
+    assert len(known.auth_string.get_secret_value()) > 30
+    assert known.cors_allowed_origins == "http://[::1]:4200,http://localhost:4200"
+    called = parse_host_header("[::1]:4200")
+    assert called is not None
+    assert called.host in environment.hosts(os.environ)
 
 
 def test_a_full_disk_is_said(short: Path) -> None:

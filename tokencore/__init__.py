@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokencore.keys import Key, KeyState
     from tokencore.manager import BaseTokenManager, KRTokenManager, TokenManager, USTokenManager
     from tokencore.reports.plan_svg import draw_plans
-    from tokencore.stores import open_document
+    from tokencore.stores import open_document, private_folder
 
 __all__ = [
     "BaseTokenManager",
@@ -49,6 +49,7 @@ __all__ = [
     "USTokenManager",
     "draw_plans",
     "open_document",
+    "private_folder",
     "sessions",
     "trusted_dotenv",
 ]
@@ -61,7 +62,7 @@ _PLACES = {
     "config.sources": ("trusted_dotenv",),
     "keys": ("Key", "KeyState"),
     "reports.plan_svg": ("draw_plans",),
-    "stores": ("open_document",),
+    "stores": ("open_document", "private_folder"),
 }
 
 

@@ -21,7 +21,7 @@ from zoneinfo import ZoneInfo
 from flows.stack import environment, supervisor
 from flows.stack.api import CHECK, REFRESH, Api, StackError
 from flows.stack.deployments import run_to_end
-from tokencore import sessions
+from tokencore import private_folder, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,7 +50,7 @@ def demo(*, once: bool = False) -> int:
         _say("sandbox", "a server on this machine answers instead of KIS")
         _say("Prefect", "starting its server, a worker and the deployments (half a minute) ...")
         home = Path(known["PREFECT_HOME"])
-        supervisor.private(home)
+        private_folder(str(home))
         try:
             supervisor.start(home, known, Path(folder))
             api = Api(environment.address(known), environment.password(home, known))

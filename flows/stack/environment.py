@@ -70,7 +70,7 @@ def load(home: Path, environment: Mapping[str, str]) -> dict[str, str]:
         "PREFECT_SERVER_API_HOST": host(environment),
         "PREFECT_SERVER_API_PORT": str(port(environment)),
         "PREFECT_SERVER_UI_API_URL": "/api",  # otherwise the page asks port 4200, whatever the port is
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins(environment)),
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(origins(environment)),  # of its two names the one that wins
         "PREFECT_CLI_PROMPT": "false",
         "no_proxy": ",".join(filter(None, [environment.get("no_proxy") or environment.get("NO_PROXY"), LOOPBACK])),
     }
@@ -174,7 +174,9 @@ def origins(environment: Mapping[str, str]) -> list[str]:
 
 def hosts(environment: Mapping[str, str]) -> list[str]:
     """The names by which requests may call the server; any, where it listens for other machines."""
-    return [urlsplit(one).hostname or "" for one in origins(environment)] if is_local(environment) else ["*"]
+    if not is_local(environment):
+        return ["*"]
+    return [re.sub(r":\d+$", "", urlsplit(one).netloc) for one in origins(environment)]
 
 
 def is_local(environment: Mapping[str, str]) -> bool:
@@ -189,7 +191,7 @@ def password(home: Path, environment: Mapping[str, str]) -> str | None:
     """The server's password as `user:password`: the one that is set, or the generated one; None where there is none."""
     if given := environment.get(PASSWORD):
         return given
-    return password_file(home).read_text("ascii").strip() if password_file(home).exists() else None
+    return (password_file(home).read_text("ascii").strip() or None) if password_file(home).exists() else None
 
 
 def password_file(home: Path) -> Path:
@@ -202,8 +204,8 @@ def _fernet_key() -> str:
 
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
-    """What the file holds; where there is none, it is made, whole and for its owner only."""
-    if not path.exists():
+    """What the file holds; where there is none, or an empty one, it is made, whole and for its owner only."""
+    if not path.exists() or not path.stat().st_size:
         draft = path.with_name(f"{path.name}.{os.getpid()}")
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
             file.write(make())

@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from flows.stack import deployments, environment, orphans
 from flows.stack.api import CHECK, POOL, REFRESH, Api, StackError
-from tokencore import ConfigurationError, Key, Settings
+from tokencore import ConfigurationError, Key, Settings, private_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,7 +87,7 @@ def run() -> NoReturn:
 
     """
     home, given = _home(), environment.with_dotenv()
-    private(home)
+    private_folder(str(home))
     _hold(home, "supervisor")
     _prepare(home, given)
     settings = {"KIS_TOKEN_DIR": str(home.parent), FOLDER: os.getcwd()}
@@ -110,7 +110,7 @@ def up() -> int:
     Key.load(Settings.load())  # a missing key or secret is said now, not by a run at night
     home, given = _home(), environment.with_dotenv()
     environment.check(given)
-    private(home)
+    private_folder(str(home))
     with FileLock(home / "up.lock", preserve_lock_file=True):
         if "supervisor" in running(home):
             print("It runs already.")
@@ -266,14 +266,18 @@ def api(timeout: float = 30) -> Api:
     return Api(environment.address(given), environment.password(_home(), given), timeout)
 
 
-def private(home: Path) -> None:
-    """Make the folder and the one above, for their owner only."""
-    for step in (home.parent, home):
-        step.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
 def _home() -> Path:
-    return Path(Settings.load().token_dir).absolute() / "prefect"
+    """The stack's folder; one that is there has been looked at.
+
+    Raises:
+        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+        TokenStoreError: another user can have put something into it.
+
+    """
+    home = Path(Settings.load().token_dir).absolute() / "prefect"
+    if home.exists():
+        private_folder(str(home))
+    return home
 
 
 def _lock_file(home: Path, part: str) -> Path:

@@ -30,3 +30,18 @@ def open_document(token_dir: str, name: str) -> Document:
     from tokencore.stores.file_store import FileDocument
 
     return FileDocument(os.path.join(token_dir, f"{name}.json"))
+
+
+@sealed
+def private_folder(path: str) -> None:
+    """Make the folder `path` of a token directory, and that, for this user only; for programs beside the tokens.
+
+    Raises:
+        TokenStoreError: it cannot be made; or another user owns it, a file in it or a folder above, or can write one.
+
+    """
+    from tokencore.stores import file_store, files
+
+    files.make_private(os.path.dirname(path), ours=file_store.OURS)
+    files.make_private(path)
+    files.refuse_planted(path, ("",))
