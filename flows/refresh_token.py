@@ -78,8 +78,8 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "", oper
 
     **Before anything is asked of KIS** the run looks at what would happen. If it would be a second token in 24 hours,
     change the token inside a session, or bring the same token back (within six hours of its issue), the run goes to
-    **Paused** and waits 15 minutes for a person: press **Resume** at the top right of the run's page, read, choose and
-    submit. Where no valid token can be lost, nobody is asked. `force` asks nobody, unless KIS has issued within the
+    **Paused** and waits 15 minutes for a person: **Resume** is in the menu (three dots) at the top right of the run's
+    page. Where no valid token can be lost, nobody is asked. `force` asks nobody, unless KIS has issued within the
     last hour.
 
     Ends as **Renewed**, **AlreadyValid** (KIS returned the same token, or another run was quicker), **Declined**
@@ -187,7 +187,7 @@ def ask(text: str) -> str | None:
     """A person's answer to the paused run, or None."""
     wait = CONFIRM_WITHIN // timedelta(minutes=1)
     runs.logger().warning("%s", text.replace("*", ""))
-    runs.logger().warning("Press Resume at the top right of this page, choose and submit, within %s minutes.", wait)
+    runs.logger().warning("Press Resume in the menu at the top right of this page, and choose, within %s minutes.", wait)
     try:
         return asyncio.run(_answer(text))
     except TimeoutError:
