@@ -187,7 +187,7 @@ def ask(text: str) -> str | None:
     """A person's answer to the paused run, or None."""
     wait = CONFIRM_WITHIN // timedelta(minutes=1)
     runs.logger().warning("%s", text.replace("*", ""))
-    runs.logger().warning("Press Resume in the menu at the top right of this page, and choose, within %s minutes.", wait)
+    runs.logger().warning("Press Resume in the menu at the top right of this page and choose, within %s minutes.", wait)
     try:
         return asyncio.run(_answer(text))
     except TimeoutError:
