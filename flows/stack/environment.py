@@ -69,6 +69,7 @@ def load(home: Path, environment: Mapping[str, str]) -> dict[str, str]:
         "PREFECT_UI_URL": page(environment),
         "PREFECT_SERVER_API_HOST": host(environment),
         "PREFECT_SERVER_API_PORT": str(port(environment)),
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "page"),  # otherwise beside Prefect, for its first user alone
         "PREFECT_SERVER_UI_API_URL": "/api",  # otherwise the page asks port 4200, whatever the port is
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(origins(environment)),  # of its two names the one that wins
         "PREFECT_CLI_PROMPT": "false",
