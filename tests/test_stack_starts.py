@@ -24,7 +24,7 @@ import pytest
 from prefect.settings.models.server.api import ServerAPISettings
 from running import until
 from stacks import KEYS, SLOW, Place, free_port, in_proc
-from starlette.middleware.trustedhost import parse_host_header
+from starlette._utils import parse_host_header
 from test_settings import NAMELESS, as_root
 
 from flows.stack import demo as play
