@@ -126,6 +126,12 @@ def test_what_another_user_can_change_is_refused_until_that_is_over(
     assert (command("get", "us").code, asked(gateway)) == (0, 1)
 
 
+def test_the_record_of_an_open_directory_is_not_shown(place: Path, command: Command) -> None:
+    """What others could have written is no history."""
+    mode(0o777)(place)
+    assert command("history", "us").code == 7
+
+
 @pytest.mark.parametrize("name", [".jsonl", ".lock", "-approval.json", "-exports.json", VIEW, "us_token_issued_at.dat"])
 @pytest.mark.parametrize(
     "open_door", [pytest.param(give_away, marks=as_root), mode(0o666)], ids=["another's", "open to all"]

@@ -277,6 +277,7 @@ class FileStore(Sensitive):
 
         seen = files.signature(self._record_path)
         if self._record is None or self._record[0] != seen:
+            files.refuse_strangers(self.folder)
             try:
                 found = record.parse(files.read_text(self._record_path, limit=RECORD_LIMIT, tail=True) or "")
             except ValueError:  # an attempt was made when it was last changed
