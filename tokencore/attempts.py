@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore.errors import ConfigurationError
+from tokencore.redaction import clean
 from tokencore.sealing import sealed_class
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 DAY = timedelta(hours=24)
 REASON_LENGTH, BY_LENGTH = 80, 40  # characters that are kept
-_ESCAPE_SEQUENCE = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]")  # what a terminal obeys: colours, moves, erasing
 SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"  # no run of visible ASCII as long as an app key (36)
 
 
@@ -94,16 +94,6 @@ class Note(NamedTuple):
                     "Nothing was asked of KIS; use shorter words."
                 )
         return Note(reason[:REASON_LENGTH].rstrip(), by[:BY_LENGTH].rstrip())
-
-
-def clean(text: str) -> str:
-    """`text` on one line that shows as what it is: no terminal obeys anything in it, and no word runs backwards.
-
-    Escape sequences go whole; whatever else does not print (control and direction characters, line separators, half
-    characters) becomes a space.
-    """
-    shown = "".join(sign if sign.isprintable() else " " for sign in _ESCAPE_SEQUENCE.sub(" ", text))
-    return " ".join(shown.split())
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:

@@ -69,7 +69,7 @@ def _fail(message: str, code: int) -> int:
         sys.stdout.flush()  # what was printed before comes first
     except OSError:
         _discard_output()
-    from tokencore.attempts import clean  # not for an answer
+    from tokencore.redaction import clean  # not for an answer
 
     try:
         sys.stderr.write(f"tokencore: {clean(message)}\n")

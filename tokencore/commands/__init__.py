@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from tokencore import __doc__ as about
-from tokencore.config.sources import short
 from tokencore.errors import ConfigurationError
+from tokencore.redaction import short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,8 +13,9 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from tokencore.calendars.sessions import Override, exchange
 from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
-from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, place_of, short, warn
+from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, place_of, warn
 from tokencore.errors import ConfigurationError
+from tokencore.redaction import short
 from tokencore.sealing import Sensitive, sealed, sealed_class
 
 if TYPE_CHECKING:

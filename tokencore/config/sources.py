@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 
 from tokencore.errors import ConfigurationError
+from tokencore.redaction import printable, short
 from tokencore.sealing import Sensitive, sealed
 from tokencore.stores import files
 
@@ -28,8 +29,6 @@ ENVIRONMENT = "environment"
 TRUSTED = (ENVIRONMENT, CONFIG_FILE)  # may give an address for any secret
 SECRETS_DIR = "KIS_SECRETS_DIR"
 FILE_LIMIT = 65_536  # bytes of a file of settings
-SHOWN = 400  # characters that a message repeats of what was given
-SECRET_LENGTH = 20  # characters in a row: no word of a setting has so many, and of a key they would show too much
 PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
 _warned: set[str] = set()  # messages; once a process is enough
@@ -162,7 +161,7 @@ def check_address(name: str, found: Found, what: str, giver: str) -> None:
 def place_of(origin: str) -> str:
     """A source as messages call it."""
     if origin == DOTENV_FILE:
-        return _printable(os.path.abspath(origin))
+        return printable(os.path.abspath(origin))
     return "the environment" if origin == ENVIRONMENT else short(origin, " _/")
 
 
@@ -173,17 +172,6 @@ def warn(message: str) -> None:
 
         _warned.add(message)
         logging.getLogger("tokencore").warning(message)
-
-
-def short(text: str, apart: str = " _") -> str:
-    """`text` on one line without words (between the characters `apart`) as long as a key: they may be one."""
-    import re  # only for a mistake
-
-    return re.sub(f"[^{apart}]{{{SECRET_LENGTH},}}", "***", _printable(text[:SHOWN]))
-
-
-def _printable(text: str) -> str:
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def _dotenv() -> dict[str, str]:
@@ -216,7 +204,7 @@ def _written_by_others(path: str) -> str:
         path = os.path.join(folder, os.readlink(path))
     if not fault and os.path.isfile(path):  # nothing else is read anyway
         fault = files.stranger(path, os.stat(path))
-    return _printable(fault[0]) if fault else ""
+    return printable(fault[0]) if fault else ""
 
 
 def _secrets(folder: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from tokencore.config.market import address
 from tokencore.errors import ConfigurationError, IssuerUnavailableError
 from tokencore.kis import codes, quotes
 from tokencore.kis.codes import ANSWER_LIMIT, OK, Refusal
+from tokencore.redaction import redact
 from tokencore.sealing import Sensitive
 from tokencore.tokens import Token, from_answer
 
@@ -38,7 +39,6 @@ TEXT_LIMIT = 160  # characters of KIS's own words in a message
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HEADERS = {"Content-Type": "application/json; charset=UTF-8"}
 _APPROVAL_KEY = re.compile(r"[!-~]{1,512}")  # one word of visible ASCII; KIS's is a UUID
-_SECRETIVE = re.compile(r"[\w+/=.%&#;-]{20,}", re.ASCII)  # no word of KIS is so long, but every token and key
 
 
 class Gateway(Sensitive):
@@ -154,10 +154,7 @@ class Gateway(Sensitive):
         """The status and KIS's own words, on one line, without anything secret."""
         words = [answer.body.get(key) for key in ("error_code", "msg_cd", "error_description", "msg1")]
         said = " ".join(str(word) for word in words if word) or answer.text
-        for secret in (self._app_secret, self._app_key):
-            said = said.replace(secret, "***")
-        said = _SECRETIVE.sub("***", "".join(sign if sign.isprintable() else " " for sign in said))
-        said = " ".join(said.split())
+        said = redact(said, self._app_secret, self._app_key)
         return f"HTTP {answer.status}: {said[:TEXT_LIMIT]}" if said else f"HTTP {answer.status}"
 
 

@@ -29,7 +29,7 @@ from tokencore.clients.approval import approval_expiry
 from tokencore.clients.exports import Exports
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
-from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, short, trusted_dotenv
+from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.kis import quotes
 from tokencore.kis.codes import KEY_LENGTH, KNOWN, SECRET_LENGTH
@@ -37,6 +37,7 @@ from tokencore.kis.gateway import LOOPBACK, Gateway
 from tokencore.limits import format_time
 from tokencore.outlook import covers, word
 from tokencore.policy import CLOCK_SLACK
+from tokencore.redaction import short
 from tokencore.reports.status import next_attempt
 from tokencore.stores import files
 from tokencore.tokens import jwt_claims

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokencore.attempts import GRANTED, Outcome, clean
+from tokencore.attempts import GRANTED, Outcome
 from tokencore.policy import LIFE
+from tokencore.redaction import clean
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
