@@ -580,7 +580,7 @@ class TestRuns:
         expected = {
             "warm-up": "warm-up NASD 2098-06-03",
             "check": "check-tokens 2098-06-03 12:20 UTC",
-            "x": "quick-fox",
+            "x": "a-fox",
         }
         with get_client(sync_client=True) as client:
             for tag in expected:

@@ -175,12 +175,13 @@ def test_what_another_user_can_have_planted_starts_and_stops_nothing(
     assert (place.living(), (folder / "password").read_text()) == ({}, "")
 
 
-def test_no_setting_of_another_prefect_opens_the_server(tmp_path: Path) -> None:
+def test_no_setting_of_another_prefect_opens_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty password file, Prefect's other name for its origins: a password and the page's own; IPv6 has a name."""
     (tmp_path / "password").touch()
-    os.environ |= {"PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": "*", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "*"}
-    os.environ["PREFECT_SERVER_API_HOST"] = "::1"
-    os.environ |= environment.load(tmp_path, dict(os.environ))
+    given = {"PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": "*", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "*"}
+    given["PREFECT_SERVER_API_HOST"] = "::1"
+    for name, value in environment.load(tmp_path, {**os.environ, **given}).items():
+        monkeypatch.setenv(name, value)
     known = ServerAPISettings()
     assert known.auth_string is not None
     assert len(known.auth_string.get_secret_value()) > 30
