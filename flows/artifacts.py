@@ -18,7 +18,7 @@ from flows.runs import KST, clock, harmless
 from tokencore import draw_plans
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from flows.runs import View
     from tokencore import Key, KeyState
@@ -55,24 +55,31 @@ def rows_of(key: Key, state: KeyState | str) -> list[dict[str, str]]:
     if isinstance(state, str):
         return [_row(market.name, "UNREADABLE", "none", "no", _plain(state)) for market in key.markets]
     until = _short(state.serves_until) if state.serves_until else "none"
-    coming = _plain(next_renewal(state))
+    coming = _plain(next_renewal(state, _short, ""))
     return [
         _row(market.name, state.status, until, _covered(state, state.need_of(market)), coming) for market in key.markets
     ]
 
 
-def next_renewal(state: KeyState) -> str:
-    """When the key is renewed next and why then, or why not."""
+def next_renewal(state: KeyState, time: Callable[[datetime], str] = clock, before: str = "next renewal ") -> str:
+    """When the key is renewed next and why then; where a renewal has failed, why, and when the next attempt is."""
     planned, tried = state.outlook.next, state.next_attempt
     if planned is None:
         return "no renewal is needed"
-    return f"next renewal {clock(tried)}, {planned.exception or planned.reason}" if tried else REFUSED
+    if tried is None:
+        return REFUSED
+    if state.failed:
+        at, why = state.failed
+        return f"not renewed at {time(at)}: {why}; next attempt {time(tried)}"
+    return f"{before}{time(tried)}, {planned.exception or planned.reason}"
 
 
 def caption(rows: Sequence[dict[str, str]]) -> str:
-    """Every market with its status, the worst first, and with its problem where it has one."""
-    ranked = sorted((_rank(row), f"{row['market']} {row['status']}", row) for row in rows)
-    return ", ".join(named + _problem(row) for _, named, row in ranked)
+    """The markets by their status, the worst first, and with their problem where they have one."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in sorted(rows, key=_rank):
+        alike.setdefault((row["status"], _problem(row)), []).append(row["market"])
+    return "; ".join(f"{', '.join(names)} {status}{problem}" for (status, problem), names in alike.items())
 
 
 def described(states: Sequence[KeyState]) -> str:
@@ -103,7 +110,11 @@ def _row(market: str, status: str, until: str, covered: str, coming: str) -> dic
 def _covered(state: KeyState, need: tuple[datetime, datetime] | None) -> str:
     if need is None:
         return "no session ahead"
-    return ("yes, until " if state.lasts(need[1]) else "no: it needs one until ") + _short(need[1])
+    if state.lasts(need[1]):
+        return f"yes, until {_short(need[1])}"
+    planned = state.outlook.next
+    in_time = planned and state.now < planned.at <= need[0] and state.next_attempt
+    return ("by the next renewal, until " if in_time else "no: it needs one until ") + _short(need[1])
 
 
 def _problem(row: dict[str, str]) -> str:

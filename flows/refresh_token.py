@@ -219,6 +219,6 @@ def unrenewed(settings: Settings, before: KeyState, error: Exception, asked: Req
     if not limited or (refused and in_danger):
         alerts.report(settings, state, error, state.now)
     if not limited or refused:
-        alerts.announce(settings, state, "failed", by=asked.operator, why=asked.reason)
+        alerts.announce(settings, state, "failed", by=asked.operator, why=asked.reason, error=error)
     declined = limited and state.serves_until is not None
     return Completed(name="Declined", message=str(error)) if declined else Failed(message=str(error))

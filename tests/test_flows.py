@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import resource
 import sqlite3
 import sys
@@ -20,7 +21,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import time_machine
-from builders import ended, forms, in_child, make_jwt, make_token
+from builders import ended, fill_disk, forms, in_child, make_jwt, make_token
 from flow_runs import only_key, paused, planned_runs, refreshed, run, told
 from hypothesis import given
 from hypothesis import strategies as st
@@ -293,8 +294,8 @@ class TestTable:
         assert list(us) == ["market", "status", "until", "session covered", "next renewal or problem"]
         assert (us["market"], kr["market"], us["status"]) == ("us", "kr", "VALID")
         assert us["until"].endswith(" KST")
-        assert us["session covered"].startswith(("yes, until ", "no: it needs one until "))
-        assert us["next renewal or problem"].startswith("next renewal 20")
+        assert us["session covered"].startswith(("yes, until ", "by the next renewal, until "))
+        assert re.match(r"\d\d-\d\d \d\d:\d\d KST, ", us["next renewal or problem"])  # a narrow column shows the time
         assert not [value for value in us.values() if value[0] in "-*#>|"]
 
     @gateway_only
@@ -305,9 +306,37 @@ class TestTable:
         unusable = "The token directory cannot be used: | no | space `left`."
         broken = artifacts.rows_of(only_key(), unusable)[1] | {"market": "hk"}
         assert artifacts.caption([well, refused, broken]) == (
-            "hk UNREADABLE: The token directory cannot be used: / no / space 'left'., "
-            "kr VALID: KIS refused the credentials, us VALID"
+            "hk UNREADABLE: The token directory cannot be used: / no / space 'left'.; "
+            "kr VALID: KIS refused the credentials; us VALID"
         )
+
+    def test_a_renewal_that_failed_is_said_once_for_all_markets(self, gateway: Sandbox, opens: Opens) -> None:
+        """Table, caption and message say when it failed, why, and when it is tried again, once for markets of one key."""
+        opens(SOON)
+        gateway.fail("down")
+        with pytest.raises(IssuerUnavailableError):
+            check_tokens.follow(only_key(), now())
+        state = only_key().state(now())
+        rows = artifacts.rows_of(only_key(), state)
+        said = {row["next renewal or problem"] for row in rows}
+        assert len(said) == 1
+        assert re.match(r"not renewed at .* KST: a fault of KIS's EGW00002; next attempt .* KST$", *said)
+        assert artifacts.caption(rows) == f"us, kr NO_TOKEN: {said.pop()}"
+        assert "; not renewed at 20" in check_tokens.progress(Done(state, renewed=False))
+
+    @pytest.mark.usefixtures("gateway", "prefect_home")
+    def test_a_token_that_only_a_run_has_is_no_token(self, slack: SlackEndpoint, opens: Opens) -> None:
+        """With a full disk the check fails, and table and alert count on nothing, as every other program can."""
+        opens(SOON)
+
+        def checked() -> None:
+            fill_disk()
+            with pytest.raises(TokenStoreError, match="only this process has it"):
+                check_tokens.follow(only_key(), now())
+            assert {row["status"] for row in artifacts.rows_of(only_key(), only_key().state(now()))} == {"NO_TOKEN"}
+
+        assert ended(in_child(checked)) == 0
+        assert slack.told[0]["text"].startswith("no token · ")
 
     def test_a_renewal_that_nobody_will_try_is_not_promised(self, gateway: Sandbox) -> None:
         """After refused credentials table, plan and message name no next renewal, but say who has to act."""

@@ -38,6 +38,16 @@ class Outcome(StrEnum):
 
 
 GRANTED = frozenset({Outcome.ISSUED, Outcome.SAME, Outcome.IMPORTED})
+FAILED = {  # for people, where the outcome's own word says too little
+    Outcome.SENT: "its process died",
+    Outcome.SAME: "KIS returned the same token",
+    Outcome.LIMIT: "KIS allows one request a minute",
+    Outcome.SERVER_ERROR: "a fault of KIS's",
+    Outcome.REFUSED: "KIS refused",
+    Outcome.BAD_ANSWER: "KIS answered without a token",
+    Outcome.NO_ANSWER: "no answer from KIS",
+    Outcome.UNREACHABLE: "KIS cannot be reached",
+}
 CREDENTIALS = frozenset({Outcome.BAD_KEY, Outcome.BAD_SECRET, Outcome.DENIED})
 
 
@@ -104,6 +114,14 @@ def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = 
 def latest(attempts: Sequence[Attempt]) -> Attempt | None:
     """The last attempt that KIS may have seen, from which the cool-down starts."""
     return next((one for one in reversed(attempts) if one.counts), None)
+
+
+def failure(attempts: Sequence[Attempt]) -> tuple[datetime, str] | None:
+    """When the last attempt was (aware UTC), and in a word or two why it brought no token; None where it did."""
+    last = attempts[-1] if attempts else None
+    if last is None or last.outcome in GRANTED - {Outcome.SAME}:
+        return None
+    return last.at, " ".join(filter(None, [FAILED.get(last.outcome, last.outcome.replace("_", " ")), last.code]))
 
 
 def failures(attempts: Sequence[Attempt]) -> int:

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import limits, outlook, policy
-from tokencore.attempts import Attempt, Note, Outcome, issued_within, last_issue
+from tokencore.attempts import Attempt, Note, Outcome, failure, issued_within, last_issue
 from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import format_time
@@ -112,12 +112,14 @@ class Key(Sensitive):
     def state(self, now: datetime) -> KeyState:
         """All that is known of the key at `now` (aware), read once: token, record and what lies ahead.
 
+        A token that could not be saved is left out, as no other process can use it.
+
         Raises:
             ConfigurationError: an exchange is unknown.
             TokenStoreError: the store cannot be used.
 
         """
-        token, problem = self.store.newest(), ""
+        token, problem = self.store.newest(shared=True), ""
         if token is None:
             problem = self.store.read()[1]
         attempts = self.store.attempts()
@@ -256,6 +258,12 @@ class KeyState(NamedTuple):
     def next_attempt(self) -> datetime | None:
         """When the rule will have something to do next; None if nothing is due, or a person has to act first."""
         return outlook.attempt_at(self.outlook.next, self.allowed_from, self.key.market, self.now)
+
+    @property
+    def failed(self) -> tuple[datetime, str] | None:
+        """When the last attempt was (aware UTC) and why it brought no token, where a renewal is due; else None."""
+        planned = self.outlook.next
+        return failure(self.attempts) if planned and planned.at <= self.now else None
 
     @property
     def cooldown_until(self) -> datetime | None:

@@ -127,18 +127,21 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
         _deliver(settings, lambda known: _ended(settings, known, who, now))
 
 
-def announce(settings: Settings, state: KeyState, kind: Notice, *, by: str, why: str) -> None:
+def announce(
+    settings: Settings, state: KeyState, kind: Notice, *, by: str, why: str, error: Exception | None = None
+) -> None:
     """Report what became of a refresh that a person asked for, and which incidents it ended, as one message.
 
-    It is sent once; what Slack does not accept is in the log and in the issuance record.
+    `error` is why it failed. It is sent once; what Slack does not accept is in the log and in the issuance record.
     """
     with harmless(FAILED):
         subject = Subject.of(settings, state, state.now)
 
         def posts(known: list[Incident]) -> list[Post]:
             over = [] if kind == "failed" else _over(known, state, state.now)
-            texts, facts = _texts(settings), _facts(settings, subject, state.now, at_risk=False)
-            message = messages.notice(texts, facts, kind, by=by, why=why, ended=over)
+            texts, facts = _texts(settings), _facts(settings, subject, state.now, at_risk=kind == "failed")
+            happened = messages.sentence(str(error)) if error else ""
+            message = messages.notice(texts, facts, kind, by=by, why=why, happened=happened, ended=over)
             thread = next((one.thread for one in over if one.thread), None)
             return [Post(message, logging.INFO, lambda _: _forget(known, over), thread, broadcast=True)]
 

@@ -190,15 +190,25 @@ def solved(texts: Texts, facts: Facts, ended: Sequence[Incident]) -> Message:
     return _message(texts, facts, ":white_check_mark:", headline, said, [("works_now", works(texts, facts))], calm=True)
 
 
-def notice(texts: Texts, facts: Facts, kind: Notice, *, by: str, why: str, ended: Sequence[Incident] = ()) -> Message:
-    """What a person had done, and which incidents that ended."""
+def notice(
+    texts: Texts,
+    facts: Facts,
+    kind: Notice,
+    *,
+    by: str,
+    why: str,
+    happened: str = "",
+    ended: Sequence[Incident] = (),
+) -> Message:
+    """What a person had done, what came of it where that is bad, and which incidents it ended."""
     asked = texts("notice.asked", person=by or texts("notice.somebody"), at=clock(facts.now))
+    asked = f"{happened} {asked}".lstrip()
     answers = [("why", why or texts("notice.unreasoned")), ("works_now", works(texts, facts))]
     if ended:
         first = min(ended, key=lambda one: one.opened_at)
         answers.insert(0, ("solved", f"{_titles(texts, ended)} ({_length(texts, first, facts.now)})"))
     headline = f"{facts.label}: {texts(f'notice.{kind}')}"
-    return _message(texts, facts, ":arrows_counterclockwise:", headline, asked, answers, calm=True)
+    return _message(texts, facts, ":arrows_counterclockwise:", headline, asked, answers, calm=kind != "failed")
 
 
 def test(texts: Texts, facts: Facts) -> Message:
@@ -264,7 +274,7 @@ def _preview(texts: Texts, facts: Facts) -> str:
     """`no token · NASD opens in 9 min`: of the sessions at risk only the first, of its exchanges as well."""
     found = []
     if facts.reached:
-        until = f"{facts.until.astimezone(KST):%H:%M} KST" if facts.until else ""
+        until = _near(facts.until, facts.now) if facts.until else ""
         found.append(texts("preview.until", until=until) if until else texts("preview.none"))
     if facts.risks:
         session, who = facts.risks[0].session, facts.risks[0].exchanges[0]
@@ -272,6 +282,12 @@ def _preview(texts: Texts, facts: Facts) -> str:
         key = "preview.opens" if session.open > facts.now else "preview.running"
         found.append(texts(key, who=who, left=left, closes=closes))
     return " · ".join(found)
+
+
+def _near(at: datetime, now: datetime) -> str:
+    """A time in KST, with its day where that is not today."""
+    there, day = at.astimezone(KST), now.astimezone(KST).date()
+    return f"{there:%H:%M} KST" if there.date() == day else f"{there:%m-%d %H:%M} KST"
 
 
 def _at_risk(texts: Texts, facts: Facts) -> str:

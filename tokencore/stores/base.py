@@ -56,8 +56,11 @@ class Store(Protocol):
     def unchanged(self, token: Token) -> bool:
         """Whether `token`, as `read` gave it, is what a read would still give; as cheap as one `stat`."""
 
-    def newest(self) -> Token | None:
-        """The key's token that lasts longest, wherever an earlier version or another tool has put one."""
+    def newest(self, *, shared: bool = False) -> Token | None:
+        """The key's token that lasts longest, wherever an earlier version or another tool has put one.
+
+        With `shared` without one that could not be saved, which no other process can use.
+        """
 
     def saved(self, token: Token) -> bool:
         """Whether `token` is stored, so that it outlives this process."""

@@ -93,9 +93,10 @@ class FileStore(Sensitive):
             and files.signature(self._key_path) == served[0]
         )
 
-    def newest(self) -> Token | None:
+    def newest(self, *, shared: bool = False) -> Token | None:
         """The token that lasts longest of the key's file and all markets' views, which earlier versions write alone."""
-        return self._or_unsaved(self._longest(self._on_file(self._key_path)[0]))
+        token = self._longest(self._on_file(self._key_path)[0])
+        return token if shared else self._or_unsaved(token)
 
     def saved(self, token: Token) -> bool:
         """Whether the key's file or a market's view has this token."""
