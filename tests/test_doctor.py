@@ -144,7 +144,8 @@ def test_looking_issues_and_writes_nothing_and_tells_no_secret(
     assert [path for path in before | after if after.get(path) != before.get(path)] == [str(folder())], "its time alone"
     assert asked(gateway) == 0
     assert [canary for canary in CANARIES if any(canary in ran.out + ran.err for ran in said)] == []
-    lines = text.out.splitlines()
+    first, *lines = text.out.splitlines()
+    assert first.startswith("fail: ")  # in order of their fixes, but what is wrong is named before
     assert (max(map(len, lines)) < 80, "\x1b" in text.out) == (True, False)
     assert {line.split()[0] for line in lines if not line.startswith(" ")} <= {"ok", "warn", "fail", "skipped"}
 

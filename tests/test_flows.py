@@ -311,7 +311,7 @@ class TestTable:
         )
 
     def test_a_renewal_that_failed_is_said_once_for_all_markets(self, gateway: Sandbox, opens: Opens) -> None:
-        """Table, caption and message say when it failed, why, and when it is tried again, once for markets of one key."""
+        """Table, caption and message say when it failed, why, and when it is tried again, once for a key's markets."""
         opens(SOON)
         gateway.fail("down")
         with pytest.raises(IssuerUnavailableError):
@@ -320,7 +320,7 @@ class TestTable:
         rows = artifacts.rows_of(only_key(), state)
         said = {row["next renewal or problem"] for row in rows}
         assert len(said) == 1
-        assert re.match(r"not renewed at .* KST: a fault of KIS's EGW00002; next attempt .* KST$", *said)
+        assert re.match(r"not renewed at .* KST: a fault of KIS's \(EGW00002\); next attempt .* KST$", *said)
         assert artifacts.caption(rows) == f"us, kr NO_TOKEN: {said.pop()}"
         assert "; not renewed at 20" in check_tokens.progress(Done(state, renewed=False))
 

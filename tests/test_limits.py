@@ -194,7 +194,7 @@ def test_every_refusal_says_what_still_works_until_when() -> None:
     assert "The next is allowed at 2026-11-23 17:15:59 KST" in said(LATE)
     dead = make_token(age=3600, now=NOW, rejected=True)
     assert "no valid token: KIS has rejected the present one (issued 2026-11-23 16:15:00 KST)" in said(dead)
-    assert "expired at 2026-11-23 16:15:00 KST" in said(make_token(3600, age=7200, now=NOW))
+    assert "the last one served until 2026-11-23 16:10:00 KST" in said(make_token(3600, age=7200, now=NOW))
     assert "There is no token." in said(None)
     ceiling = str(verdict(REQUIRED, [tried(Outcome.ISSUED, HOUR)] * 2))
     assert "KIS_MAX_ISSUES_PER_DAY is 2" in ceiling

@@ -121,7 +121,7 @@ def failure(attempts: Sequence[Attempt]) -> tuple[datetime, str] | None:
     last = attempts[-1] if attempts else None
     if last is None or last.outcome in GRANTED - {Outcome.SAME}:
         return None
-    return last.at, " ".join(filter(None, [FAILED.get(last.outcome, last.outcome.replace("_", " ")), last.code]))
+    return last.at, FAILED.get(last.outcome, last.outcome.replace("_", " ")) + (f" ({last.code})" if last.code else "")
 
 
 def failures(attempts: Sequence[Attempt]) -> int:

@@ -130,12 +130,13 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
     """The sentence that says what still works, and until when."""
     if token is None:
         return "There is no token."
+    until = format_time(token.expires_at - timedelta(seconds=buffer))
     if token.serves(now, buffer):
-        return f"The present token serves until {format_time(token.expires_at - timedelta(seconds=buffer))}."
+        return f"The present token serves until {until}."
     if token.rejected_at is not None:
         issued = format_time(token.issued_at or token.rejected_at)
         return f"There is no valid token: KIS has rejected the present one (issued {issued})."
-    return f"There is no valid token: the last one expired at {format_time(token.expires_at)}."
+    return f"There is no valid token: the last one served until {until}."
 
 
 def check_credentials(intent: Intent, standing: Standing, market: Market) -> None:

@@ -88,9 +88,20 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         print_json([{key: value for key, value in one._asdict().items() if key != "exit_code"} for one in found])
     else:
+        print(_worst_first(found))
         for one in found:
             print(_lines(one))
     return next((one.exit_code for one in found if one.state == "fail"), int(any(one.state == "warn" for one in found)))
+
+
+def _worst_first(found: list[Finding]) -> str:
+    """What is wrong by name, for a reader with a small screen: the findings are in the order of their fixes."""
+    named = [f"{state}: {', '.join(names)}" for state in ("fail", "warn") if (names := _named(found, state))]
+    return textwrap.fill("; ".join(named) or "All is well.", WIDTH, break_on_hyphens=False)
+
+
+def _named(found: list[Finding], state: str) -> list[str]:
+    return [one.name for one in found if one.state == state]
 
 
 def _lines(one: Finding) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokencore.attempts import GRANTED, Outcome
+from tokencore.attempts import GRANTED, Outcome, failure
 from tokencore.policy import LIFE
 from tokencore.redaction import clean
 from tokencore.tokens import KST
@@ -53,9 +53,16 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None,
         )
     console.print(table)
     lines = [] if broad else [f"{one.status['market']}: next need {_need(one.status)}" for one in seen]
+    lines += [f"{one.status['market']}: {failed}" for one in seen if (failed := _failed(one))]
     lines += [f"{one.status['market']}: {_file(one)}" for one in seen]
     lines += [f"{market}: {ANSWERS[accepted]} ({detail})" for market, (accepted, detail) in proofs.items()]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _failed(one: Seen) -> str:
+    """Why the last attempt brought no token, where none serves; empty otherwise."""
+    found = None if one.status["valid"] else failure(one.store.attempts())
+    return f"not renewed at {moment(found[0], KST)} KST: {found[1]}" if found else ""
 
 
 def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
