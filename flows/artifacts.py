@@ -55,7 +55,8 @@ def rows_of(key: Key, state: KeyState | str) -> list[dict[str, str]]:
     if isinstance(state, str):
         return [_row(market.name, "UNREADABLE", "none", "no", _plain(state)) for market in key.markets]
     until = _short(state.serves_until) if state.serves_until else "none"
-    coming = _plain(next_renewal(state, _short, ""))
+    # Of the last column a screen shows two dozen letters: where all is well, they are the time.
+    coming = _plain(next_renewal(state, _short, *[""] * (state.status == WORST_FIRST[-1])))
     return [
         _row(market.name, state.status, until, _covered(state, state.need_of(market)), coming) for market in key.markets
     ]
