@@ -71,7 +71,7 @@ def next_renewal(state: KeyState, time: Callable[[datetime], str] = clock, befor
         return REFUSED
     if state.failed:
         at, why = state.failed
-        return f"not renewed at {time(at)}: {why}; next attempt {time(tried)}"
+        return f"{why} at {time(at)}; next attempt {time(tried)}"
     return f"{before}{time(tried)}, {planned.exception or planned.reason}"
 
 
@@ -115,7 +115,7 @@ def _covered(state: KeyState, need: tuple[datetime, datetime] | None) -> str:
         return f"yes, until {_short(need[1])}"
     planned = state.outlook.next
     in_time = planned and state.now < planned.at <= need[0] and state.next_attempt
-    return ("by the next renewal, until " if in_time else "no: it needs one until ") + _short(need[1])
+    return ("by the next renewal, until " if in_time else "no, needed until ") + _short(need[1])
 
 
 def _problem(row: dict[str, str]) -> str:

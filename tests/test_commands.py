@@ -129,6 +129,16 @@ def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: San
     assert gateway.stats()["revokes"] == 0
 
 
+def test_check_says_why_the_last_attempt_brought_no_token(gateway: Sandbox, command: Command) -> None:
+    """Where none is valid, when it was tried and what KIS answered stands below the table; not where one is."""
+    gateway.fail("bad-secret", 1)
+    assert command("get", "us").code == 5
+    said = command("check", "us").out
+    assert re.search(r"^us: not renewed at \d{4}-\d\d-\d\d \d\d:\d\d KST: bad secret \(EGW00105\)$", said, re.MULTILINE)
+    cached()
+    assert "not renewed" not in command("check", "us").out
+
+
 def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Command) -> None:
     """The question names the markets of the key, and from when KIS issues another token; it is for yes alone.
 

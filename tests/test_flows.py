@@ -319,9 +319,9 @@ class TestTable:
         state = only_key().state(now())
         rows = artifacts.rows_of(only_key(), state)
         (said,) = {row["next renewal or problem"] for row in rows}
-        assert re.match(r"not renewed at .* KST: a fault of KIS's \(EGW00002\); next attempt .* KST$", said)
+        assert re.match(r"a fault of KIS's \(EGW00002\) at .* KST; next attempt .* KST$", said)
         assert artifacts.caption(rows) == f"us, kr NO_TOKEN: {said}"
-        assert "; not renewed at 20" in check_tokens.progress(Done(state, renewed=False))
+        assert "; a fault of KIS's (EGW00002) at 20" in check_tokens.progress(Done(state, renewed=False))
 
     @pytest.mark.usefixtures("gateway", "prefect_home")
     def test_a_token_that_only_a_run_has_is_no_token(self, slack: SlackEndpoint, opens: Opens) -> None:
