@@ -562,6 +562,13 @@ def test_white_space_around_keys_is_removed_with_one_warning(caplog: pytest.LogC
     assert "Canary" not in caplog.text
 
 
+def test_a_store_that_machines_share_is_said_to_have_no_effect_yet(caplog: pytest.LogCaptureFixture) -> None:
+    """Who sets KIS_STORE learns that each machine keeps, and issues, its own; the address is not repeated."""
+    os.environ |= {**PAIR, "KIS_STORE": "postgresql://canary@host/db"}
+    assert Settings.load().market("us").app_key
+    assert ["KIS_STORE has no effect" in message and "canary" not in message for message in caplog.messages] == [True]
+
+
 def test_what_the_user_knows_of_exchanges() -> None:
     """Closed days and hours are read from text and from TOML, under any alias of the exchange."""
     os.environ["KIS_EXCHANGES__XKRX__CLOSED"] = "2026-12-31, 2027-01-04"

@@ -294,6 +294,8 @@ def _nested(found: Found) -> dict[str, Any]:
 
 def _warn(settings: Settings) -> None:
     given = settings.found.values
+    if settings.store:
+        warn("KIS_STORE has no effect in this version: tokens are kept in KIS_TOKEN_DIR, for this machine only.")
     for name, value in given.items():
         if name.endswith(("APP_KEY", "APP_SECRET")) and value != value.strip():
             warn(f"{short(name)} has white space around it, which was removed.")
