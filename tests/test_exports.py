@@ -27,9 +27,17 @@ if TYPE_CHECKING:
 
     from tokencore.sandbox import Sandbox
 
-NAMES = {"mojito2": "token.dat", "python-kis": "token_*.json", "kis-auth": f"KIS{datetime.now().astimezone():%Y%m%d}"}
 OTHER_KEY = "PSOtherKey" + "o" * 26
 TWO_DAYS = 2 * 86_400
+
+
+CLIENTS = ("mojito2", "python-kis", "kis-auth")
+
+
+def name_of(client: str) -> str:
+    """What the client's file is called today."""
+    today = f"KIS{datetime.now().astimezone():%Y%m%d}"
+    return {"mojito2": "token.dat", "python-kis": "token_*.json", "kis-auth": today}[client]
 
 
 def held(folder: Path) -> str:
@@ -76,7 +84,7 @@ def copies(tmp_path: Path, nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch) ->
     made.mkdir()
     monkeypatch.setenv("KIS_HTS_ID", "me")
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
-    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", ",".join(f"{client}:{made}" for client in NAMES))
+    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", ",".join(f"{client}:{made}" for client in CLIENTS))
     return made
 
 
@@ -179,7 +187,7 @@ def test_what_fails_harms_neither_the_token_nor_the_other_copies(
     foreign.write_text("somebody's notes")
     monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", f"kis-auth:{missing},mojito2:{copies},kis-auth:{copies}")
     text = TokenManager("us").get_valid_token()
-    assert (foreign.read_text(), text in (copies / NAMES["kis-auth"]).read_text()) == ("somebody's notes", True)
+    assert (foreign.read_text(), text in (copies / name_of("kis-auth")).read_text()) == ("somebody's notes", True)
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
     failed = exports().failures()
     assert list(failed) == [f"kis-auth:{missing}", f"mojito2:{copies}"]
@@ -212,7 +220,7 @@ def test_file_that_holds_no_token_of_the_key_is_never_touched(
     nowhere: Sandbox, tmp_path: Path, name: str, client: str
 ) -> None:
     """Another key's token, notes, damage, what is no file: left as it is, with a sentence that says so."""
-    path = tmp_path / NAMES[client]
+    path = tmp_path / name_of(client)
     FOREIGN[name](path)
     before = path.lstat()
     error = raised(lambda: TokenManager("us").export(client, str(tmp_path)))
@@ -231,7 +239,9 @@ def test_what_a_client_wrote_by_itself_makes_room(
     """A token of the key that is dead or tells no expiry, in each client's own form, and an empty file are replaced."""
     old = make_jwt(APP_KEY, **times)
     (copies / "token.dat").write_bytes(pickled(old, protocol))
-    (copies / NAMES["kis-auth"]).write_text("" if protocol % 2 else f"token: {old}\nvalid-date: 2026-01-01 00:00:00\n")
+    (copies / name_of("kis-auth")).write_text(
+        "" if protocol % 2 else f"token: {old}\nvalid-date: 2026-01-01 00:00:00\n"
+    )
     TokenManager("us").get_valid_token()
     assert held(copies) == on_disk().access_token
     file_of("python-kis", copies).write_text("{half")  # its name has the key's digest
@@ -242,7 +252,7 @@ def test_what_a_client_wrote_by_itself_makes_room(
 
 def file_of(client: str, folder: Path) -> Path:
     """The file that the client has there."""
-    return next(folder.glob(NAMES[client]))
+    return next(folder.glob(name_of(client)))
 
 
 def as_written_by(client: str, text: str, folder: Path) -> str:
@@ -260,7 +270,7 @@ def as_written_by(client: str, text: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("hourly", [False, True], ids=["when KIS rejects ours", "at the hourly check"])
-@pytest.mark.parametrize("client", NAMES)
+@pytest.mark.parametrize("client", CLIENTS)
 def test_newer_token_of_another_client_is_adopted_instead_of_written_over(
     nowhere: Sandbox, copies: Path, client: str, *, hourly: bool
 ) -> None:
