@@ -386,6 +386,8 @@ class TokenManager(BaseTokenManager):
         """
         self._name = market
         super().__init__()
+        if self.market.app_key:
+            self._import_ahead()
 
     def get_api_url(self) -> str:
         """The market's base URL, or its environment's."""
@@ -403,6 +405,19 @@ class TokenManager(BaseTokenManager):
     def get_token_file_prefix(self) -> str:
         """The market's name and an underscore."""
         return f"{self._name}_"
+
+    def _import_ahead(self) -> None:
+        """Where a renewal will be due at once, its imports are done before anyone waits for the token."""
+        try:
+            due = self.is_token_expired()
+        except TokenError:  # whoever asks for the token learns why
+            return
+        if due:
+            from importlib import import_module
+
+            for name in ("filelock", "tokencore.kis.gateway", "tokencore.clients.exports", "tokencore.renewer"):
+                import_module(name)
+            import_module("tokencore.config.settings")
 
     def _read_market(self) -> Market:
         """The settings' market; a subclass that gives a key or an address of its own is asked for them."""
