@@ -18,7 +18,7 @@ help:
 	@echo 'make hours   what needs no process of its own, with the clock moved to six moments'
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks, planted bugs (up to an hour)'
-	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes ten minutes'
+	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes a quarter of an hour'
 	@echo 'make postgres  two workers on a PostgreSQL server of their own, one of them killed'
 	@echo 'make lint    linters, formatter, packages that fit each other, type checker, direction of imports'
 	@echo 'make docs    write docs/commands.md and the samples of docs/alerts.md anew, from the code'
@@ -51,7 +51,7 @@ torture: .venv/.dev
 # Beside other clients, which are installed for nothing else; tokencore as a user has it, not as a checkout.
 bench: .venv/.flows .bench/.clients
 	@.bench/bin/python -m pip install --quiet --quiet --no-deps --force-reinstall . && rm -rf build
-	@failed=0; for program in cached_token processes stampede files; do \
+	@failed=0; for program in cached_token processes stampede files week; do \
 		.bench/bin/python benchmarks/$$program.py || failed=1; done; \
 	for program in auth metrics prefect_run; do .venv/bin/python benchmarks/$$program.py || failed=1; done; exit $$failed
 

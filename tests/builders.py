@@ -118,10 +118,10 @@ def killed(child: int) -> None:
 
 
 def fill_disk(room: int = 0) -> None:
-    """From here on this process, a child, can write no file of more than `room` bytes, as on a full disk."""
+    """From here on this child can write no file of more than `room` bytes, as on a full disk; -1 ends it."""
     import resource  # not on every platform
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def _base64url(raw: bytes) -> str:

@@ -286,6 +286,22 @@ def test_renewal_for_others_that_reaches_no_file_is_an_error(
     assert (quick.stats()["granted_new"], quick.stats()["granted_same"]) == (1, 1)
 
 
+def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox) -> None:
+    """The process that alone has a token saves it within a minute, so that no other one issues for want of it."""
+
+    def hold_it_until_there_is_room() -> None:
+        fill_disk()
+        manager = USTokenManager()
+        token = manager.get_valid_token()
+        assert not list(folder().glob("key-*.json"))
+        fill_disk(-1)
+        until(lambda: manager.get_valid_token() == token and bool(list(folder().glob("key-*.json"))))
+
+    assert ended(in_child(hold_it_until_there_is_room)) == 0
+    assert KRTokenManager().get_valid_token() == on_disk().access_token
+    assert asked(quick) == 1
+
+
 # --- ahead of need
 
 

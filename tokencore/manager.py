@@ -56,6 +56,7 @@ class BaseTokenManager(Sensitive):
         self._fresh_until = 0.0  # monotonic seconds
         self._calm_until = 0.0  # epoch seconds: no renewal is due before it
         self._next_try = 0.0  # monotonic seconds
+        self._next_save = 0.0  # the same
         self._store_made: Store | None = None
         self._renewer_made: Renewer | None = None
 
@@ -285,9 +286,17 @@ class BaseTokenManager(Sensitive):
                 lambda found: found.serves(until(), self.market.buffer), f"get {self.market.name}"
             )
         self._remember(token, now)
+        if not self._store.saved(token):
+            self._save_late()
         if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:
             self._renew_beside(token)
         return self._token or token
+
+    def _save_late(self) -> None:
+        """Once a minute, try to save what only this process has: the disk may have room again."""
+        if time.monotonic() >= self._next_save:
+            self._next_save = time.monotonic() + self.market.settings.issue_interval
+            self._renewer.sync_copies()
 
     def _unchanged(self) -> bool:
         """Whether one `stat` shows that the token remembered still stands; it is then fresh for as long again."""

@@ -226,11 +226,11 @@ class Renewer(Sensitive):
     def sync_copies(self) -> None:
         """Adopt a token that lasts longer from another client's file, and bring all the files up to date; never raises.
 
-        Where another process holds the lock, it does so.
+        A token that could not be saved before is saved now. Where another process holds the lock, it does so.
         """
         try:
             with self._locked(0) as held:
-                if held and (token := self._adopted(lambda _: True)):
+                if held and (token := self._adopted(lambda _: True) or self._store.newest()):
                     self._keep(token, held=held)
         except (TokenError, OSError) as error:
             _log.error("The copies for other clients could not be updated: %s", _safe(error))
@@ -294,8 +294,8 @@ class Renewer(Sensitive):
         return token
 
     def _keep(self, token: Token, *, held: bool) -> None:
-        """The key's file gets what only a market's view, or another client's file, has."""
-        if held and self._store.read()[0] is not token:
+        """The key's file gets what only a market's view, another client's file or this process has."""
+        if held and (self._store.read()[0] is not token or not self._store.saved(token)):
             with contextlib.suppress(OSError):
                 self._store.save(token)
 

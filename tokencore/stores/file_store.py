@@ -100,8 +100,9 @@ class FileStore(Sensitive):
 
     def saved(self, token: Token) -> bool:
         """Whether the key's file or a market's view has this token."""
-        found = [self._on_file(path)[0] for path in (self._key_path, *self._views())]
-        return any(one.access_token == token.access_token for one in found if one)
+        if (own := self._on_file(self._key_path)[0]) and own.access_token == token.access_token:
+            return True
+        return any((one := self._on_file(path)[0]) and one.access_token == token.access_token for path in self._views())
 
     def save(self, token: Token) -> None:
         """Write the key's file, which alone decides whether this succeeds, then each market's view."""
