@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test hours clients torture postgres bench lint docs pins clean
+.PHONY: help demo up down status test-alert test hours clients torture fleet bench lint docs pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -19,7 +19,7 @@ help:
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks, planted bugs (up to an hour)'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes a quarter of an hour'
-	@echo 'make postgres  two workers on a PostgreSQL server of their own, one of them killed'
+	@echo 'make fleet   two workers on a PostgreSQL server of their own, one of them killed'
 	@echo 'make lint    linters, formatter, packages that fit each other, type checker, direction of imports'
 	@echo 'make docs    write docs/commands.md and the samples of docs/alerts.md anew, from the code'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
@@ -63,8 +63,8 @@ bench: .venv/.flows .bench/.clients
 	@touch $@
 
 # Needs a server's programs, as in Debian's package postgresql; takes three minutes.
-postgres: .venv/.dev
-	@TOKENCORE_POSTGRES=1 $(RUN) pytest tests/test_postgres.py $(ARGS)
+fleet: .venv/.dev
+	@TOKENCORE_FLEET=1 $(RUN) pytest tests/test_fleet_flows.py $(ARGS)
 
 lint: .venv/.dev
 	@$(RUN) ruff check .

@@ -1,35 +1,30 @@
-"""The same on PostgreSQL, with two workers: `make postgres`, as it takes minutes and Debian's package postgresql."""
+"""The same on PostgreSQL, with two workers: `make fleet`, as it takes minutes and Debian's package postgresql."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from contextlib import contextmanager
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from postgres import PASSWORD, Postgres, needs_postgres
 from running import asked, until
-from stacks import KEYS, MARK, SLOW, Place, Up, always_open, environment_of, free_port, in_proc
+from stacks import KEYS, MARK, SLOW, Place, Up, always_open, environment_of, in_proc
 
 from tokencore.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
-PASSWORD = "CanaryPassword"
 TEN = ("KRX", "NXT", "NYSE", "AMEX", "SEHK", "SHAA", "SZAA", "TKSE", "VNSE", "HASE")
 pytestmark = [
     in_proc,
-    pytest.mark.skipif(not os.environ.get("TOKENCORE_POSTGRES"), reason="takes minutes: make postgres"),
-    pytest.mark.skipif(PROGRAMS is None, reason="no PostgreSQL server in /usr/lib/postgresql"),
+    needs_postgres,
+    pytest.mark.skipif(not os.environ.get("TOKENCORE_FLEET"), reason="takes minutes: make fleet"),
 ]
 
 
@@ -56,39 +51,12 @@ class Two(NamedTuple):
         return subprocess.check_output(command, env=place.environment, cwd=place.work, text=True)
 
 
-@contextmanager
-def cluster() -> Iterator[str]:
-    """A PostgreSQL server of one's own on loopback, as a user who is not root; the address of its database."""
-    assert PROGRAMS
-    folder, port = Path(tempfile.mkdtemp(prefix="tokencore-postgres-")), free_port()
-    user = "postgres" if os.geteuid() == 0 else None
-    try:
-        (folder / "password").write_text(PASSWORD)
-        if user:
-            shutil.chown(folder, user)
-            shutil.chown(folder / "password", user)
-        how = ["-U", "prefect", "-A", "scram-sha-256", "-E", "UTF8", f"--pwfile={folder / 'password'}"]
-        make = [str(PROGRAMS / "initdb"), "-D", str(folder / "data"), *how]
-        subprocess.run(make, user=user, cwd="/", check=True, capture_output=True)
-        options = ["-p", str(port), "-k", str(folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
-        command = [str(PROGRAMS / "postgres"), "-D", str(folder / "data"), *options]
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(command, user=user, cwd="/", stdout=log, stderr=log)
-        try:
-            until(lambda: b"ready to accept connections" in (folder / "log").read_bytes(), 60)
-            yield f"postgresql+asyncpg://prefect:{PASSWORD}@127.0.0.1:{port}/postgres"
-        finally:
-            server.send_signal(signal.SIGINT)  # a fast shutdown: connections are ended
-            server.wait(60)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     """Server, two workers, one key with KIS's own minute."""
     place = Place.made(tmp_path_factory.mktemp("postgres") / "stack")
-    with cluster() as database, Sandbox(issue_interval=60) as gateway:
+    with Postgres() as server, Sandbox(issue_interval=60) as gateway:
+        database = server.url(scheme="postgresql+asyncpg")
         settings = {"KIS_BASE_URL": gateway.url, "KIS_TOKEN_DIR": str(place.work / "tokens")}
         settings |= {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database, **always_open("NASD", *TEN)}
         gateway.fail("limit", 1)  # so that the check of `up` gets no token
