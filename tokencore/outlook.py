@@ -295,7 +295,7 @@ def _row(code: str, start: datetime, until: datetime, known: Mapping[str, Overri
     days = sessions.days(code, start, until, known)
     shown: list[Need] = [one.session for one in days if one.session.close > start and one.session.open < until]
     needs = [one.need for one in days]
-    return Row(code, sessions.exchange(code).zone, sessions.certain_until(code).isoformat(), shown, needs)
+    return Row(code, sessions.exchange(code).zone, sessions.certain_until().isoformat(), shown, needs)
 
 
 def plan_start(now: datetime) -> datetime:

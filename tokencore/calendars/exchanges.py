@@ -1,7 +1,6 @@
-"""The exchanges that KIS trades and their hours: one row of a table each.
+"""The exchanges that KIS trades and their hours, in the exchange's own zone: one row of a table each.
 
-Days and times are those of the exchange's own zone. Closures are not here: they change every year
-and come from the `holidays` package by way of `tokencore.calendars.sessions`.
+Closures are not here: they change every year and come from the `holidays` package, by way of `sessions`.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ _VNSE = Exchange(
     aliases=("HOSE",),
 )
 
-_TABLE = (
+_ROWS = (
     _KRX,
     _NXT,
     _NYSE._replace(code="NASD", name="Nasdaq", quote_code="NAS", mic="XNAS", aliases=("NASDAQ",)),
@@ -114,10 +113,10 @@ _TABLE = (
     _VNSE._replace(code="HASE", name="Hanoi Stock Exchange", quote_code="HNX", mic="XHNX", aliases=()),
 )
 
-EXCHANGES = {row.code: row for row in _TABLE}
+EXCHANGES = {row.code: row for row in _ROWS}
 """All exchanges by KIS order code, in the order in which KIS lists them."""
 
-_BY_NAME = {name: row for row in _TABLE for name in (row.code, row.quote_code, row.mic, *row.aliases) if name}
+_BY_NAME = {name: row for row in _ROWS for name in (row.code, row.quote_code, row.mic, *row.aliases) if name}
 
 
 def exchange(name: str) -> Exchange:

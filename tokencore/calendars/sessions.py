@@ -1,11 +1,8 @@
 """When exchanges trade, and when a token must therefore be valid.
 
-Hours come from the table of exchanges, closures and half days from the `holidays` package, and the
-user's overrides beat both. A day that nobody knows to be closed is open on weekdays: a needless
-check is harmless, a missed session is not.
-
-Days are dates in the exchange's zone. All datetimes that come out are aware UTC, and all that go
-in must be aware. The zone of the machine plays no part.
+Hours come from the table of exchanges, closures and half days from the `holidays` package, and the user's overrides
+beat both. A weekday that nobody knows to be closed is open: a needless check is harmless, a missed session is not.
+Days are dates in the exchange's zone; datetimes that come out are aware UTC, and those that go in must be aware.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 __all__ = ["EXCHANGES", "Day", "Exchange", "Override", "Session", "certain_until", "closure", "days", "exchange"]
-__all__ += ["is_session", "need", "needs", "next_open", "session", "session_close", "session_open"]
+__all__ += ["need", "needs", "session"]
 
 _DAY = timedelta(days=1)
 _THURSDAY, _SATURDAY = 3, 5
@@ -43,19 +40,11 @@ class Day(NamedTuple):
 
 
 class Override(NamedTuple):
-    """What the user's settings say about one exchange.
+    """What the user's settings say about one exchange."""
 
-    Attributes:
-        closed: days without a session.
-        hours: open and close of single days in the exchange's zone; such a day is open, whatever
-            the calendar or `closed` says.
-        extended: whether trading around the regular session counts, where the table knows any.
-
-    """
-
-    closed: frozenset[date] = frozenset()
-    hours: Mapping[date, tuple[time, time]] = {}
-    extended: bool = False
+    closed: frozenset[date] = frozenset()  # days without a session
+    hours: Mapping[date, tuple[time, time]] = {}  # of single days in the exchange's zone, open whatever else is said
+    extended: bool = False  # whether trading around the regular session counts, where the table knows any
 
 
 _NONE = Override()
@@ -70,47 +59,14 @@ def closure(code: str, day: date, overrides: Mapping[str, Override] = {}) -> str
     return "closed by your settings" if day in override.closed else _closure(place, day)
 
 
-def is_session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> bool:
-    """Whether the exchange trades on that day."""
-    return closure(code, day, overrides) is None
-
-
 def session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> Session | None:
     """The exchange's session of that day, aware UTC; None on a closed day."""
     found = _day(exchange(code), day, overrides)
     return found and found.session
 
 
-def session_open(code: str, day: date, overrides: Mapping[str, Override] = {}) -> datetime | None:
-    """When the session of that day opens, aware UTC; None on a closed day."""
-    found = session(code, day, overrides)
-    return found and found.open
-
-
-def session_close(code: str, day: date, overrides: Mapping[str, Override] = {}) -> datetime | None:
-    """When the session of that day closes, aware UTC; None on a closed day."""
-    found = session(code, day, overrides)
-    return found and found.close
-
-
-def next_open(code: str, now: datetime, overrides: Mapping[str, Override] = {}) -> datetime:
-    """The first open after `now`, aware UTC.
-
-    Raises:
-        TypeError: `now` has no zone.
-
-    """
-    day = now.astimezone(ZoneInfo(exchange(code).zone)).date()
-    while (opens := session_open(code, day, overrides)) is None or opens <= now:
-        day += _DAY
-    return opens
-
-
 def need(code: str, day: date, overrides: Mapping[str, Override] = {}) -> tuple[datetime, datetime] | None:
-    """When a token must be valid for the session of that day, aware UTC; None on a closed day.
-
-    From 30 minutes before the open to the close and the exchange's pad, or the extended hours' own.
-    """
+    """From 30 minutes before the open of that day to the close and its pad, aware UTC; None on a closed day."""
     found = _day(exchange(code), day, overrides)
     return found and found.need
 
@@ -118,9 +74,9 @@ def need(code: str, day: date, overrides: Mapping[str, Override] = {}) -> tuple[
 def needs(
     codes: Iterable[str], start: datetime, end: datetime, overrides: Mapping[str, Override] = {}
 ) -> list[tuple[datetime, datetime]]:
-    """All needs of these exchanges that overlap [start, end), sorted and merged, aware UTC.
+    """All needs of these exchanges that overlap [start, end), sorted, aware UTC; those that touch become one.
 
-    Needs that overlap or touch become one. They are not cut at `start` and `end`.
+    They are not cut at `start` and `end`.
 
     Raises:
         TypeError: `start` or `end` has no zone.
@@ -142,31 +98,27 @@ def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Over
         TypeError: `start` or `end` has no zone.
 
     """
-    # A need may begin the day before its session's and end the day after, by lead and pad.
     place = exchange(code)
-    zone, known = ZoneInfo(place.zone), place.code in overrides
-    first, last = start.astimezone(zone).date(), end.astimezone(zone).date()
-    dates = [first + n * _DAY for n in range(-1, (last - first).days + 2)]
-    found = [_day(place, day, overrides) if known else _by_calendar(place.code, day) for day in dates]
+    first, last = (edge.astimezone(ZoneInfo(place.zone)).date() for edge in (start, end))
+    # A need may begin the day before its session's and end the day after, by lead and pad.
+    found = [_day(place, first + n * _DAY, overrides) for n in range(-1, (last - first).days + 2)]
     return [one for one in found if one and one.need[0] < end and one.need[1] > start]
 
 
-def certain_until(code: str) -> date:
+def certain_until() -> date:
     """The last day of the last year whose official notices have reached the installed `holidays` package.
 
-    After it, China's weekdays all count as open, and other closures are computed from the law. No
-    calendar knows a holiday that is declared at a few weeks' notice, as Korea does: until a new
-    release of the package or your settings name it, such a day costs one needless check.
+    After it, China's weekdays all count as open, and other closures are computed from the law. No calendar knows a
+    holiday that is declared at a few weeks' notice, as Korea does: until the package or your settings name it, such a
+    day costs one needless check.
     """
-    exchange(code)  # refuses unknown ones; the answer is the same for all
     return date(_last_announced_year(), 12, 31)
 
 
 def _day(place: Exchange, day: date, overrides: Mapping[str, Override]) -> Day | None:
-    """By the user's settings; hours set there are meant as they are."""
     override = overrides.get(place.code, _NONE)
     if day in override.hours:
-        return _made(place, day, override.hours[day], place.pad)
+        return _made(place, day, override.hours[day], place.pad)  # meant as they are
     return None if day in override.closed else _by_calendar(place.code, day, extended=override.extended)
 
 
@@ -209,17 +161,12 @@ def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time,
 
 
 def _may_be_csat_day(day: date) -> bool:
-    """Whether the test could fall on a day after the table's end: then both hours must be covered.
-
-    All since 2016 were on the Thursday from the 13th to the 19th, except two that were postponed.
-    """
+    """After the table's end: all since 2016 were on the Thursday from the 13th, except two that were postponed."""
     return (11, 13) <= (day.month, day.day) <= (11, 19) and day.weekday() == _THURSDAY and day > max(CSAT_DAYS)
 
 
 class _Year(NamedTuple):
-    """A year of one calendar: closed days with their names, half days and the first weekday that is open."""
-
-    closures: Mapping[date, str] = {}
+    closures: Mapping[date, str] = {}  # with their names
     half_days: frozenset[date] = frozenset()
     first_session: date = date.min
 
@@ -246,10 +193,7 @@ def _year(calendar: str, year: int, *, by_notice: bool) -> _Year:
 
 @cache
 def _last_announced_year() -> int:
-    """China's: the State Council announces each year in the November before, later than other countries.
-
-    Each notice brings days off that no rule gives, so a year without any has had no notice.
-    """
+    """China's: its notice for a year comes in the November before, later than others', with days off by no rule."""
     from holidays import financial_holidays
 
     return max(getattr(financial_holidays("XSHG"), "special_public_holidays", ()), default=MINYEAR)

@@ -1,7 +1,7 @@
 """The approval key of KIS's websocket: asked for once a day and shared by all processes, as the token is.
 
-KIS documents 24 hours of life and no limit on requests. As nobody knows, its requests are paced like the token's, in a
-document and under a lock of their own: neither waits for the other.
+KIS documents 24 hours of life and no limit on requests. They are paced like the token's anyway, in a document and
+under a lock of their own: neither waits for the other.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ LOCK_WAIT = 8  # time-outs, as for the token: connecting four times, and waiting
 
 @sealed_class()
 class ApprovalKeys(Sensitive):
-    """The approval key of one app key, for all its markets and any number of processes.
-
-    The document has the present key, and the last request with its outcome.
-    """
+    """The approval key of one app key; its document has the present one, and the last request with its outcome."""
 
     __slots__ = ("_document", "_market", "_renewer", "_store")
 
@@ -77,7 +74,7 @@ class ApprovalKeys(Sensitive):
             return self._issued()
 
     def _check(self, began: datetime) -> None:
-        """Return where the last request, if there was one, lets another one be made now."""
+        """Return where the last request lets another one be made now."""
         now, asked = datetime.now(UTC), record.parse(str(self._document.read().get("attempt")))
         both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # refused for both alike
         standing = Standing(now, both, self._store.newest(), self._renewer.credentials)
@@ -95,7 +92,7 @@ class ApprovalKeys(Sensitive):
             )
 
     def _issued(self) -> Token:
-        """One request, recorded before it is sent; a key that was issued reaches its caller even if it is not saved."""
+        """One request, recorded before it is sent; a key that was issued reaches its caller, saved or not."""
         gateway, before = self._renewer.gateway, approval_key(self._store)
         attempt = Attempt(datetime.now(UTC), Outcome.SENT, credentials=self._renewer.credentials, pid=os.getpid())
         try:

@@ -82,17 +82,15 @@ class Signer(Sensitive):
 
         """
         present = self._present
-        if present is None or present.token != self._manager.get_valid_token():
-            return self._signed()
-        return present
+        return present if present and present.token == self._manager.get_valid_token() else self._signed()
 
     @sealed
     def signature_at_hand(self) -> Signature | None:
         """The headers where credentials and token are there and no renewal is due; None where `signature` may wait."""
         token, present = self._manager.token_at_hand(), self._present
-        if token is None or present is None:
-            return None
-        return present if present.token == token else self._signed()
+        if token and present:
+            return present if present.token == token else self._signed()
+        return None
 
     def successor(self, rejected: Signature) -> Signature | None:
         """Report that KIS rejected a token; a signature with its successor, None where there is none yet."""

@@ -3,7 +3,7 @@
 The file in another client's folder is (a) ours, known by the digest of what was written there, (b) that client's own
 with a token of this key, or (c) anything else. (c) is never touched. (b) with a token that lasts longer than ours is
 left for `found`, as it is the key's newest. Every other file is written, whole and private, as that client reads it. A
-copy is removed only when the key has no living token. Pickles are only written: nothing is ever unpickled.
+copy is removed only when the key has no living token. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class Target(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a client's file holds: whether it may be written over, and the client's token if that lasts longer."""
+    """What a client's file holds."""
 
     path: str
     content: bytes = b""
-    replaceable: bool = False
-    longer: Token | None = None
+    replaceable: bool = False  # it may be written over
+    longer: Token | None = None  # the client's own token of this key, if it outlasts ours
 
 
 @sealed_class()
@@ -80,8 +80,7 @@ class Exports(Sensitive):
 
     def __init__(self, markets: Sequence[Market], store: Store) -> None:
         """Serve the `markets` of one key, whose token is in `store`."""
-        self._markets = markets
-        self._market = markets[0]
+        self._markets, self._market = markets, markets[0]
         self._store = store
         self._written = store.document("exports")  # by path, the digests of its last two contents
         self._failed = store.document("export-failures")
@@ -134,12 +133,12 @@ class Exports(Sensitive):
 
     def failures(self) -> dict[str, str]:
         """The copies that the settings ask for and that could not be brought up to date last time, and why."""
-        wanted = {_label(target) for target in self._targets()}
-        return {name: str(why) for name, why in self._failed.read().items() if name in wanted} if wanted else {}
+        if not (wanted := {_label(target) for target in self._targets()}):
+            return {}
+        return {name: str(why) for name, why in self._failed.read().items() if name in wanted}
 
     def _targets(self) -> list[Target]:
-        wanted = [_target(text, market) for market in self._markets for text in market.exports]
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys(_target(text, market) for market in self._markets for text in market.exports))
 
     def _copy(self, target: Target, token: Token, *, make: bool = False) -> list[str]:
         now, client = datetime.now(UTC), CLIENTS[target.client]
@@ -170,11 +169,10 @@ class Exports(Sensitive):
             jwts = [] if mine else _jwts(content)
             keys = {jwt: key for jwt in jwts if isinstance(key := jwt_claims(jwt).get("jti"), str)}
             theirs = bool(keys or CLIENTS[target.client].names_key) and set(keys.values()) <= {app_key}
-            replaceable = theirs or mine or not content.strip()
             longer = longest([_longer(jwt, ours, now) for jwt, key in keys.items() if key == app_key])
             if longer and files.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
                 longer = None
-            looked.append(Found(path, content, replaceable, longer))
+            looked.append(Found(path, content, theirs or mine or not content.strip(), longer))
         return looked
 
     def _put(self, target: Target, contents: dict[str, bytes], *, make: bool) -> None:
@@ -190,7 +188,7 @@ class Exports(Sensitive):
             raise _unwritable(target, f"{why}; make the folder, fix its permissions or free space") from None
 
     def _note(self, contents: dict[str, bytes]) -> None:
-        """Remember what is about to be written; a store that cannot be written stops no copy."""
+        """Remember what is about to be written, where that can be; no copy waits for it."""
         before = self._written.read()
         after = {path: digests for path, digests in before.items() if os.path.lexists(path)}
         after |= {path: f"{_digest(new)} {str(before.get(path, ''))[:16]}" for path, new in contents.items()}
@@ -208,13 +206,11 @@ class Exports(Sensitive):
             with contextlib.suppress(OSError, ValueError):
                 content = files.read_bytes(path, FILE_LIMIT, trusted=False) or b""
                 if _digest(content) in str(written[path]) and files.remove(path) and not past_days_only:
-                    _log.warning(
-                        "Removed the copy %s: the key has no living token. That client may issue itself.", path
-                    )
+                    why = "the key has no living token. That client may issue itself."
+                    _log.warning("Removed the copy %s: %s", path, why)
 
 
 def _target(text: str, market: Market) -> Target:
-    """What a setting such as `mojito2`, `kis-auth` or `mojito2:~/bot` asks for in `market`."""
     client, _, folder = (part.strip() for part in text.partition(":"))
     if client not in CLIENTS:
         raise ConfigurationError(f"There is no export for {client!r}; choose one of {', '.join(CLIENTS)}.")
@@ -228,7 +224,7 @@ def _label(target: Target) -> str:
 
 
 def _refuse_foreign(present: list[Found]) -> None:
-    for path in [one.path for one in present if not one.replaceable]:
+    if path := next((one.path for one in present if not one.replaceable), ""):
         raise ConfigurationError(
             f"{path} holds no token of this key, as far as can be seen: it was left as it is, and nothing was written. "
             "Give this market a folder of its own, or remove the file."
@@ -254,24 +250,23 @@ def _mojito2(market: Market, token: Token, now: datetime) -> bytes:
 
 
 def _python_kis_names(market: Market, _: datetime) -> list[str]:
-    """The name that python-kis computes, with a digest of the key in it."""
     hts_id = market.settings.hts_id or ""
     if not hts_id or os.path.basename(hts_id) != hts_id:
         raise ConfigurationError(
             "KIS_HTS_ID is not set to the account's HTS id, which python-kis has in the name of its file; set it."
         )
-    source = "".join(("pykis", hts_id, *market.credentials(), "token"))
+    source = "".join(("pykis", hts_id, *market.credentials(), "token"))  # as python-kis computes it
     digest = sha1(source.encode(), usedforsecurity=False).hexdigest()
     return [f"token_{'virtual' if market.environment == 'paper' else 'real'}_{hts_id}_{digest}.json"]
 
 
 def _kis_auth_names(_: Market, now: datetime) -> list[str]:
-    """Today's and tomorrow's, in the zone of the machine that reads them."""
+    # Today's and tomorrow's, in the zone of the machine that reads them.
     return [f"KIS{day.astimezone():%Y%m%d}" for day in (now, now + DAY)]
 
 
 def _kis_auth(_: Market, token: Token, __: datetime) -> bytes:
-    """Its expiry is compared with the clock of the machine that reads it."""
+    # Its expiry is compared with the clock of the machine that reads it.
     return f"token: {token.access_token}\nvalid-date: {token.expires_at.astimezone():%Y-%m-%d %H:%M:%S}\n".encode()
 
 
@@ -298,7 +293,7 @@ def _longer(jwt: str, ours: Token | None, now: datetime) -> Token | None:
     """The token, if it lives, tells its expiry, and lasts longer than `ours`."""
     with contextlib.suppress(ValueError):
         token, _ = from_text(jwt)
-        if token.expires_at > max(now, ours.expires_at if ours else now) and not (ours and jwt == ours.access_token):
+        if token.expires_at > now and (not ours or (token.expires_at > ours.expires_at and jwt != ours.access_token)):
             return token
     return None
 

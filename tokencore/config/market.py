@@ -6,6 +6,7 @@ import hashlib
 import os
 
 from tokencore.errors import ConfigurationError
+from tokencore.redaction import short
 from tokencore.sealing import Sensitive
 
 TYPE_CHECKING = False
@@ -31,24 +32,13 @@ DEFAULT_EXCHANGES = {"us": ("NASD", "NYSE", "AMEX"), "kr": ("KRX",)}
 HIGHEST_PORT = 65_535
 LONGEST_NAME = 100  # characters of a market: it is part of file names
 LONGEST = 1024  # characters of a credential, an address, a path; KIS's secrets have 180
-KEY_LENGTH = 36  # characters of an app key; secrets and tokens have more
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Market(Sensitive):
-    """One market's settings. What a cached token needs is read at once; the rest when it is first asked for.
-
-    Attributes:
-        name: the market, in lower case, such as `us`.
-        app_key: None when not set.
-        environment: `real` or `paper`.
-        base_url: where KIS is asked, without a trailing slash.
-        token_dir: absolute folder of the token files.
-        buffer, proactive_window: seconds before expiry.
-
-    """
+    """One market's settings. What a cached token needs is read at once; the rest when it is first asked for."""
 
     __slots__ = (
         "_app_secret", "_in_keyring", "_load", "_settings",
@@ -64,20 +54,19 @@ class Market(Sensitive):
 
         """
         get = found.values.get
-        self.name = known(name, found)
+        self.name = known(name, found)  # in lower case, such as `us`
         self._load = load
         self._settings: Settings | None = None
-        self.app_key = credential(get(found.variable(self.name, "APP_KEY")))
+        self.app_key = credential(get(found.variable(self.name, "APP_KEY")))  # None when not set
         self._app_secret = credential(get(found.variable(self.name, "APP_SECRET")))
         self._in_keyring = found.in_keyring(self.name)
-        self.environment: str = get(found.variable(self.name, "ENVIRONMENT"), "real")
+        self.environment: str = get(found.variable(self.name, "ENVIRONMENT"), "real")  # or `paper`
         self.base_url = self._address(found.address_variable(self.name), found.values)
         self.token_dir = folder(get("KIS_TOKEN_DIR", TOKEN_DIR))
-        self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)
+        self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)  # both in seconds before expiry
         self.proactive_window = number(get("KIS_PROACTIVE_WINDOW", PROACTIVE_WINDOW), *SECONDS)
 
     def _address(self, variable: str, values: Mapping[str, Any]) -> str:
-        """What the variable says, else KIS's own address."""
         url = address(values.get(variable, HOSTS[self.environment]))
         other = "paper" if self.environment == "real" else "real"
         if _parts(url)[1] == _parts(HOSTS[other])[1]:
@@ -107,7 +96,7 @@ class Market(Sensitive):
     def exchanges(self) -> tuple[str, ...]:
         """What the market trades, as the user wrote it, in upper case."""
         own = self.settings.markets.get(self.name)
-        return DEFAULT_EXCHANGES.get(self.name, ()) if own is None or own.exchanges is None else tuple(own.exchanges)
+        return DEFAULT_EXCHANGES.get(self.name, ()) if not own or own.exchanges is None else tuple(own.exchanges)
 
     @property
     def exports(self) -> tuple[str, ...]:
@@ -156,8 +145,8 @@ class Market(Sensitive):
             self.app_key, self._app_secret = map(credential, given)
             self.base_url, self._in_keyring = address(base_url), []
         except ValueError as error:
-            what = f"What get_app_credentials or get_api_url of {self.name!r} gives"
-            raise ConfigurationError(f"{what} {error}.") from None
+            what = f"What get_app_credentials or get_api_url of {self.name!r} gives {error}."
+            raise ConfigurationError(what) from None
         return self
 
     def _missing(self, field: str, more: str = "") -> ConfigurationError:
@@ -184,8 +173,8 @@ def named(name: str) -> str:
     """`name` in lower case; ValueError if files and variables cannot have it."""
     lower = name.lower()
     if not lower or len(lower) > LONGEST_NAME or not _NAME_CHARACTERS.issuperset(lower):
-        shown = repr(name) if len(name) < KEY_LENGTH else "What was given"  # a key, perhaps, in the wrong place
-        raise ValueError(f"{shown} is not a market's name: use letters, digits, - and _")
+        shown = short(name)  # a key, perhaps, in the wrong place
+        raise ValueError(f"{shown!r} is not a market's name: use letters, digits, - and _")
     return lower
 
 

@@ -90,7 +90,7 @@ Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
 
 
 class MarketSettings(Sensitive, BaseModel):
-    """What one market has of its own; everything else it takes from the settings for all."""
+    """What one market has of its own."""
 
     app_key: Credential = None
     app_secret: Credential = None
@@ -164,7 +164,7 @@ class Settings(Sensitive, BaseSettings):
         _warn(loaded)
         return loaded
 
-    def model_post_init(self, context: Any, /) -> None:  # noqa: ANN401, ARG002 - as inherited
+    def model_post_init(self, _: Any, /) -> None:  # noqa: ANN401 - as inherited
         """Make the markets."""
         self._markets = {name: Market(name, self.found, lambda: self) for name in values.market_names(self.found)}
 
@@ -188,11 +188,10 @@ class Settings(Sensitive, BaseSettings):
             ConfigurationError: none has; the message says what to set.
 
         """
-        able = [market for market in self.all_markets() if market.app_key]
-        if not able:
-            how = f"set KIS_APP_KEY and KIS_APP_SECRET in the environment, .env or {CONFIG_FILE}"
-            raise ConfigurationError(f"No market has an app key; {how}.")
-        return able
+        if able := [market for market in self.all_markets() if market.app_key]:
+            return able
+        how = f"set KIS_APP_KEY and KIS_APP_SECRET in the environment, .env or {CONFIG_FILE}"
+        raise ConfigurationError(f"No market has an app key; {how}.")
 
     @property
     def overrides(self) -> dict[str, Override]:
@@ -232,8 +231,7 @@ class Settings(Sensitive, BaseSettings):
             kept = (values.credential(keyring.get_password(str(self.keyring), name)) for name in names)
             return next(filter(None, kept), None)
         except Exception as error:  # noqa: BLE001 - a backend's own, whose text may contain anything
-            name = type(error).__name__
-            why = _KEYRING.get(name, f"it failed ({name}): run `keyring diagnose`")
+            why = _KEYRING.get(name := type(error).__name__, f"it failed ({name}): run `keyring diagnose`")
         raise ConfigurationError(
             f"The app secret should come from the system's keyring (KIS_KEYRING={short(str(self.keyring))}), but {why}"
             "; or remove KIS_KEYRING. Cached tokens are served anyway."

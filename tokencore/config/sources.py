@@ -1,10 +1,8 @@
-"""Where settings come from: the environment, `.env`, a secrets folder, `~/.tokencore/config.toml`.
-
-The first source that has a name wins. Every cached `get` passes through this module, so the parsers of `.env` and
-TOML are imported only where such a file exists.
+"""Where settings come from: the environment, `.env`, a secrets folder, `~/.tokencore/config.toml`; the first one wins.
 
 A `.env` counts only where nobody else can have written it. Even then it may not say where a secret of another source
-is sent: the `.env` of a cloned repository is the user's own file.
+is sent: the `.env` of a cloned repository is the user's own file. Every cached `get` passes through here, so parsers
+are imported only where there is something to parse.
 """
 
 from __future__ import annotations
@@ -127,10 +125,7 @@ def trusted_dotenv() -> dict[str, str]:
 
 
 def _check_addresses(found: Found) -> None:
-    """Refuse an address or a folder for copies whose users have their secret from another source.
-
-    Where `.env` gives it, their key too.
-    """
+    """Refuse an address or a folder for copies whose users have their secret, or beside `.env` their key, elsewhere."""
     origins = found.origins
     check_address("KIS_STORE", found, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
     for market in ("", *sorted(found.markets)):  # without a name: all that have nothing of their own
@@ -180,8 +175,7 @@ def _dotenv() -> dict[str, str]:
         return {}
     shown = place_of(DOTENV_FILE)
     if why := _readable(_written_by_others, DOTENV_FILE):
-        fix = "keep settings in a file and a folder that only you can write (chmod go-w)"
-        warn(f"{shown} is ignored, because {why}; {fix}.")
+        warn(f"{shown} is ignored, because {why}; keep it in a folder that only you can write (chmod go-w both).")
         return {}
     import io
 
@@ -208,14 +202,12 @@ def _written_by_others(path: str) -> str:
 
 
 def _secrets(folder: str) -> dict[str, str]:
+    def names(path: str) -> list[str]:
+        ours = [one for one in os.scandir(path) if one.name.upper().startswith(_PREFIXES)]
+        return sorted(one.name for one in ours if not one.is_dir())
+
     fix = f"point {SECRETS_DIR} at a folder with a file per variable"
-    names = _readable(_secret_names, folder, fix)
-    return {name: _readable(_text, os.path.join(folder, name), fix).strip() for name in names}
-
-
-def _secret_names(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(one.name for one in entries if one.name.upper().startswith(_PREFIXES) and not one.is_dir())
+    return {name: _readable(_text, os.path.join(folder, name), fix).strip() for name in _readable(names, folder, fix)}
 
 
 def _config() -> dict[str, Any]:
@@ -228,7 +220,7 @@ def _config() -> dict[str, Any]:
 
 
 def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
-    """Flatten tables into variable names, so that every source names a setting in the same way."""
+    """Tables flattened into the names of variables."""
     for key, value in tree.items():
         name = f"{above}__{key}".upper() if above else key.upper()
         if not above and not name.startswith(_PREFIXES):
@@ -247,7 +239,6 @@ def _text(path: str) -> str:
 
 
 def _readable(read: Callable[[str], _Read], place: str, fix: str = "fix or remove it") -> _Read:
-    """What `read` makes of the path; else a ConfigurationError."""
     try:
         return read(os.path.abspath(os.path.expanduser(place)))
     except (OSError, ValueError, RecursionError) as error:

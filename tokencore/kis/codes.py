@@ -76,8 +76,7 @@ def silent(outcome: Outcome, why: str) -> Refusal:
 def refused(status: int, code: str, detail: str, lengths: tuple[int, int]) -> Refusal:
     """What an answer without a token means, by its code, and by its HTTP `status` where the code is unknown.
 
-    `detail` is the answer for people, without anything secret. `lengths` are the characters of the key and the secret,
-    by which two that were swapped, or one that was cut off, is found.
+    `detail` is the answer for people, without anything secret; `lengths`, of key and secret, show a swap or a cut.
     """
     if code in KNOWN:
         outcome, what, fix = KNOWN[code]
@@ -98,9 +97,8 @@ def refused(status: int, code: str, detail: str, lengths: tuple[int, int]) -> Re
 def _hint(key: int, secret: int) -> str:
     if (key, secret) == (KEY_LENGTH, SECRET_LENGTH):
         return ""
-    swapped = " (they look swapped)" if key == SECRET_LENGTH or secret == KEY_LENGTH else ""
-    expected = f"KIS's keys have {KEY_LENGTH} characters and its secrets {SECRET_LENGTH}"
-    return f"{expected}, these {key} and {secret}{swapped}; "
+    these = f"these {key} and {secret}" + " (they look swapped)" * (key == SECRET_LENGTH or secret == KEY_LENGTH)
+    return f"KIS's keys have {KEY_LENGTH} characters and its secrets {SECRET_LENGTH}, {these}; "
 
 
 def code_of(body: Mapping[str, Any]) -> str:

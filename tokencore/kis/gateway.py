@@ -1,7 +1,6 @@
 """KIS's gateway over HTTP: issue, approve, revoke and quote, each one request within bounds of size and time.
 
-Nothing here follows a redirect or repeats a request that may have reached KIS. Texts of KIS are kept for people with
-everything removed that looks like a token or equals a credential.
+Nothing here follows a redirect or repeats a request that may have reached KIS. KIS's words are kept for people, masked.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class Gateway(Sensitive):
     def issue(self, depart: Callable[[], bool] = lambda: True) -> Token | Refusal:
         """One request to tokenP; only what cannot have reached KIS is sent again, three times at most.
 
-        `depart` is asked right before each try, which can be a minute after the first; where it says no, nothing is
-        sent.
+        `depart` is asked right before each try, which can be a minute after the first; no: nothing is sent.
         """
         answer = self._granted("/oauth2/tokenP", "appsecret", depart)
         if isinstance(answer, Refusal):
@@ -72,10 +70,12 @@ class Gateway(Sensitive):
         received_at = datetime.now(UTC)
         try:
             token = from_answer(answer.body, received_at)
+            if token.expires_at > received_at:
+                return token
+            why = "its token has already expired"
         except ValueError as error:
-            return codes.silent(Outcome.BAD_ANSWER, str(error))
-        expired = token.expires_at <= received_at
-        return codes.silent(Outcome.BAD_ANSWER, "its token has already expired") if expired else token
+            why = str(error)
+        return codes.silent(Outcome.BAD_ANSWER, why)
 
     def approve(self) -> str | Refusal:
         """One request for the websocket's approval key, with the same care."""
@@ -101,13 +101,8 @@ class Gateway(Sensitive):
 
     def quote(self, access_token: str, asked: Quote) -> Evidence:
         """What one quote call says about the token; never raises."""
-        headers = {
-            "authorization": f"Bearer {access_token}",
-            "appkey": self._app_key,
-            "appsecret": self._app_secret,
-            "custtype": "P",
-            "tr_id": asked.tr_id,
-        }
+        headers = {"authorization": f"Bearer {access_token}", "appkey": self._app_key, "appsecret": self._app_secret}
+        headers |= {"custtype": "P", "tr_id": asked.tr_id}
         answer = self._send("GET", asked.path, headers=headers, params=asked.params)
         if isinstance(answer, Refusal):
             return quotes.Evidence(None, answer.what)
@@ -129,8 +124,7 @@ class Gateway(Sensitive):
         code = codes.code_of(answer.body)
         if answer.status == OK and not answer.body.get("error_code") and code not in codes.KNOWN:
             return answer
-        lengths = len(self._app_key), len(self._app_secret)
-        return codes.refused(answer.status, code, self._detail(answer), lengths)
+        return codes.refused(answer.status, code, self._detail(answer), (len(self._app_key), len(self._app_secret)))
 
     def _post(self, path: str, fields: Mapping[str, str]) -> _Answer | Refusal:
         return self._send("POST", path, _Body(json.dumps({"appkey": self._app_key, **fields}).encode()))
@@ -147,14 +141,12 @@ class Gateway(Sensitive):
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             if body is None or body.left:
                 return codes.silent(Outcome.NO_ANSWER, _fault(error, "the connection failed or broke off"))
-            why = _fault(error, "the connection was refused or the name not found")
-            return codes.silent(Outcome.UNREACHABLE, why)
+            return codes.silent(Outcome.UNREACHABLE, _fault(error, "the connection was refused or the name not found"))
 
     def _detail(self, answer: _Answer) -> str:
         """The status and KIS's own words, on one line, without anything secret."""
         words = [answer.body.get(key) for key in ("error_code", "msg_cd", "error_description", "msg1")]
-        said = " ".join(str(word) for word in words if word) or answer.text
-        said = redact(said, self._app_secret, self._app_key)
+        said = redact(" ".join(str(word) for word in words if word) or answer.text, self._app_secret, self._app_key)
         return f"HTTP {answer.status}: {said[:TEXT_LIMIT]}" if said else f"HTTP {answer.status}"
 
 
@@ -204,14 +196,14 @@ def _read(response: requests.Response, deadline: float) -> _Answer | Refusal:
     return _Answer(response.status_code, body, re.sub(r"<[^<>]*>", " ", content.decode("utf-8", errors="replace")))
 
 
-_FAULTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
-    (requests.ConnectTimeout, "no connection within the time-out (KIS_TIMEOUT)"),
-    ((requests.ReadTimeout, ReadTimeoutError), "no answer within the time-out (KIS_TIMEOUT)"),
-    (requests.exceptions.ProxyError, "the proxy could not be reached"),
-    (ValueError, "KIS_BASE_URL is no address"),
-    ((requests.RequestException, HTTPError), ""),
-    (OSError, "its certificates cannot be checked (REQUESTS_CA_BUNDLE)"),  # requests' own check
-)
+_FAULTS: dict[type[Exception], str] = {  # the first that fits
+    requests.ConnectTimeout: "no connection within the time-out (KIS_TIMEOUT)",
+    **dict.fromkeys((requests.ReadTimeout, ReadTimeoutError), "no answer within the time-out (KIS_TIMEOUT)"),
+    requests.exceptions.ProxyError: "the proxy could not be reached",
+    ValueError: "KIS_BASE_URL is no address",
+    **dict.fromkeys((requests.RequestException, HTTPError), ""),
+    OSError: "its certificates cannot be checked (REQUESTS_CA_BUNDLE)",  # requests' own check
+}
 
 
 def _fault(error: Exception, otherwise: str) -> str:
@@ -219,8 +211,8 @@ def _fault(error: Exception, otherwise: str) -> str:
     inner: BaseException | None = error
     while inner and not isinstance(inner, ssl.SSLError):
         inner = inner.__context__
-    if isinstance(inner, ssl.SSLCertVerificationError):
-        return f"the encrypted connection failed (certificate: {inner.verify_message})"
     if inner:
-        return f"the encrypted connection failed ({str(getattr(inner, 'reason', '')).replace('_', ' ')})"
-    return next((words for kinds, words in _FAULTS if isinstance(error, kinds)), "") or otherwise
+        certificate = getattr(inner, "verify_message", "")
+        why = f"certificate: {certificate}" if certificate else str(getattr(inner, "reason", "")).replace("_", " ")
+        return f"the encrypted connection failed ({why})"
+    return next((words for kind, words in _FAULTS.items() if isinstance(error, kind)), "") or otherwise

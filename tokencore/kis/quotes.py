@@ -27,23 +27,14 @@ class Quote(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a quote call said about a token.
+    """What a quote call said about a token; without an answer neither status nor rows."""
 
-    Attributes:
-        accepted: whether KIS accepts the token; None when the call says nothing about it.
-        detail: KIS's words, or the fault, without anything secret.
-        status: of HTTP; None where there was no answer.
-        rt_cd, msg_cd: KIS's codes, empty where it gave none.
-        rows: how many rows with values came; None where there was no answer.
-
-    """
-
-    accepted: bool | None
-    detail: str
-    status: int | None = None
-    rt_cd: str = ""
+    accepted: bool | None  # whether KIS accepts the token; None when the call says nothing about it
+    detail: str  # KIS's words, or the fault, without anything secret
+    status: int | None = None  # of HTTP
+    rt_cd: str = ""  # KIS's codes, empty where it gave none
     msg_cd: str = ""
-    rows: int | None = None
+    rows: int | None = None  # how many with values
 
 
 def domestic() -> Quote:
@@ -54,9 +45,8 @@ def domestic() -> Quote:
 
 def overseas(code: str = "NAS") -> Quote:
     """The price of a well-known security on the exchange with this quote code."""
-    symbol = SYMBOLS[code]
-    params = {"AUTH": "", "EXCD": code, "SYMB": symbol}
-    return Quote("/uapi/overseas-price/v1/quotations/price", "HHDFS00000300", code, symbol, params)
+    params = {"AUTH": "", "EXCD": code, "SYMB": SYMBOLS[code]}
+    return Quote("/uapi/overseas-price/v1/quotations/price", "HHDFS00000300", code, SYMBOLS[code], params)
 
 
 def daily(code: str, symbol: str) -> Quote:
@@ -67,10 +57,8 @@ def daily(code: str, symbol: str) -> Quote:
 
 def for_exchanges(codes: Sequence[str]) -> Quote:
     """The call that proves a token for these exchanges: of Korea where one is Korean or none is named."""
-    quote_codes = [exchange(code).quote_code for code in codes]
-    if not quote_codes or None in quote_codes:
-        return domestic()
-    return overseas(next(code for code in quote_codes if code))
+    quote_codes = [exchange(code).quote_code or "" for code in codes]
+    return overseas(quote_codes[0]) if all(quote_codes) and quote_codes else domestic()
 
 
 def judge(status: int, body: Mapping[str, Any], detail: str) -> Evidence:

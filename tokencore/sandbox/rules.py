@@ -1,7 +1,6 @@
 """KIS's gateway as plain state: its rules, codes, tokens and quotes; no socket, and no clock of its own.
 
-Shapes and Korean texts are those of KIS's portal; prices are made up. Times are epoch seconds. Nothing that is
-counted here contains a token, key or secret.
+Shapes and Korean texts are KIS's, prices made up; times are epoch seconds. What is counted here holds nothing secret.
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a request gets; `outcome` is the word for counters and logs."""
+    """What a request gets."""
 
     status: int
     content: Content
-    outcome: str
+    outcome: str  # the word for counters and logs
     delivery: str = "whole"  # or how the connection fails: `drop`, `hang`, `half` or `drip`
 
 
@@ -108,29 +107,24 @@ def _refuse_if(**reasons: bool) -> None:
 
 @dataclass(repr=False)
 class _Issued:
-    """A token: when it was issued and expires (epoch seconds), and the answer of tokenP that holds it."""
-
     key: str
     issued: float
     expires: int
-    content: Mapping[str, Any]
+    content: Mapping[str, Any]  # the answer of tokenP
     dead: bool = False
 
 
 @dataclass(repr=False)
 class _Customer:
-    """An app key's right secret, its last grant (epoch seconds) and its present token."""
-
     secret: str
-    granted: float = -math.inf
+    granted: float = -math.inf  # the last time
     token: _Issued | None = None
 
 
 class Gateway:
     """What KIS knows: customers, their tokens, the rules in force and the answers that were scripted.
 
-    Every key is a customer, and the first secret seen with it is the right one. Every method may be called
-    from any thread.
+    Every key is a customer, and the first secret seen with it is the right one. Methods may be called from any thread.
     """
 
     def __init__(self, **lengths: float) -> None:
@@ -157,10 +151,9 @@ class Gateway:
         self.rules = {**self.rules, **lengths}
 
     def fail(self, mode: str, count: int | None = None) -> None:
-        """Let the next `count` requests for a token fail, or all of them until `clear`.
+        """Let the next `count` requests for a token fail, or all until `clear`; they move no limit of KIS.
 
-        `mode` is one of FAILURES, a code of KIS such as `EGW00210`, or `dead-token`, which does at once what
-        `kill_tokens` does. A failing request is granted nothing and moves neither the minute nor the six hours.
+        `mode` is one of FAILURES, a code such as `EGW00210`, or `dead-token`, which is `kill_tokens`.
 
         Raises:
             ConfigurationError: no such failure; nothing has changed.
@@ -174,7 +167,7 @@ class Gateway:
             raise ConfigurationError(f"The failures are {', '.join((*FAILURES, KILL))} and codes such as EGW00210.")
 
     def answer(self, path: str, content: Content, status: int = 200, count: int | None = None) -> None:
-        """Answer just this to the next `count` requests, or to all of them until `clear`.
+        """Answer just this to the next `count` requests, or to all until `clear`.
 
         `path` is an endpoint or how several begin: `/uapi/` is every business call; the longest counts.
 
@@ -206,10 +199,10 @@ class Gateway:
                 "token_requests": issues.total(),
                 "granted_new": issues["new"],
                 "granted_same": issues["same"],
-                "refused": {word: count for word, count in issues.items() if _CODE.fullmatch(word)},
-                "failed": {word: count for word, count in issues.items() if word in FAILURES},
+                "refused": {word: issues[word] for word in issues if _CODE.fullmatch(word)},
+                "failed": {word: issues[word] for word in issues if word in FAILURES},
                 "quotes": quotes["ok"],
-                "quotes_refused": {word: count for word, count in quotes.items() if _CODE.fullmatch(word)},
+                "quotes_refused": {word: quotes[word] for word in quotes if _CODE.fullmatch(word)},
                 "revokes": self._counts[REVOKE]["ok"],
                 "approvals": self._counts[APPROVAL]["ok"],
                 "rules": self.rules,
@@ -217,7 +210,7 @@ class Gateway:
             }
 
     def respond(self, request: Request, now: float) -> Answer:
-        """What was scripted, or what KIS answers."""
+        """What was scripted, or what KIS answers at `now`, in epoch seconds."""
         with self._lock:
             answer = self._scripted(request.path) or self._judged(request, now)
             self._counts[request.path if request.path.startswith("/oauth2/") else "quote"][answer.outcome] += 1
@@ -285,10 +278,9 @@ class Gateway:
         return Answer(200, {"code": 200, "message": "접근토큰 폐기에 성공하였습니다"}, "ok")
 
     def _alive(self, text: object) -> _Issued:
-        token = self._tokens.get(str(text))
-        if token is None or token.dead:
-            raise _RefusedError("EGW00121")
-        return token
+        if (token := self._tokens.get(str(text))) and not token.dead:
+            return token
+        raise _RefusedError("EGW00121")
 
     def _customer(self, asked: Mapping[str, Any]) -> _Customer:
         key, secret = str(asked.get("appkey") or ""), str(asked.get("appsecret") or "")
