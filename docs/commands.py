@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
+from tokencore.cli import COMMANDS
 from tokencore.commands import EXIT_CODES, parsers
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -31,7 +32,7 @@ It knows the markets of your settings as they were then: write it again when you
 
 def text() -> str:
     """The page."""
-    _, found = parsers()
+    _, found = parsers(COMMANDS)
     for one in found.values():
         one.formatter_class = functools.partial(argparse.HelpFormatter, width=WIDTH)
     index = "\n".join(f"- [`tokencore {name}`](#tokencore-{name})" for name in found)

@@ -19,8 +19,9 @@ from builders import CANARIES, KEY, SECRET, make_jwt
 from running import Ran, asked, cached, folder, issue_of, on_disk, one_line, outcomes, snapshot, tokencore
 
 from tokencore import TokenManager
+from tokencore.cli import COMMANDS
 from tokencore.clients.exports import CLIENTS
-from tokencore.commands import MODULES, parsers
+from tokencore.commands import parsers
 from tokencore.reports.tables import REFUSED
 from tokencore.sandbox import APP_KEY
 from tokencore.tokens import KST
@@ -336,11 +337,11 @@ def test_tick_gives_every_key_its_turn(gateway: Sandbox, command: Command, monke
 
 def test_a_command_loads_its_own_room_only() -> None:
     """The parser made for one command knows it as the whole one does; `check --json` pays for no other's imports."""
-    _, whole = parsers()
-    assert [name for names in MODULES.values() for name in names] == list(whole)
+    _, whole = parsers(COMMANDS)
+    assert [name for names in COMMANDS.values() for name in names] == list(whole)
     for name, one in whole.items():
-        assert parsers(name)[1][name].format_help() == one.format_help()
-    program = "import sys; from tokencore.commands import parsers; parsers('check'); print(*sys.modules)"
+        assert parsers(COMMANDS, name)[1][name].format_help() == one.format_help()
+    program = "import sys; from tokencore.cli import main; main(['check', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"rich", "http.server", "requests", "tokencore.keys", "tokencore.sandbox"} & set(loaded)
 

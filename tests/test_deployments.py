@@ -35,6 +35,7 @@ from flows.stack import __main__ as stack
 from flows.stack import api, deployments
 from flows.warm_up import Exchange
 from tokencore import sessions
+from tokencore.cli import COMMANDS
 from tokencore.commands import parsers
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def test_every_command_of_a_unit_is_there(unit: Path) -> None:
     read = configparser.ConfigParser(strict=False, interpolation=None)
     read.read_string(unit.read_text())
     lines = re.findall(r"^ExecStart=(.+)$", unit.read_text(), re.MULTILINE)  # systemd's files have keys more than once
-    known = {"tokencore": set(parsers()[1]), "flows.stack": set(stack.COMMANDS)}
+    known = {"tokencore": set(parsers(COMMANDS)[1]), "flows.stack": set(stack.COMMANDS)}
     commands = [match.groups() for line in lines if (match := COMMAND.fullmatch(line))]
     assert len(commands) == len(lines)
     assert all(command in known[module] for module, command in commands)

@@ -155,7 +155,7 @@ def test_ready_is_whoever_has_a_token_for_the_session_that_runs(
     with listening(Watch(Key.load), LOOPBACK, 0) as url:
         answer = get(f"{url}/readyz/MINE")
         assert answer.status_code == (503 if needed else 200)
-        reason = "mine: not ready: there is no token; the session ends at " if needed else "mine: ready"
+        reason = "mine: not ready: no token serves now (NO_TOKEN); the session ends at " if needed else "mine: ready"
         assert answer.text.startswith(reason)
         assert get(f"{url}/readyz").status_code == answer.status_code
         assert get(f"{url}/readyz/us").text == "us: ready\n"

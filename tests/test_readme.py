@@ -13,6 +13,7 @@ import pytest
 from running import asked
 
 from tokencore import Settings
+from tokencore.cli import COMMANDS
 from tokencore.commands import parsers
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def test_settings_blocks_are_read(isolated: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_commands_are_the_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's table names the parser's commands, and docs/commands.md is what `make docs` would write."""
-    assert set(re.findall(r"^\| `tokencore (\w+)", README, re.MULTILINE)) == parsers()[1].keys()
+    assert set(re.findall(r"^\| `tokencore (\w+)", README, re.MULTILINE)) == parsers(COMMANDS)[1].keys()
     monkeypatch.syspath_prepend(ROOT / "docs")
     page = importlib.import_module("commands")
     assert page.PAGE.read_text(encoding="utf-8") == page.text(), "run `make docs`"

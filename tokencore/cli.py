@@ -1,11 +1,10 @@
-"""The `tokencore` command: a cached `get` is answered at once, everything else goes to `commands`.
+"""The `tokencore` command and the table of its commands; a cached `get` is answered at once.
 
 One outer `except` turns every error into one sentence on standard error and the contract's exit code.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -15,30 +14,76 @@ from tokencore.errors import TokenError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TextIO
 
+COMMANDS = {  # by module, whose function `add` makes their parsers; a command loads the imports of its own module only
+    "tokencore.commands.tokens": ("get", "exec", "reject", "delete"),
+    "tokencore.commands.monitoring": ("check", "doctor", "metrics"),
+    "tokencore.commands.renewals": ("refresh", "plan", "history", "tick"),
+    "tokencore.commands.transfer": ("export", "import"),
+    "tokencore.sandbox": ("sandbox",),
+    "tokencore.commands": ("completion",),
+}
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
-UNWRITABLE = (errno.EBADF, errno.EFBIG, errno.EIO, errno.ENOSPC)
+
+
+class _OutputError(Exception):
+    """Standard output, and nothing else, could not be written; `error` says why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"Standard output cannot be written ({error.strerror}). Cached tokens are untouched.")
+        self.reader_gone = isinstance(error, BrokenPipeError)
+
+
+class _Output:
+    """Standard output, whose failures are told from those of files and connections."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise _OutputError(error) from None
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise _OutputError(error) from None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return its exit code."""
     _prepare_streams()
+    stream, sys.stdout = sys.stdout, _Output(sys.stdout)
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-    except TokenError as error:
-        code = _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        code = _fail("Interrupted.", INTERRUPTED)
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
-        _discard_output()
-        return 0
-    except Exception as error:  # noqa: BLE001 - so that no traceback shows a secret
-        code = _fail(_output_failure(error) or _unexpected(error), 1)
-    return code
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        sys.stdout = stream
 
 
 def _run(arguments: list[str]) -> int:
+    try:
+        code = _answer(arguments)
+        sys.stdout.flush()
+    except TokenError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", INTERRUPTED)
+    except _OutputError as error:
+        _discard(sys.stdout.fileno())
+        return 0 if error.reader_gone else _fail(str(error), 1)  # `head` has what it wanted
+    except Exception as error:  # noqa: BLE001 - so that no traceback shows a secret
+        return _fail(_unexpected(error), 1)
+    return code
+
+
+def _answer(arguments: list[str]) -> int:
     if len(arguments) == 2 and arguments[0] == "get" and not arguments[1].startswith("-"):  # noqa: PLR2004
         from tokencore.manager import TokenManager  # the parser costs more than the whole answer
 
@@ -46,7 +91,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     from tokencore.commands import run
 
-    return run(arguments)
+    return run(arguments, COMMANDS)
 
 
 def _prepare_streams() -> None:
@@ -67,8 +112,8 @@ def _prepare_streams() -> None:
 def _fail(message: str, code: int) -> int:
     try:
         sys.stdout.flush()  # what was printed before comes first
-    except OSError:
-        _discard_output()
+    except _OutputError:
+        _discard(sys.stdout.fileno())
     from tokencore.redaction import clean  # not for an answer
 
     try:
@@ -78,20 +123,8 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _output_failure(error: Exception) -> str:
-    """The message where standard output could not be written; empty for another error."""
-    if not isinstance(error, OSError) or error.filename is not None or error.errno not in UNWRITABLE:
-        return ""
-    _discard_output()
-    return f"Standard output cannot be written ({error.strerror}). Cached tokens are untouched; free or change it."
-
-
-def _discard_output() -> None:
-    """Nothing is left that the interpreter would fail to write at its end."""
-    _discard(sys.stdout.fileno())
-
-
 def _discard(descriptor: int) -> None:
+    """Let nothing be left that the interpreter would fail to write at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 

@@ -300,10 +300,8 @@ class KeyState(NamedTuple):
 
     def need_of(self, market: Market) -> tuple[datetime, datetime] | None:
         """The present or coming need of one of the key's markets; None without exchanges."""
-        coming = self.outlook.needs
-        if len(self.key.markets) > 1:
-            coming = sessions.needs(market.exchanges, self.now, self.now + outlook.FUTURE, self.key.overrides)
-        return coming[0] if coming else None
+        ahead = self.key.horizon(market.exchanges, self.now)
+        return next((need for need in ahead.needs if need[1] > self.now), None) if ahead else None
 
     def plan(self, days: int = PLAN_DAYS) -> Plan:
         """The coming `days` of KST, if every renewal succeeds."""

@@ -16,7 +16,7 @@ from tokencore.errors import ConfigurationError
 from tokencore.redaction import short
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tokencore.config.settings import Settings
     from tokencore.keys import Key
@@ -24,16 +24,8 @@ if TYPE_CHECKING:
     # Adds a command by its name, its function and what it does; its parser, for its arguments. The function gets the
     # parsed options and returns the exit code.
     AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+    Modules = Mapping[str, Sequence[str]]  # with a function `add` each, and the commands that it adds
 
-# Each module brings its imports, some of them a tenth of a second: a command loads its own only.
-MODULES = {
-    "tokencore.commands.tokens": ("get", "exec", "reject", "delete"),
-    "tokencore.commands.monitoring": ("check", "doctor", "metrics"),
-    "tokencore.commands.renewals": ("refresh", "plan", "history", "tick"),
-    "tokencore.commands.transfer": ("export", "import"),
-    "tokencore.sandbox": ("sandbox",),
-    "tokencore.commands": ("completion",),
-}
 EXIT_CODES = (
     "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
     "4 issuance limit, 5 credentials refused, 6 KIS unreachable, 7 store unusable"
@@ -58,15 +50,15 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Parse and run one command line; the exit code.
+def run(arguments: Sequence[str], modules: Modules) -> int:
+    """Parse and run one command line of the commands in `modules`; the exit code.
 
     Raises:
         TokenError: what the command met; its class has the exit code.
 
     """
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
-    top, _ = parsers(arguments[0] if arguments else "")
+    top, _ = parsers(modules, arguments[0] if arguments else "")
     if not arguments:
         top.print_help()
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
@@ -76,11 +68,12 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:  # after --help and --version; a mistake is a ConfigurationError
         return 0
     options.program = [*arguments[at + 1 :]]  # argparse would take a second `--` out of it
+    options.modules = modules
     code: int = options.run(options)
     return code
 
 
-def parsers(asked: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def parsers(modules: Modules, asked: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of the command line, and those of all commands by name, or of the one that is `asked` and its like."""
     top = _Parser(prog="tokencore", description=(about or "").partition("\n")[0], epilog=EXIT_CODES)
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
@@ -91,7 +84,7 @@ def parsers(asked: str = "") -> tuple[argparse.ArgumentParser, dict[str, argpars
         added.set_defaults(run=function)
         return added
 
-    for module in [module for module, names in MODULES.items() if asked in names] or MODULES:
+    for module in [module for module, names in modules.items() if asked in names] or modules:
         import_module(module).add(command)
     return top, dict(commands.choices)
 
@@ -181,7 +174,7 @@ def _completion(options: argparse.Namespace) -> int:
 
     from tokencore.config.settings import Settings
 
-    markets, (top, commands) = [market.name for market in Settings.load().all_markets()], parsers()
+    markets, (top, commands) = [market.name for market in Settings.load().all_markets()], parsers(options.modules)
     for action in (action for one in commands.values() for action in one._actions):  # noqa: SLF001 - as shtab does
         if action.dest == "market":
             action.choices = markets

@@ -96,12 +96,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _worst_first(found: list[Finding]) -> str:
     """What is wrong by name, for a reader with a small screen: the findings are in the order of their fixes."""
-    named = [f"{state}: {', '.join(names)}" for state in ("fail", "warn") if (names := _named(found, state))]
-    return textwrap.fill("; ".join(named) or "All is well.", WIDTH, break_on_hyphens=False)
-
-
-def _named(found: list[Finding], state: str) -> list[str]:
-    return [one.name for one in found if one.state == state]
+    named = {state: [one.name for one in found if one.state == state] for state in ("fail", "warn")}
+    wrong = "; ".join(f"{state}: {', '.join(names)}" for state, names in named.items() if names)
+    return textwrap.fill(wrong or "All is well.", WIDTH, break_on_hyphens=False)
 
 
 def _lines(one: Finding) -> str:

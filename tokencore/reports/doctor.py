@@ -1,7 +1,7 @@
 """`tokencore doctor`: everything that a working set-up needs, looked at once, with the fix for what is wrong.
 
 Nothing is issued or posted, and no token is written: each lock is taken for a moment, and a temporary file is made
-where tokens are saved. Each group of checks has a thread of its own, and none is waited for longer than `DEADLINE`.
+where tokens are saved. Each check has a thread of its own, and none is waited for longer than `DEADLINE`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tokencore.config.settings import Settings
 from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.kis import quotes
-from tokencore.kis.codes import KEY_LENGTH, KNOWN, SECRET_LENGTH
+from tokencore.kis.codes import KEY_LENGTH, KNOWN, SECRET_LENGTH, parse
 from tokencore.kis.gateway import LOOPBACK, Gateway
 from tokencore.limits import format_time
 from tokencore.outlook import covers, word
 from tokencore.policy import CLOCK_SLACK
-from tokencore.redaction import short
+from tokencore.redaction import printable, short
 from tokencore.reports.status import next_attempt
 from tokencore.stores import files
 from tokencore.tokens import jwt_claims
@@ -45,7 +45,6 @@ from tokencore.tokens import jwt_claims
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from tokencore.calendars.exchanges import Exchange
     from tokencore.config.market import Market
     from tokencore.keys import Key, KeyState
 
@@ -59,7 +58,7 @@ PUBLIC = (
 CREDENTIAL = ("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL")  # how their variables end
 LENGTHS = {"APP_KEY": KEY_LENGTH, "APP_SECRET": SECRET_LENGTH}
 LONGEST, SHOWN = 60, 3  # characters of a value, and names in a line, that are shown
-OTHERS = 0o077  # in a mode, what is not the owner's
+OTHERS = 0o077 if os.name == "posix" else 0  # in a mode, what is not the owner's
 LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: time to look, and no token could be saved
 NOTICEABLE = 5.0  # seconds: the Date header knows whole ones, and the answer takes its time
 TOO_OFTEN, BREATH = "EGW00201", 1.1  # calls a second say nothing about the token; seconds until the next is welcome
@@ -74,8 +73,6 @@ CACHES = {  # of other clients, each of which would issue for itself
     "~/.cache/kis/token.key": "korea-investment-stock",
 }
 MANY, CACHE_LIMIT = 64, 65_536  # files of one pattern that are looked at, and their bytes
-FIRST_FIX = "the settings must be fixed first"
-NETWORK = "check the address, the network and the firewall"
 _OF_MARKET = r"(.+)_(?:api_token\.json|token_issued_at\.dat|krs_token\.dat|approval_key\.json)"
 _OURS = rf"config\.toml|incidents\.|prefect|key-|\.gitignore|.*\.(?:tmp|aside)$|{_OF_MARKET}$"
 LEFTOVERS = {  # by the files' names; what is in parentheses is the key or market that they belong to
@@ -95,6 +92,7 @@ FAULTS = {  # by a sign in an error's name or text: what failed; the first that 
     "refused": "{host} refuses the connection",
     "": "the connection to {host} failed",
 }
+NETWORK = "check the address, the network and the firewall"
 _JWT = re.compile(rb"[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)
 
 
@@ -115,44 +113,47 @@ class Finding(NamedTuple):
 _ok, _warn, _fail, _skipped = (partial(Finding, state) for state in ("ok", "warn", "fail", "skipped"))
 
 
+class Subject(NamedTuple):
+    """What is looked at: everything that is set; the settings and their keys, unless there is a `problem` with them."""
+
+    found: Found
+    settings: Settings | None
+    keys: list[Key]
+    folder: str
+    problem: str
+
+
 def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
     """Look at everything; the findings in the order in which they are best fixed. `load` makes the settings' keys."""
-    settings, keys, problem = None, [], ""
-    try:
-        settings = Settings.load()
-        keys = load(settings)
-    except TokenError as error:
-        problem = str(error)
-    folder = settings.token_dir if settings else values.folder(values.TOKEN_DIR)
-    of_url: dict[str, list[Key]] = {}
-    for key in keys:
-        of_url.setdefault(key.market.base_url, []).append(key)
-    return _all({
-        "settings": _settings(settings, problem),
-        "token directory": _directory(folder, settings, keys),
-        "tokens": _tokens(keys),
-        **{f"kis {url}": _kis(url, asking) for url, asking in of_url.items()},
-        "slack": _slack(settings),
-        "prefect": _prefect(keys, os.path.join(folder, "prefect")),
-        "duplicates": _duplicates(keys),
-    })  # fmt: skip
-
-
-def _all(checks: Mapping[str, Iterator[Finding]]) -> list[Finding]:
-    """What the checks find, each in a thread of its own that nobody waits for after the deadline."""
-    found: dict[str, list[Finding]] = {}
+    subject = _subject(load)
+    found: dict[str, list[Finding]] = {name: [] for name in CHECKS}
 
     def look(name: str) -> None:
-        found[name] = list(_tried(name, checks[name]))
+        if name in NEED_KEYS and not subject.keys:
+            found[name] = [_skipped(name, "the settings must be fixed first")]
+        else:
+            found[name].extend(_tried(name, CHECKS[name](subject)))
 
-    threads = [threading.Thread(target=look, args=(name,), daemon=True) for name in checks]
-    for thread in threads:
+    threads = {name: threading.Thread(target=look, args=(name,), daemon=True) for name in CHECKS}
+    for thread in threads.values():
         thread.start()
     end = time.monotonic() + DEADLINE
-    for thread in threads:
+    for name, thread in threads.items():
         thread.join(max(0.0, end - time.monotonic()))
-    late = f"no answer within {DEADLINE:.0f} s"
-    return [one for name in checks for one in found.get(name) or [_fail(name, late, "look for what hangs there")]]
+        if thread.is_alive():
+            found[name] = [*found[name], _fail(name, f"no answer within {DEADLINE:.0f} s", "look for what hangs there")]
+    return [one for every in found.values() for one in every]
+
+
+def _subject(load: Callable[[Settings], list[Key]]) -> Subject:
+    found, settings, problem = Found(), None, ""
+    try:
+        found = gather()
+        settings = Settings.load()
+        return Subject(found, settings, load(settings), settings.token_dir, "")
+    except TokenError as error:
+        problem = str(error)
+    return Subject(found, settings, [], settings.token_dir if settings else values.folder(values.TOKEN_DIR), problem)
 
 
 def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
@@ -167,26 +168,27 @@ def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
         yield _fail(name, f"could not be looked at ({type(error).__name__})", "please report this line")
 
 
-def _settings(settings: Settings | None, problem: str) -> Iterator[Finding]:
+def _judged(name: str, detail: str, fix: str) -> Finding:
+    """A warning where there is something to fix."""
+    return _warn(name, detail, fix) if fix else _ok(name, detail)
+
+
+def _settings(it: Subject) -> Iterator[Finding]:
     """Whether they can be used, a line for each that is set, with its origin, and whether others can read the files."""
-    found = settings.found if settings else Found()
-    if problem:
-        yield _fail("settings", problem, "correct it where it was set, see below", SETTINGS)
-        with contextlib.suppress(ConfigurationError):  # which is the problem
-            found = gather()
+    origins, unknown = it.found.origins, it.settings.misspelt() if it.settings else {}
+    if it.problem:
+        yield _fail("settings", it.problem, "correct it where it was set, see below", SETTINGS)
     else:
-        yield _ok("settings", f"{len(found.origins)} set, all well-formed")
-    origins, unknown = found.origins, settings.misspelt() if settings else {}
+        yield _ok("settings", f"{len(origins)} set, all well-formed")
     try:
-        origins = settings.origins if settings else origins
+        origins = it.settings.origins if it.settings else origins
     except ConfigurationError as error:
         yield _fail("keyring", str(error), "unlock it, or give the secret another source", SETTINGS)
-    yield from (_setting(name, found.values.get(name), origins[name]) for name in sorted(origins.keys() - unknown))
+    yield from (_setting(name, it.found.values.get(name), origins[name]) for name in sorted(origins.keys() - unknown))
     for name, meant in unknown.items():
         fix = f"did you mean {meant}?" if meant else "remove it, unless another program uses it"
         yield (_warn if meant else _skipped)(f"setting {short(name)}", "is not a setting of tokencore", fix)
-    secret = {path for name, path in origins.items() if name.endswith(CREDENTIAL)} & {DOTENV_FILE, CONFIG_FILE}
-    for path in secret if os.name == "posix" else ():
+    for path in {path for name, path in origins.items() if name.endswith(CREDENTIAL)} & {DOTENV_FILE, CONFIG_FILE}:
         if os.stat(os.path.expanduser(path)).st_mode & OTHERS:
             yield _warn("settings file", f"{path} holds credentials, and other users may read it", f"chmod 600 {path}")
 
@@ -196,7 +198,7 @@ def _setting(name: str, value: object, origin: str) -> Finding:
         return _ok(f"setting {name}", f"kept, in {origin}")
     field = name.rpartition("__")[2].removeprefix("KIS_")
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value).strip()
-    shown = "".join(sign if sign.isprintable() else "?" for sign in text[:LONGEST]) + "..." * (len(text) > LONGEST)
+    shown = printable(text[:LONGEST]) + "..." * (len(text) > LONGEST)
     if field not in PUBLIC or "@" in text or "?" in text:
         shown = f"{len(text)} characters"
     usual = LENGTHS.get(field, len(text))
@@ -204,81 +206,68 @@ def _setting(name: str, value: object, origin: str) -> Finding:
     return _ok(f"setting {short(name)}", f"{shown}, from {place_of(origin)}{odd}")
 
 
-def _directory(folder: str, settings: Settings | None, keys: list[Key]) -> Iterator[Finding]:
+def _directory(it: Subject) -> Iterator[Finding]:
     """The folder by trying it; the files in it, the locks, the other clients' copies, and the disk."""
-    yield from _tried("token directory", _usable(folder))
+    folder = above = it.folder
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    yield from _tried("token directory", _usable(folder, above))
     if os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK):
         names = sorted(os.listdir(folder))
-        yield _modes(folder, names)
-        markets = [market.name for market in settings.all_markets()] if settings else []
-        yield _leftovers(names, {*markets, *(key.fingerprint for key in keys)} if keys else None)
-        for key in keys:
-            name = f"lock {key.fingerprint}" if len(keys) > 1 else "lock"
+        wide = [name for name in names if _is_wide(os.path.join(folder, name))]
+        detail = f"open to more than their owner: {_some(wide)}" if wide else "no file is open to other users"
+        yield _judged("file modes", detail, f"chmod go= {folder}/*" if wide else "")
+        yield _leftovers(names, it)
+        for key in it.keys:
+            name = f"lock {key.fingerprint}" if len(it.keys) > 1 else "lock"
             yield from _tried(name, _lock(key, name))
-    for key in keys:
+    for key in it.keys:
         for place, why in Exports(key.markets, key.store).failures().items():
             fix = "fix or remove what is there; the next renewal or check copies again"
             yield _warn("exports", f"{place} is not up to date: {why}", fix)
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(above).free
     if free < TOO_LITTLE:
         yield _fail("disk", f"{free >> 10:,} kB free", "free space: an issued token could not be saved", STORE)
     else:
         yield _judged("disk", f"{free >> 20:,} MB free", "free space before it runs out" if free < LITTLE else "")
 
 
-def _judged(name: str, detail: str, fix: str) -> Finding:
-    """A warning where there is something to fix."""
-    return _warn(name, detail, fix) if fix else _ok(name, detail)
-
-
-def _usable(folder: str) -> Iterator[Finding]:
-    name, own = "token directory", "give your user the right to read and write {}, or point KIS_TOKEN_DIR elsewhere"
-    if not os.path.lexists(folder):
-        above = _existing(folder)
-        if os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK):
-            yield _ok(name, f"{folder} does not exist yet; the first issue makes it")
-        else:
-            yield _fail(name, f"{folder} cannot be made: {above} is not writable", own.format(above), STORE)
-    elif not os.path.isdir(folder):
-        yield _fail(name, f"{folder} is no directory", "move it away, or point KIS_TOKEN_DIR elsewhere", STORE)
-    else:
+def _usable(folder: str, above: str) -> Iterator[Finding]:
+    """Whether tokens can be saved in `folder`, of which `above` is what exists."""
+    name = "token directory"
+    if above == folder:
         files.refuse_strangers(folder)
-        try:
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", suffix=".tmp", buffering=0) as trial:
-                trial.write(b"\n")
-                os.fsync(trial.fileno())
-        except OSError as error:
-            why = f"{folder} cannot be read and written ({error.strerror})"
-            yield _fail(name, why, own.format(folder), STORE)
-            return
+    try:
+        with tempfile.NamedTemporaryFile(dir=above, prefix=".doctor-", suffix=".tmp", buffering=0) as trial:
+            trial.write(b"\n")
+            os.fsync(trial.fileno())
+    except OSError as error:
+        fix = "give your user the right to read and write there, or point KIS_TOKEN_DIR elsewhere"
+        yield _fail(name, f"{above} cannot be read and written ({error.strerror})", fix, STORE)
+        return
+    if above != folder:
+        yield _ok(name, f"{folder} does not exist yet; the first issue makes it")
+    else:
         mode = stat.S_IMODE(os.stat(folder).st_mode)
-        wide = os.name == "posix" and mode & OTHERS
-        detail = f"{folder} is open to other users (mode {mode:04o})" if wide else f"{folder}, mode {mode:04o}"
-        yield _judged(name, detail, f"chmod 700 {folder}" if wide else "")
+        yield _judged(name, f"{folder}, mode {mode:04o}", f"chmod 700 {folder}" if mode & OTHERS else "")
 
 
-def _existing(path: str) -> str:
-    while not os.path.lexists(path) and os.path.dirname(path) != path:
-        path = os.path.dirname(path)
-    return path
+def _is_wide(path: str) -> bool:
+    """Whether it is a file that others than its owner can use."""
+    with contextlib.suppress(OSError):
+        mode = os.lstat(path).st_mode
+        return stat.S_ISREG(mode) and bool(mode & OTHERS)
+    return False
 
 
-def _modes(folder: str, names: list[str]) -> Finding:
-    wide = []
-    for name in names if os.name == "posix" else ():
-        with contextlib.suppress(OSError):
-            mode = os.lstat(os.path.join(folder, name)).st_mode
-            wide += [name] if stat.S_ISREG(mode) and mode & OTHERS else []
-    detail = f"open to more than their owner: {_some(wide)}" if wide else "no file is open to other users"
-    return _judged("file modes", detail, f"chmod go= {folder}/*" if wide else "")
-
-
-def _leftovers(names: list[str], owners: set[str] | None) -> Finding:
+def _leftovers(names: list[str], it: Subject) -> Finding:
     """What nobody needs any more, and what is not ours: named, never removed.
 
-    While the settings give no key at all, there are no `owners`, and nothing is called another's: a record that is
-    deleted is missed.
+    While the settings give no key at all, nothing is called another's: a record that is deleted is missed.
     """
+    owners = {key.fingerprint for key in it.keys}
+    if it.settings and it.keys:
+        owners |= {market.name for market in it.settings.all_markets()}
     found: dict[str, list[str]] = {}
     for what, pattern in LEFTOVERS.items():
         for name in names:
@@ -300,27 +289,24 @@ def _lock(key: Key, name: str) -> Iterator[Finding]:
     if free:
         yield _ok(name, "free")
         return
-    holders = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
-    who = f"process {', '.join(holders)}" if holders else "another process"
+    who = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
     detail = f"held by {who} for {LOCK_WAIT:g} s: normal while that waits for KIS"
     yield _warn(name, detail, "if it lasts for minutes, end that process")
 
 
-def _holders(path: str) -> list[str]:
-    """The processes that hold a lock on the file, as Linux lists them: `1: FLOCK ADVISORY WRITE 71 08:01:913 0 EOF`."""
+def _holders(path: str) -> str:
+    """Who holds a lock on the file, as Linux lists locks: `1: FLOCK ADVISORY WRITE 71 08:01:913 0 EOF`."""
     with contextlib.suppress(OSError, ValueError):
         found = os.stat(path)
         place = f" {os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino} "
         lines = (files.read_bytes("/proc/locks", trusted=False) or b"").decode().splitlines()
-        return [line.split()[4] for line in lines if place in line and " -> " not in line]
-    return []
+        return "process " + ", ".join(line.split()[4] for line in lines if place in line and " -> " not in line)
+    return "another process"
 
 
-def _tokens(keys: list[Key]) -> Iterator[Finding]:
+def _tokens(it: Subject) -> Iterator[Finding]:
     """Each market's token, each key's issuance record, and the approval key where one was asked for."""
-    if not keys:
-        yield _skipped("tokens", FIRST_FIX)
-    for key in keys:
+    for key in it.keys:
         yield from _tried(f"token {key.name}", _key(key))
 
 
@@ -342,40 +328,36 @@ def _key(key: Key) -> Iterator[Finding]:
 
 
 def _token(state: KeyState, market: Market) -> Finding:
-    name, need = f"token {market.name}", state.need_of(market)
-    hope = f"the next renewal is planned for {format_time(at)}" if (at := next_attempt(state)) else ""
+    name, need, at = f"token {market.name}", state.need_of(market), next_attempt(state)
+    hope = f"the next renewal is planned for {format_time(at)}" if at else "no renewal is planned"
     if not state.serves_until:
         status = word(state.token, state.problem, market, state.now)
-        fix = f"tokencore get {market.name}" + (f", or wait: {hope}" if hope else "")
+        fix = f"tokencore get {market.name}" + (f", or wait: {hope}" if at else "")
         return _fail(name, f"{status}: no program can use it", fix, NO_TOKEN)
-    until = f"serves until {format_time(state.serves_until)}"
-    if need is None:
-        return _ok(name, f"{until}; no exchange is configured")
-    ahead = f"the need from {format_time(need[0])}"
-    if covers(state.token, need, market):
-        return _ok(name, f"{until}; covers {ahead}")
-    if hope:
-        return _ok(name, f"{until}; {hope}, ahead of {ahead}")
-    return _warn(name, f"{until}, not through {ahead}, and no renewal is planned", "see the line on issuing")
+    detail, covered = f"serves until {format_time(state.serves_until)}", not need or covers(state.token, need, market)
+    if need:
+        detail += f"; {'covers' if covered else f'{hope}, ahead of'} the need from {format_time(need[0])}"
+    return _judged(name, detail, "" if covered or at else "see the line on issuing")
 
 
-def _kis(url: str, keys: list[Key]) -> Iterator[Finding]:
-    """The gateway at `url`, its clock, and each key's token there."""
-    began = time.monotonic()
-    try:  # neither key nor tr_id: it counts as no call, and any answer proves name, connection and certificate
-        answer = _ask("GET", f"{url}/")
-    except _NoAnswer as error:
-        yield _fail("kis", f"{url}: {error}", NETWORK, UNREACHABLE)
-        names = ("clock", *(f"token accepted {key.label}" for key in keys))
-        yield from (_skipped(name, "KIS cannot be reached") for name in names)
-        return
-    took = time.monotonic() - began
-    answered = f"answers in {took * 1e3:.0f} ms (HTTP {answer.status_code} to GET /, which issues nothing)"
-    yield _ok("kis", f"{url} {answered}")
-    yield _clock(answer.headers.get("Date", ""), took)
-    for key in keys:
-        name = f"token accepted {key.label}"
-        yield from _tried(name, _accepted(key, name))
+def _kis(it: Subject) -> Iterator[Finding]:
+    """Each gateway, its clock, and the tokens there."""
+    for url in dict.fromkeys(key.market.base_url for key in it.keys):
+        keys, began = [key for key in it.keys if key.market.base_url == url], time.monotonic()
+        try:  # neither key nor tr_id: it counts as no call, and any answer proves name, connection and certificate
+            answer = _ask("GET", f"{url}/")
+        except _NoAnswer as error:
+            yield _fail("kis", f"{url}: {error}", NETWORK, UNREACHABLE)
+            names = ("clock", *(f"token accepted {key.label}" for key in keys))
+            yield from (_skipped(name, "KIS cannot be reached") for name in names)
+            continue
+        took = time.monotonic() - began
+        answered = f"answers in {took * 1e3:.0f} ms (HTTP {answer.status_code} to GET /, which issues nothing)"
+        yield _ok("kis", f"{url} {answered}")
+        yield _clock(answer.headers.get("Date", ""), took)
+        for key in keys:
+            name = f"token accepted {key.label}"
+            yield from _tried(name, _accepted(key, name))
 
 
 def _clock(date: str, took: float) -> Finding:
@@ -385,11 +367,9 @@ def _clock(date: str, took: float) -> Finding:
         return _skipped("clock", "KIS's answer has no Date header to compare with")
     if abs(ahead) <= NOTICEABLE:
         return _ok("clock", "agrees with KIS's within seconds")
-    detail = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} KIS's"
-    fix = "let the system keep it by NTP (timedatectl set-ntp true)"
-    if abs(ahead) > CLOCK_SLACK.total_seconds():
-        return _fail("clock", f"{detail}: renewals come at wrong moments", fix)
-    return _warn("clock", detail, fix)
+    detail = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} KIS's, so renewals come too early or too late"
+    judged = _fail if abs(ahead) > CLOCK_SLACK.total_seconds() else _warn
+    return judged("clock", detail, "let the system keep it by NTP (timedatectl set-ntp true)")
 
 
 def _accepted(key: Key, name: str) -> Iterator[Finding]:
@@ -399,7 +379,7 @@ def _accepted(key: Key, name: str) -> Iterator[Finding]:
         yield _skipped(name, "there is no valid token to try")
         return
     gateway = Gateway(market.base_url, market.credentials(), timeout=min(market.settings.timeout, PATIENCE))
-    for what, asked, meaning in _calls([exchange(code) for code in key.exchanges]):
+    for what, asked, meaning in _calls(key.exchanges):
         said = gateway.quote(token.access_token, asked)
         if said.msg_cd == TOO_OFTEN:
             time.sleep(BREATH)
@@ -418,8 +398,9 @@ def _accepted(key: Key, name: str) -> Iterator[Finding]:
             return
 
 
-def _calls(places: list[Exchange]) -> Iterator[tuple[str, quotes.Quote, str]]:
+def _calls(codes: list[str]) -> Iterator[tuple[str, quotes.Quote, str]]:
     """What to ask for a key that trades on these exchanges, and what it means if no rows come."""
+    places = [exchange(code) for code in codes]
     abroad = next((place for place in places if place.quote_code), None)
     if abroad is None or any(place.quote_code is None for place in places):
         yield "domestic price", quotes.domestic(), ""
@@ -431,33 +412,32 @@ def _calls(places: list[Exchange]) -> Iterator[tuple[str, quotes.Quote, str]]:
         yield "order code", quotes.daily(abroad.code, symbol), meaning
 
 
-def _slack(settings: Settings | None) -> Iterator[Finding]:
+def _slack(it: Subject) -> Iterator[Finding]:
     """Whether Slack would take an alert; a webhook's path is a secret and would post, so only its host is asked."""
-    given = {name: str(value).strip() for name, value in (settings.found.values if settings else {}).items()}
+    given = {name: str(value).strip() for name, value in it.found.values.items()}
     webhook, bot, channel = (given.get(f"SLACK_{name}", "") for name in ("WEBHOOK_URL", "BOT_TOKEN", "CHANNEL"))
     parts, proof = urlsplit(webhook), "only a message proves it: make test-alert"
-    if not settings:
-        yield _skipped("slack", FIRST_FIX)
-    elif webhook and not (parts.hostname and parts.scheme in ("https", "http")):
+    if webhook and not (parts.hostname and parts.scheme in ("https", "http")):
         yield _fail("slack", "SLACK_WEBHOOK_URL is no address", "copy it again from Slack")
     elif webhook:
         _ask("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/")
         yield _ok("slack", f"{parts.hostname} answers; {proof}")
+    elif bot and not channel:
+        yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
     elif bot:
-        said = _json(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"}), dict)
-        if not said.get("ok"):
+        said = parse(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"}).content)
+        if said.get("ok"):
+            yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
+        else:
             why = short(str(said.get("error", "no answer of Slack's")))
             yield _fail("slack", f"Slack refuses the bot: {why}", "copy SLACK_BOT_TOKEN again (xoxb-...)")
-        elif not channel:
-            yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
-        else:
-            yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
     else:
         yield _skipped("slack", "not set up: alerts are logged only", "set SLACK_WEBHOOK_URL to hear of trouble")
 
 
-def _prefect(keys: list[Key], home: str) -> Iterator[Finding]:
-    """The server, its deployments for the keys' exchanges, and its worker; `home` is where `make up` keeps them."""
+def _prefect(it: Subject) -> Iterator[Finding]:
+    """The server, its deployments for the keys' exchanges, and its worker."""
+    home = os.path.join(it.folder, "prefect")  # where `make up` keeps them
     named, url, auth = _server(home)
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a password may be part of it
@@ -476,8 +456,14 @@ def _prefect(keys: list[Key], home: str) -> Iterator[Finding]:
         yield _fail("prefect", f"{shown} answers HTTP {answer.status_code}", fix)
         return
     yield _ok("prefect", f"{shown} answers")
-    yield _deployments(_json(answer, list), keys)
-    ready = short(str(_json(pool, dict).get("status", f"HTTP {pool.status_code}")))
+    wanted = [CHECK, *dict.fromkeys(exchange(code).code for key in it.keys for code in key.exchanges)]
+    active = [one for one in answer.json() if not one["paused"]]
+    scheduled = {one["name"] for one in active if any(each["active"] for each in one["schedules"])}
+    lacking = ", ".join(name for name in wanted if name not in scheduled)
+    detail = f"no active schedule: {lacking}" if lacking else "an active schedule for each that is needed"
+    fix = "make down, then make up, as schedules follow the settings; or unpause them in the page"
+    yield _judged("prefect deployments", detail, lacking and fix)
+    ready = short(str(parse(pool.content).get("status", f"HTTP {pool.status_code}")))
     if ready == "READY":
         yield _ok("prefect worker", f"the work pool {POOL!r} has a worker")
     else:
@@ -493,37 +479,29 @@ def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
     if not any(map(given.get, PASSWORDS)):
         with contextlib.suppress(ConfigurationError):  # the line on the settings says it
             given |= trusted_dotenv()
-    api, found = given.get("PREFECT_API_URL", "").rstrip("/"), next(filter(None, map(given.get, PASSWORDS)), "")
-    if not found and api == os.environ.get("PREFECT_API_URL", "").rstrip("/"):
+    api, login = given.get("PREFECT_API_URL", "").rstrip("/"), next(filter(None, map(given.get, PASSWORDS)), "")
+    if not login and api == os.environ.get("PREFECT_API_URL", "").rstrip("/"):
         with contextlib.suppress(ValueError):
-            found = (files.read_text(os.path.join(home, "password")) or "").strip()
-    user, _, password = found.partition(":")
+            login = (files.read_text(os.path.join(home, "password")) or "").strip()
+    user, _, password = login.partition(":")
     url = api or f"http://127.0.0.1:{given.get('PREFECT_SERVER_API_PORT') or 4200}/api"
     return bool(api), url, (user, password) if user else None
 
 
-def _deployments(found: list[dict[str, Any]], keys: list[Key]) -> Finding:
-    active = [one for one in found if not one.get("paused")]
-    scheduled = {one["name"] for one in active if any(each.get("active") for each in one.get("schedules") or [])}
-    wanted = dict.fromkeys([CHECK, *(exchange(code).code for key in keys for code in key.exchanges)])
-    if lacking := [name for name in wanted if name not in scheduled]:
-        fix = "make down, then make up, as schedules follow the settings; or unpause them in the page"
-        return _warn("prefect deployments", f"no active schedule: {', '.join(lacking)}", fix)
-    return _ok("prefect deployments", f"{len(scheduled)} with an active schedule, all that the markets need")
-
-
-def _duplicates(keys: list[Key]) -> Iterator[Finding]:
+def _duplicates(it: Subject) -> Iterator[Finding]:
     """Caches of other clients that name one of the app keys; they are searched as bytes, and nothing is unpickled."""
-    if not keys:
-        yield _skipped("duplicates", FIRST_FIX)
-        return
     present: dict[str, list[bytes]] = {}
-    for key in keys:  # one app key may serve real and paper
+    for key in it.keys:  # one app key may serve real and paper
         token = key.store.newest()
         present.setdefault(str(key.market.app_key), []).extend([token.access_token.encode()] if token else [])
-    paths = {pattern: sorted(glob.glob(os.path.expanduser(pattern)))[-MANY:] for pattern in CACHES}
-    caches = [_cache(path, CACHES[pattern], present) for pattern, every in paths.items() for path in every]
-    yield from list(filter(None, caches)) or [_ok("duplicates", "no other client's cache holds a token of your keys")]
+    found = [
+        _cache(path, client, present)
+        for pattern, client in CACHES.items()
+        for path in sorted(glob.glob(os.path.expanduser(pattern)))[-MANY:]
+    ]
+    yield from filter(None, found)
+    if not any(found):
+        yield _ok("duplicates", "no other client's cache holds a token of your keys")
 
 
 def _cache(path: str, client: str, present: Mapping[str, list[bytes]]) -> Finding | None:
@@ -561,10 +539,13 @@ def _ask(method: str, url: str, **fields: Any) -> requests.Response:  # noqa: AN
     raise _NoAnswer(next(FAULTS[sign] for sign in FAULTS if sign in said).format(host=host, patience=PATIENCE))
 
 
-def _json(answer: requests.Response, kind: type) -> Any:  # noqa: ANN401 - any JSON
-    """The answer's JSON if it is of that kind, which is otherwise returned empty."""
-    try:
-        found = answer.json()
-    except (ValueError, RecursionError):
-        return kind()
-    return found if isinstance(found, kind) else kind()
+CHECKS: dict[str, Callable[[Subject], Iterator[Finding]]] = {  # in the order in which things are best fixed
+    "settings": _settings,
+    "token directory": _directory,
+    "tokens": _tokens,
+    "kis": _kis,
+    "slack": _slack,
+    "prefect": _prefect,
+    "duplicates": _duplicates,
+}
+NEED_KEYS = ("tokens", "kis", "slack", "duplicates")  # are skipped while the settings give none

@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -28,12 +27,11 @@ from tokencore.config.settings import Settings
 from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
 from tokencore.limits import format_time
-from tokencore.outlook import VALID, covers, word
-from tokencore.policy import CLOCK_SLACK
+from tokencore.outlook import VALID, covers
 from tokencore.reports.status import next_attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from prometheus_client.core import Metric
 
@@ -43,66 +41,65 @@ if TYPE_CHECKING:
     Load = Callable[[Settings], list[Key]]
     Value = datetime | float | None
     Values = dict[tuple[str, ...], Value]
-    Need = tuple[datetime, datetime] | None
 
 PATIENCE = 10  # seconds for a client to send its request and take the answer
 PUBLIC_FILE = 0o644  # node_exporter is another user; nothing in the file is secret
 ALERT_BEFORE = timedelta(hours=1)  # of an open: from then on a market without a token is not ready
-READABLE = "kis_market_readable"
 
-# One value a market; absent where it is not known. First what all markets of a key share.
-OF_KEY: dict[str, tuple[str, Callable[[KeyState], Value]]] = {
-    "kis_token_expiration_timestamp_seconds":
-        ("When the market's token expires.", lambda state: state.token.expires_at if state.token else None),
-    "kis_token_issue_timestamp_seconds":
-        ("When the market's token was issued.", lambda state: state.token.issued_at if state.token else None),
-    "kis_token_renewal_timestamp_seconds":
-        ("When the next renewal is tried; absent where a person has to act first.", next_attempt),
-    "kis_approval_key_expiration_timestamp_seconds":
-        ("When the approval key expires; absent where none was asked for.", lambda it: approval_expiry(it.key.store)),
-    "kis_issuance_cooldown_end_timestamp_seconds":
-        ("Until when no request for a token is allowed; absent outside it.", lambda state: state.cooldown_until),
-    "kis_issuance_last_day_issues":
-        ("Tokens issued for the market's key in the last 24 hours.", lambda state: state.issues_last_24h),
-    "kis_issuance_last_day_ceiling":
-        ("How many may be issued in 24 hours (KIS_MAX_ISSUES_PER_DAY).",
-         lambda state: state.key.market.settings.max_issues_per_day),
-    "kis_issuance_record_readable":  # else only the lock file's times know of an attempt, and not who made it
-        ("Whether the issuance record of the market's key can be read.",
-         lambda state: not any(one.outcome is Outcome.SENT and not one.pid for one in state.attempts)),
-    READABLE:
-        ("Whether the market's state could be read; where it is 0, its other values are absent.", lambda _: True),
-}  # fmt: skip
-OF_MARKET: dict[str, tuple[str, Callable[[KeyState, Market, Need], Value]]] = {
-    "kis_token_valid":
-        ("Whether the market has a token that serves now.",
-         lambda state, market, _: word(state.token, state.problem, market, state.now) in VALID),
-    "kis_token_covers_next_need":
-        ("Whether the token lasts to the end of the market's present or next need.",
-         lambda state, market, need: covers(state.token, need, market) if need else None),
-    "kis_token_need_start_timestamp_seconds":
-        ("When the present or next need begins: 30 minutes before an open.", lambda _, __, need: need and need[0]),
-    "kis_token_need_end_timestamp_seconds":
-        ("When the present or next need ends: at the close, or some minutes later.",
-         lambda _, __, need: need and need[1]),
-}  # fmt: skip
+
+class View(NamedTuple):
+    """A market at one moment, its key's state, and its present or next need."""
+
+    market: Market
+    state: KeyState
+    need: tuple[datetime, datetime] | None
 
 
 class Vitals(NamedTuple):
-    """A market at one moment.
+    """What is known of a market: its key's state and the values by the names of `GAUGES`, or why it cannot be read.
 
-    Attributes:
-        market: whose they are.
-        state: of its key; None where that could not be read.
-        values: by the names of `OF_KEY` and `OF_MARKET`, those that are known.
-        unready: why the session that runs or opens soon has no token that lasts through it; empty otherwise.
-
+    `unready` is why the session that runs or opens soon has no token that lasts through it; empty otherwise.
     """
 
-    market: Market
+    market: str
     state: KeyState | None
     values: dict[str, Value]
     unready: str
+
+
+# One value a market; absent where it is not known.
+GAUGES: dict[str, tuple[str, Callable[[View], Value]]] = {
+    "kis_token_valid":
+        ("Whether the market has a token that serves now.", lambda one: one.state.status in VALID),
+    "kis_token_expiration_timestamp_seconds":
+        ("When the market's token expires.", lambda one: one.state.token.expires_at if one.state.token else None),
+    "kis_token_issue_timestamp_seconds":
+        ("When the market's token was issued.", lambda one: one.state.token.issued_at if one.state.token else None),
+    "kis_token_renewal_timestamp_seconds":
+        ("When the next renewal is tried; absent where a person has to act first.",
+         lambda one: next_attempt(one.state)),
+    "kis_token_covers_next_need":
+        ("Whether the token lasts to the end of the market's present or next need.",
+         lambda one: covers(one.state.token, one.need, one.market) if one.need else None),
+    "kis_token_need_start_timestamp_seconds":
+        ("When the present or next need begins: 30 minutes before an open.", lambda one: one.need and one.need[0]),
+    "kis_token_need_end_timestamp_seconds":
+        ("When the present or next need ends: at the close, or some minutes later.",
+         lambda one: one.need and one.need[1]),
+    "kis_approval_key_expiration_timestamp_seconds":
+        ("When the approval key expires; absent where none was asked for.",
+         lambda one: approval_expiry(one.state.key.store)),
+    "kis_issuance_cooldown_end_timestamp_seconds":
+        ("Until when no request for a token is allowed; absent outside it.", lambda one: one.state.cooldown_until),
+    "kis_issuance_last_day_issues":
+        ("Tokens issued for the market's key in the last 24 hours.", lambda one: one.state.issues_last_24h),
+    "kis_issuance_last_day_ceiling":
+        ("How many may be issued in 24 hours (KIS_MAX_ISSUES_PER_DAY).",
+         lambda one: one.market.settings.max_issues_per_day),
+    "kis_issuance_record_readable":  # else only the lock file's times know of an attempt, and not who made it
+        ("Whether the issuance record of the market's key can be read.",
+         lambda one: not any(it.outcome is Outcome.SENT and not it.pid for it in one.state.attempts)),
+}  # fmt: skip
 
 
 class Watch(Collector):
@@ -116,43 +113,41 @@ class Watch(Collector):
 
         """
         self._load = load
-        self._values: Mapping[str, Any] | None = None
-        self._one_at_a_time = threading.Lock()
+        self._given: object = None
         self._read_settings()
 
     def look(self, now: datetime) -> list[Vitals]:
-        """Every market at `now` (aware), in the settings' order; each key's state is read once."""
-        with self._one_at_a_time:
-            try:
-                self._read_settings()
-            except ConfigurationError:
-                self._settings_good = False
-            found = {one.market.name: one for key in self._keys for one in _look_at(key, now)}
-            return [found[name] for name in self._names]
+        """Every market at `now` (aware), key by key; each key's state is read once."""
+        self._settings_good = True
+        try:
+            self._read_settings()
+        except ConfigurationError:
+            self._settings_good = False
+        return [one for key in self._keys for one in _look_at(key, now)]
 
     def collect(self) -> Iterator[Metric]:
         """All metrics at this moment."""
         now = datetime.now(UTC)
         vitals = self.look(now)
-        for name, (text, _) in {**OF_KEY, **OF_MARKET}.items():
-            yield _gauge(name, text, {(one.market.name,): one.values.get(name) for one in vitals}, ["market"])
+        for name, (text, _) in GAUGES.items():
+            yield _gauge(name, text, {(one.market,): one.values.get(name) for one in vitals}, ["market"])
+        text = "Whether the market's state could be read; where it is 0, its other values are absent."
+        yield _gauge("kis_market_readable", text, {(one.market,): one.state is not None for one in vitals}, ["market"])
         text = "What a market's token belongs to; markets with the same key share a token and its issues."
-        readable = ((one.market, one.state.key) for one in vitals if one.state)
-        known: Values = {(market.name, market.environment, key.fingerprint): 1 for market, key in readable}
-        yield _gauge("kis_market_info", text, known, ["market", "environment", "key"])
+        info: Values = {
+            (one.market, one.state.key.market.environment, one.state.key.fingerprint): 1 for one in vitals if one.state
+        }
+        yield _gauge("kis_market_info", text, info, ["market", "environment", "key"])
         yield _attempts(vitals)
         text = "Whether the settings could be used; else the last good ones are."
         yield _gauge("kis_settings_readable", text, {(): self._settings_good})
         yield _gauge("kis_metrics_collection_timestamp_seconds", "When these values were collected.", {(): now})
 
     def _read_settings(self) -> None:
-        values = gather().values
-        if values != self._values:
-            settings = Settings.load()
-            self._keys = self._load(settings)
-            self._names = [market.name for market in settings.able_markets()]
-            self._values = values
-        self._settings_good = True
+        """Make the keys anew where something is set otherwise: what they know of the calendars took its time."""
+        if (given := gather().values) != self._given:
+            self._keys = self._load(Settings.load())
+            self._given = given
 
 
 def write_textfile(watch: Watch, path: str) -> None:
@@ -229,10 +224,10 @@ def _answer(watch: Watch, path: str) -> tuple[str, str]:
         return "200 OK", "alive\n"
     _, place, *name = path.split("/")
     vitals = watch.look(datetime.now(UTC)) if place == "readyz" and len(name) <= 1 else []
-    asked = [one for one in vitals if "".join(name).lower() in ("", one.market.name)]
+    asked = [one for one in vitals if "".join(name).lower() in ("", one.market)]
     if not asked:
         return "404 Not Found", "There are /metrics, /livez, /readyz and /readyz/MARKET.\n"
-    lines = [f"{one.market.name}: {f'not ready: {one.unready}' if one.unready else 'ready'}\n" for one in asked]
+    lines = [f"{one.market}: {f'not ready: {one.unready}' if one.unready else 'ready'}\n" for one in asked]
     return "503 Service Unavailable" if any(one.unready for one in asked) else "200 OK", "".join(lines)
 
 
@@ -245,9 +240,7 @@ class _Handler(WSGIRequestHandler):
 
 class _Server(ThreadingWSGIServer):
     def handle_error(self, *_: object) -> None:
-        error = sys.exception()
-        if not isinstance(error, OSError):  # a client that gives up is no fault
-            print(f"tokencore: a request met {type(error).__name__}.", file=sys.stderr)
+        """Silent: a client that gives up is no fault."""
 
 
 class _Server6(_Server):
@@ -257,34 +250,27 @@ class _Server6(_Server):
 def _look_at(key: Key, now: datetime) -> list[Vitals]:
     try:
         state = key.state(now)
-        of_key = {name: value(state) for name, (_, value) in OF_KEY.items()}
-        return [_vitals(market, state, of_key) for market in key.markets]
+        return [_vitals(View(market, state, state.need_of(market))) for market in key.markets]
     except Exception as error:  # noqa: BLE001 - one key's trouble must not hide the others; its text may hold anything
         trouble = f"it cannot be read ({type(error).__name__})"
-        return [Vitals(market, None, {READABLE: False}, trouble) for market in key.markets]
+        return [Vitals(market.name, None, {}, trouble) for market in key.markets]
 
 
-def _vitals(market: Market, state: KeyState, of_key: dict[str, Value]) -> Vitals:
-    ahead = state.key.horizon(market.exchanges, state.now)  # kept by the key for some minutes
-    need = next((need for need in ahead.needs if need[1] > state.now), None) if ahead else None
-    own = {name: value(state, market, need) for name, (_, value) in OF_MARKET.items()}
-    return Vitals(market, state, of_key | own, _unready(market, state))
+def _vitals(view: View) -> Vitals:
+    values = {name: value(view) for name, (_, value) in GAUGES.items()}
+    return Vitals(view.market.name, view.state, values, _unready(view.market, view.state))
 
 
 def _unready(market: Market, state: KeyState) -> str:
     """Whether a session runs, or opens within an hour, without a token that lasts through it; then why."""
-    now, token = state.now, state.token
+    now = state.now
     days = (sessions.days(code, now, now + ALERT_BEFORE, state.key.overrides) for code in market.exchanges)
     near = [one.session for every in days for one in every]
     closes = [one.close for one in near if one.open - ALERT_BEFORE <= now < one.close]
-    if not closes or (token and token.serves(max(closes) - CLOCK_SLACK, market.buffer)):
+    if not closes or state.lasts(max(closes)):
         return ""
-    if token is None:
-        lack = "the token file cannot be used" if state.problem else "there is no token"
-    elif token.rejected_at is not None:
-        lack = "KIS has rejected the token"
-    else:
-        lack = f"the token serves until {format_time(token.expires_at - timedelta(seconds=market.buffer))}"
+    until = state.serves_until
+    lack = f"the token serves until {format_time(until)}" if until else f"no token serves now ({state.status})"
     hope = f"next renewal at {format_time(at)}" if (at := next_attempt(state)) else "no renewal is planned"
     return f"{lack}; the session ends at {format_time(max(closes))}; {hope}"
 
@@ -305,5 +291,5 @@ def _attempts(vitals: Iterable[Vitals]) -> CounterMetricFamily:
         if one.state:
             counted = Counter(attempt.outcome for attempt in one.state.attempts)
             for outcome in Outcome:
-                family.add_metric((one.market.name, one.state.key.fingerprint, outcome.value), counted[outcome])
+                family.add_metric((one.market, one.state.key.fingerprint, outcome.value), counted[outcome])
     return family

@@ -228,13 +228,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # `cli` knows what to do; rich would exit with 1
-
-
 def _console() -> Console:
-    console = _Console(highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDE
     return console
