@@ -16,13 +16,14 @@ from tokencore.clients import exports
 from tokencore.config import sources
 from tokencore.errors import TokenStoreError
 from tokencore.kis import codes
-from tokencore.stores import file_store, files
+from tokencore.stores import file_store, files, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 # ruff: noqa: ANN401, SLF001 - a bug is planted inside, in whatever is there
 Store: Any = file_store.FileStore
+Record: Any = record.Record
 Renewer: Any = renewer.Renewer
 
 
@@ -88,7 +89,7 @@ def no_second_look() -> None:
 @found_by("faults", "whatever_happens_before_any_call[first token-late and killed]", quick=True)
 def recorded_afterwards() -> None:
     """The attempt is written when its outcome is known."""
-    Store.begin = lambda _, attempt: file_store.Fence(attempt)
+    Store.begin = lambda _, attempt: attempt
     Store.depart = lambda *_: True
 
 
@@ -169,7 +170,7 @@ def paper_as_real() -> None:
 @found_by("file_store", "files_have_the_contracts_names_and_modes")
 def readable_by_all() -> None:
     """Files are made for everybody to read."""
-    files.PRIVATE_FILE = 0o644
+    vars(files)["PRIVATE_FILE"] = 0o644
 
 
 @found_by("file_store", "a_dead_token_does_not_come_back_from_a_view", quick=True)
@@ -193,8 +194,8 @@ def dated_once() -> None:
 @found_by("store_contract", "an_attempt_is_recorded_before_its_outcome_and_completed_by_it")
 def outcome_lost() -> None:
     """With its token saved, an attempt is complete."""
-    replace = Store._replace
-    Store._replace = lambda self, fence, attempt: attempt.outcome == "issued" or replace(self, fence, attempt)
+    complete = Record.complete
+    Record.complete = lambda self, begun, one: one.outcome == "issued" or complete(self, begun, one)
 
 
 @found_by("secrets", "an_interrupt_amid_a_request_carries_no_secret", quick=True)
@@ -247,7 +248,7 @@ def same_counted() -> None:
 @found_by("faults", "the_ceiling_holds_or_the_refusal_says_why[full disk]")
 def marks_ignored() -> None:
     """What only the lock file's times know of an attempt is not looked at."""
-    Store._unrecorded = lambda _: []
+    Record._unrecorded = lambda _: []
 
 
 @found_by("trust", "a_note_is_one_short_printable_line")

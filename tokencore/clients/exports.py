@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
 from tokencore.sealing import Sensitive, sealed_class
-from tokencore.stores import files
+from tokencore.stores import files, permissions
 from tokencore.tokens import as_answer, from_text, jwt_claims, longest
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Exports(Sensitive):
             keys = {jwt: key for jwt in jwts if isinstance(key := jwt_claims(jwt).get("jti"), str)}
             theirs = bool(keys or CLIENTS[target.client].names_key) and set(keys.values()) <= {app_key}
             longer = longest([_longer(jwt, ours, now) for jwt, key in keys.items() if key == app_key])
-            if longer and files.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
+            if longer and permissions.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
                 longer = None
             looked.append(Found(path, content, theirs or mine or not content.strip(), longer))
         return looked
@@ -179,7 +179,7 @@ class Exports(Sensitive):
         self._note(contents)
         try:
             if make and not os.path.isdir(target.folder):
-                files.make_private(target.folder)
+                permissions.make_private(target.folder)
             for path, content in contents.items():
                 files.write_bytes(path, content, writer=self._store.fingerprint)
         except (OSError, TokenStoreError) as error:
@@ -233,7 +233,7 @@ def _refuse_foreign(present: list[Found]) -> None:
 
 def _refuse_strangers(target: Target) -> None:
     """Return where nobody else can have made or can exchange the folder that the secret goes into."""
-    if fault := files.stranger(target.folder, lenient=True):
+    if fault := permissions.stranger(target.folder, lenient=True):
         raise _unwritable(target, f"{fault[0]}; find out why, then run `{fault[1]}`")
 
 

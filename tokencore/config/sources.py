@@ -12,7 +12,7 @@ import os
 from tokencore.errors import ConfigurationError
 from tokencore.redaction import printable, short
 from tokencore.sealing import Sensitive, sealed
-from tokencore.stores import files
+from tokencore.stores import files, permissions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -192,12 +192,12 @@ def _written_by_others(path: str) -> str:
     """Why the file may be somebody else's; empty where it, its folder and its links are safe."""
     while True:
         folder = os.path.realpath(os.path.dirname(path))
-        fault = files.stranger(folder, os.stat(folder))
+        fault = permissions.stranger(folder, os.stat(folder))
         if fault or not os.path.islink(path):
             break
         path = os.path.join(folder, os.readlink(path))
     if not fault and os.path.isfile(path):  # nothing else is read anyway
-        fault = files.stranger(path, os.stat(path))
+        fault = permissions.stranger(path, os.stat(path))
     return printable(fault[0]) if fault else ""
 
 

@@ -39,7 +39,7 @@ from tokencore.outlook import covers, word
 from tokencore.policy import CLOCK_SLACK
 from tokencore.redaction import printable, short
 from tokencore.reports.status import next_attempt
-from tokencore.stores import files
+from tokencore.stores import files, permissions
 from tokencore.tokens import jwt_claims
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _usable(folder: str, above: str) -> Iterator[Finding]:
     """Whether tokens can be saved in `folder`, of which `above` is what exists."""
     name = "token directory"
     if above == folder:
-        files.refuse_strangers(folder)
+        permissions.refuse_strangers(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=above, prefix=".doctor-", suffix=".tmp", buffering=0) as trial:
             trial.write(b"\n")

@@ -40,8 +40,8 @@ def private_folder(path: str) -> None:
         TokenStoreError: it cannot be made; or another user owns it, a file in it or a folder above, or can write one.
 
     """
-    from tokencore.stores import file_store, files
+    from tokencore.stores import file_store, permissions
 
-    files.make_private(os.path.dirname(path), ours=file_store.OURS)
-    files.make_private(path)
-    files.refuse_planted(path, ("",))
+    permissions.make_private(os.path.dirname(path), ours=file_store.OURS)
+    permissions.make_private(path)
+    permissions.refuse_planted(path, ("",))

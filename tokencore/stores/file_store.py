@@ -7,6 +7,7 @@ ends with its holder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -16,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from tokencore import tokens
 from tokencore.sealing import Sensitive
 from tokencore.stores import files
+from tokencore.stores.permissions import PRIVATE_FILE, make_private, refuse_planted, refuse_strangers, unusable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,24 +28,21 @@ if TYPE_CHECKING:
     from tokencore.attempts import Attempt
     from tokencore.config.market import Market
     from tokencore.stores.files import Signature
+    from tokencore.stores.record import Record
     from tokencore.tokens import Token
 
 FOREIGN = "of another key or environment"
-RECORD_LIMIT = 1 << 20  # bytes of a record that are read, its end; ours have a quarter of that at most
 POLL = 0.02  # seconds between two tries for the lock
 PROMPT = timedelta(seconds=1)  # from the record's line to the request
 VIEW, MARK = "api_token.json", "token_issued_at.dat"
 STATE = ("key-", VIEW, MARK, "incidents.")  # in the names of the files that a change builds on
 OURS = (*STATE, "_krs_token.dat", "config.toml", "prefect", ".gitignore")
-# An access time that no clock gives: the lock file's modification time is then that of the last attempt, which the
-# record could not take. Each second more than the first is an issue that the record does not know.
-UNRECORDED, MANY = 1, 50
 _owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # whose token a file has: keys do not parse each other's
-_unsaved: dict[tuple[str, str], Token] = {}  # by path and environment: what could not be saved, for this process only
+_unsaved: dict[str, Token] = {}  # by the key's file: what could not be saved, for this process only
 
 
 class FileStore(Sensitive):
-    """The `Store` of one key in one folder, as the market `own` sees it."""
+    """The `Store` of one key in one folder, as one market sees it."""
 
     __slots__ = ("__dict__", "_app_key")  # what `vars` shows has no secret
 
@@ -52,16 +51,13 @@ class FileStore(Sensitive):
         self.folder = market.token_dir
         self.fingerprint = market.fingerprint
         self.place = self._path(f"{market.name}_{VIEW}")
-        paper = "-paper" if market.environment == "paper" else ""
-        self._key_path = self._path(f"key-{self.fingerprint}{paper}.json")
+        self._identity = market.fingerprint, market.environment
+        self._key_path = self._key_path_of(*self._identity)
         self._lock_path = self._path(f"key-{self.fingerprint}.lock")
-        self._record_path = self._path(f"key-{self.fingerprint}.jsonl")
-        self._identity = self.fingerprint, market.environment
         self._app_key = market.app_key
         self._siblings = siblings
         self._known: dict[str, tuple[Signature, Token]] = {}
-        self._served: tuple[Token, str] | None = None
-        self._record: tuple[Signature | None, list[Attempt]] | None = None
+        self._record_made: Record | None = None
 
     def __repr__(self) -> str:
         return f"FileStore({self.folder!r}, {self.fingerprint!r})"
@@ -101,7 +97,7 @@ class FileStore(Sensitive):
     def saved(self, token: Token) -> bool:
         """Whether the key's file or a market's view has this token."""
         if (own := self._on_file(self._key_path)[0]) and own.access_token == token.access_token:
-            return True
+            return True  # whatever stands in a view
         return any((one := self._on_file(path)[0]) and one.access_token == token.access_token for path in self._views())
 
     def save(self, token: Token) -> None:
@@ -111,17 +107,28 @@ class FileStore(Sensitive):
         try:
             files.write_text(self._key_path, text, writer=self.fingerprint)
         except OSError:
-            _unsaved[self._key_path, self._identity[1]] = token
+            _unsaved[self._key_path] = token
             raise
-        _unsaved.pop((self._key_path, self._identity[1]), None)
+        _unsaved.pop(self._key_path, None)
         for path in self._own_views():
             self._write_view(path, text)
 
     def delete(self) -> bool:
-        """Remove this market's view, and the key's file with the last view."""
-        found = files.remove(self.place)
-        if not any(self._on_file(path)[0] for path in self._views()):
-            found = self._forget() or found
+        """Remove this market's view, and the key's file with the last view.
+
+        A view that another key wrote last only hides ours: it stays, and the key's file notes which markets have none.
+        """
+        hidden = {path for path in self._own_views() if self._on_file(path)[1] == FOREIGN}
+        found = self.place not in hidden and files.remove(self.place)
+        content = FileDocument(self._key_path).read()
+        deleted = {self._path(name) for name in content.get("deleted", [])}
+        found = found or (bool(content) and self.place in hidden - deleted)
+        deleted.add(self.place)
+        if not (hidden - deleted or any(self._on_file(path)[0] for path in self._views())):
+            return self._forget() or found
+        if content:
+            content["deleted"] = sorted(map(os.path.basename, deleted))
+            files.write_text(self._key_path, json.dumps(content, indent=2) + "\n", writer=self.fingerprint)
         return found
 
     def clear(self) -> None:
@@ -138,49 +145,42 @@ class FileStore(Sensitive):
             mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}"
         except OSError:
             mode = None
-        return {"file": path, "permissions": mode, "cache_exists": os.path.lexists(path)}
+        return {"file": path, "permissions": mode, "cache_exists": mode is not None}
 
     # The record
 
     def attempts(self) -> list[Attempt]:
-        """The record, and after it what only the lock file or the marks of the issue know where it was lost."""
-        known = self._recorded()
-        unrecorded = self._unrecorded()
-        if not known and not unrecorded:
-            return self._marked()
-        return [*known, *(one for one in unrecorded if not known or one.at > known[-1].at)]
+        """The record or, where it is lost, what the marks of the issue tell."""
+        return self._record.attempts() or self._marked()
 
-    def begin(self, attempt: Attempt) -> Fence:
+    def begin(self, attempt: Attempt) -> Attempt:
         """Append to the record durably; where the disk takes no line, the lock file keeps the time."""
-        self._append(attempt)
-        return Fence(attempt)
+        self._record.append(attempt)
+        return attempt
 
-    def depart(self, fence: Fence) -> bool:
+    def depart(self, fence: Attempt) -> bool:
         """Whoever holds the lock may send; connecting before that may have taken most of a minute."""
         now = datetime.now(UTC)
-        if abs(now - fence.attempt.at) > PROMPT:
-            try:
-                self._replace(fence, fence.attempt._replace(at=now))
-            except OSError:
-                return False
+        try:
+            if abs(now - fence.at) > PROMPT:
+                self._record.complete(fence, fence._replace(at=now))
+        except OSError:
+            return False
         return True
 
-    def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
+    def finish(self, fence: Attempt, attempt: Attempt, token: Token | None = None) -> None:
         """Save the token first, so that no crash leaves an outcome without it; then replace the attempt's line."""
-        failed: OSError | None = None
-        if token is not None:
-            try:
+        try:
+            if token is not None:
                 self.save(token)
-            except OSError as error:
-                failed = error
-            self._mark(token.issued_at or attempt.at)
-        self._replace(fence, attempt)
-        if failed:
-            raise failed
+        finally:
+            if token is not None:
+                self._mark(token.issued_at or attempt.at)
+            self._record.complete(fence, attempt)
 
     def note(self, attempt: Attempt) -> None:
         """Append what needed no request."""
-        self._append(attempt)
+        self._record.append(attempt)
 
     # The lock and other documents
 
@@ -192,8 +192,21 @@ class FileStore(Sensitive):
         """`key-<fingerprint>-<name>.json`."""
         return FileDocument(self._path(f"key-{self.fingerprint}-{name}.json"))
 
+    # Inside
+
+    @property
+    def _record(self) -> Record:
+        if self._record_made is None:
+            from tokencore.stores.record import Record  # a cached token needs no record
+
+            self._record_made = Record(self._path(f"key-{self.fingerprint}.jsonl"), self._lock_path)
+        return self._record_made
+
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+    def _key_path_of(self, fingerprint: str, environment: str) -> str:
+        return self._path(f"key-{fingerprint}{'-paper' if environment == 'paper' else ''}.json")
 
     def _own_views(self) -> list[str]:
         return list(dict.fromkeys([self.place, *(self._path(f"{name}_{VIEW}") for name in self._siblings())]))
@@ -215,10 +228,10 @@ class FileStore(Sensitive):
         return tokens.longest([token, *found])
 
     def _or_unsaved(self, token: Token | None) -> Token | None:
-        return tokens.longest([token, _unsaved.get((self._key_path, self._identity[1]))]) if _unsaved else token
+        return tokens.longest([token, _unsaved.get(self._key_path)]) if _unsaved else token
 
     def _forget(self) -> bool:
-        _unsaved.pop((self._key_path, self._identity[1]), None)
+        _unsaved.pop(self._key_path, None)
         return files.remove(self._key_path)
 
     def _on_file(self, path: str) -> tuple[Token | None, str]:
@@ -237,7 +250,7 @@ class FileStore(Sensitive):
         return known[1], ""
 
     def _parse(self, path: str, seen: Signature) -> tuple[Token | None, str]:
-        files.refuse_strangers(self.folder)
+        refuse_strangers(self.folder)
         try:
             text = files.read_text(path)
             if text is None:
@@ -258,86 +271,26 @@ class FileStore(Sensitive):
     def _write_view(self, path: str, text: str) -> None:
         """A view that cannot be written takes nothing from anybody: the key's file has the token."""
         try:
-            if (problem := self._on_file(path)[1]) and not self._of_other_key(path, problem):
+            problem = self._on_file(path)[1]
+            if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
                 files.set_aside(path)
                 _warn(f"{path} was no token of this key ({problem}); it was moved to {path}.aside.")
             files.write_text(path, text, writer=self.fingerprint, durable=False)
         except OSError as error:
             _warn(f"{path} could not be updated ({error.strerror}); programs that use tokencore are not affected.")
 
-    def _of_other_key(self, path: str, problem: str) -> bool:
-        """Whether another key of this folder wrote it, whose own file has its token."""
-        if problem != FOREIGN:
-            return False
-        content = tokens.from_text(files.read_text(path) or "")[1]
-        paper = "-paper" if content.get("environment") == "paper" else ""
-        return os.path.exists(self._path(f"key-{os.path.basename(str(content.get('key_fingerprint')))}{paper}.json"))
-
-    def _recorded(self) -> list[Attempt]:
-        from tokencore.attempts import Attempt, Outcome  # a cached token needs no record
-        from tokencore.stores import record
-
-        seen = files.signature(self._record_path)
-        if self._record is None or self._record[0] != seen:
-            files.refuse_strangers(self.folder)
-            try:
-                found = record.parse(files.read_text(self._record_path, limit=RECORD_LIMIT, tail=True) or "")
-            except ValueError:  # an attempt was made when it was last changed
-                found = [Attempt(datetime.fromtimestamp(seen[2] / 1e9, UTC), Outcome.SENT)] if seen else []
-            self._record = seen, found
-        return self._record[1]
-
-    def _replace(self, fence: Fence, attempt: Attempt) -> None:
-        """Put `attempt` in the place of the fence's line, or at the end where the disk did not take that."""
-        known = self.attempts()
-        mine = bool(known) and (known[-1].outcome, known[-1].pid) == ("sent", fence.attempt.pid)
-        self._append(attempt, known[:-1] if mine else known)
-        fence.attempt = attempt
-
-    def _append(self, attempt: Attempt, known: list[Attempt] | None = None) -> None:
-        from tokencore.stores import record
-
-        known = self.attempts() if known is None else known
-        try:
-            if os.path.lexists(self._record_path) and not os.path.isfile(self._record_path):
-                files.set_aside(self._record_path)
-                _warn(f"{self._record_path} was no issuance record; it was moved to {self._record_path}.aside.")
-            files.write_text(self._record_path, record.render([*known, attempt]), writer="record")
-        except OSError as error:
-            self._keep_time(attempt)
-            _warn(f"The issuance record cannot be written ({error.strerror}); the lock file keeps the time.")
-        else:
-            if self._unrecorded():
-                os.utime(self._lock_path)
-        self._record = None
-
-    def _keep_time(self, attempt: Attempt) -> None:
-        """In the lock file's times: all that can be written on a full disk."""
-        from tokencore.attempts import issued_within
-
-        known = len(issued_within(self._unrecorded(), attempt.at))
-        os.utime(self._lock_path, (UNRECORDED + known + (attempt.outcome == "issued"), attempt.at.timestamp()))
-
-    def _unrecorded(self) -> list[Attempt]:
-        from tokencore.attempts import Attempt, Outcome
-
-        try:
-            found = os.stat(self._lock_path)
-        except OSError:
-            return []
-        if not UNRECORDED <= found.st_atime <= MANY or found.st_atime % 1:
-            return []
-        at, issued = datetime.fromtimestamp(found.st_mtime, UTC), int(found.st_atime) - UNRECORDED
-        return [Attempt(at, Outcome.ISSUED)] * issued or [Attempt(at, Outcome.SENT)]
+    def _kept_elsewhere(self, view: str) -> bool:
+        """Whether the other key of this folder that wrote `view` has its token in its own file."""
+        seen, (fingerprint, environment) = _owners.get(view, (None, ("", "")))
+        own_file = self._key_path_of(os.path.basename(fingerprint), environment)
+        return seen is not None and seen == files.signature(view) and os.path.exists(own_file)
 
     def _mark(self, issued_at: datetime) -> None:
-        for path in self._own_views():
+        for path in map(_mark_of, self._own_views()):
             try:
-                files.write_text(
-                    _mark_of(path), f"{int(issued_at.timestamp())}\n", writer=self.fingerprint, durable=False
-                )
+                files.write_text(path, f"{int(issued_at.timestamp())}\n", writer=self.fingerprint, durable=False)
             except OSError as error:  # the record knows it too
-                _warn(f"{_mark_of(path)} could not be written ({error.strerror}).")
+                _warn(f"{path} could not be written ({error.strerror}).")
 
     def _marked(self) -> list[Attempt]:
         """The last issue by the marks beside the views; one beside another key's view is that one's."""
@@ -346,16 +299,6 @@ class FileStore(Sensitive):
         marks = [_marked_at(_mark_of(path)) for path in self._own_views() if self._on_file(path)[1] != FOREIGN]
         at = max((mark for mark in marks if mark), default=None)
         return [Attempt(at, Outcome.ISSUED)] if at else []
-
-
-class Fence:
-    """The attempt that its process has begun, as the record has it now."""
-
-    __slots__ = ("attempt",)
-
-    def __init__(self, attempt: Attempt) -> None:
-        """Begin with what was recorded first."""
-        self.attempt = attempt
 
 
 class FileDocument:
@@ -382,30 +325,23 @@ class FileDocument:
         return hold(self.place.removesuffix(".json") + ".lock", wait, give_up)
 
 
-def hold(path: str, wait: float, give_up: Callable[[], bool]) -> AbstractContextManager[bool]:
+@contextlib.contextmanager
+def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
     """Hold the lock of the file at `path`, whose folder is made if need be, for at most `wait` seconds of waiting."""
-    import contextlib  # not on the path of a cached token
-
-    return contextlib.contextmanager(_hold)(path, wait, give_up)
-
-
-def _hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
-    import contextlib
-
     from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
 
     folder = os.path.dirname(path)
-    files.make_private(folder, ours=OURS)
-    files.refuse_planted(folder, STATE)
+    make_private(folder, ours=OURS)
+    refuse_planted(folder, STATE)
     # A new object each time: one made before a fork refuses to work in the child.
-    lock = FileLock(path, mode=files.PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
+    lock = FileLock(path, mode=PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
     try:
         lock.acquire(timeout=wait, poll_interval=POLL, cancel_check=give_up)
         held = True
     except Timeout:
         held = False
     except OSError as error:
-        raise files.unusable(path, error) from None
+        raise unusable(path, error) from None
     try:
         yield held
     finally:

@@ -1,17 +1,95 @@
-"""The issuance record's form: one JSON object a line, which other programs read too. Never a token or a key."""
+"""The issuance record: one JSON object a line, which other programs read too. Never a token or a key."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome
+from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, issued_within
+from tokencore.stores import files
+from tokencore.stores.permissions import refuse_strangers
 from tokencore.tokens import sane
+
+if TYPE_CHECKING:
+    from tokencore.stores.files import Signature
 
 CODE_LENGTH, DIGEST_LENGTH, HOST_LENGTH = 12, 8, 64
 KEEP = 1024  # attempts: years of daily renewals, or days of KIS being down
+# An access time that no clock gives: the lock file's modification time is then that of the last attempt, which the
+# record could not take. Each second more than the first is an issue that the record does not know.
+UNRECORDED, MANY = 1, 50
 _WORDS = frozenset(Outcome)
+_log = logging.getLogger("tokencore")
+
+
+class Record:
+    """The record of a key in a file; where the disk takes no line, the times of its lock file tell of the last attempt.
+
+    Only the holder of the key's lock changes it.
+    """
+
+    def __init__(self, path: str, lock_path: str) -> None:
+        """Name the files; nothing is opened yet."""
+        self._path, self._lock_path = path, lock_path
+        self._known: tuple[Signature | None, list[Attempt]] | None = None
+
+    def attempts(self) -> list[Attempt]:
+        """All that is known, oldest first; an unchanged file is not parsed again."""
+        known = self._on_file()
+        return [*known, *(one for one in self._unrecorded() if not known or one.at > known[-1].at)]
+
+    def append(self, attempt: Attempt) -> None:
+        """Add an attempt durably."""
+        self._write([*self.attempts(), attempt])
+
+    def complete(self, begun: Attempt, attempt: Attempt) -> None:
+        """Put `attempt` in the place of the line that was `begun`, or at the end where the disk did not take that."""
+        known = self.attempts()
+        mine = bool(known) and (known[-1].outcome, known[-1].pid) == (Outcome.SENT, begun.pid)
+        self._write([*(known[:-1] if mine else known), attempt])
+
+    def _on_file(self) -> list[Attempt]:
+        seen = files.signature(self._path)
+        if self._known is None or self._known[0] != seen:
+            refuse_strangers(os.path.dirname(self._path))
+            try:
+                found = parse((files.read_bytes(self._path, tail=True) or b"").decode(errors="replace"))
+            except ValueError:  # an attempt was made when it was last changed
+                found = [Attempt(datetime.fromtimestamp(seen[2] / 1e9, UTC), Outcome.SENT)] if seen else []
+            self._known = seen, found
+        return self._known[1]
+
+    def _write(self, attempts: list[Attempt]) -> None:
+        try:
+            if os.path.lexists(self._path) and not os.path.isfile(self._path):
+                files.set_aside(self._path)
+                _log.warning("%s was no issuance record; it was moved to %s.aside.", self._path, self._path)
+            files.write_text(self._path, render(attempts), writer="record")
+        except OSError as error:
+            self._keep_time(attempts[-1])
+            _log.warning("The issuance record cannot be written (%s); the lock file keeps the time.", error.strerror)
+        else:
+            if self._unrecorded():
+                os.utime(self._lock_path)
+        self._known = None
+
+    def _keep_time(self, attempt: Attempt) -> None:
+        """In the lock file's times: all that can be written on a full disk."""
+        issues = len(issued_within(self._unrecorded(), attempt.at)) + (attempt.outcome is Outcome.ISSUED)
+        os.utime(self._lock_path, (UNRECORDED + issues, attempt.at.timestamp()))
+
+    def _unrecorded(self) -> list[Attempt]:
+        try:
+            found = os.stat(self._lock_path)
+        except OSError:
+            return []
+        if not UNRECORDED <= found.st_atime <= MANY or found.st_atime % 1:
+            return []
+        at, issues = datetime.fromtimestamp(found.st_mtime, UTC), int(found.st_atime) - UNRECORDED
+        return [Attempt(at, Outcome.ISSUED)] * issues or [Attempt(at, Outcome.SENT)]
 
 
 def parse(text: str) -> list[Attempt]:
