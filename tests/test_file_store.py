@@ -228,7 +228,9 @@ def test_a_busy_writer_shows_a_reader_neither_half_a_token_nor_an_open_file(fold
         while True:
             save(open_files(folder), make_token())
 
-    child, modes, signatures = in_child(write_on), set(), set()
+    child = in_child(write_on)
+    modes: set[tuple[bool, int]] = set()
+    signatures: set[files.Signature | None] = set()
     while len(signatures) < 10 or (True, 0o600) not in modes:
         assert text_of(reader)
         assert files.read_text(str(path))
