@@ -21,7 +21,7 @@ help:
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes a quarter of an hour'
 	@echo 'make fleet   two workers on a PostgreSQL server of their own, one of them killed'
 	@echo 'make lint    linters, formatter, packages that fit each other, type checker, direction of imports'
-	@echo 'make docs    write docs/commands.md and the samples of docs/alerts.md anew, from the code'
+	@echo 'make docs    write what the pages show of alerts anew, from the code'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
 	@echo 'make clean   remove what make, the tests and the tools have built here'
 
@@ -101,7 +101,6 @@ endif
 	@touch $@
 
 docs: .venv/.flows
-	@.venv/bin/python docs/commands.py
 	@.venv/bin/python docs/alerts.py
 
 # Two interpreters, because Prefect takes another library for dates from Python 3.13 on; and async-timeout by name,

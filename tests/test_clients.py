@@ -1,4 +1,4 @@
-"""The other clients themselves, with the code of docs/other-clients.md: warm token in, no issue request out.
+"""The other clients themselves, with the code of docs/bots.md: warm token in, no issue request out.
 
 mojito2 and python-kis are the real packages, from exact pins, each in a virtual environment beside the one that runs
 the tests; it is built once, as that takes longer than all the tests. The official sample is read by
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
 PINS = Path(__file__).with_name("clients")
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "other-clients.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "bots.md"
 BLOCKS = [(match[1], match[2]) for match in re.finditer(r"```([\w -]+)\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)]
 THOROUGH = "TOKENCORE_CLIENTS" in os.environ  # `make clients`
 PROCESSES = 32 if THOROUGH else 3

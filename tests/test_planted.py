@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +34,3 @@ def test_a_planted_bug_is_found(name: str, record_property: Callable[[str, objec
     assert done.returncode == FAILED, done.stdout[-2000:] + done.stderr[-2000:]
     assert "1 failed" in done.stdout
     record_property("cases", 1)
-
-
-def test_the_table_of_bugs_is_the_lists() -> None:
-    """docs/faults.md names each bug beside the file of tests that finds it, and no other bug."""
-    page = (TESTS.parent / "docs" / "faults.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(test_\w+\.py)` \| (.+) \|$", page, re.MULTILINE)
-    named = {bug: file for file, bugs in rows for bug in re.findall(r"\w+", bugs)}
-    assert named == {name: bug.found_by.partition("::")[0] for name, bug in BUGS.items()}

@@ -1,4 +1,4 @@
-"""For `make torture`: a pytest plugin that ends with a table of what was tried, for docs/faults.md."""
+"""For `make torture`: a pytest plugin that ends with a table of what was tried, by kind."""
 
 from __future__ import annotations
 

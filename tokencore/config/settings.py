@@ -277,7 +277,7 @@ def _nested(found: Found) -> dict[str, Any]:
     tree: dict[str, Any] = {"found": found}
     unknown = _unknown(found)
     for name, meant in unknown.items():
-        hint = f"did you mean {short(meant)}?" if meant else "the README lists the settings."
+        hint = f"did you mean {short(meant)}?" if meant else ".env.example lists the settings."
         if found.origins[name] == CONFIG_FILE or name.split("__")[0] in _GROUPS:
             raise ConfigurationError(f"Unknown setting {short(name)} in {place_of(found.origins[name])}; {hint}")
         if meant:
