@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import runpy
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,21 +64,21 @@ def test_a_newcomer_follows_the_page(page: str, gateway: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("page", ENGLISH)
-def test_settings_that_a_page_shows_load(page: str, isolated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As config.toml, .env or JSON they are read without a complaint."""
+def test_settings_that_a_page_shows_load(
+    page: str, isolated: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As config.toml or .env they are read without a complaint."""
     (isolated / ".tokencore").mkdir(mode=0o700)
     for language, code in BLOCKS[page]:
         if language == "toml":
-            assert tomllib.loads(code)
             (isolated / ".tokencore" / "config.toml").write_text(code, encoding="utf-8")
-            assert Settings.load()
-        elif language == "ini" and "[Unit]" not in code:
+            Settings.load()
+        elif language == "ini":
             with monkeypatch.context() as environment:
                 for line in code.splitlines():
                     environment.setenv(*line.partition(" #")[0].strip().split("=", 1))
-                assert Settings.load()
-        elif language == "json":
-            assert json.loads(code)
+                Settings.load()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("page", PAGES)
