@@ -193,13 +193,16 @@ def slow(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Run one command line in this process: its exit code and what it wrote."""
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Run one command line in this process, with settings of its own: its exit code and what it wrote."""
     from tokencore.cli import main
 
-    def run(*arguments: str) -> Ran:
+    def run(*arguments: str, **settings: str) -> Ran:
         capfd.readouterr()
-        code = main(arguments)
+        with monkeypatch.context() as own:
+            for name, value in settings.items():
+                own.setenv(name, value)
+            code = main(arguments)
         return Ran(code, *capfd.readouterr())
 
     return run

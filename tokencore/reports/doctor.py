@@ -300,7 +300,8 @@ def _holders(path: str) -> str:
         found = os.stat(path)
         place = f" {os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino} "
         lines = (files.read_bytes("/proc/locks", trusted=False) or b"").decode().splitlines()
-        return "process " + ", ".join(line.split()[4] for line in lines if place in line and " -> " not in line)
+        if holders := [line.split()[4] for line in lines if place in line and " -> " not in line]:
+            return f"process {', '.join(holders)}"
     return "another process"
 
 

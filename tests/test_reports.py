@@ -1,0 +1,284 @@
+"""What people and programs see of a market and of the days ahead: tables, JSON and the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+import pytest
+from builders import KEY, SECRET, make_token
+from running import Ran, cached, folder, record, tokencore
+
+from tokencore import Key, Settings, TokenManager, USTokenManager, draw_plans
+from tokencore.attempts import Attempt, Outcome
+from tokencore.calendars import sessions
+from tokencore.outlook import plan_as_json
+from tokencore.reports import status
+from tokencore.reports.tables import LABEL, print_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tokencore.outlook import Plan
+
+    Command = Callable[..., Ran]
+
+SUMMER = datetime(2026, 7, 1, 3, 20, tzinfo=UTC)  # a Wednesday, 12:20 in Korea; the US are closed on Friday, 3 July
+SVG = "{http://www.w3.org/2000/svg}"
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+
+
+def on_a_terminal(columns: int, *arguments: str, **settings: str) -> str:
+    """What a command shows on a terminal of so many columns, with its escape sequences."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    env = {**os.environ, "TERM": "xterm-256color", "TZ": "America/New_York", **settings}
+    env.pop("COLUMNS", None)  # which speaks of the terminal that the tests were started from
+    program, shown = [sys.executable, "-m", "tokencore", *arguments], b""
+    with subprocess.Popen(program, stdin=theirs, stdout=theirs, stderr=theirs, env=env):
+        os.close(theirs)
+        while piece := _read(ours):
+            shown += piece
+    os.close(ours)
+    return shown.decode()
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # how Linux tells that the other side has closed
+        return b""
+
+
+def plain(shown: str) -> list[str]:
+    """The lines without their colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+
+
+@pytest.mark.usefixtures("gateway")
+def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time() -> None:
+    """Status in colour, one column under the other, and until when the token serves: five minutes before its expiry."""
+    token = make_token(50_000)
+    USTokenManager().save_token(token)
+    TokenManager("kr").delete_token()
+    shown = on_a_terminal(140, "check", KIS_MARKETS__KR__APP_KEY="PSanother", KIS_MARKETS__KR__APP_SECRET="secret")
+    assert ("\x1b[32mVALID\x1b[0m" in shown, "\x1b[31mNO_TOKEN\x1b[0m" in shown) == (True, True)
+    head, us, kr, *_ = plain(shown)
+    assert re.search(r"serves until \(KST\).*local \(E[SD]T\).*left.*next need", head)
+    assert us.index("VALID") == kr.index("NO_TOKEN") == head.index("status")
+    kst, local = re.findall(TIME, us)[:2]
+    assert kst == f"{token.expires_at + timedelta(hours=9, minutes=-5):%Y-%m-%d %H:%M}"
+    assert (datetime.fromisoformat(kst) - datetime.fromisoformat(local)) / timedelta(hours=1) in (13, 14)
+    assert "13 h 4" in us
+    assert f"{token.expires_at + timedelta(hours=9):%H:%M}" not in USTokenManager().get_token_info()
+
+
+@pytest.mark.usefixtures("gateway")
+def test_check_fits_a_narrow_terminal_whole() -> None:
+    """Nothing is cut: what does not fit beside stands below; NO_COLOR is respected."""
+    cached(20_000)
+    lines = plain(on_a_terminal(80, "check"))
+    assert re.match(rf"us +VALID +{TIME} +{TIME} +5 h \d\d min", lines[1])
+    assert any(line.startswith("kr: next need ") for line in lines)
+    narrow = on_a_terminal(50, "check", NO_COLOR="1")
+    assert "…" not in "".join([*lines, narrow])
+    assert not re.search(r"\x1b\[3\dm", narrow)
+
+
+@pytest.mark.usefixtures("gateway")
+def test_check_says_mode_length_and_when_it_was_cached(command: Command) -> None:
+    """As the old check script did; a file that others may read is said to be so, with the command that closes it."""
+    path, length = folder() / "us_api_token.json", len(cached(20_000).access_token)
+    said = rf"^us: {path}, mode 0600, cached {TIME} KST, {length} characters$"
+    assert re.search(said, command("check").out, re.MULTILINE)
+    path.chmod(0o644)
+    assert f"mode 0644 (others may use it: chmod 600 {path})" in command("check").out
+    assert json.loads(command("check", "--json").out)[0]["permissions"] == "0644"
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_zone_that_cannot_be_is_no_reason_to_fail() -> None:
+    """`TZ=UTC+25`: local times are UTC then, in every table."""
+    cached(20_000)
+    for line in ("plan", "history", "check"):
+        ran = tokencore(line, TZ="UTC+25")
+        assert (ran.code, ran.err) == (0, "")
+    assert "local (UTC)" in ran.out
+
+
+@pytest.mark.usefixtures("gateway")
+def test_any_reason_can_be_shown_on_any_terminal() -> None:
+    """Markup, line breaks, escape sequences and bytes of another encoding are text like any other.
+
+    An encoding that lacks a character costs that character, not the answer; JSON stays valid and whole.
+    """
+    reasons = ["[/red] [bold]", r"back\[slash]", "줄\n바꿈", "\x1b[31mred", "\udcff", "길" * 200, "수동 refresh"]
+    cached(50_000)
+    record(*(Attempt(datetime.now(UTC), Outcome.LIMIT, reason=reason) for reason in reasons))
+    for encoding, shown in (("utf-8", "수동 refresh"), ("ascii", "?? refresh")):
+        ran = tokencore("history", PYTHONIOENCODING=encoding)
+        assert (ran.code, ran.err, "\x1b" in ran.out) == (0, "", False)
+        assert (shown in ran.out, "[/red] [bold]" in ran.out, r"back\[slash]" in ran.out) == (True, True, True)
+        found = json.loads(tokencore("history", "--json", PYTHONIOENCODING=encoding).out)
+        assert (len(found), found[-1]["reason"]) == (len(reasons), "수동 refresh")
+
+
+STATES: dict[str, Callable[[], object]] = {
+    "nothing at all": lambda: None,
+    "a fresh token": lambda: TokenManager("us").get_valid_token(),
+    "a token about to expire": lambda: cached(1_000),
+    "an expired token": lambda: cached(-100, age=86_400),
+    "a rejected token": lambda: TokenManager("us").save_token(make_token(age=28_800, rejected=True)),
+    "one market without its file": lambda: (cached(), TokenManager("kr").delete_token()),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.usefixtures("gateway")
+def test_every_report_says_the_same(state: str, command: Command) -> None:
+    """In every state `check`, a manager's own status and the key's state agree, fact by fact."""
+    STATES[state]()
+    listed = json.loads(command("check", "--json").out)
+    now = datetime.now(UTC)
+    (key,) = Key.load(Settings.load())
+    seen = key.state(now)
+    for market, one in zip(key.markets, listed, strict=True):
+        own = {**TokenManager(market.name).get_token_status()}
+        assert abs(own.pop("remaining_seconds") - one["remaining_seconds"]) < 60
+        assert abs(own.pop("remaining_hours") - one["remaining_hours"]) < 0.1
+        del own["cooldown_until"]  # half a second, which may have passed
+        assert {name: one[name] for name in own} == own
+        assert one["expires_at"] == (seen.token.expires_at.isoformat() if seen.token else None)
+        assert (one["status"], one["issues_last_24h"]) == (seen.status, seen.issues_last_24h)
+        need = next(iter(sessions.needs(market.exchanges, now, now + timedelta(days=15))))
+        assert (one["next_need"]["end"], seen.need_of(market)) == (need[1].isoformat(), need)
+
+
+@pytest.mark.parametrize("keys", ["one key", "a key each"])
+def test_many_markets_are_read_once_a_key_and_the_calendars_once(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Markets of a key have one token, which was read once; needs are computed once for the same exchanges."""
+    for n in range(9):
+        own = {"EXCHANGES": "NASD", "APP_KEY": f"PSkey{n}" if keys == "a key each" else "PSkey", "APP_SECRET": "secret"}
+        for field, value in own.items():
+            monkeypatch.setenv(f"KIS_MARKETS__M{n}__{field}", value)
+    settings, asked = Settings.load(), []
+    folder().mkdir(0o700)
+    for key in Key.load(settings):
+        key.store.save(make_token(50_000))
+    monkeypatch.setattr(status, "next_need", lambda market, _: asked.append(market))
+    seen = status.look(settings.able_markets(), datetime.now(UTC))
+    assert [one.status["status"] for one in seen] == ["VALID"] * 9
+    assert (len(asked), len({id(one.token) for one in seen})) == (1, 9 if keys == "a key each" else 1)
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes that there are markets to plan for."""
+    monkeypatch.setenv("KIS_APP_KEY", KEY)
+    monkeypatch.setenv("KIS_APP_SECRET", SECRET)
+
+
+def planned(now: datetime = SUMMER, *, token: bool = True) -> Plan:
+    """A week's plan of us and kr, with a token issued at the last anchor."""
+    key = Key.load(Settings.load())[0]
+    if token:
+        issued = (now - timedelta(days=1)).replace(hour=7, minute=35)
+        key.store.save(make_token(age=(now - issued).total_seconds(), now=now))
+    return key.state(now).plan()
+
+
+@pytest.fixture
+def week(credentials: None) -> Plan:  # noqa: ARG001 - for its settings
+    """The plan of a week in summer."""
+    folder().mkdir(0o700)
+    return planned()
+
+
+def test_a_summer_week(week: Plan) -> None:
+    """US and KR renew at 16:35 KST on each day with a session ahead, not before a closed Friday night and Saturday.
+
+    As JSON the plan has reasons, sessions and needs too, and no token, key or secret.
+    """
+    text = json.dumps(plan_as_json(week))
+    plan = json.loads(text)
+    assert (plan["markets"], plan["anchor_kst"]) == (["us", "kr"], "16:35")
+    days = [f"2026-07-0{day}T07:35" for day in (1, 2, 5, 6, 7)]
+    assert [(one["at"][:16], one["exception"]) for one in plan["renewals"]] == [(day, None) for day in days]
+    assert [row["exchange"] for row in plan["exchanges"]] == ["NASD", "NYSE", "AMEX", "KRX"]
+    assert ["2026-07-01T00:00:00+00:00", "2026-07-01T06:30:00+00:00"] in plan["exchanges"][-1]["sessions"]
+    assert not any(secret in text for secret in ("eyJ", KEY, SECRET))
+
+
+@pytest.mark.usefixtures("credentials")
+def test_without_a_token_the_next_anchor_is_planned() -> None:
+    """A missing token is renewed at once where a session needs it, and planned otherwise."""
+    assert planned(token=False).renewals[0].at == SUMMER
+    saturday = datetime(2026, 7, 4, 3, 0, tzinfo=UTC)
+    assert planned(saturday, token=False).renewals[0].at == datetime(2026, 7, 5, 7, 35, tzinfo=UTC)
+
+
+def test_the_picture_is_well_formed_and_complete(week: Plan) -> None:
+    """The SVG has a bar for each session, need and token, a mark for each renewal, the buffer's tip, and no secret."""
+    text = draw_plans([week, week])
+    root = ET.fromstring(text)  # noqa: S314 - our own text
+    fills = [bar.get("fill") for bar in root.iter(f"{SVG}rect")]
+    # Behind the bars stand the legends, one entry each.
+    assert fills.count("var(--session)") == 2 * (sum(len(row.sessions) for row in week.rows) + 1)
+    assert fills.count("var(--need)") == 2 * (sum(len(row.needs) for row in week.rows) + 1)
+    assert (fills.count("var(--token)"), fills.count("var(--buffer)"), fills.count("none")) == (4, 4, 10)
+    assert len(list(root.iter(f"{SVG}circle"))) == 2 * len(week.renewals)
+    assert "prefers-color-scheme:dark" in text
+    assert not any(secret in text for secret in ("eyJ", KEY, SECRET))
+
+
+def test_the_lines_for_a_terminal_show_sessions_over_needs(week: Plan, capfd: pytest.CaptureFixture[str]) -> None:
+    """A need begins before its session and ends after it; the token's line has the present one, those planned, now."""
+    print_plan(week)
+    lines = {line[:LABEL].strip(): line[LABEL:] for line in capfd.readouterr().out.splitlines()}
+    assert re.fullmatch(r"(·+▒?█{5,6}▒){3}·+(▒?█{5,6}▒·+){2}", lines["KRX"]), lines["KRX"]
+    assert re.fullmatch(r"━+│━+▲.*", lines["token"])
+    assert (lines["token"].count("▲"), set(lines["token"])) == (5, {*"━│▲┄ "})
+
+
+@pytest.mark.usefixtures("credentials")
+def test_overrides_reach_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day closed by the settings is no session, and the after-market moves the anchor to the longer quiet."""
+    monkeypatch.setenv("KIS_EXCHANGES__KRX__CLOSED", "2026-10-01")
+    monkeypatch.setenv("KIS_EXCHANGES__KRX__EXTENDED", "true")
+    plan = planned(datetime(2026, 9, 30, 3, 20, tzinfo=UTC), token=False)
+    krx = next(row for row in plan.rows if row.code == "KRX")
+    assert not any(opens.date().isoformat() == "2026-10-01" for opens, _ in krx.sessions)
+    assert krx.sessions[0][1] == datetime(2026, 9, 30, 11, 0, tzinfo=UTC)
+    assert f"{plan.outlook.anchor:%H:%M}" == "05:05", "after the US close: longer than from 20:00 to the US open"
+
+
+def test_without_exchanges_the_plain_rule_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key whose markets trade nothing renews in the proactive window, and the plan says so."""
+    for name, value in {"APP_KEY": KEY, "APP_SECRET": SECRET, "EXCHANGES": "[]"}.items():
+        monkeypatch.setenv(f"KIS_MARKETS__BARE__{name}", value)
+    (key,) = Key.load(Settings.load())
+    folder().mkdir(0o700)
+    key.store.save(make_token(age=19 * 3600, now=SUMMER))
+    plan = key.state(SUMMER).plan()
+    assert [renewal.at for renewal in plan.renewals] == [SUMMER + timedelta(hours=4, minutes=30)]
+    assert "No exchange is configured" in plan.why
+    assert draw_plans([plan]).endswith("</svg>\n")
+
+
+@pytest.mark.usefixtures("credentials")
+def test_the_command_prints_and_writes(command: Command, tmp_path: Path) -> None:
+    """`plan` shows anchor and exchanges, `--svg` writes a picture, `--json` a list."""
+    shown, picture = command("plan", "--days", "3"), tmp_path / "plan.svg"
+    assert (shown.code, "16:35 KST" in shown.out, "NASD" in shown.out) == (0, True, True)
+    assert command("plan", "--svg", str(picture)) == Ran(0, "", "")
+    assert ET.parse(picture).getroot().tag == f"{SVG}svg"  # noqa: S314 - our own file
+    assert json.loads(command("plan", "--json").out)[0]["markets"] == ["us", "kr"]
