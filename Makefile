@@ -80,7 +80,7 @@ ifneq ($(shell cat .venv/.place 2>/dev/null),$(CURDIR))
 CLEAR := --clear
 endif
 
-# Byte-code is compiled here, once: where PYTHONDONTWRITEBYTECODE is set (images, servers), each of Prefect's
+# Byte-code is compiled here, once, by all cores: where PYTHONDONTWRITEBYTECODE is set (images, servers), each of Prefect's
 # processes would otherwise compile all of it again, which doubles every start. A pip older than 25 would write commands
 # that import `re` before anything else, which costs a cached `tokencore get` 5 ms of 13. A package may hold a file for a
 # newer Python that this one cannot compile: it is not imported either.
@@ -90,7 +90,7 @@ endif
 	@echo 'Installing into .venv (about a minute) ...'
 	@$(PYTHON) -m venv $(CLEAR) .venv
 	@$(PIP) 'pip>=25'
-	@$(PIP) --editable '.[flows]'
+	@$(PIP) --no-compile --editable '.[flows]'
 	@$(RUN) compileall -qq -j 0 .venv/lib tokencore flows || true
 	@printf '%s\n' "$(CURDIR)" > .venv/.place
 	@touch $@

@@ -16,6 +16,7 @@ import pytest
 import requests
 from requests.adapters import HTTPAdapter
 
+from flows.stack import supervisor
 from flows.stack.api import BUSY
 from tokencore import sessions
 from tokencore.sandbox import APP_KEY, APP_SECRET
@@ -24,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET}
 MARK = "PYTHON_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
 SLOW = 90  # seconds for what takes a few on two idle cores
-PARTS = ("supervisor", "server", "tidy", "worker")  # those that last
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
 
@@ -93,8 +93,12 @@ class Up(NamedTuple):
 
     def processes(self) -> dict[str, int]:
         """Its parts that live, by name."""
-        found = {part: int((self.folder / f"{part}.pid").read_text() or 0) for part in PARTS}
-        return {part: number for part, number in found.items() if is_alive(number)}
+        return supervisor.running(self.folder)
+
+    def control(self, *command: str) -> str:
+        """What supervisorctl says."""
+        program = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(self.folder / "supervisord.conf")]
+        return subprocess.run([*program, *command], capture_output=True, text=True, check=True).stdout.strip()
 
     def api(self, method: str, path: str, content: object = None, **headers: str) -> requests.Response:
         """What the server answers to one who knows the password."""

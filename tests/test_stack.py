@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sqlite3
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from shutil import rmtree, which
@@ -25,7 +23,7 @@ import requests
 from playwright.sync_api import sync_playwright
 from running import asked, until
 from slack_endpoint import SlackEndpoint
-from stacks import KEYS, PARTS, SLOW, Place, Up, always_open, environment_of, in_proc, is_alive
+from stacks import KEYS, SLOW, Place, Up, always_open, environment_of, in_proc, is_alive
 
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
@@ -41,10 +39,10 @@ CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrom
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 MINUTE = 60.0
 WATCH = """
-from flows.stack import orphans, supervisor
-orphans.NAP = 2.0  # seconds that count as a sleep
+from flows.stack import environment, worker
+worker.NAP = 2.0  # seconds that count as a sleep
 print("awake", flush=True)
-orphans.watch_sleep(supervisor.api())
+worker.watch_sleep(environment.api())
 """
 
 
@@ -127,7 +125,7 @@ def listening(processes: dict[int, str]) -> set[int]:
 def test_up_starts_all_and_says_where_it_is(up: Up) -> None:
     """All parts run, the first check has renewed with the credentials of `.env`, and links lead past the login."""
     said = lines(up.output)
-    assert sorted(up.processes()) == sorted(PARTS)
+    assert sorted(up.processes()) == ["server", "supervisor", "worker"]
     assert said["page"] == f"{up.url}/v2"
     assert said["tokens"].startswith(f"{up.url}/v2/artifacts/key/tokens ")
     assert said["refresh"].startswith(f"{up.url}/v2/deployments/deployment/")
@@ -150,18 +148,15 @@ def test_a_second_start_is_refused_and_status_wants_the_right_password(up: Up) -
     assert "AnotherPassword" not in output
 
 
-def test_without_the_password_nothing_is_given_away(up: Up) -> None:
-    """Every question but that for its health is refused."""
+def test_strangers_and_foreign_pages_get_nothing_and_our_own_page_asks_nobody_else(up: Up) -> None:
+    """Without the password every question but that for its health is refused.
+
+    A foreign page's preflight is refused, no answer is marked for it, the page's own is; a name that points here is
+    refused. Prefect's analytics host, which its page asks whatever the settings say, is refused by the page's policy.
+    """
     for path in ("flow_runs/filter", "deployments/filter", "block_documents/filter"):
         assert requests.post(f"{up.url}/api/{path}", json={}, timeout=30).status_code == 401
     assert requests.get(f"{up.url}/api/health", timeout=30).ok
-
-
-def test_a_foreign_page_gets_nothing_and_our_own_asks_nobody_else(up: Up) -> None:
-    """Its preflight is refused, no answer is marked for it, the page's own is; a name that points here is refused.
-
-    Prefect's analytics host, which its page asks whatever the settings say, is refused by the page's policy.
-    """
     preflight = {"Access-Control-Request-Method": "POST", "Origin": STRANGER}
     assert requests.options(f"{up.url}/api/flow_runs/filter", headers=preflight, timeout=30).status_code == 400
     marked = [
@@ -252,23 +247,29 @@ def test_status_does_not_wait_for_a_server_that_hangs(up: Up) -> None:
 
 
 def test_a_killed_worker_comes_back_and_its_run_is_crashed(up: Up, refreshing: tuple[str, int]) -> None:
-    """`status` is 3 until another worker is there, and its first act is to end what died with the one before.
+    """Supervisord starts another worker, whose first act is to end what died with the one before.
 
     The run knew nothing that it has no use for: no cloud key, no key of the server's blocks, no proxy of a `.env`.
     """
     run, process = refreshing
     assert {one for one in environment_of(process) if "Canary" in one or "ENCRYPTION_KEY" in one} == set()
-    supervisor, worker = (up.processes()[part] for part in ("supervisor", "worker"))
-    os.kill(supervisor, signal.SIGSTOP)  # it would be quicker than `status`
-    try:
-        os.kill(worker, signal.SIGKILL)
-        os.kill(process, signal.SIGKILL)
-        code, output = up.place.run("status")
-    finally:
-        os.kill(supervisor, signal.SIGCONT)
-    assert (code, lines(output)["worker"]) == (3, "NOT RUNNING")
+    worker = up.processes()["worker"]
+    for number in (worker, process):
+        os.kill(number, signal.SIGKILL)
     until(lambda: up.processes().get("worker", worker) != worker, SLOW)
     until(lambda: up.state(run) == ("CRASHED", "Crashed"), SLOW)
+
+
+def test_a_worker_that_is_stopped_cancels_its_run_and_is_missed(up: Up, refreshing: tuple[str, int]) -> None:
+    """The run's process is gone, its state says why, and `status` is 3 until supervisord starts a worker again."""
+    run, process = refreshing
+    assert up.control("stop", "worker") == "worker: stopped"
+    assert (up.state(run), is_alive(process)) == (("CANCELLED", "Cancelled"), False)
+    assert up.look(run)["state"]["message"].startswith("Stopped with its worker")
+    code, output = up.place.run("status")
+    assert (code, lines(output)["worker"]) == (3, "NOT RUNNING")
+    assert up.control("start", "worker") == "worker: started"
+    assert lines(up.place.run("status")[1])["worker"].startswith("process ")
 
 
 def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
@@ -291,19 +292,22 @@ def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
 
 
 def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: Up, refreshing: tuple[str, int]) -> None:
-    """The dead run is Crashed, of what was missed the last warm-up runs; automations keep what a person did."""
+    """The dead run is Crashed, of what was missed the last warm-up runs; automations keep what a person did.
+
+    A server whose supervisord was killed ends by itself.
+    """
     run, process = refreshing
     processes, before = up.processes(), automations(up)
     up.api("PATCH", f"automations/{before[NAMES[0]]['id']}", {"enabled": False})
     content = {key: value for key, value in before[NAMES[1]].items() if key not in ("id", "created", "updated")}
     for more in ({"name": "A person's", "tags": []}, {"name": "Ours of old"}):
         up.api("POST", "automations/", content | more)
-    for part in ("supervisor", "worker"):
-        os.kill(processes[part], signal.SIGKILL)
-    checks, warm_ups = overdue(up, CHECK, 3, 2, 1), overdue(up, "warm-up/KRX", 72, 48, 24)
-    for number in (processes["server"], process):
+    os.kill(processes["supervisor"], signal.SIGSTOP)  # it starts no other worker
+    for number in (processes["worker"], process):
         os.kill(number, signal.SIGKILL)
-    until(lambda: not up.place.run("status")[1].startswith("worker"), 30)
+    checks, warm_ups = overdue(up, CHECK, 3, 2, 1), overdue(up, "warm-up/KRX", 72, 48, 24)
+    os.kill(processes["supervisor"], signal.SIGKILL)
+    until(lambda: not up.place.living(), 30)
     code, output = up.place.run("up")
     assert code == 0, output
     assert up.state(run) == ("CRASHED", "Crashed")
@@ -315,15 +319,10 @@ def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: U
     assert [name for name in after if not after[name]["enabled"]] == [NAMES[0]]
 
 
-def test_down_leaves_no_process_and_no_run(up: Up, refreshing: tuple[str, int]) -> None:
-    """A run that does not end by itself is Cancelled, with a sentence why; then nothing runs: 3."""
-    run, process = refreshing
+def test_down_leaves_no_process(up: Up) -> None:
+    """Then there is nothing to stop, and `status` says so: 3."""
     assert up.place.run("down") == (0, "Stopped.\n")
-    assert (up.place.living(), is_alive(process)) == ({}, False)
+    assert up.place.living() == {}
     assert up.place.run("down") == (0, "Nothing was running.\n")
     code, output = up.place.run("status")
     assert (code, output.splitlines()[0]) == (3, "Nothing is running; `make up` starts it.")
-    with closing(sqlite3.connect(up.folder / "prefect.db")) as tables:  # there is no server to ask
-        query = "SELECT s.type, s.message FROM flow_run r JOIN flow_run_state s ON r.state_id = s.id WHERE r.id LIKE ?"
-        kind, message = tables.execute(query, (run.replace("-", "%"),)).fetchone()
-    assert (kind, message.startswith("Stopped with its worker")) == ("CANCELLED", True)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 import uuid
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
 from prefect.settings.models.server.api import ServerAPISettings
 from running import until
+from servers import Wire
 from stacks import KEYS, SLOW, Place, free_port, in_proc
 from starlette._utils import parse_host_header
 from test_settings import NAMELESS, as_root
@@ -30,7 +25,6 @@ from test_settings import NAMELESS, as_root
 from flows.stack import demo as play
 from flows.stack import environment, watchdog
 from tokencore import sessions
-from tokencore.sandbox import APP_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -100,7 +94,6 @@ def test_an_interrupted_start_leaves_nothing(short: Path) -> None:
     place = made(short, **KEYS)
     running = place.start("up")
     until(lambda: any("flows.stack.server" in line for line in place.living().values()), SLOW)
-    time.sleep(0.5)
     running.send_signal(signal.SIGINT)
     output = running.communicate(timeout=SLOW)[0]
     assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
@@ -118,15 +111,16 @@ def test_a_server_that_cannot_start_is_shown_with_its_log(short: Path) -> None:
 
 
 REFUSED = {
-    "no app key": ({}, 2, "No market has an app key; set KIS_APP_KEY"),
-    "no app secret": ({"KIS_APP_KEY": APP_KEY}, 2, "KIS_APP_SECRET is not set"),
-    "a port that is taken": ({"PREFECT_SERVER_API_PORT": "taken"}, 2, r"Port \d+ is taken by another program; set PRE"),
+    "no app key": ({"KIS_APP_KEY": ""}, 2, "No market has an app key; set KIS_APP_KEY"),
+    "no app secret": ({"KIS_APP_SECRET": ""}, 2, "KIS_APP_SECRET is not set"),
+    "a port that is taken": ({"PREFECT_SERVER_API_PORT": "TAKEN"}, 2, "Cannot listen on 127.0.0.1, port "),
     "a port that is none": ({"PREFECT_SERVER_API_PORT": "70000"}, 2, "PREFECT_SERVER_API_PORT=70000 is no port"),
-    "another's address": ({"PREFECT_SERVER_API_HOST": "192.0.2.7"}, 2, "Cannot listen on PREFECT_SERVER_API_HOST=192"),
+    "another's address": ({"PREFECT_SERVER_API_HOST": "192.0.2.7"}, 2, "Cannot listen on 192.0.2.7, port "),
     "a password that is not ASCII": ({"PREFECT_SERVER_API_AUTH_STRING": "a:비밀"}, 2, "PREFECT_SERVER_API_AUTH_STRI"),
     "no database's address": ({"PREFECT_SERVER_DATABASE_CONNECTION_URL": "x://비밀"}, 2, "PREFECT_SERVER_DATABASE_"),
     "no token directory": ({"KIS_TOKEN_DIR": "/proc/tokens"}, 7, "The token directory cannot be used: /proc/tokens"),
-    "a long path": ({"KIS_TOKEN_DIR": f"/var/{'d' * 90}"}, 2, "/var/d+/prefect is too long"),
+    "a long path": ({"KIS_TOKEN_DIR": f"/var/{'d' * 90}"}, 2, "/var/d{90}/prefect is too long"),
+    "a .env that sends a secret elsewhere": ({".env": "KIS_BASE_URL=http://127.0.0.1:9"}, 2, "KIS_BASE_URL in "),
 }
 
 
@@ -135,11 +129,13 @@ def test_a_start_that_cannot_be_is_one_sentence(
     settings: dict[str, str], code: int, sentence: str, short: Path
 ) -> None:
     """It names the setting, repeats no secret, has its documented exit code, and nothing runs."""
-    with_keys = {} if "APP_" in sentence else KEYS
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = str(other.getsockname()[1])
-        place = made(short, **with_keys, **{k: taken if v == "taken" else v for k, v in settings.items()})
-        for command in ("up", "run") if with_keys else ("up",):  # a service starts before a person has given them
+        given = KEYS | {name: taken if value == "TAKEN" else value for name, value in settings.items()}
+        dotenv = given.pop(".env", "")
+        place = made(short, **given)
+        (place.work / ".env").write_text(dotenv)
+        for command in ("up",) if "APP_" in sentence else ("up", "run"):  # a service starts before a person gives them
             ended, output = place.run(command)
             assert (ended, output.count("\n")) == (code, 1), output
             assert re.match(sentence, output)
@@ -191,38 +187,6 @@ def test_no_setting_of_another_prefect_opens_the_server(tmp_path: Path, monkeypa
     assert called.host in environment.hosts(os.environ)
 
 
-def test_a_full_disk_is_said(short: Path) -> None:
-    """Where nothing more can be written, `up` says so instead of a log that could not be."""
-    place = made(short, **KEYS)
-    command = ["/bin/sh", "-c", 'ulimit -f 2048; exec "$0" -m flows.stack up', sys.executable]  # blocks of 512 bytes
-    done = subprocess.run(command, env=place.environment, cwd=place.work, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr[:36]) == (7, "The token directory cannot be used: ")
-    assert place.living() == {}
-
-
-def test_a_process_with_a_recycled_number_is_spared(short: Path) -> None:
-    """`down` stops nobody whose number once belonged to the stack."""
-    place = made(short)
-    folder = place.home / ".tokencore" / "prefect"
-    folder.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as bystander:
-        for part in ("supervisor", "worker"):
-            (folder / f"{part}.pid").write_text(str(bystander.pid))
-        assert place.run("down") == (0, "Nothing was running.\n")
-        assert bystander.poll() is None
-        bystander.kill()
-
-
-def test_a_dotenv_may_not_say_where_the_secret_of_the_environment_is_sent(short: Path) -> None:
-    """`up` in the folder of a cloned repository starts nothing, and says where the address belongs."""
-    place = made(short, **KEYS)
-    place.dotenv(KIS_BASE_URL="http://127.0.0.1:9")
-    code, output = place.run("up")
-    assert (code, output.count("\n")) == (2, 1), output
-    assert output.startswith(f"KIS_BASE_URL in {place.work}/.env is refused, because it would send there the app ")
-    assert left(place) == ({}, [])
-
-
 def test_a_dotenv_gives_prefects_settings_unless_others_could_have_written_it() -> None:
     """Of the rest, such as a proxy, the server and the worker get nothing; what is set already stays."""
     dotenv = Path(".env")
@@ -233,111 +197,52 @@ def test_a_dotenv_gives_prefects_settings_unless_others_could_have_written_it() 
     assert environment.with_dotenv() == before
 
 
-class Answers:
-    """What a server says: how it is, and when the last check ended (None: not yet, it has just been deployed)."""
-
-    def __init__(self) -> None:
-        """All is well."""
-        self.health = 200
-        self.asked = threading.Event()
-        self.checked: datetime | None = datetime.now(UTC)
-
-    def to(self, path: str, asked: bytes) -> tuple[int, object]:
-        """Status and content of its answer."""
-        if path == "/api/health":
-            self.asked.set()
-            return self.health, True
-        if not asked:
-            return 200, {"created": datetime.now(UTC).isoformat()}
-        assert json.loads(asked)["flows"] == {"name": {"any_": ["check-tokens"]}}
-        ended = [{"state_name": "AlreadyValid", "end_time": self.checked.isoformat()}] if self.checked else []
-        return 200, ended
-
-
-class Desk(NamedTuple):
-    """A port where there may be a server, and the Slack that hears of it."""
-
-    port: int
-    slack: SlackEndpoint
-
-    @contextmanager
-    def server(self) -> Iterator[Answers]:
-        """A server, as far as the watchdog asks it."""
-        answers = Answers()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, content = answers.to(self.path, asked)
-                body = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            do_POST = do_GET  # noqa: N815 - the name http.server looks for
-
-            def log_message(self, *_: object) -> None:
-                """Silent."""
-
-        with ThreadingHTTPServer(("127.0.0.1", self.port), Handler) as server:
-            thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-            thread.start()
-            yield answers
-            server.shutdown()
-            thread.join()
-
-
 @pytest.fixture
-def desk(monkeypatch: pytest.MonkeyPatch, slack: SlackEndpoint) -> Desk:
-    """No server yet; the watchdog bears silence for a moment only."""
-    monkeypatch.setattr(watchdog, "PATIENCE", 0.1)
-    monkeypatch.setattr(watchdog, "PAUSE", 0.05)
-    port = free_port()
-    for name, value in (KEYS | {"PREFECT_SERVER_API_PORT": str(port)}).items():
-        monkeypatch.setenv(name, value)
-    return Desk(port, slack)
+def prefect() -> Iterator[Wire]:
+    """A port that answers as Prefect's server does, or not; the settings lead there."""
+    with Wire() as server:
+        Path(".env").write_text(
+            "".join(
+                f"{name}={value}\n"
+                for name, value in {**KEYS, "PREFECT_SERVER_API_PORT": server.url.rpartition(":")[2]}.items()
+            )
+        )
+        yield server
 
 
-def test_a_dead_server_is_told_once_and_its_return_too(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
-    """Exit 1 with a line for cron at each look, one message to Slack; then one that it is over, and silence.
+def checked(ago: timedelta) -> list[dict[str, str]]:
+    """What the server says of the newest check, which ended so long ago."""
+    return [{"state_name": "AlreadyValid", "end_time": (datetime.now(UTC) - ago).isoformat()}]
 
-    Nothing is told either with a server so new that no check has ended yet.
-    """
+
+NOT_WELL: dict[str, tuple[int, object]] = {
+    "no answer": (0, b""),
+    "unhealthy": (500, True),
+    "another password": (401, True),
+    "no check for long": (200, checked(watchdog.SILENCE + timedelta(minutes=1))),
+}
+
+
+@pytest.mark.parametrize(("status", "content"), NOT_WELL.values(), ids=list(NOT_WELL))
+def test_a_server_that_looks_after_nothing_is_told_once_and_its_return_too(
+    status: int, content: object, prefect: Wire, slack: SlackEndpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 1 with a line for cron at each look, one message to Slack; then one that it is over, and silence."""
+    if status:
+        prefect.answer(status, content)
     for _ in range(2):
-        assert watchdog.watch() == 1
-        assert capfd.readouterr().err.endswith(f"Prefect's server at http://127.0.0.1:{desk.port} does not answer.\n")
-        assert desk.slack.headlines == [TITLE]
-    with desk.server() as answers:
-        for answers.checked in (datetime.now(UTC), datetime.now(UTC), None):
-            assert watchdog.watch() == 0
-    assert desk.slack.headlines == [TITLE, TITLE.replace(": ", ": solved: ", 1)]
+        assert watchdog.watch(patience=0) == 1
+        assert capfd.readouterr().err.count("\n") == 1
+        assert slack.headlines == [TITLE]
+    prefect.answer(200, checked(timedelta(minutes=5)))
+    for _ in range(2):
+        assert watchdog.watch(patience=0) == 0
+    assert slack.headlines == [TITLE, TITLE.replace(": ", ": solved: ", 1)]
 
 
-@pytest.mark.parametrize("ill", ["unhealthy", "no check for long"])
-def test_a_server_that_looks_after_nothing_is_told(ill: str, desk: Desk) -> None:
-    """One that says itself that it is ill, and one that answers while no check ends."""
-    with desk.server() as answers:
-        if ill == "unhealthy":
-            answers.health = 500
-        else:
-            answers.checked = datetime.now(UTC) - watchdog.SILENCE - timedelta(minutes=1)
-        assert watchdog.watch() == 1
-    assert desk.slack.headlines == [TITLE]
-
-
-def test_a_restart_is_no_death(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_is_no_death(prefect: Wire, slack: SlackEndpoint) -> None:
     """A server that is well again within the watchdog's patience has been away for nobody."""
-    monkeypatch.setattr(watchdog, "PATIENCE", 60)
-    with desk.server() as answers:
-        answers.health = 500
-
-        def recover() -> None:
-            answers.asked.wait(30)
-            answers.health = 200
-
-        recovery = threading.Thread(target=recover)
-        recovery.start()
-        assert watchdog.watch() == 0
-        recovery.join()
-    assert desk.slack.requests == []
+    well = threading.Timer(0.2, prefect.answer, (200, checked(timedelta(minutes=5))))
+    well.start()
+    assert watchdog.watch(patience=60) == 0
+    assert (len(prefect.requests) > 1, slack.requests) == (True, [])

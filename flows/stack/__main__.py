@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from flows.stack import demo, supervisor, watchdog
+from flows.stack import demo, supervisor, watchdog, worker
 from flows.stack.api import StackError
 from tokencore import TokenError, TokenStoreError
 
@@ -24,8 +24,7 @@ COMMANDS = {
     "test-alert": watchdog.test_alert,
     "watch": watchdog.watch,
     "server": supervisor.become_server,
-    "worker": supervisor.become_worker,
-    "tidy": supervisor.tidy,
+    "worker": worker.work,
     "deploy": supervisor.deploy,
 }
 
@@ -43,28 +42,23 @@ def main() -> int:
     os.umask(0o077)
     try:
         return demo.demo(once=True) if options.once else COMMANDS[options.command]()
-    except TokenError as error:
-        return _failed(error, error.exit_code)
-    except StackError as error:
-        return _failed(error, error.exit_code)
+    except (TokenError, StackError) as error:
+        return _failed(error)
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        unusable = TokenStoreError(
-            f"The token directory cannot be used: {where}{error.strerror or error}. "
-            "Fix its permissions or free space, or point KIS_TOKEN_DIR elsewhere.",
-        )
-        return _failed(unusable, unusable.exit_code)
+        fix = "Fix its permissions or free space, or point KIS_TOKEN_DIR elsewhere."
+        return _failed(TokenStoreError(f"The token directory cannot be used: {where}{error.strerror or error}. {fix}"))
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
 
 
-def _failed(error: Exception, exit_code: int) -> int:
+def _failed(error: TokenError | StackError) -> int:
     print(error, file=sys.stderr)
-    return exit_code
+    return error.exit_code
 
 
 if __name__ == "__main__":

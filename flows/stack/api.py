@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,9 +16,9 @@ POOL = "tokens"  # as prefect.yaml names it
 CHECK, REFRESH = "check-tokens/check_tokens", "refresh-token/refresh_token"
 CHECKED = ("Completed", "AlreadyValid", "Renewed", "Failed")  # the names of a check's states where it did its work
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-BUSY = Retry(
-    5, connect=0, read=0, status_forcelist=[503], allowed_methods=None, backoff_factor=0.2
-)  # SQLite under load
+PATIENCE = 300.0  # seconds for a start
+# SQLite under load:
+BUSY = Retry(5, connect=0, read=0, status_forcelist=[503], allowed_methods=None, backoff_factor=0.2)
 
 
 class StackError(Exception):
@@ -75,6 +76,14 @@ class Api:
             return self._http.get(f"{self.url}/api/{path}", timeout=5).ok
         except requests.RequestException:
             return False
+
+    def wait(self) -> None:
+        """Return as soon as the server is ready: supervisord starts all parts at once."""
+        give_up = time.monotonic() + PATIENCE
+        while not self.answers("ready"):
+            if time.monotonic() > give_up:
+                raise StackError(f"Prefect's server at {self.url} does not answer.")
+            time.sleep(0.5)
 
     def runs(self, **conditions: object) -> list[dict[str, Any]]:
         """The runs with these conditions of Prefect's filter, in the order in which they are due."""

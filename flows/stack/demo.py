@@ -51,14 +51,14 @@ def demo(*, once: bool = False) -> int:
         _say("Prefect", "starting its server, a worker and the deployments (half a minute) ...")
         home = Path(known["PREFECT_HOME"])
         private_folder(str(home))
+        stack = supervisor.start(home, known, Path(folder))
         try:
-            supervisor.start(home, known, Path(folder))
             api = Api(environment.address(known), environment.password(home, known))
             _play(api, known)
             if not once:
                 _stay(api, known)
         finally:
-            supervisor.stop(home)
+            supervisor.stop(stack)
     return 0
 
 

@@ -6,22 +6,23 @@ What has to outlive a restart is generated once into the stack's folder, for its
 from __future__ import annotations
 
 import base64
-import ipaddress
 import os
 import re
 import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from tokencore import ConfigurationError, trusted_dotenv
+from flows.stack.api import Api
+from tokencore import ConfigurationError, Settings, private_folder, trusted_dotenv
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 DEFAULT_PORT = "4200"  # Prefect's own
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
+THIS_MACHINE = re.compile(r"localhost|127\.[\d.]+|::1")
 DATABASES = ("sqlite+aiosqlite", "postgresql+asyncpg")  # what Prefect's server speaks
 USER = "admin"  # of a generated password
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # noqa: S105 - the name of the setting
@@ -52,8 +53,8 @@ SERVER_ONLY = ("PREFECT_SERVER_",)  # the database's address and the key of the 
 WORKER_ONLY = ("KIS_", "SLACK_", "TOKENCORE_")
 
 
-def load(home: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """The stack's environment: what it passes on of `environment`, with what keeps Prefect in `home`.
+def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """The stack's environment: what it passes on of the `given` one, with what keeps Prefect in `home`.
 
     Makes the password and the key of the blocks in `home` where there are none.
 
@@ -61,26 +62,30 @@ def load(home: Path, environment: Mapping[str, str]) -> dict[str, str]:
         ConfigurationError: the port, the password or the database's address cannot be used.
 
     """
-    check(environment)
+    check(given)
+    secret = given.get(PASSWORD) or _kept(password_file(home), lambda: f"{USER}:{secrets.token_urlsafe(24)}")
+    of_blocks = given.get("PREFECT_SERVER_ENCRYPTION_KEY") or _kept(home / "encryption.key", _fernet_key)
     own = {
         "TMPDIR": str(home / "tmp"),  # Prefect's worker leaves something there, under a name that others may own
         "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": f"{address(environment)}/api",
-        "PREFECT_UI_URL": page(environment),
-        "PREFECT_SERVER_API_HOST": host(environment),
-        "PREFECT_SERVER_API_PORT": str(port(environment)),
+        "PREFECT_API_URL": f"{address(given)}/api",
+        "PREFECT_API_AUTH_STRING": secret,
+        "PREFECT_UI_URL": page(given),
+        PASSWORD: secret,
+        "PREFECT_SERVER_ENCRYPTION_KEY": of_blocks,
+        "PREFECT_SERVER_API_HOST": host(given),
+        "PREFECT_SERVER_API_PORT": str(port(given)),
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "page"),  # otherwise beside Prefect, for its first user alone
         "PREFECT_SERVER_UI_API_URL": "/api",  # otherwise the page asks port 4200, whatever the port is
-        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(origins(environment)),  # of its two names the one that wins
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(origins(given)),  # of its two names the one that wins
         "PREFECT_CLI_PROMPT": "false",
-        "no_proxy": ",".join(filter(None, [environment.get("no_proxy") or environment.get("NO_PROXY"), LOOPBACK])),
+        "no_proxy": ",".join(filter(None, [given.get("no_proxy") or given.get("NO_PROXY"), LOOPBACK])),
     }
-    found = password(home, environment) or _kept(password_file(home), lambda: f"{USER}:{secrets.token_urlsafe(24)}")
-    own |= {PASSWORD: found, "PREFECT_API_AUTH_STRING": found}
-    passed_on = {name: value for name, value in environment.items() if PASSED_ON.fullmatch(name)}
-    passed_on = {name: value for name, value in passed_on.items() if not name.startswith(ANOTHER_PREFECT)}
-    given = environment.get("PREFECT_SERVER_ENCRYPTION_KEY")
-    own["PREFECT_SERVER_ENCRYPTION_KEY"] = given or _kept(home / "encryption.key", _fernet_key)
+    passed_on = {
+        name: value
+        for name, value in given.items()
+        if PASSED_ON.fullmatch(name) and not name.startswith(ANOTHER_PREFECT)
+    }
     return DEFAULTS | passed_on | own
 
 
@@ -182,22 +187,43 @@ def hosts(environment: Mapping[str, str]) -> list[str]:
 
 def is_local(environment: Mapping[str, str]) -> bool:
     """Whether the server listens for this machine only."""
-    try:
-        return ipaddress.ip_address(host(environment)).is_loopback
-    except ValueError:
-        return host(environment) == "localhost"
+    return bool(THIS_MACHINE.fullmatch(host(environment)))
 
 
-def password(home: Path, environment: Mapping[str, str]) -> str | None:
+def home() -> Path:
+    """The stack's folder; one that is there has been looked at.
+
+    Raises:
+        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+        TokenStoreError: another user can have put something into it.
+
+    """
+    found = Path(Settings.load().token_dir).absolute() / "prefect"
+    if found.exists():
+        private_folder(str(found))
+    return found
+
+
+def api(timeout: float = 30) -> Api:
+    """The server's, with its password.
+
+    Raises:
+        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+
+    """
+    given = with_dotenv()
+    return Api(address(given), password(home(), given), timeout)
+
+
+def password(folder: Path, environment: Mapping[str, str]) -> str | None:
     """The server's password as `user:password`: the one that is set, or the generated one; None where there is none."""
-    if given := environment.get(PASSWORD):
-        return given
-    return (password_file(home).read_text("ascii").strip() or None) if password_file(home).exists() else None
+    file = password_file(folder)
+    return environment.get(PASSWORD) or (file.read_text("ascii").strip() if file.exists() else "") or None
 
 
-def password_file(home: Path) -> Path:
+def password_file(folder: Path) -> Path:
     """Where a generated password is."""
-    return home / "password"
+    return folder / "password"
 
 
 def _fernet_key() -> str:
@@ -205,12 +231,10 @@ def _fernet_key() -> str:
 
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
-    """What the file holds; where there is none, or an empty one, it is made, whole and for its owner only."""
+    """What the file holds; where there is none, or an empty one, it is made, whole."""
     if not path.exists() or not path.stat().st_size:
         draft = path.with_name(f"{path.name}.{os.getpid()}")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
-            file.write(make())
-            file.flush()
-            os.fsync(file.fileno())
+        draft.touch(0o600)
+        draft.write_text(make(), "ascii")
         draft.replace(path)
     return path.read_text("ascii").strip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -15,7 +16,7 @@ from prefect.server.api.server import create_app
 from prefect.settings import get_current_settings
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from flows.stack import environment
+from flows.stack import environment, worker
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -51,6 +52,7 @@ def without_text(record: logging.LogRecord) -> bool:
 
 def main() -> None:
     """Serve until SIGTERM."""
+    threading.Thread(target=worker.end_with_parent, daemon=True).start()
     server = get_current_settings().server
     # Around the application, not in it: the server asks itself, past all this, under a name of its own.
     app = TrustedHostMiddleware(

@@ -1,18 +1,14 @@
-"""The stack under supervisord: Prefect's server, its worker, what tidies up after them; started, stopped and looked at.
+"""The stack under supervisord: Prefect's server, its worker and the deployments; started, stopped and looked at.
 
-Everything of it is in `prefect/` of the token directory. Each part holds a lock on its file of that folder for as long
-as its process lives, with its number in the file: what is stopped is ours, whatever number it has.
+Everything of it is in `prefect/` of the token directory. Supervisord listens on a socket there, and knows what runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,27 +19,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from xmlrpc.client import Error as XmlRpcError
 from xmlrpc.client import ServerProxy
 
-from filelock import FileLock
-
-from flows.stack import deployments, environment, orphans
-from flows.stack.api import CHECK, POOL, REFRESH, Api, StackError
+from flows.stack import deployments, environment, worker
+from flows.stack.api import CHECK, REFRESH, StackError
 from tokencore import ConfigurationError, Key, Settings, private_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-PARTS = ("worker", "tidy", "deploy", "server")  # in the order in which supervisord stops them
 SHOWN = ("supervisor", "server", "worker")
 ARTIFACTS = ("tokens", "plan")
 CHECK_AT_START = "TOKENCORE_CHECK_AT_START"  # empty: the demo runs something else first
 FOLDER = "TOKENCORE_FOLDER"  # where the stack was started, see flows/__init__.py
-SPACE = 24 * 1024 * 1024  # bytes; the page takes 17 MB, a new database and the first logs 2
 PATIENCE = 300.0  # seconds for a start: two idle cores take 14 for the first start of the server alone
-STOPPING = 100.0  # seconds; supervisord gives each part 30
+ANSWER = 20.0  # seconds for an answer of supervisord
 LOG_TAIL = 15  # lines of a log that are shown with a failure
-SOCKET_LENGTH = (
-    90  # bytes of its folder's path: the whole may have 103 on some systems, and supervisord adds its number
-)
+SOCKET_LENGTH = 90  # bytes of its folder's path: 103 for the whole on some systems, and supervisord adds its number
 UNWELL = 3  # the exit code of `status`
 
 CONFIG = """\
@@ -76,6 +66,11 @@ stdout_logfile=%(here)s/{part}.log
 stdout_logfile_maxbytes=10MB
 stdout_logfile_backups=2
 """
+PARTS = (  # the highest priority starts last and stops first
+    {"part": "server", "priority": 10, "autorestart": "true", "startsecs": 20},
+    {"part": "deploy", "priority": 20, "autorestart": "false", "startsecs": 0},
+    {"part": "worker", "priority": 30, "autorestart": "true", "startsecs": 5},
+)
 
 
 def run() -> NoReturn:
@@ -86,16 +81,17 @@ def run() -> NoReturn:
         StackError: it runs already.
 
     """
-    home, given = _home(), environment.with_dotenv()
+    home, given = environment.home(), environment.with_dotenv()
     private_folder(str(home))
-    _hold(home, "supervisor")
-    _prepare(home, given)
-    settings = {"KIS_TOKEN_DIR": str(home.parent), FOLDER: os.getcwd()}
-    stack = environment.load(home, given | settings)
+    if running(home):
+        raise StackError("It runs already; `make status` shows how it is.")
+    _refuse(home, given)
+    stack = environment.load(home, {**given, "KIS_TOKEN_DIR": str(home.parent), FOLDER: os.getcwd()})
     shutil.rmtree(home / "tmp", ignore_errors=True)
     (home / "tmp").mkdir()
+    python = shlex.quote(sys.executable).replace("%", "%%")
     config = home / "supervisord.conf"
-    config.write_text(_config())
+    config.write_text(CONFIG + "".join(PROGRAM.format(python=python, **part) for part in PARTS))
     os.execve(sys.executable, [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)], stack)  # noqa: S606 - no shell
 
 
@@ -108,16 +104,15 @@ def up() -> int:
 
     """
     Key.load(Settings.load())  # a missing key or secret is said now, not by a run at night
-    home, given = _home(), environment.with_dotenv()
+    home, given = environment.home(), environment.with_dotenv()
     environment.check(given)
     private_folder(str(home))
-    with FileLock(home / "up.lock", preserve_lock_file=True):
-        if "supervisor" in running(home):
-            print("It runs already.")
-        else:
-            _prepare(home, given)
-            print("Starting Prefect's server, the deployments and a worker (half a minute) ...", flush=True)
-            start(home, os.environ, Path.cwd())
+    if running(home):
+        print("It runs already.")
+    else:
+        _refuse(home, given)
+        print("Starting Prefect's server, the deployments and a worker (half a minute) ...", flush=True)
+        start(home, os.environ, Path.cwd())
     status()
     return 0
 
@@ -129,13 +124,17 @@ def down() -> int:
         ConfigurationError: the settings are malformed, so that nobody knows where to look.
 
     """
-    home = _home()
-    if not running(home):
+    home = environment.home()
+    found = running(home)
+    if not found:
         print("Nothing was running.")
         return 0
-    with FileLock(home / "up.lock", preserve_lock_file=True):
-        orphans.drain(api(timeout=5))
-        stop(home)
+    worker.drain(environment.api(timeout=5))
+    _supervisord(home).shutdown()
+    with contextlib.suppress(ProcessLookupError):
+        while True:  # it ends when all parts have ended, whom it gives 30 seconds each
+            os.kill(found["supervisor"], 0)
+            time.sleep(0.1)
     print("Stopped.")
     return 0
 
@@ -147,7 +146,7 @@ def status() -> int:
         ConfigurationError: the settings are malformed, so that nobody knows where to look.
 
     """
-    home = _home()
+    home = environment.home()
     found = running(home)
     well = all(part in found for part in SHOWN)
     if not found:
@@ -162,7 +161,7 @@ def status() -> int:
     return 0 if well and not tokens else UNWELL
 
 
-def start(home: Path, given: Mapping[str, str], folder: Path) -> None:
+def start(home: Path, given: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:
     """Start supervisord with the settings of that environment and folder; returns when the deployments can be run.
 
     Raises:
@@ -170,72 +169,39 @@ def start(home: Path, given: Mapping[str, str], folder: Path) -> None:
 
     """
     log = home / "supervisor.log"
-    command = [sys.executable, "-m", "flows.stack", "run"]
+    command, null = [sys.executable, "-m", "flows.stack", "run"], subprocess.DEVNULL
     with log.open("wb") as output:
-        supervisor = subprocess.Popen(  # noqa: S603 - our own command
-            command,
-            env=given,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            command, env=given, cwd=folder, stdin=null, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        _wait_until_deployed(home, supervisor)
+        _wait_until_deployed(home, process)
     except BaseException:
-        supervisor.terminate()  # it ends what it has started
-        supervisor.wait()
+        stop(process)
         raise
+    return process
 
 
-def stop(home: Path, parts: Sequence[str] = ("supervisor", *PARTS)) -> None:
-    """End these parts: supervisord ends the others; where it was killed, they are ended here."""
-    for part in parts:
-        for request in (signal.SIGTERM, signal.SIGKILL):
-            give_up = time.monotonic() + STOPPING
-            if number := running(home).get(part):
-                with contextlib.suppress(ProcessLookupError):  # it ended in this moment
-                    os.kill(number, request)
-            while part in running(home) and time.monotonic() < give_up:
-                time.sleep(0.1)
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End supervisord, which ends all parts first."""
+    process.terminate()
+    process.wait()
 
 
 def running(home: Path) -> dict[str, int]:
-    """The parts whose process lives, and its number."""
-    found = {}
-    for part in ("supervisor", *PARTS):
-        with contextlib.suppress(FileNotFoundError), _lock_file(home, part).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found[part] = int(file.read() or 0)
-    return {part: number for part, number in found.items() if number}
+    """The parts whose process lives, and its number; none where no supervisord answers."""
+    try:
+        calls = _supervisord(home)
+        return {"supervisor": calls.getPID()} | {one["name"]: one["pid"] for one in _parts(calls) if one["pid"]}
+    except (OSError, HTTPException, XmlRpcError):
+        return {}
 
 
 def become_server() -> NoReturn:
-    """Become Prefect's server."""
-    _become("server", [sys.executable, "-m", "flows.stack.server"], environment.for_server(os.environ))
-
-
-def become_worker() -> NoReturn:
-    """Become Prefect's worker, after what died with the one before or was missed meanwhile is ended."""
-    server = api()
-    _wait_for(server)
-    orphans.mark_crashed(server)
-    orphans.skip_overdue(server)
-    command = ["worker", "start", "--pool", POOL, "--type", "process", "--name", orphans.WORKER]
-    _become("worker", [sys.executable, "-m", "prefect", *command], environment.for_worker(os.environ))
-
-
-def tidy() -> int:
-    """Look after overdue runs until SIGTERM, which comes once the worker is gone; then end what that left behind."""
-    _hold(_home(), "tidy")
-    try:
-        orphans.watch_sleep(api())
-    except KeyboardInterrupt:  # how SIGTERM comes
-        orphans.mark_cancelled(api())
-    return 0
+    """Become Prefect's server, which gets no credentials of KIS and Slack."""
+    os.chdir(os.environ["PREFECT_HOME"])
+    command = [sys.executable, "-m", "flows.stack.server"]
+    os.execve(sys.executable, command, environment.for_server(os.environ))  # noqa: S606 - no shell is the point
 
 
 def deploy() -> int:
@@ -245,131 +211,61 @@ def deploy() -> int:
         StackError: Prefect could not be made to.
 
     """
-    home, server = _home(), api()
-    _hold(home, "deploy")
-    _wait_for(server)
-    deployments.apply(server, home)
+    server = environment.api()
+    server.wait()
+    deployments.apply(server, Path(os.environ["PREFECT_HOME"]))
     if os.environ.get(CHECK_AT_START, "yes"):
         state = deployments.run_to_end(server, CHECK)
         print(f"{state['name']}: {state['message'] or 'done'}")
     return 0
 
 
-def api(timeout: float = 30) -> Api:
-    """The server's, with its password.
+def _refuse(home: Path, given: Mapping[str, str]) -> None:
+    """Refuse what would make a part fail later, less clearly.
 
     Raises:
-        ConfigurationError: the settings are malformed, so that nobody knows where to look.
+        ConfigurationError: the server cannot listen there, or supervisord in that folder.
 
     """
-    given = environment.with_dotenv()
-    return Api(environment.address(given), environment.password(_home(), given), timeout)
-
-
-def _home() -> Path:
-    """The stack's folder; one that is there has been looked at.
-
-    Raises:
-        ConfigurationError: the settings are malformed, so that nobody knows where to look.
-        TokenStoreError: another user can have put something into it.
-
-    """
-    home = Path(Settings.load().token_dir).absolute() / "prefect"
-    if home.exists():
-        private_folder(str(home))
-    return home
-
-
-def _lock_file(home: Path, part: str) -> Path:
-    return home / f"{part}.pid"
-
-
-def _hold(home: Path, part: str) -> None:
-    """Hold the part's lock as long as this process lives, whatever program it becomes.
-
-    Raises:
-        StackError: another process holds it.
-
-    """
-    file = os.open(_lock_file(home, part), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StackError("It runs already; `make status` shows how it is.") from None
-    os.set_inheritable(file, True)  # noqa: FBT003 - the function takes nothing else
-    os.ftruncate(file, 0)
-    os.write(file, str(os.getpid()).encode())
-
-
-def _become(part: str, command: list[str], known: Mapping[str, str]) -> NoReturn:
-    home = _home()
-    _hold(home, part)
-    os.chdir(home)
-    os.execve(command[0], command, known)  # noqa: S606 - no shell is the point
-
-
-def _prepare(home: Path, given: Mapping[str, str]) -> None:
-    """Stop what a killed supervisord has left, and refuse what would make a part fail later, less clearly."""
-    environment.check(given)
-    stop(home, PARTS)
     place, port = environment.host(given), environment.port(given)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(place, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
-            probe.bind(address)
+        family, _, _, _, address = socket.getaddrinfo(place, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            reason = f"Port {port} is taken by another program; set PREFECT_SERVER_API_PORT to a free one."
-        else:
-            reason = f"Cannot listen on PREFECT_SERVER_API_HOST={place}, port {port}: {error.strerror}. "
-            reason += "Set it to an address of this machine."
-        raise ConfigurationError(reason) from None
+        raise ConfigurationError(
+            f"Cannot listen on {place}, port {port}: {error.strerror}. Set PREFECT_SERVER_API_PORT to a free port, "
+            "PREFECT_SERVER_API_HOST to an address of this machine."
+        ) from None
     if len(os.fsencode(home)) > SOCKET_LENGTH:
         raise ConfigurationError(f"{home} is too long for a socket in it; set a shorter KIS_TOKEN_DIR (demo: TMPDIR).")
-    probe_file = home / "space.tmp"
-    try:
-        probe_file.write_bytes(bytes(SPACE))  # on a full disk the log could not even say why it ended
-    finally:
-        probe_file.unlink(missing_ok=True)
 
 
-def _config() -> str:
-    python = shlex.quote(sys.executable).replace("%", "%%")
-    options = {  # the highest priority starts last and stops first
-        "server": {"priority": 10, "autorestart": "true", "startsecs": 20},
-        "deploy": {"priority": 20, "autorestart": "false", "startsecs": 0},
-        "tidy": {"priority": 30, "autorestart": "true", "startsecs": 5},
-        "worker": {"priority": 40, "autorestart": "true", "startsecs": 5},
-    }
-    return CONFIG + "".join(PROGRAM.format(part=part, python=python, **one) for part, one in options.items())
-
-
-def _wait_until_deployed(home: Path, supervisor: subprocess.Popen[bytes]) -> None:
-    give_up = time.monotonic() + PATIENCE
-    while time.monotonic() < give_up:
-        if supervisor.poll() is not None:
-            raise StackError((home / "supervisor.log").read_text(errors="replace").strip(), supervisor.returncode)
-        parts = {one["name"]: one for one in _parts(home)}
-        for part, one in parts.items():
-            if one["statename"] in ("BACKOFF", "FATAL") or (one["statename"] == "EXITED" and one["exitstatus"]):
-                raise StackError(_failure(home, part, f"exited with code {one['exitstatus']}"))
-        if parts.get("deploy", {}).get("statename") == "EXITED":
-            return
-        time.sleep(0.2)
-    raise StackError(_failure(home, "deploy", f"has not ended after {PATIENCE:.0f} s"))
-
-
-def _parts(home: Path) -> list[dict[str, Any]]:
-    """What supervisord says of its parts; nothing while it starts."""
+def _supervisord(home: Path) -> Any:  # noqa: ANN401 - whatever its XML-RPC interface has
     from supervisor.xmlrpc import SupervisorTransport
 
-    transport = SupervisorTransport(None, None, f"unix://{home}/sock")
-    try:
-        found: Any = ServerProxy("http://localhost", transport).supervisor.getAllProcessInfo()
-    except (OSError, HTTPException, XmlRpcError):
-        return []
-    return list(found)
+    socket.setdefaulttimeout(ANSWER)  # its transport knows no other
+    return ServerProxy("http://localhost", SupervisorTransport(None, None, f"unix://{home}/sock")).supervisor
+
+
+def _parts(calls: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - as above
+    found: list[dict[str, Any]] = calls.getAllProcessInfo()
+    return found
+
+
+def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        if process.poll() is not None:
+            raise StackError((home / "supervisor.log").read_text(errors="replace").strip(), process.returncode)
+        with contextlib.suppress(OSError, HTTPException, XmlRpcError):  # it does not answer yet
+            for part in _parts(_supervisord(home)):
+                ended, name = part["statename"] == "EXITED", part["name"]
+                if part["statename"] in ("BACKOFF", "FATAL") or (ended and part["exitstatus"]):
+                    raise StackError(_failure(home, name, f"exited with code {part['exitstatus']}"))
+                if ended and name == "deploy":
+                    return
+        time.sleep(0.2)
+    raise StackError(_failure(home, "deploy", f"has not ended after {PATIENCE:.0f} s"))
 
 
 def _failure(home: Path, part: str, what: str) -> str:
@@ -378,30 +274,17 @@ def _failure(home: Path, part: str, what: str) -> str:
     return "\n".join([f"{part}: {what}. The end of its log:", *(f"  {line}" for line in lines)])
 
 
-def _wait_for(server: Api) -> None:
-    """Supervisord starts all parts at once; these wait for the first one.
-
-    Raises:
-        StackError: the server did not come up in time.
-
-    """
-    give_up = time.monotonic() + PATIENCE
-    while not server.answers("ready"):
-        if time.monotonic() > give_up:
-            raise StackError(f"Prefect's server at {server.url} does not answer.")
-        time.sleep(0.5)
-
-
 def _show(name: str, what: str) -> None:
     print(f"{name:<11} {what}")
 
 
 def _show_server(home: Path) -> bool:
     """What the server itself says; whether that is all well."""
-    given, server = environment.with_dotenv(), api(timeout=5)
-    page, kept = environment.page(given), environment.password_file(home)
+    given, server = environment.with_dotenv(), environment.api(timeout=5)
+    page = environment.page(given)
     _show("page", page)
-    _show("password", environment.PASSWORD if given.get(environment.PASSWORD) else f"in {kept}")
+    given_password = given.get(environment.PASSWORD)
+    _show("password", environment.PASSWORD if given_password else f"in {environment.password_file(home)}")
     for name in ARTIFACTS:
         _show(name, f"{page}/artifacts/key/{name} (click its newest entry)")
     try:

@@ -10,7 +10,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from flows.stack import supervisor
+from flows.stack import environment
 from flows.stack.api import CHECK, StackError
 from tokencore import ConfigurationError, Settings, open_document
 
@@ -23,7 +23,7 @@ PAUSE = 5.0  # seconds between two questions
 SILENCE = timedelta(minutes=90)  # without a check that ended: one was missed, and the next is late
 
 
-def watch() -> int:
+def watch(patience: float = PATIENCE) -> int:
     """Ask the server and its newest check for a sign of life; alert Slack where there is none, and when there is again.
 
     The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
@@ -32,7 +32,7 @@ def watch() -> int:
         ConfigurationError: the settings are malformed, so that nobody knows where to look.
 
     """
-    settings, found = Settings.load(), silence(supervisor.api(), PATIENCE)
+    settings, found = Settings.load(), silence(environment.api(), patience)
     if found is None and not _was_reported(settings):
         return 0
     from flows import alerts  # all of Prefect

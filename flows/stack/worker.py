@@ -1,4 +1,4 @@
-"""Runs that nobody will end or that came too late: after a kill, a stop, a down-time or a sleep of the machine.
+"""Prefect's worker in a process of ours, which ends the runs that the worker itself never would.
 
 Prefect's worker leaves the runs that it stops, and those that die with it, in the state `Running` for ever; and it
 starts every run that was missed, one by one.
@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import runpy
+import signal
+import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.stack import environment
 from flows.stack.api import CHECK, POOL, StackError
 
 if TYPE_CHECKING:
     from flows.stack.api import Api
 
-WORKER = platform.node()  # the name of our worker: a restarted one takes the place of the one before
+NAME = platform.node()  # of our worker: a restarted one takes the place of the one before
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
 UNDERWAY = (*AT_WORK, "PAUSED")  # a paused run waits for a person, and its process for the run
 SUSPENDED = "Suspended"  # the name of a paused state in which a run needs no process
@@ -30,6 +35,40 @@ GRACE = 10.0  # seconds that runs in flight get to end by themselves
 KILLED = "Its process is gone: it was killed together with its worker, or the machine stopped."
 STOPPED = "Stopped with its worker; the check that comes with the next start goes on."
 SKIPPED = "Missed while nothing ran here; a later run does it all."
+
+
+def work() -> int:
+    """Be Prefect's worker until SIGTERM; first end what died with the one before, last what this one leaves behind.
+
+    Raises:
+        StackError: the server could not be asked.
+
+    """
+    server = environment.api()
+    server.wait()
+    mark_crashed(server)
+    skip_overdue(server)
+    for name in os.environ.keys() - environment.for_worker(os.environ).keys():
+        del os.environ[name]  # before Prefect is loaded, and for all its runs
+    os.chdir(os.environ["PREFECT_HOME"])
+    for task, arguments in ((end_with_parent, ()), (watch_sleep, (server,))):
+        threading.Thread(target=task, args=arguments, daemon=True).start()
+    sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", NAME]
+    try:
+        runpy.run_module("prefect", run_name="__main__")
+    finally:
+        with contextlib.suppress(StackError):  # what is left Running is Crashed with the next start
+            for run in _orphans(server):
+                server.set_state(run["id"], "CANCELLED", "Cancelled", STOPPED)
+    return 0
+
+
+def end_with_parent() -> None:
+    """Ask this process to end as soon as the one that started it is gone: nobody would stop or restart it."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def watch_sleep(api: Api) -> None:
@@ -57,13 +96,6 @@ def mark_crashed(api: Api) -> None:
     """
     for run in _orphans(api):
         api.set_state(run["id"], "CRASHED", "Crashed", KILLED)
-
-
-def mark_cancelled(api: Api) -> None:
-    """Mark as Cancelled what a worker that was stopped has left; what fails here is Crashed with the next start."""
-    with contextlib.suppress(StackError):
-        for run in _orphans(api):
-            api.set_state(run["id"], "CANCELLED", "Cancelled", STOPPED)
 
 
 def drain(api: Api) -> None:
@@ -107,7 +139,7 @@ def _others(api: Api) -> bool:
     if not api.answers(f"work_pools/{POOL}"):
         return False
     workers = api.ask("POST", f"work_pools/{POOL}/workers/filter", {})
-    return any(one["status"] == "ONLINE" and one["name"] != WORKER for one in workers)
+    return any(one["status"] == "ONLINE" and one["name"] != NAME for one in workers)
 
 
 def _is_alive(run: dict[str, Any]) -> bool:
