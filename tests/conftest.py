@@ -73,8 +73,12 @@ def _place(file: Path) -> tuple[int, str]:
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh home and working directory, an environment without settings; child processes find the package."""
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh home and working directory, an environment without settings; child processes find the package.
+
+    What a test adds to the environment ends with it.
+    """
+    before = dict(os.environ)
     for name in [name for name in os.environ if name.upper().startswith(FOREIGN)]:
         monkeypatch.delenv(name)
     home, folder = tmp_path / "home", tmp_path / "work"
@@ -84,7 +88,9 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("USERPROFILE", str(home))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(folder)
-    return home
+    yield home
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -165,7 +165,7 @@ def test_settings_are_told_with_their_origin(command: Command) -> None:
 def test_a_secret_in_the_keyring_is_told_without_its_text(isolated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the keyring has it, its line says so; one that is locked is a failure, and the token still serves."""
     monkeypatch.delenv("KIS_APP_SECRET")
-    own = {"KIS_KEYRING": "kis", "PYTHON_KEYRING_BACKEND": "keyring_in_file.Keyring"}
+    own = {"KIS_KEYRING": "kis", "PYTHON_KEYRING_BACKEND": "servers.Keyring"}
     own["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}{os.pathsep}{Path(__file__).parent}"
     states = {one["name"]: one["state"] for one in json.loads(tokencore("doctor", "--json", **own).out)}
     assert (states["keyring"], states["token us"] == "fail") == ("fail", False), "what is cached serves"

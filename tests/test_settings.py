@@ -10,15 +10,13 @@ import json
 import operator
 import os
 import pickle
+import re
 import shutil
-import socket
-import sys
 import tempfile
-import time
 import tracemalloc
-from collections.abc import Callable
 from datetime import date
 from datetime import time as clock
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,19 +26,18 @@ from builders import KEY, SECRET, ended, in_child
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from keyring_in_file import Keyring
-from servers import Wire
+from servers import Keyring, Wire
 from test_secrets import leaking
 
 from tokencore.calendars.sessions import Override
 from tokencore.config import market_of_program, read_market, sources
 from tokencore.config.market import HOSTS
-from tokencore.config.settings import Settings
+from tokencore.config.settings import MarketSettings, Settings
 from tokencore.config.sources import FILE_LIMIT, gather, trusted_dotenv
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from running import Ran
 
@@ -50,28 +47,14 @@ PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
 TRUSTED = ("environment", "config.toml")
 SPARSE = 48 * 1024 * 1024  # bytes
-PROMPT = 20.0  # seconds in which a busy machine has started Python; a reader that blocks never ends
 NAMELESS = 54_321  # a user id that no system gives a name
 as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
 
 
-@contextlib.contextmanager
-def restored() -> Iterator[None]:
-    """For a while, changes of the environment that are taken back."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 @pytest.fixture(autouse=True)
-def own_environment(isolated: Path) -> Iterator[Path]:
-    """Each test may set what it wants, and hears each warning once."""
+def unwarned() -> None:
+    """Each test hears each warning once."""
     sources._warned.clear()  # noqa: SLF001 - by an earlier test
-    with restored():
-        yield isolated
 
 
 def config(text: str = "", **values: str) -> Path:
@@ -101,12 +84,12 @@ def secrets(**values: str) -> str:
 
 def give(source: str, values: Mapping[str, str]) -> None:
     """Have the variables come from the source of that name."""
-    if source == "environment":
-        os.environ.update(values)
-    elif source == "secrets folder":
+    if source == "secrets folder":
         os.environ["KIS_SECRETS_DIR"] = secrets(**values)
-    else:
+    elif source != "environment":
         {".env": dotenv, "config.toml": config}[source](**values)
+    else:
+        os.environ.update(values)
 
 
 def refusal(work: Callable[[], object] = Settings.load) -> str:
@@ -145,15 +128,13 @@ def test_environment_beats_dotenv_beats_secrets_beats_config_file() -> None:
 
 def test_secrets_folder_as_kubernetes_mounts_it() -> None:
     """Files behind links count, final newlines do not; folders and other programs' files are not opened."""
-    secrets(**PAIR)
-    mount = Path("mount")
-    mount.mkdir()
+    os.environ["KIS_SECRETS_DIR"] = mount = secrets(**{"tls.key": "Canary", **PAIR})
     for name in PAIR:
-        (mount / name).symlink_to(Path("../secrets") / name)
-    (mount / "tls.key").write_bytes(b"\xff\xfe")
-    os.mkfifo(mount / "pipe")
-    (mount / "kis_certificates").mkdir()
-    os.environ["KIS_SECRETS_DIR"] = str(mount)
+        link = Path(mount, name)
+        link.rename(name)
+        link.symlink_to(Path(name).absolute())
+    os.mkfifo(Path(mount, "pipe"))
+    Path(mount, "kis_certificates").mkdir()
     assert us().credentials() == (KEY, SECRET)
 
 
@@ -172,56 +153,45 @@ def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) 
     assert us().app_key is None, "a folder of this name is a virtualenv"
 
 
-CONFIG, SECRET_FILE = "~/.tokencore/config.toml", "secrets/KIS_APP_KEY"
-UNREADABLE: dict[str, tuple[str, bytes | str]] = {
-    "config without a value": (CONFIG, b"buffer = \n"),
-    "config without an end": (CONFIG, b'app_secret = "Canary\n'),
-    "config not UTF-8": (CONFIG, b'app_secret = "Canary\xff"'),
-    "config nested too deep": (CONFIG, b"a = " + b"[" * 20_000),
-    "config a folder": (CONFIG, "folder"),
-    "dotenv not UTF-8": (".env", b"KIS_APP_SECRET=Canary\xff\n"),
-    "secret not UTF-8": (SECRET_FILE, b"Canary\xff"),
-    "secrets no folder": ("secrets", b"Canary"),
+def sparse(path: Path) -> None:
+    """A file of 48 MB that takes no room."""
+    path.touch()
+    os.truncate(path, SPARSE)
+
+
+PLACES = (".env", "~/.tokencore/config.toml", "secrets/KIS_APP_KEY")
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {  # what stands in place of a file, and what is said of it
+    "pipe": (os.mkfifo, "not a regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "48 MB": (sparse, "65536 bytes"),
+    "a byte too many": (lambda path: path.write_bytes(b"#" * FILE_LIMIT + b"\n"), "65536 bytes"),
+    "no UTF-8": (lambda path: path.write_bytes(b'app_secret = "Canary\xff"'), "utf-8"),
 }
-KINDS = {"pipe": "not a regular file", "device": "not a regular file", "socket": "not a regular file"}
-KINDS |= {"48 MB": "65536 bytes", "one byte too many": "65536 bytes"}
-UNREADABLE |= {f"{name} a {kind}": (name, kind) for name in (".env", CONFIG, SECRET_FILE) for kind in KINDS}
+BAD_TOML: dict[str, tuple[Callable[[Path], object], str]] = {
+    "without a value": (lambda path: path.write_text("buffer = \n"), "Invalid value"),
+    "without an end": (lambda path: path.write_text('app_secret = "Canary\n'), "Illegal"),
+    "nested too deep": (lambda path: path.write_text("a = " + "[" * 20_000), ""),
+    "a folder": (Path.mkdir, "not a regular file"),
+}
+UNREADABLE = {f"{place} {kind}": (place, *BAD[kind]) for place in PLACES for kind in BAD}
+UNREADABLE |= {f"config.toml {kind}": (PLACES[1], *BAD_TOML[kind]) for kind in BAD_TOML}
+UNREADABLE["secrets no folder"] = ("secrets", Path.touch, "Not a directory")
 
 
-def make_strange(path: Path, what: bytes | str) -> None:
-    """Put something, or these bytes, in place of a file of settings."""
-    if what == "folder":
-        path.mkdir()
-    elif what == "pipe":
-        os.mkfifo(path.with_name("pipe"))
-        path.symlink_to("pipe")
-    elif what == "device":
-        path.symlink_to("/dev/zero")
-    elif what == "socket":
-        with socket.socket(socket.AF_UNIX) as one, contextlib.chdir(path.parent):  # a socket's address is short
-            one.bind(path.name)
-    else:
-        path.write_bytes(what if isinstance(what, bytes) else b"")
-        if what in KINDS:
-            os.truncate(path, SPARSE if what == "48 MB" else FILE_LIMIT + 1)
-
-
-@pytest.mark.parametrize(("name", "what"), UNREADABLE.values(), ids=UNREADABLE)
-def test_a_source_that_cannot_be_read_is_named_in_one_sentence_at_once(name: str, what: bytes | str) -> None:
+@pytest.mark.parametrize(("name", "make", "why"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_source_that_cannot_be_read_is_named_in_one_sentence_at_once(
+    name: str, make: Callable[[Path], object], why: str
+) -> None:
     """Neither reader waits, takes memory or repeats the content, whatever stands in place of the file."""
-    os.environ |= PAIR
+    os.environ |= {**PAIR, "KIS_SECRETS_DIR": "secrets" if "secrets" in name else ""}
     path = Path(name).expanduser().absolute()
     path.parent.mkdir(exist_ok=True)
-    make_strange(path, what)
-    if "secrets" in name:
-        os.environ["KIS_SECRETS_DIR"] = "secrets"
-    began = time.monotonic()
+    make(path)
     tracemalloc.start()
     for work in (us, Settings.load):
         message = refusal(work)
-        assert path.name in message
-        assert KINDS.get(str(what), "") in message
-    assert (time.monotonic() - began < PROMPT, tracemalloc.get_traced_memory()[1] < SPARSE / 4) == (True, True)
+        assert (path.name in message, why in message) == (True, True)
+    assert tracemalloc.get_traced_memory()[1] < SPARSE / 4
     tracemalloc.stop()
 
 
@@ -239,27 +209,25 @@ def test_each_setting_has_an_origin() -> None:
 # --- whom they trust
 
 
-@pytest.mark.parametrize(
-    "variable",
-    ["KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "KIS_STORE", "KIS_MARKETS__US__EXPORTS"],
-)
+GIVEN_AWAY = ("KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "KIS_STORE", "KIS_MARKETS__US__EXPORTS")
+
+
+@pytest.mark.parametrize("variable", GIVEN_AWAY)
 @pytest.mark.parametrize("source", ["config.toml", "environment", "secrets folder"])
 def test_a_cloned_repository_gets_no_secret_of_another_source(
     source: str, variable: str, command: Callable[..., Ran]
 ) -> None:
     """A command in a folder whose `.env`, the user's own file, says where a secret goes: refused, nothing is sent."""
     give(source, {**PAIR, "KIS_STORE_KEYS": SECRET})
-    trap = Path("trap").absolute()
-    trap.mkdir()
+    (trap := Path("trap").absolute()).mkdir()
     if variable == "KIS_SECRETS_DIR":
         os.environ.pop(variable, None)
     with Wire() as thief:
         (trap / "KIS_BASE_URL").write_text(thief.url)
         value = {"KIS_SECRETS_DIR": str(trap), "KIS_MARKETS__US__EXPORTS": f"mojito2:{trap}"}.get(variable, thief.url)
         path = dotenv(**{variable: value})
-        messages = {refusal(work) for work in (us, Settings.load, Settings, trusted_dotenv)}
-        assert len(messages) == 1
-        assert (message := messages.pop()).startswith(f"{variable} in {path} is refused, because ")
+        (message,) = {refusal(work) for work in (us, Settings.load, Settings, trusted_dotenv)}
+        assert message.startswith(f"{variable} in {path} is refused, because ")
         assert "~/.tokencore/config.toml" in message
         for line in ("get us", "check", "refresh us --force"):
             assert command(*line.split()) == (2, "", f"tokencore: {message}\n")
@@ -268,8 +236,10 @@ def test_a_cloned_repository_gets_no_secret_of_another_source(
 
 def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None:
     """A subclass that gives the credentials itself is as safe as a secret in config.toml."""
-    dotenv(KIS_APP_KEY="bait", KIS_APP_SECRET="bait", KIS_BASE_URL=EVIL)
-    assert "KIS_BASE_URL in " in refusal(lambda: market_of_program("us", lambda: (KEY, SECRET), us().base_url))
+    bait = {"KIS_APP_KEY": "bait", "KIS_APP_SECRET": "bait"}
+    for variable, value in (("KIS_MARKETS__US__EXPORTS", "mojito2"), ("KIS_BASE_URL", EVIL)):
+        dotenv(**bait, **{variable: value})
+        assert f"{variable} in " in refusal(lambda: market_of_program("us", lambda: (KEY, SECRET), us().base_url))
     assert market_of_program("us", lambda: (KEY, SECRET), "https://own").credentials() == (KEY, SECRET)
     assert "quotes" in refusal(lambda: market_of_program("own", lambda: (KEY, f"'{SECRET}'"), "https://own"))
 
@@ -292,18 +262,27 @@ FROM_FOLDER = {"KIS_BASE_URL": "secrets folder", "KIS_APP_SECRET": "config.toml"
 @hypothesis_settings(max_examples=300)
 def test_every_reader_keeps_the_rule_of_addresses(places: dict[str, str], hk: str) -> None:
     """Wherever each variable comes from, both readers refuse an address where the rule says so, and else take it."""
-    with restored():
-        shutil.rmtree("secrets", ignore_errors=True)
-        for source in SOURCES:
-            names = [name for name, place in places.items() if place == source]
-            give(source, {name: VALUES.get(name.rpartition("_")[2], "word") for name in names})
+    placed = {name: (place, VALUES.get(name.rpartition("_")[2], "word")) for name, place in places.items()}
+    with settings_in(placed):
         os.environ |= {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_MARKETS__HK__ENVIRONMENT": hk}
-        store = places.get("KIS_STORE", "environment")
-        expected = store not in (*TRUSTED, places.get("KIS_STORE_KEYS")) or any(
-            is_foreign(s, places, hk) for s in MARKETS
-        )
+        store = places.get("KIS_STORE", "environment") not in (*TRUSTED, places.get("KIS_STORE_KEYS"))
+        expected = store or any(is_foreign(stem, places, hk) for stem in MARKETS)
         assert [refuses(work) for work in (us, lambda: read_market("hk"), Settings.load)] == [expected] * 3
         assert expected or (us().base_url == EVIL) == ("KIS_BASE_URL" in places)
+
+
+@contextlib.contextmanager
+def settings_in(placed: Mapping[str, tuple[str, str]]) -> Iterator[None]:
+    """For a while each variable has its value in its source, and nothing else is set."""
+    before = dict(os.environ)
+    shutil.rmtree("secrets", ignore_errors=True)
+    for source in SOURCES:
+        give(source, {name: value for name, (place, value) in placed.items() if place == source})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def refuses(work: Callable[[], object]) -> bool:
@@ -329,18 +308,17 @@ def is_foreign(stem: str, places: Mapping[str, str], hk: str) -> bool:
     return any(secret not in (None, place) or (place == ".env" and key not in (None, place)) for place in asked)
 
 
-def linked_into_an_open_folder() -> None:
-    """Have `.env` be a link to a file that others can exchange."""
-    shared = Path("shared").absolute()
-    shared.mkdir()
-    Path(".env").rename(shared / "env")
-    Path(".env").symlink_to(shared / "env")
-    shared.chmod(0o777)
-
-
 def give_away(path: Path) -> None:
     """Have it belong to another user."""
     os.chown(path, NAMELESS, NAMELESS)
+
+
+def linked_into_an_open_folder() -> None:
+    """Have `.env` be a link to a file that others can exchange."""
+    (shared := Path("shared").absolute()).mkdir()
+    Path(".env").rename(shared / "env")
+    Path(".env").symlink_to(shared / "env")
+    shared.chmod(0o777)
 
 
 OPEN = {
@@ -387,9 +365,8 @@ def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path(folder).chmod(0o755)
-        trap = Path("~/.tokencore")
-        trap.mkdir(parents=True)
-        (trap / "config.toml").write_text("proactive_window = 8\n")
+        Path("~/.tokencore").mkdir(parents=True)
+        Path("~/.tokencore/config.toml").write_text("proactive_window = 8\n")
         dotenv(KIS_BUFFER="7", KIS_TOKEN_DIR="/nowhere")
         assert us().buffer == Settings.load().buffer == 7  # what is imported late is known before the user changes
         assert ended(in_child(as_nameless)) == 0
@@ -488,9 +465,8 @@ def test_the_defaults_are_the_contracts(isolated: Path) -> None:
     loaded = Settings.load()
     us, kr = loaded.all_markets()
     assert (us.exchanges, kr.exchanges, us.exports) == (("NASD", "NYSE", "AMEX"), ("KRX",), ())
-    assert (loaded.issue_interval, us.buffer, us.proactive_window, loaded.timeout, loaded.max_issues_per_day) == (
-        60, 300, 1800, 10, 2,
-    )  # fmt: skip
+    assert (loaded.issue_interval, loaded.timeout, loaded.max_issues_per_day) == (60, 10, 2)
+    assert (us.buffer, us.proactive_window) == (300, 1800)
     assert (us.environment, us.base_url, us.token_dir) == ("real", REAL, str(isolated / ".tokencore"))
     assert (loaded.prove_tokens, loaded.slack_language, loaded.hts_id, us.app_key) == (True, "en", None, None)
     assert "set KIS_APP_KEY and KIS_APP_SECRET" in refusal(loaded.able_markets)
@@ -514,12 +490,11 @@ def test_a_market_has_values_of_its_own() -> None:
     assert read_market("aB").fingerprint == loaded.market("kr").fingerprint != hk.fingerprint
 
 
-@pytest.mark.parametrize("name", ["jp", "", "../us", "us/", "u s", "us\n", "서울", "x" * 200])
+@pytest.mark.parametrize("name", ["jp", "", "../us", "us/", "u s", "us\n", "서울", KEY, "x" * 200])
 def test_an_unknown_market_is_refused(name: str) -> None:
     """A name that is not configured, or that no file should have, is an error with what is known or allowed."""
     for read in (read_market, Settings.load().market):
-        with pytest.raises(ConfigurationError, match=r"not configured \(known: us, kr\)|not a market's name"):
-            read(name)
+        assert re.search(r"not configured \(known: us, kr\)|not a market's name", refusal(partial(read, name)))
 
 
 @pytest.mark.parametrize(("address", "environment"), [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real")])
@@ -530,27 +505,24 @@ def test_the_other_environments_address_is_refused(address: str, environment: st
     assert f"set KIS_ENVIRONMENT={'paper' if environment == 'real' else 'real'}" in message
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "explicit", "hint"),
-    [
-        *(("KIS_ENVIRONMENT", word, "", "") for word in ("virtual", "demo", "VPS", "mock", "모의")),
-        ("KIS_MARKETS__US__ENVIRONMENT", "demo", "", ""),
-        *(("KIS_MODE", word, "", "real or KIS_ENVIRONMENT=") for word in ("모의", "fast")),
-        *((f"KIS_{name}", "Virtual", "", "real or KIS_ENVIRONMENT=") for name in ("ENV", "IS_PAPER", "ACCOUNT_TYPE")),
-        ("KIS_IS_PAPER", "False", "", None),
-        ("KIS_MODE", "fast", "paper", None),
-    ],
-)
-def test_other_tools_words_for_the_environment_draw_one_warning(
-    variable: str, value: str, explicit: str, hint: str | None, caplog: pytest.LogCaptureFixture
-) -> None:
+OURS = ("virtual", "demo", "VPS", "mock", "모의")
+THEIRS = ("KIS_ENV=Virtual", "KIS_IS_PAPER=true", "KIS_ACCOUNT_TYPE=Virtual", "KIS_MODE=모의", "KIS_MODE=fast")
+WORDS = {  # what is set: what the environment is then, and the setting that is named
+    **{f"KIS_ENVIRONMENT={word}": ("paper", "KIS_ENVIRONMENT=paper") for word in OURS},
+    "KIS_MARKETS__US__ENVIRONMENT=demo": ("paper", "KIS_MARKETS__US__ENVIRONMENT=paper"),
+    **dict.fromkeys(THEIRS, ("real", "KIS_ENVIRONMENT=real or KIS_ENVIRONMENT=paper")),
+    "KIS_IS_PAPER=False": ("real", None),
+    "KIS_MODE=fast KIS_ENVIRONMENT=paper": ("paper", None),
+}
+
+
+@pytest.mark.parametrize("given", WORDS)
+def test_other_tools_words_for_the_environment_draw_one_warning(given: str, caplog: pytest.LogCaptureFixture) -> None:
     """With the right setting; a word for paper in our own setting counts, another tool's variable does not."""
-    os.environ |= {"KIS_ENVIRONMENT": explicit, variable: value}
-    expected = "paper" if explicit or variable.endswith("ENVIRONMENT") else "real"
+    os.environ |= dict(one.split("=") for one in given.split())
+    expected, right = WORDS[given]
     assert [Settings.load().market("us").environment for _ in range(2)] == [expected] * 2
-    name = variable if variable.endswith("ENVIRONMENT") else "KIS_ENVIRONMENT"
-    known = [] if hint is None else [f"set {name}={hint}paper."]
-    assert [message.partition("; ")[2] for message in caplog.messages] == known
+    assert [message.partition("; ")[2] for message in caplog.messages] == ([f"set {right}."] if right else [])
 
 
 def test_white_space_around_keys_is_removed_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -560,13 +532,6 @@ def test_white_space_around_keys_is_removed_with_one_warning(caplog: pytest.LogC
     assert read_market("kr").credentials() == (KEY, SECRET)
     assert [message.split()[0] for message in caplog.messages] == ["KIS_APP_KEY", "KIS_MARKETS__KR__APP_SECRET"]
     assert "Canary" not in caplog.text
-
-
-def test_a_store_that_machines_share_is_said_to_have_no_effect_yet(caplog: pytest.LogCaptureFixture) -> None:
-    """Who sets KIS_STORE learns that each machine keeps, and issues, its own; the address is not repeated."""
-    os.environ |= {**PAIR, "KIS_STORE": "postgresql://canary@host/db"}
-    assert Settings.load().market("us").app_key
-    assert ["KIS_STORE has no effect" in message and "canary" not in message for message in caplog.messages] == [True]
 
 
 def test_what_the_user_knows_of_exchanges() -> None:
@@ -581,8 +546,8 @@ def test_what_the_user_knows_of_exchanges() -> None:
     }
 
 
-def test_no_secret_is_shown_or_pickled() -> None:
-    """No repr, text or pickle of settings contains a credential."""
+def test_no_secret_is_shown_or_pickled(caplog: pytest.LogCaptureFixture) -> None:
+    """No repr, text or pickle of settings contains a credential, nor the warning that a store has no effect yet."""
     os.environ |= {**PAIR, "KIS_MARKETS__US__APP_SECRET": SECRET, "KIS_STORE": f"postgresql://u:{SECRET}@h"}
     os.environ |= {"KIS_STORE_KEYS": f"{SECRET},{KEY}", "SLACK_WEBHOOK_URL": SECRET, "SLACK_BOT_TOKEN": SECRET}
     for shown in (Settings.load(), read_market("us"), gather()):
@@ -590,6 +555,7 @@ def test_no_secret_is_shown_or_pickled() -> None:
             pickle.dumps(shown)
         assert "Canary" not in f"{shown!r} {shown} {caught.value}"
     assert "Canary" not in Settings.load().model_dump_json()
+    assert ["KIS_STORE has no effect" in message and "Canary" not in message for message in caplog.messages] == [True]
 
 
 # --- the two readers
@@ -620,12 +586,7 @@ PLACED = st.fixed_dictionaries({}, optional={k: st.tuples(st.sampled_from(SOURCE
 @hypothesis_settings(max_examples=400)
 def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tuple[str, str]]) -> None:
     """For any settings in any sources both accept the same ones and read the same values from them."""
-    with restored():
-        for source in SOURCES:
-            give(source, {})
-            for old in Path("secrets").glob("*") if source == "secrets folder" else ():
-                old.unlink()
-            give(source, {name: value for name, (place, value) in placed.items() if place == source})
+    with settings_in(placed):
         try:
             fast = [read_market(name) for name in ("us", "kr", *(gather().markets & {"hk"}))]
         except ConfigurationError:
@@ -633,74 +594,68 @@ def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tupl
             return
         loaded = Settings.load()
     for market in fast:
-        own = loaded.markets.get(market.name)
-        keys = [part.app_key.get_secret_value() for part in (own, loaded) if part and part.app_key]
-        environment = (own and own.environment) or loaded.environment
-        common = loaded.base_url if environment == loaded.environment else None
-        url = (own and own.base_url) or common or HOSTS[environment]
-        expected = (next(iter(keys), None), environment, url, loaded.token_dir, loaded.buffer, loaded.proactive_window)
-        assert SIX(market) == SIX(loaded.market(market.name)) == expected
+        own = loaded.markets.get(market.name) or MarketSettings()
+        key = own.app_key or loaded.app_key
+        environment = own.environment or loaded.environment
+        url = own.base_url or (loaded.base_url if environment == loaded.environment else None) or HOSTS[environment]
+        expected = (key and key.get_secret_value(), environment, url, loaded.token_dir, loaded.buffer)
+        assert SIX(market) == SIX(loaded.market(market.name)) == (*expected, loaded.proactive_window)
 
 
-@given(
-    st.sampled_from([dotenv, config]),
-    st.binary(max_size=60)
-    | st.text(st.sampled_from("KIS_APP_KEY=\"'[]{}.#\n \0markets=5ü"), max_size=60).map(str.encode),
-)
+@given(st.sampled_from([dotenv, config]), st.text(st.sampled_from("KIS_APP_KEY=\"'[]{}.#\n \0markets=5ü"), max_size=60))
 @hypothesis_settings(max_examples=300)
-def test_any_bytes_are_settings_or_one_sentence(write: Callable[[], Path], content: bytes) -> None:
+def test_any_text_is_settings_or_one_sentence(write: Callable[[str], Path], content: str) -> None:
     """Whatever stands in a file, the answer is settings or a refusal without a traceback of a parser."""
-    write().write_bytes((f"KIS_APP_SECRET={SECRET}\n".encode() if write is dotenv else b"") + content)
-    try:
+    path = write((f"KIS_APP_SECRET={SECRET}\n" if write is dotenv else "") + content)
+    with contextlib.suppress(ConfigurationError):
         Settings.load()
-    except ConfigurationError:
-        assert refusal()
-    write().unlink()
+        path.unlink()
+        return
+    assert refusal()
+    path.unlink()
 
 
 # --- the keyring
 
 
-Keeper = Callable[[object], list[str]]
+def kept(content: object) -> list[str]:
+    """Give the keyring its content; what it has been asked since the last time."""
+    log = Path.home() / "keyring.log"
+    asked = log.read_text().splitlines() if log.exists() else []
+    log.write_text("")
+    (Path.home() / "keyring.json").write_text(json.dumps(content))
+    return asked
 
 
-@pytest.fixture
-def keeper(isolated: Path) -> Iterator[Keeper]:
-    """Switched on by KIS_KEYRING, where only the key is set: give the keyring its content; what it has been asked."""
+@pytest.fixture(name="keyring")
+def switched_on() -> Iterator[None]:
+    """A keyring, switched on by KIS_KEYRING, where only the key is set."""
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": "kis"}
     before = keyring.get_keyring()
     keyring.set_keyring(Keyring())  # type: ignore[no-untyped-call] # keyring ships no types
-
-    def keep(content: object) -> list[str]:
-        log = isolated / "keyring.log"
-        asked = log.read_text().splitlines() if log.exists() else []
-        log.write_text("")
-        (isolated / "keyring.json").write_text(json.dumps(content))
-        return asked
-
-    yield keep
+    yield
     keyring.set_keyring(before)
 
 
-KEPT = {"kis": {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"}}
-
-
-def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(keeper: Keeper) -> None:
+@pytest.mark.usefixtures("keyring")
+def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once() -> None:
     """Asked for when a request needs it, by the variable's name; a market with a key of its own has its own there."""
-    keeper(KEPT)
+    content = {"kis": {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"}}
+    kept(content)
     us = read_market("us")
-    assert (us.identified(), keeper(KEPT)) == (KEY, [])
+    assert (us.identified(), kept(content)) == (KEY, [])
     assert [us.credentials() for _ in range(2)] == [(KEY, SECRET)] * 2
-    assert keeper(KEPT) == ["kis KIS_APP_SECRET"]
+    assert kept(content) == ["kis KIS_APP_SECRET"]
     assert Settings.load().origins["KIS_APP_SECRET"] == "keyring kis"
     os.environ["KIS_MARKETS__KR__APP_KEY"] = KEY
     assert [read_market(name).credentials()[1] for name in ("us", "kr")] == [SECRET, "of-kr"]
-    keeper(KEPT)
+    kept(content)
     os.environ |= {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}
     assert [read_market(name).credentials()[1] for name in ("us", "kr")] == ["given", "too"]
-    assert keeper(KEPT) == []
+    assert kept(content) == []
 
 
+@pytest.mark.usefixtures("keyring")
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -709,22 +664,20 @@ def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(keeper:
         ("another", "it failed (RuntimeError)"),
         ({}, "`keyring set kis KIS_APP_SECRET`"),
         ({"kis": {"KIS_APP_SECRET": "Canary Canary"}}, "not a secret as KIS shows it"),
+        ("ModuleNotFoundError", "pip install 'keyring>=25'"),
     ],
 )
-def test_a_keyring_that_does_not_serve_is_one_sentence(content: object, why: str, keeper: Keeper) -> None:
+def test_a_keyring_that_does_not_serve_is_one_sentence(content: object, why: str) -> None:
     """It says what is wrong and what to do; the backend's own words are not repeated."""
-    keeper(content)
+    kept(content)
     assert why in refusal(us().credentials)
 
 
-def test_missing_credentials_are_named_with_both_ways_to_set_them(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A key is not looked for in the keyring, whose package may be missing; without the switch none is asked."""
-    monkeypatch.setitem(sys.modules, "keyring", None)
-    assert "pip install 'keyring>=25'" in refusal(us().credentials)
+@pytest.mark.usefixtures("keyring")
+def test_missing_credentials_are_named_with_both_ways_to_set_them() -> None:
+    """A key is not looked for in the keyring; without the switch nothing is."""
     os.environ["KIS_APP_KEY"] = ""
     assert "keyring keeps its secret only" in refusal(us().identified)
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}
     assert "set KIS_APP_SECRET (or KIS_MARKETS__KR__APP_SECRET)" in refusal(read_market("kr").credentials)
-    assert keeper({}) == []
+    assert kept({}) == []
