@@ -26,9 +26,17 @@ NEED = datetime(2026, 11, 23, 14, 0, tzinfo=UTC)  # New York opens half an hour 
 KEY, EXCHANGES = "us+kr", ("NASD", "NYSE", "AMEX", "KRX")
 RUN = "check-tokens 2026-11-23", "http://127.0.0.1:4200/v2/runs/flow-run/0c9d2a51"
 DOWN = "KIS reported a fault of its own (EGW00002)."
-WORDS = {  # of the table: at once, once it is urgent, once escalated, never; and its head
-    "en": ("at once", "once it is urgent", "once escalated", "never", "alert | opens | calls people"),
-    "ko": ("즉시", "긴급해지면", "단계가 올라가면", "없음", "알림 | 최초 발송 | 멘션 호출"),
+HEARD = {  # by whether people hear of it at once, and whether it calls them as soon as that; see `causes.Cause`
+    "en": {
+        (True, True): "at once; calls people at once",
+        (True, False): "at once; calls people once escalated",
+        (False, False): "once it is urgent; calls people once escalated",
+    },
+    "ko": {
+        (True, True): "즉시 발송, 즉시 멘션",
+        (True, False): "즉시 발송, 에스컬레이션되면 멘션",
+        (False, False): "긴급해지면 발송, 에스컬레이션되면 멘션",
+    },
 }
 
 
@@ -42,13 +50,12 @@ def current(page: str) -> str:
 
 
 def table(language: str) -> str:
-    """Every cause by its title, when people first hear of it, and when it calls them."""
-    at_once, urgent, escalated, never, head = WORDS[language]
-    lines = [f"| {head} |", "|---|---|---|"]
-    for cause in causes.CAUSES:
-        calls = at_once if cause.by_person else escalated if cause.reminds else never
-        title = LANGUAGES[language](f"cause.{cause.name}.title")
-        lines.append(f"| {title} | {at_once if cause.at_once else urgent} | {calls} |")
+    """When people hear of which causes, by their titles."""
+    lines = ["| | |", "|---|---|"]
+    for which, heard in HEARD[language].items():
+        found = [cause.name for cause in causes.CAUSES if (cause.at_once, cause.by_person) == which]
+        titles = "<br>".join(LANGUAGES[language](f"cause.{name}.title") for name in found)
+        lines.append(f"| **{heard}** | {titles} |")
     return "\n".join(lines) + "\n"
 
 
