@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
 from flows.alerts import causes, messages
-from flows.alerts.incidents import LAST_CALL, Telling, new
+from flows.alerts.incidents import LAST_CALL, Notification, new
 from flows.alerts.messages import LANGUAGES, Facts, Texts
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ ANCHOR = datetime(2026, 11, 23, 7, 35, tzinfo=UTC)  # Monday 16:35 in Seoul
 NEED = datetime(2026, 11, 23, 14, 0, tzinfo=UTC)  # New York opens half an hour later
 KEY, EXCHANGES = "us+kr", ("NASD", "NYSE", "AMEX", "KRX")
 RUN = "check-tokens 2026-11-23", "http://127.0.0.1:4200/v2/runs/flow-run/0c9d2a51"
-DOWN = "KIS reported a fault of its own (EGW00002)."
+DOWN = "KIS reported a fault of its own (EGW00002).", ("server_error", "EGW00002")
 HEARD = {  # by whether people hear of it at once, and whether it calls them as soon as that; see `causes.Cause`
     "en": {
         (True, True): "at once; calls people at once",
@@ -54,7 +54,7 @@ def table(language: str) -> str:
     lines = ["| | |", "|---|---|"]
     for which, heard in HEARD[language].items():
         found = [cause.name for cause in causes.CAUSES if (cause.at_once, cause.by_person) == which]
-        titles = "<br>".join(LANGUAGES[language](f"cause.{name}.title") for name in found)
+        titles = "<br>".join(LANGUAGES[language][f"cause.{name}.title"] for name in found)
         lines.append(f"| **{heard}** | {titles} |")
     return "\n".join(lines) + "\n"
 
@@ -67,8 +67,9 @@ def samples(texts: Texts) -> str:
 def rendered(texts: Texts) -> Iterator[Message]:
     """The messages."""
     late = ANCHOR + timedelta(minutes=406)
-    known, telling = new(KEY, causes.DOWN, NEED, ANCHOR), Telling("escalated", LAST_CALL, page=True)
-    yield messages.trouble(texts, facts(late), known, telling, DOWN, ("next.planned", late + timedelta(minutes=5)))
+    known, due = new(KEY, causes.DOWN, NEED, ANCHOR), Notification("escalated", LAST_CALL, page=True)
+    happened = messages.happened(texts, causes.DOWN, *DOWN)
+    yield messages.trouble(texts, facts(late), known, due, happened, ("next.planned", late + timedelta(minutes=5)))
     over = new(KEY, causes.DOWN, NEED, ANCHOR)
     over.closed_at = ANCHOR + timedelta(minutes=412)
     yield messages.solved(texts, facts(over.closed_at, over.closed_at + timedelta(hours=23, minutes=55)), [over])

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from flows.runs import View
-    from tokencore import Key, KeyState
+    from tokencore import KeyState
+
+    Row = dict[str, str]
 
 TOKENS, PLAN = "tokens", "plan"
 REFUSED = (
     "KIS refused the credentials: no renewal is tried until a person corrects them, "
     "or runs refresh_token once KIS has restored them"
 )
+COMING = "next renewal or problem"  # the last column
 WORST_FIRST = ("UNREADABLE", "REJECTED", "NO_TOKEN", "EXPIRED", "EXPIRING_SOON", "VALID")
 ABANDONED = timedelta(hours=3)  # without an hourly check, an installation has left its names to others
 KEYS = "keys "  # before their fingerprints in the table's caption
@@ -37,26 +40,27 @@ SHORT = 8  # digits of a fingerprint: enough to tell a few keys apart
 def publish(views: Sequence[View]) -> None:
     """Publish how the tokens are and what lies ahead; what fails here changes no run's end."""
     with harmless("The table of tokens and the plan could not be published"):
-        now, names = datetime.now(UTC), [key.fingerprint[:SHORT] for key, _ in views]
+        now, names = datetime.now(UTC), [view.key.fingerprint[:SHORT] for view in views]
         suffix = _suffix(names, now)
-        rows = [row for view in views for row in rows_of(*view)]
+        rows = [row for view in views for row in rows_of(view)]
         said = f"{caption(rows)} ({clock(now)}, {KEYS}{', '.join(names)})"
         create_table_artifact(key=TOKENS + suffix, table=rows, description=said)
-        states = [state for _, state in views if not isinstance(state, str)]
         create_markdown_artifact(
             key=PLAN + suffix,
-            markdown=described(states),
+            markdown=described([view.state for view in views if view.state]),
             description=f"The sessions ahead, the tokens' life and the renewals, at {clock(now)}.",
         )
 
 
-def rows_of(key: Key, state: KeyState | str) -> list[dict[str, str]]:
+def rows_of(view: View) -> list[Row]:
     """The key's markets for people, in five columns: nothing secret, no path, nothing that Markdown acts on."""
-    if isinstance(state, str):
-        return [_row(market.name, "UNREADABLE", "none", "no", _plain(state)) for market in key.markets]
+    key, state, problem = view
+    if state is None:
+        return [_row(market.name, "UNREADABLE", "none", "no", problem) for market in key.markets]
     until = _short(state.serves_until) if state.serves_until else "none"
     # Of the last column a screen shows two dozen letters: where all is well, they are the time.
-    coming = _plain(next_renewal(state, _short, *[""] * (state.status == WORST_FIRST[-1])))
+    well = state.status == WORST_FIRST[-1]
+    coming = problem or next_renewal(state, _short, *[""] * well)
     return [
         _row(market.name, state.status, until, _covered(state, state.need_of(market)), coming) for market in key.markets
     ]
@@ -75,10 +79,10 @@ def next_renewal(state: KeyState, time: Callable[[datetime], str] = clock, befor
     return f"{before}{time(tried)}, {planned.exception or planned.reason}"
 
 
-def caption(rows: Sequence[dict[str, str]]) -> str:
+def caption(rows: Sequence[Row]) -> str:
     """The markets by their status, the worst first, and with their problem where they have one."""
     alike: dict[tuple[str, str], list[str]] = {}
-    for row in sorted(rows, key=_rank):
+    for row in sorted(rows, key=lambda row: (not _problem(row), WORST_FIRST.index(row["status"]))):
         alike.setdefault((row["status"], _problem(row)), []).append(row["market"])
     return "; ".join(f"{', '.join(names)} {status}{problem}" for (status, problem), names in alike.items())
 
@@ -98,14 +102,8 @@ def described(states: Sequence[KeyState]) -> str:
     return "\n\n".join(parts)
 
 
-def _row(market: str, status: str, until: str, covered: str, coming: str) -> dict[str, str]:
-    return {
-        "market": market,
-        "status": status,
-        "until": until,
-        "session covered": covered,
-        "next renewal or problem": coming,
-    }
+def _row(market: str, status: str, until: str, covered: str, coming: str) -> Row:
+    return {"market": market, "status": status, "until": until, "session covered": covered, COMING: _plain(coming)}
 
 
 def _covered(state: KeyState, need: tuple[datetime, datetime] | None) -> str:
@@ -118,14 +116,10 @@ def _covered(state: KeyState, need: tuple[datetime, datetime] | None) -> str:
     return ("by the next renewal, until " if in_time else "no, needed until ") + _short(need[1])
 
 
-def _problem(row: dict[str, str]) -> str:
-    if row["next renewal or problem"] == _plain(REFUSED):
+def _problem(row: Row) -> str:
+    if row[COMING] == _plain(REFUSED):
         return ": KIS refused the credentials"
-    return "" if row["status"] == WORST_FIRST[-1] else f": {row['next renewal or problem']}"
-
-
-def _rank(row: dict[str, str]) -> tuple[bool, int]:
-    return not _problem(row), WORST_FIRST.index(row["status"])
+    return "" if row["status"] == WORST_FIRST[-1] else f": {row[COMING]}"
 
 
 def _suffix(names: Sequence[str], now: datetime) -> str:

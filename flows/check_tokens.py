@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows import alerts, artifacts, runs, upcoming
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 
     from tokencore import KeyState, Settings
 
-EVERYONE = "all markets"
+ALL_KEYS = "check_tokens"  # whose incident it is where a run came to no key
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 TRY_FOR = timedelta(minutes=45)  # while KIS is down; then the next hourly run goes on
 
 
 def run_name() -> str:
     """`check-tokens 2026-11-23 07:05 UTC`, when it was due; a planned renewal keeps the name that announced it."""
-    return upcoming.kept_name() or runs.check_name(runs.due())
+    if upcoming.TAG in flow_run.tags:
+        return str(flow_run.name)
+    return upcoming.check_name(flow_run.scheduled_start_time)
 
 
 @runs.described
@@ -54,7 +57,7 @@ def check_tokens() -> State:
     program issues with this key. *app key*, *app secret*: correct the settings, then run `refresh_token`. *KIS
     cannot be reached*, *a fault of its own*: wait. *KIS has rejected the token*: it says when another is possible.
     """
-    return alerts.guarded(EVERYONE, lambda settings, now: check(settings, runs.due(), now))
+    return alerts.guarded(ALL_KEYS, lambda settings, now: check(settings, flow_run.scheduled_start_time, now))
 
 
 def check(settings: Settings, due: datetime, now: datetime) -> State:
@@ -68,8 +71,8 @@ def check(settings: Settings, due: datetime, now: datetime) -> State:
         return Completed(name="SkippedLate", message="An hour late: a later check is due and does it all.")
     keys = Key.load(settings)
     results = runs.each_key(advance, keys, TRY_FOR)
-    alerts.resolved(settings, EVERYONE, now)
-    views = runs.views(keys, results, datetime.now(UTC))
+    alerts.resolved(settings, ALL_KEYS, now)
+    views = runs.views(keys, results)
     artifacts.publish(views)
     upcoming.update(views)
     upcoming.name_ahead()
@@ -77,32 +80,25 @@ def check(settings: Settings, due: datetime, now: datetime) -> State:
 
 
 @task(persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
-def advance(key: Key, again_in: float | None) -> Done:
-    """One decision of the renewal rule for the key.
+def advance(key: Key, again_in: float | None = None, now: datetime | None = None) -> Done:
+    """One decision of the renewal rule for the key; trouble is reported once it matters.
 
     Args:
         key: Whose token.
         again_in: After how many seconds Prefect tries again while KIS is down; None if it does not.
-
-    """
-    with safe_errors():
-        return follow(key, datetime.now(UTC), again_in)
-
-
-def follow(key: Key, now: datetime, again_in: float | None = None) -> Done:
-    """Renew the key if the rule says so at `now` (aware), and report trouble once it matters.
+        now: The moment, aware; the present one by default.
 
     Raises:
         TokenError: a renewal that was due did not happen, or KIS rejects the token, and the coming need is not
             covered. A present token is untouched.
 
     """
-    settings = key.market.settings
+    settings, now = key.market.settings, now or datetime.now(UTC)
     try:
         with safe_errors():
             state, remark = key.state(now), ""
             if is_session_day(state):
-                state, remark = runs.proven(state, settings)
+                state, remark = runs.proven(state)
             decision = key.tick(state)
             key.sync_exports()
     except SAFE as error:
@@ -114,7 +110,7 @@ def follow(key: Key, now: datetime, again_in: float | None = None) -> Done:
             raise met
     elif state.covered:
         alerts.resolved(settings, state, now)
-    return Done(state, decision.renewed, "; ".join(part for part in (str(trouble or ""), remark) if part))
+    return Done(state, decision.renewed, remark, trouble)
 
 
 def is_session_day(state: KeyState) -> bool:
@@ -154,5 +150,5 @@ def ended(results: Mapping[Key, Done | Exception]) -> State:
 
 def progress(done: Done) -> str:
     """How the key is and what comes next, without the last full stop."""
-    planned = artifacts.next_renewal(done.state)
-    return "; ".join(part.rstrip(".") for part in (done.state.served, done.remark, planned) if part)
+    said = done.state.served, str(done.trouble or ""), done.remark, artifacts.next_renewal(done.state)
+    return "; ".join(part.rstrip(".") for part in said if part)

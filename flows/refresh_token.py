@@ -14,6 +14,7 @@ from uuid import uuid4
 from prefect import State, flow
 from prefect.flow_runs import apause_flow_run
 from prefect.input import RunInput
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import Field
 
@@ -64,7 +65,7 @@ class Confirmation(RunInput):
 
 def run_name() -> str:
     """`refresh us`, or `refresh us (forced)`."""
-    given = runs.parameters()
+    given = flow_run.parameters
     return f"refresh {given['market']}" + (" (forced)" if given.get("force") else "")
 
 
@@ -101,7 +102,7 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "", oper
 
     """
     asked = Request(market.lower(), force, reason, operator)
-    return alerts.guarded(f"market {asked.market}", lambda settings, now: refresh(settings, asked, now))
+    return alerts.guarded(f"refresh_token {asked.market}", lambda settings, now: refresh(settings, asked, now))
 
 
 class Request(NamedTuple):
@@ -127,9 +128,9 @@ def refresh(settings: Settings, asked: Request, now: datetime) -> State:
     settings.market(asked.market).identified()
     keys = Key.load(settings)
     key = next(key for key in keys if asked.market in [one.name for one in key.markets])
-    alerts.resolved(settings, f"market {asked.market}", now)
+    alerts.resolved(settings, f"refresh_token {asked.market}", now)
     end = renew(key, asked._replace(reason=reason, operator=operator), now)
-    views = runs.views(keys, {}, datetime.now(UTC))
+    views = runs.views(keys, {})
     artifacts.publish(views)
     upcoming.update(views)
     return end

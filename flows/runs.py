@@ -1,4 +1,4 @@
-"""What the flows share: when a run was due, which errors may leave it, when Prefect tries again, one step per key."""
+"""What the flows share: which errors may leave a run, when Prefect tries again, one step per key, and times."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from zoneinfo import ZoneInfo
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
 
-from tokencore import IssuerUnavailableError, TokenError, sessions
+from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, TokenError, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +24,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import TaskRun
     from prefect.logging.loggers import LoggingAdapter
 
-    from tokencore import Key, KeyState, Settings
-
-    View = tuple[Key, KeyState | str]  # a key with its state, or with why that cannot be read
+    from tokencore import Key, KeyState
 
 KST = ZoneInfo("Asia/Seoul")  # the time of KIS's own notices
 MARGIN = 5.0  # seconds after a cool-down before Prefect tries again
@@ -41,14 +38,32 @@ class UnforeseenError(Exception):
 
 
 SAFE = (TokenError, UnforeseenError)  # what `safe_errors` lets out
+ON_RECORD = (IssuanceLimitError, IssuerUnavailableError, CredentialsError)  # the issuance record tells more of them
 
 
 class Done(NamedTuple):
-    """What a step made of a key: its state after it, whether it issued a token, and what else there is to say."""
+    """What a step made of a key.
+
+    Attributes:
+        state: how it is after the step.
+        renewed: whether the step issued a token.
+        remark: what else there is to say.
+        trouble: why a renewal that was due failed, where the token serves on.
+
+    """
 
     state: KeyState
     renewed: bool
     remark: str = ""
+    trouble: TokenError | None = None
+
+
+class View(NamedTuple):
+    """A key as a run leaves it: its state, None where it cannot be read, and the trouble that no record tells of."""
+
+    key: Key
+    state: KeyState | None
+    problem: str = ""
 
 
 @contextlib.contextmanager
@@ -73,33 +88,11 @@ def harmless(what: str) -> Iterator[None]:
         logger().warning("%s: %s.", what, type(error).__name__)
 
 
-def due() -> datetime:
-    """When this run was scheduled to start, aware; for a run that somebody started, that moment."""
-    scheduled: datetime = flow_run.scheduled_start_time
-    return scheduled
-
-
-def parameters() -> dict[str, Any]:
-    """The parameters of this run."""
-    given: dict[str, Any] = flow_run.parameters
-    return given
-
-
 def described(made: AnyFlow) -> AnyFlow:
     """The flow, its docstring as the page wants it: Markdown with a line a paragraph; the form shows the arguments."""
     text, _, _ = (made.description or "").partition("\n\nArgs:")
     made.description = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
     return made
-
-
-def check_name(at: datetime) -> str:
-    """The name of the check that is due then (aware), before it starts and after."""
-    return f"check-tokens {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def warm_up_name(exchange: str, at: datetime) -> str:
-    """The name of the warm-up of an exchange that is due then (aware), before it starts and after."""
-    return f"warm-up {exchange} {local_date(exchange, at)}"
 
 
 def local_date(exchange: str, at: datetime) -> date:
@@ -164,18 +157,18 @@ def failures(results: Mapping[Key, object]) -> str:
     )
 
 
-def views(keys: Sequence[Key], results: Mapping[Key, object], now: datetime) -> list[View]:
-    """Every key as a run leaves it at `now` (aware), read anew only where no step has; or why it cannot be read."""
-    done = {key.fingerprint: result.state for key, result in results.items() if isinstance(result, Done)}
-    return [(key, done.get(key.fingerprint) or _read(key, now)) for key in keys]
+def views(keys: Sequence[Key], results: Mapping[Key, object]) -> list[View]:
+    """Every key as a run leaves it, read anew only where no step has."""
+    done = {key.fingerprint: result for key, result in results.items()}
+    return [_view(key, done.get(key.fingerprint)) for key in keys]
 
 
-def proven(state: KeyState, settings: Settings) -> tuple[KeyState, str]:
+def proven(state: KeyState) -> tuple[KeyState, str]:
     """`state` after one quote call with its token (KIS_PROVE_TOKENS), and what to say where KIS gave no answer.
 
     A token that KIS rejects is marked dead for all processes. Nothing is asked where there is no token to prove.
     """
-    if not settings.prove_tokens or state.token is None or state.serves_until is None:
+    if not state.key.market.settings.prove_tokens or state.token is None or state.serves_until is None:
         return state, ""
     evidence = state.key.prove(state.token)
     if evidence.accepted is False:
@@ -184,8 +177,21 @@ def proven(state: KeyState, settings: Settings) -> tuple[KeyState, str]:
     return state, "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
 
 
-def _read(key: Key, now: datetime) -> KeyState | str:
+def _view(key: Key, result: object) -> View:
+    trouble = result.trouble if isinstance(result, Done) else result
+    problem = str(trouble) if isinstance(trouble, Exception) and not isinstance(trouble, ON_RECORD) else ""
     try:
-        return key.state(now)
+        return View(key, result.state if isinstance(result, Done) else key.state(datetime.now(UTC)), problem)
     except TokenError as error:
-        return str(error)
+        return View(key, None, str(error))
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """A failed step's line in the log is its sentence: where in our code it was raised helps nobody."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, SAFE):
+        record.msg, record.args, record.exc_info = str(error), (), None
+    return True
+
+
+logging.getLogger("prefect.task_runs").addFilter(_without_traceback)

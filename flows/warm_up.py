@@ -6,11 +6,12 @@ SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL.
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
 
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows import alerts, artifacts, runs, upcoming
@@ -23,18 +24,9 @@ if TYPE_CHECKING:
 Exchange = Literal["KRX", "NXT", "NASD", "NYSE", "AMEX", "SEHK", "SHAA", "SZAA", "TKSE", "VNSE", "HASE"]
 
 
-class Day(NamedTuple):
-    """An exchange's day with a session: when it trades and until when a token must be valid; aware UTC."""
-
-    exchange: str
-    date: date
-    session: sessions.Session
-    until: datetime
-
-
 def run_name() -> str:
     """`warm-up NASD 2026-11-23`, the day in the exchange's zone."""
-    return runs.warm_up_name(runs.parameters()["exchange"], runs.due())
+    return upcoming.warm_up_name(flow_run.parameters["exchange"], flow_run.scheduled_start_time)
 
 
 @runs.described
@@ -60,7 +52,7 @@ def warm_up(exchange: Exchange) -> State:
             Shenzhen, TKSE Tokyo, VNSE and HASE Ho Chi Minh City and Hanoi.
 
     """
-    return alerts.guarded(exchange, lambda settings, now: visit(settings, exchange, runs.due(), now))
+    return alerts.guarded(exchange, lambda settings, now: visit(settings, exchange, flow_run.scheduled_start_time, now))
 
 
 def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> State:
@@ -70,72 +62,59 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
         ConfigurationError: no market trades the exchange.
 
     """
-    day = trading_day(exchange, local_date(exchange, due), settings)
-    if day is None:
-        why = sessions.closure(exchange, local_date(exchange, due), settings.overrides)
-        return Completed(name="MarketClosed", message=f"{exchange} closed: {why}")
-    if day.session.close <= now:
-        return Completed(name="SkippedLate", message=f"{exchange}'s session of {day.date} is over.")
-    keys = Key.trading(settings, exchange)
+    day, known = local_date(exchange, due), settings.overrides
+    session, need = sessions.session(exchange, day, known), sessions.need(exchange, day, known)
+    if session is None or need is None:
+        return Completed(name="MarketClosed", message=f"{exchange} closed: {sessions.closure(exchange, day, known)}")
+    if session.close <= now:
+        return Completed(name="SkippedLate", message=f"{exchange}'s session of {day} is over.")
+    keys, until = Key.trading(settings, exchange), need[1]
     alerts.resolved(settings, exchange, now)  # of what kept a run from coming to its keys
-    if due < day.session.open <= now and all(key.state(now).lasts(day.until) for key in keys):
+    if due < session.open <= now and all(key.state(now).lasts(until) for key in keys):
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
-    results = runs.each_key(ensure, keys, day.session.open - now, day.until)
+    results = runs.each_key(ensure, keys, session.open - now, until)
     if any(not isinstance(one, Done) or one.renewed for one in results.values()):
-        views = runs.views(Key.load(settings), results, datetime.now(UTC))
+        views = runs.views(Key.load(settings), results)
         artifacts.publish(views)
         upcoming.update(views)
-    return ended(day, results)
+    return ended(exchange, until, results)
 
 
 @task(persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
-def ensure(key: Key, until: datetime, again_in: float | None) -> Done:
+def ensure(key: Key, until: datetime, again_in: float | None = None, now: datetime | None = None) -> Done:
     """Have a token of the key that lasts `until` then; trouble is reported at once, not after the last try.
 
     Args:
         key: Whose token.
         until: When the need ends, aware.
         again_in: After how many seconds Prefect tries again while KIS is down; None if it does not.
-
-    """
-    with safe_errors():
-        return keep(key, until, datetime.now(UTC), again_in)
-
-
-def keep(key: Key, until: datetime, now: datetime, again_in: float | None = None) -> Done:
-    """See `ensure`.
+        now: The moment, aware; the present one by default.
 
     Raises:
         TokenError: there is no token that lasts; a present one is untouched.
 
     """
-    settings, remark, issued = key.market.settings, "", False
+    now = now or datetime.now(UTC)
+    remark, issued = "", False
     try:
         with safe_errors():
             state = key.state(now)
             if state.lasts(until):
-                state, remark = runs.proven(state, settings)
+                state, remark = runs.proven(state)
             if not state.lasts(until):
                 issued = key.obtain(until, now)
                 state = key.state(datetime.now(UTC))
     except SAFE as error:
-        raise alerts.report(settings, key, error, now, again_in) from None
-    alerts.resolved(settings, state, state.now)
+        raise alerts.report(key.market.settings, key, error, now, again_in) from None
+    alerts.resolved(key.market.settings, state, state.now)
     return Done(state, issued, remark)
 
 
-def ended(day: Day, results: Mapping[Key, Done | Exception]) -> State:
-    """The state of a run with these results by key."""
+def ended(exchange: str, until: datetime, results: Mapping[Key, Done | Exception]) -> State:
+    """The state of a run with these results by key, whose exchange needs a token until then."""
     if failures := runs.failures(results):
         return Failed(message=failures)
     done = [result for result in results.values() if isinstance(result, Done)]
     said = "; ".join([*(one.state.served for one in done), *(one.remark for one in done if one.remark)])
     name = "Renewed" if any(one.renewed for one in done) else "Warm"
-    return Completed(name=name, message=f"{said}. {day.exchange} needs it until {clock(day.until)}.")
-
-
-def trading_day(exchange: str, day: date, settings: Settings) -> Day | None:
-    """The exchange's day; None without a session."""
-    known = settings.overrides
-    session, need = sessions.session(exchange, day, known), sessions.need(exchange, day, known)
-    return Day(exchange, day, session, need[1]) if session and need else None
+    return Completed(name=name, message=f"{said}. {exchange} needs it until {clock(until)}.")

@@ -37,7 +37,7 @@ from running import asked, cached
 from slack_endpoint import HOOK
 
 from flows import alerts, artifacts, check_tokens, refresh_token, runs, upcoming, warm_up
-from flows.runs import Done, UnforeseenError, failures, harmless, retry_delays, safe_errors
+from flows.runs import Done, UnforeseenError, View, failures, harmless, retry_delays, safe_errors
 from tokencore import (
     CredentialsError,
     IssuanceLimitError,
@@ -46,6 +46,7 @@ from tokencore import (
     Settings,
     TokenError,
     TokenStoreError,
+    sessions,
 )
 from tokencore.policy import retry_delay
 from tokencore.sandbox import APP_KEY, APP_SECRET
@@ -75,12 +76,12 @@ def now() -> datetime:
 
 def kept(until: datetime | None = None) -> Done:
     """What a warm-up's step makes of the only key."""
-    return warm_up.keep(only_key(), until or now() + SOON + HOUR, now())
+    return warm_up.ensure.fn(only_key(), until or now() + SOON + HOUR)
 
 
 def followed(at: datetime | None = None) -> State:
     """The end of a check of the only key."""
-    return check_tokens.ended({only_key(): check_tokens.follow(only_key(), at or now())})
+    return check_tokens.ended({only_key(): check_tokens.advance.fn(only_key(), now=at)})
 
 
 def visited(exchange: str, due: datetime, at: datetime | None = None) -> State:
@@ -216,9 +217,7 @@ class TestWarmUp:
         cached()  # the sandbox knows no such token
         gateway.answer(*BUSY)
         done = kept()
-        day = warm_up.trading_day(exchange, runs.local_date(exchange, now() + SOON), Settings.load())
-        assert day
-        state = warm_up.ended(day, {done.state.key: done})
+        state = warm_up.ended(exchange, now(), {done.state.key: done})
         assert (told(state), done.state.status) == (("COMPLETED", "Warm"), "VALID")
         assert "KIS did not say whether it accepts the token (HTTP 500: EGW00201" in str(state.message)
 
@@ -272,7 +271,7 @@ class TestCheck:
         """A refused renewal is in the state's message where the present token lasts through the need."""
         opens(timedelta(hours=-2))  # over; the next one is far away
         assert (followed().type.value, asked(gateway)) == ("COMPLETED", 0)
-        limited = Done(kept().state, renewed=False, remark="KIS refused to issue (EGW00133).")
+        limited = Done(kept().state, renewed=False, trouble=TokenError("KIS refused to issue (EGW00133)."))
         state = check_tokens.ended({only_key(): limited})
         assert told(state) == ("COMPLETED", "AlreadyValid")
         assert "; KIS refused to issue (EGW00133); " in str(state.message)
@@ -290,7 +289,7 @@ class TestTable:
     def test_five_columns_say_how_a_market_is(self) -> None:
         """Market, status, until, session covered, and the next renewal with its reason; no bare sign for Markdown."""
         cached()
-        us, kr = artifacts.rows_of(only_key(), only_key().state(now()))
+        us, kr = artifacts.rows_of(View(only_key(), only_key().state(now())))
         assert list(us) == ["market", "status", "until", "session covered", "next renewal or problem"]
         assert (us["market"], kr["market"], us["status"]) == ("us", "kr", "VALID")
         assert us["until"].endswith(" KST")
@@ -304,7 +303,7 @@ class TestTable:
         well = artifacts._row("us", "VALID", "x", "yes", "next renewal 2026-11-23")  # noqa: SLF001 - rows as they are
         refused = well | {"market": "kr", "next renewal or problem": artifacts.REFUSED}
         unusable = "The token directory cannot be used: | no | space `left`."
-        broken = artifacts.rows_of(only_key(), unusable)[1] | {"market": "hk"}
+        broken = artifacts.rows_of(View(only_key(), None, unusable))[1] | {"market": "hk"}
         assert artifacts.caption([well, refused, broken]) == (
             "hk UNREADABLE: The token directory cannot be used: / no / space 'left'.; "
             "kr VALID: KIS refused the credentials; us VALID"
@@ -315,9 +314,9 @@ class TestTable:
         opens(SOON)
         gateway.fail("down")
         with pytest.raises(IssuerUnavailableError):
-            check_tokens.follow(only_key(), now())
+            check_tokens.advance.fn(only_key())
         state = only_key().state(now())
-        rows = artifacts.rows_of(only_key(), state)
+        rows = artifacts.rows_of(View(state.key, state))
         (said,) = {row["next renewal or problem"] for row in rows}
         assert re.match(r"a fault of KIS's \(EGW00002\) at .* KST; next attempt .* KST$", said)
         assert artifacts.caption(rows) == f"us, kr NO_TOKEN: {said}"
@@ -331,8 +330,10 @@ class TestTable:
         def checked() -> None:
             fill_disk()
             with pytest.raises(TokenStoreError, match="only this process has it"):
-                check_tokens.follow(only_key(), now())
-            assert {row["status"] for row in artifacts.rows_of(only_key(), only_key().state(now()))} == {"NO_TOKEN"}
+                check_tokens.advance.fn(only_key())
+            assert {row["status"] for row in artifacts.rows_of(View(only_key(), only_key().state(now())))} == {
+                "NO_TOKEN"
+            }
 
         assert ended(in_child(checked)) == 0
         assert slack.told[0]["text"].startswith("no token · ")
@@ -344,7 +345,7 @@ class TestTable:
         with pytest.raises(CredentialsError):
             only_key().refresh(force=True, reason="a test", by="")
         state = only_key().state(now())
-        rows, plan = artifacts.rows_of(state.key, state), artifacts.described([state])
+        rows, plan = artifacts.rows_of(View(state.key, state)), artifacts.described([state])
         assert {row["next renewal or problem"] for row in rows} == {artifacts.REFUSED}
         assert (f"{artifacts.REFUSED}." in plan, "| next renewal |" in plan) == (True, False)
         assert check_tokens.progress(Done(state, renewed=False)).endswith(artifacts.REFUSED)
@@ -411,7 +412,7 @@ def step(gateway: Sandbox, what: str, at: datetime) -> State | None:
     if what == KILL:
         gateway.kill_tokens()
         return None
-    settings, key = Settings.load(), only_key()
+    key = only_key()
     if what == MANUAL:
         return refresh_token.renew(key, refresh_token.Request("us", force=True, reason="", operator="Kim"), at)
     if what not in WARM_UPS:
@@ -419,8 +420,8 @@ def step(gateway: Sandbox, what: str, at: datetime) -> State | None:
             return followed(at)
         except TokenError as error:
             return check_tokens.ended({key: error})
-    day = warm_up.trading_day(what, runs.local_date(what, at), settings)
-    return warm_up.ended(day, {key: kept(day.until)}) if day else visited(what, at)
+    need = sessions.need(what, runs.local_date(what, at))
+    return warm_up.ended(what, need[1], {key: kept(need[1])}) if need else visited(what, at)
 
 
 @pytest.mark.parametrize(("begin", "days", "extra", "expected"), WEEKS.values(), ids=list(WEEKS))
@@ -476,7 +477,7 @@ def leak(secret: str) -> None:
 @flow
 def publish() -> None:
     """Publish the table and the plan as a run of ours does."""
-    artifacts.publish(runs.views([only_key()], {}, now()))
+    artifacts.publish(runs.views([only_key()], {}))
 
 
 def contents(folder: Path) -> Iterator[bytes]:
@@ -587,12 +588,11 @@ class TestRuns:
     def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes(self) -> None:
         """One run per key stands at its moment: kept while the plan stays, moved with it, gone without it.
 
-        Another installation's is left alone; one of version 0.1, which named no key, is replaced. One whose moment has
-        come stays, whatever the plan says now: it finds out what there is to do.
+        Another installation's is left alone. One whose moment has come stays, whatever the plan says now: it finds out
+        what there is to do.
         """
         soon, later = (now().replace(microsecond=0) + hours * HOUR for hours in (2, 3))
         ours, theirs = upcoming.Wanted("us+kr", "key 1a", soon), upcoming.Wanted("us+kr", "key 2b", soon)
-        upcoming.keep([upcoming.Wanted("us+kr", "old", later)])
         for wanted, planned in (
             *((ours, [soon]), (ours, [soon]), (theirs, [soon, soon])),
             *((ours._replace(at=later), [soon, later]), (theirs._replace(at=None), [later])),
@@ -652,7 +652,7 @@ class TestRuns:
         def broken(*_: object) -> None:
             raise LookupError(" ".join(secrets.values()))
 
-        monkeypatch.setattr("flows.warm_up.trading_day", broken)
+        monkeypatch.setattr("flows.warm_up.local_date", broken)
         state = run(warm_up.warm_up, exchange=exchange)
         assert str(state.message).startswith("Unexpected LookupError at test_flows.py:")
         pasted = make_jwt(life=77_000)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prefect import State
 
     from flows.alerts.causes import Cause
-    from flows.alerts.incidents import Incident, Telling
+    from flows.alerts.incidents import Incident
     from flows.alerts.messages import Facts, Message, Notice, Texts
     from tokencore.stores.base import Document
 
@@ -38,42 +38,88 @@ CHECK_MINUTE = 5  # of each hour, when check_tokens runs: its cron in prefect.ya
 
 
 class Subject(NamedTuple):
-    """Who is in trouble.
+    """Who is in trouble, at which moment.
 
     Attributes:
+        settings: where messages go, and in which language.
+        now: the moment, aware.
         name: what its incidents are kept under.
         label: what people call it.
-        states: the keys whose sessions are endangered, as far as they could be read.
+        state: the key whose session is endangered first, as far as it could be read.
         exchanges: what it trades, where no key could be read.
-        reached: whether it is a key.
+        reached: whether it is a key, whose token was looked at.
 
     """
 
+    settings: Settings
+    now: datetime
     name: str
     label: str
-    states: list[KeyState]
+    state: KeyState | None
     exchanges: list[str]
     reached: bool
 
     @classmethod
     def of(cls, settings: Settings, who: Who, now: datetime) -> Subject:
         """A key by its state, or read now; an exchange by its code; of anything else all keys are at risk."""
-        if isinstance(who, str):
-            known = who in sessions.EXCHANGES
-            return cls(who, who, [] if known else _all_states(settings, now), [who] if known else [], reached=False)
-        key, state = (who.key, who) if isinstance(who, KeyState) else (who, _state(who, now))
-        return cls(key.name, key.label, [state] if state else [], key.exchanges, reached=state is not None)
+        if isinstance(who, KeyState):
+            return cls(settings, now, who.key.name, who.key.label, who, who.key.exchanges, reached=True)
+        if isinstance(who, Key):
+            state = _first_endangered([who], now)
+            return cls(settings, now, who.name, who.label, state, who.exchanges, reached=state is not None)
+        if who in sessions.EXCHANGES:
+            return cls(settings, now, who, who, None, [who], reached=False)
+        try:
+            keys = Key.load(settings)
+        except TokenError:  # there is no key, which is what is reported
+            keys = []
+        return cls(settings, now, who, who, _first_endangered(keys, now), [], reached=False)
 
     @property
-    def state(self) -> KeyState | None:
-        """The key whose need is endangered first."""
-        endangered = [one for one in self.states if one.outlook.unserved]
-        return min(endangered, key=_unserved_from, default=next(iter(self.states), None))
+    def texts(self) -> Texts:
+        """The reader's language."""
+        return messages.LANGUAGES[self.settings.slack_language]
 
     @property
     def need(self) -> datetime | None:
-        """When the need that is endangered first starts, aware UTC."""
-        return self.state.outlook.unserved[0] if self.state and self.state.outlook.unserved else None
+        """When the need that is endangered first starts; of an exchange whose keys were not reached, its next one."""
+        if self.state:
+            return self.state.outlook.unserved[0] if self.state.outlook.unserved else None
+        soon = self.now + timedelta(days=messages.DAYS_AHEAD)
+        needs = sessions.needs(self.exchanges, self.now, soon, self.settings.overrides)
+        return next((start for start, _ in needs if start > self.now), None)
+
+    def facts(self, *, at_risk: bool) -> Facts:
+        """What a message says of it; the sessions too where they are at risk."""
+        state = self.state
+        until = state.serves_until if state else None
+        codes = state.key.exchanges if state and state.outlook.unserved else self.exchanges
+        risks = messages.risks(codes, until, self.now, self.settings.overrides) if at_risk else []
+        run = flow_run.name or "", url_for("flow-run", flow_run.id) if flow_run.id else None
+        return messages.Facts(self.label, self.now, until, self.reached, risks, run, self.settings.slack_mention)
+
+    def cause(self, error: Exception) -> Cause:
+        """Why it is in trouble."""
+        if self.state is None or not self.reached:
+            return causes.cause_of(error, [])
+        interval = self.state.key.market.settings.issue_interval
+        return causes.cause_of(error, self.state.attempts, self.state.token, interval)
+
+    def happened(self, cause: Cause, error: Exception) -> str:
+        """What happened, in the reader's language."""
+        last = self.state.attempts[-1] if self.state and self.reached and self.state.attempts else None
+        answer = (last.outcome.value, last.code) if last and cause in causes.BY_ANSWER else None
+        return messages.happened(self.texts, cause, str(error), answer)
+
+    def attempt(self, cause: Cause, again_in: float | None, retry_at: datetime | None) -> tuple[str, datetime | None]:
+        """What is tried next by itself: the key of its text, and when; None where a person has to act first."""
+        retry_at = retry_at or self.now
+        if cause in causes.NEEDS_PERSON:
+            return "next.person", None
+        if again_in and cause in (causes.DOWN, causes.RESTRICTED):
+            return "next.run", max(self.now + timedelta(seconds=again_in), retry_at)
+        planned = self.state.next_attempt if self.reached and self.state else None
+        return ("next.planned", planned) if planned else ("next.check", _next_check(max(self.now, retry_at)))
 
 
 class Post(NamedTuple):
@@ -103,17 +149,17 @@ def guarded(who: str, work: Callable[[Settings, datetime], State]) -> State:
 
 
 def report(settings: Settings, who: Who, error: Exception, now: datetime, again_in: float | None = None) -> Exception:
-    """Report trouble at `now` (aware), if there is news of it; the error for the run, which is `error` in most cases.
+    """Report trouble at `now` (aware), if a message is due; the error for the run, which is `error` in most cases.
 
     After `again_in` seconds this very run tries again.
     """
     cause = causes.UNFORESEEN
     with harmless(FAILED):
         subject = Subject.of(settings, who, now)
-        cause = _cause(subject, error)
-        attempt = _attempt(subject, cause, error, now, again_in)
-        happened = messages.sentence(str(error))
-        _deliver(settings, lambda known: _trouble(settings, known, subject, cause, happened, attempt, now))
+        cause = subject.cause(error)
+        happened = subject.happened(cause, error)
+        attempt = subject.attempt(cause, again_in, getattr(error, "retry_at", None))
+        _deliver(settings, lambda known: _trouble(known, subject, cause, happened, attempt))
     return causes.as_met(error, cause)
 
 
@@ -124,7 +170,19 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
         name = who.key.name if isinstance(who, KeyState) else who
         if not foreign and all(one.subject != name for one in incidents.parse(_document(settings).read())):
             return
-        _deliver(settings, lambda known: _ended(settings, known, who, now))
+
+        def posts(known: list[Incident]) -> list[Post]:
+            subject, found = Subject.of(settings, who, now), []
+            if over := _over(known, who, now):
+                message = messages.solved(subject.texts, subject.facts(at_risk=False), over)
+                found.append(_end(known, over, message))
+            if foreign:
+                cause = causes.FOREIGN_TOKEN
+                happened = messages.happened(subject.texts, cause, clock(foreign))
+                found += _trouble(known, subject, cause, happened, subject.attempt(cause, None, None))
+            return found
+
+        _deliver(settings, posts)
 
 
 def announce(
@@ -136,53 +194,39 @@ def announce(
     """
     with harmless(FAILED):
         subject = Subject.of(settings, state, state.now)
+        happened = subject.happened(subject.cause(error), error) if error else ""
 
         def posts(known: list[Incident]) -> list[Post]:
-            over = [] if kind == "failed" else _over(known, state, state.now)
-            texts, facts = _texts(settings), _facts(settings, subject, state.now, at_risk=kind == "failed")
-            happened = messages.sentence(str(error)) if error else ""
-            message = messages.notice(texts, facts, kind, by=by, why=why, happened=happened, ended=over)
-            thread = next((one.thread for one in over if one.thread), None)
-            return [Post(message, logging.INFO, lambda _: _forget(known, over), thread, broadcast=True)]
+            over = [] if error else _over(known, state, state.now)
+            facts = subject.facts(at_risk=error is not None)
+            message = messages.notice(subject.texts, facts, kind, by=by, why=why, happened=happened, ended=over)
+            return [_end(known, over, message)._replace(broadcast=True)]
 
         _deliver(settings, posts)
 
 
 def _trouble(
-    settings: Settings,
-    known: list[Incident],
-    subject: Subject,
-    cause: Cause,
-    happened: str,
-    attempt: tuple[str, datetime | None],
-    now: datetime,
+    known: list[Incident], subject: Subject, cause: Cause, happened: str, attempt: tuple[str, datetime | None]
 ) -> list[Post]:
     """The message about trouble that lasts, or none."""
     harmful = cause is not causes.FOREIGN_TOKEN  # a foreign token serves like one of ours
-    facts = _facts(settings, subject, now, at_risk=harmful)
-    look_again = min(at for at in (attempt[1], _next_check(now)) if at)
-    need = _first_need(subject, settings, now) if harmful else None
-    incident, telling = incidents.met(known, subject.name, cause, need, now, look_again)
-    if telling is None:
+    now, following = subject.now, _next_check(subject.now)
+    look_again = min(attempt[1], following) if attempt[1] else following
+    incident, due = incidents.met(known, subject.name, cause, subject.need if harmful else None, now, look_again)
+    if due is None:
         return []
-    message = messages.trouble(_texts(settings), facts, incident, telling, happened, attempt)
-    level = logging.WARNING if telling.kind == "reminded" else logging.ERROR
-    return [Post(message, level, _heard(incident, telling, now), incident.thread, broadcast=telling.page)]
+    message = messages.trouble(subject.texts, subject.facts(at_risk=harmful), incident, due, happened, attempt)
+    level = logging.WARNING if due.kind == "reminded" else logging.ERROR
+    return [Post(message, level, lambda thread: incident.notified(due, now, thread), incident.thread, due.page)]
 
 
-def _ended(settings: Settings, known: list[Incident], who: KeyState | str, now: datetime) -> list[Post]:
-    """The message about all that is over, and the one about a token that someone else issued."""
-    subject = Subject.of(settings, who, now)
-    over, posts = _over(known, who, now), []
-    if over:
-        message = messages.solved(_texts(settings), _facts(settings, subject, now, at_risk=False), over)
-        thread = next((one.thread for one in over if one.thread), None)
-        posts.append(Post(message, logging.INFO, lambda _: _forget(known, over), thread))
-    if isinstance(who, KeyState) and (issued_at := who.foreign_issue):
-        happened = _texts(settings)("said.foreign", at=clock(issued_at))
-        attempt = _attempt(subject, causes.FOREIGN_TOKEN, None, now, None)
-        posts += _trouble(settings, known, subject, causes.FOREIGN_TOKEN, happened, attempt, now)
-    return posts
+def _end(known: list[Incident], over: list[Incident], message: Message) -> Post:
+    """A message that ends these incidents."""
+
+    def sent(_: slack.Thread | None) -> None:
+        known[:] = [one for one in known if one not in over]
+
+    return Post(message, logging.INFO, sent, next((one.thread for one in over if one.thread), None))
 
 
 def _over(known: list[Incident], who: KeyState | str, now: datetime) -> list[Incident]:
@@ -213,91 +257,34 @@ def _work(settings: Settings, posts: Callable[[list[Incident]], list[Post]]) -> 
         except incidents.Busy:
             logger().warning("Other runs are speaking to Slack; the next run reports what is still wrong.")
         except (OSError, TokenError):
-            if not begun:  # nobody knows what people were told: better twice than never
+            if not begun:  # nobody knows what was reported: better twice than never
                 _send(settings, posts([]))
 
 
 def _send(settings: Settings, posts: list[Post]) -> None:
-    send = slack.sender(settings)
     for post in posts:
         logger().log(post.level, post.message.plain)
-        receipt = send(post.message, post.thread, broadcast=post.broadcast) if send else slack.Receipt()
+        receipt = slack.send(settings, post.message, post.thread, broadcast=post.broadcast)
         if receipt.refusal:
             logger().warning("Slack did not accept the message (%s): %s.", receipt.refusal, receipt.fix)
         else:
             post.sent(receipt.thread)
 
 
-def _heard(incident: Incident, telling: Telling, now: datetime) -> Callable[[slack.Thread | None], None]:
-    return lambda thread: incident.heard(telling, now, thread)
-
-
-def _forget(known: list[Incident], over: list[Incident]) -> None:
-    known[:] = [one for one in known if one not in over]
-
-
-def _cause(subject: Subject, error: Exception) -> Cause:
-    state = subject.state if subject.reached else None
-    if state is None:
-        return causes.cause_of(error, [])
-    return causes.cause_of(error, state.attempts, state.token, state.key.market.settings.issue_interval)
-
-
-def _attempt(
-    subject: Subject, cause: Cause, error: Exception | None, now: datetime, again_in: float | None
-) -> tuple[str, datetime | None]:
-    """What is tried next by itself: the key of its text, and when; None where a person has to act first."""
-    if cause in causes.NEEDS_PERSON:
-        return "next.person", None
-    retry_at = getattr(error, "retry_at", None) or now
-    if again_in and cause in (causes.DOWN, causes.RESTRICTED):
-        return "next.run", max(now + timedelta(seconds=again_in), retry_at)
-    planned = subject.state.next_attempt if subject.reached and subject.state else None
-    return ("next.planned", planned) if planned else ("next.check", _next_check(max(now, retry_at)))
-
-
-def _facts(settings: Settings, subject: Subject, now: datetime, *, at_risk: bool) -> Facts:
-    state = subject.state
-    until = state.serves_until if state else None
-    codes = state.key.exchanges if state and state.outlook.unserved else subject.exchanges
-    risks = messages.risks(codes, until, now, settings.overrides) if at_risk else []
-    run = flow_run.name or "", url_for("flow-run", flow_run.id) if flow_run.id else None
-    return messages.Facts(subject.label, now, until, subject.reached, risks, run, settings.slack_mention)
-
-
-def _first_need(subject: Subject, settings: Settings, now: datetime) -> datetime | None:
-    """When the need that is endangered first starts; of an exchange whose keys were not reached, its next one."""
-    if subject.state or not subject.exchanges:
-        return subject.need
-    soon = now + timedelta(days=messages.DAYS_AHEAD)
-    needs = sessions.needs(subject.exchanges, now, soon, settings.overrides)
-    return next((start for start, _ in needs if start > now), None)
-
-
-def _texts(settings: Settings) -> Texts:
-    return messages.LANGUAGES[settings.slack_language]
-
-
 def _document(settings: Settings) -> Document:
     return open_document(settings.token_dir, "incidents")
 
 
-def _state(key: Key, now: datetime) -> KeyState | None:
-    try:
-        return key.state(now)
-    except TokenError:  # its store cannot be used, which is what is reported
-        return None
-
-
-def _all_states(settings: Settings, now: datetime) -> list[KeyState]:
-    try:
-        return [state for key in Key.load(settings) if (state := _state(key, now))]
-    except TokenError:  # there is no key, which is what is reported
-        return []
-
-
-def _unserved_from(state: KeyState) -> datetime:
-    return state.outlook.unserved[0] if state.outlook.unserved else state.now
+def _first_endangered(keys: list[Key], now: datetime) -> KeyState | None:
+    """Of the keys that can be read the one whose need is endangered first, or any."""
+    states = []
+    for key in keys:
+        try:
+            states.append(key.state(now))
+        except TokenError:  # its store cannot be used, which is what is reported
+            continue
+    states.sort(key=lambda one: one.outlook.unserved or (datetime.max.replace(tzinfo=UTC),))
+    return next(iter(states), None)
 
 
 def _next_check(after: datetime) -> datetime:

@@ -31,10 +31,10 @@ class Cause(NamedTuple):
     """One kind of trouble.
 
     Attributes:
-        name: what incidents and texts are told apart by.
-        at_once: whether people hear of it even while the next need is far; otherwise once it is urgent.
+        name: by which incidents and texts are distinguished.
+        at_once: whether it is reported even while the next need is far; otherwise once it is urgent.
         by_person: whether nothing but a person can end it within hours.
-        reminds: whether people are reminded while it lasts.
+        reminds: whether there are reminders while it lasts.
 
     """
 
@@ -71,6 +71,7 @@ CAUSES = (
 )
 BY_NAME = {cause.name: cause for cause in CAUSES}
 NEEDS_PERSON = (CREDENTIALS, SETTINGS, SILENT)  # nothing is tried until a person has acted
+BY_ANSWER = (LIMIT, FOREIGN_LIMIT, RESTRICTED, SAME, SAME_DEAD, CREDENTIALS, DOWN)  # the last attempt's outcome tells
 
 _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (CredentialsError, CREDENTIALS),

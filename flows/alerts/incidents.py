@@ -1,25 +1,26 @@
-"""The incidents of an installation: what people were told of, so that all runs together tell it once.
+"""The incidents of an installation: what people already know, so that all runs together report it once.
 
-One document, `incidents`, with names and times, never a message or a secret. It is held while Slack is told: what
-Slack did not take, or a killed run had not noted, is told by the next run. One key's outage is one incident, whatever
-KIS answers while it lasts; a token that someone else issued is another.
+One document, `incidents`, with names and times, never a message or a secret. It is held while a message is sent: what
+Slack did not accept, or a killed run had not noted, is sent by the next run. One key's outage is one incident,
+whatever KIS answers while it lasts; a token that someone else issued is another.
 
 An incident is opened; escalated when half of the lead to the endangered need is gone, and once more at the last call
-before that need; told again at growing intervals while it lasts; and closed, which is told once.
+before that need; repeated at growing intervals while it lasts; and closed, which is reported once.
 """
 
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import AwareDatetime, BaseModel, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from flows.alerts.causes import BY_NAME, FOREIGN_LIMIT, FOREIGN_TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import datetime
 
     from flows.alerts.causes import Cause
     from tokencore.stores.base import Document
@@ -34,8 +35,8 @@ PUNCTUALITY = timedelta(minutes=5)  # hourly runs are not on the second; a remin
 FORGOTTEN = timedelta(days=7)  # unseen for longer, trouble that comes back is new: nobody looked in between
 
 
-class Telling(NamedTuple):
-    """What people are told.
+class Notification(NamedTuple):
+    """A message that is due.
 
     Attributes:
         kind: which part of the incident's life it is.
@@ -57,13 +58,13 @@ class Incident(BaseModel):
         cause: the name of its present cause.
         opened_at: when it was first met.
         seen_at: when it was last met.
-        told_at: when people last heard of it; None before they did.
-        stage: how far it was escalated when they did.
-        reminders: how often they were reminded.
+        notified_at: when Slack last accepted a message of it; None before.
+        stage: how far it was escalated with that message.
+        reminders: how many there were.
         need: when the need that it endangers starts; None where none is known.
         need_since: since when it has endangered that need.
-        thread: Slack's channel and the time stamp of the opening, where a bot told it.
-        closed_at: when it was over, where that is still to be told.
+        thread: Slack's channel and the time stamp of the first message, where a bot sent it.
+        closed_at: when it was over, where that is still to be reported.
 
     """
 
@@ -71,7 +72,7 @@ class Incident(BaseModel):
     cause: str
     opened_at: AwareDatetime
     seen_at: AwareDatetime
-    told_at: AwareDatetime | None = None
+    notified_at: AwareDatetime | None = None
     stage: int = 0
     reminders: int = 0
     need: AwareDatetime | None = None
@@ -79,23 +80,15 @@ class Incident(BaseModel):
     thread: tuple[str, str] | None = None
     closed_at: AwareDatetime | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier(cls, found: Any) -> Any:  # noqa: ANN401 - whatever a file has
-        """What a new incident leaves out."""
-        if not isinstance(found, dict):
-            return found
-        return {"seen_at": found.get("opened_at"), "need_since": found.get("opened_at"), **found}
-
-    def heard(self, telling: Telling, now: datetime, thread: tuple[str, str] | None) -> None:
-        """People were told at `now`, and in which thread they go on hearing."""
-        self.told_at, self.thread = now, thread or self.thread
-        self.stage = max(self.stage, telling.stage)
-        self.reminders += telling.kind == "reminded"
+    def notified(self, sent: Notification, now: datetime, thread: tuple[str, str] | None) -> None:
+        """Slack accepted this message at `now`; the next ones go into its thread."""
+        self.notified_at, self.thread = now, thread or self.thread
+        self.stage = max(self.stage, sent.stage)
+        self.reminders += sent.kind == "reminded"
 
 
-class Busy(Exception):  # noqa: N818 - no fault: another run is telling
-    """Another process holds the incidents; what is still wrong is told by the next run."""
+class Busy(Exception):  # noqa: N818 - no fault: another run is at it
+    """Another process holds the incidents; the next run reports what is still wrong."""
 
 
 @contextlib.contextmanager
@@ -110,18 +103,17 @@ def changing(document: Document, wait: float) -> Iterator[list[Incident]]:
     with document.lock(wait=wait) as held:
         if not held:
             raise Busy
-        content = document.read()
-        known = parse(content)
+        known = parse(document.read())
         before = _dumped(known)
         try:
             yield known
         finally:
             if (after := _dumped(known)) != before:
-                document.write({**content, "incidents": after})
+                document.write({"incidents": after})
 
 
 def parse(content: dict[str, Any]) -> list[Incident]:
-    """What a document says; a damaged entry says nothing, and what is still wrong is told again."""
+    """What a document says; a damaged entry says nothing, and what is still wrong is reported again."""
     known = []
     found = content.get("incidents")
     for one in found if isinstance(found, list) else []:
@@ -132,52 +124,58 @@ def parse(content: dict[str, Any]) -> list[Incident]:
 
 def met(
     known: list[Incident], subject: str, cause: Cause, need: datetime | None, now: datetime, look_again: datetime
-) -> tuple[Incident, Telling | None]:
-    """Note that the trouble exists and endangers the need that starts then; what people are to be told of it.
+) -> tuple[Incident, Notification | None]:
+    """Note that the trouble exists and endangers the need that starts then; the message that is due.
 
-    `look_again` is when anybody meets it next, by plan. A new cause of a known incident is told where it now takes a
-    person.
+    `look_again` is when anybody meets it next, by plan. A new cause of a known incident is reported where it now takes
+    a person.
     """
     known[:] = [one for one in known if one.closed_at or now - one.seen_at < FORGOTTEN]
-    found = [one for one in known if one.subject == subject and _kind(one.cause) == _kind(cause.name)]
-    one = max(found, key=lambda one: one.told_at is not None, default=None) or new(subject, cause, need, now)
-    known[:] = [*(other for other in known if other not in found), one]
+    one = next((one for one in known if one.subject == subject and _foreign(one) == (cause is FOREIGN_TOKEN)), None)
+    if one is None:
+        one = new(subject, cause, need, now)
+        known.append(one)
     if cause.by_person and not _known(one.cause).by_person:
-        one.told_at = None
+        one.notified_at = None
     one.cause, one.seen_at = cause.name, now
-    one.closed_at = None  # it came back before its end was told: it never ended
+    one.closed_at = None  # it came back before its end was reported: it never ended
     if need != one.need:
         one.need, one.need_since, one.stage = need, now, CALM
-    return one, next_telling(one, cause, now, look_again)
+    return one, due(one, cause, now, look_again)
 
 
 def over(known: list[Incident], subject: str, now: datetime, *, foreign: bool, lasting: bool) -> list[Incident]:
-    """Close the subject's incidents; those whose end is to be told. One that nobody was told of is forgotten.
+    """Close the subject's incidents; those whose end is to be reported. One that nobody heard of is forgotten.
 
     With `foreign` someone else's token is still there, and is what remains of a limit that it caused; with `lasting`
     everything else is not over either.
     """
-    mine = [one for one in known if one.subject == subject]
-    kept = [one for one in mine if (foreign if _kind(one.cause) else lasting)]
-    superseded = [one for one in mine if foreign and one.cause == FOREIGN_LIMIT.name]
-    ended = [one for one in mine if one not in kept and one not in superseded and one.told_at]
-    known[:] = [one for one in known if one not in mine or one in ended or (one in kept and one not in superseded)]
-    for one in ended:
+    ended = []
+    for one in [one for one in known if one.subject == subject]:
+        superseded = foreign and one.cause == FOREIGN_LIMIT.name
+        if not superseded and (foreign if _foreign(one) else lasting):
+            continue
+        if superseded or not one.notified_at:
+            known.remove(one)
+            continue
         one.closed_at = one.closed_at or now
+        ended.append(one)
     return ended
 
 
-def next_telling(life: Incident, cause: Cause, now: datetime, look_again: datetime) -> Telling | None:
-    """What people are to be told of an incident at `now`; the next time that anybody looks is `look_again`."""
-    stage = _stage(life, now, look_again)
-    if life.told_at is None:
-        heard = cause.at_once or life.need is None or stage > CALM
-        return Telling("opened", stage, _page(life, cause, stage, now)) if heard else None
-    if stage > life.stage:
-        return Telling("escalated", stage, _page(life, cause, stage, now))
-    pause = REMINDERS[min(life.reminders, len(REMINDERS) - 1)]
-    if cause.reminds and now >= life.told_at + pause - PUNCTUALITY:
-        return Telling("reminded", life.stage, page=False)
+def due(one: Incident, cause: Cause, now: datetime, look_again: datetime) -> Notification | None:
+    """The message of an incident that is due at `now`; the next time that anybody looks is `look_again`."""
+    stage = _stage(one, now, look_again)
+    near = one.need is not None and one.need - now <= NEAR
+    page = near and (stage > CALM or cause.by_person)
+    if one.notified_at is None:
+        urgent = cause.at_once or one.need is None or stage > CALM
+        return Notification("opened", stage, page) if urgent else None
+    if stage > one.stage:
+        return Notification("escalated", stage, page)
+    pause = REMINDERS[min(one.reminders, len(REMINDERS) - 1)]
+    if cause.reminds and now >= one.notified_at + pause - PUNCTUALITY:
+        return Notification("reminded", one.stage, page=False)
     return None
 
 
@@ -186,21 +184,17 @@ def new(subject: str, cause: Cause, need: datetime | None, now: datetime) -> Inc
     return Incident(subject=subject, cause=cause.name, opened_at=now, seen_at=now, need=need, need_since=now)
 
 
-def _stage(life: Incident, now: datetime, look_again: datetime) -> int:
+def _stage(one: Incident, now: datetime, look_again: datetime) -> int:
     """The last call comes with the last look before it would be too late, rather than with the first after."""
-    if life.need is None:
+    if one.need is None:
         return CALM
-    if max(now, look_again) > life.need - ACT:
+    if max(now, look_again) > one.need - ACT:
         return LAST_CALL
-    return HALF if now - life.need_since >= life.need - now else CALM
+    return HALF if now - one.need_since >= one.need - now else CALM
 
 
-def _page(life: Incident, cause: Cause, stage: int, now: datetime) -> bool:
-    return life.need is not None and life.need - now <= NEAR and (stage > CALM or cause.by_person)
-
-
-def _kind(cause: str) -> bool:
-    return cause == FOREIGN_TOKEN.name
+def _foreign(one: Incident) -> bool:
+    return one.cause == FOREIGN_TOKEN.name
 
 
 def _known(cause: str) -> Cause:

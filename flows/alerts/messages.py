@@ -6,6 +6,7 @@ KST, with the exchange's own beside them where it is elsewhere. The texts are in
 
 from __future__ import annotations
 
+import re
 import tomllib
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,9 +18,10 @@ from flows.runs import KST, clock
 from tokencore import sessions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from flows.alerts.incidents import Incident, Telling
+    from flows.alerts.causes import Cause
+    from flows.alerts.incidents import Incident, Notification
 
     Overrides = Mapping[str, sessions.Override]
     Notice = Literal["renewed", "forced", "same", "failed"]
@@ -30,28 +32,15 @@ CLOCKS = timedelta(seconds=30)  # KIS's clock is not ours, and a need ends with 
 MOMENT = timedelta(minutes=1)  # for which trouble has not lasted yet
 HOUR = 60  # minutes
 ICONS = {"opened": ":warning:", "escalated": ":rotating_light:", "reminded": ":hourglass_flowing_sand:"}
+NAMES = re.compile(r"\b(?:[A-Z]+_[A-Z_\d]+|\w+Error|\w+\.py:\d+)\b")  # of an error's text: the same in any language
 
 
-class Texts:
+class Texts(dict[str, str]):
     """The texts of one language, by dotted key."""
-
-    def __init__(self, texts: Mapping[str, Any]) -> None:
-        """Take the language's table of texts.toml."""
-        self._texts = texts
-
-    def get(self, key: str) -> str | None:
-        """The text of that key as it is written; None where there is none."""
-        found: Any = self._texts
-        for name in key.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        return found if isinstance(found, str) else None
 
     def __call__(self, key: str, **facts: object) -> str:
         """The text of that key, with the facts that it names filled in."""
-        text = self.get(key)
-        if text is None:
-            raise KeyError(key)
-        return text.format(**facts)
+        return self[key].format(**facts)
 
     def lasted(self, span: timedelta) -> str:
         """A time span in hours and minutes, a minute at least."""
@@ -61,11 +50,16 @@ class Texts:
 
     def weekday(self, at: datetime) -> str:
         """A weekday and the time, in the zone of `at`."""
-        return f"{self('days').split()[at.weekday()]} {at:%H:%M}"
+        return f"{self['days'].split()[at.weekday()]} {at:%H:%M}"
+
+
+def _flat(texts: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for name, text in texts.items():
+        yield from _flat(text, f"{before}{name}.") if isinstance(text, dict) else [(before + name, text)]
 
 
 LANGUAGES = {
-    name: Texts(texts)
+    name: Texts(_flat(texts))
     for name, texts in tomllib.loads(Path(__file__).with_name("texts.toml").read_text("utf-8")).items()
 }
 
@@ -94,11 +88,11 @@ class Facts(NamedTuple):
 
     label: str
     now: datetime
-    until: datetime | None
-    reached: bool
-    risks: Sequence[Risk]
-    run: tuple[str, str | None]
-    mention: str
+    until: datetime | None = None
+    reached: bool = False
+    risks: Sequence[Risk] = ()
+    run: tuple[str, str | None] = "", None
+    mention: str = ""
 
 
 class Message(NamedTuple):
@@ -108,7 +102,7 @@ class Message(NamedTuple):
         icon: Slack's name of an emoji.
         headline: whose trouble, and which.
         preview: what there is and what comes next, in a few words; the first that a phone shows.
-        happened: one sentence.
+        happened: a sentence or two.
         answers: an operator's questions with their answers.
         run: the label, the name and the page of the run that reports; an empty name without one.
         mention: whom it calls; empty for nobody.
@@ -142,10 +136,9 @@ class Message(NamedTuple):
         happened = f"{self.mention} {bold}{escape(self.happened[:SENTENCE])}".lstrip()
         answers = "\n".join([f"*{name}:* {escape(text)}" for name, text in self.answers])
         header = f"{self.icon} {clean(self.headline)}"[:HEADLINE]
-        found = [
+        found: list[dict[str, Any]] = [
             {"type": "header", "text": {"type": "plain_text", "text": header}},
-            _section(happened),
-            _section(answers),
+            *({"type": "section", "text": {"type": "mrkdwn", "text": text}} for text in (happened, answers)),
         ]
         label, name, url = self.run
         if name:
@@ -154,40 +147,57 @@ class Message(NamedTuple):
         return found
 
 
+def happened(texts: Texts, cause: Cause, error: str, answer: tuple[str, str | None] | None = None) -> str:
+    """What happened, as a sentence or two.
+
+    Args:
+        texts: The reader's language. English has the sentence of the error; other languages say it from the facts.
+        cause: The trouble.
+        error: The error's text, or when a foreign token was issued.
+        answer: The outcome and KIS's code of the last attempt, where the error is about that one.
+
+    """
+    keys = [f"happened.{name}" for name in (answer[0] if answer else "", cause.name, "error")]
+    key = next(key for key in keys if key in texts)
+    names = ", ".join(dict.fromkeys(NAMES.findall(error)))
+    return texts(key, error=error.partition(". ")[0].rstrip("."), names=names, code=answer and answer[1]).strip()
+
+
 def trouble(
     texts: Texts,
     facts: Facts,
     incident: Incident,
-    telling: Telling,
+    due: Notification,
     happened: str,
     attempt: tuple[str, datetime | None],
 ) -> Message:
     """An incident that lasts; `attempt` is what is tried next by itself: the key of its text, and when."""
     key, at = attempt
-    urgent = texts.get(f"cause.{_cause(incident)}.urgent") if telling.stage else None
-    gone, title = facts.now - incident.opened_at, texts(f"cause.{_cause(incident)}.title")
-    headline = f"{facts.label}: {title}"
-    if telling.kind == "reminded":
-        headline = f"{facts.label}: {texts('head.reminded', gone=texts.lasted(gone), title=title)}"
+    cause = f"cause.{_cause(incident)}"
+    gone, title = facts.now - incident.opened_at, texts[f"{cause}.title"]
+    if due.kind == "reminded":
+        title = texts("head.reminded", gone=texts.lasted(gone), title=title)
     if gone >= MOMENT:
-        since = texts("said.since", gone=texts.lasted(gone), since=clock(incident.opened_at))
-        happened = f"{happened} {since}"
+        happened += " " + texts("said.since", gone=texts.lasted(gone), since=clock(incident.opened_at))
+    fix = texts[f"{cause}.fix"]
     answers = [
         ("works", works(texts, facts)),
         ("risk", _at_risk(texts, facts)),
-        ("next", texts(key, at=clock(at)) if at else texts(key)),
-        ("do", urgent or texts(f"cause.{_cause(incident)}.fix")),
+        ("next", texts(key, at=clock(at)) if at else texts[key]),
+        ("do", texts.get(f"{cause}.urgent", fix) if due.stage else fix),
     ]
-    icon = ICONS["escalated"] if telling.page else ICONS[telling.kind]
-    return _message(texts, facts, icon, headline, happened, answers, mention=facts.mention if telling.page else "")
+    icon = ICONS["escalated"] if due.page else ICONS[due.kind]
+    return _message(texts, facts, icon, title, happened, answers)._replace(
+        preview=_preview(texts, facts), mention=facts.mention if due.page else ""
+    )
 
 
 def solved(texts: Texts, facts: Facts, ended: Sequence[Incident]) -> Message:
     """Incidents of one key that are over, as one message, and what works now."""
-    first = min(ended, key=lambda one: one.opened_at)
-    headline = f"{facts.label}: {texts('head.solved', title=_titles(texts, ended))}"
-    said = texts("said.solved", gone=_length(texts, first, facts.now), since=clock(first.opened_at))
-    return _message(texts, facts, ":white_check_mark:", headline, said, [("works_now", works(texts, facts))], calm=True)
+    titles, length, since = _ended(texts, facts, ended)
+    said = texts("said.solved", gone=length, since=clock(since))
+    title = texts("head.solved", title=titles)
+    return _message(texts, facts, ":white_check_mark:", title, said, [("works_now", works(texts, facts))])
 
 
 def notice(
@@ -201,28 +211,27 @@ def notice(
     ended: Sequence[Incident] = (),
 ) -> Message:
     """What a person had done, what came of it where that is bad, and which incidents it ended."""
-    asked = texts("notice.asked", person=by or texts("notice.somebody"), at=clock(facts.now))
-    asked = f"{happened} {asked}".lstrip()
-    answers = [("why", why or texts("notice.unreasoned")), ("works_now", works(texts, facts))]
+    asked = texts("notice.asked", person=by or texts["notice.somebody"], at=clock(facts.now))
+    answers = [("why", why or texts["notice.unreasoned"]), ("works_now", works(texts, facts))]
     if ended:
-        first = min(ended, key=lambda one: one.opened_at)
-        answers.insert(0, ("solved", f"{_titles(texts, ended)} ({_length(texts, first, facts.now)})"))
-    headline = f"{facts.label}: {texts(f'notice.{kind}')}"
-    return _message(texts, facts, ":arrows_counterclockwise:", headline, asked, answers, calm=kind != "failed")
+        titles, length, _ = _ended(texts, facts, ended)
+        answers.insert(0, ("solved", f"{titles} ({length})"))
+    said = f"{happened} {asked}".lstrip()
+    message = _message(texts, facts, ":arrows_counterclockwise:", texts[f"notice.{kind}"], said, answers)
+    return message._replace(preview=_preview(texts, facts)) if kind == "failed" else message
 
 
-def test(texts: Texts, facts: Facts) -> Message:
+def test(texts: Texts, mention: str, now: datetime) -> Message:
     """Nothing but a sign of life; it shows whom a page calls without calling them."""
-    called = texts("test.mention", mention=facts.mention) if facts.mention else texts("test.nobody")
-    answers = [("mention", called)]
-    return _message(texts, facts, ":wave:", texts("test.head"), texts("test.said"), answers, calm=True)
+    called = texts("test.mention", mention=mention) if mention else texts["test.nobody"]
+    return _message(texts, Facts("", now), ":wave:", texts["test.head"], texts["test.said"], [("mention", called)])
 
 
 def works(texts: Texts, facts: Facts) -> str:
     """What still serves, and until when."""
     if not facts.reached:
-        return texts("works.cached")
-    return texts("works.token", until=clock(facts.until)) if facts.until else texts("works.nothing")
+        return texts["works.cached"]
+    return texts("works.token", until=clock(facts.until)) if facts.until else texts["works.nothing"]
 
 
 def risks(codes: Iterable[str], until: datetime | None, now: datetime, known: Overrides) -> list[Risk]:
@@ -237,11 +246,6 @@ def risks(codes: Iterable[str], until: datetime | None, now: datetime, known: Ov
     return sorted([Risk(session, tuple(names), zone) for (session, zone), names in found.items()])
 
 
-def sentence(text: str) -> str:
-    """The first sentence of an error's text: what happened; the rest is answered line by line."""
-    return text.partition(". ")[0].rstrip(".") + "."
-
-
 def escape(text: str) -> str:
     """Slack's three characters, so that no foreign text becomes a link or calls a channel, and nothing unprintable."""
     lines = [clean(line) for line in text.splitlines()]
@@ -254,20 +258,12 @@ def clean(text: str) -> str:
     return " ".join(shown.split())
 
 
-def _message(  # noqa: PLR0913 - a message has that many parts
-    texts: Texts,
-    facts: Facts,
-    icon: str,
-    headline: str,
-    happened: str,
-    answers: Sequence[tuple[str, str]],
-    *,
-    mention: str = "",
-    calm: bool = False,
+def _message(
+    texts: Texts, facts: Facts, icon: str, title: str, happened: str, answers: Sequence[tuple[str, str]]
 ) -> Message:
-    labelled = [(texts(f"label.{name}"), text) for name, text in answers]
-    preview = "" if calm else _preview(texts, facts)
-    return Message(icon, headline, preview, happened, labelled, (texts("label.run"), *facts.run), mention)
+    labelled = [(texts[f"label.{name}"], text) for name, text in answers]
+    headline = f"{facts.label}: {title}" if facts.label else title
+    return Message(icon, headline, "", happened, labelled, (texts["label.run"], *facts.run))
 
 
 def _preview(texts: Texts, facts: Facts) -> str:
@@ -275,7 +271,7 @@ def _preview(texts: Texts, facts: Facts) -> str:
     found = []
     if facts.reached:
         until = _near(facts.until, facts.now) if facts.until else ""
-        found.append(texts("preview.until", until=until) if until else texts("preview.none"))
+        found.append(texts("preview.until", until=until) if until else texts["preview.none"])
     if facts.risks:
         session, who = facts.risks[0].session, facts.risks[0].exchanges[0]
         closes, left = f"{session.close.astimezone(KST):%H:%M}", texts.lasted(session.open - facts.now)
@@ -292,7 +288,7 @@ def _near(at: datetime, now: datetime) -> str:
 
 def _at_risk(texts: Texts, facts: Facts) -> str:
     lines = [_risk(texts, risk, facts.now) for risk in facts.risks]
-    return "\n• ".join(["", *lines]) if lines else texts("risk.none")
+    return "\n• ".join(["", *lines]) if lines else texts["risk.none"]
 
 
 def _risk(texts: Texts, risk: Risk, now: datetime) -> str:
@@ -309,13 +305,8 @@ def _cause(incident: Incident) -> str:
     return incident.cause if incident.cause in BY_NAME else UNFORESEEN.name  # a later version's
 
 
-def _titles(texts: Texts, incidents: Sequence[Incident]) -> str:
-    return "; ".join(dict.fromkeys(texts(f"cause.{_cause(one)}.title") for one in incidents))
-
-
-def _length(texts: Texts, incident: Incident, now: datetime) -> str:
-    return texts.lasted((incident.closed_at or now) - incident.opened_at)
-
-
-def _section(text: str) -> dict[str, Any]:
-    return {"type": "section", "text": {"type": "mrkdwn", "text": text}}
+def _ended(texts: Texts, facts: Facts, ended: Sequence[Incident]) -> tuple[str, str, datetime]:
+    """Their titles, how long the first lasted, and since when."""
+    first = min(ended, key=lambda one: one.opened_at)
+    titles = "; ".join(dict.fromkeys(texts[f"cause.{_cause(one)}.title"] for one in ended))
+    return titles, texts.lasted((first.closed_at or facts.now) - first.opened_at), first.opened_at

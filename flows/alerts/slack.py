@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from slack_sdk.http_retry import RetryHandler
@@ -72,67 +72,56 @@ class Receipt(NamedTuple):
         return FIXES.get(self.refusal, AGAIN)
 
 
-class Send(Protocol):
-    """Sends one message."""
-
-    def __call__(self, message: Message, thread: Thread | None = None, *, broadcast: bool = False) -> Receipt:
-        """Into that thread, where the way has threads; with `broadcast` the channel sees it too. Never raises."""
+def is_configured(settings: Settings) -> bool:
+    """Whether the settings have a way to Slack."""
+    return bool((settings.slack_bot_token and settings.slack_channel) or settings.slack_webhook_url)
 
 
-def sender(settings: Settings) -> Send | None:
-    """What sends messages the way the settings say; None without Slack settings."""
-    if settings.slack_bot_token and settings.slack_channel:
-        return _guarded(_bot(settings.slack_bot_token.get_secret_value(), settings.slack_channel))
-    if settings.slack_webhook_url:
-        return _guarded(_webhook(settings.slack_webhook_url.get_secret_value()))
-    return None
+def send(settings: Settings, message: Message, thread: Thread | None = None, *, broadcast: bool = False) -> Receipt:
+    """Send a message the way the settings say; never raises, and without a way there is nothing to refuse.
+
+    A bot answers in `thread`; with `broadcast` its channel sees the answer too. A webhook has no threads.
+    """
+    try:
+        if settings.slack_bot_token and settings.slack_channel:
+            token, channel = settings.slack_bot_token.get_secret_value(), (settings.slack_channel, None)
+            receipt = _by_bot(token, message, thread or channel, broadcast=broadcast)
+            if receipt.refusal and thread:  # it is gone, or the bot has left its channel
+                receipt = _by_bot(token, message, channel, broadcast=broadcast)
+            return receipt
+        if settings.slack_webhook_url:
+            return _by_webhook(settings.slack_webhook_url.get_secret_value(), message)
+    except Exception as error:  # noqa: BLE001 - its text may contain the webhook's address
+        return Receipt(type(error).__name__)
+    return Receipt()
 
 
-def _guarded(send: Send) -> Send:
-    def attempt(message: Message, thread: Thread | None = None, *, broadcast: bool = False) -> Receipt:
-        try:
-            return send(message, thread, broadcast=broadcast)
-        except Exception as error:  # noqa: BLE001 - its text may contain the webhook's address
-            return Receipt(type(error).__name__)
+def _by_webhook(url: str, message: Message) -> Receipt:
+    from slack_sdk.webhook import WebhookClient  # loaded when there is something to send
 
-    return attempt
+    client = WebhookClient(url, TIMEOUT, logger=_silent, retry_handlers=_retries())
+    answer = client.send(text=message.fallback, blocks=message.blocks)
+    return Receipt() if answer.status_code == OK else Receipt(_word(answer.body, answer.status_code))
 
 
-def _webhook(url: str) -> Send:
-    def send(message: Message, thread: Thread | None = None, *, broadcast: bool = False) -> Receipt:  # noqa: ARG001 - a webhook has no threads
-        from slack_sdk.webhook import WebhookClient  # loaded when there is something to send
+def _by_bot(token: str, message: Message, place: tuple[str, str | None], *, broadcast: bool) -> Receipt:
+    from slack_sdk import WebClient  # as above
+    from slack_sdk.errors import SlackApiError
 
-        answer = WebhookClient(url, TIMEOUT, logger=_silent, retry_handlers=_retries()).send(
-            text=message.fallback, blocks=message.blocks
+    client = WebClient(token, API, TIMEOUT, logger=_silent, retry_handlers=_retries())
+    channel, stamp = place
+    try:
+        answer = client.chat_postMessage(
+            channel=channel,
+            thread_ts=stamp,
+            reply_broadcast=broadcast if stamp else None,
+            text=message.fallback,
+            blocks=message.blocks,
+            unfurl_links=False,
         )
-        return Receipt() if answer.status_code == OK else Receipt(_word(answer.body, answer.status_code))
-
-    return send
-
-
-def _bot(token: str, channel: str) -> Send:
-    def send(message: Message, thread: Thread | None = None, *, broadcast: bool = False) -> Receipt:
-        from slack_sdk import WebClient  # as above
-        from slack_sdk.errors import SlackApiError
-
-        client = WebClient(token, API, TIMEOUT, logger=_silent, retry_handlers=_retries())
-        where, stamp = thread or (channel, None)
-        try:
-            answer = client.chat_postMessage(
-                channel=where,
-                thread_ts=stamp,
-                reply_broadcast=broadcast if stamp else None,
-                text=message.fallback,
-                blocks=message.blocks,
-                unfurl_links=False,
-            )
-        except SlackApiError as error:
-            if error.response.status_code == OK and thread:  # the thread is gone, or the bot has left its channel
-                return send(message)
-            return Receipt(_word(str(error.response.get("error", "")), error.response.status_code))
-        return Receipt(thread=thread or (str(answer["channel"]), str(answer["ts"])))
-
-    return send
+    except SlackApiError as error:
+        return Receipt(_word(str(error.response.get("error", "")), error.response.status_code))
+    return Receipt(thread=(str(answer["channel"]), stamp or str(answer["ts"])))
 
 
 def _word(said: str, status: int) -> str:
@@ -142,10 +131,6 @@ def _word(said: str, status: int) -> str:
 
 def _retries() -> list[RetryHandler]:
     """slack_sdk's own: another try after a lost connection, a fault of Slack's, and its Retry-After."""
-    from slack_sdk.http_retry.builtin_handlers import (
-        ConnectionErrorRetryHandler,
-        RateLimitErrorRetryHandler,
-        ServerErrorRetryHandler,
-    )
+    from slack_sdk.http_retry import builtin_handlers as own
 
-    return [ConnectionErrorRetryHandler(), RateLimitErrorRetryHandler(), ServerErrorRetryHandler()]
+    return [own.ConnectionErrorRetryHandler(), own.RateLimitErrorRetryHandler(), own.ServerErrorRetryHandler()]

@@ -56,11 +56,10 @@ def test_alert() -> int:
     from flows.alerts import messages, slack  # all of Prefect
 
     settings = Settings.load()
-    send = slack.sender(settings)
-    if send is None:
+    if not slack.is_configured(settings):
         raise ConfigurationError(f"Nothing was sent: set {_missing(settings)}, as .env.example shows.")
-    facts = messages.Facts("", datetime.now(UTC), None, False, [], ("", None), settings.slack_mention)  # noqa: FBT003
-    receipt = send(messages.test(messages.LANGUAGES[settings.slack_language], facts))
+    texts = messages.LANGUAGES[settings.slack_language]
+    receipt = slack.send(settings, messages.test(texts, settings.slack_mention, datetime.now(UTC)))
     if receipt.refusal:
         print(f"Slack did not accept the test message ({receipt.refusal}): {receipt.fix}.")
         return 1
