@@ -48,7 +48,7 @@ from tokencore import (
     TokenStoreError,
     sessions,
 )
-from tokencore.policy import retry_delay
+from tokencore.limits import retry_delay
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tokencore.calendars import sessions
-from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals, retry_delay
+from tokencore.limits import retry_delay
+from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
@@ -308,11 +309,6 @@ def test_a_time_without_a_zone_is_refused() -> None:
     """A naive time is an error and never taken for the machine's own zone."""
     with pytest.raises(TypeError):
         decide(datetime(2026, 6, 1, 12), WEEKDAYS, None)  # noqa: DTZ001
-
-
-def test_back_off() -> None:
-    """Three retries after 65 seconds, past KIS's minute, then every five."""
-    assert [retry_delay(n).seconds for n in (1, 2, 3, 4, 50)] == [65, 65, 65, 300, 300]
 
 
 def live(codes: list[str], first: str, days: int) -> list[Renewal]:

@@ -53,7 +53,7 @@ from tokencore import (
 from tokencore.clients.approval import ApprovalKeys
 from tokencore.config.sources import gather
 from tokencore.kis.gateway import Gateway
-from tokencore.manager import make_renewer
+from tokencore.renewer import Renewer
 from tokencore.sandbox.rules import FAILURES
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def objects(gateway: Sandbox) -> Iterator[object]:
     yield from (state.warnings(), manager.history(), manager.get_token_status(), manager.get_token_info())
     yield from (KISAuth("us"), KISHttpxAuth("us"), gather(), Settings.load(), key.prove(make_token()))
     yield from (draw_plans([state.plan()]), open_document("/", "x"), key.store, key.store.document("approval"))
-    yield from (make_renewer(key.markets, key.store), ApprovalKeys(key.market, key.store, key.renewer))
+    yield from (Renewer(key.markets, key.store), ApprovalKeys(key.market, key.store, key.renewer))
     yield Gateway(gateway.url, (KEY, SECRET), timeout=1)
     for mode in ("limit", "bad-key", "down", "garbage"):
         gateway.fail(mode, 1)

@@ -11,10 +11,9 @@ from tokencore.attempts import Attempt, Note, Outcome, failure, issued_within, l
 from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import format_time
-from tokencore.manager import make_renewer
 from tokencore.outlook import PLAN_DAYS, Plan, RefreshWarning
 from tokencore.policy import CLOCK_SLACK
-from tokencore.renewer import FOREIGN_AGE
+from tokencore.renewer import FOREIGN_AGE, Renewer
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import open_store
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from tokencore.config.settings import Settings
     from tokencore.kis.quotes import Evidence
     from tokencore.outlook import Horizon, Outlook
-    from tokencore.renewer import Renewer
     from tokencore.stores.base import Store
     from tokencore.tokens import Token
 
@@ -106,7 +104,7 @@ class Key(Sensitive):
 
         """
         if self._renewer is None:
-            self._renewer = make_renewer(self.markets, self.store)
+            self._renewer = Renewer(self.markets, self.store)
         return self._renewer
 
     def state(self, now: datetime) -> KeyState:

@@ -13,7 +13,6 @@ from tokencore import attempts as record
 from tokencore.attempts import CREDENTIALS, Outcome
 from tokencore.config.market import ISSUE_INTERVAL
 from tokencore.errors import CredentialsError, IssuanceLimitError
-from tokencore.policy import retry_delay
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from tokencore.config.market import Market
     from tokencore.tokens import Token
 
-SELDOM = 1000  # failures, as it were: enough for the longest pause
+SELDOM = 1000  # failures, as it were: enough for the longest wait
+LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
 CLOCK_ERROR = timedelta(days=2)  # an attempt further ahead of now was recorded by a clock that was wrong
 _NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # what brought a token that was not there before
 
@@ -89,7 +89,7 @@ def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -
         return None
     length = timedelta(seconds=market.settings.issue_interval)
     if last.outcome is Outcome.SENT:
-        length = pause(1, market.settings.issue_interval) + timedelta(seconds=market.settings.timeout)
+        length = retry_delay(1, market.settings.issue_interval) + timedelta(seconds=market.settings.timeout)
     until = min(last.at, now) + length
     return until if until > now else None
 
@@ -101,7 +101,7 @@ def paused_until(attempts: Sequence[Attempt], now: datetime, interval: float) ->
     final = attempts[-1]  # also one that never left: an issuer that cannot be reached is left alone as long
     counted = record.latest(attempts)
     seldom = final.outcome is Outcome.SAME or (counted and counted.outcome in CREDENTIALS)
-    until = min(final.at, now) + pause(SELDOM if seldom else record.failures(attempts), interval)
+    until = min(final.at, now) + retry_delay(SELDOM if seldom else record.failures(attempts), interval)
     return until if until > now else None
 
 
@@ -113,12 +113,17 @@ def same_token_until(token: Token | None, now: datetime) -> datetime | None:
     return min(until, now + SAME_TOKEN)  # an issue that seems to lie ahead is a clock's that was set back
 
 
-def pause(failures: int, interval: float) -> timedelta:
+def retry_delay(failures: int, interval: float = ISSUE_INTERVAL) -> timedelta:
     """How long to leave KIS alone after so many failures in a row: 65 s three times, then 5 min.
 
-    The pauses stretch and shrink with the issue interval (seconds), of which KIS's is 60.
+    The waits stretch and shrink with the issue interval (seconds), of which KIS's is 60.
     """
-    return retry_delay(failures) * (interval / ISSUE_INTERVAL)
+    return timedelta(seconds=65 if failures <= 3 else 300) * (interval / ISSUE_INTERVAL)  # noqa: PLR2004 - three times
+
+
+def lock_wait(market: Market) -> float:
+    """How many seconds to wait for the lock of a key whose holder asks KIS."""
+    return LOCK_WAIT * market.settings.timeout
 
 
 def format_time(at: datetime) -> str:

@@ -19,6 +19,7 @@ from tokencore.stores import open_store
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from threading import Event, Thread
 
     from tokencore.attempts import Attempt
     from tokencore.config.market import Market
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 FRESH = 0.9  # seconds for which the token in memory is served without a look at its file
 AHEAD_PAUSE = 1.0  # seconds between two looks at whether a renewal ahead is due; the record decides
 PATIENCE = 0.8  # seconds that a caller with a valid token waits for its successor
+BEGIN, LEAVE = (
+    1.0,
+    0.2,
+)  # seconds that a program's end waits for a renewal beside to begin, and for its request to leave
 
 
 @sealed_class(but=("get_valid_token",))
@@ -317,30 +322,38 @@ class BaseTokenManager(Sensitive):
         if time.monotonic() < self._next_try:
             return
         self._next_try = time.monotonic() + AHEAD_PAUSE
-        from threading import Thread  # not on the path of a cached token
+        from threading import Event, Thread  # not on the path of a cached token
 
-        thread = Thread(target=self._renew_ahead, args=(token,), name="tokencore renewal", daemon=True)
+        begun = Event()
+        thread = Thread(target=self._renew_ahead, args=(token, begun), name="tokencore renewal", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # the system gives no thread: the present token serves, and the next call tries
             _warn(error)
             return
         thread.join(PATIENCE)
+        if thread.is_alive():
+            import atexit
 
-    def _renew_ahead(self, token: Token) -> None:
+            atexit.register(_let_begin, thread, begun)
+
+    def _renew_ahead(self, token: Token, begun: Event) -> None:
         now, interval = datetime.now(UTC), ISSUE_INTERVAL
         try:
             self._reload()
             interval = self.market.settings.issue_interval
+            self._renewer.departing = begun.set
             newer = self._renewer.renew_ahead(
                 token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now)
             )
         except Exception as error:  # noqa: BLE001 - whatever fails, the present token is served
             self._next_try = time.monotonic() + max(AHEAD_PAUSE, interval)
             _warn(error)
-            return
-        if newer is not None:
-            self._remember(newer, now)
+        else:
+            if newer is not None:
+                self._remember(newer, now)
+        finally:
+            begun.set()
 
     def _in_served_session(self, token: Token, now: datetime) -> bool:
         from tokencore.outlook import in_served_session  # calendars, for the one who would issue
@@ -378,7 +391,9 @@ class BaseTokenManager(Sensitive):
     @property
     def _renewer(self) -> Renewer:
         if self._renewer_made is None:
-            self._renewer_made = make_renewer(self._sharing(), self._store)
+            from tokencore.renewer import Renewer  # not on the path of a cached token
+
+            self._renewer_made = Renewer(self._sharing(), self._store)
         return self._renewer_made
 
 
@@ -455,24 +470,16 @@ class KRTokenManager(TokenManager):
         super().__init__("kr")
 
 
-def make_renewer(markets: Sequence[Market], store: Store) -> Renewer:
-    """The renewer of the key that `markets` share, with the files of other clients that they ask for.
-
-    Raises:
-        ConfigurationError: the settings are malformed, or the secret is missing.
-
-    """
-    from tokencore.clients.exports import Exports  # not on the path of a cached token
-    from tokencore.renewer import Renewer
-
-    first = markets[0]
-    return Renewer(first, store, first.credentials(), first.base_url, Exports(markets, store))
-
-
 _WHAT_TO_GIVE = (
     "A subclass of BaseTokenManager has to give get_api_url(), get_app_credentials() and get_token_file_prefix(); "
     "for a market of the settings use TokenManager(name)."
 )
+
+
+def _let_begin(thread: Thread, begun: Event) -> None:
+    """At the end of a program on a busy machine, let its renewal ask KIS; the answer is waited for by nobody."""
+    if thread.is_alive() and begun.wait(BEGIN):
+        thread.join(LEAVE)
 
 
 def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer: float) -> None:

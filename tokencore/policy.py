@@ -66,11 +66,6 @@ def quiet_time(needs: Needs) -> tuple[time, time] | None:
     return (_of_day(begins), _of_day(begins + length)) if length else None
 
 
-def retry_delay(failures: int) -> timedelta:
-    """How long to wait after so many failures in a row: 65 seconds three times, then 5 minutes."""
-    return timedelta(seconds=65 if failures <= 3 else 300)  # noqa: PLR2004
-
-
 def next_renewal(
     now: datetime,
     needs: Needs,

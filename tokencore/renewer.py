@@ -12,10 +12,11 @@ import os
 import random
 import time
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tokencore import limits
 from tokencore.attempts import Attempt, Note, Outcome, latest
+from tokencore.clients.exports import Exports
 from tokencore.config.market import digest
 from tokencore.errors import (
     IssuanceLimitError,
@@ -29,7 +30,7 @@ from tokencore.sealing import Sensitive
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from tokencore.config.market import Market
     from tokencore.kis.gateway import Gateway
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     Serves = Callable[[Token], bool]
 
 _log = logging.getLogger("tokencore")
-LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
 ADOPTED = "issued by another client"  # what the record says of a token that another client's file brought
 FOREIGN_AGE = timedelta(minutes=10)  # a token this old at its arrival was not issued for our request
 POLL = 0.1  # seconds between two looks for the token of whoever was first
@@ -46,31 +46,24 @@ ROUNDS, REQUESTS = 4, 2  # cool-downs that a caller without a token waits out, a
 SPREAD = 0.1  # of a cool-down by which waiters start apart, so that not all ask in the same second
 
 
-class Copies(Protocol):
-    """The files of other clients that follow this key's token."""
-
-    def found(self, now: datetime) -> Token | None:
-        """The longest-lived token of this key that another client has put there by itself."""
-
-    def sync(self, token: Token | None) -> None:
-        """Bring the files up to date with the key's token, None where it has no living one; never raises."""
-
-
 class Renewer(Sensitive):
     """Renews the token of one key in its store; any number of them, in any process, act as one."""
 
     __slots__ = ("__dict__", "_secrets")  # what `vars` shows has no secret
 
-    def __init__(
-        self, market: Market, store: Store, credentials: tuple[str, str], base_url: str, copies: Copies
-    ) -> None:
-        """Serve the key of `store`; `market` gives the numbers of the rules."""
-        self.credentials = digest(*credentials, length=8)
-        self.copies = copies
-        self._market = market
+    def __init__(self, markets: Sequence[Market], store: Store) -> None:
+        """Serve the key of `store`, which `markets` share; the first gives the numbers of the rules.
+
+        Raises:
+            ConfigurationError: the settings are malformed, or the secret is missing.
+
+        """
+        self._market = markets[0]
         self._store = store
-        self._secrets = credentials
-        self._base_url = base_url
+        self._secrets = self._market.credentials()
+        self.credentials = digest(*self._secrets, length=8)
+        self.copies = Exports(markets, store)
+        self.departing: Callable[[], object] = lambda: None  # called as a request leaves
         self._gateway: Gateway | None = None
 
     def __repr__(self) -> str:
@@ -87,7 +80,7 @@ class Renewer(Sensitive):
         if self._gateway is None:
             from tokencore.kis.gateway import Gateway
 
-            self._gateway = Gateway(self._base_url, self._secrets, timeout=self._market.settings.timeout)
+            self._gateway = Gateway(self._market.base_url, self._secrets, timeout=self._market.settings.timeout)
         return self._gateway
 
     def obtain(self, serves: Serves, reason: str) -> Token:
@@ -201,7 +194,7 @@ class Renewer(Sensitive):
             TokenStoreError: another process holds the lock for too long, or the store cannot be written.
 
         """
-        wait = LOCK_WAIT * self._market.settings.timeout
+        wait = limits.lock_wait(self._market)
         with self._locked(wait) as held:
             if not held:
                 raise TokenStoreError(self._busy(wait))
@@ -233,7 +226,7 @@ class Renewer(Sensitive):
                 if held and (token := self._adopted(lambda _: True) or self._store.newest()):
                     self._keep(token, held=held)
         except (TokenError, OSError) as error:
-            _log.error("The copies for other clients could not be updated: %s", _safe(error))
+            _log.error("The copies for other clients could not be updated: %s", error)
 
     @contextlib.contextmanager
     def _locked(self, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
@@ -257,7 +250,7 @@ class Renewer(Sensitive):
         unwanted: Callable[[], bool] = lambda: False,
     ) -> tuple[Token, bool]:
         """A token that `serves`, and whether it was issued here rather than by a quicker process."""
-        wait = LOCK_WAIT * self._market.settings.timeout if wait is None else wait
+        wait = limits.lock_wait(self._market) if wait is None else wait
         began = datetime.now(UTC)
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves) or (self._adopted(serves) if held else None):
@@ -310,7 +303,12 @@ class Renewer(Sensitive):
         if fence is None:
             busy = "Another machine is asking KIS for this key's token now. Try again in a minute."
             raise IssuanceLimitError(busy, retry_at=None, cause="minute")
-        answer = gateway.issue(lambda: self._store.depart(fence))
+
+        def depart() -> bool:
+            self.departing()
+            return self._store.depart(fence)
+
+        answer = gateway.issue(depart)
         now = datetime.now(UTC)
         if not isinstance(answer, Token):
             self._finish(fence, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
@@ -378,8 +376,8 @@ class Renewer(Sensitive):
 
     def _busy(self, wait: float) -> str:
         return (
-            f"Another process has held the key's lock for {wait:.0f} s. Nothing was changed; "
-            f"look for a hanging process that uses {self._store.place}."
+            f"Another process has held the key's lock for {wait:.0f} s. Nothing was changed; `tokencore doctor` names "
+            f"the process that holds the lock of the key {self._store.fingerprint}."
         )
 
     def _unwritable(self, error: OSError) -> TokenStoreError:
@@ -423,8 +421,3 @@ def _is_issue(attempt: Attempt, answer: Token, now: datetime) -> bool:
     if attempt.outcome is not Outcome.ISSUED or attempt.expires_at is not None or answer.issued_at is None:
         return False
     return abs(attempt.at - answer.issued_at) < abs(now - answer.issued_at)
-
-
-def _safe(error: Exception) -> object:
-    """An unknown error's text may hold anything."""
-    return error if isinstance(error, TokenError) else type(error).__name__

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokencore")
 LIFE = timedelta(hours=24)  # by KIS's documentation; its answer does not say
-LOCK_WAIT = 8  # time-outs, as for the token: connecting four times, and waiting for an answer
 
 
 @sealed_class()
@@ -61,7 +60,7 @@ class ApprovalKeys(Sensitive):
             return last.access_token
 
     def _renewed(self, rejected: str) -> Token:
-        began, wait, buffer = datetime.now(UTC), LOCK_WAIT * self._market.settings.timeout, self._market.buffer
+        began, wait, buffer = datetime.now(UTC), limits.lock_wait(self._market), self._market.buffer
         with self._document.lock(wait=wait, give_up=lambda: self._serving(rejected, buffer) is not None) as held:
             if found := self._serving(rejected, buffer):
                 return found
