@@ -103,20 +103,13 @@ class Bots:
             one.communicate(timeout=60)
 
 
-@pytest.fixture(params=QUOTES)
-def client(request: pytest.FixtureRequest) -> str:
-    """The name of each client."""
-    return str(request.param)
-
-
 @pytest.fixture
-def python(client: str, gateway: Sandbox, pythons: dict[str, Path | None], monkeypatch: pytest.MonkeyPatch) -> Path:
+def python(client: str, gateway: Sandbox, pythons: dict[str, Path | None]) -> Path:
     """The client's Python; the folders of all clients at their defaults, and the settings that export there."""
     if not (found := pythons[client]):
         assert not THOROUGH
         pytest.skip(f"{client} cannot be installed here; `make clients` says why")
-    monkeypatch.setenv("KIS_HTS_ID", "me")
-    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", f"mojito2:{Path.cwd()},python-kis,kis-auth")
+    os.environ |= {"KIS_HTS_ID": "me", "KIS_MARKETS__US__EXPORTS": f"mojito2:{Path.cwd()},python-kis,kis-auth"}
     config = Path.home() / "KIS" / "config"
     for made in (config, Path.home() / ".pykis" / "cache"):
         made.mkdir(parents=True)
@@ -124,12 +117,11 @@ def python(client: str, gateway: Sandbox, pythons: dict[str, Path | None], monke
     return found
 
 
-def test_client_uses_the_token_and_issues_none(
-    client: str, nowhere: Sandbox, python: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("client", QUOTES)
+def test_client_uses_the_token_and_issues_none(client: str, nowhere: Sandbox, python: Path) -> None:
     """Every process takes the warm token for its quotes, and the next one after a renewal, without an issue request."""
     nowhere.set_rules(same_token=0, issue_interval=0)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
+    os.environ["KIS_ISSUE_INTERVAL"] = "0"
     first = TokenManager("us").get_valid_token()
     bots = Bots(client, python, PROCESSES)
     assert bots.quoted() == PROCESSES
@@ -144,6 +136,7 @@ def test_client_uses_the_token_and_issues_none(
     assert (asked(nowhere), stats["quotes"], stats["quotes_refused"]) == (2, PROCESSES * sum(QUOTES[client]), {})
 
 
+@pytest.mark.parametrize("client", QUOTES)
 def test_without_the_file_a_client_issues_and_its_token_is_taken_over(
     client: str, gateway: Sandbox, python: Path
 ) -> None:
@@ -165,9 +158,7 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda one: Path(one[0]).name)
-def test_code_that_needs_no_client_runs(
-    program: list[str], gateway: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_needs_no_client_runs(program: list[str], gateway: Sandbox, tmp_path: Path) -> None:
     """The document's code for plain requests gets its quote, and its commands run; Node's where there is Node."""
     if not shutil.which(program[0]):
         pytest.skip(f"there is no {program[0]} here")
@@ -175,8 +166,7 @@ def test_code_that_needs_no_client_runs(
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tokencore "$@"\n')
     command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(command.parent), prepend=":")
-    monkeypatch.setenv("KIS_HTS_ID", "me")
+    os.environ |= {"PATH": f"{command.parent}:{os.environ['PATH']}", "KIS_HTS_ID": "me"}
     ran = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert asked(gateway) == 1

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from builders import make_jwt, make_token
-from running import asked, cached, on_disk, raised
+from running import asked, cached, on_disk, raised, snapshot
 
 from tokencore import ConfigurationError, Key, Settings, TokenManager
 from tokencore.clients.exports import Exports
@@ -77,19 +77,17 @@ def in_zone(zone: str, work: str) -> None:
 
 
 @pytest.fixture
-def copies(tmp_path: Path, nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copies(tmp_path: Path, nowhere: Sandbox) -> Path:
     """A folder that us copies its token to, for all three clients; KIS hands no token out twice."""
     nowhere.set_rules(same_token=0, issue_interval=0)
-    made = tmp_path / "copies"
-    made.mkdir()
-    monkeypatch.setenv("KIS_HTS_ID", "me")
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
-    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", ",".join(f"{client}:{made}" for client in CLIENTS))
+    (made := tmp_path / "copies").mkdir()
+    wanted = ",".join(f"{client}:{made}" for client in CLIENTS)
+    os.environ |= {"KIS_HTS_ID": "me", "KIS_ISSUE_INTERVAL": "0", "KIS_MARKETS__US__EXPORTS": wanted}
     return made
 
 
 @pytest.mark.usefixtures("nowhere")
-def test_mojito2s_file_is_plain_data_of_an_old_protocol_and_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mojito2s_file_is_plain_data_of_an_old_protocol_and_off_by_default() -> None:
     """The pickle names no class, and has what mojito2 compares: key, secret, epoch of the expiry.
 
     With the secret in it, it stands beside the tokens only where the market's setting names mojito2.
@@ -97,7 +95,7 @@ def test_mojito2s_file_is_plain_data_of_an_old_protocol_and_off_by_default(monke
     krs = Path.home() / ".tokencore" / "us_krs_token.dat"
     TokenManager("us").get_valid_token()
     assert not krs.exists()
-    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", '["mojito2"]')
+    os.environ["KIS_MARKETS__US__EXPORTS"] = '["mojito2"]'
     TokenManager("us").save_token(token := on_disk())
     codes = [(code.name, value) for code, value, _ in pickletools.genops(krs.read_bytes())]
     assert codes[0] == ("PROTO", 2)
@@ -106,7 +104,7 @@ def test_mojito2s_file_is_plain_data_of_an_old_protocol_and_off_by_default(monke
     assert values <= {value for _, value in codes}
 
 
-def test_python_kis_file_is_what_tokenp_answers(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_kis_file_is_what_tokenp_answers(gateway: Sandbox) -> None:
     """Its name has the environment, the HTS id and a digest; its expiry is in KST; the app secret is not in it.
 
     Without that id, and for an unknown client, there is a sentence before anything is issued.
@@ -115,7 +113,7 @@ def test_python_kis_file_is_what_tokenp_answers(gateway: Sandbox, monkeypatch: p
     assert "KIS_HTS_ID" in str(raised(lambda: export("python-kis", "there")))
     assert "mojito2, python-kis, kis-auth" in str(raised(lambda: export("pykis", "there")))
     assert (asked(gateway), Path("there").exists()) == (0, False)
-    monkeypatch.setenv("KIS_HTS_ID", "me")
+    os.environ["KIS_HTS_ID"] = "me"
     (path,) = map(Path, TokenManager("us").export("python-kis", "there"))
     assert re.fullmatch(r"token_real_me_[0-9a-f]{40}\.json", path.name)
     content = json.loads(path.read_text())
@@ -180,12 +178,12 @@ def test_copies_die_with_the_token(death: str, copies: Path, caplog: pytest.LogC
 
 
 def test_what_fails_harms_neither_the_token_nor_the_other_copies(
-    copies: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    copies: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A missing folder and a file that is none of ours are logged and kept for the doctor; the rest goes on."""
     foreign, missing = copies / "token.dat", copies.with_name("missing")
     foreign.write_text("somebody's notes")
-    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", f"kis-auth:{missing},mojito2:{copies},kis-auth:{copies}")
+    os.environ["KIS_MARKETS__US__EXPORTS"] = f"kis-auth:{missing},mojito2:{copies},kis-auth:{copies}"
     text = TokenManager("us").get_valid_token()
     assert (foreign.read_text(), text in (copies / name_of("kis-auth")).read_text()) == ("somebody's notes", True)
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
@@ -220,15 +218,11 @@ def test_file_that_holds_no_token_of_the_key_is_never_touched(
     nowhere: Sandbox, tmp_path: Path, name: str, client: str
 ) -> None:
     """Another key's token, notes, damage, what is no file: left as it is, with a sentence that says so."""
-    path = tmp_path / name_of(client)
-    FOREIGN[name](path)
-    before = path.lstat()
+    FOREIGN[name](path := tmp_path / name_of(client))
+    before = snapshot(path)
     error = raised(lambda: TokenManager("us").export(client, str(tmp_path)))
-    assert isinstance(error, ConfigurationError)
-    assert f"{path} holds no token of this key" in str(error)
-    assert (path.lstat().st_ino, path.lstat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert not list(tmp_path.glob(".*.tmp"))
-    assert asked(nowhere) == 0
+    assert (type(error), f"{path} holds no token of this key" in str(error)) == (ConfigurationError, True)
+    assert (snapshot(path), list(tmp_path.glob(".*.tmp")), asked(nowhere)) == (before, [], 0)
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
@@ -257,14 +251,12 @@ def file_of(client: str, folder: Path) -> Path:
 
 def as_written_by(client: str, text: str, folder: Path) -> str:
     """Let a client put a token of its own, as it writes one, in the place of its copy."""
-    expiry = datetime.now() + timedelta(seconds=TWO_DAYS)  # noqa: DTZ005 - local, as the sample's
     content = {
         "mojito2": pickled(text),
         "python-kis": json.dumps({"access_token": text, "token_type": "Bearer", "expires_in": TWO_DAYS}).encode(),
-        "kis-auth": f"token: {text}\nvalid-date: {expiry:%Y-%m-%d %H:%M:%S}\n".encode(),
+        "kis-auth": f"token: {text}\nvalid-date: 2099-01-01 00:00:00\n".encode(),
     }
-    path = file_of(client, folder)
-    path.unlink()
+    (path := file_of(client, folder)).unlink()
     path.write_bytes(content[client])
     return text
 
@@ -338,9 +330,9 @@ def test_samples_files_of_past_days_are_cleared_away(copies: Path) -> None:
     assert not (copies / f"KIS{datetime.now(ZoneInfo('Pacific/Midway')):%Y%m%d}").exists()
 
 
-def test_token_that_names_no_key_is_copied_too(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_that_names_no_key_is_copied_too(copies: Path) -> None:
     """Should KIS change its tokens' form, what was written before is known by its digest, and nothing else is."""
-    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", f"kis-auth:{copies}")
+    os.environ["KIS_MARKETS__US__EXPORTS"] = f"kis-auth:{copies}"
     for saved, there in ("opaque-1", "opaque-1"), ("opaque-2", "opaque-2"), ("opaque-4", "opaque-3"):
         for path in copies.iterdir() if saved == "opaque-4" else ():
             path.write_text("token: opaque-3\n")
