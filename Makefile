@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test hours clients torture fleet bench lint docs pins clean
+.PHONY: help demo up down status test-alert test hours clients torture fleet bench lint wheel docs pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes a quarter of an hour'
 	@echo 'make fleet   two workers on a PostgreSQL server of their own, one of them killed'
 	@echo 'make lint    linters, formatter, packages that fit each other, type checker, direction of imports'
+	@echo 'make wheel   build what a bot elsewhere installs, the library and the command, into dist/'
 	@echo 'make docs    write what the pages show of alerts anew, from the code'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
 	@echo 'make clean   remove what make, the tests and the tools have built here'
@@ -99,6 +100,12 @@ endif
 	@echo 'Installing what the tests and linters need ...'
 	@$(PIP) --editable '.[flows,dev]'
 	@touch $@
+
+# Without build/, from which setuptools would take what is no more.
+wheel: .venv/.flows
+	@rm -rf build dist
+	@$(RUN) pip wheel --quiet --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@rm -rf build && ls dist/*
 
 docs: .venv/.flows
 	@.venv/bin/python docs/alerts.py

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Command = Callable[..., Ran]
 
-HEAVY = ("requests", "urllib3", "pydantic", "pydantic_settings", "filelock", "prefect", "rich", "argparse", "holidays")
+HEAVY = ("requests", "urllib3", "pydantic", "pydantic_settings", "filelock", "prefect", "argparse", "holidays")
 SLOW = ("typing", "pathlib", "logging", "tomllib", "dotenv")  # a millisecond each
 GET = """if True:
     import sys

@@ -302,7 +302,9 @@ def test_a_command_loads_its_own_room_only() -> None:
         assert parsers(COMMANDS, name)[1][name].format_help() == one.format_help()
     program = "import sys; from tokencore.cli import main; main(['check', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"rich", "http.server", "requests", "tokencore.keys", "tokencore.sandbox"} & set(loaded)
+    assert not {"tokencore.reports.terminal", "http.server", "requests", "tokencore.keys", "tokencore.sandbox"} & set(
+        loaded
+    )
 
 
 def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, command: Command) -> None:

@@ -9,13 +9,11 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from tokencore.attempts import GRANTED, Outcome, failure
 from tokencore.policy import LIFE
 from tokencore.redaction import clean
+from tokencore.reports import terminal
+from tokencore.reports.terminal import paint
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
@@ -32,31 +30,32 @@ LABEL = 7  # characters of an order code and space, before a plan's line
 REFUSED = "KIS refused the credentials: no renewal until you correct them, or run `tokencore refresh`"
 PRIVATE = ("0600", "0400", None)  # modes that only the owner can use
 BROAD = 112  # characters: from here on every column fits; below, the least important one gives way
-WIDE = 140  # characters, where no terminal says how wide it is: a pipe must not wrap a table
 
 
 def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None, str]], now: datetime) -> None:
     """One row a market; below, its file, what does not fit into a row, and what the quote calls said."""
-    console = _console()
-    broad = console.width >= BROAD
+    broad = terminal.width() >= BROAD
     local = f"local ({_local(now).tzname()})"
-    table = _table("market", "status", "serves until (KST)", local, "left", *["next need"] * broad)
+    rows = []
     for status in (one.status for one in seen):
         until = _serves_until(status)
-        table.add_row(
-            status["market"],
-            f"[{COLOURS.get(status['status'], 'red')}]{status['status']}[/]",
-            moment(until, KST),
-            moment(until, None),
-            duration((until - now).total_seconds()) if until else "-",
-            *[_need(status)] * broad,
+        rows.append(
+            [
+                status["market"],
+                paint(status["status"], COLOURS.get(status["status"], "red")),
+                moment(until, KST),
+                moment(until, None),
+                duration((until - now).total_seconds()) if until else "-",
+                *[_need(status)] * broad,
+            ]
         )
-    console.print(table)
+    columns = ["market", "status", "serves until (KST)", local, "left", *["next need"] * broad]
+    print(terminal.table(columns, rows))
     lines = [] if broad else [f"{one.status['market']}: next need {_need(one.status)}" for one in seen]
     lines += [f"{one.status['market']}: {failed}" for one in seen if (failed := _failed(one))]
     lines += [f"{one.status['market']}: {_file(one)}" for one in seen]
     lines += [f"{market}: {ANSWERS[accepted]} ({detail})" for market, (accepted, detail) in proofs.items()]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    print("\n".join(lines))
 
 
 def _failed(one: Seen) -> str:
@@ -67,20 +66,22 @@ def _failed(one: Seen) -> str:
 
 def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
     """One row an attempt, oldest first, with the markets of its key."""
-    console = _console()
-    broad = console.width >= BROAD
-    table = _table("when (KST)", "markets", "outcome", "code", *["token expires (KST)"] * broad, "by", "reason")
+    broad = terminal.width() >= BROAD
+    rows = []
     for markets, one in found:
         colour = "green" if one.outcome in GRANTED else "yellow" if one.outcome is Outcome.SENT else "red"
-        table.add_row(
-            moment(one.at, KST, seconds=True),
-            "+".join(markets),
-            f"[{colour}]{one.outcome}[/]",
-            one.code or "-",
-            *[moment(one.expires_at, KST)] * broad,
-            *(Text(clean(text)) for text in (one.by or "-", one.reason)),  # no markup; earlier versions kept controls
+        rows.append(
+            [
+                moment(one.at, KST, seconds=True),
+                "+".join(markets),
+                paint(one.outcome, colour),
+                one.code or "-",
+                *[moment(one.expires_at, KST)] * broad,
+                *(clean(text) for text in (one.by or "-", one.reason)),  # earlier versions kept controls
+            ]
         )
-    console.print(table if found else "No attempt has been recorded.")
+    columns = ["when (KST)", "markets", "outcome", "code", *["token expires (KST)"] * broad, "by", "reason"]
+    print(terminal.table(columns, rows) if found else "No attempt has been recorded.")
 
 
 def describe_tick(decision: Decision) -> str:
@@ -93,25 +94,26 @@ def describe_tick(decision: Decision) -> str:
 
 def print_plan(plan: Plan) -> None:
     """Why and when the key renews, then a line per exchange over the days ahead."""
-    console = _console()
-    console.print(f"[bold]{' + '.join(plan.markets)}[/]  {plan.why}")
-    table = _table("next renewal (KST)", f"local ({_local(plan.now).tzname()})", "why")
+    print(f"{paint(' + '.join(plan.markets), 'bold')}  {plan.why}")
+    rows = []
     for renewal in plan.renewals:
-        why = renewal.reason + (f" [yellow]({renewal.exception})[/]" if renewal.exception else "")
-        table.add_row(moment(renewal.at, KST), moment(renewal.at, None), why)
+        why = renewal.reason + (f" ({renewal.exception})" if renewal.exception else "")
+        rows.append([moment(renewal.at, KST), moment(renewal.at, None), why])
     none = REFUSED if plan.refused else "No renewal is needed in these days."
-    console.print(table if plan.renewals else none)
-    width = max(40, console.width - LABEL - 1)
-    console.print(" " * LABEL + _ruler(plan, width), style="dim")
+    columns = ["next renewal (KST)", f"local ({_local(plan.now).tzname()})", "why"]
+    print(terminal.table(columns, rows) if rows else none)
+    width = max(40, terminal.width() - LABEL - 1)
+    print(paint(" " * LABEL + _ruler(plan, width), "dim"))
     for row in plan.rows:
-        layers = {"[dim]·[/]": [(plan.start, plan.until)], "[blue]▒[/]": row.needs, "[bold blue]█[/]": row.sessions}
-        console.print(f"{row.code:<{LABEL}}" + "".join(_cells(plan, width, layers)))
-    console.print(f"{'token':<{LABEL}}" + "".join(_token_cells(plan, width)))
+        marks = paint("·", "dim"), paint("▒", "blue"), paint("█", "bold", "blue")
+        layers = dict(zip(marks, ([(plan.start, plan.until)], row.needs, row.sessions), strict=True))
+        print(f"{row.code:<{LABEL}}" + "".join(_cells(plan, width, layers)))
+    print(f"{'token':<{LABEL}}" + "".join(_token_cells(plan, width)))
     for certain, codes in _uncertain(plan).items():
-        console.print(
+        print(
             f"{', '.join(codes)}: closures are known until {certain}; a later or suddenly declared one costs a check."
         )
-    console.print("█ session  ▒ need  ━ token  ┄ tokens planned  ▲ renewal  │ now\n", style="dim")
+    print(paint("█ session  ▒ need  ━ token  ┄ tokens planned  ▲ renewal  │ now\n", "dim"))
 
 
 def info_text(status: MarketStatus) -> str:
@@ -201,8 +203,9 @@ def _token_cells(plan: Plan, width: int) -> list[str]:
     expiry = token.expires_at - timedelta(seconds=plan.buffer) if token and token.rejected_at is None else plan.start
     life = token.issued_at or plan.start if token else plan.start
     planned = [(renewal.at, renewal.at + LIFE) for renewal in plan.renewals]
-    cells = _cells(plan, width, {"[green]┄[/]": planned, "[green]━[/]": [(life, expiry)]})
-    for at, mark in [*((renewal.at, "[red]▲[/]") for renewal in plan.renewals), (plan.now, "[bold]│[/]")]:
+    cells = _cells(plan, width, {paint("┄", "green"): planned, paint("━", "green"): [(life, expiry)]})
+    marks = [(renewal.at, paint("▲", "red")) for renewal in plan.renewals]
+    for at, mark in [*marks, (plan.now, paint("│", "bold"))]:
         cells[min(width - 1, max(0, int((at - plan.start) / step)))] = mark
     return cells
 
@@ -219,17 +222,3 @@ def _ruler(plan: Plan, width: int) -> str:
 
 def _parse(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text).astimezone(UTC) if text else None
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=number < 2, overflow="fold")  # noqa: PLR2004 - what names the row stays whole
-    return table
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDE
-    return console
