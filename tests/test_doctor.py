@@ -268,7 +268,6 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
     leftovers = {
         "drafts of killed processes": ".us_api_token.json.x.tmp",
         "set aside as no token of this key": "us_api_token.json.aside",
-        "not tokencore's": "notes.txt",
         "of a key that is not configured": "key-0123456789abcdef.jsonl",
         "of a market that is not configured": "old_api_token.json",
     }
@@ -278,7 +277,7 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
     seen = found(command, 3)  # the sandbox does not know the token
     assert seen.only("token directory")["cure"] == f"chmod 700 {folder()}"
     wide = seen.only("file modes")
-    assert re.search(r"key-0123456789abcdef\.jsonl, .* and 2 more$", wide["detail"])
+    assert re.search(r"key-0123456789abcdef\.jsonl, .* and 1 more$", wide["detail"])
     assert wide["cure"] == f"chmod go= {folder()}/*", "600 would lock the folder that Prefect has in there"
     assert seen.only("leftover files")["detail"] == "; ".join(f"{what}: {name}" for what, name in leftovers.items())
 

@@ -35,8 +35,8 @@ def add(command: AddCommand) -> None:
         help="also within six hours and past the daily ceiling; asks before a second one in an hour",
     )
     refresh.add_argument("--yes", action="store_true", help="force without the question; needed without a terminal")
-    refresh.add_argument("--reason", type=_text, default="", help="kept in the issuance record")
-    refresh.add_argument("--by", type=_text, help="who asks, for the record (otherwise your login)")
+    refresh.add_argument("--reason", default="", help="kept in the issuance record")
+    refresh.add_argument("--by", help="who asks, for the record (otherwise your login)")
     planned = command(
         "plan", _plan, "the sessions ahead, the token's life, the daily anchor, and the next renewals and why"
     )
@@ -78,12 +78,7 @@ def _login() -> str:
     try:
         return getuser()
     except (KeyError, OSError, ImportError):  # a container's user need not have a name
-        return f"uid {os.getuid()}" if os.name == "posix" else "unknown"
-
-
-def _text(argument: str) -> str:
-    """What a terminal of another encoding sent may not be text at all."""
-    return argument.encode(errors="replace").decode()
+        return f"uid {os.getuid()}" if sys.platform != "win32" else "unknown"
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -74,11 +74,9 @@ CACHES = {  # of other clients, each of which would issue for itself
 }
 MANY, CACHE_LIMIT = 64, 65_536  # files of one pattern that are looked at, and their bytes
 _OF_MARKET = r"(.+)_(?:api_token\.json|token_issued_at\.dat|krs_token\.dat|approval_key\.json)"
-_OURS = rf"config\.toml|incidents\.|prefect|key-|\.gitignore|.*\.(?:tmp|aside)$|{_OF_MARKET}$"
 LEFTOVERS = {  # by the files' names; what is in parentheses is the key or market that they belong to
     "drafts of killed processes": r".*\.tmp",
     "set aside as no token of this key": r".*\.aside",
-    "not tokencore's": rf"(?!{_OURS}).*".replace("(.+)", ".+"),
     "of a key that is not configured": r".*?key-([0-9a-f]{16})\b.*",
     "of a market that is not configured": _OF_MARKET,
 }
@@ -297,10 +295,8 @@ def _lock(key: Key, name: str) -> Iterator[Finding]:
 def _holders(path: str) -> str:
     """Who holds a lock on the file, as Linux lists locks: `1: FLOCK ADVISORY WRITE 71 08:01:913 0 EOF`."""
     with contextlib.suppress(OSError, ValueError):
-        found = os.stat(path)
-        place = f" {os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino} "
-        lines = (files.read_bytes("/proc/locks", trusted=False) or b"").decode().splitlines()
-        if holders := [line.split()[4] for line in lines if place in line and " -> " not in line]:
+        place, listed = f":{os.stat(path).st_ino} ", files.read_bytes("/proc/locks", trusted=False) or b""
+        if holders := [one.split()[4] for one in listed.decode().splitlines() if place in one and " -> " not in one]:
             return f"process {', '.join(holders)}"
     return "another process"
 
@@ -474,18 +470,18 @@ def _prefect(it: Subject) -> Iterator[Finding]:
 def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
     """Whether PREFECT_API_URL is set, the address, and user and password: those set, or those `make up` generated.
 
-    `.env` completes the environment, but may not say where a password of another source goes.
+    One source gives both: `.env` may not say where a password of the environment's goes.
     """
-    given = {**os.environ}
+    given: Mapping[str, str] = os.environ
     if not any(map(given.get, PASSWORDS)):
         with contextlib.suppress(ConfigurationError):  # the line on the settings says it
-            given |= trusted_dotenv()
-    api, login = given.get("PREFECT_API_URL", "").rstrip("/"), next(filter(None, map(given.get, PASSWORDS)), "")
-    if not login and api == os.environ.get("PREFECT_API_URL", "").rstrip("/"):
+            given = {**os.environ, **trusted_dotenv()}
+    api, login = given.get("PREFECT_API_URL", ""), next(filter(None, map(given.get, PASSWORDS)), "")
+    if not login and api == os.environ.get("PREFECT_API_URL", ""):
         with contextlib.suppress(ValueError):
             login = (files.read_text(os.path.join(home, "password")) or "").strip()
     user, _, password = login.partition(":")
-    url = api or f"http://127.0.0.1:{given.get('PREFECT_SERVER_API_PORT') or 4200}/api"
+    url = api.rstrip("/") or f"http://127.0.0.1:{given.get('PREFECT_SERVER_API_PORT') or 4200}/api"
     return bool(api), url, (user, password) if user else None
 
 
