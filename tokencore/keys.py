@@ -160,8 +160,8 @@ class Key(Sensitive):
         if token is None or not token.serves(until, buffer):
             token = self.renewer.obtain(lambda found: found.serves(max(until, now), buffer), f"get {self.name}")
         self.renewer.require_saved(token)
-        fresh = self.store.attempts()[-1:]
-        return bool(fresh) and fresh != began[-1:] and _issued_here(fresh[0])
+        last = self.store.attempts()[-1:]
+        return last != began[-1:] and any((one.outcome, one.pid) == (Outcome.ISSUED, os.getpid()) for one in last)
 
     def refresh(self, *, force: bool, reason: str, by: str) -> bool:
         """Renew now; True for a new token, False where KIS returned the present one; see `BaseTokenManager.refresh`."""
@@ -333,7 +333,3 @@ class Decision(NamedTuple):
 
 
 NO_TOKEN = "no valid token"  # noqa: S105 - words
-
-
-def _issued_here(attempt: Attempt) -> bool:
-    return attempt.outcome is Outcome.ISSUED and attempt.pid == os.getpid()

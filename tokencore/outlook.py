@@ -213,13 +213,24 @@ def preview_refresh(
     if issues := _issues(now, token, attempts):
         found.append(RefreshWarning("another issue", _another(issues, market)))
     if running:
-        found.append(RefreshWarning("inside a session", _inside(running)))
+        until = limits.format_time(max(running.values()))
+        inside = (
+            f"{', '.join(running)}: tokens are in use until {until}. Programs would get another token inside a "
+            "session, and KIS does not say whether the old one stays valid."
+        )
+        found.append(RefreshWarning("inside a session", inside))
     return found
 
 
 def make_rows(codes: Sequence[str], start: datetime, until: datetime, known: Mapping[str, Override]) -> list[Row]:
     """Sessions and needs of each exchange between two moments."""
-    return [_row(code, start, until, known) for code in dict.fromkeys(sessions.exchange(one).code for one in codes)]
+    rows = []
+    for place in dict.fromkeys(map(sessions.exchange, codes)):
+        days = sessions.days(place.code, start, until, known)
+        shown: list[Need] = [one.session for one in days if one.session.close > start and one.session.open < until]
+        certain = sessions.certain_until().isoformat()
+        rows.append(Row(place.code, place.zone, certain, shown, [one.need for one in days]))
+    return rows
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -282,20 +293,6 @@ def _another(issues: Sequence[datetime], market: Market) -> str:
         f"{limits.format_time(issues[-1])}. KIS asks for one a day and may restrict a key that takes more; the "
         f"account's owner gets another KakaoTalk message.{ceiling}"
     )
-
-
-def _inside(running: Mapping[str, datetime]) -> str:
-    return (
-        f"{', '.join(running)}: tokens are in use until {limits.format_time(max(running.values()))}. Programs would "
-        "get another token inside a session, and KIS does not say whether the old one stays valid."
-    )
-
-
-def _row(code: str, start: datetime, until: datetime, known: Mapping[str, Override]) -> Row:
-    days = sessions.days(code, start, until, known)
-    shown: list[Need] = [one.session for one in days if one.session.close > start and one.session.open < until]
-    needs = [one.need for one in days]
-    return Row(code, sessions.exchange(code).zone, sessions.certain_until().isoformat(), shown, needs)
 
 
 def plan_start(now: datetime) -> datetime:

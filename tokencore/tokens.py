@@ -9,7 +9,7 @@ from tokencore.sealing import Sensitive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import Any
 
 KST = timezone(timedelta(hours=9), "KST")  # Korea has no daylight saving time
@@ -86,7 +86,7 @@ class Token(Sensitive):
         return self.issued_at + min(SAME_TOKEN, (self.expires_at - self.issued_at) / 4)
 
 
-def longest(found: Iterator[Token | None] | list[Token | None]) -> Token | None:
+def longest(found: Iterable[Token | None]) -> Token | None:
     """Of these tokens the one that lasts longest; a rejected one comes last."""
     known = (token for token in found if token is not None)
     return max(known, key=lambda token: (token.rejected_at is None, token.expires_at), default=None)
@@ -213,21 +213,8 @@ def _expiries(content: Mapping[str, Any]) -> Iterator[datetime]:
         for name in names:
             for zone in zones:
                 yield from _time(content.get(name), zone)
-    yield from _local_life(content)
     for issued_at in _time(content.get("issued_at", content.get("created_at"))):
         yield from _lifetime(content.get("expires_in"), issued_at)
-
-
-def _local_life(content: Mapping[str, Any]) -> Iterator[datetime]:
-    """The expiry by the hours between two naive times: a day added to local time is an hour too long in autumn."""
-    issued, expires = content.get("cached_at"), content.get("expires_at")
-    if isinstance(issued, str) and isinstance(expires, str):
-        try:
-            begun, ended = datetime.fromisoformat(issued), datetime.fromisoformat(expires)
-            if begun.tzinfo is None and ended.tzinfo is None:
-                yield from _sane(begun.astimezone(UTC) + (ended - begun))
-        except (ValueError, OverflowError, OSError):
-            return
 
 
 def _time(value: object, zone: timezone | None = None) -> Iterator[datetime]:
