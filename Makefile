@@ -46,7 +46,7 @@ clients: .venv/.dev
 	@TOKENCORE_CLIENTS=all $(RUN) pytest tests/test_clients.py $(ARGS)
 
 torture: .venv/.dev
-	@TORTURE=1 PYTHONPATH=tests $(RUN) pytest -p torture $(or $(ARGS),\
+	@TORTURE=1 $(RUN) pytest $(or $(ARGS),\
 		tests/test_faults.py tests/test_model.py tests/test_planted.py tests/test_secrets.py)
 
 # Beside other clients, which are installed for nothing else; tokencore as a user has it, not as a checkout.

@@ -253,9 +253,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for kind, how in KINDS.items() for name in how.scenarios])
-def test_whatever_happens_before_any_call(
-    name: str, kind: str, make_desk: Callable[[], Desk], record_property: Callable[[str, object], None]
-) -> None:
+def test_whatever_happens_before_any_call(name: str, kind: str, make_desk: Callable[[], Desk]) -> None:
     """Each file is old or new, the next processes get one token, KIS was asked once a minute and nothing in vain.
 
     What is said is one sentence with its exit code, and a bought token is in hand or on disk. A clock set ahead ends a
@@ -273,7 +271,6 @@ def test_whatever_happens_before_any_call(
             bad = [what for what in case.found if not (kind.startswith("clock +") and "minute" in str(what))]
             found += [f"{number} {case.calls[number]}: {what}" for what in bad]
     assert not found, "\n".join(found)
-    record_property("cases", len(calls))
 
 
 @pytest.fixture
@@ -435,9 +432,7 @@ def damage(path: Path, kind: str) -> None:
 
 @needs_root
 @pytest.mark.parametrize("place", PLACES)
-def test_no_file_of_the_folder_stops_a_command(
-    place: str, desk: Desk, record_property: Callable[[str, object], None]
-) -> None:
+def test_no_file_of_the_folder_stops_a_command(place: str, desk: Desk) -> None:
     """Whatever stands in place of token, view, record or mark: a documented code, no traceback, then a token for both.
 
     What another user could have planted is refused, until it is moved away.
@@ -456,7 +451,6 @@ def test_no_file_of_the_folder_stops_a_command(
             path.unlink()
         assert len(desk.served()) == 1, kind
         assert desk.hurried() == []
-    record_property("cases", len(kinds) * len(COMMANDS))
 
 
 @pytest.mark.parametrize("start", ["2038-01-19T03:13:30", "2106-02-07T06:28:00"])
