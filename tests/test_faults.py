@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+import requests
 from builders import make_market
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -28,6 +29,7 @@ from hypothesis import strategies as st
 from stepping import DAY, FULL, HOUR, MARKETS, MINUTE, Desk, desks, needs_space, thread_start
 
 from tokencore import cli
+from tokencore.sandbox import APP_SECRET
 from tokencore.stores import open_store
 from tokencore.stores.file_store import FileStore
 
@@ -389,6 +391,17 @@ def test_a_token_that_kis_repeats_on_a_full_disk_counts_once(desk: Desk) -> None
         assert process.ran.out.split() == desk.granted
     assert len(desk.served()) == 1
     assert desk.hurried() == []
+
+
+def test_a_token_that_another_program_issued_is_no_issue_of_ours(desk: Desk) -> None:
+    """What KIS issued an hour before our request is recorded as handed back, with its own time as the mark."""
+    body = {"grant_type": "client_credentials", "appkey": desk.key, "appsecret": APP_SECRET}
+    assert requests.post(f"{desk.kis.url}/oauth2/tokenP", json=body, timeout=5).status_code == 200
+    issued_at = desk.clock.true
+    desk.clock.true += HOUR
+    assert desk.run("get", "us").out.split() == desk.granted
+    assert desk.last_line() == ("same", None)
+    assert abs(float((desk.folder / "us_token_issued_at.dat").read_text(encoding="ascii")) - issued_at) < 2
 
 
 TEXTS: dict[str, bytes] = {

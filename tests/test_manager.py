@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import requests
-from builders import KEY, SECRET, make_token
-from running import DAY, asked, at_a_barrier, cached, folder, forked, issue_of, on_disk, outcomes, raised, start, until
+from builders import KEY, SECRET
+from running import DAY, asked, at_a_barrier, cached, folder, forked, issue_of, on_disk, outcomes, raised, until
 
 from tokencore import (
     BaseTokenManager,
@@ -24,7 +24,6 @@ from tokencore import (
     Settings,
     TokenError,
     TokenManager,
-    TokenStoreError,
     TokenUnavailableError,
     USTokenManager,
 )
@@ -37,17 +36,15 @@ if TYPE_CHECKING:
 HOUR = 3600.0
 
 
-def test_first_call_issues_once_and_every_manager_of_the_key_then_serves_the_same_token(
-    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_call_issues_once_and_every_manager_of_the_key_then_serves_the_same_token(gateway: Sandbox) -> None:
     """One request serves every market of the key; a market with another key issues for itself, inside that minute."""
     token = USTokenManager().get_valid_token()
     assert {manager.get_valid_token() for manager in (USTokenManager(), KRTokenManager(), TokenManager("kr"))} == {
         token
     }
     assert (asked(gateway), outcomes()) == (1, ["issued"])
-    monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", KEY)
-    monkeypatch.setenv("KIS_MARKETS__KR__APP_SECRET", SECRET)
+    os.environ["KIS_MARKETS__KR__APP_KEY"] = KEY
+    os.environ["KIS_MARKETS__KR__APP_SECRET"] = SECRET
     assert KRTokenManager().get_valid_token() != token
     assert USTokenManager().get_valid_token() == token
     assert asked(gateway) == 2
@@ -83,9 +80,6 @@ def test_a_look_at_an_unchanged_file_reads_nothing(monkeypatch: pytest.MonkeyPat
         assert isinstance(raised(refused), IssuanceLimitError)
 
 
-# --- until when
-
-
 @pytest.mark.parametrize(
     ("ahead", "issues"),
     [(-HOUR, 0), (0, 0), (7 * HOUR - 310, 0), (7 * HOUR - 299, 1)],
@@ -101,39 +95,30 @@ def test_valid_until_renews_only_what_does_not_last(gateway: Sandbox, ahead: flo
 
 
 @pytest.mark.parametrize(
-    ("left", "until_hours", "error", "word"),
+    ("left", "until_hours", "error", "word", "issues"),
     [
-        (17, 25, TokenUnavailableError, "Nothing was issued"),
-        (23, 23, IssuanceLimitError, "six hours after its issue"),
-        (23, None, ConfigurationError, "time zone"),
+        (17, 25, TokenUnavailableError, "Nothing was issued", 0),
+        (23, 23, IssuanceLimitError, "six hours after its issue", 0),
+        (23, None, ConfigurationError, "time zone", 0),
+        (None, 25, TokenUnavailableError, "too early", 1),
     ],
-    ids=["longer than any token", "in KIS's six hours", "without a zone"],
+    ids=["longer than any token", "in KIS's six hours", "without a zone", "no token to judge by"],
 )
-def test_valid_until_that_no_request_can_reach_costs_none(
-    gateway: Sandbox, left: int, until_hours: int | None, error: type[TokenError], word: str
+def test_valid_until_that_no_token_can_reach_costs_no_more_than_the_first(
+    gateway: Sandbox, left: int | None, until_hours: int | None, error: type[TokenError], word: str, issues: int
 ) -> None:
-    """What a new token would not serve, or KIS would answer with the present one, is refused; that one goes on."""
-    token, now = cached(left * HOUR), datetime.now(UTC)
+    """What no token would serve is refused with the reason, at no request or one; the token that is there goes on."""
+    now = datetime.now(UTC)
+    if left:
+        cached(left * HOUR)
     wanted = now.replace(tzinfo=None) if until_hours is None else now + timedelta(hours=until_hours)
     met = raised(lambda: USTokenManager().get_valid_token(valid_until=wanted))
     assert (type(met), word in str(met)) == (error, True)
+    assert isinstance(raised(lambda: USTokenManager().get_valid_token(valid_until=wanted)), TokenError)
     if isinstance(met, IssuanceLimitError):
-        assert (met.cause, met.retry_at) == ("same_token", issue_of(token) + timedelta(hours=6))
-    assert USTokenManager().get_valid_token() == token.access_token
-    assert asked(gateway) == 0
-
-
-def test_valid_until_that_the_issued_token_does_not_reach_says_so_and_keeps_it(gateway: Sandbox) -> None:
-    """Without a token to judge by, one is issued; it does not last, an error says so, the next call asks nothing."""
-    far = datetime.now(UTC) + timedelta(hours=25)
-    errors = [raised(lambda: USTokenManager().get_valid_token(valid_until=far)) for _ in range(2)]
-    assert [type(error) for error in errors] == [TokenUnavailableError] * 2
-    assert "too early" in str(errors[0])
-    assert USTokenManager().get_valid_token()
-    assert asked(gateway) == 1
-
-
-# --- managers of one's own, and what the library says
+        assert (met.cause, met.retry_at) == ("same_token", issue_of(on_disk()) + timedelta(hours=6))
+    assert USTokenManager().get_valid_token() == on_disk().access_token
+    assert asked(gateway) == issues
 
 
 class _Own(BaseTokenManager):
@@ -167,36 +152,6 @@ def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
     with pytest.raises(NotImplementedError, match=r"has to give get_api_url.*get_token_file_prefix"):
         BaseTokenManager()
 
-
-@pytest.mark.usefixtures("gateway")
-def test_saved_token_is_loaded_for_every_market_and_judged_by_its_buffer() -> None:
-    """What saves, loads and judges agrees: inside the buffer a token counts no longer; the info is lines for people."""
-    token = cached(302)
-    loaded = KRTokenManager().load_token()
-    assert loaded is not None
-    assert (loaded.access_token, loaded.expires_at) == (token.access_token, token.expires_at)
-    assert not USTokenManager().is_token_expired()
-    assert USTokenManager().get_token_status()["status"] == "EXPIRING_SOON"
-    lines = USTokenManager().get_token_info().splitlines()
-    assert {line[:13].rstrip() for line in lines} >= {"market", "status", "left", "file"}
-    assert any("KST" in line and "local" in line for line in lines)
-    cached(300)
-    assert USTokenManager().is_token_expired()
-    assert USTokenManager().load_token() is not None
-
-
-def test_directory_that_is_a_file_is_a_store_error_and_costs_no_request(gateway: Sandbox) -> None:
-    """Where no lock can be had nothing is issued; saving and deleting say the same, with the path and what to do."""
-    folder().write_text("not a folder")
-    manager = USTokenManager()
-    for work in (manager.get_valid_token, lambda: manager.save_token(make_token()), manager.delete_token):
-        error = raised(work)
-        assert isinstance(error, TokenStoreError)
-        assert all(word in str(error) for word in (str(folder()), "Nothing was issued", "KIS_TOKEN_DIR"))
-    assert asked(gateway) == 0
-
-
-# --- many at once
 
 PROCESSES = 32
 MINUTE = 60.0  # seconds: KIS's, on the gateway and in the settings
@@ -233,12 +188,10 @@ def test_renewal_ahead_by_many_processes_is_one_request_and_nobody_waits_in_vain
     assert asked(slow) == 1
 
 
-def test_processes_that_start_inside_a_foreign_minute_wait_it_out_and_ask_once_more(
-    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_start_inside_a_foreign_minute_wait_it_out_and_ask_once_more(gateway: Sandbox) -> None:
     """Another program issued just before their start: one refusal, then one request for all, a cool-down later."""
     gateway.set_rules(issue_interval=60)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "1")
+    os.environ["KIS_ISSUE_INTERVAL"] = "1"
     body = {"grant_type": "client_credentials", "appkey": APP_KEY, "appsecret": APP_SECRET}
     assert requests.post(f"{gateway.url}/oauth2/tokenP", json=body, timeout=5).status_code == 200
 
@@ -254,10 +207,10 @@ def test_processes_that_start_inside_a_foreign_minute_wait_it_out_and_ask_once_m
     assert [request["outcome"] for request in gateway.stats()["requests"]] == ["new", "EGW00133", "same"]
 
 
-def test_many_threads_make_one_request(slow: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_make_one_request(slow: Sandbox) -> None:
     """Threads that share a manager, and threads with one each, get one token from one request, minute or not."""
     slow.set_rules(issue_interval=0)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0")
+    os.environ["KIS_ISSUE_INTERVAL"] = "0"
     shared, barrier = USTokenManager(), threading.Barrier(PROCESSES)
 
     def want(number: int) -> str:
@@ -281,27 +234,6 @@ def test_child_forked_while_a_thread_renews_waits_for_it_and_gets_its_token(slow
         assert time.monotonic() - began < 5
         assert served == [(renewing.result(),) * 2]
     assert asked(slow) == 1
-
-
-def test_process_killed_while_it_asks_frees_the_lock_but_not_the_minute(
-    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After `kill -9` in the middle of a request, with a forked child alive, the next process waits out the minute."""
-    gateway.set_rules(issue_interval=0, latency=5)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0.5")
-    monkeypatch.setenv("KIS_TIMEOUT", "0.5")
-    forking = "import os, time\ndef fork():\n    time.sleep(0.1)\n    os.fork() or time.sleep(3)\n"
-    forking += "import threading; threading.Thread(target=fork).start()\n"
-    with start(WANT_A_TOKEN.replace("input()", forking)) as victim:
-        until(lambda: asked(gateway) == 1)
-        time.sleep(0.2)
-        victim.kill()
-    gateway.set_rules(latency=0)
-    assert USTokenManager().get_valid_token()
-    first, second = USTokenManager().history()
-    assert (first.outcome, second.outcome) == ("sent", "issued")
-    assert 0.5 <= (second.at - first.at).total_seconds() < 4
-    assert asked(gateway) == 2
 
 
 def test_concurrent_ticks_make_one_request_and_none_of_them_reports_trouble(slow: Sandbox) -> None:

@@ -229,7 +229,7 @@ def foreign_touched() -> None:
     exports._refuse_foreign = lambda *_: None
 
 
-@found_by("renewer", "failing_first_issuance_raises_its_own_error_after_one_request[drop]")
+@found_by("faults", "without_a_token_each_fault_is_one_error_and_one_next_attempt")
 def asked_again() -> None:
     """A request that may have reached KIS is sent again."""
     silent = codes.silent
