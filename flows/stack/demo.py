@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 from flows.stack import environment, supervisor
-from flows.stack.api import CHECK, REFRESH, Api, StackError
+from flows.stack.api import REFRESH, Api, StackError
 from flows.stack.deployments import run_to_end
-from tokencore import private_folder, sessions
+from tokencore import sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,7 +32,8 @@ The page: {page}
   The tokens: {page}/artifacts/key/tokens (click its newest entry)
   The plan: {page}/artifacts/key/plan (click its newest entry)
   Renew manually: {page}/deployments/deployment/{form}/run
-  Let KIS refuse the next request, then renew manually, with force, and see what the run reports:
+  A refusal: let KIS refuse the next request, renew manually for kr with force, and press Resume in the menu (three
+  dots) of the run's page, as KIS has just issued; it ends as Declined and says what serves until when.
     curl -X POST {sandbox}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
 
 Ctrl-C stops everything and leaves nothing behind.
@@ -50,7 +51,6 @@ def demo(*, once: bool = False) -> int:
         _say("sandbox", "a server on this machine answers instead of KIS")
         _say("Prefect", "starting its server, a worker and the deployments (half a minute) ...")
         home = Path(known["PREFECT_HOME"])
-        private_folder(str(home))
         stack = supervisor.start(home, known, Path(folder))
         try:
             api = Api(environment.address(known), environment.password(home, known))
@@ -75,13 +75,14 @@ def exchange(now: datetime) -> str:
 
 
 def _play(api: Api, known: Mapping[str, str]) -> None:
-    """A warm-up and a check, and what they did to the tokens."""
+    """A warm-up after the check that each start makes, and what they did to the tokens."""
+    if last := api.last_check():
+        _say("check-tokens", last[0])
     code = exchange(datetime.now(UTC))
     _complete(api, f"warm-up/{code}", exchange=code)
     if _tokencore(known, "check", "kr", show=False):
         _say("", "No session needs a token now, so a person asks for one:")
         _complete(api, REFRESH, market="kr", operator="make demo", reason="no session needs a token now")
-    _complete(api, CHECK)
     print(flush=True)
     _tokencore(known, "check")
     print(flush=True)
@@ -107,7 +108,6 @@ def _sandbox(folder: Path) -> Iterator[dict[str, str]]:
         "PREFECT_HOME": str(folder / "tokens" / "prefect"),
         "PREFECT_SERVER_API_PORT": str(_free_port()),
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # somebody is watching: Prefect's 10 would double the time
-        supervisor.CHECK_AT_START: "",
     }
     command = [sys.executable, "-m", "tokencore", "sandbox", "--port", str(_free_port())]
     pipe = subprocess.PIPE

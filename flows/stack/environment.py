@@ -23,7 +23,7 @@ DEFAULT_PORT = "4200"  # Prefect's own
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 THIS_MACHINE = re.compile(r"localhost|127\.[\d.]+|::1")
-DATABASES = ("sqlite+aiosqlite", "postgresql+asyncpg")  # what Prefect's server speaks
+DATABASES = ("sqlite+aiosqlite://", "postgresql+asyncpg://")  # what Prefect's server speaks
 USER = "admin"  # of a generated password
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # noqa: S105 - the name of the setting
 
@@ -62,7 +62,7 @@ def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
         ConfigurationError: the port, the password or the database's address cannot be used.
 
     """
-    check(given)
+    _check(given)
     secret = given.get(PASSWORD) or _kept(password_file(home), lambda: f"{USER}:{secrets.token_urlsafe(24)}")
     of_blocks = given.get("PREFECT_SERVER_ENCRYPTION_KEY") or _kept(home / "encryption.key", _fernet_key)
     own = {
@@ -110,27 +110,6 @@ def with_dotenv() -> dict[str, str]:
     """
     found = trusted_dotenv()
     return {**os.environ, **{name: value for name, value in found.items() if name.startswith("PREFECT_")}}
-
-
-def check(environment: Mapping[str, str]) -> None:
-    """Refuse what Prefect would take and then fail with, or would repeat into its log.
-
-    Raises:
-        ConfigurationError: the port, the password or the database's address cannot be used.
-
-    """
-    port(environment)
-    if not environment.get(PASSWORD, "").isascii():
-        raise ConfigurationError(
-            f"{PASSWORD} holds characters that Prefect's server cannot compare; "
-            "set user:password in English letters, digits and signs.",
-        )
-    url = environment.get("PREFECT_SERVER_DATABASE_CONNECTION_URL")
-    if url and not re.match(rf"({'|'.join(map(re.escape, DATABASES))})://", url):
-        raise ConfigurationError(
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL names no database that Prefect can use; "
-            "set postgresql+asyncpg://user:password@host/database.",
-        )
 
 
 def port(environment: Mapping[str, str]) -> int:
@@ -224,6 +203,21 @@ def password(folder: Path, environment: Mapping[str, str]) -> str | None:
 def password_file(folder: Path) -> Path:
     """Where a generated password is."""
     return folder / "password"
+
+
+def _check(environment: Mapping[str, str]) -> None:
+    """Refuse what Prefect would take and then fail with, or would repeat into its log."""
+    if not environment.get(PASSWORD, "").isascii():
+        raise ConfigurationError(
+            f"{PASSWORD} holds characters that Prefect's server cannot compare; "
+            "set user:password in English letters, digits and signs.",
+        )
+    url = environment.get("PREFECT_SERVER_DATABASE_CONNECTION_URL")
+    if url and not url.startswith(DATABASES):
+        raise ConfigurationError(
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL names no database that Prefect can use; "
+            "set postgresql+asyncpg://user:password@host/database.",
+        )
 
 
 def _fernet_key() -> str:

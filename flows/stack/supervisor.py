@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SHOWN = ("supervisor", "server", "worker")
 ARTIFACTS = ("tokens", "plan")
-CHECK_AT_START = "TOKENCORE_CHECK_AT_START"  # empty: the demo runs something else first
 FOLDER = "TOKENCORE_FOLDER"  # where the stack was started, see flows/__init__.py
 PATIENCE = 300.0  # seconds for a start: two idle cores take 14 for the first start of the server alone
 ANSWER = 20.0  # seconds for an answer of supervisord
@@ -104,13 +103,10 @@ def up() -> int:
 
     """
     Key.load(Settings.load())  # a missing key or secret is said now, not by a run at night
-    home, given = environment.home(), environment.with_dotenv()
-    environment.check(given)
-    private_folder(str(home))
+    home = environment.home()
     if running(home):
         print("It runs already.")
     else:
-        _refuse(home, given)
         print("Starting Prefect's server, the deployments and a worker (half a minute) ...", flush=True)
         start(home, os.environ, Path.cwd())
     status()
@@ -168,6 +164,7 @@ def start(home: Path, given: Mapping[str, str], folder: Path) -> subprocess.Pope
         StackError: a part could not be started; nothing of it runs.
 
     """
+    private_folder(str(home))
     log = home / "supervisor.log"
     command, null = [sys.executable, "-m", "flows.stack", "run"], subprocess.DEVNULL
     with log.open("wb") as output:
@@ -214,9 +211,8 @@ def deploy() -> int:
     server = environment.api()
     server.wait()
     deployments.apply(server, Path(os.environ["PREFECT_HOME"]))
-    if os.environ.get(CHECK_AT_START, "yes"):
-        state = deployments.run_to_end(server, CHECK)
-        print(f"{state['name']}: {state['message'] or 'done'}")
+    state = deployments.run_to_end(server, CHECK)
+    print(f"{state['name']}: {state['message'] or 'done'}")
     return 0
 
 
