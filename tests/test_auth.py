@@ -119,7 +119,7 @@ def test_request_carries_token_key_secret_and_customer_type(kis: Scripted, send:
     assert carried == [[APP_KEY, APP_SECRET, "P"], [APP_KEY, APP_SECRET, "B"]]
 
 
-def test_signer_goes_on_for_days(kis: Scripted, send: Send) -> None:
+def test_signer_goes_on_for_days(gateway: Sandbox, kis: Scripted, send: Send) -> None:
     """A renewal elsewhere is seen within a second; a key that the settings change goes out with its own token only."""
     kis.script = [Answer(), Answer(), Answer(500, "EGW00121"), Answer()]
     auth, tokens = SIGNERS[send]("us"), [cached(17 * HOUR).access_token]
@@ -132,6 +132,7 @@ def test_signer_goes_on_for_days(kis: Scripted, send: Send) -> None:
     assert bearer(kis) == [*tokens, tokens[-1], USTokenManager().get_valid_token()]
     own = [(headers["appkey"], headers["appsecret"]) for headers, _ in kis.seen]
     assert own == [(APP_KEY, APP_SECRET)] * 3 + [(KEY, SECRET)]
+    assert asked(gateway) == 1, "the new key's token is in the new key's file"
 
 
 DEAD = {

@@ -369,8 +369,8 @@ class BaseTokenManager(Sensitive):
     def _reload(self) -> None:
         """A key that was replaced in the settings while the program runs is seen with the next renewal."""
         self._fresh_until = 0.0
-        market = self._read_market()
-        if (market.fingerprint, market.token_dir) != (self.market.fingerprint, self.market.token_dir):
+        before, market = self.market, self._read_market()
+        if (market.fingerprint, market.token_dir) != (before.fingerprint, before.token_dir):
             self._store_made = None
         self.market, self._renewer_made = market, None
 
