@@ -118,7 +118,7 @@ class Kis(Sandbox):
         super().__init__()
         self.clock = clock
         self.asked: dict[str, list[Asked]] = {}
-        self.play: Callable[[bytes], Iterator[bytes]] | None = None
+        self.play: Callable[[], Iterator[bytes]] | None = None
 
     def __enter__(self) -> Self:
         self.closing.clear()
@@ -176,9 +176,8 @@ class _Playing(_Handler):
             super()._deliver(answer)
             return
         self.close_connection = True
-        for piece in play(json.dumps(answer.content).encode()):
+        for piece in play():
             self.wfile.write(piece)
-            self.wfile.flush()
 
 
 class Stepped:

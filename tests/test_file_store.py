@@ -265,21 +265,6 @@ def test_a_mounted_file_is_written_in_place(folder: Path, monkeypatch: pytest.Mo
     assert os.listdir(folder) == [path.name]
 
 
-def test_a_file_is_read_again_only_where_its_signature_differs(folder: Path) -> None:
-    """The very token that was parsed before is given; a change of the same size is noticed by inode or time alone."""
-    store, path = open_files(folder), folder / VIEW
-    save(store, make_token())
-    assert store.read()[0] is store.read()[0]
-    path.write_bytes(b"\xef\xbb\xbf" + b"a" * 9)  # as Windows' editor does
-    assert files.read_text(str(path)) == "a" * 9
-    first, times = files.signature(str(path)), path.stat()
-    files.write_text(str(path), "b" * 12)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    second = files.signature(str(path))
-    os.utime(path, (1, 1))
-    assert len({first, second, files.signature(str(path)), files.signature(str(folder / "none"))}) == 4
-
-
 @pytest.mark.parametrize("before", ["nothing", "file", "folder"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
 def test_what_is_set_aside_is_kept(folder: Path, kind: str, before: str) -> None:
