@@ -12,7 +12,9 @@ from zoneinfo import ZoneInfo
 import hypothesis
 import pytest
 import time_machine
+from fleets import Fleet
 from hypothesis.configuration import set_hypothesis_home_dir
+from postgres import Postgres
 from running import Ran
 from slack_endpoint import HOOK, SlackEndpoint
 from xdist.scheduler import LoadFileScheduling
@@ -116,6 +118,19 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "tokens"
     made.mkdir(0o700)
     return made
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server for all tests of this process that share one."""
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def fleet(postgres: Postgres) -> Fleet:
+    """A fleet's store with nothing in it."""
+    return Fleet.made(postgres)
 
 
 @pytest.fixture

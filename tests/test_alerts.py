@@ -685,9 +685,9 @@ def test_a_damaged_document_is_begun_anew(content: dict[str, Any]) -> None:
     assert met(parse(content), "us", causes.LIMIT, None, ANCHOR, NEED)[1]
 
 
-def test_what_slack_accepted_is_noted_although_the_run_fails_then(tmp_path: Path) -> None:
+def test_what_slack_accepted_is_noted_although_the_run_fails_then() -> None:
     """The changes are written whatever ends the block; who finds others at it gives up in time and changes nothing."""
-    document = open_document(str(tmp_path), "incidents")
+    document = open_document(Settings.load(), "incidents")
 
     def fail_after_due_now() -> None:
         with changing(document, wait=1) as known:

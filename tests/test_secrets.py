@@ -285,7 +285,12 @@ def objects(gateway: Sandbox) -> Iterator[object]:
     yield from (manager, TokenManager("us"), KRTokenManager(), key, state, key.tick(state), state.plan(), make_token())
     yield from (state.warnings(), manager.history(), manager.get_token_status(), manager.get_token_info())
     yield from (KISAuth("us"), KISHttpxAuth("us"), gather(), Settings.load(), key.prove(make_token()))
-    yield from (draw_plans([state.plan()]), open_document("/", "x"), key.store, key.store.document("approval"))
+    yield from (
+        draw_plans([state.plan()]),
+        open_document(Settings.load(), "x"),
+        key.store,
+        key.store.document("approval"),
+    )
     yield from (Renewer(key.markets, key.store), ApprovalKeys(key.market, key.store, key.renewer))
     yield Gateway(gateway.url, (KEY, SECRET), timeout=1)
     for mode in ("limit", "bad-key", "down", "garbage"):

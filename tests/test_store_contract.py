@@ -6,10 +6,12 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import CANARIES, DAY, NOW, in_child, killed, make_market, make_token
+from postgres import needs_postgres
 from running import until
 
 from tokencore.attempts import Attempt, Outcome
@@ -28,10 +30,22 @@ MARKETS = ("us", "kr")
 SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7)
 
 
+STORES = ("files", pytest.param("fleet", marks=needs_postgres))
+
+
+@pytest.fixture(params=STORES)
+def numbers(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
+    """The settings that choose the kind of store."""
+    if request.param == "files":
+        return {"token_dir": str(folder), "store": ""}
+    numbers: dict[str, Any] = request.getfixturevalue("fleet").numbers(folder)
+    return numbers
+
+
 @pytest.fixture
-def opened(folder: Path) -> Open:
-    """Opens the store of a market, as a process of its own would; another kind of store is a parameter more."""
-    return lambda market="us": open_store(make_market(market, token_dir=folder), lambda: MARKETS)
+def opened(numbers: dict[str, Any]) -> Open:
+    """Opens the store of a market, as a process of its own would."""
+    return lambda market="us": open_store(make_market(market, **numbers), lambda: MARKETS)
 
 
 def save(store: Store, token: Token) -> Token:
@@ -145,9 +159,10 @@ def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) 
         assert free
 
 
-def test_a_document_is_shared_whole(opened: Open, folder: Path) -> None:
+def test_a_document_is_shared_whole(opened: Open, numbers: dict[str, Any]) -> None:
     """What is written under its lock the next process reads, of one key or of them all; an empty one is an object."""
-    for again in (partial(opened("kr").document, "approval"), partial(open_document, str(folder), "incidents")):
+    settings: Any = SimpleNamespace(**numbers)
+    for again in (partial(opened("kr").document, "approval"), partial(open_document, settings, "incidents")):
         document: Document = again()
         assert document.read() == {}
         with document.lock(wait=5) as held:

@@ -24,7 +24,7 @@ from servers import Wire
 from test_settings import NAMELESS as STRANGER
 from test_settings import as_root, dotenv, give_away
 
-from tokencore import ConfigurationError, Key, TokenManager, TokenStoreError, USTokenManager, open_document
+from tokencore import ConfigurationError, Key, Settings, TokenManager, TokenStoreError, USTokenManager, open_document
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
@@ -209,7 +209,8 @@ def test_nothing_that_is_made_is_open_to_others(tmp_path: Path, gateway: Sandbox
     try:
         for line in (*lines, f"export us --to mojito2 {copies}/deeper"):
             assert command(*line.split()).code == 0, line
-        document = open_document(str(tmp_path / "e" / "f"), "incidents")
+        os.environ["KIS_TOKEN_DIR"] = str(tmp_path / "e" / "f")
+        document = open_document(Settings.load(), "incidents")
         with document.lock(wait=1):
             document.write({"a": 1})
     finally:

@@ -21,6 +21,7 @@ COMMANDS = {  # by module, whose function `add` makes their parsers; a command l
     "tokencore.commands.monitoring": ("check", "doctor", "metrics"),
     "tokencore.commands.renewals": ("refresh", "plan", "history", "tick"),
     "tokencore.commands.transfer": ("export", "import"),
+    "tokencore.commands.fleet": ("fleet", "follow"),
     "tokencore.sandbox": ("sandbox",),
     "tokencore.commands": ("completion",),
 }

@@ -117,10 +117,10 @@ class Key(Sensitive):
             TokenStoreError: the store cannot be used.
 
         """
+        attempts = self.store.attempts()  # first: a fleet's store is then asked for the token too
         token, problem = self.store.newest(shared=True), ""
         if token is None:
             problem = self.store.read()[1]
-        attempts = self.store.attempts()
         issued_at = token.issued_at if token else last_issue(attempts)
         ahead = outlook.look(token, issued_at, self.horizon(self.exchanges, now), self.market, now)
         return KeyState(self, now, token, problem, attempts, ahead)
@@ -161,7 +161,8 @@ class Key(Sensitive):
             token = self.renewer.obtain(lambda found: found.serves(max(until, now), buffer), f"get {self.name}")
         self.renewer.require_saved(token)
         last = self.store.attempts()[-1:]
-        return last != began[-1:] and any((one.outcome, one.pid) == (Outcome.ISSUED, os.getpid()) for one in last)
+        mine = Outcome.ISSUED, os.getpid(), ""  # a machine of a fleet names the others' only
+        return last != began[-1:] and any((one.outcome, one.pid, one.host) == mine for one in last)
 
     def refresh(self, *, force: bool, reason: str, by: str) -> bool:
         """Renew now; True for a new token, False where KIS returned the present one; see `BaseTokenManager.refresh`."""

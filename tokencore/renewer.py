@@ -264,7 +264,13 @@ class Renewer(Sensitive):
             self._share_failure(standing, began)
             if unwanted():
                 raise TokenUnavailableError("The present token serves the open session to its end: no swap inside it.")
-            token = self._issue(note, standing)
+            issued = self._issue(note, standing)
+            if issued is None:
+                if token := self._serving(serves):
+                    return token, False
+                text = "Another machine is asking KIS for this key's token, or the attempt could not be recorded"
+                raise IssuanceLimitError(f"{text}. Nothing was sent; try again.", retry_at=None, cause="minute")
+            token = issued
         if token.rejected_at is not None:  # KIS returned the dead one: now only the six hours matter
             limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()), self._market)
         if intent is Intent.REQUIRED and not serves(token):
@@ -292,8 +298,11 @@ class Renewer(Sensitive):
             with contextlib.suppress(OSError):
                 self._store.save(token)
 
-    def _issue(self, note: Note, standing: Standing) -> Token:
-        """One request: recorded before it is sent and completed after it, and its token saved."""
+    def _issue(self, note: Note, standing: Standing) -> Token | None:
+        """One request: recorded before it is sent and completed after it, and its token saved.
+
+        None where another machine was quicker: nothing was sent.
+        """
         gateway = self.gateway
         attempt = self._attempt(Outcome.SENT, note)
         try:
@@ -301,15 +310,20 @@ class Renewer(Sensitive):
         except OSError as error:
             raise self._unwritable(error) from None
         if fence is None:
-            busy = "Another machine is asking KIS for this key's token now. Try again in a minute."
-            raise IssuanceLimitError(busy, retry_at=None, cause="minute")
+            return None
+        overtaken = False
 
         def depart() -> bool:
+            nonlocal overtaken
             self.departing()
-            return self._store.depart(fence)
+            overtaken = not self._store.depart(fence)
+            return not overtaken
 
         answer = gateway.issue(depart)
         now = datetime.now(UTC)
+        if overtaken:
+            self._finish(fence, attempt._replace(at=now, outcome=Outcome.UNREACHABLE))
+            return None
         if not isinstance(answer, Token):
             self._finish(fence, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
             serves = limits.what_serves(standing.token, now, self._market.buffer)
@@ -394,7 +408,7 @@ def newer(token: Token, before: Token | None) -> bool:
 
 def _is_own_refusal(last: Attempt | None) -> bool:
     """Whether KIS refused the last request, and this process sent it."""
-    return last is not None and last.outcome is Outcome.LIMIT and last.pid == os.getpid()
+    return last is not None and last.outcome is Outcome.LIMIT and (last.pid, last.host) == (os.getpid(), "")
 
 
 def _returned(answer: Token, standing: Standing) -> bool:

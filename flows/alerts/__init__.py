@@ -272,7 +272,7 @@ def _send(settings: Settings, posts: list[Post]) -> None:
 
 
 def _document(settings: Settings) -> Document:
-    return open_document(settings.token_dir, "incidents")
+    return open_document(settings, "incidents")
 
 
 def _first_endangered(keys: list[Key], now: datetime) -> KeyState | None:

@@ -91,7 +91,7 @@ def _silence(api: Api, now: datetime) -> str | None:
 
 
 def _was_reported(settings: Settings) -> bool:
-    known = open_document(settings.token_dir, "incidents").read().get("incidents", [])
+    known = open_document(settings, "incidents").read().get("incidents", [])
     return any(isinstance(one, dict) and one.get("subject") == WHO for one in known)
 
 

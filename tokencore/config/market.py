@@ -42,7 +42,7 @@ class Market(Sensitive):
 
     __slots__ = (
         "_app_secret", "_in_keyring", "_load", "_settings",
-        "app_key", "base_url", "buffer", "environment", "name", "proactive_window", "token_dir",
+        "app_key", "base_url", "buffer", "environment", "name", "proactive_window", "store", "token_dir",
     )  # fmt: skip
 
     def __init__(self, name: str, found: Found, load: Callable[[], Settings]) -> None:
@@ -62,6 +62,7 @@ class Market(Sensitive):
         self._in_keyring = found.in_keyring(self.name)
         self.environment: str = get(found.variable(self.name, "ENVIRONMENT"), "real")  # or `paper`
         self.base_url = self._address(found.address_variable(self.name), found.values)
+        self.store = bool(get("KIS_STORE"))
         self.token_dir = folder(get("KIS_TOKEN_DIR", TOKEN_DIR))
         self.buffer = number(get("KIS_BUFFER", BUFFER), *SECONDS)  # both in seconds before expiry
         self.proactive_window = number(get("KIS_PROACTIVE_WINDOW", PROACTIVE_WINDOW), *SECONDS)

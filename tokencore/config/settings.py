@@ -68,6 +68,12 @@ def _hours(value: object, parse: ValidatorFunctionWrapHandler) -> tuple[time, ti
     return opens, closes
 
 
+def _store(url: SecretStr) -> SecretStr:
+    if not re.match(r"postgres(ql)?://[^/\s]", url.get_secret_value()):
+        raise ValueError("must be as postgresql://ROLE@HOST/DATABASE?sslmode=verify-full")
+    return url
+
+
 def _mention(text: str) -> str:
     known = r"<(!channel|!here|!everyone|@[UW][A-Z0-9]+|!subteam\^S[A-Z0-9]+)>"
     if not all(re.fullmatch(known, who) for who in text.split()):
@@ -130,7 +136,7 @@ class Settings(Sensitive, BaseSettings):
     prove_tokens: bool = True
     hts_id: str | None = None
     keyring: str | None = None
-    store: SecretStr | None = None  # an address with a password
+    store: Annotated[SecretStr, AfterValidator(_store)] | None = None  # an address with a password
     store_keys: Annotated[list[SecretStr], Listed] = []
     slack_webhook_url: SecretStr | None = None
     slack_bot_token: SecretStr | None = None
@@ -292,8 +298,6 @@ def _nested(found: Found) -> dict[str, Any]:
 
 def _warn(settings: Settings) -> None:
     given = settings.found.values
-    if settings.store:
-        warn("KIS_STORE has no effect in this version: tokens are kept in KIS_TOKEN_DIR, for this machine only.")
     for name, value in given.items():
         if name.endswith(("APP_KEY", "APP_SECRET")) and value != value.strip():
             warn(f"{short(name)} has white space around it, which was removed.")

@@ -91,7 +91,8 @@ def look(markets: Iterable[Market], now: datetime) -> list[Seen]:
         market.identified()
         store, key = open_store(market, tuple), (market.fingerprint, market.environment)
         if key not in keys:
-            keys[key] = store.read()[0], store.attempts()
+            attempts = store.attempts()  # first: a fleet's store is then asked for the token too
+            keys[key] = store.read()[0], attempts
         if market.exchanges not in needs:
             needs[market.exchanges] = next_need(market, now)
         token, attempts = keys[key]

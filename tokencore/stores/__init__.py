@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tokencore.config.market import Market
+    from tokencore.config.settings import Settings
     from tokencore.stores.base import Document, Store
 
 
@@ -19,17 +20,26 @@ def open_store(market: Market, siblings: Callable[[], Sequence[str]]) -> Store:
 
     `siblings` tells the names of all configured markets of the key, when something is written.
     """
+    if market.store:
+        from tokencore.stores.shared_store import SharedStore
+
+        return SharedStore(market, siblings)
     from tokencore.stores.file_store import FileStore
 
     return FileStore(market, siblings)
 
 
 @sealed
-def open_document(token_dir: str, name: str) -> Document:
-    """A document that all keys share, such as the incidents."""
+def open_document(settings: Settings, name: str) -> Document:
+    """A document that all keys share, such as the incidents: the machine's, or its fleet's."""
     from tokencore.stores.file_store import FileDocument
 
-    return FileDocument(os.path.join(token_dir, f"{name}.json"))
+    local = FileDocument(os.path.join(settings.token_dir, f"{name}.json"))
+    if not settings.store:
+        return local
+    from tokencore.stores.shared_store import SharedDocument
+
+    return SharedDocument(local, settings, name, local_first=False)
 
 
 @sealed

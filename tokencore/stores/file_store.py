@@ -182,6 +182,10 @@ class FileStore(Sensitive):
         """Append what needed no request."""
         self._record.append(attempt)
 
+    def replace_record(self, attempts: list[Attempt]) -> None:
+        """Have these attempts instead: another store's."""
+        self._record.replace(attempts)
+
     # The lock and other documents
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:

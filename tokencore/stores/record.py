@@ -45,6 +45,10 @@ class Record:
         """Add an attempt durably."""
         self._write([*self.attempts(), attempt])
 
+    def replace(self, attempts: list[Attempt]) -> None:
+        """Have these instead."""
+        self._write(attempts)
+
     def complete(self, begun: Attempt, attempt: Attempt) -> None:
         """Put `attempt` in the place of the line that was `begun`, or at the end where the disk did not take that."""
         known = self.attempts()

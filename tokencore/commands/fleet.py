@@ -1,0 +1,82 @@
+"""The commands of a fleet, whose machines share app keys: `fleet init`, `fleet rotate` and `follow`."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from tokencore.config.settings import Settings
+from tokencore.errors import ConfigurationError, TokenStoreError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from tokencore.commands import AddCommand
+
+ROLE = r"[a-z_][a-z0-9_]{0,62}"
+GRANTS = """\
+-- As the tables' owner or a superuser, for the role that the machines use; then set its password: \\password {role}
+CREATE ROLE {role} LOGIN;
+GRANT SELECT, INSERT, UPDATE ON tokencore_key, tokencore_attempt TO {role};"""
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands to the parser."""
+    fleet = command("fleet", _fleet, "the store that machines share: make its tables, or seal it with the newest key")
+    fleet.add_argument("what", choices=("init", "rotate"), metavar="init|rotate", help="what to do with KIS_STORE")
+    fleet.add_argument("--role", default="tokencore", help="whom the printed SQL lets use the tables (%(default)s)")
+    command("follow", _follow, "keep this machine's files as its fleet's store has them, until it is stopped")
+
+
+def _fleet(options: argparse.Namespace) -> int:
+    settings = _shared(Settings.load())
+    return _rotate(settings) if options.what == "rotate" else _init(settings, options.role)
+
+
+def _init(settings: Settings, role: str) -> int:
+    if not re.fullmatch(ROLE, role):
+        raise ConfigurationError("--role must be a name of small letters, digits and _; nothing was changed.")
+    from tokencore.stores.database import make_tables  # an extra, which the parser does not need
+
+    make_tables(settings.store.get_secret_value() if settings.store else "")
+    print("-- The tables are there.")
+    print(GRANTS.format(role=role))
+    if not settings.store_keys:
+        from cryptography.fernet import Fernet
+
+        print(f"-- A new key, the same for all machines: KIS_STORE_KEYS={Fernet.generate_key().decode()}")
+    return 0
+
+
+def _rotate(settings: Settings) -> int:
+    from tokencore.stores.shared_store import rotate
+
+    kept = rotate(settings)
+    if kept:
+        raise TokenStoreError(
+            f"{len(kept)} entries cannot be decrypted with KIS_STORE_KEYS ({', '.join(kept[:3])}); they are as they "
+            "were, and all others are sealed with the newest key. Add the key that sealed them, and run this again."
+        )
+    print("Everything is sealed with the newest key of KIS_STORE_KEYS.")
+    return 0
+
+
+def _follow(_: argparse.Namespace) -> int:
+    settings = _shared(Settings.load())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    from tokencore.stores.shared_store import follow_here
+
+    try:
+        follow_here(settings)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+    return 0
+
+
+def _shared(settings: Settings) -> Settings:
+    if not settings.store:
+        raise ConfigurationError("KIS_STORE is not set: this machine keeps its tokens for itself; see docs/fleet.md.")
+    return settings

@@ -1,0 +1,314 @@
+"""The PostgreSQL server that a fleet shares: every call with a deadline, every change one compare-and-set.
+
+A row of `tokencore_key` is a key's token or a document, sealed, with a version that each change raises; a row of
+`tokencore_attempt` is an issue request, found by its fence. Who changes a row names the version or fence that he has
+seen, and all times are the server's.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
+from tokencore.sealing import Sensitive
+from tokencore.stores import record
+from tokencore.stores.encryption import INSTALL
+
+try:
+    import psycopg
+except ImportError:  # it is an extra, and so is the libpq that it needs
+    raise ConfigurationError(f"KIS_STORE needs the package psycopg; {INSTALL}.") from None
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokencore.attempts import Attempt
+
+CONNECT, PATIENCE, ANSWER = 3, 5.0, 3.0  # seconds for a connection, for all tries to have one, and for each answer
+PAUSE = 0.1  # seconds between two tries, on the average
+KEEP = 1024  # attempts of a key, as in the files
+LAYOUT = "1"  # of the tables; the row of that name has it
+LEASE = 60  # seconds for which a document is locked at most
+CHANNEL = "tokencore"
+AHEAD = timedelta(seconds=0.25)  # clocks that differ by less are the same
+TABLES = f"""
+create table if not exists tokencore_key (
+  key text primary key, version bigint not null, fence bigint not null default 0, sealed text not null,
+  leased_until timestamptz, changed_at timestamptz not null default clock_timestamp());
+create table if not exists tokencore_attempt (
+  key text, slot integer, fence bigint not null, at timestamptz not null, host text not null, what text not null,
+  primary key (key, slot));
+create index if not exists tokencore_attempt_fence on tokencore_attempt (key, fence);
+insert into tokencore_key (key, version, sealed) values ('layout', 1, '{LAYOUT}') on conflict do nothing"""  # noqa: S608 - the same
+_READ = """
+select k.key, k.version, k.fence, k.sealed, extract(epoch from clock_timestamp())::float8, coalesce((
+  select json_agg(json_build_array(a.fence, extract(epoch from a.at), a.host, a.what) order by a.fence)
+  from tokencore_attempt a where a.key = k.key and a.fence > k.fence - %(depth)s), '[]')
+from tokencore_key k where k.key = any(%(keys)s)"""
+_RECORD = f"""
+insert into tokencore_attempt (key, slot, fence, at, host, what)
+select key, fence %% {KEEP}, fence, %(at)s, %(host)s, %(what)s from mine
+on conflict (key, slot) do update
+set fence = excluded.fence, at = excluded.at, host = excluded.host, what = excluded.what
+returning fence, pg_notify('tokencore', key)"""  # noqa: S608 - a number of our own
+_BEGIN = f"""
+with mine as (update tokencore_key set version = version + 1, fence = fence + 1, changed_at = clock_timestamp()
+  where key = %(key)s and version = %(version)s returning key, fence) {_RECORD}"""  # noqa: S608 - the same
+_NOTE = _BEGIN.replace("version = %(version)s", "true")
+_DEPART = """
+with mine as (update tokencore_key set version = version + 1 where key = %(key)s and fence = %(fence)s returning key)
+update tokencore_attempt a set at = clock_timestamp() from mine where a.key = mine.key and a.fence = %(fence)s
+returning a.fence"""
+_FINISH = """
+with mine as (update tokencore_key set version = version + 1, changed_at = clock_timestamp() where key = %(key)s)
+update tokencore_attempt set at = %(at)s, what = %(what)s where key = %(key)s and fence = %(fence)s
+returning pg_notify('tokencore', key)"""
+_PUT = """
+update tokencore_key set version = version + 1, sealed = %(sealed)s, changed_at = clock_timestamp()
+where key = %(key)s and version = %(version)s returning version, pg_notify('tokencore', key)"""
+_ADD = """
+insert into tokencore_key (key, version, sealed) values (%(key)s, 1, %(sealed)s) on conflict do nothing
+returning version, pg_notify('tokencore', key)"""
+_LEASE = """
+update tokencore_key set version = version + 1, leased_until = clock_timestamp() + %(lease)s * interval '1 second'
+where key = %(key)s and coalesce(leased_until < clock_timestamp(), true) returning version, sealed"""
+_RELEASE = "update tokencore_key set leased_until = null where key = %(key)s and version = %(version)s"
+FAULTS = {  # by a sign in an error's name or text: what failed, what to do, and whether another try may help
+    "password": ("it refuses the role or its password", "correct KIS_STORE or the password file", False),
+    "certificate": ("its certificate cannot be verified", "correct sslrootcert or the host in KIS_STORE", False),
+    "pg_hba.conf": ("it does not admit this role from this machine", "add it to the server's pg_hba.conf", False),
+    "closed": ("it has closed the connection", "look into its log", True),
+    "ssl": ("it does not agree on encryption", "correct sslmode in KIS_STORE, or the server", False),
+    "undefinedtable": ("it has no tables of tokencore", "run `tokencore fleet init` as the tables' owner", False),
+    "undefinedcolumn": ("its tables are of another version", "run the same tokencore on all machines", False),
+    "permission denied": ("its role may not use the tables", "run the SQL that `tokencore fleet init` prints", False),
+    "does not exist": ("there is no such database", "correct KIS_STORE", False),
+    "too many": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
+    "connection slots": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
+    "read-only": ("it is a standby and takes no changes", "name the primary in KIS_STORE", True),
+    "timeout": ("it does not answer", "look for its host, and for what hangs there", True),
+    "resolve": ("its host's name cannot be found", "correct KIS_STORE, or the name server", True),
+    "refused": ("it refuses connections", "start it, or correct KIS_STORE", True),
+    "": ("the connection failed", "look into its log", True),
+}
+
+
+class State(NamedTuple):
+    """A row and its attempts, whose times are this machine's, oldest first with their fences.
+
+    Attributes:
+        version: 0 where there is no row.
+        sealed: the content.
+        attempts: by their fences; a host where another machine made them.
+        ahead: how far this machine's clock is ahead of the server's.
+        at: when it was read, by the monotonic clock.
+
+    """
+
+    version: int
+    sealed: str
+    attempts: dict[int, Attempt]
+    ahead: timedelta
+    at: float
+
+
+class _Connection(psycopg.Connection[Any]):
+    """Waits for no answer longer than `ANSWER`: psycopg itself would for ever."""
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ANN401 - as psycopg
+        return super().wait(gen, interval, ANSWER if timeout is None else timeout)
+
+
+class Database(Sensitive):
+    """A connection while a `with` block lasts; an answer that does not come is an error, and counts as "no"."""
+
+    __slots__ = ("_address", "_connection", "host")
+
+    def __init__(self, address: str, host: str) -> None:
+        """Nothing is opened yet; `host` names this machine in the attempts."""
+        self._address, self.host = address, host
+        self._connection: _Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self) -> Self:
+        """Connect; again while that may help, for `PATIENCE` seconds.
+
+        Raises:
+            TokenError: there is no connection, or no tables of this version; the message says why.
+
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._connection = _within(self._address, end - time.monotonic())
+                layout = self._rows("select sealed from tokencore_key where key = 'layout'")
+            except psycopg.Error as error:
+                self.close()
+                lasting, again = _explained(error)
+            else:
+                if layout == [(LAYOUT,)]:
+                    return self
+                self.close()
+                lasting, again = _explained(psycopg.errors.UndefinedColumn())
+            pause = PAUSE * random.uniform(0.5, 1.5)  # noqa: S311 - spreads tries
+            if not again or time.monotonic() + pause >= end:
+                raise lasting
+            time.sleep(pause)
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._connection:
+            self._connection.close()
+            self._connection = None
+
+    def execute(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
+        """What the statement returns.
+
+        Raises:
+            TokenStoreError: it was refused, or no answer came in time.
+
+        """
+        try:
+            return self._rows(statement, **values)
+        except psycopg.Error as error:
+            raise _explained(error)[0] from None
+
+    def _rows(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
+        if self._connection is None:
+            raise psycopg.OperationalError
+        found = self._connection.execute(statement, values or None)
+        return found.fetchall() if found.description else []
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection is."""
+        return self._connection is not None and self._connection.pgconn.ssl_in_use
+
+    def heard(self, timeout: float) -> set[str]:
+        """The rows that changed, as the server tells within `timeout` seconds.
+
+        Raises:
+            TokenStoreError: the connection is lost.
+
+        """
+        try:
+            heard = self._connection.notifies(timeout=timeout, stop_after=1) if self._connection else ()
+            return {one.payload for one in heard}
+        except psycopg.Error as error:
+            raise _explained(error)[0] from None
+
+    # Rows
+
+    def read(self, keys: Sequence[str], depth: int = KEEP) -> dict[str, State]:
+        """The rows of that name, with so many of their last attempts each."""
+        asked, found = datetime.now(UTC), {}
+        for key, version, _, sealed, now, rows in self.execute(_READ, keys=list(keys), depth=depth):
+            ahead = asked - _time(now)
+            ahead = ahead if abs(ahead) > AHEAD else timedelta(0)
+            attempts = {
+                fence: one for fence, at, host, what in rows if (one := self._attempt(host, what, _time(at) + ahead))
+            }
+            found[key] = State(version, sealed, attempts, ahead, time.monotonic())
+        nothing = State(0, "", {}, timedelta(0), time.monotonic())
+        return {key: found.get(key, nothing) for key in keys}
+
+    def put(self, key: str, version: int, sealed: str) -> bool:
+        """Replace the row's content, or make the row where `version` is 0; False where it has changed meanwhile."""
+        return bool(self.execute(_PUT if version else _ADD, key=key, version=version, sealed=sealed))
+
+    def begin(self, key: str, state: State, attempt: Attempt) -> int | None:
+        """Record an attempt under a new fence; None where the row has changed since `state`."""
+        return self._record(_BEGIN, key, state, attempt)
+
+    def note(self, key: str, state: State, attempt: Attempt) -> int | None:
+        """The same, whatever has changed."""
+        return self._record(_NOTE, key, state, attempt)
+
+    def depart(self, key: str, fence: int) -> bool:
+        """Date the attempt anew; False where another one has begun since."""
+        return bool(self.execute(_DEPART, key=key, fence=fence))
+
+    def finish(self, key: str, fence: int, attempt: Attempt, ahead: timedelta) -> None:
+        """Replace the attempt by its outcome, whoever has begun since."""
+        self.execute(_FINISH, key=key, fence=fence, at=attempt.at - ahead, what=record.render([attempt]).strip())
+
+    def lease(self, key: str) -> tuple[int, str] | None:
+        """Lock a document's row for `LEASE` seconds and read it: by this version; None while another has it."""
+        found = self.execute(_LEASE, key=key, lease=LEASE)
+        return found[0] if found else None
+
+    def release(self, key: str, version: int) -> None:
+        """Unlock it, unless the lease is over and another has it."""
+        self.execute(_RELEASE, key=key, version=version)
+
+    def _record(self, statement: str, key: str, state: State, attempt: Attempt) -> int | None:
+        what = {"at": attempt.at - state.ahead, "host": self.host, "what": record.render([attempt]).strip()}
+        found = self.execute(statement, key=key, version=state.version, **what)
+        return found[0][0] if found else None
+
+    def _attempt(self, host: str, what: str, at: datetime) -> Attempt | None:
+        one = next(iter(record.parse(what)), None)
+        return one and one._replace(at=at, host="" if host == self.host else host)
+
+
+def _time(epoch: float) -> datetime:
+    return datetime.fromtimestamp(epoch, UTC)
+
+
+def make_tables(address: str) -> None:
+    """Make the tables that are missing; the role of the address owns them then.
+
+    Raises:
+        TokenError: they cannot be made.
+
+    """
+    try:
+        with _within(address, PATIENCE) as connection:
+            connection.execute(TABLES)
+    except psycopg.Error as error:
+        raise _explained(error)[0] from None
+
+
+def _within(address: str, limit: float) -> _Connection:
+    """Connect within `limit` seconds. In a thread of its own, because the search for a name cannot be bounded."""
+    made: list[_Connection | psycopg.Error] = []
+    late = threading.Event()
+
+    def connect() -> None:
+        try:
+            options: dict[str, Any] = {"connect_timeout": CONNECT, "tcp_user_timeout": int(ANSWER * 1000)}
+            made.append(_Connection.connect(address, autocommit=True, prepare_threshold=None, **options))
+        except psycopg.Error as error:
+            made.append(error)
+        if late.is_set() and isinstance(made[0], _Connection):
+            made[0].close()
+
+    thread = threading.Thread(target=connect, name="tokencore connection", daemon=True)
+    thread.start()
+    thread.join(max(0.0, limit))
+    late.set()
+    if not made or isinstance(made[0], psycopg.Error):
+        raise made[0] if made else psycopg.errors.ConnectionTimeout()  # type: ignore[misc] # no connection
+    return made[0]
+
+
+def _explained(error: psycopg.Error) -> tuple[TokenError, bool]:
+    """The error for people, without the libraries' own words, and whether another try may help."""
+    said = f"{type(error).__name__} {error}".lower()
+    if type(error) is psycopg.ProgrammingError or "invalid " in said:
+        text = "KIS_STORE is not an address of PostgreSQL, such as postgresql://ROLE@HOST/DATABASE?sslmode=verify-full"
+        return ConfigurationError(f"{text}; nothing was issued. Correct or remove it."), False
+    why, fix, again = next(FAULTS[sign] for sign in FAULTS if sign in said)
+    return TokenStoreError(
+        f"The fleet's store (KIS_STORE) cannot be used: {why}. Nothing was issued; valid tokens on this machine are "
+        f"served anyway. To do: {fix}."
+    ), again

@@ -1,0 +1,79 @@
+"""The seal on what lies in a fleet's store: encrypted, and bound to what it is about."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from tokencore.errors import ConfigurationError, TokenStoreError
+from tokencore.sealing import Sensitive
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+INSTALL = "run `pip install 'tokencore[fleet]'`"
+
+
+class Seal(Sensitive):
+    """Fernet keys, the newest first: that one seals, each of them opens."""
+
+    __slots__ = ("_fernet",)
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        """Take the keys of KIS_STORE_KEYS.
+
+        Raises:
+            ConfigurationError: there is none, one is malformed, or the extra is not installed.
+
+        """
+        try:
+            from cryptography.fernet import Fernet, MultiFernet  # an extra
+
+            self._fernet = MultiFernet([Fernet(key) for key in keys])
+        except ImportError:
+            raise ConfigurationError(f"KIS_STORE needs the package cryptography; {INSTALL}.") from None
+        except ValueError:
+            raise ConfigurationError(
+                "KIS_STORE_KEYS cannot be used: it needs one Fernet key or more, the newest first, each 44 characters "
+                "as `tokencore fleet init` prints one. Valid tokens on this machine are served anyway."
+            ) from None
+
+    def close(self, content: Mapping[str, Any]) -> str:
+        """`content`, encrypted with the newest key."""
+        return self._fernet.encrypt(json.dumps(content).encode()).decode()
+
+    def open(self, sealed: str, about: Mapping[str, str]) -> dict[str, Any]:
+        """The content, which says itself what it is `about`: no row can take another's place.
+
+        Raises:
+            TokenStoreError: no key opens it, or it is about something else.
+
+        """
+        from cryptography.fernet import InvalidToken
+
+        try:
+            content: dict[str, Any] = json.loads(self._fernet.decrypt(sealed.encode()))
+        except (InvalidToken, ValueError):
+            why = "cannot be decrypted with KIS_STORE_KEYS: compare them with another machine's"
+        else:
+            if content.items() >= about.items():
+                return content
+            why = "is about something else: rows were exchanged"
+        raise TokenStoreError(
+            f"The fleet's entry of {' '.join(about.values())} {why}; if it is damaged, `tokencore delete MARKET` makes "
+            "room for a new one. Nothing was issued or overwritten; a valid token on this machine is served anyway."
+        )
+
+    def renewed(self, sealed: str) -> str:
+        """The same content under the newest key.
+
+        Raises:
+            ValueError: no key opens it.
+
+        """
+        from cryptography.fernet import InvalidToken
+
+        try:
+            return self._fernet.rotate(sealed.encode()).decode()
+        except InvalidToken:
+            raise ValueError("no key opens it") from None

@@ -1,0 +1,127 @@
+"""Follows the fleet for a machine: what another machine renews, rejects or imports is in its files within a second.
+
+One thread of one process of the machine does so: the one that has the follower's lock file. It listens to the server's
+notifications where its own comes back, and asks ten times a second elsewhere, as behind PgBouncer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from tokencore.config.market import digest
+from tokencore.errors import TokenError
+from tokencore.stores.permissions import PRIVATE_FILE, make_private
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Protocol
+
+    from tokencore.stores.database import Database, State
+
+    class Copy(Protocol):
+        """A key's files on this machine."""
+
+        def behind(self, state: State) -> bool:
+            """Whether they have another token than the row."""
+
+        def mirror(self, session: Database) -> bool:
+            """Bring both to what is newer; False where the lock is not free."""
+
+    class Store(Protocol):
+        """How the fleet's store is reached, and the machine's folder."""
+
+        folder: str
+
+        def connect(self) -> Database:
+            """An open connection."""
+
+
+STAND_BY = 2.0  # seconds between two tries to be the follower
+POLL = 0.1  # seconds between two looks where no notification is heard, or a lock is not free
+QUIET = 10.0  # seconds after which the versions are compared although nothing was heard
+PAUSE = 1.0  # seconds between two tries to reach the store
+_log = logging.getLogger("tokencore")
+_started = 0  # the process that has started its thread
+
+
+class Follower:
+    """Keeps the files of some keys as the fleet's store has them."""
+
+    def __init__(self, store: Store, copies: Mapping[str, Copy]) -> None:
+        """Follow the rows of these names."""
+        self._store, self._copies = store, copies
+        self._versions: dict[str, int] = {}
+        names = digest(*sorted(copies), length=16)
+        self.lock_path = os.path.join(store.folder, f"key-follower-{names}.lock")
+
+    def run(self) -> None:
+        """Wait until no other process follows, then follow, whatever befalls the store; never returns."""
+        from filelock import FileLock
+
+        make_private(self._store.folder)
+        with FileLock(self.lock_path, mode=PRIVATE_FILE, poll_interval=STAND_BY, preserve_lock_file=True):
+            quiet = False
+            while True:
+                try:
+                    with self._store.connect() as session:
+                        quiet = False
+                        self._follow(session)
+                except TokenError as error:
+                    _log.log(logging.DEBUG if quiet else logging.WARNING, "%s The follower goes on trying.", error)
+                    quiet = True
+                time.sleep(PAUSE)
+
+    def _follow(self, session: Database) -> None:
+        states = session.read(list(self._copies), 1)
+        self._versions = {name: state.version for name, state in states.items()}
+        due = {name for name, state in states.items() if self._copies[name].behind(state)}
+        hears, looked = self._hears(session), 0.0
+        while True:
+            due = {name for name in due if not self._copies[name].mirror(session)}
+            if hears:
+                due |= session.heard(POLL if due else QUIET / 4) & self._copies.keys()
+            else:
+                time.sleep(POLL)
+            if not hears or time.monotonic() - looked > QUIET:
+                looked = time.monotonic()
+                due |= self._changed(session)
+
+    def _hears(self, session: Database) -> bool:
+        """Whether notifications come through: a pooler takes LISTEN and delivers nothing."""
+        mine = uuid.uuid4().hex
+        session.execute("listen tokencore")
+        session.execute("select pg_notify('tokencore', %(mine)s)", mine=mine)
+        end = time.monotonic() + PAUSE
+        while time.monotonic() < end:
+            if mine in session.heard(POLL):
+                return True
+        return False
+
+    def _changed(self, session: Database) -> set[str]:
+        known = "select key, version from tokencore_key where key = any(%(keys)s)"
+        now = dict(session.execute(known, keys=list(self._copies)))
+        changed = {name for name, version in now.items() if self._versions.get(name) != version}
+        self._versions = now
+        return changed
+
+
+def start(make: Callable[[], Follower]) -> None:
+    """Follow in a thread of this process, unless one does already; `make` is called there."""
+    global _started  # noqa: PLW0603 - a forked child has none of its parent's threads
+    if _started == os.getpid():
+        return
+    _started = os.getpid()
+    threading.Thread(target=_run, args=(make,), name="tokencore follower", daemon=True).start()
+
+
+def _run(make: Callable[[], Follower]) -> None:
+    try:
+        make().run()
+    except Exception as error:  # noqa: BLE001 - the files are still renewed by whoever needs a token
+        detail = error if isinstance(error, TokenError) else type(error).__name__
+        _log.warning("This machine does not follow its fleet: %s", detail)
