@@ -90,6 +90,9 @@ def test_commands_options_targets_and_settings_exist(page: str) -> None:
         own = rest.partition(" -- ")[0]
         for option in re.findall(r"(?<=\s)--[a-z-]+", own):
             assert option in commands[name]._option_string_actions, (name, option)  # noqa: SLF001 - argparse has no other way
+    known = {option for command in commands.values() for option in command._option_string_actions}  # noqa: SLF001 - the same
+    for option in re.findall(r"(?<!`)`(--[a-z-]+)", TEXTS[page]):
+        assert option in known, option
     for target in re.findall(r"(?:^|[`\s])make ([a-z-]+)", _code(TEXTS[page])):
         assert re.search(rf"^{target}\b|^[a-z -]*\b{target}\b[a-z -]*:", MAKEFILE, re.MULTILINE), target
     for setting in re.findall(r"\b(?:KIS|SLACK)_\w+", _of_any_market(TEXTS[page])):
