@@ -32,7 +32,8 @@ class _OutputError(Exception):
     """Standard output, and nothing else, could not be written; `error` says why."""
 
     def __init__(self, error: OSError) -> None:
-        super().__init__(f"Standard output cannot be written ({error.strerror}). Cached tokens are untouched.")
+        why = f"Standard output cannot be written ({error.strerror})"
+        super().__init__(f"{why}. Cached tokens are untouched; free or change it.")
         self.reader_gone = isinstance(error, BrokenPipeError)
 
 

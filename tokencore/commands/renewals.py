@@ -78,7 +78,9 @@ def _login() -> str:
     try:
         return getuser()
     except (KeyError, OSError, ImportError):  # a container's user need not have a name
-        return f"uid {os.getuid()}" if sys.platform != "win32" else "unknown"
+        if sys.platform != "win32":
+            return f"uid {os.getuid()}"
+        return "unknown"
 
 
 def _plan(options: argparse.Namespace) -> int:
