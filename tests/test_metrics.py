@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import time
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
@@ -20,12 +20,12 @@ from zoneinfo import ZoneInfo
 import pytest
 import requests
 import yaml
-from builders import CANARIES, KEY, SECRET
+from builders import CANARIES, KEY, SECRET, make_token
 from prometheus_client.parser import text_string_to_metric_families
-from running import Ran, asked, cached, folder, issue_of, on_disk, one_line, snapshot
+from running import Ran, asked, cached, folder, issue_of, on_disk, one_line, record, snapshot
 
 from tokencore import Key, Settings, TokenManager
-from tokencore.attempts import Outcome
+from tokencore.attempts import Attempt, Outcome
 from tokencore.commands.monitoring import LOOPBACK, address
 from tokencore.reports.metrics import Watch, listening
 
@@ -160,7 +160,9 @@ def test_ready_is_whoever_has_a_token_for_the_session_that_runs(
         assert get(f"{url}/readyz").status_code == answer.status_code
         assert get(f"{url}/readyz/us").text == "us: ready\n"
         assert get(f"{url}/livez").status_code == 200
-        TokenManager("mine").get_valid_token()
+        TokenManager("mine").save_token(make_token(1_000))
+        assert ("the token serves until" in get(f"{url}/readyz/mine").text) is needed
+        TokenManager("mine").refresh(force=True)
         assert get(f"{url}/readyz").status_code == 200
 
 
@@ -187,8 +189,9 @@ def test_one_broken_key_hides_no_other(gateway: Sandbox, monkeypatch: pytest.Mon
 
 
 def test_a_record_that_cannot_be_read_is_said(url: str) -> None:
-    """The attempts before are unknown then, and an alert looks at it."""
+    """The attempts before are unknown then, and an alert looks at it; a process that died is no reason."""
     TokenManager("us").get_valid_token()
+    record(Attempt(datetime.now(UTC), Outcome.SENT, pid=1))
     path = next(folder().glob("key-*.jsonl"))
     assert samples(get(f"{url}/metrics").text)["kis_issuance_record_readable"]["us"] == 1
     path.unlink()

@@ -236,6 +236,7 @@ def test_the_picture_is_well_formed_and_complete(week: Plan) -> None:
     assert fills.count("var(--need)") == 2 * (sum(len(row.needs) for row in week.rows) + 1)
     assert (fills.count("var(--token)"), fills.count("var(--buffer)"), fills.count("none")) == (4, 4, 10)
     assert len(list(root.iter(f"{SVG}circle"))) == 2 * len(week.renewals)
+    assert "06-30 16:35 to 07-01 16:30 KST" in text, "what the token serves"
     assert "prefers-color-scheme:dark" in text
     assert not any(secret in text for secret in ("eyJ", KEY, SECRET))
 

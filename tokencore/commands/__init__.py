@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
@@ -16,7 +17,7 @@ from tokencore.errors import ConfigurationError
 from tokencore.redaction import short
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tokencore.config.settings import Settings
     from tokencore.keys import Key
@@ -145,6 +146,15 @@ def confirm(option: str, question: str, undone: str) -> None:
     print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise ConfigurationError(f"The answer was not yes. {undone}")
+
+
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the block, also where a shell's background job ignores them; for the main thread."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        yield
 
 
 def print_json(content: object) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import signal
 import sys
 from typing import TYPE_CHECKING
 
+from tokencore.commands import until_stopped
 from tokencore.config.settings import Settings
 from tokencore.errors import ConfigurationError, TokenStoreError
 
@@ -65,14 +65,11 @@ def _rotate(settings: Settings) -> int:
 
 def _follow(_: argparse.Namespace) -> int:
     settings = _shared(Settings.load())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
     from tokencore.stores.shared_store import follow_here
 
-    try:
+    with until_stopped():
         follow_here(settings)
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
+    print("Stopped.", file=sys.stderr)
     return 0
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tokencore.clients.approval import approval_expiry
-from tokencore.commands import add_json, add_market, print_json
+from tokencore.commands import add_json, add_market, print_json, until_stopped
 from tokencore.config.settings import Settings
 from tokencore.manager import TokenManager
 from tokencore.reports import status
@@ -113,7 +114,9 @@ def _metrics(options: argparse.Namespace) -> int:
 
     watch = metrics.Watch(Key.load)
     if options.listen:
-        metrics.serve(watch, *options.listen)
+        with metrics.listening(watch, *options.listen) as url, until_stopped():
+            print(f"{url}/metrics, /livez and /readyz; Ctrl-C ends it.", flush=True)
+            threading.Event().wait()
     elif options.textfile is not None:
         metrics.write_textfile(watch, options.textfile)
     else:

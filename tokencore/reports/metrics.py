@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 from collections import Counter
@@ -162,21 +161,6 @@ def write_textfile(watch: Watch, path: str) -> None:
         os.chmod(path, PUBLIC_FILE)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}); name a file elsewhere.") from None
-
-
-def serve(watch: Watch, host: str, port: int) -> None:
-    """Answer at `host:port` until SIGINT or SIGTERM; for the main thread.
-
-    Raises:
-        ConfigurationError: the address cannot be listened on.
-
-    """
-    # A shell's background jobs start with SIGINT ignored, and SIGTERM would end without closing.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), listening(watch, host, port) as url:
-        print(f"{url}/metrics, /livez and /readyz; Ctrl-C ends it.", flush=True)
-        threading.Event().wait()
 
 
 @contextlib.contextmanager

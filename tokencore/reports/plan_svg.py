@@ -26,30 +26,27 @@ ROW, BAR = 22, 12  # units: a row's height, a session's
 HEAD, FOOT = 62, 34
 TITLE = 52  # characters that fit in the width
 TIP = 1.5  # units: five minutes would be invisible
-_LEGEND = {  # colours, and what has them
-    "session": "session", "need": "need", "quiet": "quiet daily", "token": "token", "buffer": "buffer",
-    "renew": "renewal",
-}  # fmt: skip
+_LEGEND = ("session", "need", "quiet", "token", "buffer", "renewal")  # colours, and what has them
 _STYLE = """
 text{font:11px system-ui,sans-serif;fill:var(--ink)}.small{font-size:9.5px;fill:var(--soft)}
 .title{font-weight:600;font-size:13px}
 svg{--paper:#fff;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--quiet:#eef6ee;--need:#b6d7f5;--session:#1f6feb;
---token:#2da44e;--buffer:#d29922;--renew:#cf222e}
+--token:#2da44e;--buffer:#d29922;--renewal:#cf222e}
 @media(prefers-color-scheme:dark){svg{--paper:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--quiet:#12261a;
---need:#1d3b60;--session:#4493f8;--token:#3fb950;--buffer:#d29922;--renew:#ff7b72}}
+--need:#1d3b60;--session:#4493f8;--token:#3fb950;--buffer:#d29922;--renewal:#ff7b72}}
 """.replace("\n", "")
 
 
 @sealed
 def draw_plans(plans: Sequence[Plan]) -> str:
     """The plans, one key below the other, as an SVG document; times in KST."""
-    drawn, height = [], 0
+    drawn, height, title = [], 0, "; ".join(f"{' + '.join(plan.markets)}: {_rule(plan)}" for plan in plans)
     for plan in plans:
         drawn.append(f'<g transform="translate(0 {height})">{"".join(_panel(plan))}</g>')
         height += _bottom(plan) + FOOT
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="100%" role="img" '
-        f'style="max-width:840px"><title>{escape("; ".join(map(_title, plans)))}</title><style>{_STYLE}</style>'
+        f'style="max-width:840px"><title>{escape(title)}</title><style>{_STYLE}</style>'
         f'<rect width="{WIDTH}" height="{height}" rx="6" fill="var(--paper)"/>{"".join(drawn)}</svg>\n'
     )
 
@@ -80,10 +77,6 @@ def _row(plan: Plan, row: Row, top: float) -> list[str]:
 
 def _bottom(plan: Plan) -> int:
     return HEAD + ROW * (len(plan.rows) + 1)
-
-
-def _title(plan: Plan) -> str:
-    return f"{' + '.join(plan.markets)}: {_rule(plan)}"
 
 
 def _rule(plan: Plan) -> str:
@@ -129,7 +122,7 @@ def _quiet(plan: Plan, bottom: float) -> Iterable[str]:
     begin, end = plan.outlook.quiet
     for number in range(-1, (plan.until - plan.start).days + 1):
         day = (plan.start + timedelta(days=number)).astimezone(KST).date()
-        closes = day if end > begin else day + timedelta(days=1)
+        closes = day + timedelta(days=end <= begin)
         span = datetime.combine(day, begin, KST), datetime.combine(closes, end, KST)
         yield _bar(plan, span, HEAD - 4, bottom - HEAD + 4, "quiet")
 
@@ -150,18 +143,17 @@ def _token(plan: Plan, top: float) -> Iterable[str]:
 
 
 def _renewal(plan: Plan, at: datetime, bottom: float) -> str:
-    x = _x(plan, at)
-    tip = escape(f"renewal {_span((at, at))}")
+    x, tip = _x(plan, at), f"<title>renewal {_span((at, at))}</title>"
     return (
-        f'<path d="M{x} {HEAD - 4}V{bottom - 2}" stroke="var(--renew)" stroke-dasharray="2 2"/>'
-        f'<circle cx="{x}" cy="{bottom - 11}" r="3" fill="var(--renew)"><title>{tip}</title></circle>'
+        f'<path d="M{x} {HEAD - 4}V{bottom - 2}" stroke="var(--renewal)" stroke-dasharray="2 2"/>'
+        f'<circle cx="{x}" cy="{bottom - 11}" r="3" fill="var(--renewal)">{tip}</circle>'
     )
 
 
 def _legend(y: float) -> Iterable[str]:
     x = float(MARGIN)
-    for colour, word in _LEGEND.items():
-        yield f'<rect x="{x}" y="{y - 8}" width="9" height="9" fill="var(--{colour})" stroke="var(--line)"/>'
+    for word in _LEGEND:
+        yield f'<rect x="{x}" y="{y - 8}" width="9" height="9" fill="var(--{word})" stroke="var(--line)"/>'
         yield _text(x + 12, y, word, "small")
         x += 24 + 5.2 * len(word)
 

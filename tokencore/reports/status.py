@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 HORIZON = timedelta(days=15)  # longer than any holiday of the exchanges: the next need is in it
 
 
-class Need(TypedDict):
-    """A time in which a token must be valid; ISO 8601 in UTC."""
-
-    start: str
-    end: str
-
-
 class MarketStatus(TypedDict):
     """One market in `tokencore check --json`; times are ISO 8601 in UTC, or None where there is none."""
 
@@ -53,7 +46,7 @@ class MarketStatus(TypedDict):
     permissions: str | None
     cooldown_until: str | None
     issues_last_24h: int
-    next_need: Need | None
+    next_need: dict[str, str] | None  # its `start` and `end`
     covers_next_need: bool | None
 
 
