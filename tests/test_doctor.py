@@ -85,35 +85,28 @@ def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_API_PORT", "1")
 
 
-class Seen(dict[str, list[dict[str, str]]]):
-    """The findings by name."""
-
-    def only(self, name: str) -> dict[str, str]:
-        """The one finding of that name."""
-        (one,) = self[name]
-        return one
-
-    def states(self, *names: str) -> list[str]:
-        """How the things of these names are, of which there is one each."""
-        return [self.only(name)["state"] for name in names]
-
-
-def found(command: Command, code: int, **settings: str) -> Seen:
-    """What a look finds that ends with `code`."""
-    ran, seen = command("doctor", "--json", **settings), Seen()
+def found(command: Command, code: int, **settings: str) -> dict[str, dict[str, str]]:
+    """What a look finds that ends with `code`, by name; findings of the same name are one, a line each."""
+    ran, seen = command("doctor", "--json", **settings), dict[str, dict[str, str]]()
     assert (ran.code, ran.err) == (code, ""), ran.out
     for one in json.loads(ran.out):
         assert set(one) == {"name", "state", "detail", "cure"}
         assert one["cure"] or one["state"] in ("ok", "skipped")
-        seen.setdefault(one["name"], []).append(one)
+        known = seen.get(one["name"])
+        seen[one["name"]] = {field: f"{known[field]}\n{text}" for field, text in one.items()} if known else one
     return seen
+
+
+def states(seen: dict[str, dict[str, str]], *names: str) -> list[str]:
+    """How the things of these names are."""
+    return [seen[name]["state"] for name in names]
 
 
 def test_a_healthy_set_up_is_exit_0_with_evidence(warm: Sandbox, command: Command) -> None:
     """No failure, and for the token a line per quote call; the order code's empty answer is explained, not blamed."""
     seen = found(command, 0)
-    assert {one["state"] for every in seen.values() for one in every} <= {"ok", "skipped"}
-    price, abroad, daily, order = [one["detail"] for one in seen[ACCEPTED]]
+    assert {state for one in seen.values() for state in one["state"].split()} <= {"ok", "skipped"}
+    price, abroad, daily, order = seen[ACCEPTED]["detail"].splitlines()
     assert price == "domestic price: FHKST01010100 J 005930 -> HTTP 200 rt_cd=0 msg_cd=MCA00000, rows=1"
     assert abroad == "overseas price: HHDFS00000300 NAS AAPL -> HTTP 200 rt_cd=0 msg_cd=MCA00000, rows=1"
     assert daily.startswith("overseas daily price: HHDFS76240000 NAS AAPL -> HTTP 200 rt_cd=0")
@@ -151,13 +144,13 @@ def test_settings_are_told_with_their_origin(command: Command) -> None:
     Path(".env").chmod(0o644)
     own = {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": "http://127.0.0.1:1"}
     seen = found(command, 3, **own)
-    key = seen.only("setting KIS_APP_KEY")
+    key = seen["setting KIS_APP_KEY"]
     assert (key["state"], key["detail"].partition(";")[0]) == ("ok", f"7 characters, from {Path('.env').resolve()}")
     assert "KIS's have 36" in key["detail"]
-    assert seen.only("setting KIS_MARKETS__HK__EXCHANGES")["detail"] == "SEHK, from the environment"
-    assert seen.only("setting KIS_BUFER")["cure"] == "did you mean KIS_BUFFER?"
-    assert seen.only("setting KIS_OTHERS")["state"] == "skipped"
-    assert seen.only("settings file")["cure"] == "chmod 600 .env"
+    assert seen["setting KIS_MARKETS__HK__EXCHANGES"]["detail"] == "SEHK, from the environment"
+    assert seen["setting KIS_BUFER"]["cure"] == "did you mean KIS_BUFFER?"
+    assert seen["setting KIS_OTHERS"]["state"] == "skipped"
+    assert seen["settings file"]["cure"] == "chmod 600 .env"
 
 
 @pytest.mark.usefixtures("warm")
@@ -182,9 +175,9 @@ def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(
 ) -> None:
     """The sentence names the variable; what depends on it is skipped, and nobody is told to delete the key's record."""
     seen = found(command, 2, **{name: value})
-    assert seen.only("leftover files")["detail"] == "none"
-    assert name in seen.only("settings")["detail"]
-    assert seen.states("tokens", "kis", "slack", "duplicates") == ["skipped"] * 4
+    assert seen["leftover files"]["detail"] == "none"
+    assert name in seen["settings"]["detail"]
+    assert states(seen, "tokens", "kis", "slack", "duplicates") == ["skipped"] * 4
     assert {"token directory", "disk", "prefect"} <= set(seen)
     assert asked(warm) == 1
 
@@ -242,10 +235,10 @@ def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
     arrange, code, name, detail, fix = TROUBLES[case]
     arrange(warm, kis_at)
     seen = found(command, code)
-    one = seen.only(name)
+    one = seen[name]
     assert (one["state"], detail in one["detail"], fix in one["cure"]) == ("fail", True, True), one
     if code == 6:
-        assert seen.states("clock", ACCEPTED) == ["skipped", "skipped"]
+        assert states(seen, "clock", ACCEPTED) == ["skipped", "skipped"]
     if case == "rejected token":
         assert warm.stats()["quotes_refused"] == {"EGW00121": 1}, "one refusal is proof enough"
 
@@ -256,7 +249,7 @@ def test_one_broken_key_hides_no_other(command: Command) -> None:
     """A token file that others can write is a failure of its own key; the other one is still looked at."""
     next(folder().glob("key-*.json")).chmod(0o666)
     seen = found(command, 7, KIS_MARKETS__KR__APP_KEY=KEY, KIS_MARKETS__KR__APP_SECRET=SECRET)
-    assert (seen.states("token us", "token kr"), "issuing kr" in seen) == (["fail", "fail"], True)
+    assert (states(seen, "token us", "token kr"), "issuing kr" in seen) == (["fail", "fail"], True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes apply where the system has them")
@@ -275,18 +268,18 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
         (folder() / name).write_text("")
         (folder() / name).chmod(0o644)
     seen = found(command, 3)  # the sandbox does not know the token
-    assert seen.only("token directory")["cure"] == f"chmod 700 {folder()}"
-    wide = seen.only("file modes")
+    assert seen["token directory"]["cure"] == f"chmod 700 {folder()}"
+    wide = seen["file modes"]
     assert re.search(r"key-0123456789abcdef\.jsonl, .* and 1 more$", wide["detail"])
     assert wide["cure"] == f"chmod go= {folder()}/*", "600 would lock the folder that Prefect has in there"
-    assert seen.only("leftover files")["detail"] == "; ".join(f"{what}: {name}" for what, name in leftovers.items())
+    assert seen["leftover files"]["detail"] == "; ".join(f"{what}: {name}" for what, name in leftovers.items())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who holds a lock")
 @pytest.mark.usefixtures("warm")
 def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that holds the key's lock is named, and not disturbed; without one it is free."""
-    assert found(command, 0).only("lock")["detail"] == "free"
+    assert found(command, 0)["lock"]["detail"] == "free"
     program = (
         "import sys; from filelock import FileLock\n"
         "with FileLock(sys.argv[1], preserve_lock_file=True): print('held', flush=True); input()"
@@ -295,7 +288,7 @@ def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.Monke
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         monkeypatch.setattr(doctor, "LOCK_WAIT", 0.2)
-        one = found(command, 1).only("lock")
+        one = found(command, 1)["lock"]
         assert (one["state"], f"held by process {holder.pid} for" in one["detail"]) == ("warn", True)
         holder.communicate("\n")
 
@@ -306,7 +299,7 @@ def test_a_copy_that_cannot_be_written_is_named_until_it_can(command: Command) -
     bot, own = Path("~/bot").expanduser(), {"KIS_MARKETS__US__EXPORTS": "mojito2:~/bot"}
     bot.write_text("no folder")
     command("get", "us", **own)
-    assert re.match(r"mojito2:.*/bot is not up to date: ", found(command, 1, **own).only("exports")["detail"])
+    assert re.match(r"mojito2:.*/bot is not up to date: ", found(command, 1, **own)["exports"]["detail"])
     bot.unlink()
     bot.mkdir(0o700)
     command("refresh", "us", "--force", "--yes", **own)
@@ -318,10 +311,10 @@ def test_the_whole_examination_is_bounded(command: Command, kis_at: Move, monkey
     with socket.create_server(("127.0.0.1", 0)) as silent:
         kis_at(f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(doctor, "PATIENCE", 0.2)
-        assert "does not answer" in found(command, 6).only("kis")["detail"]
+        assert "does not answer" in found(command, 6)["kis"]["detail"]
         monkeypatch.setattr(doctor, "PATIENCE", 3)
         monkeypatch.setattr(doctor, "DEADLINE", 0.3)
-        assert "no answer within" in found(command, 1).only("kis")["detail"]
+        assert "no answer within" in found(command, 1)["kis"]["detail"]
 
 
 @pytest.mark.parametrize(("ahead", "state"), [(0, "ok"), (12, "warn"), (-300, "fail"), (None, "skipped")])
@@ -332,7 +325,7 @@ def test_the_clock_is_compared_with_kis(
     if ahead is not None:
         answers.headers["Date"] = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
     kis_at(answers.url)
-    one = found(command, 1).only("clock")  # these answers say nothing about the token
+    one = found(command, 1)["clock"]  # these answers say nothing about the token
     assert (one["state"], {12: "ahead of", -300: "behind"}.get(ahead or 0, "") in one["detail"]) == (state, True)
 
 
@@ -342,13 +335,13 @@ def test_slack_is_asked_without_posting(command: Command, monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "SLACK_API", f"{answers.url}/api/")
     own = {"SLACK_BOT_TOKEN": "xoxb-Canary", "SLACK_CHANNEL": "#tokens"}
     answers.by_path["/api/auth.test"] = 200, {"ok": True}
-    assert found(command, 0, **own).states("slack") == ["ok"]
+    assert states(found(command, 0, **own), "slack") == ["ok"]
     assert answers.asked == [("/api/auth.test", "Bearer xoxb-Canary")]
     answers.by_path["/api/auth.test"] = 200, {"ok": False, "error": "invalid_auth"}
-    assert "invalid_auth" in found(command, 1, **own).only("slack")["detail"]
+    assert "invalid_auth" in found(command, 1, **own)["slack"]["detail"]
     answers.asked.clear()
     own["SLACK_WEBHOOK_URL"] = f"{answers.url}/services/Canary"
-    assert "make test-alert" in found(command, 0, **own).only("slack")["detail"]
+    assert "make test-alert" in found(command, 0, **own)["slack"]["detail"]
     assert answers.asked == [("/", "")]
 
 
@@ -363,15 +356,15 @@ def test_prefect_is_asked_for_its_deployments_and_worker(command: Command, answe
     own = {"PREFECT_API_URL": f"{answers.url}/api", "PREFECT_API_AUTH_STRING": "admin:Canary"}
     others, pool = ["check_tokens", "NASD", "NYSE", "AMEX"], "/api/work_pools/tokens"
     answers.by_path |= {DEPLOYMENTS: (200, deployments("KRX", *others)), pool: (200, {"status": "READY"})}
-    assert found(command, 0, **own).states("prefect", "prefect deployments", "prefect worker") == ["ok"] * 3
+    assert states(found(command, 0, **own), "prefect", "prefect deployments", "prefect worker") == ["ok"] * 3
     assert {auth for _, auth in answers.asked} == {"Basic YWRtaW46Q2FuYXJ5"}
     paused = deployments("KRX", paused=True) + deployments(*others)
     answers.by_path |= {DEPLOYMENTS: (200, paused), pool: (200, {"status": "NOT_READY"})}
     seen = found(command, 1, **own)
-    assert seen.only("prefect deployments")["detail"] == "no active schedule: KRX"
-    assert "NOT_READY" in seen.only("prefect worker")["detail"]
+    assert seen["prefect deployments"]["detail"] == "no active schedule: KRX"
+    assert "NOT_READY" in seen["prefect worker"]["detail"]
     answers.by_path[DEPLOYMENTS] = 401, {}
-    assert "PREFECT_API_AUTH_STRING" in found(command, 1, **own).only("prefect")["cure"]
+    assert "PREFECT_API_AUTH_STRING" in found(command, 1, **own)["prefect"]["cure"]
 
 
 class Bomb:
@@ -395,6 +388,7 @@ def test_caches_of_other_clients_are_found_without_unpickling(isolated: Path, co
     alien.write_text(json.dumps({"access_token": make_jwt("PSsomeoneelse")}))
     for token, state in ((make_jwt(APP_KEY), "warn"), (on_disk().access_token, "ok")):
         sample.write_text(f"token: {token}\n")
-        states = {one["detail"].split()[0]: one["state"] for one in found(command, 1)["duplicates"]}
-        assert states == {str(pickled): "warn", str(sample): state}
+        one = found(command, 1)["duplicates"]
+        seen = zip((line.split()[0] for line in one["detail"].splitlines()), one["state"].split(), strict=True)
+        assert dict(seen) == {str(pickled): "warn", str(sample): state}
     assert not Path("exploded").exists()
