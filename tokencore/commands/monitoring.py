@@ -34,10 +34,16 @@ def add(command: AddCommand) -> None:
     """Add these commands to the parser."""
     check = command("check", _check, "status of the markets; read-only, asks KIS for nothing without --probe")
     add_market(check, many="*")
-    check.add_argument("--probe", action="store_true", help="prove each valid token with one quote call")
+    check.add_argument(
+        "--probe",
+        action="store_true",
+        help="prove each valid token with one quote call; exit code 6 where KIS does not say",
+    )
     add_json(check)
     doctor = command(
-        "doctor", _doctor, "look at everything that a working set-up needs, with the fix for what is wrong"
+        "doctor",
+        _doctor,
+        "look at everything that a working set-up needs, with the fix for what is wrong; 0 only when all is well",
     )
     add_json(doctor)
     metrics = command("metrics", _metrics, "how every market is, for Prometheus; without an option once, as text")

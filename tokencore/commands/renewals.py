@@ -27,7 +27,9 @@ HOUR = timedelta(hours=1)
 
 def add(command: AddCommand) -> None:
     """Add these commands to the parser."""
-    refresh = command("refresh", _refresh, "renew now")
+    refresh = command(
+        "refresh", _refresh, "renew now; declined with 4 while KIS would return the same token, or over the ceiling"
+    )
     add_market(refresh)
     refresh.add_argument(
         "--force",
@@ -46,7 +48,9 @@ def add(command: AddCommand) -> None:
     history = command("history", _history, "the issuance record: every attempt, and what became of it")
     add_market(history, many="?")
     add_json(history)
-    command("tick", _tick, "one decision of the renewal rule for every key, for cron")
+    command(
+        "tick", _tick, "one decision of the renewal rule for every key, for cron; the exit code is the first trouble's"
+    )
 
 
 def _refresh(options: argparse.Namespace) -> int:
