@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 
 from tokencore.errors import TokenStoreError
 
@@ -19,8 +20,6 @@ def stranger(path: str, found: os.stat_result | None = None, *, lenient: bool = 
     open where they are sticky, as /tmp is, and to a group of the owner's own, which many systems give to every user.
     `lenient`, where other programs write too, grants that to `path` itself.
     """
-    if os.name != "posix":
-        return None
     if found is not None:
         return _fault(path, found, _others(found) if lenient else OTHERS_WRITE)
     here, below = path, None
@@ -80,7 +79,7 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
         found, names = os.stat(folder), os.listdir(folder)
         only_ours = all(_has(name, ours) for name in names)
         others_see = found.st_mode & 0o077 and not (names and found.st_mode & OTHERS_WRITE)
-        if os.name == "posix" and only_ours and others_see and found.st_uid == os.geteuid():
+        if sys.platform != "win32" and only_ours and others_see and found.st_uid == os.geteuid():
             os.chmod(folder, PRIVATE_FOLDER)
     except OSError as error:
         raise unusable(folder, error) from None
@@ -103,6 +102,8 @@ def unusable(path: str, error: OSError) -> TokenStoreError:
 
 
 def _fault(path: str, found: os.stat_result, writers: int) -> tuple[str, str] | None:
+    if sys.platform == "win32":  # where modes and owners say nothing
+        return None
     foreign = found.st_uid not in (os.geteuid(), 0)
     if not foreign and not found.st_mode & writers:
         return None
