@@ -88,9 +88,9 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with (
             contextlib.suppress(OSError),  # it is there, or the folder is not to be written
-            open(os.open(os.path.join(folder, ".gitignore"), flags, PRIVATE_FILE), "w", encoding="ascii") as file,
+            open(os.open(os.path.join(folder, ".gitignore"), flags, PRIVATE_FILE), "wb") as file,
         ):
-            file.write("*\n")
+            file.write(b"*\n")
 
 
 def unusable(path: str, error: OSError) -> TokenStoreError:
