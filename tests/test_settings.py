@@ -601,19 +601,6 @@ def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tupl
         assert SIX(market) == SIX(loaded.market(market.name)) == (*expected, loaded.proactive_window)
 
 
-@given(st.sampled_from([dotenv, config]), st.text(st.sampled_from("KIS_APP_KEY=\"'[]{}.#\n \0markets=5ü"), max_size=60))
-@hypothesis_settings(max_examples=300)
-def test_any_text_is_settings_or_one_sentence(write: Callable[[str], Path], content: str) -> None:
-    """Whatever stands in a file, the answer is settings or a refusal without a traceback of a parser."""
-    path = write((f"KIS_APP_SECRET={SECRET}\n" if write is dotenv else "") + content)
-    with contextlib.suppress(ConfigurationError):
-        Settings.load()
-        path.unlink()
-        return
-    assert refusal()
-    path.unlink()
-
-
 # --- the keyring
 
 

@@ -183,7 +183,7 @@ def credential(value: object) -> str | None:
     """An app key or secret without the white space around it, None for nothing; ValueError does not repeat it."""
     found = value.strip() if isinstance(value, str) else "" if value is None else "no text"
     if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
-        raise ValueError("must not have quotes around it; remove them")
+        raise ValueError("must not have quotes around it")
     if not found.isascii() or not found.isprintable() or " " in found or len(found) > LONGEST:
         raise ValueError("must be one word of letters, digits and signs, as KIS shows it")
     return found or None
