@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import pytest
-from builders import KEY, NOW, ended, fill_disk, in_child, killed, make_jwt, make_market, make_token
+from builders import KEY, NOW, ended, in_child, killed, make_jwt, make_market, make_token
 
 from tokencore.attempts import Attempt, Outcome
 from tokencore.stores import files, open_store, permissions
@@ -306,53 +306,6 @@ def test_a_record_of_version_0_1_is_read_and_continued(folder: Path) -> None:
     with store.lock(wait=5):
         store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.LIMIT))
     assert [attempt.outcome for attempt in open_files(folder).attempts()] == ["issued", "sent", "limit"]
-
-
-def test_a_record_of_any_size_keeps_its_end_and_what_is_none_is_set_aside(folder: Path) -> None:
-    """Of three megabytes the last attempts are known; a folder in its place counts as an attempt, and is moved away."""
-    store = open_files(folder)
-    path = folder / f"key-{store.fingerprint}.jsonl"
-    put(path, (json.dumps(OLD_LINE) + "\n").encode() * 15_000)
-    assert len(store.attempts()) > 1000
-    with store.lock(wait=5):
-        store.begin(SENT)
-    assert path.stat().st_size < 1 << 20
-    assert open_files(folder).attempts()[-1] == SENT
-    path.unlink()
-    path.mkdir()
-    assert [attempt.outcome for attempt in store.attempts()] == [Outcome.SENT]
-    with store.lock(wait=5):
-        store.begin(SENT)
-    assert open_files(folder).attempts()[-1] == SENT
-    assert path.with_name(f"{path.name}.aside").is_dir()
-
-
-@pytest.mark.parametrize(("apart", "known"), [(HOUR / 30, 3), (25 * HOUR, 1)], ids=["within a day", "a day apart"])
-def test_on_a_full_disk_the_lock_file_keeps_the_time_and_counts_the_issues(
-    folder: Path, apart: timedelta, known: int
-) -> None:
-    """Where no line can be written, others know when a request was made, and how many of the day brought a token."""
-    store = open_files(folder)
-    with store.lock(wait=5):
-        pass
-
-    def issue_three_times() -> None:
-        fill_disk()
-        for number in range(3):
-            sent = SENT._replace(at=NOW + number * apart)
-            with store.lock(wait=5):
-                fence = store.begin(sent)
-                assert open_files(folder).attempts()[-1].at == sent.at
-                with pytest.raises(OSError, match="File too large"):
-                    store.finish(fence, sent._replace(outcome=Outcome.ISSUED), make_token())
-
-    assert ended(in_child(issue_three_times)) == 0
-    found = open_files(folder).attempts()
-    assert [attempt.outcome for attempt in found] == [Outcome.ISSUED] * known
-    assert found[-1].at == NOW + 2 * apart
-    with store.lock(wait=5):
-        store.begin(later := SENT._replace(at=NOW + 2 * apart + HOUR / 20))
-    assert open_files(folder).attempts() == [*found, later]
 
 
 def test_the_mark_speaks_where_the_record_is_lost(folder: Path) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import pickle
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from builders import CANARIES, DAY, KEY, NOW, make_answer, make_jwt, make_token
+from builders import DAY, NOW, make_answer, make_jwt, make_token
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencore.tokens import Token, as_answer, from_answer, from_text, jwt_claims, to_cache
+from tokencore.tokens import Token, as_answer, from_answer, from_text, to_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +92,16 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 )
 FIELDS = ("access_token", "expires_at", "cached_at", "created_at", "issued_at", "expires_in", "rejected_at")
 TEXTS = st.sampled_from(
-    [PLAIN, make_jwt(), make_jwt(exp=1e300, iat="x"), "a.b.c", "a.!!.c", "a.W10.c", "0001-01-01", "2026-02-30T00:00"],
+    [
+        PLAIN,
+        make_jwt(),
+        make_jwt(exp=1e300, iat="x"),
+        "a.b.c",
+        "a.!!.c",
+        "a.W10.c",
+        f"a.{'W1tb' * 9999}.c",
+        "2026-02-30",
+    ],
 )
 
 
@@ -200,23 +207,3 @@ def test_the_same_token_comes_back_for_six_hours(life: float, seconds: float) ->
     """Six hours after the issue KIS gives another one; on a fast clock it is a quarter of the life."""
     assert make_token(life, now=NOW).same_until() == NOW + timedelta(seconds=seconds)
     assert Token(PLAIN, NOW + DAY).same_until() is None
-
-
-@pytest.mark.parametrize(
-    "text", ["", "a.b", "a.b.c.d", "a.é.c", "a.W10.c", "a.bnVsbA.c", f"a.{'W1tb' * 9999}.c", "..."]
-)
-def test_what_is_no_jwt_has_no_claims(text: str) -> None:
-    """Any other format, nested without end or not an object, counts as a token that tells nothing; `jti` is the key."""
-    assert jwt_claims(text) == {}
-    assert jwt_claims(make_jwt())["jti"] == KEY
-
-
-def test_a_token_shows_itself_to_nobody() -> None:
-    """Neither repr nor text contains the token; it goes into no pickle and no copy."""
-    token = make_token()
-    for shown in (repr(token), str(token), f"{[token]}"):
-        assert not any(canary in shown for canary in CANARIES)
-    for leave in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError) as caught:
-            leave(token)
-        assert not any(canary in str(caught.value) for canary in CANARIES)
