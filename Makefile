@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down status test-alert test hours clients torture fleet bench lint wheel docs pins clean
+.PHONY: help demo up down status test-alert test hours clients torture fleet bench lint wheel docs pictures pins clean
 
 help:
 	@echo 'make demo    try it: everything on this machine, a sandbox instead of KIS, nothing to configure'
@@ -23,6 +23,7 @@ help:
 	@echo 'make lint    linters, formatter, packages that fit each other, type checker, direction of imports'
 	@echo 'make wheel   build what a bot elsewhere installs, the library and the command, into dist/'
 	@echo 'make docs    write what the pages show of alerts anew, from the code'
+	@echo 'make pictures  take the pictures in docs/images anew, with Chromium, from a system started for it'
 	@echo 'make pins    renew constraints.txt with the newest versions that pyproject.toml allows'
 	@echo 'make clean   remove what make, the tests and the tools have built here'
 
@@ -109,6 +110,9 @@ wheel: .venv/.flows
 
 docs: .venv/.flows
 	@.venv/bin/python docs/alerts.py
+
+pictures: .venv/.dev
+	@.venv/bin/python docs/pictures.py
 
 # Two interpreters, because Prefect takes another library for dates from Python 3.13 on; and async-timeout by name,
 # because only the Python 3.11 of some systems (Debian 12) is so old that redis needs it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import configparser
-import copy
 import importlib
 import inspect
 import os
@@ -29,7 +28,6 @@ from prefect.utilities.callables import parameter_schema
 
 import flows
 from flows.alerts import CHECK_MINUTE
-from flows.refresh_token import Market
 from flows.runs import kis_is_down
 from flows.stack import __main__ as stack
 from flows.stack import api, deployments
@@ -124,16 +122,6 @@ def test_every_exchange_has_its_warm_up() -> None:
     assert len(set(slugs)) == len(slugs) == len(DEPLOYMENTS) - 1  # two with one slug would overwrite each other
 
 
-@pytest.mark.parametrize("traded", [{"KRX"}, {"SEHK", "NASD"}, set()])
-def test_the_settings_decide_which_warm_ups_there_are(traded: set[str]) -> None:
-    """Those of the exchanges that are traded, on their schedules; the check and the form always."""
-    table = deployments.by_settings(copy.deepcopy(FILE), traded)
-    made = {one["name"]: one for one in table["deployments"]}
-    assert set(made) == traded | {"check_tokens", "refresh_token"}
-    assert all(schedule.get("active", True) for one in made.values() for schedule in one["schedules"])
-    assert not any("off" in one["tags"] for one in made.values())
-
-
 @pytest.mark.parametrize(("language", "do"), [("en", "To do"), ("ko", "조치 사항")])
 def test_every_automation_reports_in_each_language_or_acts(language: str, do: str) -> None:
     """Prefect takes each of them; its message has a headline and what to do, and without a way to Slack it says so.
@@ -171,15 +159,6 @@ def test_the_check_comes_every_hour_of_the_year() -> None:
     (schedule,) = DEPLOYMENTS["check_tokens"]["schedules"]
     begin = datetime(2026, 10, 31, tzinfo=UTC)
     assert dates(schedule, begin, 48) == [begin + timedelta(hours=n, minutes=CHECK_MINUTE) for n in range(48)]
-
-
-def test_the_form_of_a_refresh_has_drop_downs() -> None:
-    """A market is chosen, force is a switch, name and reason are short words; a manual run has no schedule."""
-    fields = parameter_schema(flow_of("refresh_token").fn).properties
-    assert fields["market"]["enum"] == list(get_args(get_args(Market)[0]))
-    assert [fields[name]["type"] for name in ("force", "reason", "operator")] == ["boolean", "string", "string"]
-    assert fields["reason"]["pattern"] == fields["operator"]["pattern"]
-    assert DEPLOYMENTS["refresh_token"]["schedules"] == []
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze (Debian's package systemd)")

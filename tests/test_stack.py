@@ -294,7 +294,7 @@ def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
 def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: Up, refreshing: tuple[str, int]) -> None:
     """The dead run is Crashed, of what was missed the last warm-up runs; automations keep what a person did.
 
-    A server whose supervisord was killed ends by itself.
+    A server whose supervisord was killed ends by itself. An exchange that is traded no more has no warm-up.
     """
     run, process = refreshing
     processes, before = up.processes(), automations(up)
@@ -308,11 +308,14 @@ def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: U
     checks, warm_ups = overdue(up, CHECK, 3, 2, 1), overdue(up, "warm-up/KRX", 72, 48, 24)
     os.kill(processes["supervisor"], signal.SIGKILL)
     until(lambda: not up.place.living(), 30)
+    dotenv = up.place.work / ".env"
+    dotenv.write_text(dotenv.read_text().replace("SEHK", "KRX"))
     code, output = up.place.run("up")
     assert code == 0, output
     assert up.state(run) == ("CRASHED", "Crashed")
     assert {up.state(one) for one in (*checks, *warm_ups[:2])} == {("COMPLETED", "SkippedLate")}
     until(lambda: up.state(warm_ups[2])[0] == "COMPLETED", SLOW)
+    assert "SEHK" not in {one["name"] for one in up.api("POST", "deployments/filter", {}).json()}
     after = automations(up)
     assert sorted(after) == sorted([*NAMES, "A person's"])
     assert {name: after[name]["id"] for name in NAMES} == {name: before[name]["id"] for name in NAMES}

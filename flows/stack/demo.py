@@ -34,7 +34,7 @@ The page: {page}
   Renew manually: {page}/deployments/deployment/{form}/run
   A refusal: let KIS refuse the next request, renew manually for kr with force, and press Resume in the menu (three
   dots) of the run's page, as KIS has just issued; it ends as Declined and says what serves until when.
-    curl -X POST {sandbox}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
+    curl -X POST {gateway}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
 
 Ctrl-C stops everything and leaves nothing behind.
 """
@@ -47,7 +47,7 @@ def demo(*, once: bool = False) -> int:
         StackError: a part could not be started, or a run did not complete; nothing is left running.
 
     """
-    with tempfile.TemporaryDirectory(prefix="tokencore-demo-") as folder, _sandbox(Path(folder)) as known:
+    with tempfile.TemporaryDirectory(prefix="tokencore-demo-") as folder, sandbox(Path(folder)) as known:
         _say("sandbox", "a server on this machine answers instead of KIS")
         _say("Prefect", "starting its server, a worker and the deployments (half a minute) ...")
         home = Path(known["PREFECT_HOME"])
@@ -90,15 +90,15 @@ def _play(api: Api, known: Mapping[str, str]) -> None:
 
 def _stay(api: Api, known: Mapping[str, str]) -> None:
     form, password = api.deployment(REFRESH)["id"], environment.password(Path(known["PREFECT_HOME"]), known)
-    page, sandbox = environment.page(known), known["KIS_BASE_URL"]
+    page, gateway = environment.page(known), known["KIS_BASE_URL"]
     with contextlib.suppress(KeyboardInterrupt):
-        print(END.format(form=form, password=password, page=page, sandbox=sandbox), flush=True)
+        print(END.format(form=form, password=password, page=page, gateway=gateway), flush=True)
         signal.pause()
     print("Stopped.")
 
 
 @contextlib.contextmanager
-def _sandbox(folder: Path) -> Iterator[dict[str, str]]:
+def sandbox(folder: Path) -> Iterator[dict[str, str]]:
     """A sandbox while the block lasts; the environment of a machine that knows nothing but it."""
     alien = ("KIS_", "SLACK_", "PREFECT_", "TOKENCORE_")
     known = {name: value for name, value in os.environ.items() if not name.upper().startswith(alien)}
@@ -113,14 +113,14 @@ def _sandbox(folder: Path) -> Iterator[dict[str, str]]:
     pipe = subprocess.PIPE
     with subprocess.Popen(  # noqa: S603 - our own command
         command, env=known, cwd=folder, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as sandbox:
+    ) as gateway:
         try:
-            yield known | _exports(sandbox)
+            yield known | _exports(gateway)
         finally:
-            sandbox.terminate()
+            gateway.terminate()
 
 
-def _exports(sandbox: subprocess.Popen[str]) -> dict[str, str]:
+def _exports(gateway: subprocess.Popen[str]) -> dict[str, str]:
     """The settings that it says to export.
 
     Raises:
@@ -128,7 +128,7 @@ def _exports(sandbox: subprocess.Popen[str]) -> dict[str, str]:
 
     """
     found: dict[str, str] = {}
-    for line in sandbox.stdout or ():
+    for line in gateway.stdout or ():
         found.update(re.findall(r"^export (\w+)=(.+)$", line))
         if {"KIS_BASE_URL", "KIS_APP_KEY", "KIS_APP_SECRET"} <= found.keys():
             return found
