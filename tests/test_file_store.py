@@ -183,18 +183,20 @@ DAMAGED |= {"half": b'{"access_token": "ey', "no expiry": b'{"access_token": "op
 DAMAGED |= {"deep": b"[" * 100_000, "large": b" " * (2 << 20)}
 
 
+@pytest.mark.parametrize("place", ["view", "key"])
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_view_is_a_miss_and_set_aside_with_a_word(
-    folder: Path, damage: str, caplog: pytest.LogCaptureFixture
+def test_a_damaged_file_is_a_miss_and_set_aside_with_a_word(
+    folder: Path, damage: str, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing breaks the reading; the next save keeps what stood there and says so once."""
-    put(folder / VIEW, DAMAGED[damage])
     store = open_files(folder)
+    name = VIEW if place == "view" else f"key-{store.fingerprint}.json"
+    put(folder / name, DAMAGED[damage])
     token, problem = store.read()
     assert (token, bool(problem)) == (None, True)
     text = save(store, make_token())
-    assert (folder / f"{VIEW}.aside").read_bytes() == DAMAGED[damage]
-    assert [line.levelno for line in caplog.records if f"{VIEW}.aside" in line.message] == [logging.WARNING]
+    assert (folder / f"{name}.aside").read_bytes() == DAMAGED[damage]
+    assert [line.levelno for line in caplog.records if f"{name}.aside" in line.message] == [logging.WARNING]
     assert text_of(open_files(folder)) == text
 
 
@@ -267,8 +269,8 @@ def test_a_mounted_file_is_written_in_place(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("before", ["nothing", "file", "folder"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_is_set_aside_is_kept(folder: Path, kind: str, before: str) -> None:
-    """Whatever was set aside earlier: the place is free, and what stood there is kept, private if it is a file."""
+def test_what_is_set_aside_is_kept_and_only_a_file_keeps_its_place(folder: Path, kind: str, before: str) -> None:
+    """Whatever was set aside earlier, the content is kept, private if a file; a file stays for its successor, too."""
     path = folder / VIEW
     make: dict[str, Callable[[Path], object]] = {"folder": Path.mkdir, "file": Path.touch, "nothing": Path.exists}
     make["link"] = lambda place: place.symlink_to(folder)
@@ -276,7 +278,7 @@ def test_what_is_set_aside_is_kept(folder: Path, kind: str, before: str) -> None
     make[kind](path)
     files.set_aside(str(path))
     kept = [place for place in folder.iterdir() if place.name.endswith(".aside")]
-    assert not os.path.lexists(path)
+    assert os.path.lexists(path) == (kind == "file")
     assert any(place.is_symlink() == (kind == "link") and place.is_dir() == (kind != "file") for place in kept)
     assert kind != "file" or "600" in [mode_of(place) for place in kept if place.is_file()]
 

@@ -186,7 +186,7 @@ def resurrected() -> None:
     Store._longest = lambda self, token: tokens.longest([token, *(self._on_file(path)[0] for path in self._views())])
 
 
-@found_by("file_store", "a_damaged_view_is_a_miss_and_set_aside_with_a_word[half]")
+@found_by("file_store", "a_damaged_file_is_a_miss_and_set_aside_with_a_word[half-view]")
 def not_set_aside() -> None:
     """What is no token file is not kept."""
     files.set_aside = os.unlink

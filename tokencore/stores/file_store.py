@@ -104,6 +104,7 @@ class FileStore(Sensitive):
         """Write the key's file, which alone decides whether this succeeds, then each market's view."""
         now = datetime.now(UTC)
         text = tokens.to_cache(token, now=now, environment=self._identity[1], key_fingerprint=self.fingerprint)
+        self._set_aside(self._key_path)
         try:
             files.write_text(self._key_path, text, writer=self.fingerprint)
         except OSError:
@@ -274,14 +275,18 @@ class FileStore(Sensitive):
 
     def _write_view(self, path: str, text: str) -> None:
         """A view that cannot be written takes nothing from anybody: the key's file has the token."""
+        self._set_aside(path)
         try:
-            problem = self._on_file(path)[1]
-            if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
-                files.set_aside(path)
-                _warn(f"{path} was no token of this key ({problem}); it was moved to {path}.aside.")
             files.write_text(path, text, writer=self.fingerprint, durable=False)
         except OSError as error:
             _warn(f"{path} could not be updated ({error.strerror}); programs that use tokencore are not affected.")
+
+    def _set_aside(self, path: str) -> None:
+        """Keep what is no token of this key, but for a view of another key of this folder."""
+        problem = self._on_file(path)[1]
+        if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
+            files.set_aside(path)
+            _warn(f"{path} was no token of this key ({problem}); it is kept as {path}.aside.")
 
     def _kept_elsewhere(self, view: str) -> bool:
         """Whether the other key of this folder that wrote `view` has its token in its own file."""

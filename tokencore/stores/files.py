@@ -116,13 +116,19 @@ def remove(path: str) -> bool:
 
 
 def set_aside(path: str) -> None:
-    """Keep what is no file of ours as `<name>.aside`, a file readable by its owner only; nothing is thrown away."""
-    for aside in (f"{path}.aside", f"{path}.{time.time_ns()}.aside"):  # a folder does not replace a file, nor a file it
-        with contextlib.suppress(OSError):
-            os.replace(path, aside)
-            if stat.S_ISREG(os.lstat(aside).st_mode):
-                os.chmod(aside, PRIVATE_FILE)  # it may hold another key's token
-            return
+    """Keep what is no file of ours as `<name>.aside`, readable by its owner only; nothing is thrown away.
+
+    A file stays in its place too until its successor is there: it may be a good one that could not be read just now.
+    """
+    aside, spare = f"{path}.aside", f"{path}.{time.time_ns()}.aside"
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            os.replace(path, spare)
+        elif not (os.path.exists(aside) and os.path.samefile(path, aside)):
+            with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
+                os.chmod(path, PRIVATE_FILE)  # it may hold another key's token
+            os.link(path, spare)
+        os.replace(spare, aside)  # a file does not replace a folder, nor a folder it: then it keeps the longer name
 
 
 def sync_folder(folder: str) -> None:

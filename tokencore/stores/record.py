@@ -70,7 +70,7 @@ class Record:
         try:
             if os.path.lexists(self._path) and not os.path.isfile(self._path):
                 files.set_aside(self._path)
-                _log.warning("%s was no issuance record; it was moved to %s.aside.", self._path, self._path)
+                _log.warning("%s was no issuance record; it is kept as %s.aside.", self._path, self._path)
             files.write_text(self._path, render(attempts), writer="record")
         except OSError as error:
             self._keep_time(attempts[-1])
