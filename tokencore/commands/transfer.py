@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tokencore.clients.exports import CLIENTS
 from tokencore.commands import add_market, key_of, read_input
 from tokencore.config.market import HOSTS
-from tokencore.errors import ConfigurationError, IssuerUnavailableError, TokenError, TokenUnavailableError
+from tokencore.errors import ConfigurationError, IssuerUnavailableError, TokenUnavailableError
 from tokencore.limits import format_time
 from tokencore.manager import TokenManager
 from tokencore.tokens import from_text, jwt_claims
@@ -81,27 +81,25 @@ def read_token(text: str, market: Market, now: datetime) -> Token:
             "Standard input holds no token that gives its expiry: give the token alone, or what `tokencore get MARKET "
             "--json` prints. Nothing was saved."
         ) from None
-    if unfit := _unfit(token, content.get("environment", market.environment), market, now):
-        raise unfit
+    _refuse_unfit(token, content.get("environment", market.environment), market, now)
     return token
 
 
-def _unfit(token: Token, environment: object, market: Market, now: datetime) -> TokenError | None:
+def _refuse_unfit(token: Token, environment: object, market: Market, now: datetime) -> None:
     key, name, done = market.identified(), repr(market.name), "Nothing was saved."
     if jwt_claims(token.access_token).get("jti", key) != key:
         whose = f"The token belongs to another app key than that of {name}"
-        return ConfigurationError(f"{whose}. {done[:-1]}; import it to the market with its key.")
+        raise ConfigurationError(f"{whose}. {done[:-1]}; import it to the market with its key.")
     if environment != market.environment:
         shown = environment if environment in tuple(HOSTS) else "unknown"  # it may hold anything
-        return ConfigurationError(
+        raise ConfigurationError(
             f"The environment of the token is {shown}, and that of {name} {market.environment}. {done}"
         )
     if token.rejected_at is not None:
-        return TokenUnavailableError(f"KIS rejected the token at {format_time(token.rejected_at)}. {done}")
+        raise TokenUnavailableError(f"KIS rejected the token at {format_time(token.rejected_at)}. {done}")
     if not token.serves(now, market.buffer):
         use = f"it expires at {format_time(token.expires_at)}, and KIS_BUFFER is {market.buffer:.0f} s"
-        return TokenUnavailableError(f"The token is of no use any more: {use}. {done}")
-    return None
+        raise TokenUnavailableError(f"The token is of no use any more: {use}. {done}")
 
 
 def _prove(manager: TokenManager, access_token: str) -> None:

@@ -448,9 +448,9 @@ def _prefect(it: Subject) -> Iterator[Finding]:
             fix = "without one, let cron run `tokencore tick` every minute"
             yield _skipped("prefect", f"no server at {shown}", fix)
         return
-    if answer.status_code != requests.codes.ok:
+    if answer.status_code != requests.codes.ok or not answer.content.startswith(b"["):
         fix = "set PREFECT_API_AUTH_STRING (user:password) as the server has it, or check the port"
-        yield _fail("prefect", f"{shown} answers HTTP {answer.status_code}", fix)
+        yield _fail("prefect", f"{shown} does not answer as Prefect does (HTTP {answer.status_code})", fix)
         return
     yield _ok("prefect", f"{shown} answers")
     wanted = [CHECK, *dict.fromkeys(exchange(code).code for key in it.keys for code in key.exchanges)]
