@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
-from builders import ended, fill_disk, in_child, make_token
+from builders import ended, fill_disk, in_child
 from conftest import QUICK
 from running import (
     asked,
@@ -31,35 +30,15 @@ from running import (
 from tokencore import (
     IssuerUnavailableError,
     KRTokenManager,
-    TokenManager,
-    TokenStoreError,
     USTokenManager,
     sessions,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from running import Ran
-
     from tokencore.sandbox import Sandbox
 
 HOUR = 3600.0
 LAST_MINUTES = 25 * 60.0  # seconds left: inside the proactive window, before the buffer
-
-
-# --- asking, and asking again
-
-
-def test_waiting_for_the_cool_down_ends_as_soon_as_the_winner_has_saved(gateway: Sandbox) -> None:
-    """A call that sits out a minute returns another process's token at once when that is saved."""
-    os.environ["KIS_ISSUE_INTERVAL"] = "60"
-    gateway.fail("down")
-    raised(USTokenManager().get_valid_token)
-    winner = make_token()
-    threading.Timer(0.3, lambda: KRTokenManager().save_token(winner)).start()
-    assert USTokenManager().get_valid_token() == winner.access_token
-    assert asked(gateway) == 1
 
 
 def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: Sandbox) -> None:
@@ -70,9 +49,6 @@ def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: 
         errors = list(pool.map(lambda manager: raised(manager.get_valid_token), managers))
     assert {type(error) for error in errors} == {IssuerUnavailableError}
     assert outcomes() == ["unreachable"]
-
-
-# --- limits
 
 
 def test_refresh_declines_within_six_hours_and_a_forced_one_that_brings_the_same_token_is_no_renewal(
@@ -89,9 +65,6 @@ def test_refresh_declines_within_six_hours_and_a_forced_one_that_brings_the_same
     assert outcomes() == ["issued", "same"]
     assert USTokenManager().get_token_status()["issues_last_24h"] == 1
     assert quick.stats()["granted_same"] == 1
-
-
-# --- a token that KIS rejected, revoked or repeats
 
 
 def test_rejected_young_token_is_dead_for_every_process_until_six_hours_after_its_issue(quick: Sandbox) -> None:
@@ -158,45 +131,12 @@ def test_deleting_keeps_the_record_and_the_token_that_kis_repeats_is_no_new_one(
     assert asked(quick) == 2
 
 
-def test_revoked_token_is_dead_for_every_market_once_kis_has_revoked_it(gateway: Sandbox) -> None:
-    """Afterwards no market has it; where KIS cannot be asked to revoke, the token is served on."""
-    USTokenManager().get_valid_token()
-    assert USTokenManager().revoke()
-    assert gateway.stats()["revokes"] == 1
-    assert {TokenManager(name).get_token_status()["status"] for name in ("us", "kr")} == {"NO_TOKEN"}
-    assert USTokenManager().is_token_expired()
+def test_token_that_kis_did_not_revoke_is_served_on(gateway: Sandbox) -> None:
+    """Nothing is deleted before KIS has said yes."""
     token = cached()
     gateway.__exit__()
     assert isinstance(raised(USTokenManager().revoke), IssuerUnavailableError)
     assert USTokenManager().get_valid_token() == token.access_token
-
-
-# --- what cannot be saved
-
-
-def test_renewal_for_others_that_reaches_no_file_is_an_error(
-    quick: Sandbox, command: Callable[..., Ran], caplog: pytest.LogCaptureFixture
-) -> None:
-    """On a full disk `refresh` does not say that it renewed: exit 7 and a critical line; KIS keeps the token."""
-    old = cached(17 * HOUR)
-    key_file = next(folder().glob("key-*.json"))
-    before = key_file.read_bytes()
-
-    def refresh_on_a_full_disk() -> None:
-        fill_disk(600)  # a line of the record fits, a token file does not
-        ran = command("refresh", "us")
-        assert (ran.code, "Renewed" in ran.out) == (TokenStoreError.exit_code, False)
-        assert "only this process has it" in ran.err
-        assert [line.levelno for line in caplog.records if "could not be saved" in line.message] == [logging.CRITICAL]
-        held = USTokenManager()
-        assert held.get_valid_token() == held.get_valid_token() == KRTokenManager().get_valid_token()
-        assert held.get_valid_token() != old.access_token
-
-    assert ended(in_child(refresh_on_a_full_disk)) == 0
-    assert (key_file.read_bytes(), on_disk().access_token) == (before, old.access_token)
-    time.sleep(QUICK)
-    assert USTokenManager().refresh(force=True)
-    assert (quick.stats()["granted_new"], quick.stats()["granted_same"]) == (1, 1)
 
 
 def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox) -> None:
@@ -213,9 +153,6 @@ def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox)
     assert ended(in_child(hold_it_until_there_is_room)) == 0
     assert KRTokenManager().get_valid_token() == on_disk().access_token
     assert asked(quick) == 1
-
-
-# --- ahead of need
 
 
 @pytest.mark.parametrize(("minutes", "issues"), [(15, 0), (40, 1)], ids=["served to its end", "longer than the token"])
