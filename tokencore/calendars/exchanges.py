@@ -55,64 +55,55 @@ class Exchange(NamedTuple):
     since: date = date.min  # the first day of trading, where that matters
 
 
-_KRX = Exchange(
-    *("KRX", "Korea Exchange", None, "XKRX", "Asia/Seoul", time(9), time(15, 30), "XKRX"),
-    pad=timedelta(minutes=60),
-    csat=(time(10), time(16, 30)),
-    first_open=time(10),
-    earlier_close=(date(2016, 8, 1), time(15)),
-    extended=Extended(date(2026, 9, 14), time(16), time(20), pad=_EVENING_PAD),
-)
-_NXT = Exchange(
-    *("NXT", "Nextrade", None, None, "Asia/Seoul", time(8), time(20), "XKRX"),
-    pad=_EVENING_PAD,
-    csat=(time(10), time(20)),  # no pre-market on late days; the after-market ends as always
-    first_open=time(10),
-    since=date(2025, 3, 4),
-)
-_NYSE = Exchange(
-    # Nasdaq and NYSE American keep the days of XNYS too.
+_NYSE = Exchange(  # Nasdaq and NYSE American keep the days of XNYS too
     *("NYSE", "New York Stock Exchange", "NYS", "XNYS", "America/New_York", time(9, 30), time(16), "XNYS"),
     half_close=time(13),
     extended=Extended(date.min, time(4), time(20), half_close=time(17)),
 )
-_SEHK = Exchange(
-    *("SEHK", "Hong Kong Stock Exchange", "HKS", "XHKG", "Asia/Hong_Kong", time(9, 30), time(16), "XHKG"),
-    aliases=("HKEX",),
-    pad=timedelta(minutes=10),  # the closing auction
-    half_close=time(12),
-)
-_SHAA = Exchange(
-    # Closed on the weekends that China makes working days.
+_SHAA = Exchange(  # closed on the weekends that China makes working days
     *("SHAA", "Shanghai Stock Exchange", "SHS", "XSHG", "Asia/Shanghai", time(9, 30), time(15), "XSHG"),
     by_notice=True,
 )
-_TKSE = Exchange(
-    *("TKSE", "Tokyo Stock Exchange", "TSE", "XTKS", "Asia/Tokyo", time(9), time(15, 30), "XJPX"),
-    aliases=("XJPX",),
-    earlier_close=(date(2024, 11, 5), time(15)),
-)
-_VNSE = Exchange(
-    # The calendar is the country's: nobody keeps one for its exchanges.
+_VNSE = Exchange(  # the calendar is the country's: nobody keeps one for its exchanges
     *("VNSE", "Ho Chi Minh Stock Exchange", "HSX", "XSTC", "Asia/Ho_Chi_Minh", time(9), time(15), "VN"),
     aliases=("HOSE",),
 )
-
 _ROWS = (
-    _KRX,
-    _NXT,
+    Exchange(
+        *("KRX", "Korea Exchange", None, "XKRX", "Asia/Seoul", time(9), time(15, 30), "XKRX"),
+        pad=timedelta(minutes=60),
+        csat=(time(10), time(16, 30)),
+        first_open=time(10),
+        earlier_close=(date(2016, 8, 1), time(15)),
+        extended=Extended(date(2026, 9, 14), time(16), time(20), pad=_EVENING_PAD),
+    ),
+    Exchange(
+        *("NXT", "Nextrade", None, None, "Asia/Seoul", time(8), time(20), "XKRX"),
+        pad=_EVENING_PAD,
+        csat=(time(10), time(20)),  # no pre-market on late days; the after-market ends as always
+        first_open=time(10),
+        since=date(2025, 3, 4),
+    ),
     _NYSE._replace(code="NASD", name="Nasdaq", quote_code="NAS", mic="XNAS", aliases=("NASDAQ",)),
     _NYSE,
     _NYSE._replace(code="AMEX", name="NYSE American", quote_code="AMS", mic="XASE"),
-    _SEHK,
+    Exchange(
+        *("SEHK", "Hong Kong Stock Exchange", "HKS", "XHKG", "Asia/Hong_Kong", time(9, 30), time(16), "XHKG"),
+        aliases=("HKEX",),
+        pad=timedelta(minutes=10),  # the closing auction
+        half_close=time(12),
+    ),
     _SHAA,
     _SHAA._replace(code="SZAA", name="Shenzhen Stock Exchange", quote_code="SZS", mic="XSHE", calendar="XSHE"),
-    _TKSE,
+    Exchange(
+        *("TKSE", "Tokyo Stock Exchange", "TSE", "XTKS", "Asia/Tokyo", time(9), time(15, 30), "XJPX"),
+        aliases=("XJPX",),
+        earlier_close=(date(2024, 11, 5), time(15)),
+    ),
     _VNSE,
     # Equities move from Hanoi to Ho Chi Minh by the end of 2026; the exchange itself stays.
     _VNSE._replace(code="HASE", name="Hanoi Stock Exchange", quote_code="HNX", mic="XHNX", aliases=()),
 )
-
 EXCHANGES = {row.code: row for row in _ROWS}
 """All exchanges by KIS order code, in the order in which KIS lists them."""
 

@@ -150,7 +150,9 @@ def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time,
     year = _year(place.calendar, day.year, by_notice=place.by_notice)
     if place.earlier_close and day < place.earlier_close[0]:
         closes = place.earlier_close[1]
-    if place.csat and (day in CSAT_DAYS or _may_be_csat_day(day)):
+    # A test after the table's end: all since 2016 were on the Thursday from the 13th, except two that were postponed.
+    thursday = day.weekday() == _THURSDAY and (11, 13) <= (day.month, day.day) <= (11, 19) and day > max(CSAT_DAYS)
+    if place.csat and (day in CSAT_DAYS or thursday):  # which covers both hours
         opens, closes = place.csat[0] if day in CSAT_DAYS else opens, place.csat[1]
     elif place.first_open and day == year.first_session:
         opens = place.first_open
@@ -158,11 +160,6 @@ def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time,
     if extended:
         return min(opens, extended.open), (half and extended.half_close) or extended.close
     return opens, half or closes
-
-
-def _may_be_csat_day(day: date) -> bool:
-    """After the table's end: all since 2016 were on the Thursday from the 13th, except two that were postponed."""
-    return (11, 13) <= (day.month, day.day) <= (11, 19) and day.weekday() == _THURSDAY and day > max(CSAT_DAYS)
 
 
 class _Year(NamedTuple):

@@ -260,7 +260,8 @@ class Gateway:
         life, issued = math.ceil(self.rules["token_life"]), math.floor(now)  # a JWT knows whole seconds
         claims = {"sub": "token", "aud": str(uuid.uuid4()), "prdt_cd": "", "iss": "unogw", "jti": key}
         parts = {"typ": "JWT", "alg": "HS512"}, {**claims, "iat": issued, "exp": issued + life}
-        text = ".".join([*map(_base64url, parts), secrets.token_urlsafe(64)])  # the signature is KIS's to check
+        encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in parts]
+        text = ".".join([*encoded, secrets.token_urlsafe(64)])  # the signature is KIS's to check
         content = {
             "access_token": text,
             "access_token_token_expired": f"{datetime.fromtimestamp(issued + life, KST):%Y-%m-%d %H:%M:%S}",
@@ -301,10 +302,6 @@ class Gateway:
             EGW00105=headers.get("appsecret") != self._customers[token.key].secret,
             EGW00203=headers.get("tr_id") != QUOTES[request.path],
         )
-
-
-def _base64url(part: object) -> str:
-    return base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
 
 
 QUOTES = {  # path: tr_id
