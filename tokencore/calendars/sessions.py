@@ -99,9 +99,11 @@ def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Over
 
     """
     place = exchange(code)
-    first, last = (edge.astimezone(ZoneInfo(place.zone)).date() for edge in (start, end))
+    zone, known = ZoneInfo(place.zone), place.code in overrides
+    first, last = start.astimezone(zone).date(), end.astimezone(zone).date()
     # A need may begin the day before its session's and end the day after, by lead and pad.
-    found = [_day(place, first + n * _DAY, overrides) for n in range(-1, (last - first).days + 2)]
+    dates = [first + n * _DAY for n in range(-1, (last - first).days + 2)]
+    found = [_day(place, day, overrides) if known else _by_calendar(place.code, day) for day in dates]
     return [one for one in found if one and one.need[0] < end and one.need[1] > start]
 
 
