@@ -74,6 +74,8 @@ lint: .venv/.dev
 	@$(RUN) bandit --quiet --configfile pyproject.toml --recursive tokencore flows
 	@$(RUN) pip check
 	@$(RUN) mypy
+	@$(RUN) mypy --platform darwin --cache-dir .mypy_cache/darwin tokencore flows
+	@$(RUN) mypy --platform win32 --cache-dir .mypy_cache/win32 tokencore
 	@.venv/bin/lint-imports --no-cache
 
 # A virtual environment knows the absolute path of this folder: one that was moved or copied here is made anew.

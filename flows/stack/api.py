@@ -16,7 +16,7 @@ POOL = "tokens"  # as prefect.yaml names it
 CHECK, REFRESH = "check-tokens/check_tokens", "refresh-token/refresh_token"
 CHECKED = ("Completed", "AlreadyValid", "Renewed", "Failed")  # the names of a check's states where it did its work
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-PATIENCE = 300.0  # seconds for a start
+PATIENCE = 300.0  # seconds for a start, or a run: two idle cores take 14 for the first start of the server alone
 # SQLite under load:
 BUSY = Retry(5, connect=0, read=0, status_forcelist=[503], allowed_methods=None, backoff_factor=0.2)
 

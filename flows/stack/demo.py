@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
@@ -115,24 +116,10 @@ def sandbox(folder: Path) -> Iterator[dict[str, str]]:
         command, env=known, cwd=folder, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as gateway:
         try:
-            yield known | _exports(gateway)
+            said = "".join(takewhile(str.strip, gateway.stdout or ()))
+            yield known | dict(re.findall(r"^export (\w+)=(.+)$", said, re.MULTILINE))
         finally:
             gateway.terminate()
-
-
-def _exports(gateway: subprocess.Popen[str]) -> dict[str, str]:
-    """The settings that it says to export.
-
-    Raises:
-        StackError: it ended before it said all.
-
-    """
-    found: dict[str, str] = {}
-    for line in gateway.stdout or ():
-        found.update(re.findall(r"^export (\w+)=(.+)$", line))
-        if {"KIS_BASE_URL", "KIS_APP_KEY", "KIS_APP_SECRET"} <= found.keys():
-            return found
-    raise StackError("The sandbox did not start.")
 
 
 def _complete(api: Api, deployment: str, **parameters: object) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
-from flows.stack.api import FINAL, POOL, StackError
+from flows.stack.api import FINAL, PATIENCE, POOL, StackError
 from tokencore import Key, Settings, sessions
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ BLOCK = "tokencore-slack"
 SLACK_API = "https://slack.com/api/"
 UNHEARD = " Nobody hears of it: the settings have no way to Slack."
 TRIES = 3  # SQLite under load makes the server answer 503; Prefect's own client asks six times, then gives up
-PATIENCE = 300.0  # seconds for a run
 
 
 def apply(api: Api, folder: Path) -> None:

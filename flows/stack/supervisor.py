@@ -20,7 +20,7 @@ from xmlrpc.client import Error as XmlRpcError
 from xmlrpc.client import ServerProxy
 
 from flows.stack import deployments, environment, worker
-from flows.stack.api import CHECK, REFRESH, StackError
+from flows.stack.api import CHECK, PATIENCE, REFRESH, StackError
 from tokencore import ConfigurationError, Key, Settings, private_folder
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SHOWN = ("supervisor", "server", "worker")
 ARTIFACTS = ("tokens", "plan")
 FOLDER = "TOKENCORE_FOLDER"  # where the stack was started, see flows/__init__.py
-PATIENCE = 300.0  # seconds for a start: two idle cores take 14 for the first start of the server alone
 ANSWER = 20.0  # seconds for an answer of supervisord
 LOG_TAIL = 15  # lines of a log that are shown with a failure
 SOCKET_LENGTH = 90  # bytes of its folder's path: 103 for the whole on some systems, and supervisord adds its number
@@ -189,7 +188,9 @@ def running(home: Path) -> dict[str, int]:
     """The parts whose process lives, and its number; none where no supervisord answers."""
     try:
         calls = _supervisord(home)
-        return {"supervisor": calls.getPID()} | {one["name"]: one["pid"] for one in _parts(calls) if one["pid"]}
+        return {"supervisor": calls.getPID()} | {
+            one["name"]: one["pid"] for one in calls.getAllProcessInfo() if one["pid"]
+        }
     except (OSError, HTTPException, XmlRpcError):
         return {}
 
@@ -243,18 +244,13 @@ def _supervisord(home: Path) -> Any:  # noqa: ANN401 - whatever its XML-RPC inte
     return ServerProxy("http://localhost", SupervisorTransport(None, None, f"unix://{home}/sock")).supervisor
 
 
-def _parts(calls: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - as above
-    found: list[dict[str, Any]] = calls.getAllProcessInfo()
-    return found
-
-
 def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
         if process.poll() is not None:
             raise StackError((home / "supervisor.log").read_text(errors="replace").strip(), process.returncode)
         with contextlib.suppress(OSError, HTTPException, XmlRpcError):  # it does not answer yet
-            for part in _parts(_supervisord(home)):
+            for part in _supervisord(home).getAllProcessInfo():
                 ended, name = part["statename"] == "EXITED", part["name"]
                 if part["statename"] in ("BACKOFF", "FATAL") or (ended and part["exitstatus"]):
                     raise StackError(_failure(home, name, f"exited with code {part['exitstatus']}"))
