@@ -12,9 +12,7 @@ from zoneinfo import ZoneInfo
 import hypothesis
 import pytest
 import time_machine
-from fleets import Fleet
 from hypothesis.configuration import set_hypothesis_home_dir
-from postgres import Postgres
 from running import Ran
 from slack_endpoint import HOOK, SlackEndpoint
 from xdist.scheduler import LoadFileScheduling
@@ -24,6 +22,9 @@ from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from fleets import Fleet
+    from postgres import Postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = ("KIS_", "SLACK_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE")
@@ -123,6 +124,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server for all tests of this process that share one."""
+    from postgres import Postgres  # most tests need none
+
     with Postgres() as server:
         yield server
 
@@ -130,6 +133,8 @@ def postgres() -> Iterator[Postgres]:
 @pytest.fixture
 def fleet(postgres: Postgres) -> Fleet:
     """A fleet's store with nothing in it."""
+    from fleets import Fleet  # the same
+
     return Fleet.made(postgres)
 
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import contextlib
+import os
+import socket
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
 
+from builders import in_child, make_market
 from cryptography.fernet import Fernet
 from pydantic import SecretStr
+from running import until
 
+from tokencore.renewer import Renewer
 from tokencore.stores import database
+from tokencore.stores.shared_store import SharedStore
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from postgres import Postgres
 
-ROLE = "machines"
+    from tokencore.attempts import Attempt
+    from tokencore.sandbox import Sandbox
+    from tokencore.stores.shared_store import Fence
+    from tokencore.tokens import Token
+
+MINUTE, TIMEOUT = 0.5, 1.0  # seconds: KIS's minute, and KIS_TIMEOUT; what was sent and never answered is over after 2.5
 
 
 class Fleet(NamedTuple):
@@ -31,15 +44,157 @@ class Fleet(NamedTuple):
         server.sql("delete from tokencore_key where key <> 'layout'", "truncate tokencore_attempt")
         return cls(server, server.url(), Fernet.generate_key().decode())
 
-    def numbers(self, folder: Path) -> dict[str, object]:
-        """What `make_market` needs for a machine with that token directory."""
-        store, keys = SecretStr(self.url), [SecretStr(self.key)]
-        return {"store": store, "store_keys": keys, "token_dir": str(folder)}
-
     def environment(self, folder: Path) -> dict[str, str]:
         """The settings of a machine with that token directory."""
         return {"KIS_STORE": self.url, "KIS_STORE_KEYS": self.key, "KIS_TOKEN_DIR": str(folder)}
 
-    def rows(self) -> list[str]:
-        """The attempts, oldest first."""
-        return self.server.sql("select what from tokencore_attempt order by key, fence").splitlines()
+    def numbers(self, folder: Path, **more: object) -> dict[str, object]:
+        """The same for `make_market`, and more of them."""
+        return {"store": SecretStr(self.url), "store_keys": [SecretStr(self.key)], "token_dir": str(folder), **more}
+
+    def behind(self, relay: Relay) -> Fleet:
+        """The same store, reached through the relay."""
+        return self._replace(url=self.url.replace(f":{self.server.port}/", f":{relay.port}/"))
+
+
+class Machine:
+    """A machine of the fleet: its own folder, the same key as the others.
+
+    At the point of a renewal that `store.at` names (`begun`, `departed` or `answered`) it sends itself the signal
+    `store.fault`; without one it makes the file `reached` and waits for the file `go`.
+    """
+
+    def __init__(self, fleet: Fleet, folder: Path, gateway: Sandbox, **numbers: object) -> None:
+        """Nothing is opened yet; `numbers` as of `make_market`."""
+        folder.mkdir(parents=True, mode=0o700)
+        self.folder = folder
+        usual = {"base_url": gateway.url, "issue_interval": MINUTE, "timeout": TIMEOUT}
+        self.market = make_market("us", **fleet.numbers(folder, **{**usual, **numbers}))
+        self.store = _Stopping(self.market, lambda: ["us"])
+
+    def get(self) -> str:
+        """What a program on it gets."""
+        now = datetime.now(UTC)
+        token = self.store.read()[0]
+        if token is None or not token.serves(now, 0):
+            renewer = Renewer([self.market], self.store)
+            token = renewer.obtain(lambda found: found.serves(datetime.now(UTC), 0), "get us")
+        return token.access_token
+
+    def start(self) -> int:
+        """The same in a process of its own, whose token is in the file `got` then."""
+        return in_child(self._get)
+
+    def _get(self) -> None:
+        try:
+            (self.folder / "got").write_text(self.get())
+            for thread in threading.enumerate():  # as at the end of a program
+                if not thread.daemon and thread is not threading.current_thread():
+                    thread.join()
+        except BaseException as error:
+            (self.folder / "error").write_text(repr(error))
+            raise
+
+    @property
+    def got(self) -> str:
+        """What the process got; empty where nothing."""
+        path = self.folder / "got"
+        return path.read_text() if path.exists() else ""
+
+
+class _Stopping(SharedStore):
+    at, fault = "", 0
+
+    def reach(self, point: str) -> None:
+        if point == self.at and self.fault:
+            os.kill(os.getpid(), self.fault)
+        elif point == self.at:
+            folder = Path(self._local.folder)
+            (folder / "reached").touch()
+            until((folder / "go").exists)
+
+    def begin(self, attempt: Attempt) -> Fence | None:
+        fence = super().begin(attempt)
+        if fence:
+            self.reach("begun")
+        return fence
+
+    def depart(self, fence: Fence) -> bool:
+        may = super().depart(fence)
+        self.reach("departed")
+        return may
+
+    def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
+        self.reach("answered")
+        super().finish(fence, attempt, token)
+
+
+class Relay:
+    """A way to the server that can be frozen, that loses an answer, or that delivers no notifications, as poolers do."""
+
+    def __init__(self, port: int, *, notifies: bool = True) -> None:
+        """Open a port of its own that leads to `port`."""
+        self._target, self._notifies = port, notifies
+        self._open = threading.Event()
+        self._lose = b""
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+
+    def __enter__(self) -> Self:
+        self._open.set()
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.set()
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def freeze(self) -> None:
+        """Nothing passes any more, and nobody is told."""
+        self._open.clear()
+
+    def thaw(self) -> None:
+        """It passes again, what was held back first."""
+        self._open.set()
+
+    def lose(self, statement: bytes) -> None:
+        """Cut the connection where the next statement with these words has been carried out, before its answer."""
+        self._lose = statement
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here = self._socket.accept()[0]
+                there = socket.create_connection(("127.0.0.1", self._target))
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=self._pass, args=(*pair, pair[0] is there), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, answers: bool) -> None:  # noqa: FBT001
+        rest = b""
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                self._open.wait()
+                if answers and self._lose == b"now":
+                    self._lose = b""
+                    break
+                if not answers and self._lose and self._lose in piece:
+                    self._lose = b"now"
+                if answers and not self._notifies:
+                    piece, rest = _without_notifications(rest + piece)
+                target.sendall(piece)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+def _without_notifications(stream: bytes) -> tuple[bytes, bytes]:
+    """The server's whole messages but those of type `A`, and what has come of the next one."""
+    kept, at = b"", 0
+    while len(stream) - at > 4:  # noqa: PLR2004 - a letter and a length
+        end = at + 1 + int.from_bytes(stream[at + 1 : at + 5])
+        if end > len(stream):
+            break
+        kept += b"" if stream[at : at + 1] == b"A" else stream[at:end]
+        at = end
+    return kept, stream[at:]
