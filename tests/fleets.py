@@ -10,8 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from builders import in_child, make_market
+from builders import DAY, in_child, make_market
+from cryptography import x509
 from cryptography.fernet import Fernet
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 from running import until
 
@@ -40,8 +45,8 @@ class Fleet(NamedTuple):
     @classmethod
     def made(cls, server: Postgres) -> Fleet:
         """Empty tables, and a role that may do what `tokencore fleet init` grants."""
+        server.sql("drop table if exists tokencore_key, tokencore_attempt")
         database.make_tables(server.url())
-        server.sql("delete from tokencore_key where key <> 'layout'", "truncate tokencore_attempt")
         return cls(server, server.url(), Fernet.generate_key().decode())
 
     def environment(self, folder: Path) -> dict[str, str]:
@@ -130,7 +135,7 @@ class _Stopping(SharedStore):
 
 
 class Relay:
-    """A way to the server that can be frozen, that loses an answer, or that delivers no notifications, as poolers do."""
+    """A way to the server that can be frozen, loses an answer, or delivers no notifications, as poolers do."""
 
     def __init__(self, port: int, *, notifies: bool = True) -> None:
         """Open a port of its own that leads to `port`."""
@@ -180,7 +185,7 @@ class Relay:
                     break
                 if not answers and self._lose and self._lose in piece:
                     self._lose = b"now"
-                if answers and not self._notifies:
+                if answers and not self._notifies and piece != b"N":  # no TLS
                     piece, rest = _without_notifications(rest + piece)
                 target.sendall(piece)
         for one in (source, target):
@@ -188,10 +193,24 @@ class Relay:
                 one.shutdown(socket.SHUT_RDWR)
 
 
+def certificate(folder: Path) -> Path:
+    """A certificate of `localhost`, signed by itself, that `server.key` and `server.crt` in the folder are then."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + DAY)
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "server.key").write_bytes(text)
+    (folder / "server.crt").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    (folder / "server.key").chmod(0o600)
+    return folder / "server.crt"
+
+
 def _without_notifications(stream: bytes) -> tuple[bytes, bytes]:
     """The server's whole messages but those of type `A`, and what has come of the next one."""
     kept, at = b"", 0
-    while len(stream) - at > 4:  # noqa: PLR2004 - a letter and a length
+    while len(stream) - at > 4:  # a letter and a length
         end = at + 1 + int.from_bytes(stream[at + 1 : at + 5])
         if end > len(stream):
             break

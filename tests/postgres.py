@@ -73,6 +73,22 @@ class Postgres:
             self.process.wait(60)
             self.process = None
 
+    def freeze(self) -> None:
+        """Stop all its processes, as a host does that hangs; `thaw` lets them go on."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        """Each of its processes has a session of its own, so that the group does not do."""
+        main = str(self.process.pid if self.process else 0)
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            fields = _text(path).rpartition(")")[2].split()
+            if path.parent.name == main or (len(fields) > 1 and fields[1] == main):
+                os.kill(int(path.parent.name), number)
+
     def url(self, database: str = "postgres", role: str = "admin", scheme: str = "postgresql") -> str:
         """The address of a database for a role."""
         return f"{scheme}://{role}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
@@ -90,3 +106,10 @@ class Postgres:
     def _run(self, name: str, *arguments: str) -> str:
         command: Sequence[str] = [self._program(name), *arguments]
         return subprocess.run(command, user=USER, cwd="/", check=True, capture_output=True, text=True).stdout
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has ended meanwhile
+        return ""

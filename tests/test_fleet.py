@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from builders import ended
-from fleets import MINUTE, Machine, Relay
-from postgres import needs_postgres
-from running import asked, until
+import time_machine
+from builders import DAY, KEY, NOW, SECRET, ended, forms, make_token
+from cryptography.fernet import Fernet
+from fleets import MINUTE, Fleet, Machine, Relay, certificate
+from postgres import USER, needs_postgres
+from running import asked, one_line, start, tokencore, until
 
+from tokencore import TokenStoreError
+from tokencore.attempts import Attempt, Outcome
 from tokencore.sandbox import Sandbox
+from tokencore.stores import database, open_document
+from tokencore.stores.encryption import Seal
+from tokencore.stores.file_store import FileStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import subprocess
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from fleets import Fleet
+    from running import Ran
+
+    from tokencore.stores.base import Document
+    from tokencore.tokens import Token
+
+    Command = Callable[..., Ran]
+
+SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7)
 
 pytestmark = needs_postgres
 
@@ -106,3 +125,353 @@ def outlive(fleet: Fleet, folder: Path, fate: Fate) -> None:
             assert (code, victim.got) == ((0, others[0].got) if fate.fault or fate.at != "begun" else (1, "")), fate
         assert {other.got for other in others} == {others[0].got} != {""}
         clean(kis, fate.requests)
+
+
+# --- what another machine does
+
+
+def test_a_rejected_removed_or_imported_token_is_so_on_every_machine(
+    fleet: Fleet, tmp_path: Path, kis: Sandbox
+) -> None:
+    """With the next look of each, at the latest; nobody brings back what a person took away."""
+    first, second = machines(fleet, tmp_path, kis, 2)
+    token = stored(first, make_token())
+    assert look(second) == (token.access_token, None)
+    token.rejected_at = datetime.now(UTC)
+    stored(first, token)
+    assert look(second)[1] is not None
+    again = stored(second, make_token(text=token.access_token))  # proven to work again
+    assert look(first) == (again.access_token, None)
+    shorter = stored(second, make_token(life=3600))  # a person insists
+    assert look(first) == (shorter.access_token, None)
+    with first.store.lock(wait=5):
+        assert first.store.delete()
+    assert look(second) == ("", None)
+
+
+def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(
+    fleet: Fleet, tmp_path: Path, kis: Sandbox
+) -> None:
+    """A machine that joins brings its token and its record; so does one whose store was away meanwhile.
+
+    A server that takes over and is behind gets back what it has lost.
+    """
+    first, second = machines(fleet, tmp_path, kis, 2)
+    alone = FileStore(first.market, lambda: ["us"])
+    with alone.lock(wait=5):
+        alone.finish(alone.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), make_token(life=3600))
+    assert look(first) == look(second) != ("", None)
+    assert [one.outcome for one in second.store.attempts()] == ["issued"]
+    before = fleet.server.sql("select version, fence, sealed from tokencore_key where key <> 'layout'").split("|")
+    later = stored(first, make_token())
+    with first.store.lock(wait=5):
+        first.store.note(SENT._replace(at=NOW + DAY, outcome=Outcome.IMPORTED))
+    fleet.server.sql(
+        "update tokencore_key set version = {}, fence = {}, sealed = '{}' where fence > 0".format(*before),  # noqa: S608
+        "delete from tokencore_attempt where fence > 1",
+    )
+    assert look(first) == look(second) == (later.access_token, None)
+    assert [one.outcome for one in second.store.attempts()] == ["issued", "imported"]
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_the_limits_go_by_the_servers_clock(fleet: Fleet, tmp_path: Path, kis: Sandbox, hours: int) -> None:
+    """A machine whose clock is an hour wrong knows how long ago another one's attempt was, and dates its own right."""
+    first, second = machines(fleet, tmp_path, kis, 2, issue_interval=60)
+    attempt(first, datetime.now(UTC))
+    with time_machine.travel(datetime.now(UTC) + timedelta(hours=hours)):
+        (seen,) = second.store.attempts()
+        assert abs(datetime.now(UTC) - seen.at) < timedelta(minutes=1)
+        attempt(second, datetime.now(UTC))
+    assert all(abs(datetime.now(UTC) - one.at) < timedelta(minutes=1) for one in first.store.attempts())
+
+
+def test_a_later_versions_words_are_understood_as_far_as_they_go(fleet: Fleet, tmp_path: Path, kis: Sandbox) -> None:
+    """Two versions of tokencore at once: an unknown outcome is an attempt, an unknown field is passed over."""
+    first, second = machines(fleet, tmp_path, kis, 2)
+    token = stored(first, make_token())
+    with first.store.lock(wait=5):
+        first.store.note(SENT)
+    fleet.server.sql('update tokencore_attempt set what = replace(what, \'"sent"\', \'"thawed", "colour": 3\')')
+    seal = Seal([fleet.key])
+    (sealed,) = fleet.server.sql("select sealed from tokencore_key where key <> 'layout'").split("|")
+    content = seal.open(sealed, {"key_fingerprint": first.store.fingerprint})
+    later = seal.close({**content, "colour": 3})
+    fleet.server.sql(f"update tokencore_key set sealed = '{later}' where fence > 0")  # noqa: S608 - of our own making
+    assert look(second) == (token.access_token, None)
+    assert [one.outcome for one in second.store.attempts()] == [Outcome.SENT]
+
+
+BOT = """
+import time
+from tokencore import TokenManager
+manager = TokenManager("us")
+while True:
+    manager.get_valid_token()
+    time.sleep(0.1)
+"""
+
+
+def test_a_machine_follows_what_the_others_do(fleet: Fleet, tmp_path: Path, kis: Sandbox) -> None:
+    """By `tokencore follow`, where notifications come through and where a pooler swallows them, and by a bot itself.
+
+    Another process takes over from a follower that is killed.
+    """
+    with Relay(fleet.server.port, notifies=False) as relay, contextlib.ExitStack() as running:
+        first, listening, polling, bot = machines(fleet, tmp_path, kis, 4)
+        token = first.get()
+        own = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
+
+        def started(program: str, machine: Machine, of: Fleet = fleet) -> subprocess.Popen[str]:
+            process = start(program, **own, **of.environment(machine.folder))
+            running.callback(lambda: print(process.communicate()))
+            running.callback(process.kill)
+            return process
+
+        follower = started(FOLLOW, listening)
+        started(FOLLOW, polling, fleet.behind(relay))
+        started(BOT, bot)
+        until(lambda: all(here(one) == (token, None) for one in (listening, polling, bot)))
+        started(FOLLOW, listening)  # stands by
+        renewed = stored(first, make_token(life=90_000))
+        until(lambda: all(here(one) == (renewed.access_token, None) for one in (listening, polling, bot)))
+        follower.kill()
+        renewed.rejected_at = datetime.now(UTC)
+        stored(first, renewed)
+        until(lambda: all(here(one)[1] is not None for one in (listening, polling, bot)))
+
+
+FOLLOW = "from tokencore.cli import main; main(['follow'])"
+
+
+def test_a_document_is_locked_for_all_machines_for_a_minute(fleet: Fleet, tmp_path: Path) -> None:
+    """One machine at a time; who held it for longer than its lease changes nothing any more.
+
+    Where the store is away, each machine goes by what it had itself.
+    """
+    with Relay(fleet.server.port) as relay:
+        numbers = [fleet.behind(relay).numbers(tmp_path / name) for name in ("first", "second")]
+        two: list[Any] = [SimpleNamespace(**own) for own in numbers]
+        first, second = (open_document(settings, "incidents") for settings in two)
+        with first.lock(wait=1) as held:
+            assert held
+            first.write({"incidents": [1]})
+            with second.lock(wait=0) as taken:
+                assert not taken
+            fleet.server.sql("update tokencore_key set leased_until = now() where leased_until > now()")
+            with second.lock(wait=1) as over:
+                assert (over, second.read()) == (True, {"incidents": [1]})
+                second.write({"incidents": [1, 2]})
+                with pytest.raises(OSError, match="lock"):
+                    first.write({"incidents": []})
+        assert first.read() == second.read() == {"incidents": [1, 2]}
+        relay.freeze()
+        with ThreadPoolExecutor() as pool:
+            assert list(pool.map(kept, (first, second))) == [{"incidents": [1]}, {"incidents": [1, 2]}]
+
+
+def kept(document: Document) -> dict[str, object]:
+    """What it has under its lock."""
+    with document.lock(wait=1) as held:
+        assert held
+        document.write(document.read())
+        return document.read()
+
+
+def here(machine: Machine) -> tuple[str, datetime | None]:
+    """The token in the machine's files, and since when it is known to be rejected."""
+    token = FileStore(machine.market, tuple).read()[0]
+    return (token.access_token, token.rejected_at) if token else ("", None)
+
+
+# --- the store is away, slow, or not what it should be
+
+
+def test_an_answer_of_the_store_that_is_lost_counts_as_no(fleet: Fleet, tmp_path: Path) -> None:
+    """Of `begin` and `depart`: nothing is sent. Of what follows the request: its token is handed out and offered."""
+    statements = {"fence + 1": 0, "at = clock": 0, "sealed = $1": 1, "at = $1": 1}
+    with ThreadPoolExecutor(len(statements)) as pool:
+        list(pool.map(lambda one: answer_lost(fleet, tmp_path / one, one, statements[one]), statements))
+
+
+def answer_lost(fleet: Fleet, folder: Path, statement: str, requests: int) -> None:
+    """The connection breaks after the statement was carried out; so many requests are made."""
+    with Sandbox(issue_interval=MINUTE) as kis, Relay(fleet.server.port) as relay:
+        first = Machine(fleet.behind(relay), folder / "first", kis)
+        assert look(first) == ("", None)  # the row is there
+        relay.lose(statement.encode())
+        token = ""
+        with contextlib.suppress(TokenStoreError):
+            token = first.get()
+        assert (asked(kis), bool(token)) == (requests, bool(requests)), statement
+        (second,) = machines(fleet, folder, kis, 1)
+        if token:
+            until(lambda: look(first)[0] == look(second)[0] == token)
+        assert second.get() == (token or first.get()), statement
+        clean(kis, 1)
+
+
+def test_a_store_that_is_frozen_stops_nobody_with_a_valid_token(fleet: Fleet, tmp_path: Path, kis: Sandbox) -> None:
+    """A command with a token needs neither store nor its packages; one without is refused, exit 7.
+
+    A rejection is noted here and reaches the others when the store is back; a removal would not last, and is refused.
+    """
+    first, second, third = machines(fleet, tmp_path, kis, 3)
+    token = stored(first, make_token())
+    assert look(second) == look(third) == (token.access_token, None)
+    settings = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
+    own, places = {**settings, **fleet.environment(first.folder)}, (third.folder, tmp_path / "cold")
+    token.rejected_at = datetime.now(UTC)
+    fleet.server.freeze()
+    try:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(stored, second, token)
+            refused = [
+                pool.submit(tokencore, *what, **{**settings, **fleet.environment(place)})
+                for what, place in zip((("delete", "us"), ("get", "us")), places, strict=True)
+            ]
+            assert start(SERVED, **own).communicate()[0] == f"{token.access_token}\n[]\n"
+            assert [one.result().code for one in refused] == [7, 7]
+        assert "store (KIS_STORE) cannot be used: it does not answer" in one_line(refused[1].result())
+    finally:
+        fleet.server.thaw()
+    until(lambda: all(look(one)[1] is not None for one in (second, third, first)))
+    assert asked(kis) == 0
+
+
+SERVED = (
+    "import sys; from tokencore import TokenManager; print(TokenManager('us').get_valid_token());"
+    "print([name for name in ('psycopg', 'cryptography') if name in sys.modules])"
+)
+ADMIN = "postgresql://admin:CanaryPassword@{host}"
+BAD = {
+    "no address": ({"KIS_STORE": "http://{host}/postgres"}, 2, "KIS_STORE"),
+    "unknown option": ({"KIS_STORE": ADMIN + "/postgres?ssl_mode=require"}, 2, "KIS_STORE"),
+    "bad number": ({"KIS_STORE": ADMIN + "x/postgres"}, 2, "KIS_STORE"),
+    "no keys": ({"KIS_STORE_KEYS": ""}, 2, "KIS_STORE_KEYS"),
+    "malformed key": ({"KIS_STORE_KEYS": "CanaryKey"}, 2, "KIS_STORE_KEYS"),
+    "another key": ({"KIS_STORE_KEYS": "b" * 43 + "="}, 7, "cannot be decrypted"),
+    "password": ({"KIS_STORE": "postgresql://admin:CanaryWrong@{host}/postgres"}, 7, "password"),
+    "role": ({"KIS_STORE": "postgresql://nobody:CanaryPassword@{host}/postgres"}, 7, "password"),
+    "database": ({"KIS_STORE": ADMIN + "/other"}, 7, "no such database"),
+    "no tables": ({"KIS_STORE": ADMIN + "/template1"}, 7, "fleet init"),
+    "no rights": ({"KIS_STORE": "postgresql://poor:CanaryPassword@{host}/postgres"}, 7, "may not use the tables"),
+    "no encryption": ({"KIS_STORE": ADMIN + "/postgres?sslmode=require"}, 7, "sslmode"),
+    "a standby": ({"KIS_STORE": ADMIN + "/postgres?options=-cdefault_transaction_read_only%3Don"}, 7, "standby"),
+    "another version": ("update tokencore_key set sealed = '2' where key = 'layout'", 7, "another version"),
+    "cut short": (
+        "update tokencore_key set sealed = left(sealed, 200) where key <> 'layout'",
+        7,
+        "cannot be decrypted",
+    ),
+    "exchanged": ("update tokencore_key set sealed = '{other}' where key <> 'layout'", 7, "rows were exchanged"),
+}
+
+
+@pytest.mark.parametrize(("change", "code", "sign"), BAD.values(), ids=BAD)
+def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
+    fleet: Fleet, tmp_path: Path, kis: Sandbox, command: Command, change: dict[str, str] | str, code: int, sign: str
+) -> None:
+    """Whatever is wrong: the documented exit code, what to correct, no secret; nothing issued, nothing overwritten."""
+    fleet.server.sql("drop role if exists poor", "create role poor login password 'CanaryPassword'")
+    stored(Machine(fleet, tmp_path / "first", kis), make_token(life=400, age=200))  # it serves nobody any more
+    settings = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
+    settings |= fleet.environment(tmp_path / "second")
+    if isinstance(change, str):
+        fleet.server.sql(change.format(other=Seal([fleet.key]).close({"key_fingerprint": "other"})))
+    else:
+        settings |= {name: text.format(host=f"127.0.0.1:{fleet.server.port}") for name, text in change.items()}
+    os.environ |= settings
+    before = fleet.server.sql("select version, sealed from tokencore_key")
+    ran = command("get", "us")
+    assert (ran.code, sign in one_line(ran), "Canary" in ran.err) == (code, True, False), ran.err
+    assert (asked(kis), fleet.server.sql("select version, sealed from tokencore_key")) == (0, before)
+
+
+def test_a_certificate_of_somebody_else_ends_the_connection(fleet: Fleet, tmp_path: Path, kis: Sandbox) -> None:
+    """With verify-full only the server is spoken to whose certificate the file vouches for."""
+    place = certificate(fleet.server.folder)
+    for path in (place, place.with_suffix(".key")):
+        shutil.chown(path, USER) if USER else None
+    (strange := tmp_path / "strange").mkdir()
+    encrypted = ("ssl_cert_file = '" + str(place), "ssl_key_file = '" + str(place.with_suffix(".key")), "ssl = 'on")
+    fleet.server.sql(*[f"alter system set {one}'" for one in encrypted], "select pg_reload_conf()")
+    try:
+        url = fleet.url.replace("127.0.0.1", "localhost") + "?sslmode=verify-full&sslrootcert="
+        good, bad = (fleet._replace(url=f"{url}{path}") for path in (place, certificate(strange)))
+        until(lambda: fleet.server.sql("show ssl") == "on")
+        assert Machine(good, tmp_path / "good", kis).get()
+        with pytest.raises(TokenStoreError, match="its certificate cannot be verified"):
+            Machine(bad, tmp_path / "bad", kis).get()
+    finally:
+        fleet.server.sql("alter system reset all", "select pg_reload_conf()")
+    assert asked(kis) == 1
+
+
+# --- what lies in the store
+
+
+def test_nothing_in_the_store_reveals_a_secret_and_the_keys_are_rotated(
+    fleet: Fleet, tmp_path: Path, kis: Sandbox, command: Command
+) -> None:
+    """No form of key, secret or token is in a dump; after `fleet rotate` the newest key alone opens everything."""
+    (first,) = machines(fleet, tmp_path, kis, 1)
+    token = first.get()
+    assert [one.outcome for one in first.store.attempts()] == ["issued"]  # it is published by then
+    document = first.store.document("approval")
+    with document.lock(wait=1):
+        document.write({"approval_key": "CanaryApproval"})
+    dump = fleet.server.sql("select * from tokencore_key", "select * from tokencore_attempt").encode()
+    assert b"issued" in dump
+    secrets = (KEY, SECRET, token, "CanaryApproval")
+    assert [text for text in secrets if any(form in dump for form in forms(text))] == []
+    newer = fleet._replace(key=Fernet.generate_key().decode())
+    os.environ |= newer._replace(key=f"{newer.key},{fleet.key}").environment(tmp_path / "other")
+    assert command("fleet", "rotate").code == 0
+    assert Machine(newer, tmp_path / "new", kis).get() == token
+    os.environ["KIS_STORE_KEYS"] = fleet.key
+    ran = command("fleet", "rotate")
+    assert (ran.code, "cannot be decrypted" in ran.err) == (7, True)
+
+
+def test_the_printed_role_is_enough_and_may_no_more(
+    fleet: Fleet, tmp_path: Path, kis: Sandbox, command: Command
+) -> None:
+    """`fleet init` twice is once; its SQL makes a role that renews, and can neither delete nor truncate."""
+    role = f"app{os.getpid()}"
+    os.environ["KIS_STORE"] = fleet.url
+    assert command("fleet", "init", "--role", role).code == 0
+    ran = command("fleet", "init", "--role", role)
+    assert (ran.code, "KIS_STORE_KEYS=" in ran.out) == (0, True)
+    fleet.server.sql(ran.out, f"alter role {role} password 'CanaryPassword'")
+    lesser = fleet._replace(url=fleet.server.url(role=role))
+    assert Machine(lesser, tmp_path / "one", kis).get()
+    for wish in ("delete from", "truncate", "drop table"):
+        with pytest.raises(TokenStoreError, match="may not use"), database.Database(lesser.url, "x").open() as session:
+            session.execute(f"{wish} tokencore_key")
+
+
+# --- helpers
+
+
+def look(machine: Machine) -> tuple[str, datetime | None]:
+    """The machine's token after its next look into the store, and since when it is known to be rejected."""
+    with machine.store.lock(wait=5):
+        pass
+    token = machine.store.read()[0]
+    return (token.access_token, token.rejected_at) if token else ("", None)
+
+
+def stored(machine: Machine, token: Token) -> Token:
+    """Save it there."""
+    with machine.store.lock(wait=5):
+        machine.store.save(token)
+    return token
+
+
+def attempt(machine: Machine, at: datetime) -> None:
+    """An attempt of that time, refused by KIS."""
+    with machine.store.lock(wait=0):
+        fence = machine.store.begin(SENT._replace(at=at))
+        assert fence
+        machine.store.finish(fence, SENT._replace(at=at, outcome=Outcome.LIMIT))

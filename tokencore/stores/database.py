@@ -85,7 +85,7 @@ FAULTS = {  # by a sign in an error's name or text: what failed, what to do, and
     "ssl": ("it does not agree on encryption", "correct sslmode in KIS_STORE, or the server", False),
     "undefinedtable": ("it has no tables of tokencore", "run `tokencore fleet init` as the tables' owner", False),
     "undefinedcolumn": ("its tables are of another version", "run the same tokencore on all machines", False),
-    "permission denied": ("its role may not use the tables", "run the SQL that `tokencore fleet init` prints", False),
+    "insufficientprivilege": ("its role may not use the tables", "run the SQL of `tokencore fleet init`", False),
     "does not exist": ("there is no such database", "correct KIS_STORE", False),
     "too many": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
     "connection slots": ("it has no connection left", "raise max_connections, or use PgBouncer", True),

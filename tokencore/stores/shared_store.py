@@ -39,7 +39,7 @@ REST = 3.0  # seconds for which no process of the machine tries a store again th
 IN_FLIGHT = 2.5  # time-outs in which a request that has left is answered
 LATE = 30.0  # seconds after which an answer to `depart` is worth nothing
 TRIES = 20  # of a change that others forestall
-FOLLOW = 5.0  # seconds after which a process that goes on asking follows, and between two looks whether it does
+FOLLOW = 2.0  # seconds after which a process that goes on asking follows, and between two looks whether it does
 SLACK = timedelta(seconds=2)  # by which two times of one attempt may differ
 REMEMBERED = 8  # tokens that a person took away
 SHARED = ("approval",)  # documents; what exports have written where is each machine's own
@@ -369,6 +369,7 @@ class SharedStore(Sensitive):
             held = self._held = _Held()
             self._asked = True
             try:
+                self._fleet.forget()
                 held.session = self._fleet.connect()
                 self._meet(held, end, give_up)
             except TokenError as error:
@@ -559,7 +560,7 @@ class SharedDocument(Sensitive):
     Where the store is not reached, the machine's copy stands in.
     """
 
-    __slots__ = ("_about", "_local", "_local_first", "_market", "_row", "_session", "_version", "place")
+    __slots__ = ("_about", "_local", "_local_first", "_locked", "_market", "_row", "_session", "_version", "place")
 
     def __init__(self, local: FileDocument, market: Market | Settings, row: str, *, local_first: bool) -> None:
         """The row of that name; with `local_first`, reading goes by the copy that the last lock has made."""
@@ -567,7 +568,7 @@ class SharedDocument(Sensitive):
         self._local, self._market, self._row, self._local_first = local, market, f"document:{row}", local_first
         self._about = {"document": self._row}
         self._session: Database | None = None
-        self._version = 0
+        self._version, self._locked = 0, False
 
     @property
     def _fleet(self) -> Fleet:
@@ -575,12 +576,12 @@ class SharedDocument(Sensitive):
 
     def read(self) -> dict[str, Any]:
         """The object; empty where there is none that could be read."""
-        if not self._session and not self._local_first:
+        if not self._locked and not self._local_first:
             try:
                 with self._fleet.connect() as session:
                     return self._opened(session.read([self._row], 1)[self._row].sealed)
             except TokenError as error:
-                _warn(f"{error} The machine's own copy of {self._row} stands in.")
+                self._fleet.warn(error)
         return self._local.read()
 
     def write(self, content: dict[str, Any]) -> None:
@@ -613,10 +614,12 @@ class SharedDocument(Sensitive):
                 held = self._leased(self._session, end, give_up) if self._session else locked
             except TokenError as error:
                 self._close()
-                _warn(f"{error} The machine's own copy of {self._row} stands in.")
+                self._fleet.warn(error)
             try:
+                self._locked = held
                 yield held
             finally:
+                self._locked = False
                 with suppress(TokenError):  # the lease ends by itself
                     if self._session and held:
                         self._session.release(self._row, self._version)
