@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -449,6 +450,21 @@ def test_the_printed_role_is_enough_and_may_no_more(
     for wish in ("delete from", "truncate", "drop table"):
         with pytest.raises(TokenStoreError, match="may not use"), database.Database(lesser.url, "x").open() as session:
             session.execute(f"{wish} tokencore_key")
+
+
+def test_the_doctor_says_what_a_store_lacks(fleet: Fleet, tmp_path: Path, kis: Sandbox, command: Command) -> None:
+    """Reach, encryption, role, clock, keys and follower: a line each, with the fix; a store away is a failure."""
+    Machine(fleet, tmp_path / "first", kis).get()
+    older = fleet._replace(key=f"{Fernet.generate_key().decode()},{fleet.key}")
+    os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
+    os.environ |= older.environment(tmp_path / "second")
+    found = {one["name"]: one for one in json.loads(command("doctor", "--json").out)}
+    states = {name: found[f"store {name}"]["state"] for name in ("encryption", "role", "clock", "keys", "follower")}
+    assert (found["store"]["state"], states.pop("clock"), set(states.values())) == ("ok", "ok", {"warn"})
+    assert "fleet rotate" in found["store keys"]["cure"]
+    os.environ["KIS_STORE"] = "postgresql://nobody@127.0.0.1:1/x"
+    found = {one["name"]: one for one in json.loads(command("doctor", "--json").out)}
+    assert (found["store"]["state"], "refuses connections" in found["store"]["detail"]) == ("fail", True)
 
 
 # --- helpers

@@ -39,7 +39,7 @@ from tokencore.outlook import covers, word
 from tokencore.policy import CLOCK_SLACK
 from tokencore.redaction import printable, short
 from tokencore.reports.status import next_attempt
-from tokencore.stores import files, permissions
+from tokencore.stores import check_store, files, permissions
 from tokencore.tokens import jwt_claims
 
 if TYPE_CHECKING:
@@ -536,13 +536,20 @@ def _ask(method: str, url: str, **fields: Any) -> requests.Response:  # noqa: AN
     raise _NoAnswer(next(FAULTS[sign] for sign in FAULTS if sign in said).format(host=host, patience=PATIENCE))
 
 
+def _store(it: Subject) -> Iterator[Finding]:
+    """The store that machines share."""
+    found = [Finding(*one) for one in check_store(it.settings)] if it.settings else []
+    yield from found or [_skipped("store", "KIS_STORE is not set: this machine keeps its tokens for itself")]
+
+
 CHECKS: dict[str, Callable[[Subject], Iterator[Finding]]] = {  # in the order in which things are best fixed
     "settings": _settings,
     "token directory": _directory,
+    "store": _store,
     "tokens": _tokens,
     "kis": _kis,
     "slack": _slack,
     "prefect": _prefect,
     "duplicates": _duplicates,
 }
-NEED_KEYS = ("tokens", "kis", "slack", "duplicates")  # are skipped while the settings give none
+NEED_KEYS = ("store", "tokens", "kis", "slack", "duplicates")  # are skipped while the settings give none

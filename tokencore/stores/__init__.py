@@ -43,6 +43,21 @@ def open_document(settings: Settings, name: str) -> Document:
 
 
 @sealed
+def check_store(settings: Settings) -> list[tuple[str, str, str, str]]:
+    """What the doctor has to say of a store that machines share: state, name, detail and fix of each line.
+
+    Raises:
+        TokenError: it cannot be used.
+
+    """
+    if not settings.store:
+        return []
+    from tokencore.stores.checks import checks
+
+    return checks(settings)
+
+
+@sealed
 def private_folder(path: str) -> None:
     """Make the folder `path` of a token directory, and that, for this user only; for programs beside the tokens.
 

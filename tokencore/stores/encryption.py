@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tokencore.errors import ConfigurationError, TokenStoreError
@@ -17,7 +18,7 @@ INSTALL = "run `pip install 'tokencore[fleet]'`"
 class Seal(Sensitive):
     """Fernet keys, the newest first: that one seals, each of them opens."""
 
-    __slots__ = ("_fernet",)
+    __slots__ = ("_fernet", "_keys")
 
     def __init__(self, keys: Iterable[str]) -> None:
         """Take the keys of KIS_STORE_KEYS.
@@ -29,7 +30,8 @@ class Seal(Sensitive):
         try:
             from cryptography.fernet import Fernet, MultiFernet  # an extra
 
-            self._fernet = MultiFernet([Fernet(key) for key in keys])
+            self._keys = [Fernet(key) for key in keys]
+            self._fernet = MultiFernet(self._keys)
         except ImportError:
             raise ConfigurationError(f"KIS_STORE needs the package cryptography; {INSTALL}.") from None
         except ValueError:
@@ -63,6 +65,16 @@ class Seal(Sensitive):
             f"The fleet's entry of {' '.join(about.values())} {why}; if it is damaged, `tokencore delete MARKET` makes "
             "room for a new one. Nothing was issued or overwritten; a valid token on this machine is served anyway."
         )
+
+    def opened_by(self, sealed: str) -> int | None:
+        """Which of the keys opens it: 0 is the newest; None where none does."""
+        from cryptography.fernet import InvalidToken
+
+        for number, fernet in enumerate(self._keys):
+            with suppress(InvalidToken):
+                fernet.decrypt(sealed.encode())
+                return number
+        return None
 
     def renewed(self, sealed: str) -> str:
         """The same content under the newest key.

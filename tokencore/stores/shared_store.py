@@ -651,7 +651,7 @@ def follow(market: Market) -> None:
     """See to it that a process of this machine follows the fleet; returns at once."""
     from tokencore.stores import follower
 
-    follower.start(lambda: _follower(market.settings, market))
+    follower.start(lambda: make_follower(market.settings, market))
 
 
 def follow_here(settings: Settings) -> None:
@@ -661,7 +661,7 @@ def follow_here(settings: Settings) -> None:
         ConfigurationError: the settings name no store.
 
     """
-    _follower(settings).run()
+    make_follower(settings).run()
 
 
 def rotate(settings: Settings) -> list[str]:
@@ -687,7 +687,8 @@ def rotate(settings: Settings) -> list[str]:
     return failed
 
 
-def _follower(settings: Settings, *own: Market) -> Follower:
+def make_follower(settings: Settings, *own: Market) -> Follower:
+    """What keeps the files of all keys of the settings, and of a program's own, as the fleet has them."""
     from tokencore.stores.follower import Follower
 
     groups: dict[tuple[str, str], list[Market]] = {}

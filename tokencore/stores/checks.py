@@ -1,0 +1,63 @@
+"""What a fleet's store needs to work, looked at for `tokencore doctor`; nothing is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokencore.stores.file_store import hold
+from tokencore.stores.shared_store import Fleet, make_follower
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tokencore.config.settings import Settings
+    from tokencore.stores.database import Database
+
+    Check = tuple[str, str, str, str]  # `ok` or `warn`, what was looked at, how it is, and the fix
+
+DESTROYS = "has_table_privilege('tokencore_key', 'DELETE') or has_table_privilege('tokencore_key', 'TRUNCATE')"
+
+
+def checks(settings: Settings) -> list[Check]:
+    """Reach, encryption, the role, the clock, the keys, and who follows.
+
+    Raises:
+        TokenError: the store cannot be used; the message says why, and what to do.
+
+    """
+    fleet = Fleet.of(settings)
+    with fleet.connect() as session:
+        lines = [
+            ("store", "reached; its tables are of this version", ""),
+            ("store encryption", *_either(not session.encrypted, "the connection is encrypted", *OPEN)),
+            ("store role", *_either(session.execute(f"select {DESTROYS}")[0][0], "it can delete nothing", *MIGHTY)),
+            *_rows(fleet, session),
+        ]
+    with hold(make_follower(settings).lock_path, 0, lambda: True) as alone:
+        lines.append(("store follower", *_either(alone, "a process of this machine follows the fleet", *ALONE)))
+    return [("warn" if fix else "ok", name, detail, fix) for name, detail, fix in lines]
+
+
+OPEN = (
+    "the connection is not encrypted",
+    "set sslmode=verify-full and sslrootcert in KIS_STORE, unless it is this host's",
+)
+MIGHTY = "it can delete the tables' rows", "use the role that `tokencore fleet init` prints"
+ALONE = "no process of this machine follows the fleet", "run `tokencore follow` where programs use commands only"
+
+
+def _either(bad: object, well: str, trouble: str, fix: str) -> tuple[str, str]:
+    return (trouble, fix) if bad else (well, "")
+
+
+def _rows(fleet: Fleet, session: Database) -> Iterator[tuple[str, str, str]]:
+    names = [key for (key,) in session.execute("select key from tokencore_key where key <> 'layout' and sealed <> ''")]
+    states = session.read(["layout", *names], 1)
+    ahead = states.pop("layout").ahead.total_seconds()
+    wrong = f"this machine's is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
+    yield "store clock", *_either(ahead, "this machine's is the server's", wrong, "set both by NTP")
+    opened = [fleet.seal.opened_by(state.sealed) for state in states.values()]
+    foreign, old = opened.count(None), len([one for one in opened if one])
+    fix = "add the key that sealed them to KIS_STORE_KEYS" if foreign else "run `tokencore fleet rotate`"
+    detail = f"{foreign} of {len(opened)} entries cannot be decrypted, {old} are sealed with an older key"
+    yield "store keys", *_either(foreign or old, f"{len(opened)} entries, all sealed with the newest key", detail, fix)
