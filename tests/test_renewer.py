@@ -29,7 +29,9 @@ from running import (
 
 from tokencore import (
     IssuerUnavailableError,
+    Key,
     KRTokenManager,
+    Settings,
     USTokenManager,
     sessions,
 )
@@ -147,6 +149,7 @@ def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox)
         manager = USTokenManager()
         token = manager.get_valid_token()
         assert not list(folder().glob("key-*.json"))
+        assert Key.load(Settings.load())[0].state(datetime.now(UTC)).token is None  # no other process has it
         fill_disk(-1)
         until(lambda: manager.get_valid_token() == token and bool(list(folder().glob("key-*.json"))))
 
