@@ -135,6 +135,18 @@ def test_signer_goes_on_for_days(gateway: Sandbox, kis: Scripted, send: Send) ->
     assert asked(gateway) == 1, "the new key's token is in the new key's file"
 
 
+def test_new_key_does_not_go_to_the_address_of_the_old_one(gateway: Sandbox, kis: Scripted, send: Send) -> None:
+    """Where the settings change both while a program runs: neither the second try nor a later request has the new."""
+    kis.script, auth = [Answer(), Answer(500, "EGW00121")], SIGNERS[send]("us")
+    cached(17 * HOUR)
+    send(kis.url, auth)
+    os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": gateway.url}
+    assert send(kis.url, auth) == Got(500, "EGW00121", [])
+    assert isinstance(raised(lambda: send(kis.url, auth)), errors.ConfigurationError)
+    assert [headers["appkey"] for headers, _ in kis.seen] == [APP_KEY] * 2
+    assert send(gateway.url + PRICE, auth, **TR_ID).status == 200
+
+
 DEAD = {
     "rejected": Answer(500, "EGW00121"),
     "expired, with success": Answer(200, "EGW00123"),

@@ -46,7 +46,7 @@ class Signature(Sensitive):
 class Signer(Sensitive):
     """Signs for one market, from any thread."""
 
-    __slots__ = ("_custtype", "_manager", "_present", "_with_port", "address", "market")
+    __slots__ = ("_address", "_custtype", "_manager", "_present", "_with_port", "market")
 
     def __init__(self, market: str, custtype: str) -> None:
         """Sign for the configured `market`; credentials and token are asked for with the first request."""
@@ -54,58 +54,62 @@ class Signer(Sensitive):
         self._custtype = custtype
         self._present: Signature | None = None
         self.market = self._manager.market.name
+        self._point()
+
+    def _point(self) -> None:
         scheme, _, rest = self._manager.get_api_url().lower().partition("://")
         host = rest.partition("/")[0].removesuffix(PORTS[scheme])
-        self.address = f"{scheme}://{host}/"
+        self._address = f"{scheme}://{host}/"
         self._with_port = f"{scheme}://{host}{PORTS[scheme]}/"
 
-    def check(self, url: str) -> None:
-        """Return where a request to `url`, as requests and httpx spell it, may be signed: it goes to KIS's own address.
-
-        Raises:
-            ConfigurationError: it is another address; nothing was sent.
-
-        """
-        if url.startswith((self.address, self._with_port)):
+    def _check(self, url: str) -> None:
+        """Return where a request to `url`, as requests and httpx spell it, goes to KIS's own address."""
+        if url.startswith((self._address, self._with_port)):
             return
         where = url.replace("\\", "/").partition("?")[0].rpartition("@")[2]
         raise ConfigurationError(
-            f"The credentials of {self.market!r} are for {self.address} only, and this request goes to {where}: "
+            f"The credentials of {self.market!r} are for {self._address} only, and this request goes to {where}: "
             "nothing was sent. Correct the address, or KIS_BASE_URL and KIS_ENVIRONMENT.",
         )
 
-    def signature(self) -> Signature:
-        """The headers with a valid token, which is renewed if it must be.
+    def signature(self, url: str) -> Signature:
+        """The headers with a valid token, which is renewed if it must be, for a request to `url`.
 
         Raises:
+            ConfigurationError: that is not KIS's own address; nothing was sent.
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
+        if not url.startswith(self._address):  # a call less than `_check`
+            self._check(url)
         present = self._present
-        return present if present and present.token == self._manager.get_valid_token() else self._signed()
+        return present if present and present.token == self._manager.get_valid_token() else self._signed(url)
 
     @sealed
-    def signature_at_hand(self) -> Signature | None:
-        """The headers where credentials and token are there and no renewal is due; None where `signature` may wait."""
+    def signature_at_hand(self, url: str) -> Signature | None:
+        """The same where credentials and token are there and no renewal is due; None where `signature` may wait."""
+        self._check(url)
         token, present = self._manager.token_at_hand(), self._present
         if token and present:
-            return present if present.token == token else self._signed()
+            return present if present.token == token else self._signed(url)
         return None
 
-    def successor(self, rejected: Signature) -> Signature | None:
-        """Report that KIS rejected a token; a signature with its successor, None where there is none yet."""
+    def successor(self, rejected: Signature, url: str) -> Signature | None:
+        """Report that KIS rejected a token; a signature with its successor, None where there is none for `url` yet."""
         try:
             self._manager.report_rejected(rejected.token)
-            return self._signed()
+            return self._signed(url)
         except TokenError as error:
             _log.warning("KIS rejected the token of %r, and there is no other yet: %s", self.market, error)
             return None
 
     @sealed
-    def _signed(self) -> Signature:
-        """With a new token the credentials are read again, after it: its key may be another one than before."""
+    def _signed(self, url: str) -> Signature:
+        """With a new token the credentials are read again, after it: its key, and the address, may be other ones."""
         ask = self._manager  # neither answer becomes a variable, which an error's traceback would show
         self._present = signature = Signature(ask.get_valid_token(), ask.get_app_credentials(), self._custtype)
+        self._point()
+        self._check(url)
         return signature
 
 
@@ -140,10 +144,7 @@ class KISAuth(Sensitive, AuthBase):
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
-        signer, url, headers = self._signer, request.url or "", request.headers
-        if not url.startswith(signer.address):  # a call less than `check`
-            signer.check(url)
-        signature = signer.signature()
+        headers, signature = request.headers, self._signer.signature(request.url or "")
         for name, value in signature.headers.items():  # `update` takes a tenth longer
             headers[name] = value
         headers.setdefault("custtype", self._custtype)
@@ -158,7 +159,7 @@ class KISAuth(Sensitive, AuthBase):
         unread = sending.get("stream") and not may_refuse(response.status_code, response.headers)
         if elsewhere or unread or not is_dead(response.content):
             return response
-        successor, again = self._signer.successor(used), request.copy()
+        successor, again = self._signer.successor(used, request.url or ""), request.copy()
         if successor is None or not _replayable(again):
             return response
         again.headers.update(successor.headers)

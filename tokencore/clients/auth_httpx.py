@@ -56,34 +56,35 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
-        self._check(request.url)
-        signature = self._signer.signature()
+        url = _spelt(request.url)
+        signature = self._signer.signature(url)
         response = yield _signed(request, signature)
         if may_refuse(response.status_code, response.headers) and is_dead(response.read()):
-            successor = self._signer.successor(signature)
+            successor = self._signer.successor(signature, url)
             if successor and isinstance(request.stream, httpx.ByteStream):
                 yield _signed(request, successor)
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         """The same on an event loop, which goes on while KIS is asked for a token."""
-        self._check(request.url)
-        signature = self._signer.signature_at_hand()
+        url = _spelt(request.url)
+        signature = self._signer.signature_at_hand(url)
         if signature is None:
-            signature = await self._aside(self._signer.signature)
+            signature = await self._aside(self._signer.signature, url)
         response = yield _signed(request, signature)
         if may_refuse(response.status_code, response.headers) and is_dead(await response.aread()):
-            successor = await self._aside(self._signer.successor, signature)
+            successor = await self._aside(self._signer.successor, signature, url)
             if successor and isinstance(request.stream, httpx.ByteStream):
                 yield _signed(request, successor)
-
-    def _check(self, url: httpx.URL) -> None:
-        self._signer.check((url.raw_scheme + b"://" + url.netloc + b"/").decode())
 
     async def _aside(self, work: Callable[..., _T], *arguments: Any) -> _T:  # noqa: ANN401 - as the work takes them
         """Wait in a thread: one at a time, so that a long wait for KIS leaves the loop's other threads free."""
         turn = self._turn.get(None) or CapacityLimiter(1)
         self._turn.set(turn)
         return await to_thread.run_sync(work, *arguments, limiter=turn, abandon_on_cancel=True)
+
+
+def _spelt(url: httpx.URL) -> str:
+    return (url.raw_scheme + b"://" + url.netloc + b"/").decode()
 
 
 def _signed(request: httpx.Request, signature: Signature) -> httpx.Request:
