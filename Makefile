@@ -19,7 +19,7 @@ help:
 	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks, planted bugs (up to an hour)'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes a quarter of an hour'
-	@echo 'make fleet   two workers on a PostgreSQL server of their own, one of them killed'
+	@echo 'make fleet   two machines that share a PostgreSQL store: eight bots, two workers, one of them killed'
 	@echo 'make lint    linters, formatter, packages that fit each other, type checker, direction of imports'
 	@echo 'make wheel   build what a bot elsewhere installs, the library and the command, into dist/'
 	@echo 'make docs    write what the pages show of alerts anew, from the code'
@@ -64,9 +64,9 @@ bench: .venv/.flows .bench/.clients
 	@.bench/bin/python -m pip install --quiet --quiet --constraint constraints.txt . -r benchmarks/requirements.txt
 	@touch $@
 
-# Needs a server's programs, as in Debian's package postgresql; takes three minutes.
+# Needs a server's programs, as in Debian's package postgresql; takes three minutes, and ends with a table.
 fleet: .venv/.dev
-	@TOKENCORE_FLEET=1 $(RUN) pytest tests/test_fleet_flows.py $(ARGS)
+	@TOKENCORE_FLEET=1 $(RUN) pytest --numprocesses=0 tests/test_fleet_flows.py $(ARGS)
 
 lint: .venv/.dev
 	@$(RUN) ruff check .

@@ -20,6 +20,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import yaml
+from cryptography.fernet import Fernet
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.flows import load_flow_from_entrypoint
@@ -30,7 +31,7 @@ import flows
 from flows.alerts import CHECK_MINUTE
 from flows.runs import kis_is_down
 from flows.stack import __main__ as stack
-from flows.stack import api, deployments
+from flows.stack import api, deployments, environment
 from flows.warm_up import Exchange
 from tokencore import sessions
 from tokencore.cli import COMMANDS
@@ -46,7 +47,8 @@ WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint
 DEFAULTS = {"KRX", "NASD", "NYSE", "AMEX"}  # what the markets `us` and `kr` trade
 WEEKS = [date(2026, 1, 5), date(2026, 3, 2), date(2026, 7, 6), date(2026, 10, 26)]  # two around changes of clocks
 UNITS = sorted((ROOT / "docs" / "systemd").iterdir())
-COMMAND = re.compile(r"-?%h/tokencore/\.venv/bin/python -m (\S+) (\S+)")
+COMMAND = re.compile(r"-?%h/tokencore/\.venv/bin/python -m (\S+) (\S+)( start --pool tokens --type process --name %H)?")
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 every_deployment = pytest.mark.parametrize("name", DEPLOYMENTS)
 
@@ -179,8 +181,8 @@ def test_every_command_of_a_unit_is_there(unit: Path) -> None:
     read = configparser.ConfigParser(strict=False, interpolation=None)
     read.read_string(unit.read_text())
     lines = re.findall(r"^ExecStart=(.+)$", unit.read_text(), re.MULTILINE)  # systemd's files have keys more than once
-    known = {"tokencore": set(parsers(COMMANDS)[1]), "flows.stack": set(stack.COMMANDS)}
-    commands = [match.groups() for line in lines if (match := COMMAND.fullmatch(line))]
+    known = {"tokencore": set(parsers(COMMANDS)[1]), "flows.stack": set(stack.COMMANDS), "prefect": {"worker"}}
+    commands = [match.groups()[:2] for line in lines if (match := COMMAND.fullmatch(line))]
     assert len(commands) == len(lines)
     assert all(command in known[module] for module, command in commands)
     if unit.suffix == ".timer":
@@ -189,3 +191,54 @@ def test_every_command_of_a_unit_is_there(unit: Path) -> None:
         assert commands
         assert read["Service"]["EnvironmentFile"].startswith("-")
         assert read["Service"]["LimitCORE"] == "0"  # it would hold secrets
+
+
+def test_compose_names_only_what_is_there() -> None:
+    """Every secret, volume, config, service and command that a service names; every secret that is read is given.
+
+    All of ours run without privileges; what is published is on loopback; the worker's beat is the automation's.
+    """
+    services, programs = (
+        COMPOSE["services"],
+        {"tokencore": set(parsers(COMMANDS)[1]), "flows.stack": set(stack.COMMANDS)},
+    )
+    for one in services.values():
+        secrets, command = one.get("secrets", []), " ".join(one.get("command", []))
+        assert set(secrets) <= COMPOSE["secrets"].keys()
+        assert {each["source"] for each in one.get("configs", [])} <= COMPOSE["configs"].keys()
+        assert {each.split(":")[0] for each in one.get("volumes", [])} <= COMPOSE["volumes"].keys()
+        assert one.get("depends_on", {}).keys() <= services.keys()
+        assert set(re.findall(r"/run/secrets/(\w+)", f"{command} {one.get('environment')}")) <= set(secrets)
+        for program, words in re.findall(r"(tokencore|flows\.stack)[ ,]+(\w+)", command):
+            assert words in programs[program]
+        assert all(port.startswith("127.0.0.1:") for port in one.get("ports", []))
+        if one["image"] == "tokencore":
+            assert one["cap_drop"] == ["ALL"]
+            assert one["security_opt"] == ["no-new-privileges:true"]
+            assert one["read_only"]
+    assert {one["file"] for one in COMPOSE["secrets"].values()} == {f"secrets/{name}" for name in COMPOSE["secrets"]}
+    beat = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+    assert services["worker"]["environment"][beat] == environment.DEFAULTS[beat]
+
+
+def test_the_setup_of_compose_makes_every_secret_for_its_readers_alone(tmp_path: Path) -> None:
+    """The lines at its top, run as they are; the passwords differ, and the store's key is one that Fernet takes."""
+    lines = re.findall(r"^#   (.+)", (ROOT / "compose.yaml").read_text(), re.MULTILINE)
+    setup = "\n".join(line for line in lines if not line.startswith("docker"))
+    given = {"PATH": os.environ["PATH"], "KIS_APP_KEY": "key", "KIS_APP_SECRET": "secret"}
+    subprocess.run(["/bin/sh", "-euc", f"umask 077\n{setup}"], env=given, cwd=tmp_path, check=True)
+    made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+    assert made.keys() == COMPOSE["secrets"].keys() - {"PREFECT_API_AUTH_STRING"}  # the server's, known once it runs
+    assert len({made[name] for name in made if name != "SLACK_WEBHOOK_URL"}) == len(made) - 1
+    assert Fernet(made["KIS_STORE_KEYS"]).encrypt(b"a token")
+    assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_image_takes_all_that_the_package_is_made_of_and_no_address() -> None:
+    """Every folder of pyproject.toml, the deployments and the pins are copied; pip's index is the builder's."""
+    text = (ROOT / "Dockerfile").read_text()
+    copied = {path for line in re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE) for path in line.split()}
+    assert copied == {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", "prefect.yaml", "flows", "tokencore"}
+    assert all((ROOT / path).exists() for path in copied)
+    assert not re.search(r"https?://(?!127\.0\.0\.1)|index-url", text)
+    assert re.search(r"^USER 1000:1000$", text, re.MULTILINE)
