@@ -8,12 +8,10 @@ a process that ends before its thread is one that is killed at one of them.
 
 from __future__ import annotations
 
-import builtins
 import copy
 import fcntl
 import gc
 import importlib
-import io
 import itertools
 import json
 import logging
@@ -472,7 +470,6 @@ class _Watch:
             self.on(os, name, self._descriptor)
         for name in ON_SOCKETS:
             self.on(socket.socket, name, lambda _: "socket")
-        self._open_files()
         self._tell_time()
         threading.Thread.start = threading.Thread.run  # type: ignore[method-assign]
         threading.Thread.join = lambda *_: None  # type: ignore[method-assign]
@@ -501,16 +498,20 @@ class _Watch:
                 return real(*args, **kwargs)
             if name == "recv_into":  # the stop comes when KIS has answered, so that its clock stands still meanwhile
                 select.select([args[0]], [], [], 1)
-            error = self.stop(f"{name} {place}").error
-            if error and name != "close":
-                raise OSError(error, os.strerror(error))
+            order = self.stop(f"{name} {place}")
+            if order.error and name != "close":
+                raise OSError(order.error, os.strerror(order.error))
+            if order.torn:
+                args = args[0], args[1][: len(args[1]) // 2]
             result = real(*args, **kwargs)
+            if name == "write":  # the system's own clock is not the test's
+                _utime(args[0], (self.now, self.now))
             if name == "open":
                 self._names[result] = place
             if name == "close":
                 self._names.pop(args[0] if isinstance(args[0], int) else -1, None)
-                if error:  # a failed close has closed anyway
-                    raise OSError(error, os.strerror(error))
+                if order.error:  # a failed close has closed anyway
+                    raise OSError(order.error, os.strerror(order.error))
             return result
 
         setattr(owner, name, call)
@@ -526,22 +527,6 @@ class _Watch:
     def _descriptor(self, args: tuple[Any, ...]) -> str | None:
         return self._names.get(args[0])
 
-    def _open_files(self) -> None:
-        """Let file objects on watched files tell of each read, write and close; opening a name is a call as well."""
-        real, watch = builtins.open, self
-
-        def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the built-in
-            place = watch._path((file,))
-            if place is None:
-                return real(file, mode, *args, **kwargs)
-            if not isinstance(file, int) and (error := watch.stop(f"open {place}").error):
-                raise OSError(error, os.strerror(error))
-            raw = _File(file, mode.replace("b", "").replace("t", ""), watch, place)
-            binary = io.BufferedReader(raw) if mode.strip("bt") == "r" else io.BufferedWriter(raw)
-            return binary if "b" in mode else io.TextIOWrapper(binary, kwargs.get("encoding"))
-
-        builtins.open = io.open = opened
-
     def _tell_time(self) -> None:
         def sleep(seconds: float) -> None:
             self.stop(f"sleep {max(0.0, seconds)}")
@@ -553,41 +538,6 @@ class _Watch:
         for name, module in list(sys.modules.items()):
             if name.startswith("tokencore") and getattr(module, "datetime", None) is datetime:
                 module.__dict__["datetime"] = _Datetime
-
-
-class _File(io.FileIO):
-    def __init__(self, file: Any, mode: str, watch: _Watch, place: str) -> None:  # noqa: ANN401 - a path or a descriptor
-        super().__init__(file, mode)
-        self._watch, self._place = watch, place
-        watch._names[self.fileno()] = place  # noqa: SLF001 - two halves of one thing
-
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - as inherited
-        self._ask("read")
-        return super().readinto(buffer)
-
-    def readall(self) -> bytes:
-        self._ask("read")
-        return super().readall()
-
-    def write(self, content: Any) -> int:  # noqa: ANN401 - as inherited
-        torn = self._ask("write").torn
-        return super().write(bytes(content)[: len(content) // 2] if torn else content)
-
-    def close(self) -> None:
-        if not self.closed:
-            try:
-                self._ask("close")
-            finally:
-                if self.writable():  # the system's own clock is not the test's
-                    _utime(self.fileno(), (self._watch.now, self._watch.now))
-                self._watch._names.pop(self.fileno(), None)  # noqa: SLF001 - two halves of one thing
-                super().close()
-
-    def _ask(self, what: str) -> Order:
-        order = self._watch.stop(f"{what} {self._place}")
-        if order.error:
-            raise OSError(order.error, os.strerror(order.error))
-        return order
 
 
 class _AsDatetime(type):

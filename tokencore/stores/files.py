@@ -147,9 +147,12 @@ def sync_folder(folder: str) -> None:
 
 
 def _write(path: str, flags: int, content: bytes, *, durable: bool) -> None:
-    with open(os.open(path, os.O_WRONLY | _FLAGS | flags, PRIVATE_FILE), "wb") as file:
-        file.write(content)
-        file.truncate()
-        file.flush()
+    descriptor, rest = os.open(path, os.O_WRONLY | _FLAGS | flags, PRIVATE_FILE), content
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.ftruncate(descriptor, len(content))
         if durable:
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -85,12 +85,10 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
         raise unusable(folder, error) from None
     refuse_strangers(folder)
     if only_ours:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with (
-            contextlib.suppress(OSError),  # it is there, or the folder is not to be written
-            open(os.open(os.path.join(folder, ".gitignore"), flags, PRIVATE_FILE), "wb") as file,
-        ):
-            file.write(b"*\n")
+        with contextlib.suppress(OSError):  # it is there, or the folder is not to be written
+            descriptor = os.open(os.path.join(folder, ".gitignore"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_FILE)
+            os.write(descriptor, b"*\n")
+            os.close(descriptor)
 
 
 def unusable(path: str, error: OSError) -> TokenStoreError:
