@@ -1,4 +1,6 @@
-"""What people see in the UI at a glance: the artifacts `tokens`, a row per market, and `plan`, the days ahead.
+"""What people see in the UI at a glance: the artifacts `tokens`, how every market is, and `plan`, the days ahead.
+
+Both are Markdown, because Prefect's own tables cut off on a screen of 1280 pixels what stands in the fifth column.
 
 Where two installations with different keys share one Prefect server, the first one has these names; those of the
 others end with their key's fingerprint, such as `tokens-1a2b3c4d`, so that neither overwrites the other's.
@@ -10,27 +12,27 @@ import base64
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
+from flows.alerts import causes, messages
 from flows.runs import KST, clock, harmless
-from tokencore import draw_plans
+from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, draw_plans
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from flows.runs import View
     from tokencore import KeyState
-
-    Row = dict[str, str]
 
 TOKENS, PLAN = "tokens", "plan"
 REFUSED = (
     "KIS refused the credentials: no renewal is tried until a person corrects them, "
     "or runs refresh_token once KIS has restored them"
 )
-COMING = "next renewal or problem"  # the last column
+COLUMNS = ["market", "status", "until (KST)", "session covered", "next renewal or problem"]
+ON_RECORD = (IssuanceLimitError, IssuerUnavailableError, CredentialsError)  # the issuance record tells more of them
 WORST_FIRST = ("UNREADABLE", "REJECTED", "NO_TOKEN", "EXPIRED", "EXPIRING_SOON", "VALID")
 ABANDONED = timedelta(hours=3)  # without an hourly check, an installation has left its names to others
 KEYS = "keys "  # before their fingerprints in the table's caption
@@ -42,9 +44,11 @@ def publish(views: Sequence[View]) -> None:
     with harmless("The table of tokens and the plan could not be published"):
         now, names = datetime.now(UTC), [view.key.fingerprint[:SHORT] for view in views]
         suffix = _suffix(names, now)
-        rows = [row for view in views for row in rows_of(view)]
-        said = f"{caption(rows)} ({clock(now)}, {KEYS}{', '.join(names)})"
-        create_table_artifact(key=TOKENS + suffix, table=rows, description=said)
+        create_markdown_artifact(
+            key=TOKENS + suffix,
+            markdown=table(views),
+            description=f"{caption(views)} ({clock(now)}, {KEYS}{', '.join(names)})",
+        )
         create_markdown_artifact(
             key=PLAN + suffix,
             markdown=described([view.state for view in views if view.state]),
@@ -52,21 +56,58 @@ def publish(views: Sequence[View]) -> None:
         )
 
 
-def rows_of(view: View) -> list[Row]:
-    """The key's markets for people, in five columns: nothing secret, no path, nothing that Markdown acts on."""
-    key, state, problem = view
+def caption(views: Sequence[View]) -> str:
+    """The markets by their status, the worst first, with their problem, or until when the token serves."""
+    said = []
+    for view in views:
+        state, status, problem = view.state, _status(view), _problem(view)
+        text = problem
+        if state and not problem:
+            text = f"until {clock(state.serves_until)}" if state.serves_until else next_renewal(state)
+        names = ", ".join(market.name for market in view.key.markets)
+        said.append((not problem, WORST_FIRST.index(status), f"{names} {status}: {text}"))
+    return "; ".join(text for _, _, text in sorted(said))
+
+
+def table(views: Sequence[View]) -> str:
+    """What a person has to do, and the markets, a row each, as Markdown."""
+    fixes = [f"**To do ({view.key.label}):** {fix}" for view in views if (fix := to_do(view))]
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(row for view in views for row in rows_of(view))]
+    return "\n\n".join([*(fixes or ["**To do:** nothing."]), "\n".join(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def rows_of(view: View) -> list[list[str]]:
+    """The key's markets for people, in `COLUMNS`: nothing secret, nothing that Markdown acts on."""
+    state, status, problem = view.state, _status(view), _problem(view)
     if state is None:
-        return [_row(market.name, "UNREADABLE", "none", "no", problem) for market in key.markets]
-    until = _short(state.serves_until) if state.serves_until else "none"
-    # Of the last column a screen shows two dozen letters: where all is well, they are the time.
-    well = state.status == WORST_FIRST[-1]
-    coming = problem or next_renewal(state, _short, *[""] * well)
+        return [[market.name, status, "none", "no", problem] for market in view.key.markets]
+    until, planned = _short(state.serves_until) if state.serves_until else "none", state.outlook.next
+    # The plan has the reason: an old page cuts off what is long.
+    coming = (
+        f"{_short(planned.at)}{', ' * bool(planned.exception)}{planned.exception or ''}" if planned else "none needed"
+    )
     return [
-        _row(market.name, state.status, until, _covered(state, state.need_of(market)), coming) for market in key.markets
+        [market.name, status, until, _covered(state, state.need_of(market)), problem or coming]
+        for market in view.key.markets
     ]
 
 
-def next_renewal(state: KeyState, time: Callable[[datetime], str] = clock, before: str = "next renewal ") -> str:
+def to_do(view: View) -> str:
+    """What a person has to do about the key; empty where nothing is wrong with it."""
+    state, error = view.state, view.trouble
+    if state is None:
+        return messages.LANGUAGES["en"][f"cause.{causes.STORE.name}.fix"]
+    if error is None and _problem(view):
+        error = IssuanceLimitError("", retry_at=None, cause="backoff")  # the record has the cause
+    if error is None and state.status == "REJECTED":
+        error = IssuanceLimitError("", retry_at=None, cause="same_token")
+    if error is None:
+        return ""
+    cause = causes.cause_of(error, state.attempts, state.token, view.key.market.settings.issue_interval)
+    return messages.LANGUAGES["en"][f"cause.{cause.name}.fix"]
+
+
+def next_renewal(state: KeyState) -> str:
     """When the key is renewed next and why then; where a renewal has failed, why, and when the next attempt is."""
     planned, tried = state.outlook.next, state.next_attempt
     if planned is None:
@@ -75,16 +116,8 @@ def next_renewal(state: KeyState, time: Callable[[datetime], str] = clock, befor
         return REFUSED
     if state.failed:
         at, why = state.failed
-        return f"{why} at {time(at)}; next attempt {time(tried)}"
-    return f"{before}{time(tried)}, {planned.exception or planned.reason}"
-
-
-def caption(rows: Sequence[Row]) -> str:
-    """The markets by their status, the worst first, and with their problem where they have one."""
-    alike: dict[tuple[str, str], list[str]] = {}
-    for row in sorted(rows, key=lambda row: (not _problem(row), WORST_FIRST.index(row["status"]))):
-        alike.setdefault((row["status"], _problem(row)), []).append(row["market"])
-    return "; ".join(f"{', '.join(names)} {status}{problem}" for (status, problem), names in alike.items())
+        return f"{why} at {clock(at)}; next attempt {clock(tried)}"
+    return f"next renewal {clock(tried)}, {planned.exception or planned.reason}"
 
 
 def described(states: Sequence[KeyState]) -> str:
@@ -102,24 +135,28 @@ def described(states: Sequence[KeyState]) -> str:
     return "\n\n".join(parts)
 
 
-def _row(market: str, status: str, until: str, covered: str, coming: str) -> Row:
-    return {"market": market, "status": status, "until": until, "session covered": covered, COMING: _plain(coming)}
+def _status(view: View) -> str:
+    return view.state.status if view.state else "UNREADABLE"
+
+
+def _problem(view: View) -> str:
+    """What keeps the key from being renewed; empty where nothing does."""
+    state, trouble = view.state, view.trouble
+    if trouble and not isinstance(trouble, ON_RECORD):
+        return _plain(str(trouble).partition(". ")[0])
+    if state and state.outlook.next and (state.failed or state.next_attempt is None):
+        return next_renewal(state).partition(": no renewal")[0]
+    return ""
 
 
 def _covered(state: KeyState, need: tuple[datetime, datetime] | None) -> str:
     if need is None:
         return "no session ahead"
     if state.lasts(need[1]):
-        return f"yes, until {_short(need[1])}"
+        return f"yes, to {_short(need[1])}"
     planned = state.outlook.next
     in_time = planned and state.now < planned.at <= need[0] and state.next_attempt
-    return ("by the next renewal, until " if in_time else "no, needed until ") + _short(need[1])
-
-
-def _problem(row: Row) -> str:
-    if row[COMING] == _plain(REFUSED):
-        return ": KIS refused the credentials"
-    return "" if row["status"] == WORST_FIRST[-1] else f": {row[COMING]}"
+    return ("by next renewal, to " if in_time else "no, needed to ") + _short(need[1])
 
 
 def _suffix(names: Sequence[str], now: datetime) -> str:
@@ -134,7 +171,7 @@ def _suffix(names: Sequence[str], now: datetime) -> str:
 
 
 def _short(at: datetime) -> str:
-    return f"{at.astimezone(KST):%m-%d %H:%M} KST"
+    return f"{at.astimezone(KST):%m-%d %H:%M}"
 
 
 def _plain(text: str) -> str:

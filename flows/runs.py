@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
-from prefect.exceptions import MissingContextError
+from prefect.exceptions import FailedRun, MissingContextError
 from prefect.logging import get_run_logger
 
-from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, TokenError, sessions
+from tokencore import IssuerUnavailableError, TokenError, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +38,6 @@ class UnforeseenError(Exception):
 
 
 SAFE = (TokenError, UnforeseenError)  # what `safe_errors` lets out
-ON_RECORD = (IssuanceLimitError, IssuerUnavailableError, CredentialsError)  # the issuance record tells more of them
 
 
 class Done(NamedTuple):
@@ -59,11 +58,11 @@ class Done(NamedTuple):
 
 
 class View(NamedTuple):
-    """A key as a run leaves it: its state, None where it cannot be read, and the trouble that no record tells of."""
+    """A key as a run leaves it: its state, None where it cannot be read, and the trouble that the run met."""
 
     key: Key
     state: KeyState | None
-    problem: str = ""
+    trouble: Exception | None = None
 
 
 @contextlib.contextmanager
@@ -157,7 +156,7 @@ def failures(results: Mapping[Key, object]) -> str:
     )
 
 
-def views(keys: Sequence[Key], results: Mapping[Key, object]) -> list[View]:
+def views(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> list[View]:
     """Every key as a run leaves it, read anew only where no step has."""
     done = {key.fingerprint: result for key, result in results.items()}
     return [_view(key, done.get(key.fingerprint)) for key in keys]
@@ -177,21 +176,21 @@ def proven(state: KeyState) -> tuple[KeyState, str]:
     return state, "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
 
 
-def _view(key: Key, result: object) -> View:
+def _view(key: Key, result: Done | Exception | None) -> View:
     trouble = result.trouble if isinstance(result, Done) else result
-    problem = str(trouble) if isinstance(trouble, Exception) and not isinstance(trouble, ON_RECORD) else ""
     try:
-        return View(key, result.state if isinstance(result, Done) else key.state(datetime.now(UTC)), problem)
+        return View(key, result.state if isinstance(result, Done) else key.state(datetime.now(UTC)), trouble)
     except TokenError as error:
-        return View(key, None, str(error))
+        return View(key, None, error)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """A failed step's line in the log is its sentence: where in our code it was raised helps nobody."""
+    """A failed step or run ends with its sentence in the log, not with where in Prefect and here it was raised."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, SAFE):
+    if isinstance(error, (*SAFE, FailedRun)):
         record.msg, record.args, record.exc_info = str(error), (), None
     return True
 
 
-logging.getLogger("prefect.task_runs").addFilter(_without_traceback)
+for name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(name).addFilter(_without_traceback)

@@ -287,66 +287,71 @@ class TestTable:
 
     @gateway_only
     def test_five_columns_say_how_a_market_is(self) -> None:
-        """Market, status, until, session covered, and the next renewal with its reason; no bare sign for Markdown."""
+        """Market, status, until, session covered, and the next renewal; nothing to do, nothing Markdown acts on."""
         cached()
-        us, kr = artifacts.rows_of(View(only_key(), only_key().state(now())))
-        assert list(us) == ["market", "status", "until", "session covered", "next renewal or problem"]
-        assert (us["market"], kr["market"], us["status"]) == ("us", "kr", "VALID")
-        assert us["until"].endswith(" KST")
-        assert us["session covered"].startswith(("yes, until ", "by the next renewal, until "))
-        assert re.match(r"\d\d-\d\d \d\d:\d\d KST, ", us["next renewal or problem"])  # a narrow column shows the time
-        assert not [value for value in us.values() if value[0] in "-*#>|"]
-
-    @gateway_only
-    def test_the_caption_says_the_worst_first(self) -> None:
-        """A token that serves on beside refused credentials is a problem, and comes before what is well."""
-        well = artifacts._row("us", "VALID", "x", "yes", "next renewal 2026-11-23")  # noqa: SLF001 - rows as they are
-        refused = well | {"market": "kr", "next renewal or problem": artifacts.REFUSED}
-        unusable = "The token directory cannot be used: | no | space `left`."
-        broken = artifacts.rows_of(View(only_key(), None, unusable))[1] | {"market": "hk"}
-        assert artifacts.caption([well, refused, broken]) == (
-            "hk UNREADABLE: The token directory cannot be used: / no / space 'left'.; "
-            "kr VALID: KIS refused the credentials; us VALID"
+        view = View(only_key(), only_key().state(now()))
+        shown, caption = artifacts.table([view]), artifacts.caption([view])
+        assert shown.startswith(
+            "**To do:** nothing.\n\n| market | status | until (KST) | session covered | next renewal"
         )
+        us, kr = artifacts.rows_of(view)
+        assert (us[:2], kr[:2]) == (["us", "VALID"], ["kr", "VALID"])
+        assert re.fullmatch(r"\d\d-\d\d \d\d:\d\d", us[2])
+        assert us[3].startswith(("yes, to ", "by next renewal, to "))
+        assert re.match(r"\d\d-\d\d \d\d:\d\d", us[4])
+        assert re.fullmatch(r"us, kr VALID: until 20\d\d-\d\d-\d\d \d\d:\d\d KST", caption)
 
     def test_a_renewal_that_failed_is_said_once_for_all_markets(self, gateway: Sandbox, opens: Opens) -> None:
-        """Table, caption and message say when it failed, why, and when it is tried again, once for a key's markets."""
+        """Table, caption and message say when it failed, why, when it is tried again, and what a person has to do."""
         opens(SOON)
         gateway.fail("down")
         with pytest.raises(IssuerUnavailableError):
             check_tokens.advance.fn(only_key())
-        state = only_key().state(now())
-        rows = artifacts.rows_of(View(state.key, state))
-        (said,) = {row["next renewal or problem"] for row in rows}
+        view = View(only_key(), state := only_key().state(now()))
+        (said,) = {row[-1] for row in artifacts.rows_of(view)}
         assert re.match(r"a fault of KIS's \(EGW00002\) at .* KST; next attempt .* KST$", said)
-        assert artifacts.caption(rows) == f"us, kr NO_TOKEN: {said}"
+        assert artifacts.caption([view]) == f"us, kr NO_TOKEN: {said}"
+        assert "**To do (us+kr):** Nothing at first." in artifacts.table([view])
         assert "; a fault of KIS's (EGW00002) at 20" in check_tokens.progress(Done(state, renewed=False))
 
     @pytest.mark.usefixtures("gateway", "prefect_home")
     def test_a_token_that_only_a_run_has_is_no_token(self, slack: SlackEndpoint, opens: Opens) -> None:
-        """With a full disk the check fails, and table and alert count on nothing, as every other program can."""
+        """With a full disk the check fails; table and alert count on nothing, and the table has the cause and the fix.
+
+        So it has of a store that cannot be read; whatever is in an error, Markdown acts on none of it.
+        """
         opens(SOON)
 
         def checked() -> None:
             fill_disk()
-            with pytest.raises(TokenStoreError, match="only this process has it"):
+            with pytest.raises(TokenStoreError, match="only this process has it") as caught:
                 check_tokens.advance.fn(only_key())
-            assert {row["status"] for row in artifacts.rows_of(View(only_key(), only_key().state(now())))} == {
-                "NO_TOKEN"
-            }
+            (view,) = runs.views([only_key()], {only_key(): caught.value})
+            assert {row[1] for row in artifacts.rows_of(view)} == {"NO_TOKEN"}
+            assert artifacts.caption([view]).startswith("us, kr NO_TOKEN: KIS issued a token that could not be saved")
+            assert "**To do (us+kr):** Fix its permissions or free space" in artifacts.table([view])
 
         assert ended(in_child(checked)) == 0
         assert slack.told[0]["text"].startswith("no token · ")
+        well = View(only_key(), only_key().state(now()))
+        broken = View(only_key(), None, TokenStoreError("- It | cannot `be` used: no space. Fix it."))
+        said = "us, kr UNREADABLE: It / cannot 'be' used: no space; us, kr NO_TOKEN: "
+        assert artifacts.caption([well, broken]).startswith(said)
 
     def test_a_renewal_that_nobody_will_try_is_not_promised(self, gateway: Sandbox) -> None:
-        """After refused credentials table, plan and message name no next renewal, but say who has to act."""
+        """After refused credentials table, plan and message name no next renewal, but say who has to act.
+
+        A token that serves on beside them is a problem, and comes before what is well.
+        """
         cached(left=3 * 3600)
         gateway.fail("bad-key", 1)
         with pytest.raises(CredentialsError):
             only_key().refresh(force=True, reason="a test", by="")
-        state = only_key().state(now())
-        rows, plan = artifacts.rows_of(View(state.key, state)), artifacts.described([state])
-        assert {row["next renewal or problem"] for row in rows} == {artifacts.REFUSED}
+        view = View(only_key(), state := only_key().state(now()))
+        plan = artifacts.described([state])
+        assert {row[-1] for row in artifacts.rows_of(view)} == {"KIS refused the credentials"}
+        assert artifacts.caption([view]) == "us, kr VALID: KIS refused the credentials"
+        assert "**To do (us+kr):** Correct KIS_APP_KEY" in artifacts.table([view])
         assert (f"{artifacts.REFUSED}." in plan, "| next renewal |" in plan) == (True, False)
         assert check_tokens.progress(Done(state, renewed=False)).endswith(artifacts.REFUSED)
 
@@ -498,7 +503,7 @@ def table() -> dict[str, str]:
     """Every market's status as published last: in the first installation's table on this server, or in our own."""
     own = min(key.fingerprint[:8] for key in Key.load(Settings.load()))
     found = Artifact.get(f"tokens-{own}") or Artifact.get(artifacts.TOKENS)
-    return {row["market"]: row["status"] for row in json.loads(str(cast("Artifact", found).data))}
+    return dict(re.findall(r"^\| (\w+) \| ([A-Z_]+) \|", str(cast("Artifact", found).data), re.MULTILINE))
 
 
 def counted(work: Callable[[], object]) -> Counter[str]:
