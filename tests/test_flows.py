@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import resource
 import sqlite3
@@ -29,6 +30,7 @@ from prefect import State, flow
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import FailedRun
 from prefect.flow_engine import run_flow
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
@@ -122,6 +124,14 @@ class TestErrors:
             raise OSError(CANARY)
         assert "The table could not be published: OSError." in caplog.text
         assert CANARY not in caplog.text
+
+    @pytest.mark.parametrize("error", [IssuerUnavailableError("KIS is down."), FailedRun("KIS is down.")])
+    def test_a_failed_runs_log_ends_with_its_sentence(self, error: Exception) -> None:
+        """Not with Prefect's traceback, which follows it, and names none of the user's files."""
+        for name in ("prefect.flow_runs", "prefect.task_runs"):
+            line = logging.LogRecord(name, logging.ERROR, "", 1, "It ended: %r", (error,), (type(error), error, None))
+            assert logging.getLogger(name).filter(line)
+            assert (line.getMessage(), line.exc_info) == ("KIS is down.", None)
 
     @gateway_only
     def test_a_failure_names_its_key_where_there_are_several(self, monkeypatch: pytest.MonkeyPatch) -> None:

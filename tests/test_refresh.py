@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -90,14 +91,17 @@ def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
 ) -> None:
     """The token lasts and the plan renews in time: Declined, one note that names the person, nothing at risk.
 
-    Not even force passes KIS's minute then; nothing is asked, so nobody else hears of that one.
+    Not even force passes KIS's minute then; the message begins with why the request before brought nothing. Nothing is
+    asked, so nobody else hears of that one.
     """
     cached(left=17 * 3600)
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     nowhere.fail("limit", 1)
     state = renewed(force=True)
     assert (told(state), "EGW00133" in str(state.message)) == (("COMPLETED", "Declined"), True)
-    assert told(renewed(force=True)) == ("COMPLETED", "Declined")
+    again = renewed(force=True)
+    assert told(again) == ("COMPLETED", "Declined")
+    assert re.match(r"KIS gave no new token at .* KST: KIS allows .* a minute \(EGW00133\)\. ", str(again.message))
     assert slack.headlines == [BROUGHT_NONE]
     assert "Kim asked for it" in json.dumps(slack.told)
     assert asked(nowhere) == 1

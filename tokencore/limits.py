@@ -169,9 +169,11 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
     serves = what_serves(standing.token, now, market.buffer)
     last, until = record.latest(attempts), cooldown_until(attempts, now, market)
     if last and until and standing.waited_out != last.at:
+        failed = record.failure([last])  # what the person has to know first
+        fault = f"KIS gave no new token at {format_time(last.at)}: {failed[1]}. " if failed else ""
         raise IssuanceLimitError(
-            f"KIS allows one request a minute, and the last one of this key was at {format_time(last.at)} "
-            f"({last.outcome}). {serves} The next is allowed at {format_time(until)}.",
+            f"{fault}KIS allows one request a minute, and the last one of this key was at {format_time(last.at)}. "
+            f"{serves} The next is allowed at {format_time(until)}.",
             retry_at=until,
             cause="minute",
         )
