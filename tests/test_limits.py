@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,7 @@ def test_what_a_person_wills_is_never_forbidden_by_more(attempts: list[Attempt],
             assert error.retry_at
             assert NOW < error.retry_at <= NOW + 3 * DAY
             assert error.retry_at.utcoffset() == timedelta(0)
+            assert vars(copy.copy(error)) == vars(error)  # as pickle does it, when it goes from process to process
             assert limits.format_time(error.retry_at) in str(error)
         elif error:
             assert intent in (REQUIRED, DUE)

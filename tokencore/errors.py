@@ -9,7 +9,6 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from datetime import datetime
-    from typing import Any
 
 
 class TokenError(Exception):
@@ -43,19 +42,11 @@ class IssuanceLimitError(TokenError):
 
     exit_code = 4
 
-    def __init__(self, message: str, *, retry_at: datetime | None, cause: str) -> None:
-        """Keep when (aware UTC) and by which rule beside the message."""
+    def __init__(self, message: str, *, retry_at: datetime | None = None, cause: str = "") -> None:
+        """Keep when (aware UTC) and by which rule beside the message; without either it is made by unpickling."""
         super().__init__(message)
         self.retry_at = retry_at
         self.cause = cause
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Survive pickling, which Exception does not offer for keyword arguments."""
-        return _limit_error, (str(self), self.retry_at, self.cause)
-
-
-def _limit_error(message: str, retry_at: datetime | None, cause: str) -> IssuanceLimitError:
-    return IssuanceLimitError(message, retry_at=retry_at, cause=cause)
 
 
 class CredentialsError(TokenError):
