@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -37,25 +38,25 @@ def save(key: Key, life: float = 24 * HOUR, age: float = 0, *, now: datetime = D
 
 
 @pytest.mark.usefixtures("gateway")
-def test_markets_with_one_key_are_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_markets_with_one_key_are_one_key() -> None:
     """They share a label and the exchanges; another app key, or another environment, is a key of its own."""
-    monkeypatch.setenv("KIS_MARKETS__HK__EXCHANGES", "SEHK")
-    monkeypatch.setenv("KIS_MARKETS__JP__APP_KEY", "another-key")
-    monkeypatch.setenv("KIS_MARKETS__JP__EXCHANGES", "TKSE")
-    monkeypatch.setenv("KIS_MARKETS__TRIAL__ENVIRONMENT", "paper")
+    os.environ["KIS_MARKETS__HK__EXCHANGES"] = "SEHK"
+    os.environ["KIS_MARKETS__JP__APP_KEY"] = "another-key"
+    os.environ["KIS_MARKETS__JP__EXCHANGES"] = "TKSE"
+    os.environ["KIS_MARKETS__TRIAL__ENVIRONMENT"] = "paper"
     keys = {key.label: key.exchanges for key in Key.load(Settings.load())}
     assert keys == {"us+kr+hk": ["NASD", "NYSE", "AMEX", "KRX", "SEHK"], "jp": ["TKSE"], "trial (paper)": []}
 
 
 @pytest.mark.usefixtures("gateway")
-def test_a_key_is_found_by_any_name_of_an_exchange_it_trades(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_found_by_any_name_of_an_exchange_it_trades() -> None:
     """Order code, quote code and MIC mean the same; what nobody trades, or no key at all, is said with what to set."""
     for name in ("NASD", "NAS", "XNAS", "nasdaq"):
         assert [key.label for key in Key.trading(Settings.load(), name)] == ["us+kr"]
     error = raised(lambda: Key.trading(Settings.load(), "SEHK"))
     assert isinstance(error, ConfigurationError)
     assert "KIS_MARKETS__HKS__EXCHANGES=SEHK" in str(error)
-    monkeypatch.delenv("KIS_APP_KEY")
+    del os.environ["KIS_APP_KEY"]
     assert "KIS_APP_KEY" in str(raised(lambda: Key.load(Settings.load())))
 
 

@@ -395,9 +395,7 @@ def test_no_error_of_a_public_name_carries_a_secret(
 
 
 @pytest.mark.parametrize("name", ["get_valid_token", "refresh", "revoke", "probe", "get_approval_key"])
-def test_an_interrupt_amid_a_request_carries_no_secret(
-    name: str, canaries: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_amid_a_request_carries_no_secret(name: str, canaries: Sandbox) -> None:
     """Ctrl-C while KIS is thinking passes the frames of requests and urllib3, which hold body and headers."""
     assert canaries.url
     taken: list[socket.socket] = []
@@ -408,8 +406,8 @@ def test_an_interrupt_amid_a_request_carries_no_secret(
             taken[0].recv(1)
             signal.setitimer(signal.ITIMER_REAL, 0.1)
 
-        monkeypatch.setenv("KIS_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setenv("KIS_TIMEOUT", "10")
+        os.environ["KIS_BASE_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        os.environ["KIS_TIMEOUT"] = "10"
         manager = USTokenManager()
         if name in ("revoke", "probe"):
             manager.save_token(make_token())
