@@ -18,6 +18,7 @@ from slack_endpoint import HOOK, SlackEndpoint
 from xdist.scheduler import LoadFileScheduling
 
 from tokencore import sessions
+from tokencore.config import sources
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("USERPROFILE", str(home))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(folder)
+    sources._left.clear()  # noqa: SLF001 - of a test before
     yield home
     os.environ.clear()
     os.environ.update(before)

@@ -357,7 +357,7 @@ def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
         os.setuid(NAMELESS)
         del os.environ["HOME"]
         assert (us().buffer, us().proactive_window, Settings.load().buffer) == (7, 1800, 7)
-        os.chdir("/")  # where no .env is
+        os.environ["KIS_TOKEN_DIR"] = "~/tokens"
         for work in (us, Settings.load):
             assert "KIS_TOKEN_DIR cannot be used: set it to an absolute path" in refusal(work)
         os.environ.update(KIS_TOKEN_DIR="/nowhere", KIS_MARKETS__US__EXPORTS="kis-auth")
@@ -370,6 +370,23 @@ def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
         dotenv(KIS_BUFFER="7", KIS_TOKEN_DIR="/nowhere")
         assert us().buffer == Settings.load().buffer == 7  # what is imported late is known before the user changes
         assert ended(in_child(as_nameless)) == 0
+
+
+def test_program_that_changes_its_folder_keeps_its_dotenv() -> None:
+    """As those that run in the background do: it counts as before, as long as it can be trusted."""
+    gone = Path("gone").absolute()
+    gone.mkdir()
+    with contextlib.chdir(gone):
+        gone.rmdir()
+        assert us().buffer == 300
+    path = dotenv(KIS_BUFFER="7", KIS_BASE_URL=EVIL)
+    assert us().buffer == 7
+    with contextlib.chdir("/"):
+        assert (us().buffer, Settings.load().buffer, Settings.load().origins["KIS_BUFFER"]) == (7, 7, ".env")
+        config(**PAIR)
+        assert refusal(us).startswith(f"KIS_BASE_URL in {path} is refused")
+        path.chmod(0o666)
+        assert us().buffer == 300
 
 
 def test_dotenv_adds_to_the_environment_only_what_counts() -> None:

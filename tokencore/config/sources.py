@@ -30,6 +30,7 @@ FILE_LIMIT = 65_536  # bytes of a file of settings
 PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
 _warned: set[str] = set()  # messages; once a process is enough
+_left: list[str] = []  # the `.env` that was found last: a program that changes its folder keeps it
 
 
 class Found(Sensitive):
@@ -156,7 +157,7 @@ def check_address(name: str, found: Found, what: str, giver: str) -> None:
 def place_of(origin: str) -> str:
     """A source as messages call it."""
     if origin == DOTENV_FILE:
-        return printable(os.path.abspath(origin))
+        return printable(_path_of(origin))
     return "the environment" if origin == ENVIRONMENT else short(origin, " _/")
 
 
@@ -171,7 +172,9 @@ def warn(message: str) -> None:
 
 def _dotenv() -> dict[str, str]:
     """The pairs of `.env`, the last one of each name; none where others can have written it."""
-    if not os.path.exists(DOTENV_FILE) or os.path.isdir(DOTENV_FILE):  # a folder of this name is a virtualenv
+    if os.path.exists(DOTENV_FILE):
+        _left[:] = [os.path.abspath(DOTENV_FILE)]
+    if not _left or not os.path.exists(_left[0]) or os.path.isdir(_left[0]):  # a folder of this name is a virtualenv
         return {}
     shown = place_of(DOTENV_FILE)
     if why := _readable(_written_by_others, DOTENV_FILE):
@@ -231,6 +234,10 @@ def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
+def _path_of(origin: str) -> str:
+    return _left[0] if origin == DOTENV_FILE and _left else os.path.abspath(os.path.expanduser(origin))
+
+
 def _text(path: str) -> str:
     content = files.read_bytes(path, FILE_LIMIT, trusted=False, links=True)
     if content is None:
@@ -240,7 +247,7 @@ def _text(path: str) -> str:
 
 def _readable(read: Callable[[str], _Read], place: str, fix: str = "fix or remove it") -> _Read:
     try:
-        return read(os.path.abspath(os.path.expanduser(place)))
+        return read(_path_of(place))
     except (OSError, ValueError, RecursionError) as error:
         why = short(getattr(error, "strerror", None) or str(error).partition("\n")[0])
         raise ConfigurationError(f"{place_of(place)} cannot be read ({why}); {fix}.") from None
