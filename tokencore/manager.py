@@ -201,7 +201,11 @@ class BaseTokenManager(Sensitive):
         """
         from tokencore.clients.approval import ApprovalKeys  # not on the path of a cached token
 
-        return ApprovalKeys(self.market, self._store, self._renewer).obtain(rejected)
+        keys = ApprovalKeys(self.market, self._store, self._renewer)
+        if not keys.serving(rejected, self.market.buffer):
+            self._reload()
+            keys = ApprovalKeys(self.market, self._store, self._renewer)
+        return keys.obtain(rejected)
 
     def revoke(self) -> bool:
         """Make KIS forget the present token and remove it for every market of the key; whether there was one.

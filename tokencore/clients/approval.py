@@ -52,17 +52,17 @@ class ApprovalKeys(Sensitive):
 
         """
         try:
-            return (self._serving(rejected, self._market.buffer) or self._renewed(rejected)).access_token
+            return (self.serving(rejected, self._market.buffer) or self._renewed(rejected)).access_token
         except errors.TokenError as error:
-            if not (last := self._serving(rejected, 0)):
+            if not (last := self.serving(rejected, 0)):
                 raise
             _log.warning("The approval key was not renewed, and the present one goes on serving: %s", error)
             return last.access_token
 
     def _renewed(self, rejected: str) -> Token:
         began, wait, buffer = datetime.now(UTC), limits.lock_wait(self._market), self._market.buffer
-        with self._document.lock(wait=wait, give_up=lambda: self._serving(rejected, buffer) is not None) as held:
-            if found := self._serving(rejected, buffer):
+        with self._document.lock(wait=wait, give_up=lambda: self.serving(rejected, buffer) is not None) as held:
+            if found := self.serving(rejected, buffer):
                 return found
             if not held:
                 raise errors.TokenUnavailableError(
@@ -116,7 +116,8 @@ class ApprovalKeys(Sensitive):
         except OSError as error:
             _log.critical("The outcome of a request for an approval key could not be saved: %s", error.strerror)
 
-    def _serving(self, rejected: str, buffer: float) -> Token | None:
+    def serving(self, rejected: str, buffer: float) -> Token | None:
+        """The present key, where it lives for more than `buffer` seconds and is not the `rejected` one."""
         found = approval_key(self._store)
         return found if found and found.access_token != rejected and found.serves(datetime.now(UTC), buffer) else None
 
