@@ -314,7 +314,7 @@ def test_up_after_a_kill_of_all_marks_catches_up_and_changes_nothing_twice(up: U
         os.kill(number, signal.SIGKILL)
     checks, warm_ups = overdue(up, CHECK, 3, 2, 1), overdue(up, "warm-up/KRX", 72, 48, 24)
     os.kill(processes["supervisor"], signal.SIGKILL)
-    until(lambda: not up.place.living(), 30)
+    until(lambda: not up.place.living(), SLOW)
     dotenv = up.place.work / ".env"
     dotenv.write_text(dotenv.read_text().replace("SEHK", "KRX"))
     code, output = up.place.run("up")

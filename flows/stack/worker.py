@@ -31,6 +31,7 @@ SUSPENDED = "Suspended"  # the name of a paused state in which a run needs no pr
 OVERDUE = timedelta(minutes=3)  # a run that starts within it is on time
 NAP = 60.0  # seconds between two looks at the clock that count as a sleep of the machine, or a stop of all processes
 POLL = 0.5  # seconds
+TIME_TO_END = 30.0  # seconds, as supervisord gives
 GRACE = 10.0  # seconds that runs in flight get to end by themselves
 KILLED = "Its process is gone: it was killed together with its worker, or the machine stopped."
 STOPPED = "Stopped with its worker; the check that comes with the next start goes on."
@@ -64,11 +65,13 @@ def work() -> int:
 
 
 def end_with_parent() -> None:
-    """Ask this process to end as soon as the one that started it is gone: nobody would stop or restart it."""
+    """End this process, as supervisord would, once supervisord is gone: nobody else would stop or restart it."""
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(POLL)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(TIME_TO_END)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watch_sleep(api: Api) -> None:
