@@ -26,9 +26,11 @@ from builders import KEY, SECRET, ended, in_child
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from running import asked, raised
 from servers import Keyring, Wire
 from test_secrets import leaking
 
+from tokencore import USTokenManager
 from tokencore.calendars.sessions import Override
 from tokencore.config import market_of_program, read_market, sources
 from tokencore.config.market import HOSTS
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from running import Ran
 
     from tokencore.config.market import Market
+    from tokencore.sandbox import Sandbox
 
 PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
@@ -549,6 +552,15 @@ def test_white_space_around_keys_is_removed_with_one_warning(caplog: pytest.LogC
     assert read_market("kr").credentials() == (KEY, SECRET)
     assert [message.split()[0] for message in caplog.messages] == ["KIS_APP_KEY", "KIS_MARKETS__KR__APP_SECRET"]
     assert "Canary" not in caplog.text
+
+
+def test_store_that_the_settings_name_later_counts_with_the_next_renewal(gateway: Sandbox) -> None:
+    """A program that runs when its machine joins a fleet issues no token of its own: here the store is down."""
+    manager = USTokenManager()
+    token = manager.get_valid_token()
+    os.environ |= {"KIS_STORE": "postgresql://me@127.0.0.1:1/tokens", "KIS_STORE_KEYS": f"{'A' * 43}="}
+    assert "KIS_STORE" in str(raised(lambda: manager.refresh(force=True)))
+    assert (manager.get_valid_token(), asked(gateway)) == (token, 1)
 
 
 def test_what_the_user_knows_of_exchanges() -> None:

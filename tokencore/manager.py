@@ -374,7 +374,7 @@ class BaseTokenManager(Sensitive):
         """A key that was replaced in the settings while the program runs is seen with the next renewal."""
         self._fresh_until = 0.0
         before, market = self.market, self._read_market()
-        if (market.fingerprint, market.token_dir) != (before.fingerprint, before.token_dir):
+        if (market.fingerprint, market.token_dir, market.store) != (before.fingerprint, before.token_dir, before.store):
             self._store_made = None
         self.market, self._renewer_made = market, None
 
