@@ -107,10 +107,9 @@ def configure(keys: int) -> None:
     os.environ.pop("KIS_TOKEN_DIR", None)
     now = datetime.now(UTC)
     token = Token("t" * 350, now + timedelta(days=1), now)
-    lines = []
+    lines = ['app_secret = "s"']  # a file of settings has 64 KiB at most
     for number in range(MARKETS):
-        key = f"PSkey{number % keys}"
-        lines += [f"[markets.m{number}]", 'exchanges = ["SEHK"]', f'app_key = "{key}"', 'app_secret = "s"']
+        lines += [f"[markets.m{number}]", 'exchanges = ["SEHK"]', f'app_key = "PSkey{number % keys}"']
     (home / "config.toml").write_text("\n".join(lines))
     for number in range(keys):
         open_store(read_market(f"m{number}"), list).save(token)
