@@ -138,36 +138,32 @@ def refresh(settings: Settings, asked: Request, now: datetime) -> State:
 
 def renew(key: Key, asked: Request, now: datetime) -> State:
     """Renew once, with a person's consent where that is needed, and say what became of it."""
-    settings, state = key.market.settings, key.state(now)
-    ahead = state.warnings() if not asked.force or issued_lately(state) else []
+    state, ahead = key.state(now), []
+    if not asked.force or any(one.outcome == "issued" and now - one.at < HOUR for one in state.attempts):
+        ahead = state.warnings()
     if ahead and (end := unconfirmed(state, ahead)):
         return end
-    reason = asked.reason or "refresh_token"
     try:
         with safe_errors():
-            renewed = key.refresh(force=asked.force or bool(ahead), reason=reason, by=asked.operator)
+            forced = asked.force or bool(ahead)
+            renewed = key.refresh(force=forced, reason=asked.reason or "refresh_token", by=asked.operator)
     except SAFE as error:
-        return unrenewed(settings, state, error, asked)
+        return unrenewed(state, error, asked)
     state = key.state(datetime.now(UTC))
     kind: Notice = ("forced" if asked.force else "renewed") if renewed else "same"
-    alerts.announce(settings, state, kind, by=asked.operator, why=asked.reason)
+    alerts.announce(key.market.settings, state, kind, by=asked.operator, why=asked.reason)
     if renewed:
         return Completed(name="Renewed", message=f"{state.served}.")
     return Completed(name="AlreadyValid", message=f"KIS returned the same token. {state.served}.")
 
 
-def issued_lately(state: KeyState) -> bool:
-    """Whether KIS has issued a token within the last hour."""
-    return any(one.outcome == "issued" and state.now - one.at < HOUR for one in state.attempts)
-
-
 def unconfirmed(before: KeyState, ahead: Sequence[RefreshWarning]) -> State | None:
     """The end of a run that was to have these consequences, unless a person wants them, all of them and no others."""
-    decision = ask(question(before, ahead))
+    consequences = [f"- {before.served}.", *(f"- {one.message}" for one in ahead)]
+    decision = ask(f"**Renew the token of {before.key.label} anyway?**\n\n" + "\n".join(consequences))
     after = before.key.state(datetime.now(UTC))
     if decision != RENEW:
-        waited = CONFIRM_WITHIN // timedelta(minutes=1)
-        why = "Confirmed: no." if decision else f"Nobody confirmed within {waited} minutes."
+        why = "Confirmed: no." if decision else f"Nobody confirmed within {_minutes()} minutes."
         return Completed(name="Declined", message=f"{why} Nothing was asked of KIS. {after.served}.")
     if after.token and (before.token is None or after.token.expires_at > before.token.expires_at):
         return Completed(name="AlreadyValid", message=f"Another run was quicker. {after.served}.")
@@ -178,41 +174,37 @@ def unconfirmed(before: KeyState, ahead: Sequence[RefreshWarning]) -> State | No
     return None
 
 
-def question(state: KeyState, ahead: Sequence[RefreshWarning]) -> str:
-    """What a person reads before the answer, as Markdown."""
-    lines = [f"**Renew the token of {state.key.label} anyway?**", "", f"- {state.served}."]
-    return "\n".join([*lines, *(f"- {one.message}" for one in ahead)])
+def ask(question: str) -> str | None:
+    """A person's answer to the paused run, which shows the question as Markdown; None without one."""
+    runs.logger().warning("%s", question.replace("*", ""))
+    runs.logger().warning("Press Resume in the menu at the top right of this page within %s minutes.", _minutes())
 
+    async def answer() -> str:
+        # Prefect's own time-out would end the run as Failed, sooner or later than it raises here.
+        async with asyncio.timeout(CONFIRM_WITHIN.total_seconds()):
+            form = Confirmation.with_initial_data(description=question)
+            timeout = round((CONFIRM_WITHIN + MARGIN).total_seconds())
+            # Prefect counts a run's pauses from one again after Retry, and would refuse the second one of that number.
+            given = await apause_flow_run(form, timeout=timeout, poll_interval=POLL, key=uuid4().hex)
+        return given.decision
 
-def ask(text: str) -> str | None:
-    """A person's answer to the paused run, or None."""
-    wait = CONFIRM_WITHIN // timedelta(minutes=1)
-    runs.logger().warning("%s", text.replace("*", ""))
-    runs.logger().warning("Press Resume in the menu at the top right of this page and choose, within %s minutes.", wait)
     try:
-        return asyncio.run(_answer(text))
+        return asyncio.run(answer())
     except TimeoutError:
         return None
 
 
-async def _answer(text: str) -> str:
-    # Prefect's own time-out would end the run as Failed, sooner or later than it raises here.
-    async with asyncio.timeout(CONFIRM_WITHIN.total_seconds()):
-        form = Confirmation.with_initial_data(description=text)
-        # Prefect counts a run's pauses from one again after Retry, and would refuse the second question of that number.
-        given = await apause_flow_run(
-            form, timeout=round((CONFIRM_WITHIN + MARGIN).total_seconds()), poll_interval=POLL, key=uuid4().hex
-        )
-    return given.decision
+def _minutes() -> int:
+    return CONFIRM_WITHIN // timedelta(minutes=1)
 
 
-def unrenewed(settings: Settings, before: KeyState, error: Exception, asked: Request) -> State:
+def unrenewed(before: KeyState, error: Exception, asked: Request) -> State:
     """Declined where a limit forbids it and the present token serves, else Failed.
 
     A limit that endangers no session is a note to the person who asked: the plan renews in time. Slack hears of it
     where KIS was asked, and of an incident where a session has no token, or something else than a limit is wrong.
     """
-    state = before.key.state(datetime.now(UTC))
+    settings, state = before.key.market.settings, before.key.state(datetime.now(UTC))
     limited = isinstance(error, IssuanceLimitError)
     refused = state.attempts[-1:] != before.attempts[-1:] and state.attempts[-1].outcome == "limit"
     planned = state.outlook.next

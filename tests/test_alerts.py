@@ -124,7 +124,10 @@ def answers(message: dict[str, Any]) -> dict[str, str]:
 
 
 def test_the_texts_of_all_languages_say_the_same() -> None:
-    """Korean has English's keys, each with the same facts in it; only what happened it says in its own way."""
+    """Korean has English's keys, each with the same facts in it; only what happened it says in its own way.
+
+    Who looks for the 24-hour limit finds it in the title of every alert of a limit, in either language.
+    """
     english, korean = (
         {key: {field for _, field, _, _ in Formatter().parse(text) if field} for key, text in texts.items()}
         for texts in messages.LANGUAGES.values()
@@ -133,13 +136,9 @@ def test_the_texts_of_all_languages_say_the_same() -> None:
         k: v for k, v in korean.items() if "happened." not in k
     }
     assert {key.split(".")[1] for key in english if key.startswith("cause.")} == set(causes.BY_NAME)
-
-
-@pytest.mark.parametrize("cause", [causes.LIMIT, causes.FOREIGN_LIMIT, causes.CEILING, causes.RESTRICTED])
-def test_the_title_of_a_limit_says_which_one_it_is(cause: Cause) -> None:
-    """Who looks for the 24-hour limit finds it in the title of every alert of a limit, in either language."""
-    assert "24-hour limit" in messages.LANGUAGES["en"][f"cause.{cause.name}.title"]
-    assert "24시간 한도" in messages.LANGUAGES["ko"][f"cause.{cause.name}.title"]
+    for cause in (causes.LIMIT, causes.FOREIGN_LIMIT, causes.CEILING, causes.RESTRICTED):
+        assert "24-hour limit" in messages.LANGUAGES["en"][f"cause.{cause.name}.title"]
+        assert "24시간 한도" in messages.LANGUAGES["ko"][f"cause.{cause.name}.title"]
 
 
 CAUSES: dict[str, tuple[Exception, str, Cause]] = {
@@ -555,14 +554,14 @@ class TestSlack:
 
 
 def story(cause: Cause, need: datetime | None, looks: list[datetime]) -> list[tuple[datetime, Notification]]:
-    """What people are told of an incident by runs that look at these times, each knowing of the next."""
+    """The messages about an incident by runs that look at these times, each knowing of the next."""
     known: list[Incident] = []
     told = []
     for now, later in zip(looks, [*looks[1:], looks[-1] + HOUR], strict=True):
-        one, due_now = met(known, "us", cause, need, now, later)
-        if due_now:
-            told.append((now, due_now))
-            one.notified(due_now, now, None)
+        one, sent = met(known, "us", cause, need, now, later)
+        if sent:
+            told.append((now, sent))
+            one.notified(sent, now, None)
             assert due(one, cause, now, later) is None
     return told
 
@@ -573,11 +572,11 @@ def hourly(hours: int) -> list[datetime]:
 
 
 def opened(known: list[Incident], cause: Cause, *, subject: str = "us", now: datetime = ANCHOR) -> Incident:
-    """An incident that people were told of at `now`."""
-    one, due_now = met(known, subject, cause, None, now, NEED)
-    assert due_now
-    assert due_now.kind == "opened"
-    one.notified(due_now, now, None)
+    """An incident that was reported at `now`."""
+    one, sent = met(known, subject, cause, None, now, NEED)
+    assert sent
+    assert sent.kind == "opened"
+    one.notified(sent, now, None)
     return one
 
 
@@ -590,7 +589,7 @@ STORIES: dict[str, tuple[Cause, datetime | None, int, str]] = {
         *(causes.SETTINGS, None, 96),
         "0 opened 0, " + ", ".join(f"{at} reminded 0" for at in (1, 4, 10, 22, 46, 70, 94)),
     ),
-    "an outage is told once it is urgent": (causes.DOWN, NEED, 6, "3 opened 1, 4 reminded 1, 5 escalated 2"),
+    "an outage is reported once it is urgent": (causes.DOWN, NEED, 6, "3 opened 1, 4 reminded 1, 5 escalated 2"),
     "an outage that ends in the first half of the lead is not": (causes.DOWN, NEED, 3, ""),
     "a foreign token endangers nothing by itself": (causes.FOREIGN_TOKEN, None, 30, "0 opened 0"),
 }
@@ -598,7 +597,7 @@ STORIES: dict[str, tuple[Cause, datetime | None, int, str]] = {
 
 @pytest.mark.parametrize(("cause", "need", "hours", "expected"), STORIES.values(), ids=list(STORIES))
 def test_people_hear_of_an_incident(cause: Cause, need: datetime | None, hours: int, expected: str) -> None:
-    """As the hourly check meets it: the hour, what they are told, and the stage."""
+    """As the hourly check meets it: the hour, the kind of message, and the stage."""
     told = story(cause, need, hourly(hours))
     assert ", ".join(f"{(at - ANCHOR) // HOUR} {one.kind} {one.stage}" for at, one in told) == expected
 
@@ -606,7 +605,7 @@ def test_people_hear_of_an_incident(cause: Cause, need: datetime | None, hours: 
 def test_who_has_hours_is_not_called() -> None:
     """A page is an opening or an escalation with a need within hours, which was escalated or only a person can help."""
     late = NEED + 10 * HOUR  # half of the lead is gone eight hours before the need
-    pages = [due_now.page for _, due_now in story(causes.CREDENTIALS, late, hourly(16)) if due_now.kind != "reminded"]
+    pages = [sent.page for _, sent in story(causes.CREDENTIALS, late, hourly(16)) if sent.kind != "reminded"]
     assert pages == [False, False, True]
     for cause, ahead, page in (causes.CREDENTIALS, NEAR, True), (causes.LIMIT, NEAR, False), (causes.LIMIT, ACT, True):
         assert story(cause, ANCHOR + ahead, hourly(1))[0][1].page == page
@@ -627,21 +626,21 @@ def test_the_next_need_is_escalated_anew() -> None:
     pauses=st.lists(st.integers(1, 60), min_size=1, max_size=120),
     cause=st.sampled_from(causes.CAUSES),
 )
-def test_whatever_the_times_nothing_is_told_twice(lead: int, pauses: list[int], cause: Cause) -> None:
-    """One opening, each stage once and upwards, reminders never closer than the last due_now allows.
+def test_whatever_the_times_nothing_is_reported_twice(lead: int, pauses: list[int], cause: Cause) -> None:
+    """One opening, each stage once and upwards, reminders never closer than they may be.
 
     Runs that look at least hourly make the last call half an hour before the need, or at the opening.
     """
     need = ANCHOR + timedelta(minutes=lead)
     looks = [ANCHOR + timedelta(minutes=sum(pauses[:n])) for n in range(len(pauses) + 1)]
     told = story(cause, need, looks)
-    assert [due_now.kind for _, due_now in told].count("opened") == bool(told)
-    stages = [due_now.stage for _, due_now in told if due_now.kind != "reminded"]
+    assert [sent.kind for _, sent in told].count("opened") == bool(told)
+    stages = [sent.stage for _, sent in told if sent.kind != "reminded"]
     assert stages == sorted(set(stages))
-    for (before, _), (at, due_now) in pairwise(told):
-        assert due_now.kind != "reminded" or at - before >= REMINDERS[0] - PUNCTUALITY
+    for (before, _), (at, sent) in pairwise(told):
+        assert sent.kind != "reminded" or at - before >= REMINDERS[0] - PUNCTUALITY
     if looks[-1] >= need - ACT:
-        calls = [at for at, due_now in told if due_now.stage == LAST_CALL]
+        calls = [at for at, sent in told if sent.stage == LAST_CALL]
         assert calls
         assert calls[0] <= max(need - ACT, ANCHOR)
 
@@ -649,10 +648,13 @@ def test_whatever_the_times_nothing_is_told_twice(lead: int, pauses: list[int], 
 def test_one_outage_is_one_incident_whatever_kis_answers() -> None:
     """Another cause is news only where it now takes a person; the length counts from the first.
 
-    Trouble that returns before its end was told never ended; after a week without it, it is new.
+    Trouble that returns before its end was reported never ended; after a week without it, it is new. What was never
+    urgent enough to be reported ends without a word, and leaves no entry.
     """
     known: list[Incident] = []
     opened(known, causes.LIMIT)
+    assert met(known, "kr", causes.DOWN, NEED, ANCHOR, ANCHOR + HOUR)[1] is None
+    assert over(known, "kr", ANCHOR + HOUR / 3, foreign=False, lasting=False) == []
     for cause in (causes.DOWN, causes.WAITING, causes.RESTRICTED):
         assert met(known, "us", cause, None, ANCHOR + HOUR / 2, NEED)[1] is None
     opened(known, causes.CREDENTIALS, now=ANCHOR + HOUR / 2)
@@ -663,25 +665,9 @@ def test_one_outage_is_one_incident_whatever_kis_answers() -> None:
     assert opened(known, causes.CREDENTIALS, now=ANCHOR + HOUR + FORGOTTEN).opened_at == ANCHOR + HOUR + FORGOTTEN
 
 
-def test_a_recovery_is_told_until_slack_has_it() -> None:
-    """It stays closed, with the time of its end, until whoever told it forgets it; other subjects are left alone.
-
-    What nobody was told of, as it was never urgent, ends without a word and leaves no entry.
-    """
-    known: list[Incident] = []
-    for subject in ("us", "hk"):
-        opened(known, causes.LIMIT, subject=subject)
-    assert met(known, "kr", causes.DOWN, NEED, ANCHOR, ANCHOR + HOUR)[1] is None
-    assert over(known, "kr", ANCHOR + HOUR, foreign=False, lasting=False) == []
-    for hours in (1, 2):
-        (ended,) = over(known, "us", ANCHOR + hours * HOUR, foreign=False, lasting=False)
-        assert ended.closed_at == ANCHOR + HOUR
-    assert [one.subject for one in known] == ["us", "hk"]
-
-
 @pytest.mark.parametrize("content", [{}, {"incidents": 3}, {"incidents": [3, {"subject": "us"}]}])
 def test_a_damaged_document_is_begun_anew(content: dict[str, Any]) -> None:
-    """Whatever is in it, the trouble is told rather than kept."""
+    """Whatever is in it, the trouble is reported rather than kept."""
     assert met(parse(content), "us", causes.LIMIT, None, ANCHOR, NEED)[1]
 
 
@@ -689,7 +675,7 @@ def test_what_slack_accepted_is_noted_although_the_run_fails_then() -> None:
     """The changes are written whatever ends the block; who finds others at it gives up in time and changes nothing."""
     document = open_document(Settings.load(), "incidents")
 
-    def fail_after_due_now() -> None:
+    def fail() -> None:
         with changing(document, wait=1) as known:
             opened(known, causes.LIMIT)
             with pytest.raises(Busy), changing(document, wait=0.05):
@@ -697,5 +683,5 @@ def test_what_slack_accepted_is_noted_although_the_run_fails_then() -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        fail_after_due_now()
+        fail()
     assert [one.notified_at for one in parse(document.read())] == [ANCHOR]

@@ -8,6 +8,7 @@ import logging
 import re
 import resource
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -241,17 +242,6 @@ class TestWarmUp:
             kept(until + timedelta(minutes=1))
         assert asked(gateway) == 1
 
-    def test_refused_credentials_end_a_warm_up_at_once_and_are_told(
-        self, gateway: Sandbox, slack: SlackEndpoint
-    ) -> None:
-        """The error is KIS's sentence; the next step asks KIS no more and tells nobody again."""
-        gateway.fail("bad-key")
-        for _ in range(2):
-            with pytest.raises(CredentialsError, match=r"EGW00103.*There is no token"):
-                kept()
-        assert asked(gateway) == 1
-        assert slack.headlines == ["us+kr: KIS refuses the app key or its secret"]
-
     def test_a_token_that_reaches_no_file_fails_the_warm_up(self, gateway: Sandbox) -> None:
         """On a full disk it does not say that the token is warm: no other process would find it."""
 
@@ -378,18 +368,6 @@ class Played(NamedTuple):
 WARM_UPS = {"KRX": (clock_time(8, 20), KST), "NASD": (clock_time(8, 50), ZoneInfo("America/New_York"))}  # on weekdays
 MANUAL, KILL = "manually", "maintenance"
 WEEKS: dict[str, tuple[datetime, int, tuple[datetime, str] | None, Played]] = {
-    "winter: Christmas on both exchanges": (
-        *(datetime(2024, 12, 22, 16, tzinfo=KST), 7, None),
-        Played(
-            "Sun 16:35 renewal Renewed, Mon 08:20 KRX Warm, Mon 16:35 renewal Renewed, Mon 22:50 NASD Warm, "
-            "Tue 08:20 KRX Warm, Tue 16:35 renewal Renewed, Tue 22:50 NASD Warm, Wed 08:20 KRX MarketClosed, "
-            "Wed 16:35 renewal Renewed, Wed 22:50 NASD MarketClosed, Thu 08:20 KRX Warm, Thu 16:35 renewal Renewed, "
-            "Thu 22:50 NASD Warm, Fri 08:20 KRX Warm, Fri 16:35 renewal Renewed, Fri 22:50 NASD Warm",
-            {"AlreadyValid": 144, "Completed": 24},  # from Saturday's expiry on there is no token, and none needed yet
-            "Sun 16:35, Mon 16:35, Tue 16:35, Wed 16:35, Thu 16:35, Fri 16:35",
-            [],
-        ),
-    ),
     "summer: New York closed on the Fourth, a manual refresh on Wednesday": (
         *(datetime(2025, 6, 29, 16, tzinfo=KST), 7, (datetime(2025, 7, 2, 12, tzinfo=KST), MANUAL)),
         Played(
@@ -552,11 +530,15 @@ class TestRuns:
     def test_a_warm_up_renews_publishes_and_leaves_the_next_renewal(self, gateway: Sandbox, opens: Opens) -> None:
         """Renewed, then Warm on the same token; the run is named after the exchange's own day.
 
-        The one that renews reads everything once: at most 2,500 calls into our packages, with its artifacts.
+        The one that renews reads everything once: at most 2,500 calls into our packages, with its artifacts; an alert
+        takes 400.
         """
         exchange, states = opens(SOON), []
         calls = counted(lambda: states.append(run(warm_up.warm_up, exchange=exchange)))
         assert 0 < calls.total() <= 2500, calls.most_common(20)
+        state, down = only_key().state(now()), IssuerUnavailableError("KIS is down.")
+        calls = counted(lambda: alerts.report(Settings.load(), state, down, now()))
+        assert 0 < calls.total() <= 400, calls.most_common(20)
         states.append(run(warm_up.warm_up, exchange=exchange))
         assert [told(state) for state in states] == [("COMPLETED", "Renewed"), ("COMPLETED", "Warm")]
         assert str(states[1].message).startswith("us+kr: the token serves until ")
@@ -647,7 +629,7 @@ class TestRuns:
     def test_no_secret_gets_into_prefect(
         self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens, prefect_home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """After all flows renewed, were refused, waited, failed and met a bug, Prefect and Slack have no secret.
+        """After all flows renewed, were refused, waited, failed and met a bug, Prefect, Slack and incidents have none.
 
         What a person pastes into the form is in the run's parameters, which are the person's doing, and nowhere else.
         """
@@ -681,7 +663,9 @@ class TestRuns:
             time.sleep(3)
         assert "flow_run.parameters" in leak_places(database, "canary run")
         assert leak_places(database, pasted[-40:]) == {"flow_run.parameters"}
-        everything = b"\n".join([json.dumps(slack.told).encode(), *contents(prefect_home)])
+        written = Path("~/.tokencore/incidents.json").expanduser()
+        assert stat.S_IMODE(written.stat().st_mode) == 0o600
+        everything = b"\n".join([json.dumps(slack.told).encode(), written.read_bytes(), *contents(prefect_home)])
         assert pasted.encode() not in json.dumps(slack.told).encode()
         for secret in secrets.values():
             assert leak_places(database, secret[-40:]) == set()

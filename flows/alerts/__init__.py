@@ -111,6 +111,12 @@ class Subject(NamedTuple):
         answer = (last.outcome.value, last.code) if last and cause in causes.BY_ANSWER else None
         return messages.happened(self.texts, cause, str(error), answer)
 
+    def over(self, known: list[Incident]) -> list[Incident]:
+        """Those of its incidents whose end is to be reported."""
+        state = self.state if self.reached else None
+        foreign, refused = bool(state and state.foreign_issue), bool(state and state.refused)
+        return incidents.over(known, self.name, self.now, foreign=foreign, lasting=refused)
+
     def attempt(self, cause: Cause, again_in: float | None, retry_at: datetime | None) -> tuple[str, datetime | None]:
         """What is tried next by itself: the key of its text, and when; None where a person has to act first."""
         retry_at = retry_at or self.now
@@ -120,16 +126,6 @@ class Subject(NamedTuple):
             return "next.run", max(self.now + timedelta(seconds=again_in), retry_at)
         planned = self.state.next_attempt if self.reached and self.state else None
         return ("next.planned", planned) if planned else ("next.check", _next_check(max(self.now, retry_at)))
-
-
-class Post(NamedTuple):
-    """A message to send: at which level it is logged, into which thread it goes, what is noted when Slack has it."""
-
-    message: Message
-    level: int
-    sent: Callable[[slack.Thread | None], None]
-    thread: slack.Thread | None = None
-    broadcast: bool = False
 
 
 def guarded(who: str, work: Callable[[Settings, datetime], State]) -> State:
@@ -171,18 +167,16 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
         if not foreign and all(one.subject != name for one in incidents.parse(_document(settings).read())):
             return
 
-        def posts(known: list[Incident]) -> list[Post]:
-            subject, found = Subject.of(settings, who, now), []
-            if over := _over(known, who, now):
-                message = messages.solved(subject.texts, subject.facts(at_risk=False), over)
-                found.append(_end(known, over, message))
+        def work(known: list[Incident]) -> None:
+            subject = Subject.of(settings, who, now)
+            if over := subject.over(known):
+                _end(known, subject, over, messages.solved(subject.texts, subject.facts(at_risk=False), over))
             if foreign:
                 cause = causes.FOREIGN_TOKEN
                 happened = messages.happened(subject.texts, cause, clock(foreign))
-                found += _trouble(known, subject, cause, happened, subject.attempt(cause, None, None))
-            return found
+                _trouble(known, subject, cause, happened, subject.attempt(cause, None, None))
 
-        _deliver(settings, posts)
+        _deliver(settings, work)
 
 
 def announce(
@@ -196,79 +190,76 @@ def announce(
         subject = Subject.of(settings, state, state.now)
         happened = subject.happened(subject.cause(error), error) if error else ""
 
-        def posts(known: list[Incident]) -> list[Post]:
-            over = [] if error else _over(known, state, state.now)
+        def work(known: list[Incident]) -> None:
+            over = [] if error else subject.over(known)
             facts = subject.facts(at_risk=error is not None)
             message = messages.notice(subject.texts, facts, kind, by=by, why=why, happened=happened, ended=over)
-            return [_end(known, over, message)._replace(broadcast=True)]
+            _end(known, subject, over, message, broadcast=True)
 
-        _deliver(settings, posts)
+        _deliver(settings, work)
 
 
 def _trouble(
     known: list[Incident], subject: Subject, cause: Cause, happened: str, attempt: tuple[str, datetime | None]
-) -> list[Post]:
-    """The message about trouble that lasts, or none."""
+) -> None:
+    """Send the message about trouble that lasts, if one is due."""
     harmful = cause is not causes.FOREIGN_TOKEN  # a foreign token serves like one of ours
     now, following = subject.now, _next_check(subject.now)
     look_again = min(attempt[1], following) if attempt[1] else following
     incident, due = incidents.met(known, subject.name, cause, subject.need if harmful else None, now, look_again)
     if due is None:
-        return []
+        return
     message = messages.trouble(subject.texts, subject.facts(at_risk=harmful), incident, due, happened, attempt)
     level = logging.WARNING if due.kind == "reminded" else logging.ERROR
-    return [Post(message, level, lambda thread: incident.notified(due, now, thread), incident.thread, due.page)]
+    receipt = _send(subject.settings, message, level, incident.thread, broadcast=due.page)
+    if not receipt.refusal:
+        incident.notified(due, now, receipt.thread)
 
 
-def _end(known: list[Incident], over: list[Incident], message: Message) -> Post:
-    """A message that ends these incidents."""
-
-    def sent(_: slack.Thread | None) -> None:
+def _end(
+    known: list[Incident], subject: Subject, over: list[Incident], message: Message, *, broadcast: bool = False
+) -> None:
+    """Send a message that ends these incidents, and forget them once Slack has it."""
+    thread = next((one.thread for one in over if one.thread), None)
+    if not _send(subject.settings, message, logging.INFO, thread, broadcast=broadcast).refusal:
         known[:] = [one for one in known if one not in over]
 
-    return Post(message, logging.INFO, sent, next((one.thread for one in over if one.thread), None))
+
+def _send(
+    settings: Settings, message: Message, level: int, thread: slack.Thread | None, *, broadcast: bool
+) -> slack.Receipt:
+    """Log a message and send it; the log also has why Slack did not accept it."""
+    logger().log(level, message.plain)
+    receipt = slack.send(settings, message, thread, broadcast=broadcast)
+    if receipt.refusal:
+        logger().warning("Slack did not accept the message (%s): %s.", receipt.refusal, receipt.fix)
+    return receipt
 
 
-def _over(known: list[Incident], who: KeyState | str, now: datetime) -> list[Incident]:
-    if isinstance(who, str):
-        return incidents.over(known, who, now, foreign=False, lasting=False)
-    return incidents.over(known, who.key.name, now, foreign=who.foreign_issue is not None, lasting=who.refused)
-
-
-def _deliver(settings: Settings, posts: Callable[[list[Incident]], list[Post]]) -> None:
-    """Send what `posts` makes of the known incidents, and note what Slack accepted, holding the incidents meanwhile.
+def _deliver(settings: Settings, work: Callable[[list[Incident]], None]) -> None:
+    """Do the `work` that sends messages and notes what Slack accepted, holding the incidents meanwhile.
 
     In a thread: not even a name server or an endless answer delays a run for longer.
     """
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(_work, settings, posts), daemon=True)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(_hold, settings, work), daemon=True)
     thread.start()
     thread.join(WAIT)
     if thread.is_alive():
         logger().warning("Slack has not answered within %.0f s; the run goes on.", WAIT)
 
 
-def _work(settings: Settings, posts: Callable[[list[Incident]], list[Post]]) -> None:
+def _hold(settings: Settings, work: Callable[[list[Incident]], None]) -> None:
     begun = False
     with harmless(FAILED):
         try:
             with incidents.changing(_document(settings), WAIT) as known:
                 begun = True
-                _send(settings, posts(known))
+                work(known)
         except incidents.Busy:
             logger().warning("Other runs are speaking to Slack; the next run reports what is still wrong.")
         except (OSError, TokenError):
             if not begun:  # nobody knows what was reported: better twice than never
-                _send(settings, posts([]))
-
-
-def _send(settings: Settings, posts: list[Post]) -> None:
-    for post in posts:
-        logger().log(post.level, post.message.plain)
-        receipt = slack.send(settings, post.message, post.thread, broadcast=post.broadcast)
-        if receipt.refusal:
-            logger().warning("Slack did not accept the message (%s): %s.", receipt.refusal, receipt.fix)
-        else:
-            post.sent(receipt.thread)
+                work([])
 
 
 def _document(settings: Settings) -> Document:
