@@ -346,10 +346,9 @@ class BaseTokenManager(Sensitive):
         try:
             self._reload()
             interval = self.market.settings.issue_interval
-            self._renewer.departing = begun.set
-            newer = self._renewer.renew_ahead(
-                token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now)
-            )
+            renewer = self._renewer
+            renewer.departing = begun.set
+            newer = renewer.renew_ahead(token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now))
         except Exception as error:  # noqa: BLE001 - whatever fails, the present token is served
             self._next_try = time.monotonic() + max(AHEAD_PAUSE, interval)
             _warn(error)
