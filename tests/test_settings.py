@@ -350,6 +350,17 @@ def test_dotenv_that_others_can_have_written_is_ignored(
     assert [message.startswith(f"{path} is ignored, because ") for message in caplog.messages] == [True]
 
 
+def test_config_file_that_others_can_write_is_refused() -> None:
+    """It may give an address for any secret; a group of the owner's own, as the usual umasks leave it, may write it."""
+    path = config(**PAIR)
+    for opened, wide, usual in ((path, 0o666, 0o664), (path.parent, 0o777, 0o775)):
+        opened.chmod(wide)
+        assert refusal(us) == refusal()
+        assert refusal().startswith("~/.tokencore/config.toml is refused, because other users can write it")
+        opened.chmod(usual)
+        assert us().app_key == KEY
+
+
 @as_root
 def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
     """A service's user reads what root wrote and no config.toml of a folder named `~`; its token folder must be set."""

@@ -219,7 +219,13 @@ def _config() -> dict[str, Any]:
         return {}
     import tomllib
 
-    return _readable(lambda path: dict(_leaves(tomllib.loads(_text(path)), "")), CONFIG_FILE)
+    found = _readable(lambda path: dict(_leaves(tomllib.loads(_text(path)), "")), CONFIG_FILE)
+    if any(permissions.open_to_others(os.stat(one)) for one in (path, os.path.dirname(path))):
+        raise ConfigurationError(
+            f"{CONFIG_FILE} is refused, because other users can write it or its folder, and it may say where secrets "
+            "are sent; look whether it is still yours, then run `chmod go-w ~/.tokencore ~/.tokencore/config.toml`."
+        )
+    return found
 
 
 def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:

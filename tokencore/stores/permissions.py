@@ -30,6 +30,11 @@ def stranger(path: str, found: os.stat_result | None = None, *, lenient: bool = 
     return None
 
 
+def open_to_others(found: os.stat_result) -> bool:
+    """Whether others can write it, or what is in it, beside a group of the owner's own."""
+    return sys.platform != "win32" and bool(found.st_mode & _others(found))
+
+
 def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
     """Return where `stranger` finds nothing.
 
