@@ -27,7 +27,6 @@ RUN useradd --uid 1000 --create-home tokencore \
 COPY --from=build /opt/tokencore /opt/tokencore
 ENV PATH=/opt/tokencore/.venv/bin:$PATH \
     KIS_TOKEN_DIR=/var/lib/tokencore \
-    KIS_SECRETS_DIR=/run/secrets \
     PREFECT_SERVER_API_HOST=0.0.0.0
 USER 1000:1000
 WORKDIR /home/tokencore

@@ -216,6 +216,7 @@ def test_compose_names_only_what_is_there() -> None:
             assert one["cap_drop"] == ["ALL"]
             assert one["security_opt"] == ["no-new-privileges:true"]
             assert one["read_only"]
+            assert one["environment"]["KIS_SECRETS_DIR"] == "/run/secrets"
     assert {one["file"] for one in COMPOSE["secrets"].values()} == {f"secrets/{name}" for name in COMPOSE["secrets"]}
     beat = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
     assert services["worker"]["environment"][beat] == environment.DEFAULTS[beat]

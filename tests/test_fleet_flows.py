@@ -21,7 +21,7 @@ from cryptography.fernet import Fernet
 from postgres import PASSWORD, needs_postgres
 from running import asked, start, until
 from slack_endpoint import HOOK, SlackEndpoint
-from stacks import KEYS, ROOT, SLOW, Place, Up, always_open, environment_of, in_proc
+from stacks import KEYS, MARK, ROOT, SLOW, Place, Up, always_open, environment_of, in_proc
 
 from tokencore.sandbox import Sandbox
 
@@ -260,11 +260,14 @@ def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(
 @played
 @in_proc
 def test_the_databases_password_is_told_nowhere(machines: Machines) -> None:
-    """Not in the stack's files, not on a command line; the runs' environment has no use for it."""
+    """Not in the stack's files, not on a command line, not in the environment of a run, which has no use for it."""
     stored = {path: path.read_bytes() for path in machines.up.folder.rglob("*") if path.is_file()}
     assert [path for path, content in stored.items() if PASSWORD.encode() in content] == []
     assert not any(PASSWORD in line for line in machines.up.place.living().values())
-    assert not any(PASSWORD in one for one in environment_of(machines.up.processes()["worker"]))
+    made = machines.begin("first", "check-tokens/check_tokens")
+    given = environment_of(int(machines.up.look(made)["infrastructure_pid"]))
+    assert (any(one.startswith(MARK) for one in given), any(PASSWORD in one for one in given)) == (True, False)
+    machines.end(made)
 
 
 @played
