@@ -65,8 +65,8 @@ class Fleet(NamedTuple):
 class Machine:
     """A machine of the fleet: its own folder, the same key as the others.
 
-    At the point of a renewal that `store.at` names (`begun`, `departed` or `answered`) it sends itself the signal
-    `store.fault`; without one it makes the file `reached` and waits for the file `go`.
+    A process of it that is started with a fault `at` a point of a renewal (`begun`, `departed` or `answered`) sends
+    itself that signal; without one it makes the file `reached` and waits for the file `go`.
     """
 
     def __init__(self, fleet: Fleet, folder: Path, gateway: Sandbox, **numbers: object) -> None:
@@ -86,11 +86,12 @@ class Machine:
             token = renewer.obtain(lambda found: found.serves(datetime.now(UTC), 0), "get us")
         return token.access_token
 
-    def start(self) -> int:
-        """The same in a process of its own, whose token is in the file `got` then."""
-        return in_child(self._get)
+    def start(self, at: str = "", fault: int = 0) -> int:
+        """The same in a process of its own, whose token is in the file `got` then, unless it meets a fault."""
+        return in_child(lambda: self._get(at, fault))
 
-    def _get(self) -> None:
+    def _get(self, at: str, fault: int) -> None:
+        self.store.at, self.store.fault = at, fault
         try:
             (self.folder / "got").write_text(self.get())
             for thread in threading.enumerate():  # as at the end of a program

@@ -74,6 +74,22 @@ def test_eight_cold_machines_make_one_request(fleet: Fleet, tmp_path: Path, kis:
     clean(kis, 1)
 
 
+def test_of_two_that_have_looked_one_begins_and_the_last_that_began_may_send(
+    fleet: Fleet, tmp_path: Path, kis: Sandbox
+) -> None:
+    """Whose look is older than another's attempt looks again; whose attempt is older than another's sends nothing."""
+    first, second = machines(fleet, tmp_path, kis, 2)
+    with first.store.lock(wait=5), second.store.lock(wait=5):
+        begun = first.store.begin(SENT)
+        assert begun
+        assert second.store.begin(SENT) is None
+        assert first.store.depart(begun)
+        fleet.server.sql("update tokencore_attempt set at = now() - interval '1 hour'")
+        assert second.store.begin(SENT) is None
+        assert second.store.begin(SENT)
+        assert not first.store.depart(begun)
+
+
 class Fate(NamedTuple):
     """What befalls a machine at a point of its renewal, and how many requests that makes."""
 
@@ -108,8 +124,7 @@ def outlive(fleet: Fleet, folder: Path, fate: Fate) -> None:
     """Three machines, one of which meets its fate."""
     with Sandbox(issue_interval=MINUTE) as kis, Relay(fleet.server.port) as relay:
         victim = Machine(fleet.behind(relay), folder / "victim", kis)
-        victim.store.at, victim.store.fault = fate.at, fate.fault
-        child = victim.start()
+        child = victim.start(fate.at, fate.fault)
         if fate.fault:
             status = os.waitpid(child, os.WUNTRACED)[1]
             assert os.WIFSTOPPED(status) or os.WIFSIGNALED(status)

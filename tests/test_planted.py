@@ -11,6 +11,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from tokencore.clients import exports
 from tokencore.config import sources
 from tokencore.errors import TokenStoreError
 from tokencore.kis import codes
-from tokencore.stores import file_store, files, record
+from tokencore.stores import database, encryption, file_store, files, record, shared_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ TESTS = Path(__file__).parent
 Store: Any = file_store.FileStore
 Record: Any = record.Record
 Renewer: Any = renewer.Renewer
+Shared: Any = shared_store.SharedStore
 
 
 class Bug(NamedTuple):
@@ -276,6 +278,53 @@ def anchor_ignored() -> None:
     moment: Any = policy._moment
     inside: Any = policy
     inside._moment = lambda past, window, needs, _: moment(past, window, needs, None)
+
+
+@found_by("fleet", "of_two_that_have_looked_one_begins_and_the_last_that_began_may_send", quick=True)
+def no_version_check() -> None:
+    """A machine begins although the row has changed since it looked."""
+    inside: Any = database
+    inside._BEGIN = database._NOTE
+
+
+@found_by("fleet", "whatever_befalls_the_machine_that_renews_the_others_get_the_same_token")
+def no_depart() -> None:
+    """Who was stopped sends without another look."""
+    Shared.depart = lambda *_: True
+
+
+@found_by("fleet", "eight_cold_machines_make_one_request[0]")
+def begun_afterwards() -> None:
+    """The fleet hears of an attempt with its outcome."""
+    Shared.begin = lambda self, attempt: shared_store.Fence(0, self._holding().state, self._local.begin(attempt))
+    Shared.depart = lambda *_: True
+
+
+@found_by("fleet", "the_limits_go_by_the_servers_clock[1]")
+def clients_clock() -> None:
+    """Each machine takes its own time for the fleet's."""
+    database.AHEAD = timedelta(days=9)
+
+
+@found_by("fleet", "eight_cold_machines_make_one_request[0]")
+def one_retry() -> None:
+    """Who was forestalled looks once more, and gives up."""
+    Shared._meet = lambda self, held, *_: setattr(held, "state", self._exchange(held.connected()))
+    renewer.ROUNDS = 1
+
+
+@found_by("fleet", "what_only_one_machine_has_is_offered_and_the_later_expiry_wins")
+def never_offered() -> None:
+    """A token that the store has not got stays where it is."""
+    inside: Any = shared_store
+    inside._beats = lambda *_: False
+
+
+@found_by("fleet", "a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost[exchanged]")
+def seal_unbound() -> None:
+    """Whatever the key opens is taken for what the row is about."""
+    opened = encryption.Seal.open
+    encryption.Seal.open = lambda self, sealed, _: opened(self, sealed, {})  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("name", [name for name, bug in BUGS.items() if FULL or bug.quick])

@@ -37,7 +37,6 @@ POLL = 0.1  # seconds between two looks at what another machine does
 FRESH = 1.0  # seconds for which a row that was read without the lock counts as the present one
 REST = 3.0  # seconds for which no process of the machine tries a store again that one could not reach
 IN_FLIGHT = 2.5  # time-outs in which a request that has left is answered
-LATE = 30.0  # seconds after which an answer to `depart` is worth nothing
 TRIES = 20  # of a change that others forestall
 FOLLOW = 2.0  # seconds after which a process that goes on asking follows, and between two looks whether it does
 SLACK = timedelta(seconds=2)  # by which two times of one attempt may differ
@@ -282,7 +281,7 @@ class SharedStore(Sensitive):
         if not held.connected().depart(self.name, fence.number):
             self._meet(held, 0, never)
             return False
-        return time.monotonic() - began < LATE and self._local.depart(fence.local)
+        return time.monotonic() - began < self._patience() / 2 and self._local.depart(fence.local)
 
     def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
         """Save the token and the outcome here, and publish both behind the caller's back, whom a token is waiting for.

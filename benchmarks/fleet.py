@@ -1,0 +1,265 @@
+"""A fleet on PostgreSQL: requests and times of a cold start, a renewal, a thousand keys, and a store that is away.
+
+Run `make bench`, or `python benchmarks/fleet.py` with the packages of the tests; it needs a server's programs, as in
+Debian's package postgresql. Server, machines and KIS's stand-in share this machine's processors: counts are exact,
+times are what is left of it. A machine is a token directory of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from measuring import ROOT, quantile, show
+
+sys.path.append(str(ROOT / "tests"))
+
+from builders import KEY, SECRET, make_market, make_token
+from fleets import Fleet, Machine
+from postgres import PROGRAMS, Postgres
+
+from tokencore import TokenManager
+from tokencore.attempts import Attempt, Outcome
+from tokencore.renewer import Renewer
+from tokencore.sandbox import Sandbox
+from tokencore.stores.file_store import FileStore
+from tokencore.stores.shared_store import Fleet as Reached
+from tokencore.stores.shared_store import SharedStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LATENCY, MACHINES, PROCESSES, KEYS, RENEWALS = 0.5, 8, 8, 1000, 50
+PATIENT = 60.0  # seconds for what takes one
+Row = tuple[str, str, str]
+
+
+def main() -> None:
+    """One row after the other, each on an empty store."""
+    if PROGRAMS is None:
+        print("The fleet is left out: no PostgreSQL server in /usr/lib/postgresql.", file=sys.stderr)
+        return
+    rows: list[Row] = []
+    with Postgres() as server:
+        for work in (cold_start, cached, statements, renewals, thousand, away):
+            with TemporaryDirectory() as folder:
+                rows += work(Fleet.made(server), Path(folder))
+    show("A fleet", ["what", "is to be", "is"], rows, f"Load when it ended: {os.getloadavg()[0]:.1f}.")
+
+
+def cold_start(fleet: Fleet, folder: Path) -> list[Row]:
+    """Processes on machines without anything, at a barrier; the programs have been up, so their imports are done."""
+    with Sandbox(issue_interval=60, latency=LATENCY) as kis:
+        machines = [Machine(fleet, folder / str(n), kis, issue_interval=60, timeout=10) for n in range(MACHINES)]
+        go, ends = os.pipe(), os.pipe()
+        children = []
+        for number in range(MACHINES * PROCESSES):
+            child = os.fork()
+            if not child:
+                wait_and_get(machines[number % MACHINES], go, ends[1])
+            children.append(child)
+        time.sleep(1)
+        began = time.monotonic()
+        os.close(go[0])
+        os.close(go[1])
+        assert {os.waitpid(child, 0)[1] for child in children} == {0}
+        last = max(float(line) for line in os.read(ends[0], 65536).decode().split()) - began
+        count = kis.stats()["token_requests"]
+    what = f"cold start of {MACHINES} machines with {PROCESSES} processes each: requests"
+    late = f"{LATENCY} s of KIS + 1.5 s"
+    return [(what, "1", str(count)), ("until the last is served", late, f"{LATENCY} s + {last - LATENCY:.2f} s")]
+
+
+def wait_and_get(machine: Machine, go: tuple[int, int], ended: int) -> None:
+    """A process; it never returns."""
+    code = 1
+    try:
+        os.close(go[1])
+        os.read(go[0], 1)
+        machine.get()
+        os.write(ended, f"{time.monotonic()}\n".encode())
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def cached(fleet: Fleet, folder: Path) -> list[Row]:
+    """A cached token on a machine of the fleet and on one alone, while the store is up, frozen, and refused."""
+    with Sandbox() as kis:
+        os.environ.update(KIS_APP_KEY=KEY, KIS_APP_SECRET=SECRET, KIS_BASE_URL=kis.url)
+        alone = timed({"KIS_TOKEN_DIR": str(folder / "alone")})
+        found = {"up": timed(fleet.environment(folder / "fleet"))}
+        fleet.server.freeze()
+        found["frozen"] = timed(fleet.environment(folder / "fleet"), saved=True)
+        fleet.server.thaw()
+        fleet.server.stop()
+        found["down"] = timed(fleet.environment(folder / "fleet"), saved=True)
+        fleet.server.start()
+    told = ", ".join(f"{seconds * 1e6:.2f} µs ({state})" for state, seconds in found.items())
+    return [("a cached token, median", f"{alone * 1e6:.2f} µs, as on one machine", told)]
+
+
+def timed(settings: dict[str, str], *, saved: bool = False) -> float:
+    """The median of a cached `get_valid_token`."""
+    os.environ.update(settings)
+    manager = TokenManager("us")
+    if not saved:
+        manager.save_token(make_token())
+    for name in settings:
+        del os.environ[name]
+    manager.get_valid_token()
+    return min(statistics.median(one(manager.get_valid_token) for _ in range(2000)) for _ in range(5))
+
+
+def one(work: Callable[[], object]) -> float:
+    """Seconds of ten calls, for one."""
+    began = time.perf_counter()
+    for _ in range(10):
+        work()
+    return (time.perf_counter() - began) / 10
+
+
+def statements(fleet: Fleet, folder: Path) -> list[Row]:
+    """What the store's own operations take, on an open connection."""
+    with Sandbox() as kis:
+        machine = Machine(fleet, folder / "one", kis)
+    taken: dict[str, list[float]] = {"read": [], "begin": [], "depart": [], "finish": []}
+    attempt = Attempt(datetime.now(UTC), Outcome.ISSUED)
+    with Reached.of(machine.market.settings).connect() as session:
+        session.put("key", 0, "x" * 900)
+        for _ in range(200):
+            marks = [time.perf_counter()]
+            state = session.read(["key"])["key"]
+            marks.append(time.perf_counter())
+            fence = session.begin("key", state, attempt) or 0
+            marks.append(time.perf_counter())
+            assert session.depart("key", fence)
+            marks.append(time.perf_counter())
+            session.finish("key", fence, attempt, state.ahead)
+            marks.append(time.perf_counter())
+            for seconds, (before, after) in zip(taken.values(), pairwise(marks), strict=True):
+                seconds.append(after - before)
+    bounds = {"read": "2 ms"}
+    return [
+        (f"{name}, median", bounds.get(name, ""), f"{statistics.median(seconds) * 1000:.2f} ms")
+        for name, seconds in taken.items()
+    ]
+
+
+def renewals(fleet: Fleet, folder: Path) -> list[Row]:
+    """How long until a program on another machine is given what the first one has renewed."""
+    with Sandbox() as kis, ExitStack() as running:
+        first, second = (Machine(fleet, folder / name, kis) for name in ("first", "second"))
+        settings = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
+        environment = {**os.environ, **settings, **fleet.environment(second.folder), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([sys.executable, "-m", "tokencore", "follow"], env=environment)
+        running.callback(process.wait)
+        running.callback(process.terminate)
+        files = FileStore(second.market, tuple)
+        os.environ.update(settings, KIS_TOKEN_DIR=str(second.folder))
+        taken, life = [], 80_000
+        renew(first, life)
+        wait(lambda: files.read()[0] is not None)
+        manager = TokenManager("us")
+        for turn in range(RENEWALS):
+            manager.get_valid_token()
+            time.sleep(0.37 * (turn % 3))  # at another point of the second for which a token is in memory
+            text, began = renew(first, life + turn + 1), time.monotonic()
+            wait(lambda text=text: manager.get_valid_token() == text)  # type: ignore[misc]
+            taken.append(time.monotonic() - began)
+        del os.environ["KIS_TOKEN_DIR"]
+    shown = f"{quantile(taken, 0.5):.2f} s, {max(taken):.2f} s"
+    return [(f"a renewal is seen on another machine, median and worst of {RENEWALS}", "1 s at most", shown)]
+
+
+def renew(machine: Machine, life: float) -> str:
+    """A new token there, for all."""
+    token = make_token(life=life)
+    with machine.store.lock(wait=5):
+        machine.store.save(token)
+    return token.access_token
+
+
+def wait(happened: Callable[[], bool]) -> None:
+    """Until it has."""
+    end = time.monotonic() + PATIENT
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def thousand(fleet: Fleet, folder: Path) -> list[Row]:
+    """As many keys, all due in the same minute, on two machines at once; then `check` of them all."""
+    names = [f"m{number:04}" for number in range(KEYS)]
+    with Sandbox(issue_interval=60) as kis:
+        machines = [folder / "first", folder / "second"]
+        for place in machines:
+            place.mkdir(mode=0o700)
+        began = time.monotonic()
+        with ThreadPoolExecutor(16) as pool:
+            list(
+                pool.map(
+                    lambda work: first_token(fleet, kis, *work), [(one, place) for one in names for place in machines]
+                )
+            )
+        took, stats = time.monotonic() - began, kis.stats()
+        environment = {name: text for name, text in os.environ.items() if not name.startswith("KIS_")}
+        environment |= {f"KIS_MARKETS__{one.upper()}__APP_KEY": f"{one}{KEY}"[:36] for one in names}
+        environment |= {"KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url, "PYTHONPATH": str(ROOT)}
+        environment |= fleet.environment(folder / "third")
+        command = [sys.executable, "-m", "tokencore", "check", "--json"]
+        checks = []
+        for _ in range(3):
+            started = time.monotonic()
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            checks.append(time.monotonic() - started)
+        valid = [found["valid"] for found in json.loads(done.stdout)]
+        assert valid.count(True) == KEYS, (valid.count(True), done.stderr)
+    what = f"{KEYS} keys due in one minute on two machines: requests, of them new, refused"
+    counts = f"{stats['token_requests']}, {stats['granted_new']}, {sum(stats['refused'].values())} in {took:.0f} s"
+    return [
+        (what, f"{KEYS}, {KEYS}, 0", counts),
+        (f"`check` of {KEYS} keys on a machine without files, whole process", "0.6 s", f"{min(checks):.2f} s"),
+    ]
+
+
+def first_token(fleet: Fleet, kis: Sandbox, name: str, place: Path) -> None:
+    """The first token of a key of its own."""
+    numbers = {"issue_interval": 60.0, "timeout": 10.0, **fleet.numbers(place)}
+    market = make_market(name, **numbers).given(lambda: (f"{name}{KEY}"[:36], SECRET), kis.url)
+    store = SharedStore(market, lambda: [name])
+    Renewer([market], store).obtain(lambda token: token.serves(datetime.now(UTC), 0), "bench")
+    store.attempts()  # it is published
+
+
+def away(fleet: Fleet, folder: Path) -> list[Row]:
+    """How long a command without a token takes to say that the store does not answer, and its exit code."""
+    with Sandbox() as kis:
+        environment = {**os.environ, "KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
+        environment |= {**fleet.environment(folder / "cold"), "PYTHONPATH": str(ROOT)}
+        fleet.server.freeze()
+        began = time.monotonic()
+        command = [sys.executable, "-m", "tokencore", "get", "us"]
+        code = subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+        took = time.monotonic() - began
+        fleet.server.thaw()
+    return [("store frozen, no token: exit code", "7 within 10 s", f"{code} after {took:.1f} s")]
+
+
+if __name__ == "__main__":
+    main()
