@@ -48,14 +48,14 @@ clients: .venv/.dev
 
 torture: .venv/.dev
 	@TORTURE=1 $(RUN) pytest $(or $(ARGS),\
-		tests/test_faults.py tests/test_model.py tests/test_planted.py tests/test_secrets.py)
+		tests/test_faults.py tests/test_fleet.py tests/test_fleet_chance.py tests/test_model.py tests/test_planted.py tests/test_secrets.py)
 
 # Beside other clients, which are installed for nothing else; tokencore as a user has it, not as a checkout.
-bench: .venv/.flows .bench/.clients
+bench: .venv/.dev .bench/.clients
 	@.bench/bin/python -m pip install --quiet --quiet --no-deps --force-reinstall . && rm -rf build
 	@failed=0; for program in cached_token processes stampede files week; do \
 		.bench/bin/python benchmarks/$$program.py || failed=1; done; \
-	for program in auth metrics prefect_run; do .venv/bin/python benchmarks/$$program.py || failed=1; done; exit $$failed
+	for program in auth fleet metrics prefect_run; do .venv/bin/python benchmarks/$$program.py || failed=1; done; exit $$failed
 
 .bench/.clients: benchmarks/requirements.txt pyproject.toml constraints.txt
 	@echo 'Installing into .bench (half a minute) ...'

@@ -35,7 +35,7 @@ from tokencore.attempts import Attempt, Outcome
 from tokencore.renewer import Renewer
 from tokencore.sandbox import Sandbox
 from tokencore.stores.file_store import FileStore
-from tokencore.stores.shared_store import Fleet as Reached
+from tokencore.stores.fleet import Fleet as Reached
 from tokencore.stores.shared_store import SharedStore
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import socket
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from builders import DAY, in_child, make_market
+from builders import DAY, KEY, SECRET, in_child, make_market
 from cryptography import x509
 from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives import hashes
@@ -69,12 +69,12 @@ class Machine:
     itself that signal; without one it makes the file `reached` and waits for the file `go`.
     """
 
-    def __init__(self, fleet: Fleet, folder: Path, gateway: Sandbox, **numbers: object) -> None:
+    def __init__(self, fleet: Fleet, folder: Path, gateway: Sandbox, *, key: str = KEY, **numbers: Any) -> None:  # noqa: ANN401 - fields of the settings
         """Nothing is opened yet; `numbers` as of `make_market`."""
         folder.mkdir(parents=True, mode=0o700)
         self.folder = folder
-        usual = {"base_url": gateway.url, "issue_interval": MINUTE, "timeout": TIMEOUT}
-        self.market = make_market("us", **fleet.numbers(folder, **{**usual, **numbers}))
+        usual = {"issue_interval": MINUTE, "timeout": TIMEOUT, **numbers}
+        self.market = make_market("us", **fleet.numbers(folder, **usual)).given(lambda: (key, SECRET), gateway.url)
         self.store = _Stopping(self.market, lambda: ["us"])
 
     def get(self) -> str:

@@ -51,7 +51,7 @@ def kis() -> Iterator[Sandbox]:
         yield running
 
 
-def machines(fleet: Fleet, folder: Path, kis: Sandbox, count: int, **numbers: object) -> list[Machine]:
+def machines(fleet: Fleet, folder: Path, kis: Sandbox, count: int, **numbers: Any) -> list[Machine]:  # noqa: ANN401 - fields of the settings
     """So many machines with nothing on them."""
     return [Machine(fleet, folder / f"machine-{number}", kis, **numbers) for number in range(count)]
 

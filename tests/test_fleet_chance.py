@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builders import ended
 from fleets import Fleet, Machine
@@ -67,9 +67,9 @@ def befall(server: Postgres, chance: random.Random) -> None:
 def play(fleet: Fleet, folder: Path, chance: random.Random) -> dict[str, object]:
     """A round: some machines want their first token at about the same time; what KIS has seen in the end."""
     with Sandbox(issue_interval=MINUTE, latency=chance.uniform(0, 0.4)) as kis:
-        machines = [
-            Machine(fleet, folder / str(number), kis, issue_interval=MINUTE, timeout=TIMEOUT) for number in range(COUNT)
-        ]
+        key = f"{folder.name:X<36}"  # a later round may have the port of an earlier one
+        numbers: dict[str, Any] = {"key": key, "issue_interval": MINUTE, "timeout": TIMEOUT}
+        machines = [Machine(fleet, folder / str(number), kis, **numbers) for number in range(COUNT)]
         with ThreadPoolExecutor(COUNT * PROCESSES) as pool:
             seeds = [chance.random() for _ in range(COUNT * PROCESSES)]
             list(pool.map(lambda n: live(machines[n % COUNT], random.Random(seeds[n])), range(len(seeds))))

@@ -51,7 +51,7 @@ def _init(settings: Settings, role: str) -> int:
 
 
 def _rotate(settings: Settings) -> int:
-    from tokencore.stores.shared_store import rotate
+    from tokencore.stores.fleet import rotate
 
     kept = rotate(settings)
     if kept:
@@ -65,10 +65,10 @@ def _rotate(settings: Settings) -> int:
 
 def _follow(_: argparse.Namespace) -> int:
     settings = _shared(Settings.load())
-    from tokencore.stores.shared_store import follow_here
+    from tokencore.stores.shared_store import make_follower
 
     with until_stopped():
-        follow_here(settings)
+        make_follower(settings).run()
     print("Stopped.", file=sys.stderr)
     return 0
 

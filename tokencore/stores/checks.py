@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokencore.stores.file_store import hold
-from tokencore.stores.shared_store import Fleet, make_follower
+from tokencore.stores.fleet import Fleet
+from tokencore.stores.shared_store import make_follower
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,8 +52,7 @@ def _either(bad: object, well: str, trouble: str, fix: str) -> tuple[str, str]:
 
 
 def _rows(fleet: Fleet, session: Database) -> Iterator[tuple[str, str, str]]:
-    names = [key for (key,) in session.execute("select key from tokencore_key where key <> 'layout' and sealed <> ''")]
-    states = session.read(["layout", *names], 1)
+    states = session.read(["layout", *session.names()], 0)
     ahead = states.pop("layout").ahead.total_seconds()
     wrong = f"this machine's is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     yield "store clock", *_either(ahead, "this machine's is the server's", wrong, "set both by NTP")

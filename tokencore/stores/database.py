@@ -221,6 +221,14 @@ class Database(Sensitive):
         nothing = State(0, "", {}, timedelta(0), time.monotonic())
         return {key: found.get(key, nothing) for key in keys}
 
+    def names(self) -> set[str]:
+        """The names of all rows that have a content."""
+        return {key for (key,) in self.execute("select key from tokencore_key where key <> 'layout' and sealed <> ''")}
+
+    def versions(self, keys: Sequence[str]) -> dict[str, int]:
+        """The versions of the rows of that name."""
+        return dict(self.execute("select key, version from tokencore_key where key = any(%(keys)s)", keys=list(keys)))
+
     def put(self, key: str, version: int, sealed: str) -> bool:
         """Replace the row's content, or make the row where `version` is 0; False where it has changed meanwhile."""
         return bool(self.execute(_PUT if version else _ADD, key=key, version=version, sealed=sealed))

@@ -19,27 +19,10 @@ from tokencore.stores.permissions import PRIVATE_FILE, make_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Protocol
 
-    from tokencore.stores.database import Database, State
-
-    class Copy(Protocol):
-        """A key's files on this machine."""
-
-        def behind(self, state: State) -> bool:
-            """Whether they have another token than the row."""
-
-        def mirror(self, session: Database) -> bool:
-            """Bring both to what is newer; False where the lock is not free."""
-
-    class Store(Protocol):
-        """How the fleet's store is reached, and the machine's folder."""
-
-        folder: str
-
-        def connect(self) -> Database:
-            """An open connection."""
-
+    from tokencore.stores.database import Database
+    from tokencore.stores.fleet import Fleet
+    from tokencore.stores.shared_store import SharedStore
 
 STAND_BY = 2.0  # seconds between two tries to be the follower
 POLL = 0.1  # seconds between two looks where no notification is heard, or a lock is not free
@@ -52,46 +35,49 @@ _started = 0  # the process that has started its thread
 class Follower:
     """Keeps the files of some keys as the fleet's store has them."""
 
-    def __init__(self, store: Store, copies: Mapping[str, Copy]) -> None:
+    def __init__(self, fleet: Fleet, stores: Mapping[str, SharedStore]) -> None:
         """Follow the rows of these names."""
-        self._store, self._copies = store, copies
+        self._fleet, self._stores, self._names = fleet, stores, list(stores)
         self._versions: dict[str, int] = {}
-        names = digest(*sorted(copies), length=16)
-        self.lock_path = os.path.join(store.folder, f"key-follower-{names}.lock")
+        own = digest(*sorted(stores), length=16)  # programs with other settings have a follower of their own
+        self.lock_path = os.path.join(fleet.folder, f"key-follower-{own}.lock")
 
     def run(self) -> None:
         """Wait until no other process follows, then follow, whatever befalls the store; never returns."""
         from filelock import FileLock
 
-        make_private(self._store.folder)
+        make_private(self._fleet.folder)
         with FileLock(self.lock_path, mode=PRIVATE_FILE, poll_interval=STAND_BY, preserve_lock_file=True):
-            quiet = False
+            level = logging.WARNING
             while True:
                 try:
-                    with self._store.connect() as session:
-                        quiet = False
+                    with self._fleet.connect() as session:
+                        level = logging.WARNING
                         self._follow(session)
                 except TokenError as error:
-                    _log.log(logging.DEBUG if quiet else logging.WARNING, "%s The follower goes on trying.", error)
-                    quiet = True
+                    _log.log(level, "%s The follower goes on trying.", error)
+                    level = logging.DEBUG
                 time.sleep(PAUSE)
 
     def _follow(self, session: Database) -> None:
-        states = session.read(list(self._copies), 1)
+        states = session.read(self._names, 0)
         self._versions = {name: state.version for name, state in states.items()}
-        due = {name for name, state in states.items() if self._copies[name].behind(state)}
+        due = {name for name, state in states.items() if self._stores[name].behind(state)}
         hears, looked = self._hears(session), 0.0
         while True:
-            due = {name for name in due if not self._copies[name].mirror(session)}
+            due = {name for name in due if not self._stores[name].mirror(session)}
             if hears:
-                due |= session.heard(POLL if due else QUIET / 4) & self._copies.keys()
+                due |= session.heard(POLL if due else QUIET / 4) & self._stores.keys()
             else:
                 time.sleep(POLL)
             if not hears or time.monotonic() - looked > QUIET:
                 looked = time.monotonic()
-                due |= self._changed(session)
+                now = session.versions(self._names)
+                due |= {name for name, version in now.items() if self._versions.get(name) != version}
+                self._versions = now
 
-    def _hears(self, session: Database) -> bool:
+    @staticmethod
+    def _hears(session: Database) -> bool:
         """Whether notifications come through: a pooler takes LISTEN and delivers nothing."""
         mine = uuid.uuid4().hex
         session.execute("listen tokencore")
@@ -102,21 +88,13 @@ class Follower:
                 return True
         return False
 
-    def _changed(self, session: Database) -> set[str]:
-        known = "select key, version from tokencore_key where key = any(%(keys)s)"
-        now = dict(session.execute(known, keys=list(self._copies)))
-        changed = {name for name, version in now.items() if self._versions.get(name) != version}
-        self._versions = now
-        return changed
-
 
 def start(make: Callable[[], Follower]) -> None:
     """Follow in a thread of this process, unless one does already; `make` is called there."""
     global _started  # noqa: PLW0603 - a forked child has none of its parent's threads
-    if _started == os.getpid():
-        return
-    _started = os.getpid()
-    threading.Thread(target=_run, args=(make,), name="tokencore follower", daemon=True).start()
+    if _started != os.getpid():
+        _started = os.getpid()
+        threading.Thread(target=_run, args=(make,), name="tokencore follower", daemon=True).start()
 
 
 def _run(make: Callable[[], Follower]) -> None:

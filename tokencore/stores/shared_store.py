@@ -7,10 +7,11 @@ attempt that another machine has sent keeps the others away, until its outcome o
 
 from __future__ import annotations
 
-import os
 import time
+from _thread import get_ident
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokencore import tokens
 from tokencore.config.market import digest
@@ -18,160 +19,62 @@ from tokencore.errors import TokenError, TokenStoreError
 from tokencore.sealing import Sensitive
 from tokencore.stores.file_store import FileDocument, FileStore
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from threading import Thread
-    from typing import Any
 
     from tokencore.attempts import Attempt
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
     from tokencore.stores.database import Database, State
-    from tokencore.stores.encryption import Seal
+    from tokencore.stores.fleet import Fleet
     from tokencore.stores.follower import Follower
+    from tokencore.stores.shared_document import SharedDocument
     from tokencore.tokens import Token
 
 POLL = 0.1  # seconds between two looks at what another machine does
-FRESH = 1.0  # seconds for which a row that was read without the lock counts as the present one
-REST = 3.0  # seconds for which no process of the machine tries a store again that one could not reach
 IN_FLIGHT = 2.5  # time-outs in which a request that has left is answered
 TRIES = 20  # of a change that others forestall
 FOLLOW = 2.0  # seconds after which a process that goes on asking follows, and between two looks whether it does
 SLACK = timedelta(seconds=2)  # by which two times of one attempt may differ
 REMEMBERED = 8  # tokens that a person took away
 SHARED = ("approval",)  # documents; what exports have written where is each machine's own
-_fleets: dict[str, Fleet] = {}
 
 
-def never() -> bool:
-    """Whoever waits does so to the end."""
-    return False
+class Fence(NamedTuple):
+    """The attempt that this process has begun: its number in the store, how the clocks differ, the machine's record."""
 
-
-class Fleet(Sensitive):
-    """The store of the settings, as this machine reaches it."""
-
-    __slots__ = ("_address", "_read_at", "_rows", "_warned", "down", "folder", "host", "seal")
-
-    def __init__(self, settings: Settings) -> None:
-        """Nothing is opened yet.
-
-        Raises:
-            ConfigurationError: KIS_STORE_KEYS cannot be used, or the extra is not installed.
-
-        """
-        import socket
-
-        from tokencore.stores.encryption import Seal
-
-        self._address = settings.store.get_secret_value() if settings.store else ""
-        self.seal: Seal = Seal(key.get_secret_value() for key in settings.store_keys)
-        self.folder = settings.token_dir
-        self.host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # process numbers collide
-        self.down = FileDocument(os.path.join(self.folder, "key-store.json"))
-        self._rows: dict[str, State] = {}
-        self._read_at, self._warned = -FRESH, False
-
-    @classmethod
-    def of(cls, settings: Settings) -> Fleet:
-        """The same one for the same settings, so that what was read of one key serves for the next."""
-        own = [settings.token_dir, *(one.get_secret_value() for one in (settings.store, *settings.store_keys) if one)]
-        name = digest(*own, length=16)
-        if name not in _fleets:
-            _fleets[name] = cls(settings)
-        return _fleets[name]
-
-    def connect(self) -> Database:
-        """An open connection, to be closed by `with`.
-
-        Raises:
-            TokenStoreError: there is none within a few seconds, or another process has just found that out.
-
-        """
-        from tokencore.stores.database import Database
-
-        known = self.down.read()
-        if 0 <= time.time() - float(known.get("at", 0)) < REST:
-            raise TokenStoreError(str(known.get("why")))
-        try:
-            return Database(self._address, self.host).open()
-        except TokenStoreError as error:
-            with suppress(OSError):  # the next process tries by itself then
-                self.down.write({"at": time.time(), "why": str(error)})
-            raise
-
-    def look(self, names: Callable[[], Sequence[str]], name: str) -> State | None:
-        """The row of that name, at most a second old, read with all `names`; None where the store is not reached."""
-        if time.monotonic() - self._read_at >= FRESH or (self._rows and name not in self._rows):
-            every = list(dict.fromkeys([name, *names()]))
-            try:
-                with self.connect() as session:
-                    self._rows = session.read(every, max(32, 1024 // len(every)))
-            except TokenError as error:
-                self._rows = {}
-                self.warn(error)
-            self._read_at = time.monotonic() + (0 if self._rows else REST)
-        return self._rows.get(name)
-
-    def forget(self) -> None:
-        """Let the next look read anew."""
-        self._read_at = min(self._read_at, time.monotonic() - FRESH)
-
-    def warn(self, error: TokenError) -> None:
-        """Once a process."""
-        if not self._warned:
-            self._warned = True
-            _warn(f"{error} Meanwhile this machine goes by its own files.")
+    number: int
+    ahead: timedelta
+    local: Attempt
 
 
 class _Held:
-    """What is known while this thread has the machine's lock."""
+    """What the thread that has the machine's lock knows of the row."""
 
-    __slots__ = ("owner", "session", "state", "trouble")
-
-    def __init__(self) -> None:
-        from threading import get_ident
-
-        self.owner = get_ident()
+    def __init__(self, connect: Callable[[], Database]) -> None:
+        self.owner, self._connect = get_ident(), connect
         self.session: Database | None = None
         self.state: State | None = None
         self.trouble: TokenError | None = None
 
     def connected(self) -> Database:
-        """The open connection.
-
-        Raises:
-            TokenError: there is none, or what lies in the store cannot be used.
-
-        """
-        if self.session is None or self.trouble:
-            raise self.trouble or TokenStoreError("The fleet's store is not reached. Nothing was changed.")
+        if self.trouble:
+            raise self.trouble
+        self.session = self.session or self._connect()
         return self.session
 
 
-class Fence:
-    """The attempt that this process has begun: its number in the store, and as the machine's record has it."""
-
-    __slots__ = ("ahead", "local", "number")
-
-    def __init__(self, number: int, state: State, local: Attempt) -> None:
-        """Keep both."""
-        self.number, self.ahead, self.local = number, state.ahead, local
-
-
 class SharedStore(Sensitive):
-    """The `Store` of one key in a fleet, as the market `own` sees it on this machine."""
+    """The `Store` of one key in a fleet, as one market sees it on this machine."""
 
     __slots__ = ("__dict__", "_held", "_market")  # what `vars` shows has no secret
 
     def __init__(self, market: Market, siblings: Callable[[], Sequence[str]]) -> None:
         """Name the key; nothing is opened yet. `siblings` tells the names of all markets of the key, when asked."""
-        self.fingerprint = market.fingerprint
-        self.name = _row_of(market)
-        self._market = market
-        self._local = FileStore(market, siblings)
+        self.fingerprint, self.name = market.fingerprint, _row_of(market)
+        self._market, self._local = market, FileStore(market, siblings)
         self.place = self._local.place
         self._about = {"key_fingerprint": self.fingerprint, "environment": market.environment}
         self._held: _Held | None = None
@@ -193,7 +96,9 @@ class SharedStore(Sensitive):
         """Whether `token` is still what the machine's file has; who asks that again and again sees to a follower."""
         if time.monotonic() >= self._follow_at:
             if self._follow_at:
-                follow(self._market)
+                from tokencore.stores import follower
+
+                follower.start(lambda: make_follower(self._market.settings, self._market))
             self._follow_at = time.monotonic() + FOLLOW
         return self._local.unchanged(token)
 
@@ -221,7 +126,8 @@ class SharedStore(Sensitive):
             TokenStoreError: the store is not reached; nothing was removed.
 
         """
-        self._row()
+        with self._session() as session:
+            session.read([self.name], 0)
         found = self._local.delete()
         if self._local.newest(shared=True) is None:
             found = self._put(None) or found
@@ -245,12 +151,13 @@ class SharedStore(Sensitive):
 
     def attempts(self) -> list[Attempt]:
         """The fleet's record, by this machine's clock; the machine's own where the store is not reached."""
+        self._asked = True
         if held := self._mine():
-            state = held.state if held.session is None or held.state else self._reread(held)
+            with suppress(TokenError):
+                self._reread(held)
+            state = held.state
         else:
-            if self._publishing:  # who waits for no token may wait for the outcome of the last request
-                self._publishing.join()
-            self._asked = True
+            self._settle()
             state = self._seen()
         return list(state.attempts.values()) if state else self._local.attempts()
 
@@ -262,13 +169,13 @@ class SharedStore(Sensitive):
 
         """
         held = self._holding()
-        session, state = held.connected(), held.state or self._reread(held)
-        number = None if self._in_flight(state) else session.begin(self.name, state, attempt)
+        state = self._reread(held)
+        number = None if self._in_flight(state) else held.connected().begin(self.name, state, attempt)
         self._changed()
         if number is None:
-            self._meet(held, time.monotonic() + self._patience(), never)
+            self._meet(held, time.monotonic() + self._patience())
             return None
-        return Fence(number, state, self._local.begin(attempt))
+        return Fence(number, state.ahead, self._local.begin(attempt))
 
     def depart(self, fence: Fence) -> bool:
         """Date it anew by the server's clock; False where another machine has begun since, or the answer came late.
@@ -279,7 +186,7 @@ class SharedStore(Sensitive):
         """
         began, held = time.monotonic(), self._holding()
         if not held.connected().depart(self.name, fence.number):
-            self._meet(held, 0, never)
+            self._meet(held, 0)
             return False
         return time.monotonic() - began < self._patience() / 2 and self._local.depart(fence.local)
 
@@ -293,17 +200,17 @@ class SharedStore(Sensitive):
         from threading import Thread
 
         self._changed()
+        held = self._mine()
+        session = held.session if held else None
         try:
             self._local.finish(fence.local, attempt, token)
         finally:
+            if held:
+                held.session = None  # it is the publisher's now
             # No daemon: a command that ends waits for it, for some seconds at most.
-            self._publishing = Thread(target=self._publish, args=(fence, attempt, token), name="tokencore publishing")
-            try:
-                self._publishing.start()
-            except RuntimeError:  # the system gives no thread
-                self._publishing = None
-                self._publish(fence, attempt, token)
-            if token is None and self._publishing:
+            self._publishing = Thread(target=self._publish, args=(session, fence, attempt, token))
+            self._publishing.start()
+            if token is None:
                 self._publishing.join()
 
     def note(self, attempt: Attempt) -> None:
@@ -311,65 +218,25 @@ class SharedStore(Sensitive):
         self._local.note(attempt)
         try:
             with self._session() as session:
-                session.note(self.name, self._row(), attempt)
+                session.note(self.name, session.read([self.name], 0)[self.name], attempt)
         except TokenError as error:
             _warn(f"{error} What was imported is recorded on this machine only.")
         self._changed()
 
     # The lock and other documents
 
-    def lock(self, *, wait: float, give_up: Callable[[], bool] = never) -> AbstractContextManager[bool]:
+    @contextmanager
+    def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Hold the machine's lock inside the block, with what the fleet has, once no other machine is asking KIS."""
-        return contextmanager(self._hold)(wait, give_up)
-
-    def document(self, name: str) -> SharedDocument | FileDocument:
-        """The key's document of that name."""
-        local = self._local.document(name)
-        if name not in SHARED:
-            return local
-        return SharedDocument(local, self._market, f"{self.name}:{name}", local_first=True)
-
-    def behind(self, state: State) -> bool:
-        """Whether the machine's files have another token than the row; what cannot be decrypted is left alone."""
-        try:
-            return _name_of(self._in(state)) != _name_of(self._local.newest(shared=True))
-        except TokenError as error:
-            self._fleet.warn(error)
-            return False
-
-    def mirror(self, session: Database) -> bool:
-        """Bring files and row to what is newer, if the machine's lock is free; for a follower."""
-        with self._local.lock(wait=0) as held:
-            if held:
-                self._exchange(session)
-            return held
-
-    @property
-    def _fleet(self) -> Fleet:
-        return Fleet.of(self._market.settings)
-
-    def _mine(self) -> _Held | None:
-        """What this thread holds: another one of the process may look meanwhile."""
-        from threading import get_ident
-
-        return self._held if self._held and self._held.owner == get_ident() else None
-
-    def _holding(self) -> _Held:
-        if held := self._mine():
-            return held
-        raise RuntimeError("an attempt is made under the lock only")
-
-    def _hold(self, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
         end = time.monotonic() + wait
         with self._local.lock(wait=wait, give_up=give_up) as locked:
             if not locked or give_up():  # the token came meanwhile: no need to ask the store
                 yield locked
                 return
-            held = self._held = _Held()
+            held = self._held = _Held(self._connect)
             self._asked = True
             try:
                 self._fleet.forget()
-                held.session = self._fleet.connect()
                 self._meet(held, end, give_up)
             except TokenError as error:
                 held.trouble = error
@@ -380,27 +247,82 @@ class SharedStore(Sensitive):
                 if held.session:
                     held.session.close()
 
+    def document(self, name: str) -> SharedDocument | FileDocument:
+        """The key's document of that name."""
+        local = self._local.document(name)
+        if name not in SHARED:
+            return local
+        from tokencore.stores.shared_document import SharedDocument
+
+        return SharedDocument(local, lambda: self._market.settings, f"{self.name}:{name}", copied=True)
+
+    # For a follower
+
+    def behind(self, state: State) -> bool:
+        """Whether the machine's files have another token than the row; what cannot be decrypted is left alone."""
+        try:
+            return _name_of(self._in(state)) != _name_of(self._local.newest(shared=True))
+        except TokenError as error:
+            self._fleet.warn(error)
+            return False
+
+    def mirror(self, session: Database) -> bool:
+        """Bring files and row to what is newer; False where the machine's lock is not free."""
+        with self._local.lock(wait=0) as held:
+            if held:
+                self._exchange(session)
+            return held
+
+    # Inside
+
+    @property
+    def _fleet(self) -> Fleet:
+        from tokencore.stores.fleet import Fleet  # not on the path of a cached token
+
+        return Fleet.of(self._market.settings)
+
+    def _connect(self) -> Database:
+        return self._fleet.connect()
+
+    def _mine(self) -> _Held | None:
+        """What this thread holds: another one of the process may look meanwhile."""
+        return self._held if self._held and self._held.owner == get_ident() else None
+
+    def _holding(self) -> _Held:
+        if held := self._mine():
+            return held
+        raise RuntimeError("an attempt is made under the lock only")
+
     def _session(self) -> AbstractContextManager[Database]:
         """The lock's connection, or one for this block alone."""
         held = self._mine()
-        return nullcontext(held.session) if held and held.session else self._fleet.connect()
-
-    def _row(self) -> State:
-        with self._session() as session:
-            return session.read([self.name])[self.name]
+        return nullcontext(held.session) if held and held.session else self._connect()
 
     def _reread(self, held: _Held) -> State:
-        held.state = held.connected().read([self.name])[self.name]
+        """The row as it was read under this lock; anew where this thread has changed it."""
+        session = held.connected()
+        if held.state is None:
+            self._settle()
+            held.state = session.read([self.name])[self.name]
         return held.state
 
-    def _seen(self) -> State | None:
-        def names() -> list[str]:
-            known = [one for one in self._market.settings.all_markets() if one.app_key]
-            return [_row_of(one) for one in known]
+    def _settle(self) -> None:
+        """Who waits for no token may wait for the outcome of the last request."""
+        if self._publishing:
+            self._publishing.join()
 
+    def _changed(self) -> None:
+        """What was read before is not the present."""
+        self._fleet.forget()
+        if held := self._mine():
+            held.state = None
+
+    def _seen(self) -> State | None:
         try:
-            return self._fleet.look(names, self.name)
-        except TokenError as error:  # the settings say how, but not well
+            return self._fleet.look(
+                self.name, lambda: [_row_of(one) for one in self._market.settings.all_markets() if one.app_key]
+            )
+        except TokenError as error:  # the settings of the store are wrong
             _warn(str(error))
             return None
 
@@ -435,7 +357,10 @@ class SharedStore(Sensitive):
         gone = [one for one in removed if one and one != _name_of(token)]
         return self._fleet.seal.close({**self._about, "token": text, "removed": gone[:REMEMBERED]})
 
-    def _meet(self, held: _Held, end: float, give_up: Callable[[], bool]) -> None:
+    def _removed(self, state: State) -> list[str]:
+        return [str(one) for one in self._content(state).get("removed", [])]
+
+    def _meet(self, held: _Held, end: float, give_up: Callable[[], bool] = lambda: False) -> None:
         """Exchange with the store; again while another machine is asking KIS, until `end` of the monotonic clock."""
         while True:
             held.state = self._exchange(held.connected())
@@ -467,16 +392,12 @@ class SharedStore(Sensitive):
             state = session.read([self.name])[self.name]
             ours, theirs, removed = self._local.newest(shared=True), self._in(state), self._removed(state)
             offered = ours if _beats(ours, theirs) and _name_of(ours) not in removed else None
-            if not offered and state.version:
-                if not self._restored(session, state):
-                    self._copy(ours, theirs, state, gone=_name_of(ours) in removed)
-                    return state
-            else:
+            if offered or not state.version:
                 session.put(self.name, state.version, self._sealed(offered, removed))
+            elif not self._restored(session, state):
+                self._copy(ours, theirs, list(state.attempts.values()), gone=_name_of(ours) in removed)
+                return state
         raise TokenStoreError("The fleet's store changes too fast. Nothing was issued; try again.")
-
-    def _removed(self, state: State) -> list[str]:
-        return [str(one) for one in self._content(state).get("removed", [])]
 
     def _restored(self, session: Database, state: State) -> bool:
         """Whether the store had to get what the machine's record has and it has not.
@@ -486,19 +407,17 @@ class SharedStore(Sensitive):
         """
         mine, (fence, last) = self._local.attempts(), next(reversed(state.attempts.items()), (0, None))
         if last and last.outcome == "sent" and not last.host:
-            told = (
-                bool(mine) and mine[-1].pid == last.pid and mine[-1].outcome != "sent" and mine[-1].at > last.at - SLACK
-            )
-            if told:
+            done = bool(mine) and mine[-1].pid == last.pid and mine[-1].outcome != "sent"
+            if done := done and mine[-1].at > last.at - SLACK:
                 session.finish(self.name, fence, mine[-1], state.ahead)
-            return told
+            return done
         known = {one[1:] for one in state.attempts.values()}
         lost = [one for one in mine if one[1:] not in known and (last is None or one.at > last.at + SLACK)]
         for attempt in lost:
             session.note(self.name, state, attempt)
         return bool(lost)
 
-    def _copy(self, ours: Token | None, theirs: Token | None, state: State, *, gone: bool) -> None:
+    def _copy(self, ours: Token | None, theirs: Token | None, attempts: list[Attempt], *, gone: bool) -> None:
         """Make the files a copy of the row; where they cannot be written, the token is served anyway."""
         from tokencore.stores import record
 
@@ -507,7 +426,6 @@ class SharedStore(Sensitive):
                 self._local.save(theirs)
             elif ours and not theirs and gone:
                 self._local.clear()
-            attempts = list(state.attempts.values())
             if attempts and record.render(attempts) != record.render(self._local.attempts()):
                 self._local.replace_record(attempts)
         except OSError as error:
@@ -517,8 +435,7 @@ class SharedStore(Sensitive):
         """Replace what the fleet has as a person wants it, the later of two at once; whether there was anything."""
         with self._session() as session:
             for _ in range(TRIES):
-                state = session.read([self.name], 1)[self.name]
-                before: str | None = None
+                state, before = session.read([self.name], 0)[self.name], "what no key opens"
                 try:
                     before = _name_of(self._in(state))
                     sealed = self._sealed(token, [before, *self._removed(state)])
@@ -529,173 +446,37 @@ class SharedStore(Sensitive):
                 if session.put(self.name, state.version, sealed):
                     break
         self._changed()
-        return before != ""
+        return bool(before)
 
-    def _changed(self) -> None:
-        """What was read before is none of the present."""
-        self._fleet.forget()
-        if held := self._mine():
-            held.state = None
-
-    def _publish(self, fence: Fence, attempt: Attempt, token: Token | None) -> None:
-        """Offer the token, and tell the outcome; where the store is not reached, the next look does it."""
+    def _publish(self, session: Database | None, fence: Fence, attempt: Attempt, token: Token | None) -> None:
+        """Offer the token, and tell the outcome; where the store is not reached, the next look does both."""
         try:
-            with self._fleet.connect() as session:
+            with session or self._connect() as reached:
                 for _ in range(TRIES if token else 0):
-                    state = session.read([self.name], 1)[self.name]
-                    if not _beats(token, self._in(state)) or session.put(
-                        self.name, state.version, self._sealed(token, self._removed(state))
-                    ):
+                    state = reached.read([self.name], 0)[self.name]
+                    if not _beats(token, self._in(state)):
                         break
-                session.finish(self.name, fence.number, attempt, fence.ahead)
-            self._fleet.forget()
+                    if reached.put(self.name, state.version, self._sealed(token, self._removed(state))):
+                        break
+                reached.finish(self.name, fence.number, attempt, fence.ahead)
         except TokenError as error:
             _warn(f"{error} The other machines get what KIS answered when the store is reached again.")
-
-
-class SharedDocument(Sensitive):
-    """A small JSON object of the fleet, with a copy in this machine's file; its lock is a lease of a minute.
-
-    Where the store is not reached, the machine's copy stands in.
-    """
-
-    __slots__ = ("_about", "_local", "_local_first", "_locked", "_market", "_row", "_session", "_version", "place")
-
-    def __init__(self, local: FileDocument, market: Market | Settings, row: str, *, local_first: bool) -> None:
-        """The row of that name; with `local_first`, reading goes by the copy that the last lock has made."""
-        self.place = local.place
-        self._local, self._market, self._row, self._local_first = local, market, f"document:{row}", local_first
-        self._about = {"document": self._row}
-        self._session: Database | None = None
-        self._version, self._locked = 0, False
-
-    @property
-    def _fleet(self) -> Fleet:
-        return Fleet.of(getattr(self._market, "settings", self._market))  # type: ignore[arg-type] # a market has them
-
-    def read(self) -> dict[str, Any]:
-        """The object; empty where there is none that could be read."""
-        if not self._locked and not self._local_first:
-            try:
-                with self._fleet.connect() as session:
-                    return self._opened(session.read([self._row], 1)[self._row].sealed)
-            except TokenError as error:
-                self._fleet.warn(error)
-        return self._local.read()
-
-    def write(self, content: dict[str, Any]) -> None:
-        """Replace it.
-
-        Raises:
-            OSError: the lease is over, or the store did not answer; what was there before still is.
-
-        """
-        if self._session:
-            sealed = self._fleet.seal.close({**self._about, "content": content})
-            try:
-                if not self._session.put(self._row, self._version, sealed):
-                    raise TimeoutError(None, "the lock on it is over")
-            except TokenError:
-                raise TimeoutError(None, "the fleet's store does not answer") from None
-            self._version += 1
-        self._local.write(content)
-
-    def lock(self, *, wait: float, give_up: Callable[[], bool] = never) -> AbstractContextManager[bool]:
-        """Hold its lock inside the block, over all machines; yields False where it was not acquired in time."""
-        return contextmanager(self._hold)(wait, give_up)
-
-    def _hold(self, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
-        end = time.monotonic() + wait
-        with self._local.lock(wait=wait, give_up=give_up) as locked:
-            held = locked
-            try:
-                self._session = self._fleet.connect() if locked else None
-                held = self._leased(self._session, end, give_up) if self._session else locked
-            except TokenError as error:
-                self._close()
-                self._fleet.warn(error)
-            try:
-                self._locked = held
-                yield held
-            finally:
-                self._locked = False
-                with suppress(TokenError):  # the lease ends by itself
-                    if self._session and held:
-                        self._session.release(self._row, self._version)
-                self._close()
-
-    def _leased(self, session: Database, end: float, give_up: Callable[[], bool]) -> bool:
-        while not (found := session.lease(self._row)):
-            if not session.read([self._row], 1)[self._row].version:
-                session.put(self._row, 0, self._fleet.seal.close({**self._about, "content": self._local.read()}))
-            elif give_up() or time.monotonic() >= end:
-                return False
-            else:
-                time.sleep(POLL)
-        self._version = found[0]
-        self._local.write(self._opened(found[1]))
-        return True
-
-    def _opened(self, sealed: str) -> dict[str, Any]:
-        content = self._fleet.seal.open(sealed, self._about).get("content") if sealed else {}
-        return content if isinstance(content, dict) else {}
-
-    def _close(self) -> None:
-        if self._session:
-            self._session.close()
-            self._session = None
-
-
-def follow(market: Market) -> None:
-    """See to it that a process of this machine follows the fleet; returns at once."""
-    from tokencore.stores import follower
-
-    follower.start(lambda: make_follower(market.settings, market))
-
-
-def follow_here(settings: Settings) -> None:
-    """Follow the fleet in this thread, as soon as no other process of the machine does; never returns.
-
-    Raises:
-        ConfigurationError: the settings name no store.
-
-    """
-    make_follower(settings).run()
-
-
-def rotate(settings: Settings) -> list[str]:
-    """Seal every row with the newest key, whatever it is about; the names of those that no key opens.
-
-    Raises:
-        TokenError: the store is not reached, or takes no changes.
-
-    """
-    fleet, failed = Fleet.of(settings), []
-    with fleet.connect() as session:
-        left = {
-            key for (key,) in session.execute("select key from tokencore_key where key <> 'layout' and sealed <> ''")
-        }
-        while left:
-            for key, state in session.read(sorted(left), 0).items():
-                try:
-                    done = session.put(key, state.version, fleet.seal.renewed(state.sealed))
-                except ValueError:
-                    failed.append(key)
-                    done = True
-                left -= {key} if done else set()
-    return failed
+        self._fleet.forget()
 
 
 def make_follower(settings: Settings, *own: Market) -> Follower:
     """What keeps the files of all keys of the settings, and of a program's own, as the fleet has them."""
+    from tokencore.stores.fleet import Fleet
     from tokencore.stores.follower import Follower
 
-    groups: dict[tuple[str, str], list[Market]] = {}
+    names: dict[str, list[str]] = {}
+    stores: dict[str, SharedStore] = {}
     for market in (*settings.all_markets(), *own):
         if market.app_key:
-            groups.setdefault((market.fingerprint, market.environment), []).append(market)
-    stores = [SharedStore(found[0], lambda found=found: [one.name for one in found]) for found in groups.values()]  # type: ignore[misc]
-    return Follower(Fleet.of(settings), {store.name: store for store in stores})
+            found = names.setdefault(_row_of(market), [])
+            found.append(market.name)
+            stores.setdefault(_row_of(market), SharedStore(market, lambda found=found: found))  # type: ignore[misc]
+    return Follower(Fleet.of(settings), stores)
 
 
 def _row_of(market: Market) -> str:
