@@ -16,13 +16,10 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows.stack import environment
-from flows.stack.api import CHECK, POOL, StackError
-
-if TYPE_CHECKING:
-    from flows.stack.api import Api
+from flows.stack.api import CHECK, POOL, Api, StackError
 
 NAME = platform.node()  # of our worker: a restarted one takes the place of the one before
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
@@ -45,13 +42,14 @@ def work() -> int:
         StackError: the server could not be asked.
 
     """
-    server = environment.api()
+    own = environment.for_worker(os.environ)
+    if own != dict(os.environ):  # a process keeps the environment that it was started with, for all to see who may
+        os.execve(sys.executable, [sys.executable, "-m", "flows.stack", "worker"], own)  # noqa: S606 - no shell
+    server = Api(own["PREFECT_API_URL"].removesuffix("/api"), own["PREFECT_API_AUTH_STRING"])
     server.wait()
     mark_crashed(server)
     skip_overdue(server)
-    for name in os.environ.keys() - environment.for_worker(os.environ).keys():
-        del os.environ[name]  # before Prefect is loaded, and for all its runs
-    os.chdir(os.environ["PREFECT_HOME"])
+    os.chdir(own["PREFECT_HOME"])
     for task, arguments in ((end_with_parent, ()), (watch_sleep, (server,))):
         threading.Thread(target=task, args=arguments, daemon=True).start()
     sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", NAME]
