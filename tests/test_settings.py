@@ -221,14 +221,15 @@ def test_a_cloned_repository_gets_no_secret_of_another_source(
     source: str, variable: str, command: Callable[..., Ran]
 ) -> None:
     """A command in a folder whose `.env`, the user's own file, says where a secret goes: refused, nothing is sent."""
-    give(source, {**PAIR, "KIS_STORE_KEYS": SECRET})
+    give(source, PAIR)
     (trap := Path("trap").absolute()).mkdir()
     if variable == "KIS_SECRETS_DIR":
         os.environ.pop(variable, None)
     with Wire() as thief:
         (trap / "KIS_BASE_URL").write_text(thief.url)
         value = {"KIS_SECRETS_DIR": str(trap), "KIS_MARKETS__US__EXPORTS": f"mojito2:{trap}"}.get(variable, thief.url)
-        path = dotenv(**{variable: value})
+        keys = {"KIS_STORE_KEYS": SECRET} if variable == "KIS_STORE" else {}  # to its own keys no token goes either
+        path = dotenv(**{variable: value, **keys})
         (message,) = {refusal(work) for work in (us, Settings.load, Settings, trusted_dotenv)}
         assert message.startswith(f"{variable} in {path} is refused, because ")
         assert "~/.tokencore/config.toml" in message
@@ -240,7 +241,7 @@ def test_a_cloned_repository_gets_no_secret_of_another_source(
 def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None:
     """A subclass that gives the credentials itself is as safe as a secret in config.toml."""
     bait = {"KIS_APP_KEY": "bait", "KIS_APP_SECRET": "bait"}
-    for variable, value in (("KIS_MARKETS__US__EXPORTS", "mojito2"), ("KIS_BASE_URL", EVIL)):
+    for variable, value in (("KIS_MARKETS__US__EXPORTS", "mojito2"), ("KIS_STORE", EVIL), ("KIS_BASE_URL", EVIL)):
         dotenv(**bait, **{variable: value})
         assert f"{variable} in " in refusal(lambda: market_of_program("us", lambda: (KEY, SECRET), us().base_url))
     assert market_of_program("us", lambda: (KEY, SECRET), "https://own").credentials() == (KEY, SECRET)
@@ -307,7 +308,7 @@ def is_foreign(stem: str, places: Mapping[str, str], hk: str) -> bool:
         secret = "keyring"
     key = places.get(f"{stem}APP_KEY") or places.get("KIS_APP_KEY")
     address = places.get(f"{stem}BASE_URL") or (places.get("KIS_BASE_URL") if hk != "paper" else None)
-    asked = {address, places.get(f"{stem}EXPORTS")} - {None, *TRUSTED}
+    asked = {address, places.get(f"{stem}EXPORTS"), places.get("KIS_STORE")} - {None, *TRUSTED}
     return any(secret not in (None, place) or (place == ".env" and key not in (None, place)) for place in asked)
 
 

@@ -38,7 +38,7 @@ def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], bas
     found.markets.add(name.lower())
     market = _read(name, found)
     settings = [found.address_variable(market.name)] if base_url == market.base_url else []
-    for variable in settings + found.exports_variables(market.name):
+    for variable in settings + found.destinations(market.name):
         check_address(variable, found, "app secret", "this program")
     return market.given(credentials, base_url)
 

@@ -69,11 +69,11 @@ class Found(Sensitive):
             return f"KIS_MARKETS__{market.upper()}__BASE_URL"
         return name
 
-    def exports_variables(self, market: str) -> list[str]:
-        """The variable that says where other programs find the market's secret or token, unless they look at home."""
+    def destinations(self, market: str) -> list[str]:
+        """What says where other machines and, unless they look at home, programs find the market's token or secret."""
         name = f"KIS_MARKETS__{market.upper()}__EXPORTS"
         wanted = str(self.values.get(name, ""))
-        return [name] if ":" in wanted or "mojito2" in wanted else []
+        return ["KIS_STORE", name] if ":" in wanted or "mojito2" in wanted else ["KIS_STORE"]
 
     def in_keyring(self, market: str) -> list[str]:
         """Which variables to ask the keyring for, in this order: only those that no other source gives."""
@@ -128,10 +128,10 @@ def trusted_dotenv() -> dict[str, str]:
 def _check_addresses(found: Found) -> None:
     """Refuse an address or a folder for copies whose users have their secret, or beside `.env` their key, elsewhere."""
     origins = found.origins
-    check_address("KIS_STORE", found, "tokens", origins.get("KIS_STORE_KEYS", "another source"))
+    check_address("KIS_STORE", found, "store keys", origins.get("KIS_STORE_KEYS", "another source"))
     for market in ("", *sorted(found.markets)):  # without a name: all that have nothing of their own
         secret = "the keyring" if found.in_keyring(market) else origins.get(found.variable(market, "APP_SECRET"), "")
-        for name in (found.address_variable(market), *found.exports_variables(market)):
+        for name in (found.address_variable(market), *found.destinations(market)):
             check_address(name, found, "app secret", secret)
             if origins.get(name) == DOTENV_FILE:
                 check_address(name, found, "app key", origins.get(found.variable(market, "APP_KEY"), ""))
@@ -147,7 +147,7 @@ def check_address(name: str, found: Found, what: str, giver: str) -> None:
     origin, verb = found.origins.get(name, ENVIRONMENT), "copy" if name.endswith("EXPORTS") else "send"
     if origin in TRUSTED or giver in ("", origin):
         return
-    place = place_of(origin)
+    place, what = place_of(origin), f"tokens of the {what}" if name == "KIS_STORE" else what
     raise ConfigurationError(
         f"{short(name)} in {place} is refused, because it would {verb} there the {what} that {place_of(giver)} gives; "
         f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
