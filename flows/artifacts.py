@@ -33,11 +33,11 @@ REFUSED = (
     "or runs refresh_token once KIS has restored them"
 )
 COLUMNS = ["market", "status", "until (KST)", "session covered", "next renewal or problem"]
-ON_RECORD = (IssuanceLimitError, IssuerUnavailableError, CredentialsError)  # the issuance record tells more of them
+ON_RECORD = (IssuanceLimitError, IssuerUnavailableError, CredentialsError)  # the issuance record has more of them
 WORST_FIRST = ("UNREADABLE", "REJECTED", "NO_TOKEN", "EXPIRED", "EXPIRING_SOON", "VALID")
 ABANDONED = timedelta(hours=3)  # without an hourly check, an installation has left its names to others
 KEYS = "keys "  # before their fingerprints in the table's caption
-SHORT = 8  # digits of a fingerprint: enough to tell a few keys apart
+SHORT = 8  # digits of a fingerprint: enough to distinguish a few keys
 
 
 def publish(views: Sequence[View]) -> None:
@@ -48,7 +48,7 @@ def publish(views: Sequence[View]) -> None:
         create_markdown_artifact(
             key=TOKENS + suffix,
             markdown=table(views),
-            description=f"{caption(views)} ({clock(now)}, {KEYS}{', '.join(names)})",
+            description=f"{caption(views)} (at {clock(now)}, {KEYS}{', '.join(names)})",
         )
         create_markdown_artifact(
             key=PLAN + suffix,
@@ -62,11 +62,11 @@ def caption(views: Sequence[View]) -> str:
     said = []
     for view in views:
         state, status, problem = view.state, _status(view), _problem(view)
-        text = problem
+        text = f": {problem}"
         if state and not problem:
-            text = f"until {clock(state.serves_until)}" if state.serves_until else next_renewal(state)
+            text = f" until {clock(state.serves_until)}" if state.serves_until else f": {next_renewal(state)}"
         names = ", ".join(market.name for market in view.key.markets)
-        said.append((not problem, WORST_FIRST.index(status), f"{names} {status}: {text}"))
+        said.append((not problem, WORST_FIRST.index(status), f"{names} {status}{text}"))
     return "; ".join(text for _, _, text in sorted(said))
 
 

@@ -201,8 +201,8 @@ def _minutes() -> int:
 def unrenewed(before: KeyState, error: Exception, asked: Request) -> State:
     """Declined where a limit forbids it and the present token serves, else Failed.
 
-    A limit that endangers no session is a note to the person who asked: the plan renews in time. Slack hears of it
-    where KIS was asked, and of an incident where a session has no token, or something else than a limit is wrong.
+    A limit that endangers no session is a note to the person who asked: the plan renews in time. There is a message
+    where KIS was asked, and an incident where a session has no token, or something else than a limit is wrong.
     """
     settings, state = before.key.market.settings, before.key.state(datetime.now(UTC))
     limited = isinstance(error, IssuanceLimitError)

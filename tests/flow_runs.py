@@ -42,7 +42,7 @@ def only_key() -> Key:
     return key
 
 
-def told(state: State) -> tuple[str, str]:
+def end_of(state: State) -> tuple[str, str]:
     """Type and name."""
     return state.type.value, str(state.name)
 

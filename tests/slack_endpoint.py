@@ -15,7 +15,7 @@ class SlackEndpoint:
     """Slack while a `with` block lasts.
 
     Attributes:
-        told: the messages that it took, in order.
+        messages: those that it took, in order.
         requests: all requests, as (path, authorization).
         answers: statuses for the next requests, or pairs of one and the webhook's word; 200 when there is none. 0 means
             silence.
@@ -27,7 +27,7 @@ class SlackEndpoint:
 
     def __init__(self) -> None:
         """Record nothing yet."""
-        self.told: list[dict[str, Any]] = []
+        self.messages: list[dict[str, Any]] = []
         self.requests: list[tuple[str, str]] = []
         self.answers: list[int | tuple[int, str]] = []
         self.bot_answers: list[dict[str, Any]] = []
@@ -53,7 +53,7 @@ class SlackEndpoint:
     @property
     def headlines(self) -> list[str]:
         """The headers of the messages that it took, without the icon."""
-        return [message["blocks"][0]["text"]["text"].partition(": ")[2] for message in self.told]
+        return [message["blocks"][0]["text"]["text"].partition(": ")[2] for message in self.messages]
 
 
 def _handler(slack: SlackEndpoint) -> type[BaseHTTPRequestHandler]:
@@ -69,8 +69,8 @@ def _handler(slack: SlackEndpoint) -> type[BaseHTTPRequestHandler]:
             is_bot = self.path.endswith("chat.postMessage")
             answer = slack.bot_answers.pop(0) if is_bot and slack.bot_answers and status == 200 else {"ok": True}
             if status == 200 and answer["ok"]:
-                slack.told.append(message)
-                answer = {"channel": CHANNEL, "ts": f"{len(slack.told)}.0", **answer}
+                slack.messages.append(message)
+                answer = {"channel": CHANNEL, "ts": f"{len(slack.messages)}.0", **answer}
             body = json.dumps(answer).encode() if is_bot else word.encode()
             self.send_response(status)
             kind = "application/json" if is_bot else "text/plain"

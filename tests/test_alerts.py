@@ -238,7 +238,7 @@ def test_a_page_is_true_in_its_first_words_and_in_every_line(slack: SlackEndpoin
     """Preview, title, what works, what is next and what to do follow from the key's state, the error and the time."""
     now, token, attempts, error, preview, title, works, following, do = page
     alerts.report(Settings.load(), state_of(now, token, attempts), error, now)
-    (sent,) = slack.told
+    (sent,) = slack.messages
     said = answers(sent)
     assert sent["text"].startswith(f"{preview} · us+kr: {title}. ")
     assert slack.headlines == [f"us+kr: {title}"]
@@ -254,7 +254,7 @@ def english(text: str) -> list[str]:
 
 @gateway
 def test_no_korean_alert_has_an_english_sentence(slack: SlackEndpoint) -> None:
-    """Whatever the cause and KIS's answer, opened, repeated, ended, told of a refresh, a test or of Prefect itself."""
+    """Whatever the cause and KIS's answer, opened, repeated, ended, of a refresh, a test or Prefect itself."""
     settings = Settings.load().model_copy(update={"slack_language": "ko", "slack_mention": "<!here>"})
     texts, file = messages.LANGUAGES["ko"], Path("~/.tokencore/incidents.json").expanduser()
     for error, attempts, cause in CAUSES.values():
@@ -263,7 +263,7 @@ def test_no_korean_alert_has_an_english_sentence(slack: SlackEndpoint) -> None:
         alerts.report(settings, state_of(at, attempts=attempts), error, at)
         alerts.announce(settings, state, "failed", by="", why="", error=error)
         alerts.resolved(settings, state_of(at, make_token(now=at)), at)
-        assert texts[f"cause.{cause.name}.title"] in json.dumps(slack.told, ensure_ascii=False)
+        assert texts[f"cause.{cause.name}.title"] in json.dumps(slack.messages, ensure_ascii=False)
         file.unlink(missing_ok=True)
     for who in ("KRX", "Prefect", "check_tokens", "refresh_token us"):
         alerts.report(settings, who, SETTING, MONDAY)
@@ -272,10 +272,10 @@ def test_no_korean_alert_has_an_english_sentence(slack: SlackEndpoint) -> None:
     for kind in ("renewed", "forced", "same"):
         alerts.announce(settings, state_of(MONDAY, token), kind, by="", why="")
     alerts.slack.send(settings, messages.test(texts, "<!here>", MONDAY))
-    assert len(slack.told) >= 4 * len(CAUSES)
-    seen = [json.dumps(one, ensure_ascii=False) for one in slack.told]
-    told = [one for one in causes.CAUSES if one is not causes.FOREIGN_TOKEN]  # whose text has a time instead
-    seen += [messages.happened(texts, cause, "It is so.", (one, "EGW0")) for one in Outcome for cause in told]
+    assert len(slack.messages) >= 4 * len(CAUSES)
+    seen = [json.dumps(one, ensure_ascii=False) for one in slack.messages]
+    named = [one for one in causes.CAUSES if one is not causes.FOREIGN_TOKEN]  # whose text has a time instead
+    seen += [messages.happened(texts, cause, "It is so.", (one, "EGW0")) for one in Outcome for cause in named]
     actions = [one.actions[0] for one in deployments.automations("ko", uuid4()).values()]
     seen += [f"{one.subject} | {one.body}" for one in actions if one.type == "send-notification"]
     assert {text: english(text) for text in seen if english(text)} == {}
@@ -293,12 +293,12 @@ class TestMessages:
         monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__NAME", "warm-up KRX 2026-11-23")
         with temporary_settings({PREFECT_UI_URL: "https://prefect.example.com/"}):
             report()
-        assert answers(slack.told[0])["Sessions at risk"].startswith(
+        assert answers(slack.messages[0])["Sessions at risk"].startswith(
             " • KRX: 2026-11-23 09:00 KST, in 40 min • NASD, NYSE, AMEX: 2026-11-23 23:30 KST (Mon 09:30"
         )
-        assert "EGW00133" in slack.told[0]["blocks"][1]["text"]["text"]
+        assert "EGW00133" in slack.messages[0]["blocks"][1]["text"]["text"]
         link = "<https://prefect.example.com/runs/flow-run/0a1b|warm-up KRX 2026-11-23>"
-        assert slack.told[0]["blocks"][3]["elements"][0]["text"] == f"Run: {link}"
+        assert slack.messages[0]["blocks"][3]["elements"][0]["text"] == f"Run: {link}"
 
     def test_one_incident_is_one_message_and_its_end_another(
         self, slack: SlackEndpoint, caplog: pytest.LogCaptureFixture
@@ -318,14 +318,14 @@ class TestMessages:
         for minutes in (95, 120, 150):
             resolve(MONDAY + minutes * MINUTE)
         assert slack.headlines == [LIMITED, LIMITED.replace(": ", ": solved: ", 1)]
-        assert "It lasted 1 h 35 min, from 2026-11-23 08:20 KST." in json.dumps(slack.told[1])
+        assert "It lasted 1 h 35 min, from 2026-11-23 08:20 KST." in json.dumps(slack.messages[1])
         caplog.clear()
         for _ in range(2):
             report(slack_webhook_url="")
         for _ in range(2):
             resolve(slack_webhook_url="")
         logged = [line for line in caplog.messages if "us+kr: " in line]
-        assert (["solved" in line for line in logged], len(slack.told)) == ([False, True], 2)
+        assert (["solved" in line for line in logged], len(slack.messages)) == ([False, True], 2)
 
     def test_one_recovery_is_one_message_whatever_happened_before(self, slack: SlackEndpoint) -> None:
         """KIS's limit, then KIS down, then a full disk: two alarms, as the disk takes a person, and one end.
@@ -339,10 +339,10 @@ class TestMessages:
         alerts.resolved(Settings.load(), state, state.now)
         broken = "The token directory cannot be used"
         assert slack.headlines == [LIMITED, f"us+kr: {broken}", "us+kr: refreshed manually, with force"]
-        said = answers(slack.told[2])
+        said = answers(slack.messages[2])
         assert said["Solved"] == f"{broken} (1 h 00 min)"
         assert (said["Why"], said["Works now"]) == ("it was revoked", "the present token, until 2026-11-24 09:15 KST")
-        assert "Kim asked for it, 2026-11-23 09:20 KST." in json.dumps(slack.told[2])
+        assert "Kim asked for it, 2026-11-23 09:20 KST." in json.dumps(slack.messages[2])
 
     def test_a_token_that_someone_else_issued_is_reported_once_and_ends_their_limit(self, slack: SlackEndpoint) -> None:
         """One message instead of two, no reminder, and its end with our own next token."""
@@ -351,7 +351,7 @@ class TestMessages:
         for hours in (0, 1, 2):
             resolve(MONDAY + hours * HOUR, token, [Attempt(MONDAY, Outcome.SAME, expires_at=token.expires_at)])
         assert slack.headlines == [LIMITED, FOREIGN]
-        assert "issued at 2026-11-23 07:20 KST" in json.dumps(slack.told[1])
+        assert "issued at 2026-11-23 07:20 KST" in json.dumps(slack.messages[1])
         resolve(MONDAY + 3 * HOUR)
         assert slack.headlines[2:] == [FOREIGN.replace(": ", ": solved: ", 1)]
 
@@ -361,7 +361,7 @@ class TestMessages:
         alerts.report(Settings.load(), state_of(MONDAY, token, "bad_key 5"), REFUSED, MONDAY)
         for attempts, sent in (("bad_key 5", 1), ("issued 0", 2)):
             resolve(MONDAY, token, attempts)
-            assert len(slack.told) == sent
+            assert len(slack.messages) == sent
 
     def test_a_page_calls_who_is_named(self, slack: SlackEndpoint) -> None:
         """SLACK_MENTION stands in what cannot wait, and nowhere else; the preview begins with the fact anyway."""
@@ -369,17 +369,19 @@ class TestMessages:
         for at in (EVENING, MONDAY):
             report(at=at, **mention)
         resolve(MONDAY, **mention)
-        assert ["<!channel> <@U024BE7LH>" in json.dumps(one) for one in slack.told] == [False, True, False]
-        assert slack.told[1]["text"].startswith("no token · KRX opens in 40 min · ")
-        assert slack.told[1]["blocks"][1]["text"]["text"].startswith("<!channel> <@U024BE7LH> *no token · KRX opens")
+        assert ["<!channel> <@U024BE7LH>" in json.dumps(one) for one in slack.messages] == [False, True, False]
+        assert slack.messages[1]["text"].startswith("no token · KRX opens in 40 min · ")
+        assert slack.messages[1]["blocks"][1]["text"]["text"].startswith(
+            "<!channel> <@U024BE7LH> *no token · KRX opens"
+        )
 
     def test_a_korean_alert_has_the_same_facts(self, slack: SlackEndpoint) -> None:
         """KIS's code, spans and days as people write them, and the setting that is wrong by its name."""
         report(slack_language="ko")
         resolve(MONDAY + 65 * MINUTE, slack_language="ko")
         report(SETTING, slack_language="ko")
-        assert slack.told[0]["text"].startswith("토큰 없음 · KRX 개장 40분 전 · us+kr: 다른 프로그램이 이 앱키로")
-        seen = json.dumps(slack.told, ensure_ascii=False)
+        assert slack.messages[0]["text"].startswith("토큰 없음 · KRX 개장 40분 전 · us+kr: 다른 프로그램이 이 앱키로")
+        seen = json.dumps(slack.messages, ensure_ascii=False)
         there = "NASD, NYSE, AMEX: 2026-11-23 23:30 KST(현지 월 09:30), 15시간 10분 후"
         ended = "2026-11-23 08:20 KST부터 1시간 5분 동안 지속되었습니다."
         facts = (there, ended, "1분당 1회 제한(EGW0).", "설정을 사용할 수 없습니다. KIS_TIMEOUT")
@@ -390,15 +392,18 @@ class TestMessages:
         alerts.report(Settings.load(), "KRX", SETTING, MONDAY)
         alerts.resolved(Settings.load(), "KRX", MONDAY + 5 * MINUTE)
         works = "cached tokens, until they expire"
-        assert [answers(one).get("Still works") or answers(one)["Works now"] for one in slack.told] == [works, works]
-        assert slack.told[0]["text"].startswith("KRX opens in 40 min · KRX: A setting is missing or wrong.")
+        assert [answers(one).get("Still works") or answers(one)["Works now"] for one in slack.messages] == [
+            works,
+            works,
+        ]
+        assert slack.messages[0]["text"].startswith("KRX opens in 40 min · KRX: A setting is missing or wrong.")
 
     def test_a_dead_prefect_is_as_urgent_as_the_next_need(self, slack: SlackEndpoint) -> None:
         """Who looks after no token at all endangers the next need that has none, and people are called for it."""
         settings = Settings.load().model_copy(update={"slack_mention": "<!here>"})
         for hours in (-9, -0.3):
             alerts.report(settings, "Prefect", causes.SilenceError("It is dead."), MONDAY + hours * HOUR)
-        opened, escalated = slack.told
+        opened, escalated = slack.messages
         assert "• KRX: 2026-11-23 09:00 KST" in json.dumps(opened, ensure_ascii=False)
         assert "<!here>" not in json.dumps(opened)
         assert "<!here> *KRX opens in 58 min*" in escalated["blocks"][1]["text"]["text"]
@@ -416,7 +421,7 @@ class TestMessages:
     def test_foreign_words_act_on_nothing(self, slack: SlackEndpoint, caplog: pytest.LogCaptureFixture) -> None:
         """Slack's own signs are escaped; what turns text around or clears a terminal is gone, in the log too."""
         report(TokenUnavailableError("<!channel> R&D <http://x|y> \x1b[2J\u202edcba."))
-        sent = json.dumps(slack.told[0], ensure_ascii=False)
+        sent = json.dumps(slack.messages[0], ensure_ascii=False)
         assert ("&lt;!channel&gt; R&amp;D" in sent, "<!channel>" in sent) == (True, False)
         assert not [sign for sign in "\x1b\u202e" if sign in sent + caplog.text]
 
@@ -470,7 +475,7 @@ class TestSlack:
         for hours in (0, 1, 4.75, 8.7):  # from the evening before: KRX's need starts at 08:30
             report(at=EVENING + hours * HOUR)
         resolve(EVENING + 9 * HOUR)
-        seen = [(one["blocks"][0]["text"]["text"].split()[0], one) for one in bot.told]
+        seen = [(one["blocks"][0]["text"]["text"].split()[0], one) for one in bot.messages]
         assert [
             (KINDS.get(icon, "solved"), one.get("thread_ts"), one.get("reply_broadcast"), one["channel"])
             for icon, one in seen
@@ -499,7 +504,7 @@ class TestSlack:
             resolve(MONDAY + hours * HOUR)
         assert "Slack did not accept the message (is_archived): the channel is archived" in caplog.text
         threads = [("#tokens", None), ("#tokens", None), (CHANNEL, "2.0")]
-        assert [(one["channel"], one.get("thread_ts")) for one in bot.told] == threads
+        assert [(one["channel"], one.get("thread_ts")) for one in bot.messages] == threads
         assert BOT not in caplog.text
 
     @pytest.mark.parametrize("status", [429, 500, 503])
@@ -507,7 +512,7 @@ class TestSlack:
         """A rate limit (after its Retry-After) or a fault of Slack's own is retried by slack_sdk."""
         slack.answers, slack.retry_after = [status], 0
         report()
-        assert (len(slack.requests), len(slack.told)) == (2, 1)
+        assert (len(slack.requests), len(slack.messages)) == (2, 1)
 
     @pytest.mark.parametrize("named", REFUSALS)
     def test_a_refusal_of_the_webhook_is_named_with_what_to_do(
@@ -520,7 +525,7 @@ class TestSlack:
             report(at=MONDAY + minutes * MINUTE)
         assert f"Slack did not accept the message ({named}): " in caplog.text
         assert fix in caplog.text
-        assert len(slack.told) == 1
+        assert len(slack.messages) == 1
 
     def test_a_silent_slack_delays_a_run_by_three_seconds_at_most(
         self, slack: SlackEndpoint, caplog: pytest.LogCaptureFixture
@@ -536,7 +541,7 @@ class TestSlack:
             report()
             assert time.monotonic() - begun < 8
         assert "Slack has not answered within 3 s; the run goes on." in caplog.text
-        assert slack.told == []
+        assert slack.messages == []
 
     @pytest.mark.parametrize(
         ("url", "named"), [("http://127.0.0.1:1" + HOOK, "URLError"), ("hooks.slack.com/canary-of", "ValueError")]
@@ -556,14 +561,14 @@ class TestSlack:
 def story(cause: Cause, need: datetime | None, looks: list[datetime]) -> list[tuple[datetime, Notification]]:
     """The messages about an incident by runs that look at these times, each knowing of the next."""
     known: list[Incident] = []
-    told = []
+    found = []
     for now, later in zip(looks, [*looks[1:], looks[-1] + HOUR], strict=True):
         one, sent = met(known, "us", cause, need, now, later)
         if sent:
-            told.append((now, sent))
+            found.append((now, sent))
             one.notified(sent, now, None)
             assert due(one, cause, now, later) is None
-    return told
+    return found
 
 
 def hourly(hours: int) -> list[datetime]:
@@ -598,8 +603,8 @@ STORIES: dict[str, tuple[Cause, datetime | None, int, str]] = {
 @pytest.mark.parametrize(("cause", "need", "hours", "expected"), STORIES.values(), ids=list(STORIES))
 def test_people_hear_of_an_incident(cause: Cause, need: datetime | None, hours: int, expected: str) -> None:
     """As the hourly check meets it: the hour, the kind of message, and the stage."""
-    told = story(cause, need, hourly(hours))
-    assert ", ".join(f"{(at - ANCHOR) // HOUR} {one.kind} {one.stage}" for at, one in told) == expected
+    found = story(cause, need, hourly(hours))
+    assert ", ".join(f"{(at - ANCHOR) // HOUR} {one.kind} {one.stage}" for at, one in found) == expected
 
 
 def test_who_has_hours_is_not_called() -> None:
@@ -617,8 +622,8 @@ def test_the_next_need_is_escalated_anew() -> None:
     one.notified(Notification("opened", LAST_CALL, page=True), ANCHOR, None)
     known, later = [one], ANCHOR + timedelta(minutes=200)
     met(known, "us", causes.LIMIT, NEED, ANCHOR, NEED)
-    told = met(known, "us", causes.LIMIT, NEED, later, later + timedelta(minutes=5))[1]
-    assert told == Notification("escalated", HALF, page=True)
+    found = met(known, "us", causes.LIMIT, NEED, later, later + timedelta(minutes=5))[1]
+    assert found == Notification("escalated", HALF, page=True)
 
 
 @given(
@@ -633,14 +638,14 @@ def test_whatever_the_times_nothing_is_reported_twice(lead: int, pauses: list[in
     """
     need = ANCHOR + timedelta(minutes=lead)
     looks = [ANCHOR + timedelta(minutes=sum(pauses[:n])) for n in range(len(pauses) + 1)]
-    told = story(cause, need, looks)
-    assert [sent.kind for _, sent in told].count("opened") == bool(told)
-    stages = [sent.stage for _, sent in told if sent.kind != "reminded"]
+    found = story(cause, need, looks)
+    assert [sent.kind for _, sent in found].count("opened") == bool(found)
+    stages = [sent.stage for _, sent in found if sent.kind != "reminded"]
     assert stages == sorted(set(stages))
-    for (before, _), (at, sent) in pairwise(told):
+    for (before, _), (at, sent) in pairwise(found):
         assert sent.kind != "reminded" or at - before >= REMINDERS[0] - PUNCTUALITY
     if looks[-1] >= need - ACT:
-        calls = [at for at, sent in told if sent.stage == LAST_CALL]
+        calls = [at for at, sent in found if sent.stage == LAST_CALL]
         assert calls
         assert calls[0] <= max(need - ACT, ANCHOR)
 

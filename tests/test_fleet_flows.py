@@ -110,10 +110,10 @@ def test_machines_that_meet_the_same_trouble_alert_once(
             orders.write(f"{what}\n")
             orders.flush()
         assert [answers.readline() for _, answers in pipes] == ["done\n"] * 3
-        assert len(slack.told) == expected
+        assert len(slack.messages) == expected
     assert sum("KIS refuses the app key" in one.communicate()[1] for one in started) == 1
     assert "KRX" in slack.headlines[0]
-    slack.told.clear()
+    slack.messages.clear()
 
 
 class Machines(NamedTuple):
@@ -240,7 +240,7 @@ def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(
         run(machines.second, "-m", "tokencore", "delete", market)
     made = [machines.begin(name, "warm-up/KRX", exchange="KRX") for name in NAMES]
     assert [machines.end(one)[0] for one in made] == ["FAILED"] * 2
-    assert (asked(machines.gateway), len(slack.told)) == (before + 1, 1)
+    assert (asked(machines.gateway), len(slack.messages)) == (before + 1, 1)
     machines.gateway.clear()
     time.sleep(MINUTE)
     renewed = machines.begin("second", "refresh-token/refresh_token", market="us", operator="Kim")
@@ -249,8 +249,8 @@ def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(
     assert [machines.end(one) for one in made] == [("COMPLETED", "AlreadyValid")] * 2
     until(lambda: len({bot[-1][2] for bot in machines.seen()}) == 1, 10)
     recovered = machines.gateway.stats()["requests"][-1]["at"]
-    machines.row("KIS refuses the app secret", 2, "second machine", recovered, len(slack.told))
-    assert (asked(machines.gateway), len(slack.told)) == (before + 2, 2)
+    machines.row("KIS refuses the app secret", 2, "second machine", recovered, len(slack.messages))
+    assert (asked(machines.gateway), len(slack.messages)) == (before + 2, 2)
     tags, waiting = {"all_": ["planned renewal"]}, {"type": {"any_": ["SCHEDULED"]}}
     planned = machines.up.api("POST", "flow_runs/filter", {"flow_runs": {"tags": tags, "state": waiting}}).json()
     published = machines.up.api("POST", "artifacts/latest/filter", {}).json()

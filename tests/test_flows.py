@@ -24,7 +24,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import time_machine
 from builders import ended, fill_disk, forms, in_child, make_jwt, make_token
-from flow_runs import only_key, paused, planned_runs, refreshed, run, told
+from flow_runs import end_of, only_key, paused, planned_runs, refreshed, run
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect import State, flow
@@ -169,15 +169,15 @@ class TestWarmUp:
     def test_a_run_that_has_nothing_to_do_says_why(self) -> None:
         """The scheduled day decides, in the exchange's zone, and the holiday is named; a session can be over."""
         closed = visited("SEHK", due=datetime(2025, 10, 29, 0, 50, tzinfo=UTC))
-        assert (told(closed), closed.message) == (("COMPLETED", "MarketClosed"), "SEHK closed: Chung Yeung Festival")
+        assert (end_of(closed), closed.message) == (("COMPLETED", "MarketClosed"), "SEHK closed: Chung Yeung Festival")
         friday = datetime(2026, 11, 26, 23, 20, tzinfo=UTC)  # of KRX
-        assert told(visited("KRX", friday, friday + 8 * HOUR)) == ("COMPLETED", "SkippedLate")
+        assert end_of(visited("KRX", friday, friday + 8 * HOUR)) == ("COMPLETED", "SkippedLate")
 
     def test_a_stale_run_is_skipped_only_where_the_token_is_valid(self, gateway: Sandbox, opens: Opens) -> None:
         """A run from before the open that comes after it does nothing where the token lasts; KIS is not asked."""
         exchange, due = opens(timedelta(minutes=-5)), now() - SOON
         kept()
-        assert told(visited(exchange, due, now())) == ("COMPLETED", "SkippedLate")
+        assert end_of(visited(exchange, due, now())) == ("COMPLETED", "SkippedLate")
         assert (asked(gateway), quotes(gateway)) == (1, 0)
 
     def test_an_exchange_that_nobody_trades_fails_with_what_to_do(
@@ -191,13 +191,13 @@ class TestWarmUp:
         for market in ("US", "KR"):
             monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "SEHK")
         state = visited(exchange, now())
-        assert told(state) == ("FAILED", "Failed")
+        assert end_of(state) == ("FAILED", "Failed")
         assert str(state.message).startswith(f"No market of your settings trades {exchange}; add it")
-        assert "Pause the deployment" in slack.told[0]["blocks"][2]["text"]["text"]
+        assert "Pause the deployment" in slack.messages[0]["blocks"][2]["text"]["text"]
         monkeypatch.setenv("KIS_TIMEOUT", "soon")
         state = visited("KRX", now())
-        assert (told(state), str(state.message)[:26]) == (("FAILED", "Failed"), "KIS_TIMEOUT cannot be used")
-        assert (asked(gateway), len(slack.told)) == (0, 1)
+        assert (end_of(state), str(state.message)[:26]) == (("FAILED", "Failed"), "KIS_TIMEOUT cannot be used")
+        assert (asked(gateway), len(slack.messages)) == (0, 1)
 
     @pytest.mark.parametrize(("prove", "calls"), [("true", 1), ("false", 0)])
     def test_a_token_is_issued_once_then_proved_by_one_quote_call(
@@ -217,7 +217,7 @@ class TestWarmUp:
         with pytest.raises(IssuanceLimitError, match="A new one can be issued from") as caught:
             kept()
         assert (caught.value.cause, only_key().state(now()).status) == ("same_token", "REJECTED")
-        assert (slack.headlines, slack.told[0]["text"][:11], asked(gateway)) == ([DEAD], "no token · ", 0)
+        assert (slack.headlines, slack.messages[0]["text"][:11], asked(gateway)) == ([DEAD], "no token · ", 0)
         cached(left=17 * 3600)
         done = kept()
         assert (done.renewed, done.state.status, asked(gateway), quotes(gateway)) == (True, "VALID", 1, 2)
@@ -229,7 +229,7 @@ class TestWarmUp:
         gateway.answer(*BUSY)
         done = kept()
         state = warm_up.ended(exchange, now(), {done.state.key: done})
-        assert (told(state), done.state.status) == (("COMPLETED", "Warm"), "VALID")
+        assert (end_of(state), done.state.status) == (("COMPLETED", "Warm"), "VALID")
         assert "KIS did not say whether it accepts the token (HTTP 500: EGW00201" in str(state.message)
 
     def test_a_token_that_ends_a_moment_before_its_need_lasts(self, gateway: Sandbox) -> None:
@@ -273,13 +273,13 @@ class TestCheck:
         assert (followed().type.value, asked(gateway)) == ("COMPLETED", 0)
         limited = Done(kept().state, renewed=False, trouble=TokenError("KIS refused to issue (EGW00133)."))
         state = check_tokens.ended({only_key(): limited})
-        assert told(state) == ("COMPLETED", "AlreadyValid")
+        assert end_of(state) == ("COMPLETED", "AlreadyValid")
         assert "; KIS refused to issue (EGW00133); " in str(state.message)
 
     @gateway_only
     def test_of_checks_that_were_missed_one_catches_up(self) -> None:
         """After a down-time the runs that are left over find that a later one has done their work."""
-        assert told(check_tokens.check(Settings.load(), now() - 3 * HOUR, now())) == ("COMPLETED", "SkippedLate")
+        assert end_of(check_tokens.check(Settings.load(), now() - 3 * HOUR, now())) == ("COMPLETED", "SkippedLate")
 
 
 class TestTable:
@@ -299,7 +299,7 @@ class TestTable:
         assert re.fullmatch(r"\d\d-\d\d \d\d:\d\d", us[2])
         assert us[3].startswith(("yes, to ", "by next renewal, to "))
         assert re.match(r"\d\d-\d\d \d\d:\d\d", us[4])
-        assert re.fullmatch(r"us, kr VALID: until 20\d\d-\d\d-\d\d \d\d:\d\d KST", caption)
+        assert re.fullmatch(r"us, kr VALID until 20\d\d-\d\d-\d\d \d\d:\d\d KST", caption)
 
     def test_a_renewal_that_failed_is_said_once_for_all_markets(self, gateway: Sandbox, opens: Opens) -> None:
         """Table, caption and message say when it failed, why, when it is tried again, and what a person has to do."""
@@ -332,7 +332,7 @@ class TestTable:
             assert "**To do (us+kr):** Fix its permissions or free space" in artifacts.table([view])
 
         assert ended(in_child(checked)) == 0
-        assert slack.told[0]["text"].startswith("no token · ")
+        assert slack.messages[0]["text"].startswith("no token · ")
         well = View(only_key(), only_key().state(now()))
         broken = View(only_key(), None, TokenStoreError("- It | cannot `be` used: no space. Fix it."))
         said = "us, kr UNREADABLE: It / cannot 'be' used: no space; us, kr NO_TOKEN: "
@@ -540,7 +540,7 @@ class TestRuns:
         calls = counted(lambda: alerts.report(Settings.load(), state, down, now()))
         assert 0 < calls.total() <= 400, calls.most_common(20)
         states.append(run(warm_up.warm_up, exchange=exchange))
-        assert [told(state) for state in states] == [("COMPLETED", "Renewed"), ("COMPLETED", "Warm")]
+        assert [end_of(state) for state in states] == [("COMPLETED", "Renewed"), ("COMPLETED", "Warm")]
         assert str(states[1].message).startswith("us+kr: the token serves until ")
         assert asked(gateway) == 1
         assert table() == {"us": "VALID", "kr": "VALID"}
@@ -555,11 +555,11 @@ class TestRuns:
         exchange = opens(SOON)
         gateway.fail("server-error", 1)
         begun = time.monotonic()
-        assert told(run(warm_up.warm_up, exchange=exchange)) == ("COMPLETED", "Renewed")
+        assert end_of(run(warm_up.warm_up, exchange=exchange)) == ("COMPLETED", "Renewed")
         assert time.monotonic() - begun > 5.5
         assert asked(gateway) == 2
         assert slack.headlines == ["us+kr: KIS gives no token", "us+kr: solved: KIS gives no token"]
-        assert "then every few minutes" in slack.told[0]["blocks"][2]["text"]["text"]
+        assert "then every few minutes" in slack.messages[0]["blocks"][2]["text"]["text"]
 
     def test_one_keys_trouble_does_not_stop_the_others(
         self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch
@@ -575,7 +575,7 @@ class TestRuns:
         with get_client(sync_client=True) as client:
             made = client.create_flow_run(check_tokens.check_tokens, name="renew us", tags=[upcoming.TAG], state=due)
             state = cast("State", run_flow(check_tokens.check_tokens, flow_run=made, return_type="state"))
-        assert (told(state), asked(gateway), names(upcoming.TAG)[0]) == (("FAILED", "Failed"), 2, "renew us")
+        assert (end_of(state), asked(gateway), names(upcoming.TAG)[0]) == (("FAILED", "Failed"), 2, "renew us")
         broken, other = sorted(table(), key=table().__getitem__)
         assert (table()[broken], table()[other]) == ("NO_TOKEN", "VALID")
         assert str(state.message).startswith(f"{broken}: KIS refused the app secret (EGW00105).")
@@ -653,7 +653,7 @@ class TestRuns:
         state = run(warm_up.warm_up, exchange=exchange)
         assert str(state.message).startswith("Unexpected LookupError at test_flows.py:")
         pasted = make_jwt(life=77_000)
-        assert told(refreshed("us", reason=f"look at {pasted}")) == ("COMPLETED", "Declined")
+        assert end_of(refreshed("us", reason=f"look at {pasted}")) == ("COMPLETED", "Declined")
         database = Path(str(PREFECT_SERVER_DATABASE_CONNECTION_URL.value()).partition("///")[2])
         wanted, give_up = {"flow_run.parameters", "flow_run_state.message", "log.message"}, time.monotonic() + 120
         # Lines are written behind a run, and a busy server drops some: it leaks until all places are found.
@@ -665,8 +665,8 @@ class TestRuns:
         assert leak_places(database, pasted[-40:]) == {"flow_run.parameters"}
         written = Path("~/.tokencore/incidents.json").expanduser()
         assert stat.S_IMODE(written.stat().st_mode) == 0o600
-        everything = b"\n".join([json.dumps(slack.told).encode(), written.read_bytes(), *contents(prefect_home)])
-        assert pasted.encode() not in json.dumps(slack.told).encode()
+        everything = b"\n".join([json.dumps(slack.messages).encode(), written.read_bytes(), *contents(prefect_home)])
+        assert pasted.encode() not in json.dumps(slack.messages).encode()
         for secret in secrets.values():
             assert leak_places(database, secret[-40:]) == set()
             assert not [form for form in forms(secret[-40:]) if form in everything]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import KEY, SECRET, make_jwt
-from flow_runs import only_key, paused, refreshed, told
+from flow_runs import end_of, only_key, paused, refreshed
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from running import asked, cached
 
@@ -56,7 +56,7 @@ def test_a_first_token_needs_no_confirmation_although_prefect_is_away(gateway: S
     asked_for = Request("us", force=False, reason="a first\ttoken \x1b[2J", operator="Kim \u202eMinji")
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
         state = refresh_token.refresh(Settings.load(), asked_for, datetime.now(UTC))
-    assert told(state) == ("COMPLETED", "Renewed")
+    assert end_of(state) == ("COMPLETED", "Renewed")
     attempt = only_key().state(datetime.now(UTC)).attempts[-1]
     assert (attempt.by, attempt.reason) == ("Kim Minji", "a first token")
     assert (slack.headlines, asked(gateway)) == (["us+kr: refreshed manually"], 1)
@@ -67,22 +67,22 @@ def test_without_a_token_nobody_is_asked_shortly_before_an_open(gateway: Sandbox
     opens(timedelta(minutes=43))
     token = cached(left=17 * 3600)
     only_key().reject(token, datetime.now(UTC))
-    assert told(renewed()) == ("COMPLETED", "Renewed")
+    assert end_of(renewed()) == ("COMPLETED", "Renewed")
     assert asked(gateway) == 1
 
 
 def test_a_forced_refresh_says_what_became_of_it(nowhere: Sandbox, slack: SlackEndpoint) -> None:
-    """Failed with the reason and what serves while KIS is down, and told with who asked; then Renewed."""
+    """Failed with the reason and what serves while KIS is down, and reported with who asked; then Renewed."""
     cached(left=17 * 3600)
     nowhere.fail("down")
     failed = renewed(force=True)
-    assert told(failed) == ("FAILED", "Failed")
+    assert end_of(failed) == ("FAILED", "Failed")
     assert "The present token serves until" in str(failed.message)
     assert BROUGHT_NONE in slack.headlines
-    assert "Kim asked for it" in json.dumps(slack.told[-1])
+    assert "Kim asked for it" in json.dumps(slack.messages[-1])
     nowhere.clear()
     time.sleep(0.6)  # the gateway's minute
-    assert told(renewed(force=True)) == ("COMPLETED", "Renewed")
+    assert end_of(renewed(force=True)) == ("COMPLETED", "Renewed")
     assert slack.headlines[-1] == "us+kr: refreshed manually, with force"
 
 
@@ -98,12 +98,12 @@ def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     nowhere.fail("limit", 1)
     state = renewed(force=True)
-    assert (told(state), "EGW00133" in str(state.message)) == (("COMPLETED", "Declined"), True)
+    assert (end_of(state), "EGW00133" in str(state.message)) == (("COMPLETED", "Declined"), True)
     again = renewed(force=True)
-    assert told(again) == ("COMPLETED", "Declined")
+    assert end_of(again) == ("COMPLETED", "Declined")
     assert re.match(r"KIS gave no new token at .* KST: KIS allows .* a minute \(EGW00133\)\. ", str(again.message))
     assert slack.headlines == [BROUGHT_NONE]
-    assert "Kim asked for it" in json.dumps(slack.told)
+    assert "Kim asked for it" in json.dumps(slack.messages)
     assert asked(nowhere) == 1
 
 
@@ -113,9 +113,9 @@ def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
     """There is nothing to go on with: Failed, and an alert with the session at risk."""
     exchange = opens(timedelta(minutes=40))
     gateway.fail("limit", 1)
-    assert told(renewed()) == ("FAILED", "Failed")
+    assert end_of(renewed()) == ("FAILED", "Failed")
     assert slack.headlines[0] == "us+kr: Someone else issues with this key (minute limit, not 24-hour limit)"
-    assert slack.told[0]["text"].startswith(f"no token · {exchange} opens in 40 min · ")
+    assert slack.messages[0]["text"].startswith(f"no token · {exchange} opens in 40 min · ")
 
 
 # Prefect keeps parameters in clear, so these are not the credentials that the scan of its database looks for.
@@ -128,10 +128,10 @@ def test_a_secret_in_the_form_is_declined(gateway: Sandbox, slack: SlackEndpoint
     """Also where the form's own check was switched off: a sentence that repeats nothing, and no request."""
     given: dict[str, Any] = {"reason": "", "operator": "", field: f"see {text}"}
     state = refresh_token.refresh(Settings.load(), Request("us", force=True, **given), datetime.now(UTC))
-    assert told(state) == ("COMPLETED", "Declined")
+    assert end_of(state) == ("COMPLETED", "Declined")
     assert "contains a word of 36 characters or more" in str(state.message)
     assert text not in str(state.message)
-    assert (slack.told, asked(gateway)) == ([], 0)
+    assert (slack.messages, asked(gateway)) == ([], 0)
 
 
 def test_the_form_checks_its_texts_as_tokencore_does() -> None:
@@ -172,7 +172,7 @@ class TestQuestions:
         for force, decision, end in (False, LEAVE, "Declined"), (False, RENEW, "Renewed"), (True, LEAVE, "Declined"):
             with paused(force=force) as waiting:
                 assert "KIS returns the present token until" in waiting.question
-                assert told(waiting.answer(decision)) == ("COMPLETED", end)
+                assert end_of(waiting.answer(decision)) == ("COMPLETED", end)
         assert asked(gateway) == 1
 
     def test_a_second_token_inside_a_session_is_confirmed_with_both_consequences(
@@ -186,7 +186,7 @@ class TestQuestions:
             assert question.startswith("**Renew the token of us+kr anyway?**\n\n- us+kr: the token serves until ")
             assert "- It would be token number 2 of this key" in question
             assert f"- {exchange}: tokens are in use until " in question
-            assert told(waiting.answer(RENEW)) == ("COMPLETED", "Renewed")
+            assert end_of(waiting.answer(RENEW)) == ("COMPLETED", "Renewed")
         assert only_key().state(datetime.now(UTC)).attempts[-1].reason == "점검 뒤"
         assert (slack.headlines, asked(gateway)) == (["us+kr: refreshed manually"], 1)
 
@@ -195,7 +195,7 @@ class TestQuestions:
         monkeypatch.setattr("flows.refresh_token.CONFIRM_WITHIN", timedelta(seconds=0.5))
         cached(left=23 * 3600)
         state = refreshed()
-        assert told(state) == ("COMPLETED", "Declined")
+        assert end_of(state) == ("COMPLETED", "Declined")
         assert str(state.message).startswith("Nobody confirmed within ")
         assert "the token serves until" in str(state.message)
         assert asked(gateway) == 0
@@ -208,9 +208,9 @@ class TestQuestions:
             assert exchange not in waiting.question
             time.sleep(5)
             state = waiting.answer(RENEW)
-        assert told(state) == ("COMPLETED", "Declined")
+        assert end_of(state) == ("COMPLETED", "Declined")
         assert f"While it waited, this came up: {exchange}: tokens are in use" in str(state.message)
         with paused() as waiting:
             cached()
-            assert told(waiting.answer(RENEW)) == ("COMPLETED", "AlreadyValid")
+            assert end_of(waiting.answer(RENEW)) == ("COMPLETED", "AlreadyValid")
         assert asked(gateway) == 0

@@ -209,7 +209,7 @@ def test_runs_that_crash_together_are_one_message_with_a_link(up: Up, slack: Sla
         return False
 
     def heard() -> list[str]:
-        return [one["text"] for one in slack.told if "A run crashed" in one.get("text", "")]
+        return [one["text"] for one in slack.messages if "A run crashed" in one.get("text", "")]
 
     for _ in range(4):
         crash()

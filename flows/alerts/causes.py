@@ -1,4 +1,4 @@
-"""Why a key is in trouble: the causes by which incidents are told apart, read from the error and the issuance record.
+"""Why a key is in trouble: the causes that distinguish incidents, read from the error and the issuance record.
 
 Pure. What people read of a cause, its title and what to do, is in texts.toml.
 """
@@ -71,7 +71,7 @@ CAUSES = (
 )
 BY_NAME = {cause.name: cause for cause in CAUSES}
 NEEDS_PERSON = (CREDENTIALS, SETTINGS, SILENT)  # nothing is tried until a person has acted
-BY_ANSWER = (LIMIT, FOREIGN_LIMIT, RESTRICTED, SAME, SAME_DEAD, CREDENTIALS, DOWN)  # the last attempt's outcome tells
+BY_ANSWER = (LIMIT, FOREIGN_LIMIT, RESTRICTED, SAME, SAME_DEAD, CREDENTIALS, DOWN)  # the last outcome says why
 
 _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (CredentialsError, CREDENTIALS),
@@ -94,7 +94,7 @@ def cause_of(
 ) -> Cause:
     """The cause behind `error`, for a key with this issuance record, present token and issue interval (seconds).
 
-    A pause after a failure is no cause of its own: the last attempt's outcome tells what it waits for.
+    A pause after a failure is no cause of its own: the last attempt's outcome shows what it waits for.
     """
     last = attempts[-1].outcome if attempts else ""
     if token and token.rejected_at and last == "same" and isinstance(error, IssuanceLimitError | TokenUnavailableError):

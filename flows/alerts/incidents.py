@@ -145,7 +145,7 @@ def met(
 
 
 def over(known: list[Incident], subject: str, now: datetime, *, foreign: bool, lasting: bool) -> list[Incident]:
-    """Close the subject's incidents; those whose end is to be reported. One that nobody heard of is forgotten.
+    """Close the subject's incidents; those whose end is to be reported. One that was never reported is forgotten.
 
     With `foreign` someone else's token is still there, and is what remains of a limit that it caused; with `lasting`
     everything else is not over either.
