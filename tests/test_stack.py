@@ -62,9 +62,17 @@ def slack() -> Iterator[SlackEndpoint]:
 
 @pytest.fixture(scope="module")
 def up(gateway: Sandbox, slack: SlackEndpoint) -> Iterator[Up]:
-    """A stack with credentials and a proxy in `.env` only, and another user's `runner_storage` in the way."""
+    """A stack with credentials and a proxy in `.env` only.
+
+    In its way are an empty password file, another user's `runner_storage`, and settings that open another Prefect to
+    all origins.
+    """
     root = Path(tempfile.mkdtemp(prefix="tokencore-"))  # pytest's own path leaves no room for a socket's
-    place = Place.made(root / "stack", AWS_SECRET_ACCESS_KEY="CanaryCloud")
+    for_all = {f"PREFECT_SERVER_{name}CORS_ALLOWED_ORIGINS": "*" for name in ("", "API_")}
+    place = Place.made(root / "stack", AWS_SECRET_ACCESS_KEY="CanaryCloud", **for_all)
+    for folder in ("tokens", "tokens/prefect"):
+        (place.work / folder).mkdir(0o700)
+    (place.work / "tokens" / "prefect" / "password").touch(0o600)
     (place.temporary / "runner_storage").touch(0)  # not even root can make a folder of it
     settings = {"KIS_BASE_URL": gateway.url, "KIS_TOKEN_DIR": str(place.work / "tokens"), "KIS_ISSUE_INTERVAL": "1"}
     settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "KIS_TIMEOUT": "60"}

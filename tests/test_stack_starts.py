@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
-from prefect.settings.models.server.api import ServerAPISettings
 from running import until
 from servers import Wire
 from stacks import KEYS, SLOW, Place, free_port, in_proc
-from starlette._utils import parse_host_header
 from test_settings import NAMELESS, as_root
 
 from flows.stack import demo as play
@@ -172,20 +170,11 @@ def test_what_another_user_can_have_planted_starts_and_stops_nothing(
     assert (place.living(), (folder / "password").read_text()) == ({}, "")
 
 
-def test_no_setting_of_another_prefect_opens_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty password file, Prefect's other name for its origins: a password and the page's own; IPv6 has a name."""
-    (tmp_path / "password").touch()
-    given = {"PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": "*", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "*"}
-    given["PREFECT_SERVER_API_HOST"] = "::1"
-    for name, value in environment.load(tmp_path, {**os.environ, **given}).items():
-        monkeypatch.setenv(name, value)
-    known = ServerAPISettings()
-    assert known.auth_string is not None
-    assert len(known.auth_string.get_secret_value()) > 30
-    assert known.cors_allowed_origins == "http://[::1]:4200,http://localhost:4200"
-    called = parse_host_header("[::1]:4200")
-    assert called is not None
-    assert called.host in environment.hosts(os.environ)
+def test_an_address_of_ipv6_is_called_in_brackets() -> None:
+    """So the page's origins, and the names by which the server may be called, know it."""
+    given = {"PREFECT_SERVER_API_HOST": "::1"}
+    assert environment.origins(given) == ["http://[::1]:4200", "http://localhost:4200"]
+    assert environment.hosts(given) == ["[::1]", "localhost"]
 
 
 def test_a_dotenv_gives_prefects_settings_unless_others_could_have_written_it() -> None:

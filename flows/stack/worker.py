@@ -24,7 +24,6 @@ from flows.stack.api import CHECK, POOL, Api, StackError
 NAME = platform.node()  # of our worker: a restarted one takes the place of the one before
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
 UNDERWAY = (*AT_WORK, "PAUSED")  # a paused run waits for a person, and its process for the run
-SUSPENDED = "Suspended"  # the name of a paused state in which a run needs no process
 OVERDUE = timedelta(minutes=3)  # a run that starts within it is on time
 NAP = 60.0  # seconds between two looks at the clock that count as a sleep of the machine, or a stop of all processes
 POLL = 0.5  # seconds
@@ -132,7 +131,7 @@ def _runs(api: Api, *states: str) -> list[dict[str, Any]]:
 
 def _orphans(api: Api) -> list[dict[str, Any]]:
     """The runs underway without a process. Another machine's look the same: while it has a worker, none is named."""
-    found = [run for run in _runs(api, *UNDERWAY) if run["state_name"] != SUSPENDED and not _is_alive(run)]
+    found = [run for run in _runs(api, *UNDERWAY) if not _is_alive(run)]
     return found if found and not _others(api) else []
 
 
