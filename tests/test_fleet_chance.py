@@ -8,9 +8,11 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from builders import ended
 from fleets import Fleet, Machine
 from postgres import Postgres, needs_postgres
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = needs_postgres
-ROUNDS, AT_ONCE = (200, 8) if FULL else (4, 4)  # all that run at once share what befalls the server
+pytestmark = [needs_postgres, pytest.mark.skipif(not FULL, reason="takes minutes: make torture")]
+ROUNDS, AT_ONCE = 200, 8  # all that run at once share what befalls the server
 MINUTE, TIMEOUT = 1.0, 1.0  # seconds: who sent and is not heard of for 2.5 is given up
 BRIEF, LONG = 1.0, 4.0  # seconds for which a process stands still: wherever it is; where it has nothing to send
 COUNT, PROCESSES = 4, 2  # machines, and programs on each
@@ -37,7 +39,7 @@ def test_whatever_chance_does_there_is_one_token_and_no_refusal(
     In the end all machines have the same token. A seed in the failure repeats the round's draws.
     """
     with Postgres() as server:
-        fleet = Fleet.made(server)
+        fleet, requests = Fleet.made(server), Counter[int]()
         for first in range(0, ROUNDS, AT_ONCE):
             seeds = range(first, first + AT_ONCE)
             with ThreadPoolExecutor(AT_ONCE + 1) as pool:
@@ -47,7 +49,21 @@ def test_whatever_chance_does_there_is_one_token_and_no_refusal(
                 stats = [one.result() for one in rounds]
             for seed, one in zip(seeds, stats, strict=True):
                 assert (one["granted_new"], one["refused"]) == (1, {}), (seed, one)
+                requests[one["token_requests"]] += 1
     record_property("cases", ROUNDS)
+    print(f"Rounds by their requests: {dict(requests)}")
+
+
+def test_more_machines_than_connections_are_served(tmp_path: Path) -> None:
+    """A server with room for seven: each of 24 machines that come at once is served, by trying again."""
+    with Postgres("max_connections=10") as server, Sandbox(issue_interval=60, latency=0.5) as kis:
+        fleet = Fleet.made(server)
+        server.sql("create role app login password 'CanaryPassword'", "grant all on all tables in schema public to app")
+        fleet = fleet._replace(url=server.url(role="app"))  # superusers have connections of their own
+        machines = [Machine(fleet, tmp_path / str(number), kis, issue_interval=60, timeout=10) for number in range(24)]
+        assert [ended(child) for child in [machine.start() for machine in machines]] == [0] * 24
+        assert {machine.got for machine in machines} == {machines[0].got}
+        assert kis.stats()["token_requests"] == 1
 
 
 def befall(server: Postgres, chance: random.Random) -> None:
@@ -64,7 +80,7 @@ def befall(server: Postgres, chance: random.Random) -> None:
             server.thaw()
 
 
-def play(fleet: Fleet, folder: Path, chance: random.Random) -> dict[str, object]:
+def play(fleet: Fleet, folder: Path, chance: random.Random) -> dict[str, Any]:
     """A round: some machines want their first token at about the same time; what KIS has seen in the end."""
     with Sandbox(issue_interval=MINUTE, latency=chance.uniform(0, 0.4)) as kis:
         key = f"{folder.name:X<36}"  # a later round may have the port of an earlier one
@@ -77,7 +93,7 @@ def play(fleet: Fleet, folder: Path, chance: random.Random) -> dict[str, object]
             pass
         tokens = {machine.got for machine in machines}
         assert len(tokens) == 1, tokens
-        stats: dict[str, object] = kis.stats()
+        stats: dict[str, Any] = kis.stats()
         return stats
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -45,7 +46,7 @@ create table if not exists tokencore_attempt (
 create index if not exists tokencore_attempt_fence on tokencore_attempt (key, fence);
 insert into tokencore_key (key, version, sealed) values ('layout', 1, '{LAYOUT}') on conflict do nothing"""  # noqa: S608 - the same
 _READ = """
-select k.key, k.version, k.fence, k.sealed, extract(epoch from clock_timestamp())::float8, coalesce((
+select k.key, k.version, k.sealed, extract(epoch from clock_timestamp())::float8, coalesce((
   select json_agg(json_build_array(a.fence, extract(epoch from a.at), a.host, a.what) order by a.fence)
   from tokencore_attempt a where a.key = k.key and a.fence > k.fence - %(depth)s), '[]')
 from tokencore_key k where k.key = any(%(keys)s)"""
@@ -105,7 +106,6 @@ class State(NamedTuple):
         sealed: the content.
         attempts: by their fences; a host where another machine made them.
         ahead: how far this machine's clock is ahead of the server's.
-        at: when it was read, by the monotonic clock.
 
     """
 
@@ -113,7 +113,6 @@ class State(NamedTuple):
     sealed: str
     attempts: dict[int, Attempt]
     ahead: timedelta
-    at: float
 
 
 class _Connection(psycopg.Connection[Any]):
@@ -210,16 +209,15 @@ class Database(Sensitive):
 
     def read(self, keys: Sequence[str], depth: int = KEEP) -> dict[str, State]:
         """The rows of that name, with so many of their last attempts each."""
-        asked, found = datetime.now(UTC), {}
-        for key, version, _, sealed, now, rows in self.execute(_READ, keys=list(keys), depth=depth):
-            ahead = asked - _time(now)
-            ahead = ahead if abs(ahead) > AHEAD else timedelta(0)
-            attempts = {
-                fence: one for fence, at, host, what in rows if (one := self._attempt(host, what, _time(at) + ahead))
-            }
-            found[key] = State(version, sealed, attempts, ahead, time.monotonic())
-        nothing = State(0, "", {}, timedelta(0), time.monotonic())
-        return {key: found.get(key, nothing) for key in keys}
+        asked, found = datetime.now(UTC), dict.fromkeys(keys, State(0, "", {}, timedelta(0)))
+        rows = self.execute(_READ, keys=list(keys), depth=depth)
+        taken = datetime.now(UTC) - asked
+        for key, version, sealed, now, attempts in rows:
+            ahead = asked + taken / 2 - _time(now)
+            ahead = ahead if abs(ahead) > max(AHEAD, taken) else timedelta(0)
+            made = {fence: self._attempt(_time(at) + ahead, host, what) for fence, at, host, what in attempts}
+            found[key] = State(version, sealed, {fence: one for fence, one in made.items() if one}, ahead)
+        return found
 
     def names(self) -> set[str]:
         """The names of all rows that have a content."""
@@ -263,7 +261,7 @@ class Database(Sensitive):
         found = self.execute(statement, key=key, version=state.version, **what)
         return found[0][0] if found else None
 
-    def _attempt(self, host: str, what: str, at: datetime) -> Attempt | None:
+    def _attempt(self, at: datetime, host: str, what: str) -> Attempt | None:
         one = next(iter(record.parse(what)), None)
         return one and one._replace(at=at, host="" if host == self.host else host)
 
@@ -301,8 +299,9 @@ def _within(address: str, limit: float) -> _Connection:
             made[0].close()
 
     thread = threading.Thread(target=connect, name="tokencore connection", daemon=True)
-    thread.start()
-    thread.join(max(0.0, limit))
+    with suppress(RuntimeError):  # the system gives no thread
+        thread.start()
+        thread.join(max(0.0, limit))
     late.set()
     if not made or isinstance(made[0], psycopg.Error):
         raise made[0] if made else psycopg.errors.ConnectionTimeout()  # type: ignore[misc] # no connection

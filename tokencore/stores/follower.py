@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import uuid
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tokencore.config.market import digest
@@ -92,9 +93,11 @@ class Follower:
 def start(make: Callable[[], Follower]) -> None:
     """Follow in a thread of this process, unless one does already; `make` is called there."""
     global _started  # noqa: PLW0603 - a forked child has none of its parent's threads
-    if _started != os.getpid():
-        _started = os.getpid()
+    if _started == os.getpid():
+        return
+    with suppress(RuntimeError):  # the system gives no thread; the next look tries again
         threading.Thread(target=_run, args=(make,), name="tokencore follower", daemon=True).start()
+        _started = os.getpid()
 
 
 def _run(make: Callable[[], Follower]) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from tokencore.errors import TokenError
-from tokencore.sealing import Sensitive
+from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores.fleet import Fleet
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 POLL = 0.1  # seconds between two tries for the lock
 
 
+@sealed_class(but=("lock",))
 class SharedDocument(Sensitive):
     """A small JSON object in a row of the store, with a copy in this machine's file, which the lock makes.
 

@@ -208,10 +208,14 @@ class SharedStore(Sensitive):
             if held:
                 held.session = None  # it is the publisher's now
             # No daemon: a command that ends waits for it, for some seconds at most.
-            self._publishing = Thread(target=self._publish, args=(session, fence, attempt, token))
-            self._publishing.start()
+            thread = Thread(target=self._publish, args=(session, fence, attempt, token), name="tokencore publishing")
+            try:
+                thread.start()
+                self._publishing = thread
+            except RuntimeError:  # the system gives no thread
+                self._publish(session, fence, attempt, token)
             if token is None:
-                self._publishing.join()
+                self._settle()
 
     def note(self, attempt: Attempt) -> None:
         """Record what needed no request, here and in the store."""
