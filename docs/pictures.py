@@ -34,7 +34,7 @@ ANOTHER = {
     "KIS_MARKETS__HK__APP_KEY": f"PS{'wrong' * 6}1234",
     "KIS_MARKETS__HK__APP_SECRET": "wrong" * 36,
 }
-SCREEN, PHONE = (1280, 470), (390, 560)  # pixels
+SCREEN, PHONE = (1280, 540), (390, 844)  # pixels
 
 
 def main() -> None:

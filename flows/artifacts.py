@@ -43,6 +43,7 @@ SHORT = 8  # digits of a fingerprint: enough to distinguish a few keys
 def publish(views: Sequence[View]) -> None:
     """Publish how the tokens are and what lies ahead; what fails here changes no run's end."""
     with harmless("The table of tokens and the plan could not be published"):
+        views = worst_first(views)
         now, names = datetime.now(UTC), [view.key.fingerprint[:SHORT] for view in views]
         suffix = _suffix(names, now)
         create_markdown_artifact(
@@ -57,17 +58,21 @@ def publish(views: Sequence[View]) -> None:
         )
 
 
+def worst_first(views: Sequence[View]) -> list[View]:
+    """Those with a problem, then those without a token, then those where all is well."""
+    return sorted(views, key=lambda view: (not _problem(view), WORST_FIRST.index(_status(view))))
+
+
 def caption(views: Sequence[View]) -> str:
-    """The markets by their status, the worst first, with their problem, or until when the token serves."""
+    """The markets by their status, with their problem, or until when the token serves."""
     said = []
     for view in views:
-        state, status, problem = view.state, _status(view), _problem(view)
+        state, problem = view.state, _problem(view)
         text = f": {problem}"
         if state and not problem:
             text = f" until {clock(state.serves_until)}" if state.serves_until else f": {next_renewal(state)}"
-        names = ", ".join(market.name for market in view.key.markets)
-        said.append((not problem, WORST_FIRST.index(status), f"{names} {status}{text}"))
-    return "; ".join(text for _, _, text in sorted(said))
+        said.append(f"{', '.join(market.name for market in view.key.markets)} {_status(view)}{text}")
+    return "; ".join(said)
 
 
 def table(views: Sequence[View]) -> str:

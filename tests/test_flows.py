@@ -336,7 +336,7 @@ class TestTable:
         well = View(only_key(), only_key().state(now()))
         broken = View(only_key(), None, TokenStoreError("- It | cannot `be` used: no space. Fix it."))
         said = "us, kr UNREADABLE: It / cannot 'be' used: no space; us, kr NO_TOKEN: "
-        assert artifacts.caption([well, broken]).startswith(said)
+        assert artifacts.caption(artifacts.worst_first([well, broken])).startswith(said)
 
     def test_a_renewal_that_nobody_will_try_is_not_promised(self, gateway: Sandbox) -> None:
         """After refused credentials table, plan and message name no next renewal, but say who has to act.
