@@ -129,5 +129,5 @@ pins:
 	cp "$$new/constraints.txt" constraints.txt
 
 clean:
-	@rm -rf .venv .bench .demo build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .bench build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
