@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FRESH = 1.0  # seconds for which a row that was read without the lock counts as the present one
 REST = 3.0  # seconds for which no process of the machine tries a store again that one could not reach
+AWAY = 15.0  # seconds for which a process that only looks does not try again
 SHALLOW, DEEP = 32, 1024  # attempts of a key that are read: of many keys at once, of all together
 _fleets: dict[str, Fleet] = {}
 
@@ -31,7 +32,7 @@ _fleets: dict[str, Fleet] = {}
 class Fleet(Sensitive):
     """The store of the settings."""
 
-    __slots__ = ("_address", "_down", "_read_at", "_rows", "_warned", "folder", "host", "seal")
+    __slots__ = ("_address", "_away_until", "_down", "_read_at", "_rows", "_warned", "folder", "host", "seal")
 
     def __init__(self, settings: Settings) -> None:
         """Nothing is opened yet.
@@ -46,7 +47,7 @@ class Fleet(Sensitive):
         self.host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # process numbers collide
         self._down = FileDocument(os.path.join(self.folder, "key-store.json"))
         self._rows: dict[str, State] = {}
-        self._read_at, self._warned = -FRESH, False
+        self._read_at, self._away_until, self._warned = -FRESH, 0.0, False
 
     @classmethod
     def of(cls, settings: Settings) -> Fleet:
@@ -68,28 +69,31 @@ class Fleet(Sensitive):
         if 0 <= time.time() - float(known.get("at", 0)) < REST:
             raise TokenStoreError(str(known.get("why")))
         try:
-            return Database(self._address, self.host).open()
+            session = Database(self._address, self.host).open()
         except TokenStoreError as error:
             with contextlib.suppress(OSError):  # the next process tries by itself then
                 self._down.write({"at": time.time(), "why": str(error)})
             raise
+        self._away_until = 0.0
+        return session
 
     def look(self, name: str, others: Callable[[], Sequence[str]]) -> State | None:
         """The row, at most a second old, read together with `others`; None where the store is not reached."""
-        if time.monotonic() - self._read_at >= FRESH or (self._rows and name not in self._rows):
+        now = time.monotonic()
+        if now >= self._away_until and (now - self._read_at >= FRESH or name not in self._rows):
             names = list(dict.fromkeys([name, *others()]))
             try:
                 with self.connect() as session:
                     self._rows = session.read(names, max(SHALLOW, DEEP // len(names)))
+                self._read_at = time.monotonic()
             except TokenError as error:
-                self._rows = {}
+                self._rows, self._away_until = {}, time.monotonic() + AWAY
                 self.warn(error)
-            self._read_at = time.monotonic() + (0 if self._rows else REST)
         return self._rows.get(name)
 
     def forget(self) -> None:
         """Let the next look read anew."""
-        self._read_at = min(self._read_at, time.monotonic() - FRESH)
+        self._read_at = -FRESH
 
     def warn(self, error: TokenError) -> None:
         """Once a process."""
