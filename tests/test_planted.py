@@ -296,7 +296,7 @@ def no_depart() -> None:
 @found_by("fleet", "eight_cold_machines_make_one_request[0]")
 def begun_afterwards() -> None:
     """The fleet hears of an attempt with its outcome."""
-    Shared.begin = lambda self, attempt: shared_store.Fence(0, self._holding().state, self._local.begin(attempt))
+    Shared.begin = lambda self, attempt: shared_store.Fence(0, timedelta(0), self._local.begin(attempt))
     Shared.depart = lambda *_: True
 
 

@@ -11,7 +11,6 @@ import time
 from _thread import get_ident
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokencore import tokens
 from tokencore.config.market import digest
@@ -19,10 +18,12 @@ from tokencore.errors import TokenError, TokenStoreError
 from tokencore.sealing import Sensitive
 from tokencore.stores.file_store import FileDocument, FileStore
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from threading import Thread
+    from typing import Any
 
     from tokencore.attempts import Attempt
     from tokencore.config.market import Market
@@ -42,12 +43,14 @@ REMEMBERED = 8  # tokens that a person took away
 SHARED = ("approval",)  # documents; what exports have written where is each machine's own
 
 
-class Fence(NamedTuple):
+class Fence:
     """The attempt that this process has begun: its number in the store, how the clocks differ, the machine's record."""
 
-    number: int
-    ahead: timedelta
-    local: Attempt
+    __slots__ = ("ahead", "local", "number")
+
+    def __init__(self, number: int, ahead: timedelta, local: Attempt) -> None:
+        """Keep them."""
+        self.number, self.ahead, self.local = number, ahead, local
 
 
 class _Held:
