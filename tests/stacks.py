@@ -132,14 +132,6 @@ def environment_of(process: int) -> set[str]:
         return set()
 
 
-def is_alive(process: int) -> bool:
-    """Whether there is such a process; one that waits to be reaped is none."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def always_open(*exchanges: str) -> dict[str, str]:
     """Settings by which these exchanges have a session now that ends within the hour, whatever day it is."""
     found = {}

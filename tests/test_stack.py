@@ -23,7 +23,7 @@ import requests
 from playwright.sync_api import sync_playwright
 from running import asked, until
 from slack_endpoint import SlackEndpoint
-from stacks import KEYS, SLOW, Place, Up, always_open, environment_of, in_proc, is_alive
+from stacks import KEYS, SLOW, Place, Up, always_open, environment_of, in_proc
 
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
@@ -280,7 +280,7 @@ def test_a_worker_that_is_stopped_cancels_its_run_and_is_missed(up: Up, refreshi
     """The run's process is gone, its state says why, and `status` is 3 until supervisord starts a worker again."""
     run, process = refreshing
     assert up.control("stop", "worker") == "worker: stopped"
-    assert (up.state(run), is_alive(process)) == (("CANCELLED", "Cancelled"), False)
+    assert (up.state(run), environment_of(process)) == (("CANCELLED", "Cancelled"), set())
     assert up.look(run)["state"]["message"].startswith("Stopped with its worker")
     code, output = up.place.run("status")
     assert (code, lines(output)["worker"]) == (3, "NOT RUNNING")

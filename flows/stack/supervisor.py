@@ -30,6 +30,7 @@ SHOWN = ("supervisor", "server", "worker")
 ARTIFACTS = ("tokens", "plan")
 FOLDER = "TOKENCORE_FOLDER"  # where the stack was started, see flows/__init__.py
 ANSWER = 20.0  # seconds for an answer of supervisord
+NO_ANSWER = (OSError, HTTPException, XmlRpcError)
 LOG_TAIL = 15  # lines of a log that are shown with a failure
 SOCKET_LENGTH = 90  # bytes of its folder's path: 103 for the whole on some systems, and supervisord adds its number
 UNWELL = 3  # the exit code of `status`
@@ -125,11 +126,10 @@ def down() -> int:
         print("Nothing was running.")
         return 0
     worker.drain(environment.api(timeout=5))
-    _supervisord(home).shutdown()
-    with contextlib.suppress(ProcessLookupError):
-        while True:  # it ends when all parts have ended, whom it gives 30 seconds each
-            os.kill(found["supervisor"], 0)
-            time.sleep(0.1)
+    with contextlib.suppress(*NO_ANSWER):  # another `down` was quicker
+        _supervisord(home).shutdown()
+    while worker.is_alive(found["supervisor"]):  # it ends when all parts have ended, whom it gives 30 seconds each
+        time.sleep(0.1)
     print("Stopped.")
     return 0
 
@@ -191,7 +191,7 @@ def running(home: Path) -> dict[str, int]:
         return {"supervisor": calls.getPID()} | {
             one["name"]: one["pid"] for one in calls.getAllProcessInfo() if one["pid"]
         }
-    except (OSError, HTTPException, XmlRpcError):
+    except NO_ANSWER:
         return {}
 
 
@@ -249,7 +249,7 @@ def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < give_up:
         if process.poll() is not None:
             raise StackError((home / "supervisor.log").read_text(errors="replace").strip(), process.returncode)
-        with contextlib.suppress(OSError, HTTPException, XmlRpcError):  # it does not answer yet
+        with contextlib.suppress(*NO_ANSWER):  # it does not answer yet
             for part in _supervisord(home).getAllProcessInfo():
                 ended, name = part["statename"] == "EXITED", part["name"]
                 if part["statename"] in ("BACKOFF", "FATAL") or (ended and part["exitstatus"]):

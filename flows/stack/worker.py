@@ -71,6 +71,17 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number; one that waits to be reaped, as in many a container, is none."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
+
+
 def watch_sleep(api: Api) -> None:
     """Skip what each sleep of the machine made late, and check the tokens once instead; for ever.
 
@@ -102,7 +113,7 @@ def drain(api: Api) -> None:
     """Wait until no process of this machine works on a run, at most ten seconds; without a server not at all."""
     give_up = time.monotonic() + GRACE
     with contextlib.suppress(StackError):
-        while time.monotonic() < give_up and any(_is_alive(run) for run in _runs(api, *AT_WORK)):
+        while time.monotonic() < give_up and any(_works(run) for run in _runs(api, *AT_WORK)):
             time.sleep(POLL)
 
 
@@ -131,7 +142,7 @@ def _runs(api: Api, *states: str) -> list[dict[str, Any]]:
 
 def _orphans(api: Api) -> list[dict[str, Any]]:
     """The runs underway without a process. Another machine's look the same: while it has a worker, none is named."""
-    found = [run for run in _runs(api, *UNDERWAY) if not _is_alive(run)]
+    found = [run for run in _runs(api, *UNDERWAY) if not _works(run)]
     return found if found and not _others(api) else []
 
 
@@ -142,15 +153,7 @@ def _others(api: Api) -> bool:
     return any(one["status"] == "ONLINE" and one["name"] != NAME for one in workers)
 
 
-def _is_alive(run: dict[str, Any]) -> bool:
-    """Whether its process, by the number that the worker noted, is there; one that waits to be reaped is not."""
+def _works(run: dict[str, Any]) -> bool:
+    """Whether its process, by the number that the worker noted, is there."""
     number = run["infrastructure_pid"] or ""
-    if not number.isdecimal():
-        return False
-    try:
-        os.kill(int(number), 0)
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, or a system without /proc
-        return True
+    return number.isdecimal() and is_alive(int(number))
