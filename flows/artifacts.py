@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
-from flows.alerts.causes import STORE, cause_of
+from flows.alerts.causes import cause_of
 from flows.alerts.messages import LANGUAGES
 from flows.runs import KST, clock, harmless
 from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, draw_plans
@@ -101,15 +101,14 @@ def rows_of(view: View) -> list[list[str]]:
 def to_do(view: View) -> str:
     """What a person has to do about the key; empty where nothing is wrong with it."""
     state, error = view.state, view.trouble
-    if state is None:
-        return LANGUAGES["en"][f"cause.{STORE.name}.fix"]
     if error is None and _problem(view):
         error = IssuanceLimitError("", retry_at=None, cause="backoff")  # the record has the cause
-    if error is None and state.status == "REJECTED":
+    if error is None and state and state.status == "REJECTED":
         error = IssuanceLimitError("", retry_at=None, cause="same_token")
     if error is None:
         return ""
-    cause = cause_of(error, state.attempts, state.token, view.key.market.settings.issue_interval)
+    attempts, token = (state.attempts, state.token) if state else ([], None)
+    cause = cause_of(error, attempts, token, view.key.market.settings.issue_interval)
     return LANGUAGES["en"][f"cause.{cause.name}.fix"]
 
 

@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from datetime import time as clock_time
 from pathlib import Path
@@ -156,14 +155,6 @@ class TestErrors:
 
 class TestWarmUp:
     """The step of a warm-up, and the runs that come to no key."""
-
-    def test_warm_ups_of_the_same_minute_make_one_request(self, gateway: Sandbox) -> None:
-        """Ten runs of one key that start together all have its token, on one issuance."""
-        gateway.set_rules(latency=0.3)
-        with ThreadPoolExecutor(10) as pool:
-            done = list(pool.map(lambda _: kept(), range(10)))
-        assert {one.state.status for one in done} == {"VALID"}
-        assert asked(gateway) == 1
 
     @gateway_only
     def test_a_run_that_has_nothing_to_do_says_why(self) -> None:
