@@ -17,6 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
 from flows.alerts.causes import cause_of
+from flows.alerts.incidents import NEAR
 from flows.alerts.messages import LANGUAGES
 from flows.runs import KST, clock, harmless
 from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, draw_plans
@@ -109,7 +110,10 @@ def to_do(view: View) -> str:
         return ""
     attempts, token = (state.attempts, state.token) if state else ([], None)
     cause = cause_of(error, attempts, token, view.key.market.settings.issue_interval)
-    return LANGUAGES["en"][f"cause.{cause.name}.fix"]
+    texts, need = LANGUAGES["en"], state.outlook.unserved if state else None
+    fix = texts[f"cause.{cause.name}.fix"]
+    is_near = state and need and need[0] - state.now <= NEAR
+    return texts.get(f"cause.{cause.name}.urgent", fix) if is_near else fix
 
 
 def next_renewal(state: KeyState) -> str:

@@ -129,32 +129,32 @@ def refresh(settings: Settings, asked: Request, now: datetime) -> State:
     keys = Key.load(settings)
     key = next(key for key in keys if asked.market in [one.name for one in key.markets])
     alerts.resolved(settings, f"refresh_token {asked.market}", now)
-    end = renew(key, asked._replace(reason=reason, operator=operator), now)
-    views = runs.views(keys, {})
+    end, trouble = renew(key, asked._replace(reason=reason, operator=operator), now)
+    views = runs.views(keys, {key: trouble} if trouble else {})
     artifacts.publish(views)
     upcoming.update(views)
     return end
 
 
-def renew(key: Key, asked: Request, now: datetime) -> State:
-    """Renew once, with a person's consent where that is needed, and say what became of it."""
+def renew(key: Key, asked: Request, now: datetime) -> tuple[State, Exception | None]:
+    """Renew once, with a person's consent where that is needed; what became of it, and the error that it met."""
     state, ahead = key.state(now), []
     if not asked.force or any(one.outcome == "issued" and now - one.at < HOUR for one in state.attempts):
         ahead = state.warnings()
     if ahead and (end := unconfirmed(state, ahead)):
-        return end
+        return end, None
     try:
         with safe_errors():
             forced = asked.force or bool(ahead)
             renewed = key.refresh(force=forced, reason=asked.reason or "refresh_token", by=asked.operator)
     except SAFE as error:
-        return unrenewed(state, error, asked)
+        return unrenewed(state, error, asked), error
     state = key.state(datetime.now(UTC))
     kind: Notice = ("forced" if asked.force else "renewed") if renewed else "same"
     alerts.announce(key.market.settings, state, kind, by=asked.operator, why=asked.reason)
     if renewed:
-        return Completed(name="Renewed", message=f"{state.served}.")
-    return Completed(name="AlreadyValid", message=f"KIS returned the same token. {state.served}.")
+        return Completed(name="Renewed", message=f"{state.served}."), None
+    return Completed(name="AlreadyValid", message=f"KIS returned the same token. {state.served}."), None
 
 
 def unconfirmed(before: KeyState, ahead: Sequence[RefreshWarning]) -> State | None:

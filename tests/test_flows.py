@@ -302,7 +302,7 @@ class TestTable:
         (said,) = {row[-1] for row in artifacts.rows_of(view)}
         assert re.match(r"a fault of KIS's \(EGW00002\) at .* KST; next attempt .* KST$", said)
         assert artifacts.caption([view]) == f"us, kr NO_TOKEN: {said}"
-        assert "**To do (us+kr):** Nothing at first." in artifacts.table([view])
+        assert "**To do (us+kr):** Look at KIS's notices of maintenance" in artifacts.table([view])  # a session is near
         assert "; a fault of KIS's (EGW00002) at 20" in check_tokens.progress(Done(state, renewed=False))
 
     @pytest.mark.usefixtures("gateway", "prefect_home")
@@ -398,7 +398,7 @@ def step(gateway: Sandbox, what: str, at: datetime) -> State | None:
         return None
     key = only_key()
     if what == MANUAL:
-        return refresh_token.renew(key, refresh_token.Request("us", force=True, reason="", operator="Kim"), at)
+        return refresh_token.renew(key, refresh_token.Request("us", force=True, reason="", operator="Kim"), at)[0]
     if what not in WARM_UPS:
         try:
             return followed(at)
