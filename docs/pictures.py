@@ -71,6 +71,7 @@ def _take(page: str, password: str) -> None:
         shown.wait_for_url("**/artifacts/key/tokens*")
         shown.locator('a[href*="/artifacts/artifact/"]').first.click()
         shown.get_by_role("cell", name="hk", exact=True).wait_for()
+        shown.get_by_text("Ready to scale?").wait_for(state="hidden")  # there until the page has read its settings
         for name, (width, height) in {"page.png": SCREEN, "phone.png": PHONE}.items():
             _shoot(shown, FOLDER / name, width, height)
 
