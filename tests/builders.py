@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
 
-from tokencore.config.market import HOSTS, Market
+from tokencore.config.market import Market
 from tokencore.config.sources import Found
 from tokencore.tokens import Token
 
@@ -88,11 +88,6 @@ def make_market(name: str = "us", /, **numbers: object) -> Market:
     defaults |= {"all_markets": list, "store": None, "store_keys": []}
     settings: Any = SimpleNamespace(**{**defaults, **numbers})
     return Market(name, found, lambda: settings)
-
-
-def make_url() -> str:
-    """The base URL of the real environment."""
-    return HOSTS["real"]
 
 
 def in_child(work: Callable[[], object]) -> int:

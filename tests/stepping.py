@@ -109,19 +109,18 @@ class Asked(NamedTuple):
 
 
 class Kis(Sandbox):
-    """The gateway by the clock of the test, which remembers what each key asked for; `play` sends any bytes instead."""
+    """The gateway by the clock of the test, which remembers what each key asked for."""
 
     def __init__(self, clock: Clock) -> None:
         """Keep KIS's own rules: a day, six hours, a minute."""
         super().__init__()
         self.clock = clock
         self.asked: dict[str, list[Asked]] = {}
-        self.play: Callable[[], Iterator[bytes]] | None = None
 
     def __enter__(self) -> Self:
         self.closing.clear()
         super().__enter__()
-        self._port, self._server.RequestHandlerClass = int(self.url.rpartition(":")[2]), _Playing
+        self._port, self._server.RequestHandlerClass = int(self.url.rpartition(":")[2]), _InOnePiece
         return self
 
     def down(self) -> None:
@@ -131,7 +130,7 @@ class Kis(Sandbox):
     def well(self) -> None:
         """Behave again."""
         self.clear()
-        self.play, self.rules = None, RULES
+        self.rules = RULES
         if self.closing.is_set():
             self.__enter__()
 
@@ -165,17 +164,8 @@ class Kis(Sandbox):
         return answer
 
 
-class _Playing(_Handler):
-    wbufsize = -1  # answers in one piece: how often a process reads must not be chance
-
-    def _deliver(self, answer: Answer) -> None:
-        play = getattr(self.server.gateway, "play", None)
-        if play is None:
-            super()._deliver(answer)
-            return
-        self.close_connection = True
-        for piece in play():
-            self.wfile.write(piece)
+class _InOnePiece(_Handler):
+    wbufsize = -1  # how often a process reads must not be chance
 
 
 class Stepped:

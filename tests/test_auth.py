@@ -245,13 +245,6 @@ def test_address_that_readers_understand_in_different_ways_is_not_signed(gateway
     assert "appsecret" not in request.headers
 
 
-def test_address_is_the_same_however_it_is_spelt(gateway: Sandbox, send: Send) -> None:
-    """Capital letters in the base URL and in the request's: the same scheme, host and port."""
-    port = gateway.url.rpartition(":")[2]
-    os.environ["KIS_BASE_URL"] = f"http://LocalHost:{port}"
-    assert send(f"HTTP://LOCALHOST:{port}{PRICE}", **TR_ID).status == 200
-
-
 def test_without_a_token_nothing_is_sent(gateway: Sandbox, send: Send) -> None:
     """Where no token can be had the package's error comes out of the call, before any business call."""
     gateway.fail("down")
@@ -274,30 +267,6 @@ def test_neither_a_signer_nor_what_httpx_shows_of_a_request_has_a_secret(gateway
         pickle.dumps(auth)
     with pytest.raises(errors.ConfigurationError):
         SIGNERS[send]("hk")
-
-
-def test_session_signs_every_request_and_keeps_the_first_answer(gateway: Sandbox) -> None:
-    """A hook of the caller's own sees the second try's answer only, and that has the rejected one before it."""
-    seen, hour = [], cached(17 * HOUR)
-    with requests.Session() as session:
-        session.auth = KISAuth("us", custtype="B")
-        hooks = {"response": lambda response, **_: seen.append(response.status_code)}
-        answer = session.get(gateway.url + PRICE, headers=TR_ID, timeout=5, hooks=hooks)
-        again = session.get(gateway.url + PRICE, headers=TR_ID, timeout=5)
-    assert (got(answer), got(again)) == (Got(200, "MCA00000", ["EGW00121"]), Got(200, "MCA00000", []))
-    assert answer.request.headers["authorization"] != f"Bearer {hour.access_token}"
-    assert (answer.request.headers["custtype"], seen) == ("B", [200])
-
-
-def test_download_is_handed_out_unread(gateway: Sandbox, kis: Scripted) -> None:
-    """A streamed success that is neither text nor JSON stays the caller's to read, with either library."""
-    kis.script = [Answer(code="EGW00121", kind="application/zip")]
-    cached(17 * HOUR)
-    answer = requests.get(kis.url, auth=KISAuth("us"), stream=True, timeout=5)
-    assert next(answer.iter_content(5)) == b'{"rt_'
-    with httpx.Client(auth=KISHttpxAuth("us"), **CLIENT) as client, client.stream("GET", kis.url) as streamed:
-        assert next(streamed.iter_raw(5)) == b'{"rt_'
-    assert (len(kis.seen), asked(gateway)) == (2, 0)
 
 
 def test_threads_and_loops_that_meet_a_dead_token_renew_it_once(gateway: Sandbox, send: Send) -> None:
@@ -341,23 +310,6 @@ def test_loop_goes_on_while_a_renewal_waits_for_kis(gateway: Sandbox, present: f
 
     asyncio.run(work())
     assert asked(gateway) == 1
-
-
-def test_cached_token_needs_no_thread_after_the_first_call(gateway: Sandbox) -> None:
-    """Calls with a valid token start no thread, also where the file is looked at again."""
-    cached(17 * HOUR)
-    auth = KISHttpxAuth("us")
-    by_httpx(gateway.url + PRICE, auth, **TR_ID)  # the first one may ask a keyring
-    known = set(threading.enumerate())
-
-    async def work() -> None:
-        async with httpx.AsyncClient(auth=auth, transport=httpx.MockTransport(lambda _: httpx.Response(200))) as calls:
-            for pause in (0, 1):
-                await asyncio.sleep(pause)
-                await calls.get(gateway.url)
-                assert set(threading.enumerate()) <= known
-
-    asyncio.run(work())
 
 
 def test_without_httpx_the_name_says_what_to_install() -> None:
@@ -448,16 +400,6 @@ def test_rejected_approval_key_is_replaced_once_for_all(gateway: Sandbox) -> Non
     os.environ["KIS_ISSUE_INTERVAL"] = "60"
     cause, until = limited(lambda: USTokenManager().get_approval_key(new))
     assert (cause, until is not None and until > datetime.now(UTC) + timedelta(seconds=50)) == ("minute", True)
-    assert approvals(gateway) == 2
-
-
-def test_new_key_of_the_settings_has_an_approval_key_of_its_own(gateway: Sandbox) -> None:
-    """A manager that was made before asks with the new credentials, once for all, when the old one has ended."""
-    before = USTokenManager()
-    old = before.get_approval_key()
-    os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
-    assert before.get_approval_key() == old
-    assert before.get_approval_key(old) == KRTokenManager().get_approval_key() != old
     assert approvals(gateway) == 2
 
 

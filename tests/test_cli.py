@@ -7,11 +7,9 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from datetime import datetime, timedelta
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,17 +55,6 @@ def test_cached_get_imports_nothing_heavy() -> None:
     assert out == token.access_token + "\n"
     assert set(modules.split()).isdisjoint((*HEAVY, *SLOW))
     assert "tokencore.manager" in modules
-
-
-@pytest.mark.parametrize(("mode", "code"), [("limit", 4), ("bad-key", 5), ("bad-secret", 5), ("down", 6), ("html", 6)])
-def test_get_without_a_token_fails_with_the_contracts_code(
-    quick: Sandbox, command: Command, mode: str, code: int
-) -> None:
-    """Each refusal has its exit code and one sentence that says what still works and what to do."""
-    quick.fail(mode)
-    ran = command("get", "us")
-    assert ran.code == code
-    assert "There is no token." in one_line(ran)
 
 
 def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
@@ -150,17 +137,6 @@ def test_wrong_usage_is_one_sentence_and_exit_2(command: Command, arguments: lis
     assert one_line(ran)
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"), [("KIS_BUFFER", "nan"), ("KIS_ENVIRONMENT", "prod"), ("KIS_APP_KEY", "")]
-)
-def test_bad_setting_is_named_and_exit_2(gateway: Sandbox, command: Command, variable: str, value: str) -> None:
-    """A malformed or missing setting is one sentence with its variable, from every command that needs it."""
-    for line in ("get us", "check", "refresh us", "tick", "metrics"):
-        ran = command(*line.split(), **{variable: value})
-        assert (ran.code, variable in one_line(ran)) == (2, True), line
-    assert asked(gateway) == 0
-
-
 @pytest.mark.parametrize("error", [RuntimeError("the secret is Canary"), OSError(errno.ENOSPC, "Canary")], ids=repr)
 @pytest.mark.usefixtures("gateway")
 def test_unexpected_error_is_one_line_without_its_text(
@@ -209,35 +185,12 @@ def test_output_that_cannot_be_written_is_one_line_and_1(line: str, redirect: st
     assert "Standard output cannot be written" in one_line(Ran(1, "", ran.stderr))
 
 
-@pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-"])
-def test_an_error_that_nobody_can_read_keeps_its_code(redirect: str) -> None:
-    """Standard error full or closed: the documented exit code all the same, and nothing on standard output."""
-    program = f"{sys.executable} -m tokencore get hk {redirect}"
-    ran = subprocess.run(["/bin/sh", "-c", program], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
-    assert (ran.returncode, ran.stdout) == (2, "")
-
-
 @pytest.mark.usefixtures("nowhere")
 def test_get_with_a_valid_token_does_not_wait_for_a_hanging_kis(quick: Sandbox) -> None:
     """In the proactive window: the present token and 0, while KIS accepts the request and would never answer."""
     token = cached(1_500)
     quick.fail("hang")
     assert tokencore("get", "us", KIS_TIMEOUT="300") == Ran(0, token.access_token + "\n", "")
-
-
-@pytest.mark.usefixtures("gateway")
-@pytest.mark.parametrize("line", ["get us", "get us --approval-key", "get us --format env", "delete us"])
-def test_what_a_command_prints_leaves_in_one_piece(line: str) -> None:
-    """Processes that share a pipe mix no lines, with PYTHONUNBUFFERED too: here each write is a message by itself."""
-    cached(20_000)
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with ours, its:
-        command, env = [sys.executable, "-m", "tokencore", *line.split()], {**os.environ, "PYTHONUNBUFFERED": "1"}
-        subprocess.run(command, env=env, stdout=its.fileno(), check=True, timeout=60)
-        ours.settimeout(0)
-        assert ours.recv(65_536).endswith(b"\n")
-        with pytest.raises(BlockingIOError):
-            ours.recv(65_536)
 
 
 def test_interrupted_command_ends_at_once_with_one_line(gateway: Sandbox) -> None:
@@ -260,21 +213,3 @@ def test_command_alone_prints_the_help_and_says_what_is_missing(command: Command
     assert command("--help") == Ran(0, ran.out, "")
     words = [name for names in COMMANDS.values() for name in names] + ["7 store unusable"]
     assert [word for word in words if word not in ran.out] == []
-
-
-def test_version_is_the_installed_packages() -> None:
-    """The version of the package's metadata, or that there is none."""
-    ran = tokencore("--version")
-    assert (ran.code, ran.err) == (0, "")
-    try:
-        assert ran.out == f"tokencore {metadata.version('tokencore')}\n"
-    except metadata.PackageNotFoundError:
-        assert "not installed" in ran.out
-
-
-@pytest.mark.usefixtures("gateway")
-def test_misspelt_setting_is_told_once_but_not_by_a_cached_get() -> None:
-    """`KIS_TIMOUT` is ignored, and the sentence has the right name; another program's variable is none of ours."""
-    token, own = cached(20_000), {"KIS_TIMOUT": "3", "KIS_ACCOUNT_NO": "3"}
-    assert tokencore("check", **own).err == "tokencore: Unknown setting KIS_TIMOUT; did you mean KIS_TIMEOUT?\n"
-    assert tokencore("get", "us", **own) == Ran(0, token.access_token + "\n", "")

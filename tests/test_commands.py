@@ -63,14 +63,6 @@ def test_refresh_renews_or_declines_with_4(quick: Sandbox, command: Command) -> 
     assert [line["by"] for line in json.loads(command("history", "--json").out)] == ["김민지", getpass.getuser()]
 
 
-@pytest.mark.parametrize("option", ["--reason", "--by"])
-def test_refresh_keeps_no_key_that_was_pasted_by_mistake(quick: Sandbox, command: Command, option: str) -> None:
-    """A word as long as a key is refused with 2, before KIS is asked, and not repeated."""
-    ran = command("refresh", "us", option, f"for {KEY}")
-    said = one_line(ran)
-    assert (ran.code, asked(quick), "a word of 36 characters" in said, KEY in said) == (2, 0, True, False)
-
-
 def test_forced_refresh_passes_the_ceiling_and_says_when_nothing_changed(quick: Sandbox, command: Command) -> None:
     """Over the ceiling: 4 without force, 0 with it; KIS's same token is told as such. Nobody to ask is 2."""
     own = {"KIS_MAX_ISSUES_PER_DAY": "1"}
@@ -217,6 +209,7 @@ def test_check_words_and_exit_codes(command: Command, left: float, status: str, 
     assert one["remaining_seconds"] >= 0
     assert one["remaining_hours"] >= 0
     assert command("check").code == code
+    assert command("check", "us", "kr", **TWO_KEYS).code == 3, "the other key has no token"
 
 
 @pytest.mark.parametrize("line", ["check", "check --json", "check --probe", "history", "tick", "plan", "metrics"])
@@ -233,13 +226,6 @@ def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Comma
     assert command(*line.split()).code == 0
     assert snapshot(Path.home()) == before
     assert asked(gateway) == 1
-
-
-@pytest.mark.usefixtures("gateway")
-def test_check_is_0_only_while_every_asked_market_is_valid(command: Command) -> None:
-    """One of two keys has no token: 3 for both and for the one, 0 for the other."""
-    cached(20_000)
-    assert [command("check", *names, **TWO_KEYS).code for names in ((), ("us", "kr"), ("kr",), ("us",))] == [3, 3, 3, 0]
 
 
 @pytest.mark.usefixtures("gateway")
@@ -347,7 +333,8 @@ def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Give:
 def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sandbox, give: Give) -> None:
     """Reported in any form, it is renewed where the six hours are over; a latecomer's report asks nothing.
 
-    Within them: 4 with the time, and no process serves it any more. Nothing on standard input: 2.
+    Within them: 4 with the time and the way out, and no process serves it any more; what force brings is the dead one
+    again. Nothing on standard input: 2.
     """
     old = cached(50_000)
     quick.fail("dead-token")
@@ -356,9 +343,11 @@ def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sa
     assert young != old.access_token
     assert give(old.access_token, "reject", "kr") == Ran(0, "", "")
     ran = give(young, "reject", "us")
-    assert (ran.code, "six hours after its issue" in one_line(ran)) == (4, True)
+    assert (ran.code, "six hours after its issue" in one_line(ran), "--force" in ran.err) == (4, True, True)
+    assert (give("\n", "reject", "us").code, tokencore("get", "kr").code, asked(quick)) == (2, 4, 1)
+    time.sleep(0.1)
+    assert (give("", "refresh", "us", "--force", "--yes").code, asked(quick)) == (4, 2)
     assert TokenManager("us").get_token_status()["status"] == "REJECTED"
-    assert (give("\n", "reject", "us").code, asked(quick)) == (2, 1)
 
 
 def test_reject_replaces_an_approval_key(quick: Sandbox, give: Give, command: Command) -> None:

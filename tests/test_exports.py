@@ -328,13 +328,3 @@ def test_samples_files_of_past_days_are_cleared_away(copies: Path) -> None:
         in_zone(zone, "refresh(force=True)")
     assert others.exists()
     assert not (copies / f"KIS{datetime.now(ZoneInfo('Pacific/Midway')):%Y%m%d}").exists()
-
-
-def test_token_that_names_no_key_is_copied_too(copies: Path) -> None:
-    """Should KIS change its tokens' form, what was written before is known by its digest, and nothing else is."""
-    os.environ["KIS_MARKETS__US__EXPORTS"] = f"kis-auth:{copies}"
-    for saved, there in ("opaque-1", "opaque-1"), ("opaque-2", "opaque-2"), ("opaque-4", "opaque-3"):
-        for path in copies.iterdir() if saved == "opaque-4" else ():
-            path.write_text("token: opaque-3\n")
-        TokenManager("us").save_token(make_token(text=saved))
-        assert {path.read_text().split()[1] for path in copies.iterdir()} == {there}

@@ -10,7 +10,6 @@ import os
 import pickle
 import stat
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
@@ -24,6 +23,7 @@ from tokencore.stores.record import KEEP
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tokencore.tokens import Token
 
@@ -266,22 +266,6 @@ def test_a_mounted_file_is_written_in_place(folder: Path, monkeypatch: pytest.Mo
     files.write_text(str(path), "new")
     assert path.read_text(encoding="utf-8") == "new"
     assert os.listdir(folder) == [path.name]
-
-
-@pytest.mark.parametrize("before", ["nothing", "file", "folder"])
-@pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_is_set_aside_is_kept_and_only_a_file_keeps_its_place(folder: Path, kind: str, before: str) -> None:
-    """Whatever was set aside earlier, the content is kept, private if a file; a file stays for its successor, too."""
-    path = folder / VIEW
-    make: dict[str, Callable[[Path], object]] = {"folder": Path.mkdir, "file": Path.touch, "nothing": Path.exists}
-    make["link"] = lambda place: place.symlink_to(folder)
-    make[before](folder / f"{VIEW}.aside")
-    make[kind](path)
-    files.set_aside(str(path))
-    kept = [place for place in folder.iterdir() if place.name.endswith(".aside")]
-    assert os.path.lexists(path) == (kind == "file")
-    assert any(place.is_symlink() == (kind == "link") and place.is_dir() == (kind != "file") for place in kept)
-    assert kind != "file" or "600" in [mode_of(place) for place in kept if place.is_file()]
 
 
 def test_a_directory_that_holds_only_our_files_is_closed_to_others(folder: Path) -> None:

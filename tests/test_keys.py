@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 from builders import make_token
-from conftest import ISSUE_INTERVAL
-from running import asked, limited, outcomes, raised, record
+from running import raised, record
 
-from tokencore import ConfigurationError, IssuanceLimitError, Key, Settings, USTokenManager
+from tokencore import ConfigurationError, Key, Settings
 from tokencore.attempts import Attempt, Outcome
 
 if TYPE_CHECKING:
@@ -88,36 +86,6 @@ def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
     assert key.state(DUE).foreign_issue == issued_at
     record(Attempt(issued_at, Outcome.NO_ANSWER))
     assert key.state(DUE).foreign_issue is None
-
-
-def test_a_tick_renews_when_the_rule_says_so_and_not_before(key: Key, gateway: Sandbox) -> None:
-    """A refusal is trouble, no exception, and starts a pause; then one request, and not due any more: none."""
-    save(key, 25 * HOUR, 24.5 * HOUR)
-    gateway.fail("limit", 1)
-    decision = key.tick(key.state(DUE))
-    assert (decision.renewed, type(decision.trouble)) == (False, IssuanceLimitError)
-    assert decision.state.serves_until == DUE + timedelta(minutes=25)
-    assert isinstance(key.tick(decision.state).trouble, IssuanceLimitError)
-    assert asked(gateway) == 1
-    record(Attempt(DUE, Outcome.IMPORTED))  # which ends the pause
-    time.sleep(ISSUE_INTERVAL)
-    decision = key.tick(decision.state)
-    assert (decision.renewed, decision.state.covered, outcomes()[-1]) == (True, True, "issued")
-    assert key.tick(decision.state)[:2] == (False, None)
-    assert asked(gateway) == 2
-
-
-def test_a_key_obtains_only_what_does_not_last_and_its_rejection_holds_for_managers(key: Key, gateway: Sandbox) -> None:
-    """The answer says whether the call issued; what a flow finds out with one quote holds for the whole machine."""
-    now = datetime.now(UTC)
-    assert [key.obtain(now + timedelta(hours=10), now) for _ in range(2)] == [True, False]
-    token = key.state(now).token
-    assert token is not None
-    assert key.prove(token).accepted is True
-    key.reject(token, now)
-    assert limited(USTokenManager().get_valid_token)[0] == "same_token"
-    assert "--force" in str(raised(USTokenManager().get_valid_token))
-    assert asked(gateway) == 1
 
 
 def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be_lost(key: Key) -> None:

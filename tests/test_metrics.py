@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import stat
@@ -275,89 +274,6 @@ def test_every_metric_and_label_that_is_asked_for_exists(expression: str, known:
     assert outcomes <= set(Outcome)
 
 
-def test_the_reader_of_expressions_tells_metrics_from_the_rest() -> None:
-    """Functions, groupings, labels, texts and durations are no metrics: else the test above proves nothing."""
-    text = (
-        'max by (key, outcome) (increase(a_total{market=~"b|c", key="d"}[1h])) > 0 and on(market) e - time() < 5 * 60'
-    )
-    assert named(text) == (
-        {"a_total", "e"},
-        {("key", ""), ("outcome", ""), ("market", ""), ("market", "b|c"), ("key", "d")},
-    )
-
-
 def test_every_metric_is_shown_or_watched(known: set[str]) -> None:
     """Nothing is exported that neither the dashboard nor an alert looks at."""
     assert known - {name for expression in EXPRESSIONS for name in named(expression)[0]} == set()
-
-
-@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: str(alert["alert"]))
-def test_every_alert_says_how_bad_it_is_and_what_to_do(alert: dict[str, Any]) -> None:
-    """A severity, one line of what happened and one of what to do."""
-    assert alert["labels"]["severity"] in ("critical", "warning")
-    assert alert["annotations"].keys() == {"summary", "description"}
-
-
-def test_the_dashboard_hangs_together() -> None:
-    """Panels have their own ids, and ask the data source that is chosen above."""
-    panels = DASHBOARD["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "market"}
-    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
-
-
-def case(alert: str, series: dict[str, str], at: str, count: int) -> dict[str, Any]:
-    """A test for promtool: with these series, from 0 s on each minute, so many alerts fire at that time."""
-    asked = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)'
-    answer = {"expr": asked, "eval_time": at, "exp_samples": [{"labels": "{}", "value": count}]}
-    given = [{"series": name, "values": values} for name, values in series.items()]
-    return {"interval": "1m", "input_series": given, "promql_expr_test": [answer]}
-
-
-def of(name: str, values: str, labels: str = 'market="us"') -> dict[str, str]:
-    """One series."""
-    return {f"kis_{name}{{{labels}}}": values}
-
-
-SESSION = of("token_need_start_timestamp_seconds", "600x60") | of("token_need_end_timestamp_seconds", "6000x60")
-LATER = of("token_need_start_timestamp_seconds", "60000x60") | of("token_need_end_timestamp_seconds", "66000x60")
-CEILING, BAD = of("issuance_last_day_ceiling", "2x60"), 'market="us",outcome="bad_key"'
-ISSUES, ATTEMPTS, COVERS = "issuance_last_day_issues", "issuance_attempts_total", "token_covers_next_need"
-COLLECTED = "kis_metrics_collection_timestamp_seconds"
-WHEN: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {  # series with which it fires, and without
-    "KISTokenMissingInSession": (
-        [SESSION | of("token_valid", "0x60")], [SESSION | of("token_valid", "1x60"), LATER | of("token_valid", "0x60")],
-    ),
-    "KISTokenDoesNotCoverNextNeed": (
-        [SESSION | of(COVERS, "0x60")], [LATER | of(COVERS, "0x60"), SESSION | of(COVERS, "1x60")],
-    ),
-    "KISTokenIssuesAboveCeiling": ([CEILING | of(ISSUES, "3x60")], [CEILING | of(ISSUES, "2x60")]),
-    "KISCredentialsRefused": ([of(ATTEMPTS, "0x10 1x50", BAD)], [of(ATTEMPTS, "1x60", BAD)]),
-    "KISStateUnreadable": ([of("issuance_record_readable", "0x60")], [of("market_readable", "1x60")]),
-    "KISExporterDown": ([{'up{job="tokencore"}': "0x60"}], [{'up{job="tokencore"}': "1x60"}]),
-    "KISMetricsStale": ([{COLLECTED: "0x60"}], [{COLLECTED: "0+60x60"}]),
-    "KISMetricsAbsent": ([{"up": "1x60"}], [of("token_valid", "0x60")]),
-}  # fmt: skip
-EARLY = {"KISTokenDoesNotCoverNextNeed": "5m"}  # before the need, when another alert takes over
-CASES = [
-    *(case(alert, one, EARLY.get(alert, "20m"), 1) for alert, (firing, _) in WHEN.items() for one in firing),
-    *(case(alert, one, "20m", 0) for alert, (_, silent) in WHEN.items() for one in silent),
-]
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with the package prometheus")
-def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
-    """Prometheus' own tool takes the rules, and each fires on its case and not on the case beside it."""
-    tests = tmp_path / "tests.yml"
-    tests.write_text(json.dumps({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": CASES}))
-    for command in (("check", "rules", str(RULES)), ("test", "rules", str(tests))):
-        ran = subprocess.run(
-            [shutil.which("promtool") or "", *command], capture_output=True, text=True, check=False, timeout=60
-        )
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-
-
-def test_every_alert_has_a_case_for_and_one_against() -> None:
-    """No alert is left out of what promtool is asked."""
-    assert WHEN.keys() == {alert["alert"] for alert in ALERTS}
-    assert all(firing and silent for firing, silent in WHEN.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -12,18 +11,15 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from builders import ended, fill_disk, in_child
-from conftest import QUICK
 from running import (
     asked,
     cached,
     folder,
-    issue_of,
     limited,
     on_disk,
     outcomes,
     raised,
     start,
-    tokencore,
     until,
 )
 
@@ -53,51 +49,6 @@ def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: 
     assert outcomes() == ["unreachable"]
 
 
-def test_refresh_declines_within_six_hours_and_a_forced_one_that_brings_the_same_token_is_no_renewal(
-    quick: Sandbox,
-) -> None:
-    """KIS hands the same token back for six hours: nothing is asked, and by force nothing is won and nothing counts."""
-    token = USTokenManager().get_valid_token()
-    retry_at = issue_of(on_disk()) + timedelta(hours=6)
-    assert limited(USTokenManager().refresh) == ("same_token", retry_at)
-    time.sleep(QUICK)
-    assert limited(USTokenManager().refresh) == ("same_token", retry_at)
-    assert USTokenManager().refresh(force=True) is False
-    assert USTokenManager().get_valid_token() == token
-    assert outcomes() == ["issued", "same"]
-    assert USTokenManager().get_token_status()["issues_last_24h"] == 1
-    assert quick.stats()["granted_same"] == 1
-
-
-def test_rejected_young_token_is_dead_for_every_process_until_six_hours_after_its_issue(quick: Sandbox) -> None:
-    """KIS would hand the dead token back: nothing is asked, nobody serves it, `retry_at` says when that ends.
-
-    A forced refresh inside the six hours does bring it again, and it stays dead.
-    """
-    token = USTokenManager().get_valid_token()
-    dead = ("same_token", issue_of(on_disk()) + timedelta(hours=6))
-    quick.kill_tokens()
-    time.sleep(QUICK)
-    assert limited(lambda: KRTokenManager().report_rejected(token)) == dead
-    ran = tokencore("get", "us")
-    assert (ran.code, ran.out, "rejected" in ran.err) == (4, "", True)
-    assert asked(quick) == 1
-    assert limited(lambda: USTokenManager().refresh(force=True)) == dead
-    assert USTokenManager().get_token_status()["status"] == "REJECTED"
-    assert asked(quick) == 2
-
-
-def test_rejected_old_token_is_renewed_at_once_and_a_latecomers_report_costs_nothing(gateway: Sandbox) -> None:
-    """After six hours KIS has another token: the report returns it; who reports the old one later gets it as well."""
-    token = cached(17 * HOUR)
-    renewed = USTokenManager().report_rejected(token.access_token)
-    assert renewed != token.access_token
-    assert KRTokenManager().get_valid_token() == renewed
-    assert KRTokenManager().report_rejected(token.access_token) == renewed
-    assert KRTokenManager().get_token_status()["status"] == "VALID"
-    assert asked(gateway) == 1
-
-
 def test_rejected_token_gives_way_to_a_newer_one_in_a_markets_view(gateway: Sandbox) -> None:
     """An earlier version has renewed and written the views alone: the report finds its token, without a request.
 
@@ -115,22 +66,6 @@ def test_rejected_token_gives_way_to_a_newer_one_in_a_markets_view(gateway: Sand
     assert limited(lambda: USTokenManager().report_rejected(young.access_token))[0] == "same_token"
     assert on_disk("kr").rejected_at is not None
     assert asked(gateway) == 0
-
-
-def test_deleting_keeps_the_record_and_the_token_that_kis_repeats_is_no_new_one(quick: Sandbox) -> None:
-    """After `delete` KIS hands the same token back: the record knows it; neither ceiling nor six hours move."""
-    os.environ["KIS_MAX_ISSUES_PER_DAY"] = "1"
-    token = USTokenManager().get_valid_token()
-    issued_at = on_disk().issued_at
-    deleted = [manager().delete_token() for manager in (USTokenManager, KRTokenManager, USTokenManager)]
-    assert deleted == [True, True, False]
-    assert limited(USTokenManager().get_valid_token)[0] == "ceiling"
-    os.environ["KIS_MAX_ISSUES_PER_DAY"] = "2"
-    time.sleep(QUICK)
-    assert USTokenManager().get_valid_token() == token
-    assert on_disk().issued_at == issued_at
-    assert outcomes() == ["issued", "same"]
-    assert asked(quick) == 2
 
 
 def test_token_that_kis_did_not_revoke_is_served_on(gateway: Sandbox) -> None:

@@ -20,7 +20,6 @@ from tokencore import Key, Settings, TokenManager, USTokenManager, draw_plans
 from tokencore.attempts import Attempt, Outcome
 from tokencore.calendars import sessions
 from tokencore.outlook import plan_as_json
-from tokencore.reports import status
 from tokencore.reports.tables import LABEL, print_plan
 
 if TYPE_CHECKING:
@@ -161,23 +160,6 @@ def test_every_report_says_the_same(state: str, command: Command) -> None:
         assert (one["status"], one["issues_last_24h"]) == (seen.status, seen.issues_last_24h)
         need = next(iter(sessions.needs(market.exchanges, now, now + timedelta(days=15))))
         assert (one["next_need"]["end"], seen.need_of(market)) == (need[1].isoformat(), need)
-
-
-@pytest.mark.parametrize("keys", ["one key", "a key each"])
-def test_many_markets_are_read_once_a_key_and_the_calendars_once(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Markets of a key have one token, which was read once; needs are computed once for the same exchanges."""
-    for n in range(9):
-        own = {"EXCHANGES": "NASD", "APP_KEY": f"PSkey{n}" if keys == "a key each" else "PSkey", "APP_SECRET": "secret"}
-        for field, value in own.items():
-            monkeypatch.setenv(f"KIS_MARKETS__M{n}__{field}", value)
-    settings, asked = Settings.load(), []
-    folder().mkdir(0o700)
-    for key in Key.load(settings):
-        key.store.save(make_token(50_000))
-    monkeypatch.setattr(status, "next_need", lambda market, _: asked.append(market))
-    seen = status.look(settings.able_markets(), datetime.now(UTC))
-    assert [one.status["status"] for one in seen] == ["VALID"] * 9
-    assert (len(asked), len({id(one.token) for one in seen})) == (1, 9 if keys == "a key each" else 1)
 
 
 @pytest.fixture

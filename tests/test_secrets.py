@@ -421,22 +421,3 @@ def test_an_interrupt_amid_a_request_carries_no_secret(name: str, canaries: Sand
         taken[0].close()
     assert len(met.traceback) > 10, "it was amid the request"
     assert leaking(met.value) == []
-
-
-@pytest.mark.usefixtures("gateway")
-def test_an_error_of_any_kind_keeps_its_place_and_what_the_caller_was_handling() -> None:
-    """Not only our own errors are emptied; the lines that they passed stay, for a report."""
-
-    class Broken(_Own):
-        def get_app_credentials(self) -> tuple[str, str]:
-            raise RuntimeError("no vault") from ValueError(SECRET)
-
-    try:
-        int("nothing")
-    except ValueError:
-        with pytest.raises(RuntimeError) as met:
-            Broken()
-    assert isinstance(met.value.__context__, ValueError)
-    assert met.value.__cause__ is None
-    assert met.traceback[-1].name == "get_app_credentials"
-    assert leaking(met.value) == []

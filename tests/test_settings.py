@@ -198,17 +198,6 @@ def test_a_source_that_cannot_be_read_is_named_in_one_sentence_at_once(
     tracemalloc.stop()
 
 
-def test_each_setting_has_an_origin() -> None:
-    """By variable name: the environment, `.env`, the secrets folder, config.toml; the first one that gave it."""
-    folder = secrets(KIS_APP_SECRET=SECRET)
-    dotenv(KIS_APP_KEY=KEY, KIS_TIMEOUT="7")
-    config(f"secrets_dir = '{folder}'\nbuffer = 200\n[markets.hk]\nexchanges = ['SEHK']\n")
-    os.environ |= {"KIS_TIMEOUT": "5", "PREFECT_UI_URL": "https://prefect"}
-    toml = dict.fromkeys(("KIS_SECRETS_DIR", "KIS_BUFFER", "KIS_MARKETS__HK__EXCHANGES"), "~/.tokencore/config.toml")
-    environment = dict.fromkeys(("KIS_TIMEOUT", "PREFECT_UI_URL"), "environment")
-    assert Settings.load().origins == {"KIS_APP_KEY": ".env", "KIS_APP_SECRET": folder, **toml, **environment}
-
-
 # --- whom they trust
 
 

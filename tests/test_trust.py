@@ -362,9 +362,10 @@ def test_a_command_keeps_and_repeats_nothing_raw(command: Command) -> None:
     attempt = TokenManager("us").history()[-1]
     assert (attempt.reason, attempt.by) == ("]0;x kcats next last", "Kim ]0;x kcats next last")
     assert unclean(command("history").out.replace("\n", "")) == []
-    for wrong in (("refresh", "us", NASTY), (NASTY,), ("get", NASTY), ("export", "us", "--to", NASTY, "x")):
+    pasted = ("refresh", "us", "--by", f"for {KEY}")
+    for wrong in (("refresh", "us", NASTY), (NASTY,), ("get", NASTY), ("export", "us", "--to", NASTY, "x"), pasted):
         said = command(*wrong)
-        assert said.code == 2
+        assert (said.code, KEY in said.err) == (2, False)
         assert unclean(said.err.removesuffix("\n")) == []
     assert outcomes() == ["issued"]
     os.environ["KIS_TOKEN_DIR"] = "/proc/\x1b[2J\u202ex"
