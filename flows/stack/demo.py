@@ -33,8 +33,8 @@ The page: {page}
   The tokens: {page}/artifacts/key/tokens (click its newest entry)
   The plan: {page}/artifacts/key/plan (click its newest entry)
   Renew manually: {page}/deployments/deployment/{form}/run
-  A refusal: let KIS refuse the next request, renew manually for kr with force, and press Resume in the menu (three
-  dots) of the run's page, as KIS has just issued; it ends as Declined and says what serves until when.
+  A refusal: let KIS refuse the next request, then renew manually for kr, with force. Where the run asks, press Resume
+  in the menu (three dots) of its page and choose "renew now". It ends as Declined and says until when the token serves.
     curl -X POST {gateway}/sandbox/fail -d '{{"mode": "limit", "count": 1}}'
 
 Ctrl-C stops everything and leaves nothing behind.
