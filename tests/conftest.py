@@ -51,8 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [
             item
             for item in items
-            if not item.path.stem.startswith(("test_stack", "test_fleet", "test_clients"))
-            and "prefect_home" not in getattr(item, "fixturenames", ())
+            if not item.path.stem.startswith(("test_stack", "test_fleet"))
+            and not {"prefect_home", "pythons"} & {*getattr(item, "fixturenames", ())}
         ]
     items.sort(key=lambda item: _place(item.path)[0])
 

@@ -219,13 +219,13 @@ def dotenv_trusted() -> None:
     sources.TRUSTED = (*sources.TRUSTED, sources.DOTENV_FILE)  # type: ignore[assignment]
 
 
-@found_by("exports", "newer_token_of_another_client_is_adopted_instead_of_written_over")
+@found_by("clients", "newer_token_of_another_client_is_adopted_instead_of_written_over")
 def overwritten() -> None:
     """Another client's own token, which lasts longer, is written over."""
     exports._longer = lambda *_: None
 
 
-@found_by("exports", "file_that_holds_no_token_of_the_key_is_never_touched")
+@found_by("clients", "file_that_holds_no_token_of_the_key_is_never_touched")
 def foreign_touched() -> None:
     """An export takes the place of any file."""
     exports._refuse_foreign = lambda *_: None
