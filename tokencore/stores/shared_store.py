@@ -268,7 +268,7 @@ class SharedStore(Sensitive):
     def behind(self, state: State) -> bool:
         """Whether the machine's files have another token than the row; what cannot be decrypted is left alone."""
         try:
-            return _name_of(self._in(state)) != _name_of(self._local.newest(shared=True))
+            return _name_of(self._in(state)) != _name_of(self._local.read()[0])
         except TokenError as error:
             self._fleet.warn(error)
             return False
@@ -397,7 +397,7 @@ class SharedStore(Sensitive):
         """
         for _ in range(TRIES):
             state = session.read([self.name])[self.name]
-            ours, theirs, removed = self._local.newest(shared=True), self._in(state), self._removed(state)
+            ours, theirs, removed = self._local.read()[0], self._in(state), self._removed(state)
             offered = ours if _beats(ours, theirs) and _name_of(ours) not in removed else None
             if offered or not state.version:
                 session.put(self.name, state.version, self._sealed(offered, removed))
