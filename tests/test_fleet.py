@@ -197,7 +197,8 @@ def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(
         "delete from tokencore_attempt where fence > 1",
     )
     assert look(first) == look(second) == (later.access_token, None)
-    assert [one.outcome for one in second.store.attempts()] == ["issued", "imported"]
+    assert [(one.outcome, bool(one.host)) for one in second.store.attempts()] == [("issued", True), ("imported", True)]
+    assert not any(one.host for one in first.store.attempts())
 
 
 @pytest.mark.parametrize("hours", [1, -1])

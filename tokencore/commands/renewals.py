@@ -126,10 +126,11 @@ def _history(options: argparse.Namespace) -> int:
     keys = [key_of(settings, options.market)] if options.market else Key.load(settings)
     found = [([market.name for market in key.markets], one) for key in keys for one in key.store.attempts()]
     if options.json:
-        hidden = ("pid", "credentials", "host")
-        print_json(
-            [{"markets": names} | {k: v for k, v in one._asdict().items() if k not in hidden} for names, one in found]
-        )
+        fields = [
+            ({"markets": names} | one._asdict(), ("pid", "credentials", *["host"] * (not one.host)))
+            for names, one in found
+        ]
+        print_json([{k: v for k, v in every.items() if k not in hidden} for every, hidden in fields])
     else:
         from tokencore.reports.tables import print_history
 

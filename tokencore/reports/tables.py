@@ -77,7 +77,8 @@ def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
                 paint(one.outcome, colour),
                 one.code or "-",
                 *[moment(one.expires_at, KST)] * broad,
-                *(clean(text) for text in (one.by or "-", one.reason)),  # earlier versions kept controls
+                # Earlier versions kept controls. Of a fleet, the other machines are named.
+                *(clean(text) for text in (one.by or one.host.partition(":")[0] or "-", one.reason)),
             ]
         )
     columns = ["when (KST)", "markets", "outcome", "code", *["token expires (KST)"] * broad, "by", "reason"]
