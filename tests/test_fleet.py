@@ -412,6 +412,22 @@ def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
     assert (asked(kis), fleet.server.sql("select version, sealed from tokencore_key")) == (0, before)
 
 
+@pytest.mark.parametrize("package", ["psycopg", "cryptography"])
+def test_without_the_extra_a_cold_machine_says_what_to_install(
+    fleet: Fleet, tmp_path: Path, kis: Sandbox, package: str
+) -> None:
+    """Exit 2 and the command that brings the package, and nothing is issued; the help does not need it."""
+    program = (
+        f"import sys; sys.modules['{package}'] = None; from tokencore.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    settings = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url, **fleet.environment(tmp_path)}
+    process = start(program, "get", "us", **settings)
+    assert "pip install 'tokencore[fleet]'" in process.communicate()[1]
+    assert (process.returncode, asked(kis)) == (2, 0)
+    process = start(program, "--help", **settings)
+    assert ("follow" in process.communicate()[0], process.returncode) == (True, 0)
+
+
 def test_a_certificate_of_somebody_else_ends_the_connection(fleet: Fleet, tmp_path: Path, kis: Sandbox) -> None:
     """With verify-full only the server is spoken to whose certificate the file vouches for."""
     place = certificate(fleet.server.folder)

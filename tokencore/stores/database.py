@@ -138,14 +138,14 @@ class Database(Sensitive):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def open(self) -> Self:
-        """Connect; again while that may help, for `PATIENCE` seconds.
+    def open(self, patience: float = PATIENCE) -> Self:
+        """Connect; again while that may help, for `patience` seconds.
 
         Raises:
             TokenError: there is no connection, or no tables of this version; the message says why.
 
         """
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + patience
         while True:
             try:
                 self._connection = _within(self._address, end - time.monotonic())

@@ -11,7 +11,7 @@ import time
 from tokencore.config.market import digest
 from tokencore.errors import TokenError, TokenStoreError
 from tokencore.sealing import Sensitive
-from tokencore.stores.database import Database
+from tokencore.stores.database import PATIENCE, Database
 from tokencore.stores.encryption import Seal
 from tokencore.stores.file_store import FileDocument
 
@@ -58,21 +58,22 @@ class Fleet(Sensitive):
             _fleets[name] = cls(settings)
         return _fleets[name]
 
-    def connect(self) -> Database:
-        """An open connection, to be closed by `with`.
+    def connect(self, patience: float = PATIENCE) -> Database:
+        """An open connection, to be closed by `with`; tried for so many seconds.
 
         Raises:
-            TokenError: there is none within a few seconds, or another process has just found that out.
+            TokenError: there is none in time, or another process has just found that out.
 
         """
         known = self._down.read()
         if 0 <= time.time() - float(known.get("at", 0)) < REST:
             raise TokenStoreError(str(known.get("why")))
         try:
-            session = Database(self._address, self.host).open()
+            session = Database(self._address, self.host).open(patience)
         except TokenStoreError as error:
             with contextlib.suppress(OSError):  # the next process tries by itself then
-                self._down.write({"at": time.time(), "why": str(error)})
+                if patience == PATIENCE:
+                    self._down.write({"at": time.time(), "why": str(error)})
             raise
         self._away_until = 0.0
         return session

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokencore.stores.file_store import FileDocument
 
 POLL = 0.1  # seconds between two tries for the lock
+PROMPT = 1.5  # seconds for a connection: an alert is to leave, with the fleet's copy or the machine's
 
 
 @sealed_class(but=("lock",))
@@ -42,7 +43,7 @@ class SharedDocument(Sensitive):
         """The object; empty where there is none that could be read."""
         if not self._copied:
             try:
-                with Fleet.of(self._settings()).connect() as session:
+                with Fleet.of(self._settings()).connect(PROMPT) as session:
                     return self._opened(session.read([self._row], 0)[self._row].sealed)
             except TokenError as error:
                 Fleet.of(self._settings()).warn(error)
@@ -72,7 +73,7 @@ class SharedDocument(Sensitive):
             leased = held
             try:
                 if held:
-                    self._session = Fleet.of(self._settings()).connect()
+                    self._session = Fleet.of(self._settings()).connect(PROMPT)
                     leased = self._leased(self._session, end, give_up)
             except TokenError as error:
                 self._close()
