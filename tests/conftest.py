@@ -14,7 +14,7 @@ import pytest
 import time_machine
 from hypothesis.configuration import set_hypothesis_home_dir
 from running import Ran
-from slack_endpoint import HOOK, SlackEndpoint
+from servers import HOOK, SlackEndpoint
 from xdist.scheduler import LoadFileScheduling
 
 from tokencore import sessions

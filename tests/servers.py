@@ -1,4 +1,4 @@
-"""Stand-ins: servers on loopback for what no gateway does, and a keyring in a file."""
+"""Stand-ins: servers on loopback for what no gateway does, Slack among them, and a keyring in a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import requests
 from keyring import errors
@@ -16,9 +16,12 @@ from keyring.backend import KeyringBackend
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Mapping
 
     from tokencore.sandbox import Sandbox
 
+HOOK = "/services/T000/B000/canary-of-the-webhook"
+CHANNEL = "C0TOKENS"  # its number, which Slack's API answers with whatever the channel is called
 DRIP = 0.02  # seconds between two bytes of an answer that never ends
 
 
@@ -48,10 +51,7 @@ class Wire:
 
     def answer(self, status: int, body: object, **headers: str) -> None:
         """Answer from now on with this status and JSON, or bytes as they are."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Length": str(len(content)), "Connection": "close", **headers}
-        lines = [f"HTTP/1.1 {status} x", *(f"{name}: {value}" for name, value in headers.items())]
-        self.reply = "\r\n".join([*lines, "", ""]).encode() + content
+        self.reply = _answer(status, body, headers)
 
     def _accept(self) -> None:
         while True:
@@ -76,6 +76,20 @@ class Wire:
     def _reply_to(self, request: bytes) -> bytes:
         self.requests.append(request)
         return self.reply
+
+
+def _answer(status: int, body: object, headers: Mapping[str, str]) -> bytes:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Length": str(len(content)), "Connection": "close", **headers}
+    lines = [f"HTTP/1.1 {status} x", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+def _asked(request: bytes) -> tuple[str, str]:
+    """The path of a request, and its authorization."""
+    first, *lines = request.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+    fields = dict(line.partition(": ")[::2] for line in lines)
+    return first.split()[1], fields.get("Authorization", "")
 
 
 def _received(connection: socket.socket) -> bytes:
@@ -127,6 +141,72 @@ class Scripted(Wire):
             where = {"Location": one.location} if one.location else {}
             self.answer(one.status, {"rt_cd": "1", one.field: one.code}, **{"Content-Type": one.kind}, **where)
             return self.reply
+
+
+class Answers(Wire):
+    """A server that answers each path with a status and JSON, 404 where it knows none, with the headers of the test."""
+
+    def __init__(self) -> None:
+        """Answer 404 to everything."""
+        super().__init__()
+        self.by_path: dict[str, tuple[int, object]] = {}
+        self.headers: dict[str, str] = {}
+        self.asked: list[tuple[str, str]] = []
+
+    def _reply_to(self, request: bytes) -> bytes:
+        self.asked.append(_asked(request))
+        return _answer(*self.by_path.get(self.asked[-1][0], (404, {})), self.headers)
+
+
+class SlackEndpoint(Wire):
+    """Slack, by webhooks and chat.postMessage, which records what it is sent.
+
+    Attributes:
+        messages: those that it took, in order.
+        asked: all requests, as (path, authorization).
+        answers: statuses for the next requests, or pairs of one and the webhook's word; 200 when there is none. 0 means
+            silence.
+        bot_answers: what the API says to the next requests that are not refused by status; it posts where there is
+            none, with time stamps that count up.
+        retry_after: seconds that a refusal asks for.
+
+    """
+
+    def __init__(self) -> None:
+        """Record nothing yet."""
+        super().__init__()
+        self.messages: list[dict[str, Any]] = []
+        self.asked: list[tuple[str, str]] = []
+        self.answers: list[int | tuple[int, str]] = []
+        self.bot_answers: list[dict[str, Any]] = []
+        self.retry_after = 1
+        self._closing = threading.Event()
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        super().__exit__()
+
+    @property
+    def headlines(self) -> list[str]:
+        """The headers of the messages that it took, without the icon."""
+        return [message["blocks"][0]["text"]["text"].partition(": ")[2] for message in self.messages]
+
+    def _reply_to(self, request: bytes) -> bytes:
+        path, authorization = _asked(request)
+        self.asked.append((path, authorization))
+        given = self.answers.pop(0) if self.answers else 200
+        status, word = given if isinstance(given, tuple) else (given, "ok")
+        if not status:
+            self._closing.wait()
+            return b""
+        is_bot = path.endswith("chat.postMessage")
+        answer = self.bot_answers.pop(0) if is_bot and self.bot_answers and status == 200 else {"ok": True}
+        if status == 200 and answer["ok"]:
+            self.messages.append(json.loads(request.partition(b"\r\n\r\n")[2]))
+            answer = {"channel": CHANNEL, "ts": f"{len(self.messages)}.0", **answer}
+        kind = "application/json" if is_bot else "text/plain"
+        headers = {"Content-Type": kind, "Retry-After": str(self.retry_after)}
+        return _answer(status, answer if is_bot else word.encode(), headers)
 
 
 class Keyring(KeyringBackend):

@@ -19,7 +19,7 @@ from builders import make_token
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect.settings import PREFECT_UI_URL, temporary_settings
-from slack_endpoint import CHANNEL, HOOK, SlackEndpoint
+from servers import CHANNEL, HOOK, SlackEndpoint
 
 from flows import alerts
 from flows.alerts import causes, messages
@@ -486,7 +486,7 @@ class TestSlack:
             ("escalated", "1.0", True, CHANNEL),
             ("solved", "1.0", False, CHANNEL),
         ]
-        assert ({authorization for _, authorization in bot.requests}, slack.requests) == ({f"Bearer {BOT}"}, [])
+        assert ({authorization for _, authorization in bot.asked}, slack.asked) == ({f"Bearer {BOT}"}, [])
 
     def test_a_thread_that_is_gone_does_not_swallow_what_follows(
         self, bot: SlackEndpoint, caplog: pytest.LogCaptureFixture
@@ -512,7 +512,7 @@ class TestSlack:
         """A rate limit (after its Retry-After) or a fault of Slack's own is retried by slack_sdk."""
         slack.answers, slack.retry_after = [status], 0
         report()
-        assert (len(slack.requests), len(slack.messages)) == (2, 1)
+        assert (len(slack.asked), len(slack.messages)) == (2, 1)
 
     @pytest.mark.parametrize("named", REFUSALS)
     def test_a_refusal_of_the_webhook_is_named_with_what_to_do(

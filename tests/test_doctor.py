@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt
 from running import Ran, asked, cached, folder, on_disk, snapshot, start, tokencore
-from servers import Wire
+from servers import Answers
 
 from tokencore import TokenManager
 from tokencore.reports import doctor
@@ -32,25 +32,6 @@ if TYPE_CHECKING:
     Move = Callable[[str], None]
 
 ACCEPTED, DEPLOYMENTS = "token accepted us+kr", "/api/deployments/filter"
-
-
-class Answers(Wire):
-    """A server that answers each path with a status and JSON, and everything with the test's headers."""
-
-    def __init__(self) -> None:
-        """Answer 404 to everything."""
-        super().__init__()
-        self.by_path: dict[str, tuple[int, object]] = {}
-        self.headers: dict[str, str] = {}
-        self.asked: list[tuple[str, str]] = []
-
-    def _reply_to(self, request: bytes) -> bytes:
-        lines = request.decode().split("\r\n")
-        path = lines[0].split()[1]
-        self.asked.append((path, next((one.partition(": ")[2] for one in lines if one.startswith("Authoriz")), "")))
-        status, content = self.by_path.get(path, (404, {}))
-        self.answer(status, content, **self.headers)
-        return self.reply
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pytest
 from cryptography.fernet import Fernet
 from postgres import PASSWORD, needs_postgres
 from running import asked, start, until
-from slack_endpoint import HOOK, SlackEndpoint
+from servers import HOOK, SlackEndpoint
 from stacks import KEYS, MARK, ROOT, SLOW, Place, Up, always_open, environment_of, in_proc
 
 from tokencore.sandbox import Sandbox

@@ -36,7 +36,7 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
 from prefect.states import Scheduled
 from running import asked, cached
-from slack_endpoint import HOOK
+from servers import HOOK
 
 from flows import alerts, artifacts, check_tokens, refresh_token, runs, upcoming, warm_up
 from flows.runs import Done, UnforeseenError, View, failures, harmless, retry_delays, safe_errors
@@ -56,7 +56,7 @@ from tokencore.sandbox import APP_KEY, APP_SECRET
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from slack_endpoint import SlackEndpoint
+    from servers import SlackEndpoint
 
     from tokencore.sandbox import Sandbox
 

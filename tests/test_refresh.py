@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from prefect import State
-    from slack_endpoint import SlackEndpoint
+    from servers import SlackEndpoint
 
     from tokencore.sandbox import Sandbox
 

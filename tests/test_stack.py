@@ -22,7 +22,7 @@ import pytest
 import requests
 from playwright.sync_api import sync_playwright
 from running import asked, until
-from slack_endpoint import SlackEndpoint
+from servers import SlackEndpoint
 from stacks import KEYS, SLOW, Place, Up, always_open, environment_of, in_proc
 
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox

@@ -27,7 +27,7 @@ from tokencore import sessions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from slack_endpoint import SlackEndpoint
+    from servers import SlackEndpoint
 
 pytestmark = in_proc
 TITLE = "Prefect: Prefect does not look after the tokens"
@@ -235,4 +235,4 @@ def test_a_restart_is_no_death(prefect: Wire, slack: SlackEndpoint) -> None:
     well = threading.Timer(0.2, prefect.answer, (200, checked(timedelta(minutes=5))))
     well.start()
     assert watchdog.watch(patience=60) == 0
-    assert (len(prefect.requests) > 1, slack.requests) == (True, [])
+    assert (len(prefect.requests) > 1, slack.asked) == (True, [])
