@@ -268,7 +268,7 @@ class SharedStore(Sensitive):
     def behind(self, state: State) -> bool:
         """Whether the machine's files have another token than the row; what cannot be decrypted is left alone."""
         try:
-            return _name_of(self._in(state)) != _name_of(self._local.read()[0])
+            return _name_of(self._opened(state)[0]) != _name_of(self._local.read()[0])
         except TokenError as error:
             self._fleet.warn(error)
             return False
@@ -339,33 +339,28 @@ class SharedStore(Sensitive):
         held = self._mine()
         state = held.state if held else self._seen() if self._asked else None
         try:
-            return tokens.longest([token, self._in(state) if state else None])
+            return tokens.longest([token, self._opened(state)[0] if state else None])
         except TokenError as error:
             self._fleet.warn(error)
             return token
 
-    def _content(self, state: State) -> dict[str, Any]:
-        """What a row has; empty where there is none.
+    def _opened(self, state: State) -> tuple[Token | None, list[str]]:
+        """The row's token, and the names of those that a person took away, which no machine brings back.
 
         Raises:
             TokenStoreError: it cannot be decrypted, or is another key's.
 
         """
-        return self._fleet.seal.open(state.sealed, self._about) if state.sealed else {}
-
-    def _in(self, state: State) -> Token | None:
-        text = self._content(state).get("token")
-        return tokens.from_text(str(text))[0] if text else None
+        content = self._fleet.seal.open(state.sealed, self._about) if state.sealed else {}
+        text, removed = content.get("token"), content.get("removed", [])
+        return tokens.from_text(str(text))[0] if text else None, [str(one) for one in removed]
 
     def _sealed(self, token: Token | None, removed: list[str]) -> str:
-        """The content with this token; `removed` names those that a person took away, which no machine brings back."""
+        """A row with these."""
         at, (fingerprint, environment) = (token and token.cached_at) or datetime.now(UTC), self._about.values()
         text = token and tokens.to_cache(token, now=at, environment=environment, key_fingerprint=fingerprint)
         gone = [one for one in removed if one and one != _name_of(token)]
         return self._fleet.seal.close({**self._about, "token": text, "removed": gone[:REMEMBERED]})
-
-    def _removed(self, state: State) -> list[str]:
-        return [str(one) for one in self._content(state).get("removed", [])]
 
     def _meet(self, held: _Held, end: float, give_up: Callable[[], bool] = lambda: False) -> None:
         """Exchange with the store; again while another machine is asking KIS, until `end` of the monotonic clock."""
@@ -397,7 +392,7 @@ class SharedStore(Sensitive):
         """
         for _ in range(TRIES):
             state = session.read([self.name])[self.name]
-            ours, theirs, removed = self._local.read()[0], self._in(state), self._removed(state)
+            ours, (theirs, removed) = self._local.read()[0], self._opened(state)
             offered = ours if _beats(ours, theirs) and _name_of(ours) not in removed else None
             if offered or not state.version:
                 session.put(self.name, state.version, self._sealed(offered, removed))
@@ -444,8 +439,9 @@ class SharedStore(Sensitive):
             for _ in range(TRIES):
                 state, before = session.read([self.name], 0)[self.name], "what no key opens"
                 try:
-                    before = _name_of(self._in(state))
-                    sealed = self._sealed(token, [before, *self._removed(state)])
+                    theirs, removed = self._opened(state)
+                    before = _name_of(theirs)
+                    sealed = self._sealed(token, [before, *removed])
                 except TokenError:
                     if token:
                         raise
@@ -461,9 +457,8 @@ class SharedStore(Sensitive):
             with session or self._connect() as reached:
                 for _ in range(TRIES if token else 0):
                     state = reached.read([self.name], 0)[self.name]
-                    if not _beats(token, self._in(state)):
-                        break
-                    if reached.put(self.name, state.version, self._sealed(token, self._removed(state))):
+                    theirs, removed = self._opened(state)
+                    if not _beats(token, theirs) or reached.put(self.name, state.version, self._sealed(token, removed)):
                         break
                 reached.finish(self.name, fence.number, attempt, fence.ahead)
         except TokenError as error:
