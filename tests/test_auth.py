@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
 import os
 import pickle
-import shutil
 import ssl
 import stat
 import subprocess
@@ -189,15 +187,6 @@ def test_body_that_cannot_be_sent_again_is_not_but_the_token_is_reported(
     assert send(kis.url).status == 200
     assert bearer(kis) == [old, USTokenManager().get_valid_token()]
     assert bearer(kis)[1] != old
-
-
-def test_file_is_sent_again_from_where_it_began(kis: Scripted) -> None:
-    """A body that can be wound back is, to where the caller had it."""
-    kis.script, body = [Answer(500, "EGW00121"), Answer()], io.BytesIO(b"not this: the order")
-    cached(17 * HOUR)
-    body.seek(10)
-    assert by_requests(kis.url, body=body).status == 200
-    assert [sent for _, sent in kis.seen] == [b"the order", b"the order"]
 
 
 def test_young_rejected_token_has_no_successor_and_kiss_answer_is_handed_out(gateway: Sandbox, send: Send) -> None:
@@ -424,17 +413,3 @@ def test_damaged_file_of_an_approval_key_costs_one_request(gateway: Sandbox) -> 
         key_file().write_text(content)
         assert USTokenManager().get_approval_key()
         assert approvals(gateway) == count
-
-
-def test_request_for_an_approval_key_that_cannot_be_recorded_is_not_made(gateway: Sandbox) -> None:
-    """Where the document or the whole directory cannot be written nothing is asked, and the error says so."""
-    USTokenManager().get_approval_key()
-    key_file().unlink()
-    (place := next(folder().glob("key-*-approval.lock")).with_suffix(".json")).mkdir()
-    error = raised(USTokenManager().get_approval_key)
-    assert isinstance(error, errors.TokenStoreError)
-    assert f"none was made: {place}" in str(error)
-    shutil.rmtree(folder())
-    folder().write_text("")
-    assert isinstance(raised(USTokenManager().get_approval_key), errors.TokenStoreError)
-    assert approvals(gateway) == 1

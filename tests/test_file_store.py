@@ -117,23 +117,17 @@ def test_two_keys_of_one_market_have_each_its_own_token(folder: Path) -> None:
 
 
 def test_deleting_takes_only_ones_own_where_another_key_wrote_the_views_last(folder: Path) -> None:
-    """Its views hide ours: they stay, the other key's token serves on, and ours is gone with our last market."""
-    address = {"base_url": "http://127.0.0.1:1"}
-
-    def opened(market: str, environment: str) -> FileStore:
-        return open_files(folder, market, "us", "kr", environment=environment, **address)
-
-    ours, theirs = save(opened("us", "real"), make_token()), save(opened("us", "paper"), make_token(life=90_000))
-    for market in ("us", "us"):
-        with opened(market, "real").lock(wait=5):
-            opened(market, "real").delete()
-        assert text_of(opened("kr", "real")) == ours
-    save(opened("kr", "real"), make_token(life=80_000))  # a renewal brings the market's view back
-    save(opened("us", "paper"), make_token(life=90_000, text=theirs))
-    with opened("us", "real").lock(wait=5):
-        assert [opened(market, "real").delete() for market in ("kr", "kr", "us", "us")] == [True, False, True, False]
-    assert {text_of(opened(market, "real")) for market in MARKETS} == {None}
-    assert {text_of(opened(market, "paper")) for market in MARKETS} == {theirs}
+    """Its views hide ours: they stay, and its token serves on; ours is gone with our last market."""
+    opened = {
+        (market, word): open_files(folder, market, *MARKETS, environment=word, base_url="http://127.0.0.1:1")
+        for market in MARKETS
+        for word in ("real", "paper")
+    }
+    ours, theirs = save(opened["us", "real"], make_token()), save(opened["us", "paper"], make_token(life=90_000))
+    for market, left in (("us", ours), ("kr", None)):
+        with opened["us", "real"].lock(wait=5):
+            opened[market, "real"].delete()
+        assert [text_of(opened["kr", word]) for word in ("real", "paper")] == [left, theirs]
     assert len(list(folder.glob(f"*_{VIEW[3:]}"))) == 2
 
 

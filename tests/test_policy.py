@@ -305,12 +305,6 @@ def test_a_longer_buffer_moves_the_anchor() -> None:
     assert renewals(start, WEEKDAYS, until=done[2].at, issued_at=None, expires_at=None, buffer=buffer) == done[:3]
 
 
-def test_a_time_without_a_zone_is_refused() -> None:
-    """A naive time is an error and never taken for the machine's own zone."""
-    with pytest.raises(TypeError):
-        decide(datetime(2026, 6, 1, 12), WEEKDAYS, None)  # noqa: DTZ001
-
-
 def live(codes: list[str], first: str, days: int) -> list[Renewal]:
     """What a program with a horizon of 14 days does from that day of 2026 on, starting at noon KST."""
     now, issued = kst(f"{first} 12:00"), None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import KEY, ended, in_child, make_jwt
+from builders import KEY, make_jwt
 from hypothesis import example, given
 from hypothesis import strategies as st
 from running import asked, one_line, outcomes
@@ -174,25 +174,6 @@ def test_what_others_can_only_read_is_used(place: Path, gateway: Sandbox, comman
         place.parent.chmod(above)
         place.chmod(own)
         assert (command("get", "us").code, asked(gateway)) == (0, 1)
-
-
-@as_root
-def test_files_of_root_are_trusted_and_those_of_a_user_not_by_root(place: Path) -> None:
-    """A user gets what root has put there for all; who runs as root over a user's directory believes nothing in it."""
-    key_file(place).chmod(0o644)
-    place.chmod(0o755)
-    token = USTokenManager().get_valid_token()
-
-    def as_a_user() -> None:
-        os.setgid(STRANGER)
-        os.setuid(STRANGER)
-        assert USTokenManager().get_valid_token() == token
-
-    assert ended(in_child(as_a_user)) == 0
-    for path in (place, *place.iterdir()):
-        give_away(path)
-    with pytest.raises(TokenStoreError, match=f"another user.*uid {STRANGER}"):
-        USTokenManager().get_valid_token()
 
 
 # --- what tokencore makes
