@@ -67,6 +67,7 @@ def _follow(_: argparse.Namespace) -> int:
     settings = _shared(Settings.load())
     from tokencore.stores.shared_store import make_follower
 
+    print(f"Following the fleet for {len(settings.able_markets())} markets.", file=sys.stderr)
     with until_stopped():
         make_follower(settings).run()
     print("Stopped.", file=sys.stderr)

@@ -65,15 +65,15 @@ class Fleet(Sensitive):
             TokenError: there is none in time, or another process has just found that out.
 
         """
-        known = self._down.read()
-        if 0 <= time.time() - float(known.get("at", 0)) < REST:
+        known, store = self._down.read(), digest(self._address, length=16)
+        if known.get("store") == store and 0 <= time.time() - float(known["at"]) < REST:
             raise TokenStoreError(str(known.get("why")))
         try:
             session = Database(self._address, self.host).open(patience)
         except TokenStoreError as error:
             with contextlib.suppress(OSError):  # the next process tries by itself then
                 if patience == PATIENCE:
-                    self._down.write({"at": time.time(), "why": str(error)})
+                    self._down.write({"at": time.time(), "store": store, "why": str(error)})
             raise
         self._away_until = 0.0
         return session
