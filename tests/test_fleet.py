@@ -18,7 +18,7 @@ from builders import DAY, KEY, NOW, SECRET, ended, forms, in_child, make_token
 from cryptography.fernet import Fernet
 from fleets import MINUTE, Fleet, Machine, Relay, certificate
 from postgres import PASSWORD, USER, needs_postgres
-from running import asked, one_line, start, tokencore, until
+from running import asked, one_line, snapshot, start, tokencore, until
 
 from tokencore import TokenStoreError
 from tokencore.attempts import Attempt, Outcome
@@ -338,7 +338,8 @@ def answer_lost(fleet: Fleet, folder: Path, statement: str, requests: int) -> No
 def test_a_store_that_is_frozen_stops_nobody_with_a_valid_token(fleet: Fleet, tmp_path: Path, kis: Sandbox) -> None:
     """A command with a token needs neither store nor its packages; one without is refused, exit 7.
 
-    A rejection is noted here and reaches the others when the store is back; a removal would not last, and is refused.
+    `check` writes nothing. A rejection is noted here and reaches the others when the store is back; a removal would not
+    last, and is refused.
     """
     first, second, third = machines(fleet, tmp_path, kis, 3)
     token = stored(first, make_token())
@@ -354,6 +355,9 @@ def test_a_store_that_is_frozen_stops_nobody_with_a_valid_token(fleet: Fleet, tm
                 pool.submit(tokencore, *what, **{**settings, **fleet.environment(place)})
                 for what, place in zip((("delete", "us"), ("get", "us")), places, strict=True)
             ]
+            before = snapshot(first.folder)
+            assert tokencore("check", "us", **own).code == 0
+            assert snapshot(first.folder) == before
             assert start(SERVED, **own).communicate()[0] == f"{token.access_token}\n[]\n"
             assert [one.result().code for one in refused] == [7, 7]
         assert "store (KIS_STORE) cannot be used: it does not answer" in one_line(refused[1].result())

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FRESH = 1.0  # seconds for which a row that was read without the lock counts as the present one
 REST = 3.0  # seconds for which no process of the machine tries a store again that one could not reach
+LOOK = 3.0  # seconds that a look may take, which writes nothing, not even that it was in vain
 AWAY = 15.0  # seconds for which a process that only looks does not try again
 SHALLOW, DEEP = 32, 1024  # attempts of a key that are read: of many keys at once, of all together
 _fleets: dict[str, Fleet] = {}
@@ -84,7 +85,7 @@ class Fleet(Sensitive):
         if now >= self._away_until and (now - self._read_at >= FRESH or name not in self._rows):
             names = list(dict.fromkeys([name, *others()]))
             try:
-                with self.connect() as session:
+                with self.connect(LOOK) as session:
                     self._rows = session.read(names, max(SHALLOW, DEEP // len(names)))
                 self._read_at = time.monotonic()
             except TokenError as error:
