@@ -23,7 +23,6 @@ from running import (
     folder,
     forked,
     issue_of,
-    limited,
     on_disk,
     outcomes,
     raised,
@@ -276,25 +275,6 @@ def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: 
         errors = list(pool.map(lambda manager: raised(manager.get_valid_token), managers))
     assert {type(error) for error in errors} == {IssuerUnavailableError}
     assert outcomes() == ["unreachable"]
-
-
-def test_rejected_token_gives_way_to_a_newer_one_in_a_markets_view(gateway: Sandbox) -> None:
-    """An earlier version has renewed and written the views alone: the report finds its token, without a request.
-
-    Without a file of its own a market's report reaches the key's other files.
-    """
-    new = cached(17 * HOUR)
-    content = (folder() / "us_api_token.json").read_bytes()
-    old = cached(16 * HOUR)
-    (folder() / "us_api_token.json").write_bytes(content)
-    assert USTokenManager().get_valid_token() == old.access_token
-    assert USTokenManager().report_rejected(old.access_token) == new.access_token
-    assert on_disk().access_token == new.access_token
-    young = cached(23 * HOUR)
-    USTokenManager().delete_token()
-    assert limited(lambda: USTokenManager().report_rejected(young.access_token))[0] == "same_token"
-    assert on_disk("kr").rejected_at is not None
-    assert asked(gateway) == 0
 
 
 def test_token_that_kis_did_not_revoke_is_served_on(gateway: Sandbox) -> None:
