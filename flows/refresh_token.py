@@ -96,7 +96,8 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "", oper
             would be a second one in 24 hours, change inside a session or come back the same, the run waits for your
             answer first: press Resume on its page, within 15 minutes.
         force: Renew without a confirmation, also while KIS would return the same token or when the 24-hour limit
-            is reached. KIS's limit of one request a minute holds anyway.
+            is reached. Within an hour of an issue it waits for your answer too, and KIS's limit of one request a minute
+            holds anyway.
         reason: Why, at most 80 characters, for the issuance record and Slack. It is stored in clear: no key, no token.
         operator: Your name, for the issuance record and Slack: Prefect knows no users. At most 40 characters.
 

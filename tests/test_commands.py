@@ -242,6 +242,16 @@ def test_check_of_a_file_that_is_no_token_says_so(command: Command) -> None:
     assert (command("check", "us").code, command("check").code) == (3, 3)
 
 
+@pytest.mark.usefixtures("gateway")
+def test_a_file_of_another_environment_is_a_miss_and_nothing_unreadable(command: Command) -> None:
+    """Where a real key has written the market's file, a paper one has NO_TOKEN, and `check` says why."""
+    cached(20_000)
+    assert json.loads(command("check", "us", "--json", KIS_ENVIRONMENT="paper").out)[0]["status"] == "NO_TOKEN"
+    ran = command("check", "us", KIS_ENVIRONMENT="paper")
+    assert (ran.code, ran.out.rstrip().endswith(", of another key or environment")) == (3, True)
+    assert command("check").code == 0
+
+
 def test_probe_proves_each_valid_token_with_one_call(gateway: Sandbox, command: Command) -> None:
     """Accepted: 0. Dead at KIS: 3. KIS gone: 6. Nothing is issued, no expired one is tried, the proof has its field."""
     cached(100)
@@ -298,11 +308,15 @@ def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, com
 
 
 def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandbox) -> None:
-    """Token and expiry are in its environment, its arguments are its own, and its code is the command's."""
+    """Token and expiry are in its environment, its arguments are its own, and its code is the command's.
+
+    Without `--` the sentence says where it belongs.
+    """
     program = "import os, sys; print(os.environ['KIS_ACCESS_TOKEN'], os.environ['KIS_TOKEN_EXPIRES_AT'], *sys.argv[1:])"
     ran = tokencore("exec", "us", "--", sys.executable, "-c", f"{program}; sys.exit(7)", "--", "-x")
     token = on_disk()
     assert ran == Ran(7, f"{token.access_token} {token.expires_at:%Y-%m-%dT%H:%M:%SZ} -- -x\n", "")
+    assert "name it after --" in tokencore("exec", "us", "sh", "-c", "true").err
     assert asked(gateway) == 1
 
 

@@ -163,6 +163,7 @@ def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
     token = _Own().get_valid_token()
     assert json.loads((folder() / "own_api_token.json").read_text())["access_token"] == token
     assert _Own().get_token_status()["market"] == "own"
+    assert TokenManager("US").get_token_file_prefix() == "us_"
     assert _Own("second_", " ").get_valid_token() == token != USTokenManager().get_valid_token()
     assert asked(gateway) == 2
     assert "https" in str(raised(lambda: _Own(url="http://192.0.2.1:9443")))

@@ -431,7 +431,7 @@ class TokenManager(BaseTokenManager):
 
     def get_token_file_prefix(self) -> str:
         """The market's name and an underscore."""
-        return f"{self._name}_"
+        return f"{self.market.name}_"
 
     def _import_ahead(self) -> None:
         """Where a renewal will be due at once, its imports are done before anyone waits for the token."""

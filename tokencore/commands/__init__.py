@@ -63,7 +63,9 @@ def run(arguments: Sequence[str], modules: Modules) -> int:
     if not arguments:
         top.print_help()
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
-    at = arguments.index("--") if arguments[0] == "exec" and "--" in arguments else len(arguments)
+    if arguments[0] == "exec" and "--" not in arguments:
+        arguments = [*arguments[:2], "--"]  # the command says where the program belongs
+    at = arguments.index("--") if arguments[0] == "exec" else len(arguments)
     try:
         options = top.parse_args(arguments[:at])
     except SystemExit:  # after --help and --version; a mistake is a ConfigurationError

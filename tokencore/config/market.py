@@ -172,9 +172,9 @@ def fingerprint(app_key: str, base_url: str) -> str:
 
 def named(name: str) -> str:
     """`name` in lower case; ValueError if files and variables cannot have it."""
-    lower = name.lower()
+    lower = str(name).lower()
     if not lower or len(lower) > LONGEST_NAME or not _NAME_CHARACTERS.issuperset(lower):
-        shown = short(name)  # a key, perhaps, in the wrong place
+        shown = short(lower)  # a key, perhaps, in the wrong place
         raise ValueError(f"{shown!r} is not a market's name: use letters, digits, - and _")
     return lower
 

@@ -70,7 +70,7 @@ def _hours(value: object, parse: ValidatorFunctionWrapHandler) -> tuple[time, ti
 
 def _store(url: SecretStr) -> SecretStr:
     if not re.match(r"postgres(ql)?://[^/\s]", url.get_secret_value()):
-        raise ValueError("must be as postgresql://ROLE@HOST/DATABASE?sslmode=verify-full")
+        raise ValueError("must begin with postgresql:// (docs/fleet.md has the whole form)")
     return url
 
 
@@ -257,7 +257,8 @@ _KNOWN += [*_OUTPUT, *PAPER_SIGNS]
 
 
 def _message(error: ErrorDetails) -> str:
-    why = short(error["msg"].removeprefix("Value error, "))
+    why = "must be true or false" if error["type"] == "bool_parsing" else error["msg"].removeprefix("Value error, ")
+    why = short(why)
     name = short(_variable(error["loc"]))
     return f"{name} cannot be used: {why[:1].lower()}{why[1:].rstrip('.')}. Correct or remove it."
 

@@ -168,7 +168,8 @@ def _file(one: Seen) -> str:
     readable = "" if status["permissions"] in PRIVATE else f" (others may use it: chmod 600 {status['file']})"
     cached = f", cached {moment(_parse(status['cached_at']), KST)} KST" if status["cached_at"] else ""
     length = f", {len(one.token.access_token)} characters" if one.token else ""
-    return f"{status['file']}, mode {status['permissions']}{readable}{cached}{length}"
+    other = ", of another key or environment" if status["status"] == "NO_TOKEN" else ""
+    return f"{status['file']}, mode {status['permissions']}{readable}{cached}{length}{other}"
 
 
 def _need(status: MarketStatus) -> str:

@@ -76,7 +76,7 @@ class FileStore(Sensitive):
             token = self._longest(token)
             if token is None and not problem:
                 problem = self._on_file(self.place)[1]
-        return self._or_unsaved(token), problem
+        return self._or_unsaved(token), "" if problem == FOREIGN else problem  # which is a miss, and nothing is wrong
 
     def unchanged(self, token: Token) -> bool:
         """Whether `token`, as `read` gave it, is still what its file holds, by one `stat`."""
