@@ -72,7 +72,7 @@ class _Scheduling(LoadFileScheduling):  # type: ignore[misc] # xdist ships no ty
 def _place(file: Path) -> tuple[int, str]:
     if file.stem.startswith("test_stack"):
         return 0, file.stem
-    shared = file.stem.startswith(("test_flows", "test_refresh", "test_week"))
+    shared = file.stem.startswith(("test_flows", "test_refresh"))
     return (1, "test_flows") if shared else (9, file.stem)
 
 

@@ -17,7 +17,7 @@ from builders import make_token
 from tokencore import IssuanceLimitError, Key, Settings, TokenError, TokenManager
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from datetime import datetime
 
     from tokencore.attempts import Attempt
@@ -54,25 +54,6 @@ def start(program: str, *arguments: str, **settings: str) -> subprocess.Popen[st
         text=True,
         env={**os.environ, **settings},
     )
-
-
-def at_a_barrier(program: str, arguments: Sequence[Sequence[str]]) -> tuple[float, list[Ran]]:
-    """Start the program once for each list of arguments and let all go at once.
-
-    Returns when that was, by the monotonic clock of all processes, and their ends. The program says `ready` on
-    a line of its own, then waits for a line on standard input.
-    """
-    started = [start(program, *own) for own in arguments]
-    for one in started:
-        assert one.stdout is not None
-        assert one.stdout.readline() == "ready\n"
-    began = time.monotonic()
-    for one in started:
-        assert one.stdin is not None
-        one.stdin.write("go\n")
-        one.stdin.flush()
-    ends = [(one, *one.communicate(timeout=60)) for one in started]
-    return began, [Ran(one.returncode, out, err) for one, out, err in ends]
 
 
 def forked(count: int, work: Callable[[int], object]) -> list[Any]:
