@@ -239,7 +239,9 @@ def test_check_of_a_file_that_is_no_token_says_so(command: Command) -> None:
     one, other = json.loads(command("check", "--json").out)
     assert (one["status"], one["valid"], one["cache_exists"], one["expires_at"]) == ("UNREADABLE", False, True, None)
     assert (other["status"], other["cache_exists"]) == ("NO_TOKEN", False)
-    assert (command("check", "us").code, command("check").code) == (3, 3)
+    ran = command("check", "us")
+    assert (ran.code, "us_api_token.json, mode 0600, no token: Expecting" in ran.out) == (3, True)
+    assert command("check").code == 3
 
 
 @pytest.mark.usefixtures("gateway")

@@ -168,8 +168,8 @@ def _file(one: Seen) -> str:
     readable = "" if status["permissions"] in PRIVATE else f" (others may use it: chmod 600 {status['file']})"
     cached = f", cached {moment(_parse(status['cached_at']), KST)} KST" if status["cached_at"] else ""
     length = f", {len(one.token.access_token)} characters" if one.token else ""
-    other = ", of another key or environment" if status["status"] == "NO_TOKEN" else ""
-    return f"{status['file']}, mode {status['permissions']}{readable}{cached}{length}{other}"
+    why = {"NO_TOKEN": ", of another key or environment", "UNREADABLE": f", no token: {one.store.read()[1]}"}
+    return f"{status['file']}, mode {status['permissions']}{readable}{cached}{length}{why.get(status['status'], '')}"
 
 
 def _need(status: MarketStatus) -> str:
