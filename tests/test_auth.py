@@ -413,3 +413,12 @@ def test_damaged_file_of_an_approval_key_costs_one_request(gateway: Sandbox) -> 
         key_file().write_text(content)
         assert USTokenManager().get_approval_key()
         assert approvals(gateway) == count
+
+
+def test_request_for_an_approval_key_that_cannot_be_recorded_is_not_made(gateway: Sandbox) -> None:
+    """Where its document cannot be written nothing is asked, and the error says so."""
+    USTokenManager().get_approval_key()
+    (path := key_file()).unlink()
+    path.mkdir()
+    assert f"none was made: {path}" in str(raised(USTokenManager().get_approval_key))
+    assert approvals(gateway) == 1

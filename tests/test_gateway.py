@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from servers import Wire
 
 from tokencore.attempts import Attempt, Outcome
-from tokencore.errors import CredentialsError, IssuanceLimitError, IssuerUnavailableError
+from tokencore.errors import ConfigurationError, CredentialsError, IssuanceLimitError, IssuerUnavailableError
 from tokencore.kis.codes import Refusal
 from tokencore.kis.gateway import Gateway
 from tokencore.kis.quotes import for_exchanges
@@ -281,6 +281,13 @@ def test_gateway_that_comes_up_meanwhile_is_reached(closed: str) -> None:
         found = kis(closed).issue(lambda: next(tries) != 1 or bool(stack.enter_context(restarted)))
         assert isinstance(found, Token)
         assert restarted.stats()["token_requests"] == 1
+
+
+def test_address_where_secrets_may_not_go_is_refused_at_once() -> None:
+    """Neither https nor this machine: an error that names the setting, before anything is sent."""
+    for url in ("nonsense", "http://openapi.koreainvestment.com:9443", "ftp://127.0.0.1", "https://"):
+        with pytest.raises(ConfigurationError, match="KIS_BASE_URL"):
+            kis(url)
 
 
 def test_fault_before_the_request_leaves_is_no_attempt(
