@@ -392,6 +392,16 @@ def test_rejected_approval_key_is_replaced_once_for_all(gateway: Sandbox) -> Non
     assert approvals(gateway) == 2
 
 
+def test_new_key_of_the_settings_has_an_approval_key_of_its_own(gateway: Sandbox) -> None:
+    """A manager that was made before asks with the new credentials, once for all, when the old one has ended."""
+    before = USTokenManager()
+    old = before.get_approval_key()
+    os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
+    assert before.get_approval_key() == old
+    assert before.get_approval_key(old) == KRTokenManager().get_approval_key() != old
+    assert approvals(gateway) == 2
+
+
 def test_refused_credentials_are_not_tried_for_an_approval_key_until_they_have_worked(gateway: Sandbox) -> None:
     """A wrong secret is one request, for the token and the approval key together; `refresh` is the way back."""
     gateway.fail("bad-secret", 1)

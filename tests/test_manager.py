@@ -22,6 +22,7 @@ from running import (
     folder,
     forked,
     issue_of,
+    limited,
     on_disk,
     outcomes,
     raised,
@@ -267,6 +268,22 @@ def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: 
         errors = list(pool.map(lambda manager: raised(manager.get_valid_token), managers))
     assert {type(error) for error in errors} == {IssuerUnavailableError}
     assert outcomes() == ["unreachable"]
+
+
+def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newer_one_in_a_view(
+    gateway: Sandbox,
+) -> None:
+    """Also where the market that reports it has no file, and where an earlier version wrote the newer view alone."""
+    new, view = cached(17 * HOUR), folder() / "us_api_token.json"
+    content = view.read_bytes()
+    old = cached(16 * HOUR)
+    view.write_bytes(content)
+    assert USTokenManager().report_rejected(old.access_token) == new.access_token == on_disk().access_token
+    young = cached(23 * HOUR)
+    USTokenManager().delete_token()
+    assert limited(lambda: USTokenManager().report_rejected(young.access_token))[0] == "same_token"
+    assert on_disk("kr").rejected_at is not None
+    assert asked(gateway) == 0
 
 
 def test_token_that_kis_did_not_revoke_is_served_on(gateway: Sandbox) -> None:
