@@ -262,6 +262,17 @@ def test_a_mounted_file_is_written_in_place(folder: Path, monkeypatch: pytest.Mo
     assert os.listdir(folder) == [path.name]
 
 
+def test_a_file_that_is_set_aside_stays_until_its_successor_is_there(folder: Path) -> None:
+    """It may be a good one that could not be read just now; its copy is private, and a folder of that name stays."""
+    path, taken = folder / VIEW, folder / f"{VIEW}.aside"
+    path.write_bytes(b"{")
+    path.chmod(0o644)
+    taken.mkdir()
+    files.set_aside(str(path))
+    (kept,) = {*folder.glob("*.aside")} - {taken}
+    assert (path.read_bytes(), kept.read_bytes(), mode_of(kept), taken.is_dir()) == (b"{", b"{", "600", True)
+
+
 def test_a_directory_that_holds_only_our_files_is_closed_to_others(folder: Path) -> None:
     """One that others use keeps its mode: `KIS_TOKEN_DIR=/tmp` locks nobody out of /tmp."""
     for name in (*(f"us{part}" for part in OURS), "someone's file"):
