@@ -16,7 +16,7 @@ from prefect.flow_runs import apause_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from flows import alerts, artifacts, runs, upcoming
 from flows.runs import SAFE, safe_errors
@@ -51,7 +51,11 @@ if TYPE_CHECKING:
     Market = str
 else:
     # With one market pydantic says `const` alone, for which the form has no drop-down.
-    Market = Annotated[Literal[configured()], Field(json_schema_extra={"enum": list(configured())})]
+    Market = Annotated[
+        Literal[configured()],
+        Field(json_schema_extra={"enum": list(configured())}),
+        BeforeValidator(lambda given: str(given).lower()),
+    ]
 # The form checks these, and the flow does: a pydantic error would repeat in the run's state what was typed.
 Operator = Annotated[str, Field(json_schema_extra={"maxLength": 40, "pattern": SHORT_WORDS})]
 Reason = Annotated[str, Field(json_schema_extra={"maxLength": 80, "pattern": SHORT_WORDS})]

@@ -7,21 +7,30 @@ SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
+from pydantic import BeforeValidator
 
 from flows import alerts, artifacts, runs, upcoming
 from flows.runs import SAFE, Done, clock, kis_is_down, local_date, safe_errors
-from tokencore import Key, Settings, sessions
+from tokencore import ConfigurationError, Key, Settings, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Exchange = Literal["KRX", "NXT", "NASD", "NYSE", "AMEX", "SEHK", "SHAA", "SZAA", "TKSE", "VNSE", "HASE"]
+
+
+def order_code(given: object) -> object:
+    """The order code of a known alias such as NASDAQ, NAS or XNAS; anything else as it is, to be refused."""
+    try:
+        return sessions.exchange(str(given)).code
+    except ConfigurationError:
+        return given
 
 
 def run_name() -> str:
@@ -31,7 +40,7 @@ def run_name() -> str:
 
 @runs.described
 @flow(flow_run_name=run_name, persist_result=False, log_prints=False)
-def warm_up(exchange: Exchange) -> State:
+def warm_up(exchange: Annotated[Exchange, BeforeValidator(order_code)]) -> State:
     """Have a token for an exchange's session: valid now and until the session's need ends.
 
     Where the present token lasts, one quote call proves that KIS accepts it (`KIS_PROVE_TOKENS`). Where it does not

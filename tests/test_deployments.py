@@ -156,6 +156,13 @@ def test_a_warm_up_comes_40_minutes_before_the_open(name: str) -> None:
         assert dates(schedule, begin, 10) == [at - timedelta(minutes=40) for at in opens]
 
 
+def test_runs_take_other_names_of_an_exchange_and_capitals_of_a_market() -> None:
+    """As commands and settings do; the form of the page lists one name of each."""
+    for name in ("NASDAQ", "NAS", "xnas"):
+        assert flow_of("NASD").validate_parameters({"exchange": name}) == {"exchange": "NASD"}
+    assert flow_of("refresh_token").validate_parameters({"market": "US"})["market"] == "us"
+
+
 def test_the_check_comes_every_hour_of_the_year() -> None:
     """In UTC, at the minute that alerts announce, also on the night on which New York's clocks are set back."""
     (schedule,) = DEPLOYMENTS["check_tokens"]["schedules"]
