@@ -16,11 +16,12 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
+from flows import runs
 from flows.alerts.causes import cause_of
 from flows.alerts.incidents import NEAR
 from flows.alerts.messages import LANGUAGES
-from flows.runs import KST, clock, harmless
-from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, draw_plans
+from flows.runs import KST, borne, clock, harmless
+from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, Key, draw_plans
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +60,14 @@ def publish(views: Sequence[View]) -> None:
         )
 
 
+def met(key: Key, error: Exception, again_in: float | None) -> Exception:
+    """`error`, published at once where its run goes on for long: the table would say until its end that all is well."""
+    if again_in and isinstance(error, IssuerUnavailableError):
+        with harmless("The table of tokens could not be published"):
+            publish(runs.views(Key.load(key.market.settings), {key: error}))
+    return error
+
+
 def worst_first(views: Sequence[View]) -> list[View]:
     """Those with a problem, then those without a token, then those where all is well."""
     return sorted(views, key=lambda view: (not _problem(view), WORST_FIRST.index(_status(view))))
@@ -89,10 +98,9 @@ def rows_of(view: View) -> list[list[str]]:
     if state is None:
         return [[market.name, status, "none", "no", problem] for market in view.key.markets]
     until, planned = _short(state.serves_until) if state.serves_until else "none", state.outlook.next
-    # The plan has the reason: an old page cuts off what is long.
-    coming = (
-        f"{_short(planned.at)}{', ' * bool(planned.exception)}{planned.exception or ''}" if planned else "none needed"
-    )
+    tried, coming = state.next_attempt, "none needed"
+    if planned and tried:  # the plan has the reason: an old page cuts off what is long
+        coming = f"{_short(tried)}{', ' * bool(planned.exception)}{planned.exception or ''}"
     return [
         [market.name, status, until, _covered(state, state.need_of(market)), problem or coming]
         for market in view.key.markets
@@ -102,6 +110,8 @@ def rows_of(view: View) -> list[list[str]]:
 def to_do(view: View) -> str:
     """What a person has to do about the key; empty where nothing is wrong with it."""
     state, error = view.state, view.trouble
+    if state and error and borne(state, error):
+        return ""
     if error is None and _problem(view):
         error = IssuanceLimitError("", retry_at=None, cause="backoff")  # the record has the cause
     if error is None and state and state.status == "REJECTED":
@@ -152,9 +162,14 @@ def _problem(view: View) -> str:
     """What keeps the key from being renewed; empty where nothing does."""
     state, trouble = view.state, view.trouble
     if trouble and not isinstance(trouble, ON_RECORD):
-        return _plain(str(trouble).partition(". ")[0])
-    if state and state.outlook.next and (state.failed or state.next_attempt is None):
+        return _first_sentence(trouble)
+    planned, tried = (state.outlook.next, state.next_attempt) if state else (None, None)
+    if state is None or planned is None:
+        return ""
+    if state.failed or tried is None:
         return next_renewal(state).partition(": no renewal")[0]
+    if isinstance(trouble, IssuanceLimitError) and planned.at <= state.now:  # nothing was asked, so no record has it
+        return f"{_first_sentence(trouble)}; next attempt {clock(tried)}"
     return ""
 
 
@@ -181,6 +196,10 @@ def _suffix(names: Sequence[str], now: datetime) -> str:
 
 def _short(at: datetime) -> str:
     return f"{at.astimezone(KST):%m-%d %H:%M}"
+
+
+def _first_sentence(error: Exception) -> str:
+    return _plain(str(error).partition(". ")[0])
 
 
 def _plain(text: str) -> str:

@@ -102,12 +102,12 @@ def advance(key: Key, again_in: float | None = None, now: datetime | None = None
             decision = key.tick(state)
             key.sync_exports()
     except SAFE as error:
-        raise alerts.report(settings, key, error, now, again_in) from None
+        raise artifacts.met(key, alerts.report(settings, key, error, now, again_in), again_in) from None
     state, trouble = decision.state, decision.trouble or rejected(decision.state)
     if trouble:
         met = alerts.report(settings, state, trouble, now, again_in)
         if not state.covered:
-            raise met
+            raise artifacts.met(key, met, again_in)
     elif state.covered:
         alerts.resolved(settings, state, now)
     return Done(state, decision.renewed, remark, trouble)
@@ -130,8 +130,10 @@ def rejected(state: KeyState) -> IssuanceLimitError | None:
         return None
     message = (
         f"KIS has rejected the token since {clock(token.rejected_at)}, and issues another only from {clock(again)} on. "
-        "There is no valid token. If KIS has withdrawn it sooner, run refresh_token with force."
+        "There is no valid token."
     )
+    if state.attempts[-1:] and state.attempts[-1].outcome != "same":
+        message += " Run refresh_token with force, once: KIS may issue another at once."
     return IssuanceLimitError(message, retry_at=again, cause="same_token")
 
 

@@ -206,17 +206,13 @@ def _minutes() -> int:
 def unrenewed(before: KeyState, error: Exception, asked: Request) -> State:
     """Declined where a limit forbids it and the present token serves, else Failed.
 
-    A limit that endangers no session is a note to the person who asked: the plan renews in time. There is a message
-    where KIS was asked, and an incident where a session has no token, or something else than a limit is wrong.
+    A limit that endangers no session is a note to the person who asked: the plan renews in time. Where KIS was not
+    even asked, the state says it all.
     """
     settings, state = before.key.market.settings, before.key.state(datetime.now(UTC))
     limited = isinstance(error, IssuanceLimitError)
-    refused = state.attempts[-1:] != before.attempts[-1:] and state.attempts[-1].outcome == "limit"
-    planned = state.outlook.next
-    in_danger = state.serves_until is None or (planned is not None and planned.at <= state.now)
-    if not limited or (refused and in_danger):
-        alerts.report(settings, state, error, state.now)
-    if not limited or refused:
+    was_asked = state.attempts[-1:] != before.attempts[-1:]
+    if not limited or was_asked:
         alerts.announce(settings, state, "failed", by=asked.operator, why=asked.reason, error=error)
     declined = limited and state.serves_until is not None
     return Completed(name="Declined", message=str(error)) if declined else Failed(message=str(error))

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from prefect.exceptions import FailedRun, MissingContextError
 from prefect.logging import get_run_logger
 
-from tokencore import IssuerUnavailableError, TokenError, sessions
+from tokencore import IssuanceLimitError, IssuerUnavailableError, TokenError, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -130,6 +130,13 @@ def retry_delays(interval: float, span: timedelta) -> list[float]:
 def kis_is_down(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Whether Prefect shall try again: only where KIS gave no token, never after a limit or a refusal."""
     return isinstance(state.data, IssuerUnavailableError)
+
+
+def borne(state: KeyState, error: Exception) -> bool:
+    """Whether the plan bears it: KIS gave no token, but the present one serves, and no renewal is due."""
+    planned = state.outlook.next
+    is_due = planned is not None and planned.at <= state.now
+    return isinstance(error, IssuanceLimitError | IssuerUnavailableError) and bool(state.serves_until) and not is_due
 
 
 def each_key(step: Task[..., Any], keys: Sequence[Key], span: timedelta, *more: object) -> dict[Key, Any]:

@@ -114,7 +114,8 @@ def ensure(key: Key, until: datetime, again_in: float | None = None, now: dateti
                 issued = key.obtain(until, now)
                 state = key.state(datetime.now(UTC))
     except SAFE as error:
-        raise alerts.report(key.market.settings, key, error, now, again_in) from None
+        met = alerts.report(key.market.settings, key, error, now, again_in)
+        raise artifacts.met(key, met, again_in) from None
     alerts.resolved(key.market.settings, state, state.now)
     return Done(state, issued, remark)
 

@@ -226,8 +226,13 @@ PAGES: dict[str, tuple[datetime, Token | None, str, Exception, str, str, str, st
     ),
     "the ceiling": (
         *(MONDAY, None, "issued 700, issued 60", limit("ceiling", MONDAY + 740 * MINUTE)),
-        *("no token · KRX opens in 40 min", "24-hour limit reached: no more tokens today (KIS_MAX_ISSUES_PER_DAY)"),
-        *(NOTHING, "about 2026-11-23 20:40 KST", "run refresh_token with force"),
+        *("no token · KRX opens in 40 min", "24-hour limit reached: no new token for now (KIS_MAX_ISSUES_PER_DAY)"),
+        *(NOTHING, "about 2026-11-23 20:40 KST", "Run refresh_token with force now"),
+    ),
+    "another program refused us, 9 min to the open": (
+        *(NEW_YORK - 9 * MINUTE, None, "limit 0.1", limit()),
+        *("no token · NASD opens in 9 min", "Someone else issues with this key (minute limit, not 24-hour limit)"),
+        *(NOTHING, "about 2026-11-23 23:2", "hold back the orders"),
     ),
 }
 

@@ -35,7 +35,7 @@ from prefect.flow_engine import run_flow
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
 from prefect.states import Scheduled
-from running import asked, cached
+from running import asked, cached, record
 from servers import HOOK
 
 from flows import alerts, artifacts, check_tokens, refresh_token, runs, upcoming, warm_up
@@ -50,6 +50,7 @@ from tokencore import (
     TokenStoreError,
     sessions,
 )
+from tokencore.attempts import Attempt, Outcome
 from tokencore.limits import retry_delay
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
@@ -291,6 +292,20 @@ class TestTable:
         assert us[3].startswith(("yes, to ", "by next renewal, to "))
         assert re.match(r"\d\d-\d\d \d\d:\d\d", us[4])
         assert re.fullmatch(r"us, kr VALID until 20\d\d-\d\d-\d\d \d\d:\d\d KST", caption)
+
+    def test_a_limit_that_forbids_the_renewal_is_the_problem_and_names_the_next_attempt(
+        self, gateway: Sandbox, opens: Opens
+    ) -> None:
+        """Nothing is asked of KIS then, so the record has no failure; row and caption say the same."""
+        opens(SOON)
+        record(*[Attempt(now() - age * HOUR, Outcome.ISSUED, expires_at=now() + (24 - age) * HOUR) for age in (20, 10)])
+        with pytest.raises(IssuanceLimitError) as caught:
+            check_tokens.advance.fn(only_key())
+        view = View(only_key(), only_key().state(now()), caught.value)
+        (said,) = {row[-1] for row in artifacts.rows_of(view)}
+        assert re.match(r"The 24-hour limit is reached: .*; next attempt 20\d\d-.* KST$", said)
+        assert artifacts.caption([view]) == f"us, kr NO_TOKEN: {said}"
+        assert asked(gateway) == 0
 
     def test_a_renewal_that_failed_is_said_once_for_all_markets(self, gateway: Sandbox, opens: Opens) -> None:
         """Table, caption and message say when it failed, why, when it is tried again, and what a person has to do."""
@@ -551,6 +566,16 @@ class TestRuns:
         assert asked(gateway) == 2
         assert slack.headlines == ["us+kr: KIS gives no token", "us+kr: solved: KIS gives no token"]
         assert "then every few minutes" in slack.messages[0]["blocks"][2]["text"]["text"]
+
+    @pytest.mark.parametrize("step", ["warm-up", "check"])
+    def test_the_table_has_the_trouble_while_its_run_goes_on(self, gateway: Sandbox, opens: Opens, step: str) -> None:
+        """Until the end of a run, which tries for most of an hour, an older table would say that all is well."""
+        opens(SOON)
+        gateway.fail("down")
+        artifacts.publish([View(only_key(), None, TokenStoreError("An older table."))])
+        with pytest.raises(IssuerUnavailableError):
+            _ = check_tokens.advance.fn(only_key(), 65) if step == "check" else warm_up.ensure.fn(only_key(), now(), 65)
+        assert table() == dict.fromkeys(("us", "kr"), "NO_TOKEN")
 
     def test_one_keys_trouble_does_not_stop_the_others(
         self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch

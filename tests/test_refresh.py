@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders import KEY, SECRET, make_jwt
+from conftest import ISSUE_INTERVAL
 from flow_runs import end_of, only_key, paused, refreshed
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from running import asked, cached
+from running import asked, cached, on_disk
 
-from flows import refresh_token
+from flows import artifacts, check_tokens, refresh_token
 from flows.refresh_token import Request
-from tokencore import Settings, attempts
+from flows.runs import View
+from tokencore import IssuanceLimitError, Settings, attempts
 from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox.rules import KILL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,17 +108,34 @@ def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
     assert slack.headlines == [BROUGHT_NONE]
     assert "Kim asked for it" in json.dumps(slack.messages)
     assert asked(nowhere) == 1
+    view = View(only_key(), only_key().state(datetime.now(UTC)), IssuanceLimitError(str(state.message), retry_at=None))
+    assert artifacts.to_do(view) == ""
 
 
 def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
     gateway: Sandbox, slack: SlackEndpoint, opens: Opens
 ) -> None:
-    """There is nothing to go on with: Failed, and an alert with the session at risk."""
+    """There is nothing to go on with: Failed, and one message: the alert, which names the person too."""
     exchange = opens(timedelta(minutes=40))
     gateway.fail("limit", 1)
     assert end_of(renewed()) == ("FAILED", "Failed")
-    assert slack.headlines[0] == "us+kr: Someone else issues with this key (minute limit, not 24-hour limit)"
+    assert slack.headlines == ["us+kr: Someone else issues with this key (minute limit, not 24-hour limit)"]
     assert slack.messages[0]["text"].startswith(f"no token · {exchange} opens in 40 min · ")
+    assert "Kim asked for it" in slack.messages[0]["text"]
+
+
+def test_who_has_forced_in_vain_is_not_told_to_force(gateway: Sandbox, slack: SlackEndpoint) -> None:
+    """KIS returns the token that it rejects: everybody hears that a person tried, and that only KIS can help now."""
+    only_key().refresh(force=True, reason="", by="")
+    gateway.fail(KILL)
+    only_key().reject(on_disk(), datetime.now(UTC))
+    time.sleep(ISSUE_INTERVAL)
+    state = renewed(force=True)
+    assert (end_of(state), "force" in str(state.message)) == (("FAILED", "Failed"), False)
+    assert slack.headlines == ["us+kr: KIS returned the token that it rejects"]
+    assert "Kim asked for it" in slack.messages[0]["text"]
+    later = check_tokens.rejected(only_key().state(datetime.now(UTC)))
+    assert later is None or "force" not in str(later)
 
 
 # Prefect keeps parameters in clear, so these are not the credentials that the scan of its database looks for.

@@ -192,8 +192,10 @@ def _check_same_token(standing: Standing, market: Market) -> None:
     until = same_token_until(token, now)
     if until is None:
         return
-    dead = token is not None and token.rejected_at is not None
-    force = f" If KIS has withdrawn it sooner, `tokencore refresh {market.name} --force` asks now." if dead else ""
+    force = ""
+    # Who has just been given the dead token again is told no more to ask.
+    if token and token.rejected_at and standing.attempts and standing.attempts[-1].outcome is not Outcome.SAME:
+        force = f" If KIS has withdrawn it sooner, `tokencore refresh {market.name} --force` asks now."
     raise IssuanceLimitError(
         f"KIS returns the same token until {format_time(until)}, six hours after its issue. "
         f"{what_serves(token, now, market.buffer)} A new one can be issued from {format_time(until)}.{force}",

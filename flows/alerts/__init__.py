@@ -17,7 +17,7 @@ from prefect.states import Failed
 from prefect.utilities.urls import url_for
 
 from flows.alerts import causes, incidents, messages, slack
-from flows.runs import SAFE, clock, harmless, logger, safe_errors
+from flows.runs import SAFE, borne, clock, harmless, logger, safe_errors
 from tokencore import Key, KeyState, Settings, TokenError, open_document, sessions
 
 if TYPE_CHECKING:
@@ -184,15 +184,23 @@ def announce(
 ) -> None:
     """Report what became of a refresh that a person asked for, and which incidents it ended, as one message.
 
-    `error` is why it failed. It is sent once; what Slack does not accept is in the log and in the issuance record.
+    `error` is why it failed: an incident, unless the plan bears it. Where the incident has a message due, that one
+    names the person, and there is no other. What Slack does not accept is in the log and in the issuance record.
     """
     with harmless(FAILED):
         subject = Subject.of(settings, state, state.now)
-        happened = subject.happened(subject.cause(error), error) if error else ""
+        cause = subject.cause(error) if error else causes.UNFORESEEN
+        happened = subject.happened(cause, error) if error else ""
+        harmful = error is not None and not borne(state, error)
 
         def work(known: list[Incident]) -> None:
+            if harmful:
+                attempt = subject.attempt(cause, None, getattr(error, "retry_at", None))
+                asked = messages.asked(subject.texts, by, subject.now)
+                if _trouble(known, subject, cause, f"{happened} {asked}", attempt):
+                    return
             over = [] if error else subject.over(known)
-            facts = subject.facts(at_risk=error is not None)
+            facts = subject.facts(at_risk=harmful)
             message = messages.notice(subject.texts, facts, kind, by=by, why=why, happened=happened, ended=over)
             _end(known, subject, over, message, broadcast=True)
 
@@ -201,19 +209,20 @@ def announce(
 
 def _trouble(
     known: list[Incident], subject: Subject, cause: Cause, happened: str, attempt: tuple[str, datetime | None]
-) -> None:
-    """Send the message about trouble that lasts, if one is due."""
+) -> bool:
+    """Send the message about trouble that lasts; whether one was due."""
     harmful = cause is not causes.FOREIGN_TOKEN  # a foreign token serves like one of ours
     now, following = subject.now, _next_check(subject.now)
     look_again = min(attempt[1], following) if attempt[1] else following
     incident, due = incidents.met(known, subject.name, cause, subject.need if harmful else None, now, look_again)
     if due is None:
-        return
+        return False
     message = messages.trouble(subject.texts, subject.facts(at_risk=harmful), incident, due, happened, attempt)
     level = logging.WARNING if due.kind == "reminded" else logging.ERROR
     receipt = _send(subject.settings, message, level, incident.thread, broadcast=due.page)
     if not receipt.refusal:
         incident.notified(due, now, receipt.thread)
+    return True
 
 
 def _end(
@@ -236,7 +245,7 @@ def _send(
     return receipt
 
 
-def _deliver(settings: Settings, work: Callable[[list[Incident]], None]) -> None:
+def _deliver(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
     """Do the `work` that sends messages and notes what Slack accepted, holding the incidents meanwhile.
 
     In a thread: not even a name server or an endless answer delays a run for longer.
@@ -248,7 +257,7 @@ def _deliver(settings: Settings, work: Callable[[list[Incident]], None]) -> None
         logger().warning("Slack has not answered within %.0f s; the run goes on.", WAIT)
 
 
-def _hold(settings: Settings, work: Callable[[list[Incident]], None]) -> None:
+def _hold(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
     begun = False
     with harmless(FAILED):
         try:

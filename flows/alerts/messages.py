@@ -211,14 +211,18 @@ def notice(
     ended: Sequence[Incident] = (),
 ) -> Message:
     """What a person had done, what came of it where that is bad, and which incidents it ended."""
-    asked = texts("notice.asked", person=by or texts["notice.somebody"], at=clock(facts.now))
     answers = [("why", why or texts["notice.unreasoned"]), ("works_now", works(texts, facts))]
     if ended:
         titles, length, _ = _ended(texts, facts, ended)
         answers.insert(0, ("solved", f"{titles} ({length})"))
-    said = f"{happened} {asked}".lstrip()
+    said = f"{happened} {asked(texts, by, facts.now)}".lstrip()
     message = _message(texts, facts, ":arrows_counterclockwise:", texts[f"notice.{kind}"], said, answers)
     return message._replace(preview=_preview(texts, facts)) if kind == "failed" else message
+
+
+def asked(texts: Texts, by: str, at: datetime) -> str:
+    """Who asked for a refresh, and when."""
+    return texts("notice.asked", person=by or texts["notice.somebody"], at=clock(at))
 
 
 def test(texts: Texts, mention: str, now: datetime) -> Message:
