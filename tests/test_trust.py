@@ -167,6 +167,18 @@ def test_a_planted_token_never_reaches_a_program_that_runs(place: Path) -> None:
         manager.get_valid_token()
 
 
+@pytest.mark.usefixtures("gateway")
+def test_a_directory_that_cannot_be_looked_into_is_unusable_and_not_empty(tmp_path: Path, command: Command) -> None:
+    """Whatever only reads says so with 7; `metrics` has the markets as unreadable, and the doctor names it."""
+    (tmp_path / "file").write_text("")
+    closed = {"KIS_TOKEN_DIR": str(tmp_path / "file" / "tokens")}
+    for line in ("get us --no-renew", "check --json", "history", "plan", "tick", "delete us"):
+        ran = command(*line.split(), **closed)
+        assert (line, ran.code, "The token directory cannot be used: " in ran.err) == (line, 7, True)
+    assert 'kis_market_readable{market="us"} 0.0' in command("metrics", **closed).out
+    assert command("doctor", **closed).code == 7
+
+
 def test_what_others_can_only_read_is_used(place: Path, gateway: Sandbox, command: Command) -> None:
     """Modes that other tools leave, and a folder above that is sticky or open to the owner's own group: served."""
     key_file(place).chmod(0o644)

@@ -17,7 +17,14 @@ from datetime import UTC, datetime, timedelta
 from tokencore import tokens
 from tokencore.sealing import Sensitive
 from tokencore.stores import files
-from tokencore.stores.permissions import PRIVATE_FILE, make_private, refuse_planted, refuse_strangers, unusable
+from tokencore.stores.permissions import (
+    PRIVATE_FILE,
+    make_private,
+    refuse_closed,
+    refuse_planted,
+    refuse_strangers,
+    unusable,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,13 +75,15 @@ class FileStore(Sensitive):
         """The key's living token, or the last one known, and why there is none; an unchanged file is not parsed again.
 
         Raises:
-            TokenStoreError: the folder or a file belongs to another user, or others can write it.
+            TokenStoreError: the folder or a file belongs to another user, or others can write it; or the folder is
+                closed to this one.
 
         """
         token, problem = self._on_file(self._key_path)
         if token is None or token.rejected_at is not None or token.expires_at.timestamp() <= time.time():
             token = self._longest(token)
             if token is None and not problem:
+                refuse_closed(self.folder)
                 problem = self._on_file(self.place)[1]
         return self._or_unsaved(token), "" if problem == FOREIGN else problem  # which is a miss, and nothing is wrong
 

@@ -50,6 +50,21 @@ def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
         )
 
 
+def refuse_closed(folder: str) -> None:
+    """Return where one can look into the folder, or it is not there yet.
+
+    Raises:
+        TokenStoreError: the system refuses that, so nobody knows what is in it.
+
+    """
+    try:
+        os.stat(os.path.join(folder, os.curdir))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise unusable(folder, error) from None
+
+
 def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
     """Look in the same way at all files of `folder` with one of `parts` in their name.
 

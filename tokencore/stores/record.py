@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, issued_within
 from tokencore.stores import files
-from tokencore.stores.permissions import refuse_strangers
+from tokencore.stores.permissions import refuse_closed, refuse_strangers
 from tokencore.tokens import sane
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Record:
         seen = files.signature(self._path)
         if self._known is None or self._known[0] != seen:
             refuse_strangers(os.path.dirname(self._path))
+            refuse_closed(os.path.dirname(self._path))
             try:
                 found = parse((files.read_bytes(self._path, tail=True) or b"").decode(errors="replace"))
             except ValueError:  # an attempt was made when it was last changed
