@@ -22,7 +22,9 @@ from tokencore import ConfigurationError, Key, Settings, sessions
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Exchange = Literal["KRX", "NXT", "NASD", "NYSE", "AMEX", "SEHK", "SHAA", "SZAA", "TKSE", "VNSE", "HASE"]
+    Exchange = str
+else:
+    Exchange = Literal[tuple(sessions.EXCHANGES)]
 
 
 def order_code(given: object) -> object:
