@@ -46,6 +46,7 @@ class Exchange(NamedTuple):
     calendar: str  # the `holidays` package's name for its closures: a market, or a country of two letters
     by_notice: bool = False  # a year's closures are guesses until the government announces them
     aliases: tuple[str, ...] = ()  # further names that users write
+    symbol: str = ""  # a security that will be traded for long, whose price proves a token; none in Korea
     pad: timedelta = timedelta(0)  # how long after the close a token must still be valid
     half_close: time | None = None  # close on half days; None where there are none
     csat: tuple[time, time] | None = None  # open and close on a CSAT day; None outside Korea
@@ -57,16 +58,19 @@ class Exchange(NamedTuple):
 
 _NYSE = Exchange(  # Nasdaq and NYSE American keep the days of XNYS too
     *("NYSE", "New York Stock Exchange", "NYS", "XNYS", "America/New_York", time(9, 30), time(16), "XNYS"),
+    symbol="IBM",
     half_close=time(13),
     extended=Extended(date.min, time(4), time(20), half_close=time(17)),
 )
 _SHAA = Exchange(  # closed on the weekends that China makes working days
     *("SHAA", "Shanghai Stock Exchange", "SHS", "XSHG", "Asia/Shanghai", time(9, 30), time(15), "XSHG"),
+    symbol="600519",
     by_notice=True,
 )
 _VNSE = Exchange(  # the calendar is the country's: nobody keeps one for its exchanges
     *("VNSE", "Ho Chi Minh Stock Exchange", "HSX", "XSTC", "Asia/Ho_Chi_Minh", time(9), time(15), "VN"),
     aliases=("HOSE",),
+    symbol="VNM",
 )
 _ROWS = (
     Exchange(
@@ -84,25 +88,29 @@ _ROWS = (
         first_open=time(10),
         since=date(2025, 3, 4),
     ),
-    _NYSE._replace(code="NASD", name="Nasdaq", quote_code="NAS", mic="XNAS", aliases=("NASDAQ",)),
+    _NYSE._replace(code="NASD", name="Nasdaq", quote_code="NAS", mic="XNAS", aliases=("NASDAQ",), symbol="AAPL"),
     _NYSE,
-    _NYSE._replace(code="AMEX", name="NYSE American", quote_code="AMS", mic="XASE"),
+    _NYSE._replace(code="AMEX", name="NYSE American", quote_code="AMS", mic="XASE", symbol="SPY"),
     Exchange(
         *("SEHK", "Hong Kong Stock Exchange", "HKS", "XHKG", "Asia/Hong_Kong", time(9, 30), time(16), "XHKG"),
         aliases=("HKEX",),
+        symbol="00700",
         pad=timedelta(minutes=10),  # the closing auction
         half_close=time(12),
     ),
     _SHAA,
-    _SHAA._replace(code="SZAA", name="Shenzhen Stock Exchange", quote_code="SZS", mic="XSHE", calendar="XSHE"),
+    _SHAA._replace(
+        code="SZAA", name="Shenzhen Stock Exchange", quote_code="SZS", mic="XSHE", calendar="XSHE", symbol="000001"
+    ),
     Exchange(
         *("TKSE", "Tokyo Stock Exchange", "TSE", "XTKS", "Asia/Tokyo", time(9), time(15, 30), "XJPX"),
         aliases=("XJPX",),
+        symbol="7203",
         earlier_close=(date(2024, 11, 5), time(15)),
     ),
     _VNSE,
     # Equities move from Hanoi to Ho Chi Minh by the end of 2026; the exchange itself stays.
-    _VNSE._replace(code="HASE", name="Hanoi Stock Exchange", quote_code="HNX", mic="XHNX", aliases=()),
+    _VNSE._replace(code="HASE", name="Hanoi Stock Exchange", quote_code="HNX", mic="XHNX", aliases=(), symbol="SHS"),
 )
 EXCHANGES = {row.code: row for row in _ROWS}
 """All exchanges by KIS order code, in the order in which KIS lists them."""

@@ -10,11 +10,6 @@ from tokencore.kis.codes import DEAD_TOKEN, OK, code_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-SYMBOLS = {  # by quote code: one that will be traded for long
-    "NAS": "AAPL", "NYS": "IBM", "AMS": "SPY", "HKS": "00700", "SHS": "600519", "SZS": "000001",
-    "TSE": "7203", "HNX": "SHS", "HSX": "VNM",
-}  # fmt: skip
-
 
 class Quote(NamedTuple):
     """One quote call; `code` is the exchange's and `symbol` the security's, as the call has them."""
@@ -43,10 +38,10 @@ def domestic() -> Quote:
     return Quote("/uapi/domestic-stock/v1/quotations/inquire-price", "FHKST01010100", "J", "005930", params)
 
 
-def overseas(code: str = "NAS") -> Quote:
-    """The price of a well-known security on the exchange with this quote code."""
-    params = {"AUTH": "", "EXCD": code, "SYMB": SYMBOLS[code]}
-    return Quote("/uapi/overseas-price/v1/quotations/price", "HHDFS00000300", code, SYMBOLS[code], params)
+def overseas(code: str, symbol: str) -> Quote:
+    """The price of `symbol` on the exchange with this quote code."""
+    params = {"AUTH": "", "EXCD": code, "SYMB": symbol}
+    return Quote("/uapi/overseas-price/v1/quotations/price", "HHDFS00000300", code, symbol, params)
 
 
 def daily(code: str, symbol: str) -> Quote:
@@ -57,8 +52,9 @@ def daily(code: str, symbol: str) -> Quote:
 
 def for_exchanges(codes: Sequence[str]) -> Quote:
     """The call that proves a token for these exchanges: of Korea where one is Korean or none is named."""
-    quote_codes = [exchange(code).quote_code or "" for code in codes]
-    return overseas(quote_codes[0]) if all(quote_codes) and quote_codes else domestic()
+    there = [exchange(code) for code in codes]
+    abroad = there and all(each.quote_code for each in there)
+    return overseas(there[0].quote_code or "", there[0].symbol) if abroad else domestic()
 
 
 def judge(status: int, body: Mapping[str, Any], detail: str) -> Evidence:

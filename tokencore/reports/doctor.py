@@ -402,8 +402,8 @@ def _calls(codes: list[str]) -> Iterator[tuple[str, quotes.Quote, str]]:
     if abroad is None or any(place.quote_code is None for place in places):
         yield "domestic price", quotes.domestic(), ""
     if abroad and abroad.quote_code:
-        symbol = quotes.SYMBOLS[abroad.quote_code]
-        yield "overseas price", quotes.overseas(abroad.quote_code), ""
+        symbol = abroad.symbol
+        yield "overseas price", quotes.overseas(abroad.quote_code, symbol), ""
         yield "overseas daily price", quotes.daily(abroad.quote_code, symbol), ""
         meaning = f" - as it must be: {abroad.code} is for orders; quotes want {abroad.quote_code}"
         yield "order code", quotes.daily(abroad.code, symbol), meaning

@@ -323,7 +323,7 @@ h52p=260.1000 h52d=20260716 l52p=169.2100 l52d=20260408 perx=35.12 pbrx=52.01 ep
 t_rate=1391.50 t_xsgn=2 e_hogau=0.0100 e_ordyn=매매가능 e_icod=컴퓨터
 """  # what client libraries read, of any call
 _ROW = dict(pair.split("=") for pair in _FIELDS.split())
-_QUOTE_CODES = {"", "NAS", "NYS", "AMS", "HKS", "SHS", "SZS", "TSE", "HNX", "HSX"}  # none: a domestic call
+_QUOTE_CODE = 3  # letters, and an order code has four; a domestic call has none
 
 
 def _rows(request: Request, now: float) -> dict[str, Any]:
@@ -333,7 +333,7 @@ def _rows(request: Request, now: float) -> dict[str, Any]:
     )
     asked = {"rsym": f"D{place}{symbol}", "stck_shrn_iscd": stock, "prdt_type_cd": kind}
     asked |= {"pdno": code, "shtn_pdno": code, "std_pdno": f"KR7{code}003"}
-    row = {**(_ROW if place in _QUOTE_CODES else dict.fromkeys(_ROW, "")), **asked}
+    row = {**(_ROW if len(place) <= _QUOTE_CODE else dict.fromkeys(_ROW, "")), **asked}
     if not request.path.endswith("/dailyprice"):
         return {"output": row}
     past = [datetime.fromtimestamp(now, KST) - timedelta(days=n) for n in range(1, 8) if row["last"]]
