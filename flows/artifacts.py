@@ -112,10 +112,10 @@ def to_do(view: View) -> str:
     state, error = view.state, view.trouble
     if state and error and borne(state, error):
         return ""
+    if error is None and state and state.status == "REJECTED" and not state.failed:
+        error = IssuanceLimitError("", retry_at=None, cause="same_token")
     if error is None and _problem(view):
         error = IssuanceLimitError("", retry_at=None, cause="backoff")  # the record has the cause
-    if error is None and state and state.status == "REJECTED":
-        error = IssuanceLimitError("", retry_at=None, cause="same_token")
     if error is None:
         return ""
     attempts, token = (state.attempts, state.token) if state else ([], None)
@@ -170,7 +170,7 @@ def _problem(view: View) -> str:
         return next_renewal(state).partition(": no renewal")[0]
     if isinstance(trouble, IssuanceLimitError) and planned.at <= state.now:  # nothing was asked, so no record has it
         return f"{_first_sentence(trouble)}; next attempt {clock(tried)}"
-    return ""
+    return f"KIS rejects the token; next attempt {clock(tried)}" if state.status == "REJECTED" else ""
 
 
 def _covered(state: KeyState, need: tuple[datetime, datetime] | None) -> str:
