@@ -166,6 +166,8 @@ def _problem(view: View) -> str:
     planned, tried = (state.outlook.next, state.next_attempt) if state else (None, None)
     if state is None or planned is None:
         return ""
+    if isinstance(trouble, CredentialsError) and tried:  # a quote call met it
+        return _first_sentence(trouble)
     if state.failed or tried is None:
         return next_renewal(state).partition(": no renewal")[0]
     if isinstance(trouble, IssuanceLimitError) and planned.at <= state.now:  # nothing was asked, so no record has it

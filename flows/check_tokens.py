@@ -96,14 +96,17 @@ def advance(key: Key, again_in: float | None = None, now: datetime | None = None
     settings, now = key.market.settings, now or datetime.now(UTC)
     try:
         with safe_errors():
-            state, remark = key.state(now), ""
+            state, remark, refused = key.state(now), "", None
             if is_session_day(state):
-                state, remark = runs.proven(state)
+                state, remark, refused = runs.proven(state)
             decision = key.tick(state)
             key.sync_exports()
     except SAFE as error:
         raise artifacts.met(key, alerts.report(settings, key, error, now, again_in), again_in) from None
-    state, trouble = decision.state, decision.trouble or rejected(decision.state)
+    state, trouble = (
+        decision.state,
+        decision.trouble or rejected(decision.state) or (None if decision.renewed else refused),
+    )
     if trouble:
         met = alerts.report(settings, state, trouble, now, again_in)
         if not state.covered:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from prefect.exceptions import FailedRun, MissingContextError
 from prefect.logging import get_run_logger
 
-from tokencore import IssuanceLimitError, IssuerUnavailableError, TokenError, sessions
+from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, TokenError, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 KST = ZoneInfo("Asia/Seoul")  # the time of KIS's own notices
 MARGIN = 5.0  # seconds after a cool-down before Prefect tries again
 QUICK, SLOW = 65 / 60, 5.0  # issue intervals between attempts: the first three, and those after
+REFUSED_IN_QUOTES = {"EGW00103": "app key", "EGW00105": "app secret"}
 TRIES = 20  # of Prefect in one run; enough for 45 minutes of KIS being down
 AnyFlow = TypeVar("AnyFlow", bound="Flow[..., Any]")
 
@@ -169,18 +170,23 @@ def views(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> list[
     return [_view(key, done.get(key.fingerprint)) for key in keys]
 
 
-def proven(state: KeyState) -> tuple[KeyState, str]:
-    """`state` after one quote call with its token (KIS_PROVE_TOKENS), and what to say where KIS gave no answer.
+def proven(state: KeyState) -> tuple[KeyState, str, CredentialsError | None]:
+    """`state` after one quote call with its token (KIS_PROVE_TOKENS), what to say without an answer, and the trouble.
 
-    A token that KIS rejects is marked dead for all processes. Nothing is asked where there is no token to prove.
+    A token that KIS rejects is marked dead for all processes. Where it refuses the key or its secret, the next renewal
+    is going to fail: the trouble. Nothing is asked where there is no token to prove.
     """
     if not state.key.market.settings.prove_tokens or state.token is None or state.serves_until is None:
-        return state, ""
+        return state, "", None
     evidence = state.key.prove(state.token)
     if evidence.accepted is False:
         state.key.reject(state.token, state.now)
-        return state.key.state(state.now), ""
-    return state, "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
+        return state.key.state(state.now), "", None
+    if what := REFUSED_IN_QUOTES.get(evidence.msg_cd):
+        message = f"KIS refuses the {what} in a quote call ({evidence.msg_cd}). {state.served}; no renewal can succeed."
+        return state, "", CredentialsError(message)
+    remark = "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
+    return state, remark, None
 
 
 def _view(key: Key, result: Done | Exception | None) -> View:

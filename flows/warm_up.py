@@ -84,7 +84,7 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
     if due < session.open <= now and all(key.state(now).lasts(until) for key in keys):
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
     results = runs.each_key(ensure, keys, session.open - now, until)
-    if any(not isinstance(one, Done) or one.renewed for one in results.values()):
+    if any(not isinstance(one, Done) or one.renewed or one.trouble for one in results.values()):
         views = runs.views(Key.load(settings), results)
         artifacts.publish(views)
         upcoming.update(views)
@@ -106,18 +106,21 @@ def ensure(key: Key, until: datetime, again_in: float | None = None, now: dateti
 
     """
     now = now or datetime.now(UTC)
-    remark, issued = "", False
+    remark, issued, refused = "", False, None
     try:
         with safe_errors():
             state = key.state(now)
             if state.lasts(until):
-                state, remark = runs.proven(state)
+                state, remark, refused = runs.proven(state)
             if not state.lasts(until):
                 issued = key.obtain(until, now)
                 state = key.state(datetime.now(UTC))
     except SAFE as error:
         met = alerts.report(key.market.settings, key, error, now, again_in)
         raise artifacts.met(key, met, again_in) from None
+    if refused and not issued:
+        alerts.report(key.market.settings, state, refused, state.now)
+        return Done(state, issued, str(refused).rstrip("."), refused)
     alerts.resolved(key.market.settings, state, state.now)
     return Done(state, issued, remark)
 

@@ -227,6 +227,22 @@ class TestWarmUp:
         assert (end_of(state), done.state.status) == (("COMPLETED", "Warm"), "VALID")
         assert "KIS did not say whether it accepts the token (HTTP 500: EGW00201" in str(state.message)
 
+    @pytest.mark.parametrize("step", ["warm-up", "check"])
+    def test_a_wrong_secret_is_told_while_the_token_still_serves(
+        self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch, step: str
+    ) -> None:
+        """The quote call meets it hours before the renewal would: an alert and the table's problem; no run fails."""
+        opens(SOON)
+        kept()
+        monkeypatch.setenv("KIS_APP_SECRET", "wrong" * 36)
+        key = only_key()
+        done = warm_up.ensure.fn(key, now() + SOON) if step == "warm-up" else check_tokens.advance.fn(key)
+        assert slack.headlines == ["us+kr: KIS refuses the app key or its secret"]
+        (view,) = runs.views([key], {key: done})
+        assert artifacts.caption([view]) == "us, kr VALID: KIS refuses the app secret in a quote call (EGW00105)"
+        assert "**To do (us+kr):** Correct KIS_APP_KEY" in artifacts.table([view])
+        assert asked(gateway) == 1
+
     def test_a_token_that_ends_a_moment_before_its_need_lasts(self, gateway: Sandbox) -> None:
         """The token of the daily anchor lasts to the second, and KIS's clock is not ours: that costs no issuance."""
         token = kept().state.token
