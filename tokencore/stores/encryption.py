@@ -27,17 +27,19 @@ class Seal(Sensitive):
             ConfigurationError: there is none, one is malformed, or the extra is not installed.
 
         """
+        given = list(keys)
         try:
             from cryptography.fernet import Fernet, MultiFernet  # an extra
 
-            self._keys = [Fernet(key) for key in keys]
+            self._keys = [Fernet(key) for key in given]
             self._fernet = MultiFernet(self._keys)
         except ImportError:
             raise ConfigurationError(f"KIS_STORE needs the package cryptography; {INSTALL}.") from None
         except ValueError:
             raise ConfigurationError(
-                "KIS_STORE_KEYS cannot be used: it needs one Fernet key or more, the newest first, each 44 characters "
-                "as `tokencore fleet init` prints one. Valid tokens on this machine are served anyway."
+                f"KIS_STORE_KEYS is {'malformed' if given else 'not set'}: KIS_STORE needs the Fernet keys of its "
+                "fleet, 44 characters each, the newest first, the same on all machines. Nothing was issued; valid "
+                "tokens on this machine are served anyway."
             ) from None
 
     def close(self, content: Mapping[str, Any]) -> str:
