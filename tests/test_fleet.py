@@ -229,6 +229,19 @@ def test_a_later_versions_words_are_understood_as_far_as_they_go(fleet: Fleet, t
     assert [one.outcome for one in second.store.attempts()] == [Outcome.SENT]
 
 
+@pytest.mark.parametrize("at", ["infinity", "-infinity", "9999-12-31", "200000-01-01"])
+def test_a_time_that_cannot_be_stops_nobody(fleet: Fleet, tmp_path: Path, kis: Sandbox, at: str) -> None:
+    """The database role can write any time into an attempt or a lease; who reads it gets the token and the lock."""
+    first, second = machines(fleet, tmp_path, kis, 2)
+    token = stored(first, make_token())
+    attempt(first, datetime.now(UTC))
+    document = open_document(SimpleNamespace(**fleet.numbers(tmp_path / "third")), "incidents")  # type: ignore[arg-type]
+    assert kept(document) == {}
+    fleet.server.sql(f"update tokencore_attempt set at = '{at}'", f"update tokencore_key set leased_until = '{at}'")  # noqa: S608 - of our own making
+    assert (look(second), second.store.attempts()) == ((token.access_token, None), [])
+    assert kept(document) == {}
+
+
 BOT = """
 import time
 from tokencore import TokenManager
@@ -386,7 +399,11 @@ BAD = {
     "no tables": ({"KIS_STORE": ADMIN + "/template1"}, 7, "fleet init"),
     "no rights": ({"KIS_STORE": "postgresql://poor:CanaryPassword@{host}/postgres"}, 7, "may not use the tables"),
     "no encryption": ({"KIS_STORE": ADMIN + "/postgres?sslmode=require"}, 7, "sslmode"),
-    "a standby": ({"KIS_STORE": ADMIN + "/postgres?options=-cdefault_transaction_read_only%3Don"}, 7, "standby"),
+    "a standby": (
+        {"KIS_STORE": ADMIN + "/postgres?options=-cdefault_transaction_read_only%3Don"},
+        7,
+        "takes no changes",
+    ),
     "another version": ("update tokencore_key set sealed = '2' where key = 'layout'", 7, "another version"),
     "cut short": (
         "update tokencore_key set sealed = left(sealed, 200) where key <> 'layout'",

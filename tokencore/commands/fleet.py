@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ROLE = r"[a-z_][a-z0-9_]{0,62}"
 GRANTS = """\
--- As the tables' owner or a superuser, for the role that the machines use; then set its password: \\password {role}
+-- As the tables' owner, who may create roles, or a superuser: the machines' role. Its password: \\password {role}
 CREATE ROLE {role} LOGIN;
 GRANT SELECT, INSERT, UPDATE ON tokencore_key, tokencore_attempt TO {role};"""
 

@@ -48,7 +48,8 @@ insert into tokencore_key (key, version, sealed) values ('layout', 1, '{LAYOUT}'
 _READ = """
 select k.key, k.version, k.sealed, extract(epoch from clock_timestamp())::float8, coalesce((
   select json_agg(json_build_array(a.fence, extract(epoch from a.at), a.host, a.what) order by a.fence)
-  from tokencore_attempt a where a.key = k.key and a.fence > k.fence - %(depth)s), '[]')
+  from tokencore_attempt a where a.key = k.key and a.fence > k.fence - %(depth)s
+  and a.at between '2000-01-01' and clock_timestamp() + interval '1 day'), '[]')
 from tokencore_key k where k.key = any(%(keys)s)"""
 _RECORD = f"""
 insert into tokencore_attempt (key, slot, fence, at, host, what)
@@ -76,7 +77,9 @@ insert into tokencore_key (key, version, sealed) values (%(key)s, 1, %(sealed)s)
 returning version, pg_notify('tokencore', key)"""
 _LEASE = """
 update tokencore_key set version = version + 1, leased_until = clock_timestamp() + %(lease)s * interval '1 second'
-where key = %(key)s and coalesce(leased_until < clock_timestamp(), true) returning version, sealed"""
+where key = %(key)s
+and coalesce(leased_until not between clock_timestamp() and clock_timestamp() + %(lease)s * interval '1 second', true)
+returning version, sealed"""
 _RELEASE = "update tokencore_key set leased_until = null where key = %(key)s and version = %(version)s"
 FAULTS = {  # by a sign in an error's name or text: what failed, what to do, and whether another try may help
     "password": ("it refuses the role or its password", "correct KIS_STORE or the password file", False),
@@ -90,7 +93,7 @@ FAULTS = {  # by a sign in an error's name or text: what failed, what to do, and
     "does not exist": ("there is no such database", "correct KIS_STORE", False),
     "too many": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
     "connection slots": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
-    "read-only": ("it is a standby and takes no changes", "name the primary in KIS_STORE", True),
+    "read-only": ("it takes no changes", "name the primary in KIS_STORE, or make it writable", True),
     "timeout": ("it does not answer", "look for its host, and for what hangs there", True),
     "resolve": ("its host's name cannot be found", "correct KIS_STORE, or the name server", True),
     "refused": ("it refuses connections", "start it, or correct KIS_STORE", True),

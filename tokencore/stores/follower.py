@@ -53,6 +53,8 @@ class Follower:
             while True:
                 try:
                     with self._fleet.connect() as session:
+                        if level == logging.DEBUG:
+                            _log.warning("The fleet's store is reached again, and this machine follows it.")
                         level = logging.WARNING
                         self._follow(session)
                 except TokenError as error:
