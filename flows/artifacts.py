@@ -102,7 +102,7 @@ def rows_of(view: View) -> list[list[str]]:
     if planned and tried:  # the plan has the reason: an old page cuts off what is long
         coming = f"{_short(tried)}{', ' * bool(planned.exception)}{planned.exception or ''}"
     return [
-        [market.name, status, until, _covered(state, state.need_of(market)), problem or coming]
+        [market.name, status, until, _covered(view, state, state.need_of(market)), problem or coming]
         for market in view.key.markets
     ]
 
@@ -175,13 +175,14 @@ def _problem(view: View) -> str:
     return f"KIS rejects the token; next attempt {clock(tried)}" if state.status == "REJECTED" else ""
 
 
-def _covered(state: KeyState, need: tuple[datetime, datetime] | None) -> str:
+def _covered(view: View, state: KeyState, need: tuple[datetime, datetime] | None) -> str:
     if need is None:
         return "no session ahead"
     if state.lasts(need[1]):
         return f"yes, to {_short(need[1])}"
     planned = state.outlook.next
-    in_time = planned and state.now < planned.at <= need[0] and state.next_attempt
+    is_tried = state.next_attempt is not None and not isinstance(view.trouble, CredentialsError)
+    in_time = planned and is_tried and state.now < planned.at <= need[0]
     return ("by next renewal, to " if in_time else "no, needed to ") + _short(need[1])
 
 

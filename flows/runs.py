@@ -184,7 +184,7 @@ def proven(state: KeyState) -> tuple[KeyState, str, CredentialsError | None]:
         return state.key.state(state.now), "", None
     if what := REFUSED_IN_QUOTES.get(evidence.msg_cd):
         message = f"KIS refuses the {what} in a quote call ({evidence.msg_cd}). {state.served}; no renewal can succeed."
-        return state, "", CredentialsError(message)
+        return state, "", CredentialsError(f"{message} To do: correct the {what}, then run refresh_token.")
     remark = "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
     return state, remark, None
 

@@ -363,6 +363,17 @@ class TestTable:
         said = "us, kr UNREADABLE: It / cannot 'be' used: no space; us, kr NO_TOKEN: "
         assert artifacts.caption(artifacts.worst_first([well, broken])).startswith(said)
 
+    def test_a_renewal_that_is_going_to_fail_covers_no_session(self, opens: Opens) -> None:
+        """Where a quote call has met a wrong secret, "by next renewal" would be untrue."""
+        opens(timedelta(hours=2))
+        cached(left=70 * 60)
+        view = View(only_key(), only_key().state(now()))
+        refused = view._replace(trouble=CredentialsError("KIS refuses the app secret."))
+        assert [artifacts.rows_of(one)[0][3].partition(" to ")[0] for one in (view, refused)] == [
+            "by next renewal,",
+            "no, needed",
+        ]
+
     def test_a_renewal_that_nobody_will_try_is_not_promised(self, gateway: Sandbox) -> None:
         """After refused credentials table, plan and message name no next renewal, but say who has to act.
 
