@@ -77,6 +77,8 @@ def exchange(now: datetime) -> str:
 
 def _play(api: Api, known: Mapping[str, str]) -> None:
     """A warm-up after the check that each start makes, and what they did to the tokens."""
+    password = environment.password(Path(known["PREFECT_HOME"]), known)
+    _say("page", f"{environment.page(known)} (sign in with {password}), to watch what follows")
     if last := api.last_check():
         _say("check-tokens", last[0])
     code = exchange(datetime.now(UTC))
