@@ -281,7 +281,30 @@ def test_a_machine_follows_what_the_others_do(fleet: Fleet, tmp_path: Path, kis:
         until(lambda: all(here(one)[1] is not None for one in (listening, polling, bot)))
 
 
+OTHER = KEY[::-1]  # another key
 FOLLOW = "from tokencore.cli import main; main(['follow'])"
+
+
+def test_an_entry_that_cannot_be_decrypted_is_left_alone_and_the_others_followed(
+    fleet: Fleet, tmp_path: Path, kis: Sandbox
+) -> None:
+    """A follower says so once, and keeps its connection; the key's files stay as they are."""
+    first, second = (Machine(fleet, tmp_path / name, kis, key=key) for name, key in (("first", KEY), ("second", OTHER)))
+    token, folder = first.get(), tmp_path / "following"
+    own = {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__HK__APP_KEY": OTHER, "KIS_MARKETS__HK__EXCHANGES": "SEHK"}
+    files = [folder / f"key-{one.store.fingerprint}.json" for one in (first, second)]
+    following = start(FOLLOW, KIS_APP_KEY=KEY, KIS_BASE_URL=kis.url, **own, **fleet.environment(folder))
+    try:
+        until(files[0].exists)
+        damaged = "update tokencore_key set sealed = 'x', version = version + 1 where key ="
+        fleet.server.sql(f"{damaged} '{first.store.name}'", f"notify tokencore, '{first.store.name}'")
+        second.get()
+        until(files[1].exists)
+    finally:
+        following.kill()
+        said = following.communicate()[1]
+    assert (said.count("cannot be decrypted"), said.count("goes on trying")) == (1, 0), said
+    assert token in files[0].read_text()
 
 
 def test_a_document_is_locked_for_all_machines_for_a_minute(fleet: Fleet, tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 INSTALL = "run `pip install 'tokencore[fleet]'`"
 
 
+class SealError(TokenStoreError):
+    """An entry of the store cannot be decrypted, or is about something else."""
+
+
 class Seal(Sensitive):
     """Fernet keys, the newest first: that one seals, each of them opens."""
 
@@ -50,7 +54,7 @@ class Seal(Sensitive):
         """The content, which says itself what it is `about`: no row can take another's place.
 
         Raises:
-            TokenStoreError: no key opens it, or it is about something else.
+            SealError: no key opens it, or it is about something else.
 
         """
         from cryptography.fernet import InvalidToken
@@ -63,7 +67,7 @@ class Seal(Sensitive):
             if content.items() >= about.items():
                 return content
             why = "is about something else: rows were exchanged"
-        raise TokenStoreError(
+        raise SealError(
             f"The fleet's entry of {' '.join(about.values())} {why}; if it is damaged, `tokencore delete MARKET` makes "
             "room for a new one. Nothing was issued or overwritten; a valid token on this machine is served anyway."
         )

@@ -40,6 +40,7 @@ class Follower:
         """Follow the rows of these names."""
         self._fleet, self._stores, self._names = fleet, stores, list(stores)
         self._versions: dict[str, int] = {}
+        self._lost = False  # and it was said
         own = digest(*sorted(stores), length=16)  # programs with other settings have a follower of their own
         self.lock_path = os.path.join(fleet.folder, f"key-follower-{own}.lock")
 
@@ -49,17 +50,13 @@ class Follower:
 
         make_private(self._fleet.folder)
         with FileLock(self.lock_path, mode=PRIVATE_FILE, poll_interval=STAND_BY, preserve_lock_file=True):
-            level = logging.WARNING
             while True:
                 try:
                     with self._fleet.connect() as session:
-                        if level == logging.DEBUG:
-                            _log.warning("The fleet's store is reached again, and this machine follows it.")
-                        level = logging.WARNING
                         self._follow(session)
                 except TokenError as error:
-                    _log.log(level, "%s The follower goes on trying.", error)
-                    level = logging.DEBUG
+                    _log.log(logging.DEBUG if self._lost else logging.WARNING, "%s The follower goes on trying.", error)
+                    self._lost = True
                 time.sleep(PAUSE)
 
     def _follow(self, session: Database) -> None:
@@ -69,6 +66,9 @@ class Follower:
         hears, looked = self._hears(session), 0.0
         while True:
             due = {name for name in due if not self._stores[name].mirror(session)}
+            if self._lost:
+                _log.warning("The fleet's store is reached again, and this machine follows it.")
+                self._lost = False
             if hears:
                 due |= session.heard(POLL if due else QUIET / 4) & self._stores.keys()
             else:

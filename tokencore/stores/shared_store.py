@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 POLL = 0.1  # seconds between two looks at what another machine does
+TELL = 5.0  # seconds of waiting for another machine after which people are told
 IN_FLIGHT = 2.5  # time-outs in which a request that has left is answered
 TRIES = 20  # of a change that others forestall
 FOLLOW = 2.0  # seconds after which a process that goes on asking follows, and between two looks whether it does
@@ -275,9 +276,14 @@ class SharedStore(Sensitive):
 
     def mirror(self, session: Database) -> bool:
         """Bring files and row to what is newer; False where the machine's lock is not free."""
+        from tokencore.stores.encryption import SealError
+
         with self._local.lock(wait=0) as held:
-            if held:
-                self._exchange(session)
+            try:
+                if held:
+                    self._exchange(session)
+            except SealError as error:  # of this key alone
+                self._fleet.warn(error)
             return held
 
     # Inside
@@ -364,10 +370,14 @@ class SharedStore(Sensitive):
 
     def _meet(self, held: _Held, end: float, give_up: Callable[[], bool] = lambda: False) -> None:
         """Exchange with the store; again while another machine is asking KIS, until `end` of the monotonic clock."""
+        tell_at = time.monotonic() + TELL
         while True:
             held.state = self._exchange(held.connected())
             if not self._in_flight(held.state) or give_up() or time.monotonic() >= end:
                 return
+            if time.monotonic() >= tell_at:
+                tell_at = end
+                _warn(f"Another machine is asking KIS: waiting for its answer, {self._patience():.0f} s at most.")
             time.sleep(POLL)
 
     def _in_flight(self, state: State) -> bool:
