@@ -522,7 +522,10 @@ def test_nothing_in_the_store_reveals_a_secret_and_the_keys_are_rotated(
 def test_the_printed_role_is_enough_and_may_no_more(
     fleet: Fleet, tmp_path: Path, kis: Sandbox, command: Command
 ) -> None:
-    """`fleet init` twice is once; its SQL makes a role that renews, and can neither delete nor truncate."""
+    """`fleet init` twice is once; its SQL makes a role that renews, and can neither delete nor truncate.
+
+    Where tokens are sealed already it prints no other key, and to that role it says who has to run it.
+    """
     role = f"app{os.getpid()}"
     os.environ["KIS_STORE"] = fleet.url
     assert command("fleet", "init", "--role", role).code == 0
@@ -531,6 +534,11 @@ def test_the_printed_role_is_enough_and_may_no_more(
     fleet.server.sql(ran.out, f"alter role {role} password 'CanaryPassword'")
     lesser = fleet._replace(url=fleet.server.url(role=role))
     assert Machine(lesser, tmp_path / "one", kis).get()
+    again = command("fleet", "init")
+    assert ("in use" in again.out, "KIS_STORE_KEYS=" in again.out) == (True, False)
+    os.environ["KIS_STORE"] = lesser.url
+    lacking = command("fleet", "init")
+    assert (lacking.code, "tables cannot be made" in one_line(lacking)) == (7, True)
     for wish in ("delete from", "truncate", "drop table"):
         with pytest.raises(TokenStoreError, match="may not use"), database.Database(lesser.url, "x").open() as session:
             session.execute(f"{wish} tokencore_key")

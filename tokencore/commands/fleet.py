@@ -40,10 +40,12 @@ def _init(settings: Settings, role: str) -> int:
         raise ConfigurationError("--role must be a name of small letters, digits and _; nothing was changed.")
     from tokencore.stores.database import make_tables  # an extra, which the parser does not need
 
-    make_tables(settings.store.get_secret_value() if settings.store else "")
+    used = make_tables(settings.store.get_secret_value() if settings.store else "")
     print("-- The tables are there.")
     print(GRANTS.format(role=role))
-    if not settings.store_keys:
+    if used:
+        print("-- They are in use: KIS_STORE_KEYS stays what the other machines have.")
+    elif not settings.store_keys:
         from cryptography.fernet import Fernet
 
         print(f"-- A new key, the same for all machines: KIS_STORE_KEYS={Fernet.generate_key().decode()}")

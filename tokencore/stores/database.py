@@ -80,6 +80,7 @@ update tokencore_key set version = version + 1, leased_until = clock_timestamp()
 where key = %(key)s
 and coalesce(leased_until not between clock_timestamp() and clock_timestamp() + %(lease)s * interval '1 second', true)
 returning version, sealed"""
+_NAMES = "select key from tokencore_key where key <> 'layout' and sealed <> ''"
 _RELEASE = "update tokencore_key set leased_until = null where key = %(key)s and version = %(version)s"
 FAULTS = {  # by a sign in an error's name or text: what failed, what to do, and whether another try may help
     "password": ("it refuses the role or its password", "correct KIS_STORE or the password file", False),
@@ -224,7 +225,7 @@ class Database(Sensitive):
 
     def names(self) -> set[str]:
         """The names of all rows that have a content."""
-        return {key for (key,) in self.execute("select key from tokencore_key where key <> 'layout' and sealed <> ''")}
+        return {key for (key,) in self.execute(_NAMES)}
 
     def versions(self, keys: Sequence[str]) -> dict[str, int]:
         """The versions of the rows of that name."""
@@ -273,8 +274,8 @@ def _time(epoch: float) -> datetime:
     return datetime.fromtimestamp(epoch, UTC)
 
 
-def make_tables(address: str) -> None:
-    """Make the tables that are missing; the role of the address owns them then.
+def make_tables(address: str) -> bool:
+    """Make the tables that are missing; the role of the address owns them then. Whether something is sealed in them.
 
     Raises:
         TokenError: they cannot be made.
@@ -283,6 +284,12 @@ def make_tables(address: str) -> None:
     try:
         with _within(address, PATIENCE) as connection:
             connection.execute(TABLES)
+            return bool(connection.execute(_NAMES).fetchall())
+    except psycopg.errors.InsufficientPrivilege:
+        raise TokenStoreError(
+            "The fleet's tables cannot be made: the role in KIS_STORE may not. Nothing was changed. To do: run this "
+            "once as the owner of the database and of the tables; the machines use the role whose SQL it prints."
+        ) from None
     except psycopg.Error as error:
         raise _explained(error)[0] from None
 
