@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -455,6 +456,18 @@ def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
     ran = command("get", "us")
     assert (ran.code, sign in one_line(ran), "Canary" in ran.err) == (code, True, False), ran.err
     assert (asked(kis), fleet.server.sql("select version, sealed from tokencore_key")) == (0, before)
+
+
+def test_what_is_wrong_with_the_store_is_not_forgotten_when_the_last_try_is_cut_short() -> None:
+    """A server that closes the first connection and lets the second one wait is said to close, not to hang."""
+
+    def close_the_first() -> None:
+        server.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(close_the_first)
+        with pytest.raises(TokenStoreError, match="closed the connection"):
+            database.Database(f"postgresql://app@127.0.0.1:{server.getsockname()[1]}/x", "here").open(1)
 
 
 @pytest.mark.parametrize("package", ["psycopg", "cryptography"])

@@ -149,19 +149,21 @@ class Database(Sensitive):
             TokenError: there is no connection, or no tables of this version; the message says why.
 
         """
-        end = time.monotonic() + patience
+        end, trouble = time.monotonic() + patience, None
         while True:
             try:
                 self._connection = _within(self._address, end - time.monotonic())
                 layout = self._rows("select sealed from tokencore_key where key = 'layout'")
             except psycopg.Error as error:
                 self.close()
-                lasting, again = _explained(error)
+                if trouble is None or time.monotonic() < end:  # a try that was cut short knows less than the last one
+                    trouble = _explained(error)
             else:
                 if layout == [(LAYOUT,)]:
                     return self
                 self.close()
-                lasting, again = _explained(psycopg.errors.UndefinedColumn())
+                trouble = _explained(psycopg.errors.UndefinedColumn())
+            lasting, again = trouble
             pause = PAUSE * random.uniform(0.5, 1.5)  # noqa: S311 - spreads tries
             if not again or time.monotonic() + pause >= end:
                 raise lasting
