@@ -104,9 +104,8 @@ endif
 	@$(PIP) --editable '.[flows,dev]'
 	@touch $@
 
-# Without build/, from which setuptools would take what is no more.
 wheel: .venv/.flows
-	@rm -rf build dist
+	@rm -rf dist
 	@$(RUN) pip wheel --quiet --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@rm -rf build && ls dist/*
 
