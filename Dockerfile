@@ -9,7 +9,7 @@ ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
 WORKDIR /opt/tokencore
-COPY constraints.txt pyproject.toml setup.py README.md LICENSE prefect.yaml ./
+COPY constraints.txt pyproject.toml README.md LICENSE prefect.yaml ./
 COPY flows flows
 COPY tokencore tokencore
 # Editable: what runs is this folder, as with `make up`, and prefect.yaml is in it. pip stays behind. Byte-code is
