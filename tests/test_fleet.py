@@ -348,11 +348,18 @@ def here(machine: Machine) -> tuple[str, datetime | None]:
 # --- the store is away, slow, or not what it should be
 
 
-def test_an_answer_of_the_store_that_is_lost_counts_as_no(fleet: Fleet, tmp_path: Path) -> None:
-    """Of `begin` and `depart`: nothing is sent. Of what follows the request: its token is handed out and offered."""
+def test_an_answer_of_the_store_that_is_lost_counts_as_no(
+    fleet: Fleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of `begin` and `depart`: nothing is sent. Of what follows the request: its token is handed out and offered.
+
+    Nobody is told then that nothing was issued.
+    """
     statements = {"fence + 1": 0, "at = clock": 0, "sealed = $1": 1, "at = $1": 1}
     with ThreadPoolExecutor(len(statements)) as pool:
         list(pool.map(lambda one: answer_lost(fleet, tmp_path / one, one, statements[one]), statements))
+    until(lambda: "other machines get what KIS answered" in caplog.text)
+    assert not any("other machines get" in one and "Nothing was" in one for one in caplog.messages)
 
 
 def answer_lost(fleet: Fleet, folder: Path, statement: str, requests: int) -> None:

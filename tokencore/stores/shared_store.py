@@ -121,7 +121,7 @@ class SharedStore(Sensitive):
         try:
             self._put(token)
         except TokenError as error:
-            _warn(f"{error} The other machines get this token when the store is reached again.")
+            _warn(f"{_cause(error)} The other machines get this token when the store is reached again.")
 
     def delete(self) -> bool:
         """Remove this market's token here, and with the last one the fleet's.
@@ -228,7 +228,7 @@ class SharedStore(Sensitive):
             with self._session() as session:
                 session.note(self.name, session.read([self.name], 0)[self.name], attempt)
         except TokenError as error:
-            _warn(f"{error} What was imported is recorded on this machine only.")
+            _warn(f"{_cause(error)} What was imported is recorded on this machine only.")
         self._changed()
 
     # The lock and other documents
@@ -472,7 +472,7 @@ class SharedStore(Sensitive):
                         break
                 reached.finish(self.name, fence.number, attempt, fence.ahead)
         except TokenError as error:
-            _warn(f"{error} The other machines get what KIS answered when the store is reached again.")
+            _warn(f"{_cause(error)} The other machines get what KIS answered when the store is reached again.")
         self._fleet.forget()
 
 
@@ -508,6 +508,11 @@ def _beats(ours: Token | None, theirs: Token | None) -> bool:
     if ours.access_token == theirs.access_token:
         return ours.rejected_at is not None and theirs.rejected_at is None
     return tokens.longest([theirs, ours]) is ours
+
+
+def _cause(error: TokenError) -> str:
+    """What is wrong, without "Nothing was issued": here something was, or was saved."""
+    return str(error).partition(" Nothing was")[0]
 
 
 def _warn(message: str) -> None:
