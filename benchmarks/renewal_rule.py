@@ -6,7 +6,7 @@ decision and its needs take, printed last, are measured.
 
 A token lives for 24 hours and does not count in its last five minutes. While KIS is up, an issue
 succeeds at once. For the last column KIS is down for 180 minutes in each week, from a random minute
-on, and an issue that fails is tried again after `tokencore.limits.retry_delay`.
+on, and an issue that fails is tried again after `tokencore.policy.retry_delay`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be ins
 from tokencore.calendars.exchanges import EXCHANGES
 from tokencore.calendars.sessions import need, session
 from tokencore.calendars.sessions import needs as merged_needs
-from tokencore.limits import retry_delay
-from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal
+from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal, retry_delay
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:

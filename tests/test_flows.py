@@ -51,7 +51,7 @@ from tokencore import (
     sessions,
 )
 from tokencore.attempts import Attempt, Outcome
-from tokencore.limits import retry_delay
+from tokencore.policy import retry_delay
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:

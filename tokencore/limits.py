@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import attempts as record
 from tokencore.attempts import CREDENTIALS, Outcome
-from tokencore.config.market import ISSUE_INTERVAL
 from tokencore.errors import CredentialsError, IssuanceLimitError
+from tokencore.policy import retry_delay
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:
@@ -111,14 +111,6 @@ def same_token_until(token: Token | None, now: datetime) -> datetime | None:
     if token is None or until is None or not now < until < token.expires_at:
         return None
     return min(until, now + SAME_TOKEN)  # an issue that seems to lie ahead is a clock's that was set back
-
-
-def retry_delay(failures: int, interval: float = ISSUE_INTERVAL) -> timedelta:
-    """How long to leave KIS alone after so many failures in a row: 65 s three times, then 5 min.
-
-    The waits stretch and shrink with the issue interval (seconds), of which KIS's is 60.
-    """
-    return timedelta(seconds=65 if failures <= 3 else 300) * (interval / ISSUE_INTERVAL)  # noqa: PLR2004 - three times
 
 
 def lock_wait(market: Market) -> float:

@@ -25,6 +25,7 @@ LIFE = timedelta(hours=24)  # of a token still to be issued; of the present one 
 LEAD = timedelta(minutes=60)  # before a need or an expiry: time for an outage of KIS to pass
 ONE_A_DAY = LIFE + timedelta(seconds=2)  # between issues; two more, as KIS cuts times to the second
 SETTLE = timedelta(minutes=5)  # after a need; the buffer's length, so that the next day is served whole
+MINUTE = 60.0  # seconds: KIS refuses a second request for a token within it
 CLOCK_SLACK = timedelta(seconds=30)  # of two clocks: an issue so little ahead of now is believed, a need's pad hides it
 
 _DAY, _MINUTE, _MINUTES_A_DAY = timedelta(days=1), timedelta(minutes=1), 1440
@@ -64,6 +65,14 @@ def quiet_time(needs: Needs) -> tuple[time, time] | None:
     """The longest time of day, from and to in KST, that is quiet on all days; None if there is none, or no need."""
     length, begins = _longest_gap(needs)
     return (_of_day(begins), _of_day(begins + length)) if length else None
+
+
+def retry_delay(failures: int, interval: float = MINUTE) -> timedelta:
+    """How long to leave KIS alone after so many failures in a row: 65 s three times, then 5 min.
+
+    The waits stretch and shrink with the issue interval (seconds), of which KIS's is 60.
+    """
+    return timedelta(seconds=65 if failures <= 3 else 300) * (interval / MINUTE)  # noqa: PLR2004 - three times
 
 
 def next_renewal(
