@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -154,16 +155,22 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
 @pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Prefect server for all tests of this process that need one; the folder with its database."""
+    from httpx import TransportError
     from prefect import settings  # most tests need no Prefect
     from prefect.testing.utilities import prefect_test_harness
 
     home = tmp_path_factory.mktemp("prefect")
     own = {settings.PREFECT_HOME: home, settings.PREFECT_SERVER_ANALYTICS_ENABLED: False}
-    with (
-        settings.temporary_settings(own),
-        prefect_test_harness(server_startup_timeout=120),
-        settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(settings.temporary_settings(own))
+        for left in (2, 1, 0):
+            try:
+                stack.enter_context(prefect_test_harness(server_startup_timeout=120))
+                break
+            except TransportError:  # before it listened, a server of another test was given the port that it had chosen
+                if not left:
+                    raise
+        stack.enter_context(settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
         yield home
 
 

@@ -27,7 +27,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from builders import make_jwt, make_token
 from filelock import FileLock
-from running import asked, cached, on_disk, raised, snapshot, tokencore
+from running import asked, cached, on_disk, raised, snapshot
 
 from tokencore import ConfigurationError, Key, Settings, TokenManager
 from tokencore.clients.exports import Exports
@@ -485,10 +485,3 @@ def test_code_that_needs_no_client_runs(program: list[str], gateway: Sandbox, tm
     ran = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert asked(gateway) == 1
-
-
-@pytest.mark.usefixtures("gateway")
-def test_settings_are_read() -> None:
-    """The setting that the document shows is one that tokencore takes."""
-    (text,) = blocks("ini")
-    assert tokencore("plan", **dict(line.split("=", 1) for line in text.splitlines())).code == 0
