@@ -50,8 +50,8 @@ def check_tokens() -> State:
     the run goes on trying for most of its hour, never inside the cool-down.
 
     Ends as **Renewed**, **AlreadyValid**, **Completed** (no token, and none needed yet), **SkippedLate** (a
-    later check is due and does it) or **Failed**: a renewal that was due did not happen, or KIS rejects the token,
-    and the coming need is not covered.
+    later check is due and does it) or **Failed**: a renewal that was due did not happen, or KIS rejects the token
+    or refuses the key, and the coming need is not covered.
 
     **Triage:** the state's message says what happened and what still works. *KIS refused ... one a minute*: another
     program issues with this key. *app key*, *app secret*: correct the settings, then run `refresh_token`. *KIS
@@ -103,10 +103,8 @@ def advance(key: Key, again_in: float | None = None, now: datetime | None = None
             key.sync_exports()
     except SAFE as error:
         raise artifacts.met(key, alerts.report(settings, key, error, now, again_in), again_in) from None
-    state, trouble = (
-        decision.state,
-        decision.trouble or rejected(decision.state) or (None if decision.renewed else refused),
-    )
+    state = decision.state
+    trouble = decision.trouble or rejected(state) or (None if decision.renewed else refused or state.refusal)
     if trouble:
         met = alerts.report(settings, state, trouble, now, again_in)
         if not state.covered:

@@ -243,6 +243,24 @@ class TestWarmUp:
         assert "**To do (us+kr):** Correct KIS_APP_KEY" in artifacts.table([view])
         assert asked(gateway) == 1
 
+    def test_a_refusal_of_the_key_outside_of_the_flows_is_told_by_the_next_check(
+        self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A person's refresh met it while the token serves on: one alert, long before a renewal is due, no request."""
+        opens(SOON)
+        kept()
+        gateway.fail("bad-secret", count=1)
+        time.sleep(0.6)  # the gateway's minute
+        with pytest.raises(CredentialsError):
+            only_key().refresh(force=True, reason="", by="")
+        monkeypatch.setenv("KIS_PROVE_TOKENS", "false")
+        asked_before = asked(gateway)
+        states = [followed(), followed()]
+        assert [end_of(state) for state in states] == [("COMPLETED", "AlreadyValid")] * 2
+        assert "KIS refused these credentials" in str(states[0].message)
+        assert slack.headlines == ["us+kr: KIS refuses the app key or its secret"]
+        assert asked(gateway) == asked_before
+
     def test_a_token_that_ends_a_moment_before_its_need_lasts(self, gateway: Sandbox) -> None:
         """The token of the daily anchor lasts to the second, and KIS's clock is not ours: that costs no issuance."""
         token = kept().state.token

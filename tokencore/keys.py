@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokencore.calendars.sessions import Override
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
+    from tokencore.errors import CredentialsError
     from tokencore.kis.quotes import Evidence
     from tokencore.outlook import Horizon, Outlook
     from tokencore.stores.base import Store
@@ -249,9 +250,14 @@ class KeyState(NamedTuple):
         return self.key.renewer.allowed_from(self.attempts, self.token, self.now)
 
     @property
+    def refusal(self) -> CredentialsError | None:
+        """Why only a person can bring about a renewal: KIS refused these credentials; None where it did not."""
+        return self.key.renewer.refusal(self.attempts, self.token, self.now)
+
+    @property
     def refused(self) -> bool:
-        """Whether KIS refused the credentials, so that only a person can bring about a renewal."""
-        return self.allowed_from is None
+        """Whether KIS refused the credentials."""
+        return self.refusal is not None
 
     @property
     def next_attempt(self) -> datetime | None:

@@ -19,6 +19,7 @@ from tokencore.attempts import Attempt, Note, Outcome, latest
 from tokencore.clients.exports import Exports
 from tokencore.config.market import digest
 from tokencore.errors import (
+    CredentialsError,
     IssuanceLimitError,
     IssuerUnavailableError,
     TokenError,
@@ -151,6 +152,14 @@ class Renewer(Sensitive):
     def allowed_from(self, attempts: list[Attempt], token: Token | None, now: datetime) -> datetime | None:
         """When the limits allow a renewal that is due at `now`; None where refused credentials forbid it."""
         return limits.allowed_from(Standing(now, attempts, token, self.credentials), self._market)
+
+    def refusal(self, attempts: list[Attempt], token: Token | None, now: datetime) -> CredentialsError | None:
+        """What forbids a renewal until a person acts: KIS refused these credentials; None where it did not."""
+        try:
+            limits.check_credentials(Intent.DUE, Standing(now, attempts, token, self.credentials), self._market)
+        except CredentialsError as error:
+            return error.with_traceback(None)
+        return None
 
     def adopt(self, token: Token, check: Callable[[Token | None], None]) -> bool:
         """Store a token that was issued elsewhere, if `check` accepts it; False where it was known already.
