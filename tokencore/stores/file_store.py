@@ -120,8 +120,10 @@ class FileStore(Sensitive):
             _unsaved[self._key_path] = token
             raise
         _unsaved.pop(self._key_path, None)
+        token.cached_at = now
+        self._remember(self._key_path, token)
         for path in self._own_views():
-            self._write_view(path, text)
+            self._write_view(path, text, token)
 
     def delete(self) -> bool:
         """Remove this market's view, and the key's file with the last view.
@@ -282,11 +284,17 @@ class FileStore(Sensitive):
             return None, FOREIGN
         return token, ""
 
-    def _write_view(self, path: str, text: str) -> None:
+    def _remember(self, path: str, token: Token) -> None:
+        """That `path` holds `token` now: this process need not parse what it wrote itself."""
+        if seen := files.signature(path):
+            self._known[path] = seen, token
+
+    def _write_view(self, path: str, text: str, token: Token) -> None:
         """A view that cannot be written takes nothing from anybody: the key's file has the token."""
         self._set_aside(path)
         try:
             files.write_text(path, text, writer=self.fingerprint, durable=False)
+            self._remember(path, token)
         except OSError as error:
             _warn(f"{path} could not be updated ({error.strerror}); programs that use tokencore are not affected.")
 
