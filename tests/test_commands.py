@@ -414,8 +414,8 @@ REFUSED_INPUT: dict[str, tuple[Callable[[], str], int, str]] = {
     "another key's": (make_jwt, 2, "another app key"),
     "expired": (lambda: make_jwt(APP_KEY, life=-60), 3, "of no use any more"),
     "about to expire": (lambda: make_jwt(APP_KEY, life=200), 3, "of no use any more"),
-    "of the other environment": (lambda: late(environment="paper"), 2, "is paper"),
-    "an environment that is none": (lambda: late(environment=KEY), 2, "is unknown"),
+    "of the other environment": (lambda: late(environment="paper"), 2, "of another environment"),
+    "an environment that is none": (lambda: late(environment=KEY), 2, "of another environment"),
     "an opaque one that nobody proves": (lambda: late(access_token="opaque"), 2, "does not say whose it is"),
 }
 

@@ -28,32 +28,25 @@ COMMANDS = {  # by module, whose function `add` makes their parsers; a command l
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
 
 
-class _OutputError(Exception):
-    """Standard output, and nothing else, could not be written; `error` says why."""
-
-    def __init__(self, error: OSError) -> None:
-        why = f"Standard output cannot be written ({error.strerror})"
-        super().__init__(f"{why}. Cached tokens are untouched; free or change it.")
-        self.reader_gone = isinstance(error, BrokenPipeError)
-
-
 class _Output:
     """Standard output, whose failures are told from those of files and connections."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.error: BaseException | None = None  # with which it failed last
 
     def write(self, text: str) -> int:
-        try:
+        with self:
             return self._stream.write(text)
-        except OSError as error:
-            raise _OutputError(error) from None
 
     def flush(self) -> None:
-        try:
+        with self:
             self._stream.flush()
-        except OSError as error:
-            raise _OutputError(error) from None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.error = error or self.error
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
@@ -62,26 +55,25 @@ class _Output:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return its exit code."""
     _prepare_streams()
-    stream, sys.stdout = sys.stdout, _Output(sys.stdout)
+    stream = sys.stdout
+    output = sys.stdout = _Output(stream)
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    finally:
-        sys.stdout = stream
-
-
-def _run(arguments: list[str]) -> int:
-    try:
-        code = _answer(arguments)
-        sys.stdout.flush()
+        code = _answer(list(sys.argv[1:] if argv is None else argv))
+        output.flush()
     except TokenError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("Interrupted.", INTERRUPTED)
-    except _OutputError as error:
-        _discard(sys.stdout.fileno())
-        return 0 if error.reader_gone else _fail(str(error), 1)  # `head` has what it wanted
     except Exception as error:  # noqa: BLE001 - so that no traceback shows a secret
-        return _fail(_unexpected(error), 1)
+        if error is not output.error:
+            return _fail(_unexpected(error), 1)
+        if isinstance(error, BrokenPipeError):  # `head` has what it wanted
+            _discard(stream.fileno())
+            return 0
+        why = f"Standard output cannot be written ({getattr(error, 'strerror', error)})"
+        return _fail(f"{why}. Cached tokens are untouched; free or change it.", 1)
+    finally:
+        sys.stdout = stream
     return code
 
 
@@ -97,10 +89,7 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _prepare_streams() -> None:
-    """Let what is printed leave in one piece, also with PYTHONUNBUFFERED; a closed output fails when it is written.
-
-    A terminal without Korean or block characters shows question marks.
-    """
+    """Let what is printed leave in one piece; a closed output fails when it is written, odd signs become `?`."""
     if sys.stdout is None:
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115 - for the process's life
     if sys.stderr is None:
@@ -114,7 +103,7 @@ def _prepare_streams() -> None:
 def _fail(message: str, code: int) -> int:
     try:
         sys.stdout.flush()  # what was printed before comes first
-    except _OutputError:
+    except OSError:
         _discard(sys.stdout.fileno())
     from tokencore.redaction import clean  # not for an answer
 
@@ -132,12 +121,12 @@ def _discard(descriptor: int) -> None:
 
 def _unexpected(error: Exception) -> str:
     """Where it happened, not what it said: an unknown error's text may hold anything."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    place = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else "an unknown place"
+    import traceback  # only for a bug
+
+    where = traceback.extract_tb(error.__traceback__)[-1]
     number = error.errno if isinstance(error, OSError) else None
     what = f"{type(error).__name__} ({os.strerror(number)})" if number else type(error).__name__
+    place = f"{os.path.basename(where.filename)}:{where.lineno}"
     return f"Unexpected {what} at {place}. Cached tokens are untouched; please report this line."
 
 

@@ -39,7 +39,7 @@ class Key(Sensitive):
         market: the first of them, which has the numbers of the rules.
         store: where its token and issuance record are.
         label: what people call it, such as `us+kr` or `hk (paper)`.
-        exchanges: what its markets trade, as the user wrote it.
+        exchanges: what its markets trade, by order code.
 
     """
 

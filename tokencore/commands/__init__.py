@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from tokencore.config.settings import Settings
     from tokencore.keys import Key
 
-    # Adds a command by its name, its function and what it does; its parser, for its arguments. The function gets the
-    # parsed options and returns the exit code.
-    AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+    Command = Callable[[argparse.Namespace], int]  # gets the parsed options and returns the exit code
     Modules = Mapping[str, Sequence[str]]  # with a function `add` each, and the commands that it adds
+    AddCommand = Callable[..., argparse.ArgumentParser]  # `parsers` has it
 
 EXIT_CODES = (
     "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
     "4 issuance limit, 5 credentials refused, 6 KIS unreachable, 7 store unusable"
 )
+FOR_PROGRAMS = "for programs"  # what --json says of itself
 SHELLS = ("bash", "zsh", "fish")
 INPUT_LIMIT = 65_536  # characters of standard input; a token has about 350
 
@@ -42,12 +42,9 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib import metadata  # for this alone
+        from importlib.metadata import version  # for this alone
 
-        try:
-            print(f"tokencore {metadata.version('tokencore')}")
-        except metadata.PackageNotFoundError:
-            print("tokencore, not installed: it runs from its source")
+        print(f"tokencore {version('tokencore')}")
         parser.exit()
 
 
@@ -82,9 +79,17 @@ def parsers(modules: Modules, asked: str = "") -> tuple[argparse.ArgumentParser,
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Command, text: str, *, market: str = "", flags: Mapping[str, str] | None = None
+    ) -> argparse.ArgumentParser:
+        """Add a command; it takes one `market`, or as many as `?` or `*` says, and `flags` by what each switches on."""
         added = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
         added.set_defaults(run=function)
+        if market:
+            many = None if market == "one" else market
+            added.add_argument("market", nargs=many, metavar="MARKET", help="us, kr, or a market of your settings")
+        for flag, meaning in (flags or {}).items():
+            added.add_argument(flag, action="store_true", help=meaning)
         return added
 
     for module in [module for module, names in modules.items() if asked in names] or modules:
@@ -92,23 +97,8 @@ def parsers(modules: Modules, asked: str = "") -> tuple[argparse.ArgumentParser,
     return top, dict(commands.choices)
 
 
-def add_market(to: argparse.ArgumentParser, *, many: str | None = None) -> None:
-    """Let `to` take one market, or as many as `many` says in argparse's terms."""
-    to.add_argument("market", nargs=many, metavar="MARKET", help="us, kr, or a market of your settings")
-
-
-def add_json(to: argparse._ActionsContainer) -> None:
-    """Let `to` answer programs."""
-    to.add_argument("--json", action="store_true", help="for programs")
-
-
 def key_of(settings: Settings, name: str) -> Key:
-    """The key of the market `name`, with all markets that share it.
-
-    Raises:
-        ConfigurationError: the market is not configured, or has no credentials.
-
-    """
+    """The key of the market `name`, with all markets that share it; ConfigurationError if it has none."""
     from tokencore.keys import Key  # calendars, which not every command needs
 
     market = settings.market(name)
@@ -119,12 +109,7 @@ def key_of(settings: Settings, name: str) -> Key:
 
 
 def read_input() -> str:
-    """The text on standard input, without the white space around it.
-
-    Raises:
-        ConfigurationError: there is none, or far too much.
-
-    """
+    """The text on standard input; ConfigurationError if there is none, or far too much."""
     text = ""
     if sys.stdin is not None:
         if sys.stdin.isatty():
@@ -137,12 +122,7 @@ def read_input() -> str:
 
 
 def confirm(option: str, question: str, undone: str) -> None:
-    """Return where a person at the terminal answers yes; `undone` says what was not done otherwise.
-
-    Raises:
-        ConfigurationError: nobody can be asked, or the answer is another one.
-
-    """
+    """Return where a person at the terminal answers yes; ConfigurationError, with what is `undone`, otherwise."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigurationError(f"{option} asks first, and there is no terminal. Nothing was done; add --yes.")
     print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
@@ -152,7 +132,7 @@ def confirm(option: str, question: str, undone: str) -> None:
 
 @contextmanager
 def until_stopped() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the block, also where a shell's background job ignores them; for the main thread."""
+    """Let SIGINT and SIGTERM end the block, also where a shell's background job ignores them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
@@ -162,7 +142,7 @@ def until_stopped() -> Iterator[None]:
 def print_json(content: object) -> None:
     """Print `content` as ASCII, which passes through every pipe unharmed; times as ISO 8601, an item of a list a line.
 
-    Indented further, a thousand markets would take three times as long: only the plain encoder is in C.
+    Indented further, a thousand markets would take three times as long.
     """
     if isinstance(content, list):
         text = ",\n".join(json.dumps(item, default=_iso) for item in content)

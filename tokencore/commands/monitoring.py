@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tokencore.clients.approval import approval_expiry
-from tokencore.commands import add_json, add_market, print_json, until_stopped
+from tokencore.commands import FOR_PROGRAMS, print_json, until_stopped
 from tokencore.config.settings import Settings
 from tokencore.manager import TokenManager
 from tokencore.reports import status
@@ -32,20 +32,11 @@ WIDTH = 79  # characters of a line for people: readable in the narrowest termina
 
 def add(command: AddCommand) -> None:
     """Add these commands to the parser."""
-    check = command("check", _check, "status of the markets; read-only, asks KIS for nothing without --probe")
-    add_market(check, many="*")
-    check.add_argument(
-        "--probe",
-        action="store_true",
-        help="prove each valid token with one quote call; exit code 6 where KIS does not say",
-    )
-    add_json(check)
-    doctor = command(
-        "doctor",
-        _doctor,
-        "look at everything that a working set-up needs, with the fix for what is wrong; 0 only when all is well",
-    )
-    add_json(doctor)
+    probe = "prove each valid token with one quote call; exit code 6 where KIS does not say"
+    what = "status of the markets; read-only, asks KIS for nothing without --probe"
+    command("check", _check, what, market="*", flags={"--probe": probe, "--json": FOR_PROGRAMS})
+    what = "look at everything that a working set-up needs, with the fix for what is wrong; 0 only when all is well"
+    command("doctor", _doctor, what, flags={"--json": FOR_PROGRAMS})
     metrics = command("metrics", _metrics, "how every market is, for Prometheus; without an option once, as text")
     where = metrics.add_mutually_exclusive_group()
     where.add_argument(
@@ -61,20 +52,17 @@ def _check(options: argparse.Namespace) -> int:
     settings, now = Settings.load(), datetime.now(UTC)
     asked = dict.fromkeys(map(settings.market, options.market)) or settings.able_markets()
     seen = status.look(asked, now)
-    proofs: Proofs = _proofs(seen) if options.probe else {}
+    valid = [one.status["market"] for one in seen if one.status["valid"]]
+    proofs: Proofs = {name: TokenManager(name).probe() for name in valid if options.probe}
     if options.json:
         print_json([dict(one.status) | _extras(one, proofs) for one in seen])
     else:
         from tokencore.reports.tables import print_statuses  # tables for people, which programs need not wait for
 
         print_statuses(seen, proofs, now)
-    if not all(one.status["valid"] for one in seen) or any(accepted is False for accepted, _ in proofs.values()):
+    if len(valid) < len(seen) or any(accepted is False for accepted, _ in proofs.values()):
         return NOT_VALID
     return UNREACHABLE if any(accepted is None for accepted, _ in proofs.values()) else 0
-
-
-def _proofs(seen: list[Seen]) -> Proofs:
-    return {one.status["market"]: TokenManager(one.status["market"]).probe() for one in seen if one.status["valid"]}
 
 
 def _extras(one: Seen, proofs: Proofs) -> dict[str, object]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from tokencore.attempts import Outcome
-from tokencore.commands import add_json, add_market, confirm, key_of, print_json
+from tokencore.commands import FOR_PROGRAMS, confirm, key_of, print_json
 from tokencore.config.settings import Settings
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.keys import Key
@@ -18,39 +16,31 @@ from tokencore.manager import TokenManager
 from tokencore.outlook import PLAN_DAYS, plan_as_json
 
 if TYPE_CHECKING:
+    import argparse
+
     from tokencore.attempts import Attempt
     from tokencore.commands import AddCommand
 
-LONGEST_PLAN = 31  # days: beyond it, the picture is a smear
+DAYS = range(1, 32)  # beyond it, the picture is a smear
 HOUR = timedelta(hours=1)
 
 
 def add(command: AddCommand) -> None:
     """Add these commands to the parser."""
-    refresh = command(
-        "refresh", _refresh, "renew now; declined with 4 while KIS would return the same token, or over the ceiling"
-    )
-    add_market(refresh)
-    refresh.add_argument(
-        "--force",
-        action="store_true",
-        help="also within six hours and past the daily ceiling; asks before a second one in an hour",
-    )
-    refresh.add_argument("--yes", action="store_true", help="force without the question; needed without a terminal")
+    what = "renew now; declined with 4 while KIS would return the same token, or over the ceiling"
+    force = "also within six hours and past the daily ceiling; asks before a second one in an hour"
+    flags = {"--force": force, "--yes": "force without the question; needed without a terminal"}
+    refresh = command("refresh", _refresh, what, market="one", flags=flags)
     refresh.add_argument("--reason", default="", help="kept in the issuance record")
     refresh.add_argument("--by", help="who asks, for the record (otherwise your login)")
-    planned = command(
-        "plan", _plan, "the sessions ahead, the token's life, the daily anchor, and the next renewals and why"
-    )
-    planned.add_argument("--days", type=_days, default=PLAN_DAYS, metavar="N", help="1 to 31 (%(default)s)")
+    what = "the sessions ahead, the token's life, the daily anchor, and the next renewals and why"
+    planned = command("plan", _plan, what, flags={"--json": FOR_PROGRAMS})
+    planned.add_argument("--days", type=int, choices=DAYS, default=PLAN_DAYS, metavar="N", help="1 to 31 (%(default)s)")
     planned.add_argument("--svg", metavar="FILE", help="write the picture there; - for standard output")
-    add_json(planned)
-    history = command("history", _history, "the issuance record: every attempt, and what became of it")
-    add_market(history, many="?")
-    add_json(history)
-    command(
-        "tick", _tick, "one decision of the renewal rule for every key, for cron; the exit code is the first trouble's"
-    )
+    what = "the issuance record: every attempt, and what became of it"
+    command("history", _history, what, market="?", flags={"--json": FOR_PROGRAMS})
+    what = "one decision of the renewal rule for every key, for cron; the exit code is the first trouble's"
+    command("tick", _tick, what)
 
 
 def _refresh(options: argparse.Namespace) -> int:
@@ -82,8 +72,6 @@ def _login() -> str:
     try:
         return getuser()
     except (KeyError, OSError, ImportError):  # a container's user need not have a name
-        if sys.platform != "win32":
-            return f"uid {os.getuid()}"
         return "unknown"
 
 
@@ -104,12 +92,6 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _days(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= LONGEST_PLAN:
-        raise argparse.ArgumentTypeError(f"must be a number of days from 1 to {LONGEST_PLAN}")
-    return int(text)
-
-
 def _write(target: str, text: str) -> None:
     if target == "-":
         sys.stdout.write(text)
@@ -126,11 +108,9 @@ def _history(options: argparse.Namespace) -> int:
     keys = [key_of(settings, options.market)] if options.market else Key.load(settings)
     found = [([market.name for market in key.markets], one) for key in keys for one in key.store.attempts()]
     if options.json:
-        fields = [
-            ({"markets": names} | one._asdict(), ("pid", "credentials", *["host"] * (not one.host)))
-            for names, one in found
-        ]
-        print_json([{k: v for k, v in every.items() if k not in hidden} for every, hidden in fields])
+        told = [{"markets": names} | one._asdict() for names, one in found]
+        hidden = {"pid", "credentials"}  # of no use to anybody; the host only where there are several
+        print_json([{k: v for k, v in one.items() if k not in hidden and (v or k != "host")} for one in told])
     else:
         from tokencore.reports.tables import print_history
 

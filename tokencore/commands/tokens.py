@@ -9,7 +9,7 @@ import subprocess
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tokencore.commands import add_json, add_market, confirm, key_of, print_json, read_input
+from tokencore.commands import FOR_PROGRAMS, confirm, key_of, print_json, read_input
 from tokencore.errors import ConfigurationError, TokenUnavailableError
 from tokencore.manager import TokenManager
 from tokencore.tokens import as_answer, from_text
@@ -26,11 +26,10 @@ SAID = ("market", "environment", "expires_at", "issued_at", "remaining_seconds")
 
 def add(command: AddCommand) -> None:
     """Add these commands to the parser."""
-    get = command("get", _get, "print the token, and nothing else; renews if it must")
-    add_market(get)
-    get.add_argument("--no-renew", action="store_true", help="only what is cached: ask KIS for nothing")
+    flags = {"--no-renew": "only what is cached: ask KIS for nothing"}
+    get = command("get", _get, "print the token, and nothing else; renews if it must", market="one", flags=flags)
     output = get.add_mutually_exclusive_group()
-    add_json(output)
+    output.add_argument("--json", action="store_true", help=FOR_PROGRAMS)
     output.add_argument(
         "--format",
         choices=[*filter(None, _FORMATS)],
@@ -38,21 +37,16 @@ def add(command: AddCommand) -> None:
         "--env-file; header: for an HTTP request; answer: JSON as tokenP answers",
     )
     output.add_argument("--approval-key", action="store_true", help="the websocket's key instead of the token")
-    program = command("exec", _exec, "run a program with KIS_ACCESS_TOKEN and KIS_TOKEN_EXPIRES_AT set; its exit code")
-    add_market(program)
-    program.usage = "%(prog)s [-h] MARKET -- COMMAND [ARGUMENT ...]"
-    reject = command("reject", _reject, "report a token that KIS has rejected, given on standard input; prints nothing")
-    add_market(reject)
-    reject.add_argument("--approval-key", action="store_true", help="it is the websocket's key")
-    delete = command("delete", _delete, "remove the market's token file; the issuance record stays")
-    add_market(delete)
-    delete.add_argument(
-        "--revoke",
-        action="store_true",
-        help="also make KIS forget the token, for all who use it; a new one can be had six hours after its issue. Asks "
-        "first: any answer but yes ends it with 2, and nothing is done",
+    what = "run a program with KIS_ACCESS_TOKEN and KIS_TOKEN_EXPIRES_AT set; its exit code"
+    command("exec", _exec, what, market="one").usage = "%(prog)s [-h] MARKET -- COMMAND [ARGUMENT ...]"
+    what = "report a token that KIS has rejected, given on standard input; prints nothing"
+    command("reject", _reject, what, market="one", flags={"--approval-key": "it is the websocket's key"})
+    revoke = (
+        "also make KIS forget the token, for all who use it; a new one can be had six hours after its issue. Asks "
+        "first: any answer but yes ends it with 2, and nothing is done"
     )
-    delete.add_argument("--yes", action="store_true", help="revoke without the question; needed without a terminal")
+    flags = {"--revoke": revoke, "--yes": "revoke without the question; needed without a terminal"}
+    command("delete", _delete, "remove the market's token file; the issuance record stays", market="one", flags=flags)
 
 
 def _get(options: argparse.Namespace) -> int:

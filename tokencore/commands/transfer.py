@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tokencore.clients.exports import CLIENTS
-from tokencore.commands import add_market, key_of, read_input
-from tokencore.config.market import HOSTS
+from tokencore.commands import key_of, read_input
 from tokencore.errors import ConfigurationError, IssuerUnavailableError, TokenUnavailableError
 from tokencore.limits import format_time
 from tokencore.manager import TokenManager
@@ -25,20 +24,14 @@ if TYPE_CHECKING:
 
 def add(command: AddCommand) -> None:
     """Add these commands to the parser."""
-    export = command("export", _export, "write the token in another client's format; renews if it must")
-    add_market(export)
-    export.add_argument(
-        "--to",
-        required=True,
-        choices=CLIENTS,
-        metavar="CLIENT",
-        help="%(choices)s: the client (mojito2's file, token.dat, holds the app secret)",
-    )
+    what = "write the token in another client's format; renews if it must"
+    export = command("export", _export, what, market="one")
+    told = "%(choices)s: the client (mojito2's file, token.dat, holds the app secret)"
+    export.add_argument("--to", required=True, choices=CLIENTS, metavar="CLIENT", help=told)
     export.add_argument("folder", metavar="DIR", help="where that client looks for its file; made if need be")
-    take = command("import", _import, "take a token from standard input, in any known form, without an issue request")
-    add_market(take)
-    take.add_argument("--offline", action="store_true", help="save it without a quote call that proves it")
-    take.add_argument("--force", action="store_true", help="also where the present token lasts longer")
+    what = "take a token from standard input, in any known form, without an issue request"
+    offline, force = "save it without a quote call that proves it", "also where the present token lasts longer"
+    command("import", _import, what, market="one", flags={"--offline": offline, "--force": force})
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -55,7 +48,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
-    token = read_token(read_input(), manager.market, datetime.now(UTC))
+    token = _token_for(manager.market, read_input(), datetime.now(UTC))
     if not options.offline:
         _prove(manager, token.access_token)
     elif "jti" not in jwt_claims(token.access_token):
@@ -66,14 +59,8 @@ def _import(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_token(text: str, market: Market, now: datetime) -> Token:
-    """The token in `text`, in any known form, if it is this market's and alive at `now`.
-
-    Raises:
-        ConfigurationError: there is no token, its expiry is unknown, or it is another key's or environment's.
-        TokenUnavailableError: it has expired, is about to, or KIS has rejected it.
-
-    """
+def _token_for(market: Market, text: str, now: datetime) -> Token:
+    """The token in `text`, in any known form, if it is this market's and serves at `now`."""
     try:
         token, content = from_text(text)
     except (ValueError, RecursionError):
@@ -81,25 +68,18 @@ def read_token(text: str, market: Market, now: datetime) -> Token:
             "Standard input holds no token that gives its expiry: give the token alone, or what `tokencore get MARKET "
             "--json` prints. Nothing was saved."
         ) from None
-    _refuse_unfit(token, content.get("environment", market.environment), market, now)
-    return token
-
-
-def _refuse_unfit(token: Token, environment: object, market: Market, now: datetime) -> None:
     key, name, done = market.identified(), repr(market.name), "Nothing was saved."
     if jwt_claims(token.access_token).get("jti", key) != key:
         whose = f"The token belongs to another app key than that of {name}"
         raise ConfigurationError(f"{whose}. {done[:-1]}; import it to the market with its key.")
-    if environment != market.environment:
-        shown = environment if environment in tuple(HOSTS) else "unknown"  # it may hold anything
-        raise ConfigurationError(
-            f"The environment of the token is {shown}, and that of {name} {market.environment}. {done}"
-        )
+    if content.get("environment", market.environment) != market.environment:
+        raise ConfigurationError(f"The token is of another environment than {name} ({market.environment}). {done}")
     if token.rejected_at is not None:
         raise TokenUnavailableError(f"KIS rejected the token at {format_time(token.rejected_at)}. {done}")
     if not token.serves(now, market.buffer):
         use = f"it expires at {format_time(token.expires_at)}, and KIS_BUFFER is {market.buffer:.0f} s"
         raise TokenUnavailableError(f"The token is of no use any more: {use}. {done}")
+    return token
 
 
 def _prove(manager: TokenManager, access_token: str) -> None:

@@ -79,12 +79,7 @@ class Market(Sensitive):
 
     @property
     def settings(self) -> Settings:
-        """The validated settings, read when first asked for.
-
-        Raises:
-            ConfigurationError: one of them cannot be used; cached tokens stay usable.
-
-        """
+        """The validated settings, read when first asked for; ConfigurationError if one of them cannot be used."""
         self._settings = self._settings or self._load()
         return self._settings
 
@@ -95,7 +90,7 @@ class Market(Sensitive):
 
     @property
     def exchanges(self) -> tuple[str, ...]:
-        """What the market trades, as the user wrote it, in upper case."""
+        """What the market trades, by order code."""
         own = self.settings.markets.get(self.name)
         return DEFAULT_EXCHANGES.get(self.name, ()) if not own or own.exchanges is None else tuple(own.exchanges)
 
@@ -109,7 +104,7 @@ class Market(Sensitive):
         """The app key, where a secret is set too or may be in the keyring, which is not asked.
 
         Raises:
-            ConfigurationError: one of them is not set; the message names the variable.
+            ConfigurationError: one of them is not set.
 
         """
         if not self.app_key:
@@ -135,12 +130,7 @@ class Market(Sensitive):
         return str(self.app_key), str(self._app_secret)
 
     def given(self, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
-        """This market, with the key and the address that the program gives instead of the settings.
-
-        Raises:
-            ConfigurationError: a credential or the address cannot be used.
-
-        """
+        """This market, with the program's own key and address; ConfigurationError if one cannot be used."""
         given = credentials()
         try:
             self.app_key, self._app_secret = map(credential, given)
@@ -155,9 +145,6 @@ class Market(Sensitive):
             f"KIS_{field} is not set for the market {self.name!r}; set KIS_{field} (or "
             f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or ~/.tokencore/config.toml{more}."
         )
-
-    def __repr__(self) -> str:
-        return f"Market({getattr(self, 'name', '')!r})"
 
 
 def digest(*parts: str, length: int) -> str:

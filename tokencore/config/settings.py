@@ -29,12 +29,6 @@ _REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전
 PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
 _OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
 _ALIKE = 0.85  # of two names: a letter or two are wrong
-_KEYRING = {
-    "ModuleNotFoundError": "the package is not installed: run `pip install 'keyring>=25'`",
-    "NoKeyringError": "this machine has none that programs can use: install one, or give the secret in another way",
-    "ValueError": "what it keeps is not a secret as KIS shows it: set it again with `keyring set`",
-    "KeyringLocked": "it is locked: unlock it, by logging in or with its own program",
-}
 
 
 def _items(value: object) -> object:
@@ -46,10 +40,9 @@ def _items(value: object) -> object:
 
 def _exchange(name: str) -> str:
     try:
-        exchange(name)
+        return exchange(name).code
     except ConfigurationError as error:
         raise ValueError(str(error)) from None
-    return name
 
 
 def _export(text: str) -> str:
@@ -90,7 +83,7 @@ Credential = Annotated[SecretStr | None, BeforeValidator(values.credential)]
 Environment = Literal["real", "paper"]
 Url = Annotated[str, AfterValidator(values.address)]
 Seconds = Annotated[float, _number(*SECONDS)]
-Exchange = Annotated[str, AfterValidator(str.upper), AfterValidator(_exchange)]
+Exchange = Annotated[str, AfterValidator(_exchange)]
 Listed = BeforeValidator(_items)
 Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
 
@@ -180,12 +173,7 @@ class Settings(Sensitive, BaseSettings):
         self._markets = {name: Market(name, self.found, lambda: self) for name in values.market_names(self.found)}
 
     def market(self, name: str) -> Market:
-        """The market of that name, in lower or upper case.
-
-        Raises:
-            ConfigurationError: it is not configured.
-
-        """
+        """The market of that name, in any case; ConfigurationError if it is not configured."""
         return self._markets[values.known(name, self.found)]
 
     def all_markets(self) -> list[Market]:
@@ -193,12 +181,7 @@ class Settings(Sensitive, BaseSettings):
         return list(self._markets.values())
 
     def able_markets(self) -> list[Market]:
-        """The markets that have an app key.
-
-        Raises:
-            ConfigurationError: none has; the message says what to set.
-
-        """
+        """The markets that have an app key; ConfigurationError, which says what to set, if none has."""
         if able := [market for market in self.all_markets() if market.app_key]:
             return able
         how = f"set KIS_APP_KEY and KIS_APP_SECRET in the environment, .env or {CONFIG_FILE}"
@@ -207,13 +190,8 @@ class Settings(Sensitive, BaseSettings):
     @property
     def overrides(self) -> dict[str, Override]:
         """What the user says about exchanges, by order code."""
-        found: dict[str, Override] = {}
-        for name, own in self.exchanges.items():
-            code = exchange(name).code
-            other = found.get(code, Override())  # of another name of the exchange
-            closed, extended = other.closed | set(own.closed), other.extended or own.extended
-            found[code] = Override(closed, {**other.hours, **own.hours}, extended)
-        return found
+        known = self.exchanges.items()
+        return {code: Override(frozenset(own.closed), own.hours, own.extended) for code, own in known}
 
     @property
     def origins(self) -> dict[str, str]:
@@ -228,9 +206,7 @@ class Settings(Sensitive, BaseSettings):
         return {name: meant for name, meant in _unknown(self.found).items() if name.startswith("KIS_")}
 
     def in_keyring(self, names: Iterable[str]) -> str | None:
-        """What the keyring keeps under KIS_KEYRING for the first of the variables `names` that it knows.
-
-        It keeps secrets only: every cached `get` must know the app key, and a keyring is slow or asks for a password.
+        """What the keyring keeps for the first of the variables `names` that it knows; it is slow, or asks a person.
 
         Raises:
             ConfigurationError: there is no keyring, or it is locked; cached tokens are served without it.
@@ -241,8 +217,10 @@ class Settings(Sensitive, BaseSettings):
 
             kept = (values.credential(keyring.get_password(str(self.keyring), name)) for name in names)
             return next(filter(None, kept), None)
+        except ModuleNotFoundError:
+            why = "the package is not installed: run `pip install 'keyring>=25'`"
         except Exception as error:  # noqa: BLE001 - a backend's own, whose text may contain anything
-            why = _KEYRING.get(name := type(error).__name__, f"it failed ({name}): run `keyring diagnose`")
+            why = f"it failed ({type(error).__name__}): unlock it, set the secret again, or run `keyring diagnose`"
         raise ConfigurationError(
             f"The app secret should come from the system's keyring (KIS_KEYRING={short(str(self.keyring))}), but {why}"
             "; or remove KIS_KEYRING. Cached tokens are served anyway."
@@ -282,10 +260,7 @@ def _unknown(found: Found) -> dict[str, str]:
 
 
 def _nested(found: Found) -> dict[str, Any]:
-    """The settings as pydantic takes them.
-
-    Other names are refused where they can only be ours; elsewhere those that resemble ours draw a warning.
-    """
+    """The settings as pydantic takes them; other names are refused where they can only be ours."""
     tree: dict[str, Any] = {"found": found}
     unknown = _unknown(found)
     for name, meant in unknown.items():

@@ -83,9 +83,6 @@ class Found(Sensitive):
         of_market = [f"{own}APP_SECRET"] if f"{own}APP_KEY" in self.values else []
         return of_market + ([] if "KIS_APP_SECRET" in self.values else ["KIS_APP_SECRET"])
 
-    def __repr__(self) -> str:
-        return f"Found({sorted(self.origins)})"
-
 
 @sealed
 def gather() -> Found:
@@ -205,12 +202,10 @@ def _written_by_others(path: str) -> str:
 
 
 def _secrets(folder: str) -> dict[str, str]:
-    def names(path: str) -> list[str]:
-        ours = [one for one in os.scandir(path) if one.name.upper().startswith(_PREFIXES)]
-        return sorted(one.name for one in ours if not one.is_dir())
-
     fix = f"point {SECRETS_DIR} at a folder with a file per variable"
-    return {name: _readable(_text, os.path.join(folder, name), fix).strip() for name in _readable(names, folder, fix)}
+    ours = [name for name in sorted(_readable(os.listdir, folder, fix)) if name.upper().startswith(_PREFIXES)]
+    paths = {name: os.path.join(folder, name) for name in ours}
+    return {name: _readable(_text, path, fix).strip() for name, path in paths.items() if not os.path.isdir(path)}
 
 
 def _config() -> dict[str, Any]:
