@@ -46,16 +46,8 @@ PUBLIC_FILE = 0o644  # node_exporter is another user; nothing in the file is sec
 ALERT_BEFORE = timedelta(hours=1)  # of an open: from then on a market without a token is not ready
 
 
-class View(NamedTuple):
-    """A market at one moment, its key's state, and its present or next need."""
-
-    market: Market
-    state: KeyState
-    need: tuple[datetime, datetime] | None
-
-
 class Vitals(NamedTuple):
-    """What is known of a market: its key's state and the values by the names of `GAUGES`, or why it cannot be read.
+    """What is known of a market: its key's state, None where it cannot be read, and values by the names of `GAUGES`.
 
     `unready` is why the session that runs or opens soon has no token that lasts through it; empty otherwise.
     """
@@ -66,45 +58,49 @@ class Vitals(NamedTuple):
     unready: str
 
 
-# One value a market; absent where it is not known.
-GAUGES: dict[str, tuple[str, Callable[[View], Value]]] = {
+READABLE = "kis_market_readable"
+# One value a market, of its key's state; absent where it is not known.
+GAUGES: dict[str, tuple[str, Callable[[KeyState, Market], Value]]] = {
+    READABLE:
+        ("Whether the market's state could be read; where it is 0, its other values are absent.", lambda *_: 1),
     "kis_token_valid":
-        ("Whether the market has a token that serves now.", lambda one: one.state.status in VALID),
+        ("Whether the market has a token that serves now.", lambda state, _: state.status in VALID),
     "kis_token_expiration_timestamp_seconds":
-        ("When the market's token expires.", lambda one: one.state.token.expires_at if one.state.token else None),
+        ("When the market's token expires.", lambda state, _: state.token.expires_at if state.token else None),
     "kis_token_issue_timestamp_seconds":
-        ("When the market's token was issued.", lambda one: one.state.token.issued_at if one.state.token else None),
+        ("When the market's token was issued.", lambda state, _: state.token.issued_at if state.token else None),
     "kis_token_renewal_timestamp_seconds":
         ("When the next renewal is tried; absent where a person has to act first.",
-         lambda one: next_attempt(one.state)),
+         lambda state, _: next_attempt(state)),
     "kis_token_covers_next_need":
         ("Whether the token lasts to the end of the market's present or next need.",
-         lambda one: covers(one.state.token, one.need, one.market) if one.need else None),
+         lambda state, market: covers(state.token, need, market) if (need := state.need_of(market)) else None),
     "kis_token_need_start_timestamp_seconds":
-        ("When the present or next need begins: 30 minutes before an open.", lambda one: one.need and one.need[0]),
+        ("When the present or next need begins: 30 minutes before an open.",
+         lambda state, market: need[0] if (need := state.need_of(market)) else None),
     "kis_token_need_end_timestamp_seconds":
         ("When the present or next need ends: at the close, or some minutes later.",
-         lambda one: one.need and one.need[1]),
+         lambda state, market: need[1] if (need := state.need_of(market)) else None),
     "kis_approval_key_expiration_timestamp_seconds":
         ("When the approval key expires; absent where none was asked for.",
-         lambda one: approval_expiry(one.state.key.store)),
+         lambda state, _: approval_expiry(state.key.store)),
     "kis_issuance_cooldown_end_timestamp_seconds":
-        ("Until when no request for a token is allowed; absent outside it.", lambda one: one.state.cooldown_until),
+        ("Until when no request for a token is allowed; absent outside it.", lambda state, _: state.cooldown_until),
     "kis_issuance_last_day_issues":
-        ("Tokens issued for the market's key in the last 24 hours.", lambda one: one.state.issues_last_24h),
+        ("Tokens issued for the market's key in the last 24 hours.", lambda state, _: state.issues_last_24h),
     "kis_issuance_last_day_ceiling":
         ("How many may be issued in 24 hours (KIS_MAX_ISSUES_PER_DAY).",
-         lambda one: one.market.settings.max_issues_per_day),
+         lambda _, market: market.settings.max_issues_per_day),
     "kis_issuance_record_readable":  # else only the lock file's times know of an attempt, and not who made it
         ("Whether the issuance record of the market's key can be read.",
-         lambda one: not any(it.outcome is Outcome.SENT and not it.pid for it in one.state.attempts)),
+         lambda state, _: not any(one.outcome is Outcome.SENT and not one.pid for one in state.attempts)),
 }  # fmt: skip
 
 
 class Watch(Collector):
     """Looks at all markets; settings that break meanwhile leave it with the last good ones."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Callable[[Settings], list[Key]]) -> None:
         """Read the settings; `load` makes the keys of them.
 
         Raises:
@@ -112,14 +108,15 @@ class Watch(Collector):
 
         """
         self._load = load
-        self._given: object = None
-        self._read_settings()
+        self._keys, self._given = load(Settings.load()), gather().values
+        self._settings_good = True
 
     def look(self, now: datetime) -> list[Vitals]:
         """Every market at `now` (aware), key by key; each key's state is read once."""
-        self._settings_good = True
         try:
-            self._read_settings()
+            if (given := gather().values) != self._given:  # what the keys know of the calendars took its time
+                self._keys, self._given = self._load(Settings.load()), given
+            self._settings_good = True
         except ConfigurationError:
             self._settings_good = False
         return [one for key in self._keys for one in _look_at(key, now)]
@@ -130,23 +127,20 @@ class Watch(Collector):
         vitals = self.look(now)
         for name, (text, _) in GAUGES.items():
             yield _gauge(name, text, {(one.market,): one.values.get(name) for one in vitals}, ["market"])
-        text = "Whether the market's state could be read; where it is 0, its other values are absent."
-        yield _gauge("kis_market_readable", text, {(one.market,): one.state is not None for one in vitals}, ["market"])
         text = "What a market's token belongs to; markets with the same key share a token and its issues."
-        info: Values = {
-            (one.market, one.state.key.market.environment, one.state.key.fingerprint): 1 for one in vitals if one.state
-        }
+        readable = [(one.market, one.state) for one in vitals if one.state]
+        info: Values = {(name, state.key.market.environment, state.key.fingerprint): 1 for name, state in readable}
         yield _gauge("kis_market_info", text, info, ["market", "environment", "key"])
-        yield _attempts(vitals)
+        text = "Requests for a token with the market's key, by what became of them; markets of a key show the same."
+        attempts = CounterMetricFamily("kis_issuance_attempts", text, labels=("market", "key", "outcome"))
+        for name, state in readable:
+            counted = Counter(attempt.outcome for attempt in state.attempts)
+            for outcome in Outcome:
+                attempts.add_metric((name, state.key.fingerprint, outcome), counted[outcome])
+        yield attempts
         text = "Whether the settings could be used; else the last good ones are."
         yield _gauge("kis_settings_readable", text, {(): self._settings_good})
         yield _gauge("kis_metrics_collection_timestamp_seconds", "When these values were collected.", {(): now})
-
-    def _read_settings(self) -> None:
-        """Make the keys anew where something is set otherwise: what they know of the calendars took its time."""
-        if (given := gather().values) != self._given:
-            self._keys = self._load(Settings.load())
-            self._given = given
 
 
 def write_textfile(watch: Watch, path: str) -> None:
@@ -171,9 +165,8 @@ def listening(watch: Watch, host: str, port: int) -> Iterator[str]:
         ConfigurationError: the address cannot be listened on.
 
     """
-    watch.look(datetime.now(UTC))  # the calendars: no scrape waits for them
     try:
-        server = make_server(host, port, _app(watch), _Server6 if ":" in host else _Server, _Handler)
+        server = make_server(host, port, _app(watch), _Server6 if ":" in host else ThreadingWSGIServer, _Handler)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or "no such port"
         raise ConfigurationError(
@@ -193,12 +186,11 @@ def _app(watch: Watch) -> Callable[..., Iterable[bytes]]:
 
     def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/metrics":
-            body = metrics({**environ, "REQUEST_METHOD": "GET", "QUERY_STRING": ""}, start_response)
-        else:
-            status, text = _answer(watch, environ["PATH_INFO"])
-            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-            body = [text.encode()]
-        return [b""] if environ["REQUEST_METHOD"] == "HEAD" else body
+            body: Iterable[bytes] = metrics(environ, start_response)
+            return body
+        status, text = _answer(watch, environ["PATH_INFO"])
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [text.encode()]
 
     return app
 
@@ -206,9 +198,9 @@ def _app(watch: Watch) -> Callable[..., Iterable[bytes]]:
 def _answer(watch: Watch, path: str) -> tuple[str, str]:
     if path == "/livez":
         return "200 OK", "alive\n"
-    _, place, *name = path.split("/")
-    vitals = watch.look(datetime.now(UTC)) if place == "readyz" and len(name) <= 1 else []
-    asked = [one for one in vitals if "".join(name).lower() in ("", one.market)]
+    place, _, name = path[1:].lower().partition("/")
+    vitals = watch.look(datetime.now(UTC)) if place == "readyz" else []
+    asked = [one for one in vitals if name in ("", one.market)]
     if not asked:
         return "404 Not Found", "There are /metrics, /livez, /readyz and /readyz/MARKET.\n"
     lines = [f"{one.market}: {f'not ready: {one.unready}' if one.unready else 'ready'}\n" for one in asked]
@@ -222,27 +214,20 @@ class _Handler(WSGIRequestHandler):
         """Silent: a line a scrape helps nobody."""
 
 
-class _Server(ThreadingWSGIServer):
-    def handle_error(self, *_: object) -> None:
-        """Silent: a client that gives up is no fault."""
-
-
-class _Server6(_Server):
+class _Server6(ThreadingWSGIServer):
     address_family = socket.AF_INET6
 
 
 def _look_at(key: Key, now: datetime) -> list[Vitals]:
     try:
-        state = key.state(now)
-        return [_vitals(View(market, state, state.need_of(market))) for market in key.markets]
+        state, found = key.state(now), []
+        for market in key.markets:
+            values = {name: value(state, market) for name, (_, value) in GAUGES.items()}
+            found.append(Vitals(market.name, state, values, _unready(market, state)))
     except Exception as error:  # noqa: BLE001 - one key's trouble must not hide the others; its text may hold anything
         trouble = f"it cannot be read ({type(error).__name__})"
-        return [Vitals(market.name, None, {}, trouble) for market in key.markets]
-
-
-def _vitals(view: View) -> Vitals:
-    values = {name: value(view) for name, (_, value) in GAUGES.items()}
-    return Vitals(view.market.name, view.state, values, _unready(view.market, view.state))
+        return [Vitals(market.name, None, {READABLE: 0}, trouble) for market in key.markets]
+    return found
 
 
 def _unready(market: Market, state: KeyState) -> str:
@@ -265,15 +250,4 @@ def _gauge(name: str, text: str, values: Values, labels: Sequence[str] = ()) -> 
     for own, value in values.items():
         if value is not None:
             family.add_metric(own, value.timestamp() if isinstance(value, datetime) else value)
-    return family
-
-
-def _attempts(vitals: Iterable[Vitals]) -> CounterMetricFamily:
-    text = "Requests for a token with the market's key, by what became of them; markets of a key show the same."
-    family = CounterMetricFamily("kis_issuance_attempts", text, labels=("market", "key", "outcome"))
-    for one in vitals:
-        if one.state:
-            counted = Counter(attempt.outcome for attempt in one.state.attempts)
-            for outcome in Outcome:
-                family.add_metric((one.market, one.state.key.fingerprint, outcome.value), counted[outcome])
     return family
