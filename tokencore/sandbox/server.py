@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from typing import Self
 
 _POLL = 0.02  # seconds until the accepting thread sees that it shall end
-_IDLE = 75.0  # seconds a kept-alive connection may stay silent, or a body may take to arrive
-_HANG = 300.0  # seconds after which even `hang` lets go of its client
 _DRIP = 0.05  # seconds between two bytes: each read is quick, the whole takes about half a minute
 
 
@@ -80,7 +78,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the body waits 40 ms for the header's acknowledgement
-    timeout = _IDLE
     server: _Server
 
     def do_GET(self) -> None:
@@ -89,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         params = {name.upper(): value for name, value in parse_qsl(query)}
         asked = Request(self.command, path, self._fields(), headers, params)
         answer = self._controlled(asked) if path.startswith("/sandbox/") else gateway.respond(asked, time.time())
-        slow = _HANG if answer.delivery == "hang" else gateway.rules["latency"] if path == TOKEN else 0
+        slow = None if answer.delivery == "hang" else gateway.rules["latency"] if path == TOKEN else 0
         if gateway.closing.wait(slow) or answer.delivery in ("drop", "hang"):
             self.close_connection = True  # a gateway that is down answers nobody, kept connections included
         else:
@@ -132,8 +129,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         self.send_header("Content-Type", f"{kind}; charset=UTF-8")
         self.send_header("Content-Length", str(len(body) * 2 if way == "half" else len(body)))
-        if answer.outcome == "redirect":
-            self.send_header("Location", "/sandbox/elsewhere")
         self.end_headers()
         step = 1 if way == "drip" else len(body) or 1
         for start in range(0, len(body), step):
