@@ -33,35 +33,43 @@ BROAD = 112  # characters: from here on every column fits; below, the least impo
 
 
 def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None, str]], now: datetime) -> None:
-    """One row a market; below, its file, what does not fit into a row, and what the quote calls said."""
+    """One row a market; below, what does not fit into a row, its file, and what the quote call said."""
+    rows, below = [_row(one.status, now) for one in seen], []
     broad = terminal.width() >= BROAD
-    local = f"local ({_local(now).tzname()})"
-    rows = []
-    for status in (one.status for one in seen):
-        until = _serves_until(status)
-        rows.append(
-            [
-                status["market"],
-                paint(status["status"], COLOURS.get(status["status"], "red")),
-                moment(until, KST),
-                moment(until, None),
-                duration((until - now).total_seconds()) if until else "-",
-                *[_need(status)] * broad,
-            ]
-        )
-    columns = ["market", "status", "serves until (KST)", local, "left", *["next need"] * broad]
-    print(terminal.table(columns, rows))
-    lines = [] if broad else [f"{one.status['market']}: next need {_need(one.status)}" for one in seen]
-    lines += [f"{one.status['market']}: {failed}" for one in seen if (failed := _failed(one))]
-    lines += [f"{one.status['market']}: {_file(one)}" for one in seen]
-    lines += [f"{market}: {ANSWERS[accepted]} ({detail})" for market, (accepted, detail) in proofs.items()]
-    print("\n".join(lines))
+    fits = slice(None) if broad else slice(-1)
+    print(terminal.table(_columns(now)[fits], [row[fits] for row in rows]))
+    for one, (name, *_, need) in zip(seen, rows, strict=True):
+        failed = None if one.status["valid"] else failure(one.store.attempts())
+        below += [] if broad else [f"{name}: next need {need}"]
+        below += [f"{name}: not renewed at {moment(failed[0], KST)} KST: {failed[1]}"] if failed else []
+        below.append(f"{name}: {_file(one)}")
+    below += [f"{market}: {ANSWERS[accepted]} ({detail})" for market, (accepted, detail) in proofs.items()]
+    print("\n".join(below))
 
 
-def _failed(one: Seen) -> str:
-    """Why the last attempt brought no token, where none serves; empty otherwise."""
-    found = None if one.status["valid"] else failure(one.store.attempts())
-    return f"not renewed at {moment(found[0], KST)} KST: {found[1]}" if found else ""
+def info_text(status: MarketStatus) -> str:
+    """A market's status in a few aligned lines."""
+    now = datetime.now(UTC)
+    found = dict(zip(_columns(now), _row(status, now), strict=True))
+    found |= {"environment": status["environment"], "file": status["file"]}
+    return "\n".join(f"{label:<19} {value}" for label, value in found.items())
+
+
+def _columns(now: datetime) -> list[str]:
+    return ["market", "status", "serves until (KST)", _local_head(now), "left", "next need"]
+
+
+def _row(status: MarketStatus, now: datetime) -> list[str]:
+    """A market's cells; a token serves until KIS_BUFFER before it expires."""
+    expires_at, need, name = _parse(status["expires_at"]), status["next_need"], status["status"]
+    until = expires_at - timedelta(seconds=status["buffer_seconds"]) if status["valid"] and expires_at else None
+    left = duration((until - now).total_seconds()) if until else "-"
+    ahead = "-"
+    if need:
+        covered = "covered" if status["covers_next_need"] else "not yet covered"
+        ahead = f"{moment(_parse(need['start']), KST)} to {moment(_parse(need['end']), KST)[11:]} KST, {covered}"
+    shown = paint(name, COLOURS.get(name, "red"))
+    return [status["market"], shown, moment(until, KST), moment(until, None), left, ahead]
 
 
 def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
@@ -101,7 +109,7 @@ def print_plan(plan: Plan) -> None:
         why = renewal.reason + (f" ({renewal.exception})" if renewal.exception else "")
         rows.append([moment(renewal.at, KST), moment(renewal.at, None), why])
     none = REFUSED if plan.refused else "No renewal is needed in these days."
-    columns = ["next renewal (KST)", f"local ({_local(plan.now).tzname()})", "why"]
+    columns = ["next renewal (KST)", _local_head(plan.now), "why"]
     print(terminal.table(columns, rows) if rows else none)
     width = max(40, terminal.width() - LABEL - 1)
     print(paint(" " * LABEL + _ruler(plan, width), "dim"))
@@ -110,25 +118,10 @@ def print_plan(plan: Plan) -> None:
         layers = dict(zip(marks, ([(plan.start, plan.until)], row.needs, row.sessions), strict=True))
         print(f"{row.code:<{LABEL}}" + "".join(_cells(plan, width, layers)))
     print(f"{'token':<{LABEL}}" + "".join(_token_cells(plan, width)))
-    for certain, codes in _uncertain(plan).items():
-        print(
-            f"{', '.join(codes)}: closures are known until {certain}; a later or suddenly declared one costs a check."
-        )
+    certain = min((row.certain_until for row in plan.rows), default="")
+    if certain and certain < plan.until.date().isoformat():
+        print(f"Closures are known until {certain}; a later or suddenly declared one costs a check.")
     print(paint("█ session  ▒ need  ━ token  ┄ tokens planned  ▲ renewal  │ now\n", "dim"))
-
-
-def info_text(status: MarketStatus) -> str:
-    """A market's status in a few aligned lines."""
-    until = _serves_until(status)
-    rows = {
-        "market": f"{status['market']} ({status['environment']})",
-        "status": status["status"],
-        "serves until": f"{moment(until, KST)} KST, {moment(until, None)} local" if until else "-",
-        "left": duration((until - datetime.now(UTC)).total_seconds()) if until else "-",
-        "next need": _need(status),
-        "file": status["file"],
-    }
-    return "\n".join(f"{label:<12} {value}" for label, value in rows.items())
 
 
 def moment(at: datetime | None, zone: tzinfo | None, *, seconds: bool = False) -> str:
@@ -147,17 +140,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{max(0, int(seconds))} s"
 
 
+def _local_head(now: datetime) -> str:
+    return f"local ({_local(now).tzname()})"
+
+
 def _local(at: datetime) -> datetime:
     """The time in this machine's zone; in UTC where TZ gives one that cannot be."""
     try:
         return at.astimezone()
     except ValueError:
         return at.astimezone(UTC)
-
-
-def _serves_until(status: MarketStatus) -> datetime | None:
-    expires_at = _parse(status["expires_at"])
-    return expires_at - timedelta(seconds=status["buffer_seconds"]) if status["valid"] and expires_at else None
 
 
 def _file(one: Seen) -> str:
@@ -170,24 +162,6 @@ def _file(one: Seen) -> str:
     length = f", {len(one.token.access_token)} characters" if one.token else ""
     why = {"NO_TOKEN": ", of another key or environment", "UNREADABLE": f", no token: {one.store.read()[1]}"}
     return f"{status['file']}, mode {status['permissions']}{readable}{cached}{length}{why.get(status['status'], '')}"
-
-
-def _need(status: MarketStatus) -> str:
-    need = status["next_need"]
-    if need is None:
-        return "-"
-    start, end = _parse(need["start"]), _parse(need["end"])
-    covered = "covered" if status["covers_next_need"] else "not yet covered"
-    return f"{moment(start, KST)} to {moment(end, KST)[11:]} KST, {covered}"
-
-
-def _uncertain(plan: Plan) -> dict[str, list[str]]:
-    """The exchanges whose closures are not published for all days of the plan, by the last day that is."""
-    found: dict[str, list[str]] = {}
-    for row in plan.rows:
-        if row.certain_until < plan.until.date().isoformat():
-            found.setdefault(row.certain_until, []).append(row.code)
-    return found
 
 
 def _cells(plan: Plan, width: int, layers: Mapping[str, Sequence[tuple[datetime, datetime]]]) -> list[str]:

@@ -26,8 +26,8 @@ def width() -> int:
 
 def paint(text: str, *styles: str) -> str:
     """The text in these styles, on a terminal that has them and whose user wants them (NO_COLOR, TERM)."""
-    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    if plain or (sys.platform == "win32" and "WT_SESSION" not in os.environ):  # Windows' old console shows the codes
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    if plain or sys.platform == "win32" or not sys.stdout.isatty():  # Windows' old console shows the codes
         return text
     return "".join(f"\033[{CODES[style]}m" for style in styles) + text + "\033[0m"
 
