@@ -1,7 +1,7 @@
 """`tokencore doctor`: everything that a working set-up needs, looked at once, with the fix for what is wrong.
 
 Nothing is issued or posted, and no token is written: each lock is taken for a moment, and a temporary file is made
-where tokens are saved. Each check has a thread of its own, and none is waited for longer than `DEADLINE`.
+where tokens are saved. No wait, for a server or a lock, is longer than `PATIENCE`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import re
 import shutil
 import stat
 import tempfile
-import threading
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -24,19 +23,15 @@ from urllib.parse import urlsplit
 import requests
 
 from tokencore.attempts import CREDENTIALS, latest
-from tokencore.calendars.sessions import exchange
 from tokencore.clients.approval import approval_expiry
 from tokencore.clients.exports import Exports
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
 from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
 from tokencore.errors import ConfigurationError, TokenError
-from tokencore.kis import quotes
-from tokencore.kis.codes import KEY_LENGTH, KNOWN, SECRET_LENGTH, parse
-from tokencore.kis.gateway import LOOPBACK, Gateway
+from tokencore.kis import codes
+from tokencore.kis.gateway import LOOPBACK
 from tokencore.limits import format_time
-from tokencore.outlook import covers, word
-from tokencore.policy import CLOCK_SLACK
 from tokencore.redaction import printable, short
 from tokencore.reports.status import next_attempt
 from tokencore.stores import check_store, files, permissions
@@ -49,22 +44,20 @@ if TYPE_CHECKING:
     from tokencore.keys import Key, KeyState
 
 UNEXPECTED, SETTINGS, NO_TOKEN, REFUSED, UNREACHABLE, STORE = 1, 2, 3, 5, 6, 7  # exit codes, as of the commands
-DEADLINE = 30.0  # seconds for the whole examination
-PATIENCE, LOCK_WAIT = 4.0, 4.0  # seconds to connect and for each wait for data; for a lock
+PATIENCE = 4.0  # seconds to connect, for each wait for data, and for a lock
 PUBLIC = (
     *("ENVIRONMENT", "BASE_URL", "TOKEN_DIR", "EXCHANGES", "EXPORTS", "CLOSED", "EXTENDED", "ISSUE_INTERVAL"),
     *("KEYRING", "BUFFER", "PROACTIVE_WINDOW", "TIMEOUT", "MAX_ISSUES_PER_DAY", "PROVE_TOKENS", "SLACK_CHANNEL"),
 )  # what may be shown; any other value might be secret
 CREDENTIAL = ("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL")  # how their variables end
-LENGTHS = {"APP_KEY": KEY_LENGTH, "APP_SECRET": SECRET_LENGTH}
+LENGTHS = {"APP_KEY": codes.KEY_LENGTH, "APP_SECRET": codes.SECRET_LENGTH}
 LONGEST, SHOWN = 60, 3  # characters of a value, and names in a line, that are shown
 OTHERS = 0o077 if os.name == "posix" else 0  # in a mode, what is not the owner's
 LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: time to look, and no token could be saved
 NOTICEABLE = 5.0  # seconds: the Date header knows whole ones, and the answer takes its time
-TOO_OFTEN, BREATH = "EGW00201", 1.1  # calls a second say nothing about the token; seconds until the next is welcome
 SLACK_API = "https://slack.com/api/"
 PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # names of variables
-POOL, CHECK = "tokens", "check_tokens"  # the work pool and the hourly deployment of prefect.yaml
+POOL = "tokens"  # the work pool of prefect.yaml
 CACHES = {  # of other clients, each of which would issue for itself
     "token.dat": "mojito2",
     "~/token.dat": "mojito2",
@@ -84,8 +77,7 @@ FAULTS = {  # by a sign in an error's name or text: what failed; the first that 
     "proxyerror": "the proxy cannot be reached (HTTPS_PROXY, NO_PROXY)",
     "certificate": "the certificate of {host} cannot be verified (clock, REQUESTS_CA_BUNDLE)",
     "sslerror": "{host} does not speak TLS there",
-    "connecttimeout": "no connection to {host} within {patience:.0f} s",
-    "timeout": "{host} accepts connections, but does not answer",
+    "timeout": "{host} does not answer within {patience:.0f} s",
     "nameresolution": "the name {host} cannot be found (DNS)",
     "refused": "{host} refuses the connection",
     "": "the connection to {host} failed",
@@ -123,35 +115,21 @@ class Subject(NamedTuple):
 
 def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
     """Look at everything; the findings in the order in which they are best fixed. `load` makes the settings' keys."""
-    subject = _subject(load)
-    found: dict[str, list[Finding]] = {name: [] for name in CHECKS}
-
-    def look(name: str) -> None:
-        if name in NEED_KEYS and not subject.keys:
-            found[name] = [_skipped(name, "the settings must be fixed first")]
-        else:
-            found[name].extend(_tried(name, CHECKS[name](subject)))
-
-    threads = {name: threading.Thread(target=look, args=(name,), daemon=True) for name in CHECKS}
-    for thread in threads.values():
-        thread.start()
-    end = time.monotonic() + DEADLINE
-    for name, thread in threads.items():
-        thread.join(max(0.0, end - time.monotonic()))
-        if thread.is_alive():
-            found[name] = [*found[name], _fail(name, f"no answer within {DEADLINE:.0f} s", "look for what hangs there")]
-    return [one for every in found.values() for one in every]
-
-
-def _subject(load: Callable[[Settings], list[Key]]) -> Subject:
     found, settings, problem = Found(), None, ""
+    keys: list[Key] = []
     try:
         found = gather()
         settings = Settings.load()
-        return Subject(found, settings, load(settings), settings.token_dir, "")
+        keys = load(settings)
     except TokenError as error:
         problem = str(error)
-    return Subject(found, settings, [], settings.token_dir if settings else values.folder(values.TOKEN_DIR), problem)
+    folder = settings.token_dir if settings else values.folder(values.TOKEN_DIR)
+    subject, unusable = Subject(found, settings, keys, folder, problem), "the settings must be fixed first"
+    return [
+        one
+        for name, check in CHECKS.items()
+        for one in ([_skipped(name, unusable)] if name in NEED_KEYS and not keys else _tried(name, check(subject)))
+    ]
 
 
 def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
@@ -187,7 +165,7 @@ def _settings(it: Subject) -> Iterator[Finding]:
         fix = f"did you mean {meant}?" if meant else "remove it, unless another program uses it"
         yield (_warn if meant else _skipped)(f"setting {short(name)}", "is not a setting of tokencore", fix)
     for path in {path for name, path in origins.items() if name.endswith(CREDENTIAL)} & {DOTENV_FILE, CONFIG_FILE}:
-        if os.stat(os.path.expanduser(path)).st_mode & OTHERS:
+        if _is_wide(os.path.expanduser(path)):
             yield _warn("settings file", f"{path} holds credentials, and other users may read it", f"chmod 600 {path}")
 
 
@@ -233,8 +211,6 @@ def _directory(it: Subject) -> Iterator[Finding]:
 def _usable(folder: str, above: str) -> Iterator[Finding]:
     """Whether tokens can be saved in `folder`, of which `above` is what exists."""
     name = "token directory"
-    if above == folder:
-        permissions.refuse_strangers(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=above, prefix=".doctor-", suffix=".tmp", buffering=0) as trial:
             trial.write(b"\n")
@@ -245,15 +221,16 @@ def _usable(folder: str, above: str) -> Iterator[Finding]:
         return
     if above != folder:
         yield _ok(name, f"{folder} does not exist yet; the first issue makes it")
-    else:
-        mode = stat.S_IMODE(os.stat(folder).st_mode)
-        yield _judged(name, f"{folder}, mode {mode:04o}", f"chmod 700 {folder}" if mode & OTHERS else "")
+        return
+    permissions.refuse_strangers(folder)
+    mode = stat.S_IMODE(os.stat(folder).st_mode)
+    yield _judged(name, f"{folder}, mode {mode:04o}", f"chmod 700 {folder}" if mode & OTHERS else "")
 
 
 def _is_wide(path: str) -> bool:
-    """Whether it is a file that others than its owner can use."""
+    """Whether it is a file that others than its owner can use; False where it has just gone."""
     with contextlib.suppress(OSError):
-        mode = os.lstat(path).st_mode
+        mode = os.stat(path).st_mode
         return stat.S_ISREG(mode) and bool(mode & OTHERS)
     return False
 
@@ -282,13 +259,13 @@ def _some(names: list[str]) -> str:
 
 
 def _lock(key: Key, name: str) -> Iterator[Finding]:
-    with key.store.lock(wait=LOCK_WAIT) as free:
+    with key.store.lock(wait=PATIENCE) as free:
         pass
     if free:
         yield _ok(name, "free")
         return
     who = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
-    detail = f"held by {who} for {LOCK_WAIT:g} s: normal while that waits for KIS"
+    detail = f"held by {who} for {PATIENCE:g} s: normal while that waits for KIS"
     yield _warn(name, detail, "if it lasts for minutes, end that process")
 
 
@@ -314,7 +291,8 @@ def _key(key: Key) -> Iterator[Finding]:
     counted = f"{state.issues_last_24h} of {allowed} issues in 24 hours"
     asked = f"last request {format_time(last.at)}: {last.outcome}; {counted}" if last else "no request is on record"
     if last and last.outcome in CREDENTIALS:
-        fix = KNOWN[last.code][2] if last.code in KNOWN else "check the credentials; then run `tokencore refresh`"
+        known = codes.KNOWN.get(last.code or "")
+        fix = known[2] if known else "check the credentials; then run `tokencore refresh`"
         yield _fail(name, f"{asked}; nothing tries again automatically", fix, REFUSED)
     else:
         over = state.issues_last_24h >= allowed
@@ -328,10 +306,9 @@ def _token(state: KeyState, market: Market) -> Finding:
     name, need, at = f"token {market.name}", state.need_of(market), next_attempt(state)
     hope = f"the next renewal is planned for {format_time(at)}" if at else "no renewal is planned"
     if not state.serves_until:
-        status = word(state.token, state.problem, market, state.now)
         fix = f"tokencore get {market.name}" + (f", or wait: {hope}" if at else "")
-        return _fail(name, f"{status}: no program can use it", fix, NO_TOKEN)
-    detail, covered = f"serves until {format_time(state.serves_until)}", not need or covers(state.token, need, market)
+        return _fail(name, f"{state.status}: no program can use it", fix, NO_TOKEN)
+    detail, covered = f"serves until {format_time(state.serves_until)}", not need or state.lasts(need[1])
     if need:
         detail += f"; {'covers' if covered else f'{hope}, ahead of'} the need from {format_time(need[0])}"
     return _judged(name, detail, "" if covered or at else "see the line on issuing")
@@ -352,9 +329,7 @@ def _kis(it: Subject) -> Iterator[Finding]:
         answered = f"answers in {took * 1e3:.0f} ms (HTTP {answer.status_code} to GET /, which issues nothing)"
         yield _ok("kis", f"{url} {answered}")
         yield _clock(answer.headers.get("Date", ""), took)
-        for key in keys:
-            name = f"token accepted {key.label}"
-            yield from _tried(name, _accepted(key, name))
+        yield from (one for key in keys for one in _tried(f"token accepted {key.label}", _accepted(key)))
 
 
 def _clock(date: str, took: float) -> Finding:
@@ -365,64 +340,38 @@ def _clock(date: str, took: float) -> Finding:
     if abs(ahead) <= NOTICEABLE:
         return _ok("clock", "agrees with KIS's within seconds")
     detail = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} KIS's, so renewals come too early or too late"
-    judged = _fail if abs(ahead) > CLOCK_SLACK.total_seconds() else _warn
-    return judged("clock", detail, "let the system keep it by NTP (timedatectl set-ntp true)")
+    return _warn("clock", detail, "let the system keep it by NTP (timedatectl set-ntp true)")
 
 
-def _accepted(key: Key, name: str) -> Iterator[Finding]:
-    """Quote calls with the key's token, one after the other, until one shows that KIS rejects it."""
-    token, market = key.store.read()[0], key.market
-    if token is None or not token.serves(datetime.now(UTC), market.buffer):
+def _accepted(key: Key) -> Iterator[Finding]:
+    """Whether KIS takes the key's token for a quote call."""
+    name, token = f"token accepted {key.label}", key.store.read()[0]
+    if token is None or not token.serves(datetime.now(UTC), key.market.buffer):
         yield _skipped(name, "there is no valid token to try")
         return
-    gateway = Gateway(market.base_url, market.credentials(), timeout=min(market.settings.timeout, PATIENCE))
-    for what, asked, meaning in _calls(key.exchanges):
-        said = gateway.quote(token.access_token, asked)
-        if said.msg_cd == TOO_OFTEN:
-            time.sleep(BREATH)
-            said = gateway.quote(token.access_token, asked)
-        proof = f"HTTP {said.status} rt_cd={said.rt_cd or '-'} msg_cd={said.msg_cd or '-'}, rows={said.rows}"
-        line = f"{what}: {asked.tr_id} {asked.code} {asked.symbol} -> {proof if said.status else 'no answer'}"
-        if said.accepted:
-            yield _ok(name, line + meaning * (said.rows == 0))
-        elif said.accepted is None:
-            detail = f"{line}; {said.detail}: says nothing about the token"
-            yield _warn(name, detail, "try again later; look at KIS's notices")
-        else:
-            how = f"tokencore get {key.name} | tokencore reject {key.name}"
-            fix = f"{how}: marked dead, and renewed as soon as KIS does"
-            yield _fail(name, f"{line}; KIS rejects the token", fix, NO_TOKEN)
-            return
-
-
-def _calls(codes: list[str]) -> Iterator[tuple[str, quotes.Quote, str]]:
-    """What to ask for a key that trades on these exchanges, and what it means if no rows come."""
-    places = [exchange(code) for code in codes]
-    abroad = next((place for place in places if place.quote_code), None)
-    if abroad is None or any(place.quote_code is None for place in places):
-        yield "domestic price", quotes.domestic(), ""
-    if abroad and abroad.quote_code:
-        symbol = abroad.symbol
-        yield "overseas price", quotes.overseas(abroad.quote_code, symbol), ""
-        yield "overseas daily price", quotes.daily(abroad.quote_code, symbol), ""
-        meaning = f" - as it must be: {abroad.code} is for orders; quotes want {abroad.quote_code}"
-        yield "order code", quotes.daily(abroad.code, symbol), meaning
+    said = key.prove(token)
+    if said.accepted:
+        yield _ok(name, f"KIS answers a quote call with it (HTTP {said.status}, {said.detail})")
+    elif said.accepted is None:
+        yield _warn(name, f"{said.detail}: says nothing about the token", "try again later; look at KIS's notices")
+    else:
+        fix = f"tokencore get {key.name} | tokencore reject {key.name}: marked dead, and renewed as soon as KIS does"
+        yield _fail(name, f"KIS rejects the token ({said.detail})", fix, NO_TOKEN)
 
 
 def _slack(it: Subject) -> Iterator[Finding]:
     """Whether Slack would take an alert; a webhook's path is a secret and would post, so only its host is asked."""
     given = {name: str(value).strip() for name, value in it.found.values.items()}
     webhook, bot, channel = (given.get(f"SLACK_{name}", "") for name in ("WEBHOOK_URL", "BOT_TOKEN", "CHANNEL"))
-    parts, proof = urlsplit(webhook), "only a message proves it: make test-alert"
-    if webhook and not (parts.hostname and parts.scheme in ("https", "http")):
-        yield _fail("slack", "SLACK_WEBHOOK_URL is no address", "copy it again from Slack")
-    elif webhook:
+    proof = "only a message proves it: make test-alert"
+    if webhook:
+        parts = urlsplit(webhook)
         _ask("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/")
         yield _ok("slack", f"{parts.hostname} answers; {proof}")
     elif bot and not channel:
         yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
     elif bot:
-        said = parse(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"}).content)
+        said = codes.parse(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"}).content)
         if said.get("ok"):
             yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
         else:
@@ -433,38 +382,29 @@ def _slack(it: Subject) -> Iterator[Finding]:
 
 
 def _prefect(it: Subject) -> Iterator[Finding]:
-    """The server, its deployments for the keys' exchanges, and its worker."""
+    """The server and its worker; `make status` knows its deployments."""
     home = os.path.join(it.folder, "prefect")  # where `make up` keeps them
     named, url, auth = _server(home)
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a password may be part of it
     try:
-        answer = _ask("POST", f"{url}/deployments/filter", auth=auth, json={})
-        pool = _ask("GET", f"{url}/work_pools/{POOL}", auth=auth)
+        answer = _ask("GET", f"{url}/work_pools/{POOL}", auth=auth)
     except _NoAnswer as error:
         if named or os.path.isdir(home):
             yield _fail("prefect", f"{shown}: {error}", "make up; or name the right server in PREFECT_API_URL")
         else:
-            fix = "without one, let cron run `tokencore tick` every minute"
-            yield _skipped("prefect", f"no server at {shown}", fix)
+            yield _skipped(
+                "prefect", f"no server at {shown}", "without one, let cron run `tokencore tick` every minute"
+            )
         return
-    if answer.status_code != requests.codes.ok or not answer.content.startswith(b"["):
-        fix = "set PREFECT_API_AUTH_STRING (user:password) as the server has it, or check the port"
-        yield _fail("prefect", f"{shown} does not answer as Prefect does (HTTP {answer.status_code})", fix)
-        return
-    yield _ok("prefect", f"{shown} answers")
-    wanted = [CHECK, *dict.fromkeys(exchange(code).code for key in it.keys for code in key.exchanges)]
-    active = [one for one in answer.json() if not one["paused"]]
-    scheduled = {one["name"] for one in active if any(each["active"] for each in one["schedules"])}
-    lacking = ", ".join(name for name in wanted if name not in scheduled)
-    detail = f"no active schedule: {lacking}" if lacking else "an active schedule for each that is needed"
-    fix = "make down, then make up, as schedules follow the settings; or unpause them in the page"
-    yield _judged("prefect deployments", detail, lacking and fix)
-    ready = short(str(parse(pool.content).get("status", f"HTTP {pool.status_code}")))
-    if ready == "READY":
-        yield _ok("prefect worker", f"the work pool {POOL!r} has a worker")
+    status = short(str(codes.parse(answer.content).get("status", "")))
+    if not status:
+        fix = "make up; set PREFECT_API_AUTH_STRING (user:password) as the server has it, or check the port"
+        yield _fail("prefect", f"{shown} does not answer as our server does (HTTP {answer.status_code})", fix)
+    elif status != "READY":
+        yield _fail("prefect", f"{shown} has no worker (the work pool {POOL!r} is {status}): no run starts", "make up")
     else:
-        yield _fail("prefect worker", f"the work pool {POOL!r} is {ready}: no run starts", "make up")
+        yield _ok("prefect", f"{shown} answers and has a worker; make status says more")
 
 
 def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
@@ -486,32 +426,30 @@ def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
 
 
 def _duplicates(it: Subject) -> Iterator[Finding]:
-    """Caches of other clients that name one of the app keys; they are searched as bytes, and nothing is unpickled."""
+    """Caches of other clients with another token of one of the app keys."""
     present: dict[str, list[bytes]] = {}
     for key in it.keys:  # one app key may serve real and paper
         token = key.store.newest()
         present.setdefault(str(key.market.app_key), []).extend([token.access_token.encode()] if token else [])
     found = [
-        _cache(path, client, present)
+        f"{os.path.abspath(path)} ({client})"
         for pattern, client in CACHES.items()
         for path in sorted(glob.glob(os.path.expanduser(pattern)))[-MANY:]
+        if _has_another(path, present)
     ]
-    yield from filter(None, found)
-    if not any(found):
-        yield _ok("duplicates", "no other client's cache holds a token of your keys")
+    detail = f"another token of the same key, for whoever issues for itself: {', '.join(found)}" if found else ""
+    fix = "delete the file; if that client is used, let tokencore feed it (tokencore export)"
+    yield _judged("duplicates", detail or "no other client's cache holds another token of your keys", detail and fix)
 
 
-def _cache(path: str, client: str, present: Mapping[str, list[bytes]]) -> Finding | None:
-    content, shown = b"", f"{os.path.abspath(path)} ({client})"
+def _has_another(path: str, present: Mapping[str, list[bytes]]) -> bool:
+    """Whether a file names an app key, in clear or in a JWT, without its token; it is searched, and not unpickled."""
+    content = b""
     with contextlib.suppress(ValueError):
         content = files.read_bytes(path, CACHE_LIMIT, trusted=False) or b""
     owners = {jwt_claims(text.decode()).get("jti") for text in _JWT.findall(content)}
     named = [app_key for app_key in present if app_key in owners or app_key.encode() in content]
-    if any(token in content for app_key in named for token in present[app_key]):
-        return _ok("duplicates", f"{shown} has the same token")
-    fix = "delete the file; if that client is used, let tokencore feed it (tokencore export)"
-    detail = f"{shown} has another token of the same key: that client issues for itself"
-    return _warn("duplicates", detail, fix) if named else None
+    return bool(named) and not any(token in content for app_key in named for token in present[app_key])
 
 
 class _NoAnswer(Exception):  # noqa: N818 - what happened
