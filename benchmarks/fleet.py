@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -104,9 +105,9 @@ def cached(fleet: Fleet, folder: Path) -> list[Row]:
         os.environ.update(KIS_APP_KEY=KEY, KIS_APP_SECRET=SECRET, KIS_BASE_URL=kis.url)
         alone = timed({"KIS_TOKEN_DIR": str(folder / "alone")})
         found = {"up": timed(fleet.environment(folder / "fleet"))}
-        fleet.server.freeze()
+        fleet.server.send(signal.SIGSTOP)
         found["frozen"] = timed(fleet.environment(folder / "fleet"), saved=True)
-        fleet.server.thaw()
+        fleet.server.send(signal.SIGCONT)
         fleet.server.stop()
         found["down"] = timed(fleet.environment(folder / "fleet"), saved=True)
         fleet.server.start()
@@ -146,11 +147,11 @@ def statements(fleet: Fleet, folder: Path) -> list[Row]:
             marks = [time.perf_counter()]
             state = session.read(["key"])["key"]
             marks.append(time.perf_counter())
-            fence = session.begin("key", state, attempt) or 0
+            fence = session.begin("key", state.version, attempt.at, "{}") or 0
             marks.append(time.perf_counter())
             assert session.depart("key", fence)
             marks.append(time.perf_counter())
-            session.finish("key", fence, attempt, state.ahead)
+            session.finish("key", fence, attempt.at, "{}")
             marks.append(time.perf_counter())
             for seconds, (before, after) in zip(taken.values(), pairwise(marks), strict=True):
                 seconds.append(after - before)
@@ -252,12 +253,12 @@ def away(fleet: Fleet, folder: Path) -> list[Row]:
     with Sandbox() as kis:
         environment = {**os.environ, "KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
         environment |= {**fleet.environment(folder / "cold"), "PYTHONPATH": str(ROOT)}
-        fleet.server.freeze()
+        fleet.server.send(signal.SIGSTOP)
         began = time.monotonic()
         command = [sys.executable, "-m", "tokencore", "get", "us"]
         code = subprocess.run(command, env=environment, capture_output=True, check=False).returncode
         took = time.monotonic() - began
-        fleet.server.thaw()
+        fleet.server.send(signal.SIGCONT)
     return [("store frozen, no token: exit code", "7 within 10 s", f"{code} after {took:.1f} s")]
 
 

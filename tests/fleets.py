@@ -10,13 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from builders import DAY, KEY, SECRET, in_child, make_market
-from cryptography import x509
+from builders import KEY, SECRET, in_child, make_market
 from cryptography.fernet import Fernet
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 from running import until
 
@@ -44,7 +39,7 @@ class Fleet(NamedTuple):
 
     @classmethod
     def made(cls, server: Postgres) -> Fleet:
-        """Empty tables, and a role that may do what `tokencore fleet init` grants."""
+        """Empty tables, of the superuser."""
         server.sql("drop table if exists tokencore_key, tokencore_attempt")
         database.make_tables(server.url())
         return cls(server, server.url(), Fernet.generate_key().decode())
@@ -76,30 +71,28 @@ class Machine:
         usual = {"issue_interval": MINUTE, "timeout": TIMEOUT, **numbers}
         self.market = make_market("us", **fleet.numbers(folder, **usual)).given(lambda: (key, SECRET), gateway.url)
         self.store = _Stopping(self.market, lambda: ["us"])
+        own = {"KIS_APP_KEY": key, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": gateway.url}
+        self.environment = own | fleet.environment(folder)
 
     def get(self) -> str:
         """What a program on it gets."""
-        now = datetime.now(UTC)
         token = self.store.read()[0]
-        if token is None or not token.serves(now, 0):
+        if token is None or not token.serves(datetime.now(UTC), 0):
             renewer = Renewer([self.market], self.store)
             token = renewer.obtain(lambda found: found.serves(datetime.now(UTC), 0), "get us")
         return token.access_token
 
     def start(self, at: str = "", fault: int = 0) -> int:
         """The same in a process of its own, whose token is in the file `got` then, unless it meets a fault."""
-        return in_child(lambda: self._get(at, fault))
 
-    def _get(self, at: str, fault: int) -> None:
-        self.store.at, self.store.fault = at, fault
-        try:
+        def program() -> None:
+            self.store.at, self.store.fault = at, fault
             (self.folder / "got").write_text(self.get())
             for thread in threading.enumerate():  # as at the end of a program
                 if not thread.daemon and thread is not threading.current_thread():
                     thread.join()
-        except BaseException as error:
-            (self.folder / "error").write_text(repr(error))
-            raise
+
+        return in_child(program)
 
     @property
     def got(self) -> str:
@@ -136,85 +129,48 @@ class _Stopping(SharedStore):
 
 
 class Relay:
-    """A way to the server that can be frozen, loses an answer, or delivers no notifications, as poolers do."""
+    """A way to the server on a port of its own that stands still while `open` is not set.
+
+    Where the next statement has the words `lose`, its connection is cut before its answer; without `notifies` LISTEN
+    hears nothing, as behind poolers.
+    """
 
     def __init__(self, port: int, *, notifies: bool = True) -> None:
-        """Open a port of its own that leads to `port`."""
+        """Lead to `port`."""
         self._target, self._notifies = port, notifies
-        self._open = threading.Event()
-        self._lose = b""
+        self.open, self.lose = threading.Event(), b""
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
 
     def __enter__(self) -> Self:
-        self._open.set()
+        self.open.set()
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.set()
+        self.open.set()
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-
-    def freeze(self) -> None:
-        """Nothing passes any more, and nobody is told."""
-        self._open.clear()
-
-    def thaw(self) -> None:
-        """It passes again, what was held back first."""
-        self._open.set()
-
-    def lose(self, statement: bytes) -> None:
-        """Cut the connection where the next statement with these words has been carried out, before its answer."""
-        self._lose = statement
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                here = self._socket.accept()[0]
-                there = socket.create_connection(("127.0.0.1", self._target))
+                here, there = self._socket.accept()[0], socket.create_connection(("127.0.0.1", self._target))
                 for pair in ((here, there), (there, here)):
                     threading.Thread(target=self._pass, args=(*pair, pair[0] is there), daemon=True).start()
 
     def _pass(self, source: socket.socket, target: socket.socket, answers: bool) -> None:  # noqa: FBT001
-        rest = b""
         with contextlib.suppress(OSError):
             while piece := source.recv(65536):
-                self._open.wait()
-                if answers and self._lose == b"now":
-                    self._lose = b""
+                self.open.wait()
+                if answers and self.lose == b"now":
+                    self.lose = b""
                     break
-                if not answers and self._lose and self._lose in piece:
-                    self._lose = b"now"
-                if answers and not self._notifies and piece != b"N":  # no TLS
-                    piece, rest = _without_notifications(rest + piece)
+                if not answers and self.lose and self.lose in piece:
+                    self.lose = b"now"
+                if not self._notifies:
+                    piece = piece.replace(b"listen tokencore", b"listen elsewhere")
                 target.sendall(piece)
         for one in (source, target):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
-
-
-def certificate(folder: Path) -> Path:
-    """A certificate of `localhost`, signed by itself, that `server.key` and `server.crt` in the folder are then."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + DAY)
-    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-    text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (folder / "server.key").write_bytes(text)
-    (folder / "server.crt").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
-    (folder / "server.key").chmod(0o600)
-    return folder / "server.crt"
-
-
-def _without_notifications(stream: bytes) -> tuple[bytes, bytes]:
-    """The server's whole messages but those of type `A`, and what has come of the next one."""
-    kept, at = b"", 0
-    while len(stream) - at > 4:  # a letter and a length
-        end = at + 1 + int.from_bytes(stream[at + 1 : at + 5])
-        if end > len(stream):
-            break
-        kept += b"" if stream[at : at + 1] == b"A" else stream[at:end]
-        at = end
-    return kept, stream[at:]

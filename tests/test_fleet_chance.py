@@ -75,9 +75,9 @@ def befall(server: Postgres, chance: random.Random) -> None:
             time.sleep(chance.uniform(0, 2))
             server.start()
         case "freeze":
-            server.freeze()
+            server.send(signal.SIGSTOP)
             time.sleep(chance.uniform(0.2, LONG))
-            server.thaw()
+            server.send(signal.SIGCONT)
 
 
 def play(fleet: Fleet, folder: Path, chance: random.Random) -> dict[str, Any]:

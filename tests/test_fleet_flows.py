@@ -1,6 +1,6 @@
 """The flows of machines that share a store: they alert once; and all of it played on this machine, `make fleet`.
 
-Each machine has its own home, token directory and follower; the play takes minutes. Its tests go in their order.
+Each machine has its own home, token directory and follower; the play takes minutes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 from zoneinfo import ZoneInfo
@@ -21,7 +20,7 @@ from cryptography.fernet import Fernet
 from postgres import PASSWORD, needs_postgres
 from running import asked, start, until
 from servers import HOOK, SlackEndpoint
-from stacks import KEYS, MARK, ROOT, SLOW, Place, Up, always_open, environment_of, in_proc
+from stacks import KEYS, MARK, ROOT, SLOW, Place, Up, always_open, environment_of
 
 from tokencore.sandbox import Sandbox
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from postgres import Postgres
 
 pytestmark = needs_postgres
-played = pytest.mark.skipif(not os.environ.get("TOKENCORE_FLEET"), reason="takes minutes: make fleet")
+played = pytest.mark.skipif(not os.environ.get("TOKENCORE_FLEET"), reason="minutes: make fleet")
 NAMES, BOTS = ("first", "second"), 4  # so many bots on each machine
 OLD, LEFT = 7 * 3600, 3000  # seconds: a token so old that KIS issues another one, and too short for the session
 MINUTE, SIX_HOURS = 5, 21_600  # seconds: KIS's, the first one shortened
@@ -103,13 +102,10 @@ def test_machines_that_meet_the_same_trouble_alert_once(
     """Three machines report it at the same moment, then that it is over: one alert, and one message of recovery."""
     own = [json.dumps({**store, "KIS_TOKEN_DIR": str(tmp_path / str(number))}) for number in range(3)]
     started = [start(REPORT, settings) for settings in own]
-    pipes = [(one.stdin, one.stdout) for one in started if one.stdin and one.stdout]
-    assert [answers.readline() for _, answers in pipes] == ["ready\n"] * 3
-    for what, expected in (("broken", 1), ("broken", 1), ("well", 2), ("well", 2)):
-        for orders, _ in pipes:
-            orders.write(f"{what}\n")
-            orders.flush()
-        assert [answers.readline() for _, answers in pipes] == ["done\n"] * 3
+    for what, answer, expected in (("", "ready", 0), *[("broken", "done", 1)] * 2, *[("well", "done", 2)] * 2):
+        for one in started:
+            print(what, file=one.stdin, flush=True, end="\n" if what else "")
+        assert [one.stdout and one.stdout.readline() for one in started] == [f"{answer}\n"] * 3
         assert len(slack.messages) == expected
     assert sum("KIS refuses the app key" in one.communicate()[1] for one in started) == 1
     assert "KRX" in slack.headlines[0]
@@ -126,34 +122,20 @@ class Machines(NamedTuple):
     bots: dict[Path, subprocess.Popen[bytes]]
     table: list[tuple[object, ...]]
 
-    @contextmanager
-    def only(self, machine: str) -> Iterator[None]:
-        """Let the other machine's worker stand still, so that this one's gets what is due."""
+    def delete(self) -> None:
+        """Take the token away from all machines."""
+        for market in ("us", "kr"):
+            run(self.second, "-m", "tokencore", "delete", market)
+
+    def begin(self, machine: str, deployment: str, **parameters: object) -> str:
+        """A run that this machine's worker has started, as the other's stands still; its id."""
         other = self.worker.pid if machine == "first" else self.up.processes()["worker"]
         os.kill(other, signal.SIGSTOP)
         try:
-            yield
-        finally:
-            os.kill(other, signal.SIGCONT)
-
-    def age_the_token(self) -> None:
-        """Have a token that KIS would not return and that does not last through the session; the bots know no other."""
-        files = [place.work / "tokens" / "us_api_token.json" for place in (self.up.place, self.second)]
-        for bot in self.bots.values():
-            bot.send_signal(signal.SIGSTOP)
-        for market in ("us", "kr"):
-            run(self.second, "-m", "tokencore", "delete", market)
-        run(self.second, "-c", SEED)
-        until(lambda: len({file.exists() and json.loads(file.read_text())["access_token"] for file in files}) == 1)
-        for bot in self.bots.values():
-            bot.send_signal(signal.SIGCONT)
-        until(lambda: len({bot[-1][2] for bot in self.seen()}) == 1, 10)
-
-    def begin(self, machine: str, deployment: str, **parameters: object) -> str:
-        """A run that this machine's worker has started; its id."""
-        with self.only(machine):
             made = self.up.create(deployment, parameters=parameters)
             until(lambda: bool(self.up.look(made)["infrastructure_pid"]), SLOW)
+        finally:
+            os.kill(other, signal.SIGCONT)
         return made
 
     def end(self, made: str) -> tuple[str, str]:
@@ -166,9 +148,14 @@ class Machines(NamedTuple):
         lines = [[line.split() for line in bot.read_text().splitlines()] for bot in self.bots]
         return [[(float(at), float(took), what) for at, took, what in bot] for bot in lines]
 
-    def row(self, what: str, requests: int, who: str, since: float, told: int) -> None:
-        """Add to the table what happened, and how long after `since` the last bot had the token."""
+    def agreed(self) -> bool:
+        """Whether all bots have the same."""
+        return len({bot[-1][2] for bot in self.seen()}) == 1
+
+    def row(self, what: str, requests: int, who: str, told: int) -> None:
+        """Add to the table what happened, and how long after KIS's answer the last bot had the token."""
         last = max(bot[-1][0] + bot[-1][1] for bot in self.seen())
+        since = self.gateway.stats()["requests"][-1]["at"]
         self.table.append((what, requests, who, f"{last - since:.1f} s", told))
 
 
@@ -180,7 +167,7 @@ def run(place: Place, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def machines(postgres: Postgres, store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    """Eight bots without a token first, then Prefect as docs/fleet.md has it; KIS's minute is 5 s."""
+    """Bots without a token first, then Prefect as docs/fleet.md has it."""
     folder, started = tmp_path_factory.mktemp("fleet"), []
     places = {name: Place.made(folder / name, PYTHONUNBUFFERED="1") for name in NAMES}
     midnight = datetime.now(ZoneInfo("Asia/Seoul")).date() + timedelta(days=1)
@@ -220,63 +207,55 @@ def machines(postgres: Postgres, store: dict[str, str], tmp_path_factory: pytest
 
 
 @played
-@in_proc
-def test_eight_bots_on_two_machines_start_with_one_request(machines: Machines) -> None:
-    """Nobody had a token; all have the same, and neither `make up` nor the second worker asks for another."""
-    assert len({bot[-1][2] for bot in machines.seen()}) == 1
-    (request,) = machines.gateway.stats()["requests"]
-    machines.row("eight bots start at once", 1, "a bot", request["at"], 0)
-
-
-@played
-@in_proc
 def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(
     machines: Machines, slack: SlackEndpoint
 ) -> None:
-    """KIS refuses the app secret, whoever asks first: one request, one alert; a refresh ends it, which is told once."""
-    before = asked(machines.gateway)
+    """KIS refuses the app secret, whoever asks first: one request, one alert; a refresh ends it, which is told once.
+
+    Before that all bots have the token of one request: neither `make up` nor the second worker asked for another. The
+    database's password is in no file of the stack, on no command line, and not in the environment of a run.
+    """
+    assert (machines.agreed(), asked(machines.gateway)) == (True, 1)
+    machines.row("eight bots start at once", 1, "a bot", 0)
     machines.gateway.fail("bad-secret")
-    for market in ("us", "kr"):
-        run(machines.second, "-m", "tokencore", "delete", market)
+    machines.delete()
     made = [machines.begin(name, "warm-up/KRX", exchange="KRX") for name in NAMES]
     assert [machines.end(one)[0] for one in made] == ["FAILED"] * 2
-    assert (asked(machines.gateway), len(slack.messages)) == (before + 1, 1)
+    assert (asked(machines.gateway), len(slack.messages)) == (2, 1)
     machines.gateway.clear()
     time.sleep(MINUTE)
     renewed = machines.begin("second", "refresh-token/refresh_token", market="us", operator="Kim")
     assert machines.end(renewed) == ("COMPLETED", "Renewed")
     made = [machines.begin(name, "check-tokens/check_tokens") for name in NAMES]
+    given = environment_of(int(machines.up.look(made[0])["infrastructure_pid"]))
+    assert (any(one.startswith(MARK) for one in given), any(PASSWORD in one for one in given)) == (True, False)
     assert [machines.end(one) for one in made] == [("COMPLETED", "AlreadyValid")] * 2
-    until(lambda: len({bot[-1][2] for bot in machines.seen()}) == 1, 10)
-    recovered = machines.gateway.stats()["requests"][-1]["at"]
-    machines.row("KIS refuses the app secret", 2, "second machine", recovered, len(slack.messages))
-    assert (asked(machines.gateway), len(slack.messages)) == (before + 2, 2)
+    until(machines.agreed, 10)
+    machines.row("KIS refuses the app secret", 2, "second machine", len(slack.messages))
+    assert (asked(machines.gateway), len(slack.messages)) == (3, 2)
     tags, waiting = {"all_": ["planned renewal"]}, {"type": {"any_": ["SCHEDULED"]}}
     planned = machines.up.api("POST", "flow_runs/filter", {"flow_runs": {"tags": tags, "state": waiting}}).json()
     published = machines.up.api("POST", "artifacts/latest/filter", {}).json()
     assert (len(planned), sorted(one["key"] for one in published)) == (1, ["plan", "tokens"])
-
-
-@played
-@in_proc
-def test_the_databases_password_is_told_nowhere(machines: Machines) -> None:
-    """Not in the stack's files, not on a command line, not in the environment of a run, which has no use for it."""
     stored = {path: path.read_bytes() for path in machines.up.folder.rglob("*") if path.is_file()}
     assert [path for path, content in stored.items() if PASSWORD.encode() in content] == []
     assert not any(PASSWORD in line for line in machines.up.place.living().values())
-    made = machines.begin("first", "check-tokens/check_tokens")
-    given = environment_of(int(machines.up.look(made)["infrastructure_pid"]))
-    assert (any(one.startswith(MARK) for one in given), any(PASSWORD in one for one in given)) == (True, False)
-    machines.end(made)
 
 
 @played
-@in_proc
 def test_a_renewal_whose_worker_is_killed_is_finished_by_the_other(
     machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One request more, once the lost one cannot be answered any more; meanwhile no bot waits or loses its token."""
-    machines.age_the_token()
+    files = [place.work / "tokens" / "us_api_token.json" for place in (machines.up.place, machines.second)]
+    for bot in machines.bots.values():  # they are to know no other token than an old one, which does not last
+        bot.send_signal(signal.SIGSTOP)
+    machines.delete()
+    run(machines.second, "-c", SEED)
+    until(lambda: len({file.exists() and json.loads(file.read_text())["access_token"] for file in files}) == 1)
+    for bot in machines.bots.values():
+        bot.send_signal(signal.SIGCONT)
+    until(machines.agreed, 10)
     before, began = asked(machines.gateway), time.time()
     machines.gateway.set_rules(latency=15, same_token=0)  # it forgets the token that it gave the bots
     lost = machines.begin("second", "warm-up/KRX", exchange="KRX")
@@ -284,18 +263,15 @@ def test_a_renewal_whose_worker_is_killed_is_finished_by_the_other(
     machines.worker.kill()
     os.kill(int(machines.up.look(lost)["infrastructure_pid"]), signal.SIGKILL)
     machines.gateway.set_rules(latency=0, same_token=SIX_HOURS)
-    made = machines.begin("first", "warm-up/KRX", exchange="KRX")
-    assert machines.end(made) == ("COMPLETED", "Renewed")
+    assert machines.end(machines.begin("first", "warm-up/KRX", exchange="KRX")) == ("COMPLETED", "Renewed")
     times = [one["at"] for one in machines.gateway.stats()["requests"]]
     assert len(times) == before + 2
     assert times[-1] - times[-2] >= IN_FLIGHT
     until(lambda: all(bot[-1][0] > times[-1] - 1 for bot in machines.seen()), 10)
     calls = [call for bot in machines.seen() for call in bot if call[0] > began]
-    assert len(calls) == len(machines.bots)
-    assert max(took for _, took, _ in calls) < 1
-    machines.row("the second machine's worker is killed", 2, "first machine", times[-1], 0)
+    assert (len(calls), max(took for _, took, _ in calls) < 1) == (len(machines.bots), True)
+    machines.row("the second machine's worker is killed", 2, "first machine", 0)
     with capsys.disabled():
-        head = ("what happens", "requests", "issued by", "seen everywhere after", "messages")
-        for what, requests, issued, seen, told in [head, *machines.table]:
-            print(f"\n{what:<38} {requests:>8}  {issued:<15} {seen:>21} {told:>9}", end="")
+        for row in (("what happens", "requests", "issued by", "seen everywhere after", "messages"), *machines.table):
+            print("\n{:<38} {:>8}  {:<15} {:>21} {:>9}".format(*row), end="")
         print()

@@ -283,8 +283,9 @@ def anchor_ignored() -> None:
 @found_by("fleet", "of_two_that_have_looked_one_begins_and_the_last_that_began_may_send", quick=True)
 def no_version_check() -> None:
     """A machine begins although the row has changed since it looked."""
-    inside: Any = database
-    inside._BEGIN = database._NOTE
+    begin = database.Database.begin
+    inside: Any = database.Database
+    inside.begin = lambda self, key, _, *line: begin(self, key, None, *line)
 
 
 @found_by("fleet", "whatever_befalls_the_machine_that_renews_the_others_get_the_same_token")
@@ -296,7 +297,7 @@ def no_depart() -> None:
 @found_by("fleet", "eight_cold_machines_make_one_request[0]")
 def begun_afterwards() -> None:
     """The fleet hears of an attempt with its outcome."""
-    Shared.begin = lambda self, attempt: shared_store.Fence(0, timedelta(0), self._local.begin(attempt))
+    Shared.begin = lambda self, attempt: (0, timedelta(0), self._local.begin(attempt))
     Shared.depart = lambda *_: True
 
 
@@ -309,7 +310,7 @@ def clients_clock() -> None:
 @found_by("fleet", "eight_cold_machines_make_one_request[0]")
 def one_retry() -> None:
     """Who was forestalled looks once more, and gives up."""
-    Shared._meet = lambda self, held, *_: setattr(held, "state", self._exchange(held.connected()))
+    Shared._meet = lambda self, *_: setattr(self, "_state", self._exchange(self._connected()))
     renewer.ROUNDS = 1
 
 

@@ -37,9 +37,9 @@ def open_document(settings: Settings, name: str) -> Document:
     local = FileDocument(os.path.join(settings.token_dir, f"{name}.json"))
     if not settings.store:
         return local
-    from tokencore.stores.shared_document import SharedDocument
+    from tokencore.stores.shared_store import SharedDocument
 
-    return SharedDocument(local, lambda: settings, name, copied=False)
+    return SharedDocument(local, settings, name)
 
 
 @sealed

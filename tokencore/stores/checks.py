@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from tokencore.stores.file_store import hold
 from tokencore.stores.fleet import Fleet
-from tokencore.stores.shared_store import make_follower
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,7 @@ def checks(settings: Settings) -> list[Check]:
             ("store role", *_either(session.execute(f"select {DESTROYS}")[0][0], "it can delete nothing", *MIGHTY)),
             *_rows(fleet, session),
         ]
-    with hold(make_follower(settings).lock_path, 0, lambda: True) as alone:
+    with hold(fleet.follower_lock(fleet.rows()), 0, lambda: True) as alone:
         lines.append(("store follower", *_either(alone, "a process of this machine follows the fleet", *ALONE)))
     return [("warn" if fix else "ok", name, detail, fix) for name, detail, fix in lines]
 

@@ -2,7 +2,7 @@
 
 A row of `tokencore_key` is a key's token or a document, sealed, with a version that each change raises; a row of
 `tokencore_attempt` is an issue request, found by its fence. Who changes a row names the version or fence that he has
-seen, and all times are the server's.
+seen; the times in it are the server's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
 from tokencore.sealing import Sensitive
-from tokencore.stores import record
 from tokencore.stores.encryption import INSTALL
 
 try:
@@ -27,14 +26,11 @@ except ImportError:  # it is an extra, and so is the libpq that it needs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokencore.attempts import Attempt
-
 CONNECT, PATIENCE, ANSWER = 3, 5.0, 3.0  # seconds for a connection, for all tries to have one, and for each answer
 PAUSE = 0.1  # seconds between two tries, on the average
 KEEP = 1024  # attempts of a key, as in the files
 LAYOUT = "1"  # of the tables; the row of that name has it
 LEASE = 60  # seconds for which a document is locked at most
-CHANNEL = "tokencore"
 AHEAD = timedelta(seconds=0.25)  # clocks that differ by less are the same
 TABLES = f"""
 create table if not exists tokencore_key (
@@ -51,16 +47,14 @@ select k.key, k.version, k.sealed, extract(epoch from clock_timestamp())::float8
   from tokencore_attempt a where a.key = k.key and a.fence > k.fence - %(depth)s
   and a.at between '2000-01-01' and clock_timestamp() + interval '1 day'), '[]')
 from tokencore_key k where k.key = any(%(keys)s)"""
-_RECORD = f"""
+_BEGIN = f"""
+with mine as (update tokencore_key set version = version + 1, fence = fence + 1, changed_at = clock_timestamp()
+  where key = %(key)s and version = coalesce(%(version)s::bigint, version) returning key, fence)
 insert into tokencore_attempt (key, slot, fence, at, host, what)
 select key, fence %% {KEEP}, fence, %(at)s, %(host)s, %(what)s from mine
 on conflict (key, slot) do update
 set fence = excluded.fence, at = excluded.at, host = excluded.host, what = excluded.what
 returning fence, pg_notify('tokencore', key)"""  # noqa: S608 - a number of our own
-_BEGIN = f"""
-with mine as (update tokencore_key set version = version + 1, fence = fence + 1, changed_at = clock_timestamp()
-  where key = %(key)s and version = %(version)s returning key, fence) {_RECORD}"""  # noqa: S608 - the same
-_NOTE = _BEGIN.replace("version = %(version)s", "true")
 _DEPART = """
 with mine as (update tokencore_key set version = version + 1 where key = %(key)s and fence = %(fence)s returning key)
 update tokencore_attempt a set at = clock_timestamp() from mine where a.key = mine.key and a.fence = %(fence)s
@@ -70,16 +64,16 @@ with mine as (update tokencore_key set version = version + 1, changed_at = clock
 update tokencore_attempt set at = %(at)s, what = %(what)s where key = %(key)s and fence = %(fence)s
 returning pg_notify('tokencore', key)"""
 _PUT = """
-update tokencore_key set version = version + 1, sealed = %(sealed)s, changed_at = clock_timestamp()
-where key = %(key)s and version = %(version)s returning version, pg_notify('tokencore', key)"""
-_ADD = """
-insert into tokencore_key (key, version, sealed) values (%(key)s, 1, %(sealed)s) on conflict do nothing
-returning version, pg_notify('tokencore', key)"""
+insert into tokencore_key (key, version, sealed) values (%(key)s, 1, %(sealed)s)
+on conflict (key) do update
+set version = tokencore_key.version + 1, sealed = excluded.sealed, changed_at = clock_timestamp()
+where tokencore_key.version = %(version)s returning version, pg_notify('tokencore', key)"""
 _LEASE = """
 update tokencore_key set version = version + 1, leased_until = clock_timestamp() + %(lease)s * interval '1 second'
 where key = %(key)s
 and coalesce(leased_until not between clock_timestamp() and clock_timestamp() + %(lease)s * interval '1 second', true)
 returning version, sealed"""
+_LAYOUT = "select sealed from tokencore_key where key = 'layout'"
 _NAMES = "select key from tokencore_key where key <> 'layout' and sealed <> ''"
 _RELEASE = "update tokencore_key set leased_until = null where key = %(key)s and version = %(version)s"
 FAULTS = {  # by a sign in an error's name or text: what failed, what to do, and whether another try may help
@@ -103,19 +97,19 @@ FAULTS = {  # by a sign in an error's name or text: what failed, what to do, and
 
 
 class State(NamedTuple):
-    """A row and its attempts, whose times are this machine's, oldest first with their fences.
+    """A row as it was read.
 
     Attributes:
         version: 0 where there is no row.
         sealed: the content.
-        attempts: by their fences; a host where another machine made them.
+        attempts: by their fences, oldest first: when by this machine's clock, on which other machine, and what.
         ahead: how far this machine's clock is ahead of the server's.
 
     """
 
     version: int
     sealed: str
-    attempts: dict[int, Attempt]
+    attempts: dict[int, tuple[datetime, str, str]]
     ahead: timedelta
 
 
@@ -127,14 +121,33 @@ class _Connection(psycopg.Connection[Any]):
 
 
 class Database(Sensitive):
-    """A connection while a `with` block lasts; an answer that does not come is an error, and counts as "no"."""
+    """A connection, which a `with` block closes; an answer that does not come is an error, and counts as "no"."""
 
-    __slots__ = ("_address", "_connection", "host")
+    __slots__ = ("_connection", "_host")
 
-    def __init__(self, address: str, host: str) -> None:
-        """Nothing is opened yet; `host` names this machine in the attempts."""
-        self._address, self.host = address, host
-        self._connection: _Connection | None = None
+    def __init__(self, address: str, host: str, patience: float = PATIENCE) -> None:
+        """Connect, again while that may help, for `patience` seconds; `host` names this machine in the attempts.
+
+        Raises:
+            TokenError: there is no connection, or no tables of this version; the message says why.
+
+        """
+        self._host, end, trouble = host, time.monotonic() + patience, None
+        while True:
+            try:
+                self._connection = _within(address, end - time.monotonic())
+                self._check_layout()
+            except psycopg.Error as error:
+                found, again = _explained(error)
+                if not again:
+                    raise found from None
+                trouble = trouble or found  # the last try, which is cut short, knows less
+            else:
+                return
+            pause = PAUSE * random.uniform(0.5, 1.5)  # noqa: S311 - spreads tries
+            if time.monotonic() + pause >= end:
+                raise trouble
+            time.sleep(pause)
 
     def __enter__(self) -> Self:
         return self
@@ -142,38 +155,9 @@ class Database(Sensitive):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def open(self, patience: float = PATIENCE) -> Self:
-        """Connect; again while that may help, for `patience` seconds.
-
-        Raises:
-            TokenError: there is no connection, or no tables of this version; the message says why.
-
-        """
-        end, trouble = time.monotonic() + patience, None
-        while True:
-            try:
-                self._connection = _within(self._address, end - time.monotonic())
-                layout = self._rows("select sealed from tokencore_key where key = 'layout'")
-            except psycopg.Error as error:
-                self.close()
-                if trouble is None or time.monotonic() < end:  # a try that was cut short knows less than the last one
-                    trouble = _explained(error)
-            else:
-                if layout == [(LAYOUT,)]:
-                    return self
-                self.close()
-                trouble = _explained(psycopg.errors.UndefinedColumn())
-            lasting, again = trouble
-            pause = PAUSE * random.uniform(0.5, 1.5)  # noqa: S311 - spreads tries
-            if not again or time.monotonic() + pause >= end:
-                raise lasting
-            time.sleep(pause)
-
     def close(self) -> None:
         """End the connection."""
-        if self._connection:
-            self._connection.close()
-            self._connection = None
+        self._connection.close()
 
     def execute(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
         """What the statement returns.
@@ -183,20 +167,15 @@ class Database(Sensitive):
 
         """
         try:
-            return self._rows(statement, **values)
+            found = self._connection.execute(statement, values or None)
+            return found.fetchall() if found.description else []
         except psycopg.Error as error:
             raise _explained(error)[0] from None
-
-    def _rows(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
-        if self._connection is None:
-            raise psycopg.OperationalError
-        found = self._connection.execute(statement, values or None)
-        return found.fetchall() if found.description else []
 
     @property
     def encrypted(self) -> bool:
         """Whether the connection is."""
-        return self._connection is not None and self._connection.pgconn.ssl_in_use
+        return self._connection.pgconn.ssl_in_use
 
     def heard(self, timeout: float) -> set[str]:
         """The rows that changed, as the server tells within `timeout` seconds.
@@ -206,12 +185,9 @@ class Database(Sensitive):
 
         """
         try:
-            heard = self._connection.notifies(timeout=timeout, stop_after=1) if self._connection else ()
-            return {one.payload for one in heard}
+            return {one.payload for one in self._connection.notifies(timeout=timeout, stop_after=1)}
         except psycopg.Error as error:
             raise _explained(error)[0] from None
-
-    # Rows
 
     def read(self, keys: Sequence[str], depth: int = KEEP) -> dict[str, State]:
         """The rows of that name, with so many of their last attempts each."""
@@ -221,8 +197,11 @@ class Database(Sensitive):
         for key, version, sealed, now, attempts in rows:
             ahead = asked + taken / 2 - _time(now)
             ahead = ahead if abs(ahead) > max(AHEAD, taken) else timedelta(0)
-            made = {fence: self._attempt(_time(at) + ahead, host, what) for fence, at, host, what in attempts}
-            found[key] = State(version, sealed, {fence: one for fence, one in made.items() if one}, ahead)
+            made = {
+                fence: (_time(at) + ahead, "" if host == self._host else host, what)
+                for fence, at, host, what in attempts
+            }
+            found[key] = State(version, sealed, made, ahead)
         return found
 
     def names(self) -> set[str]:
@@ -234,24 +213,21 @@ class Database(Sensitive):
         return dict(self.execute("select key, version from tokencore_key where key = any(%(keys)s)", keys=list(keys)))
 
     def put(self, key: str, version: int, sealed: str) -> bool:
-        """Replace the row's content, or make the row where `version` is 0; False where it has changed meanwhile."""
-        return bool(self.execute(_PUT if version else _ADD, key=key, version=version, sealed=sealed))
+        """Replace the row's content, or make the row; False where it has another version meanwhile."""
+        return bool(self.execute(_PUT, key=key, version=version, sealed=sealed))
 
-    def begin(self, key: str, state: State, attempt: Attempt) -> int | None:
-        """Record an attempt under a new fence; None where the row has changed since `state`."""
-        return self._record(_BEGIN, key, state, attempt)
-
-    def note(self, key: str, state: State, attempt: Attempt) -> int | None:
-        """The same, whatever has changed."""
-        return self._record(_NOTE, key, state, attempt)
+    def begin(self, key: str, version: int | None, at: datetime, what: str) -> int | None:
+        """Record an attempt under a new fence; None where the row has another version, if that is given."""
+        found = self.execute(_BEGIN, key=key, version=version, at=at, host=self._host, what=what)
+        return found[0][0] if found else None
 
     def depart(self, key: str, fence: int) -> bool:
         """Date the attempt anew; False where another one has begun since."""
         return bool(self.execute(_DEPART, key=key, fence=fence))
 
-    def finish(self, key: str, fence: int, attempt: Attempt, ahead: timedelta) -> None:
+    def finish(self, key: str, fence: int, at: datetime, what: str) -> None:
         """Replace the attempt by its outcome, whoever has begun since."""
-        self.execute(_FINISH, key=key, fence=fence, at=attempt.at - ahead, what=record.render([attempt]).strip())
+        self.execute(_FINISH, key=key, fence=fence, at=at, what=what)
 
     def lease(self, key: str) -> tuple[int, str] | None:
         """Lock a document's row for `LEASE` seconds and read it: by this version; None while another has it."""
@@ -262,14 +238,13 @@ class Database(Sensitive):
         """Unlock it, unless the lease is over and another has it."""
         self.execute(_RELEASE, key=key, version=version)
 
-    def _record(self, statement: str, key: str, state: State, attempt: Attempt) -> int | None:
-        what = {"at": attempt.at - state.ahead, "host": self.host, "what": record.render([attempt]).strip()}
-        found = self.execute(statement, key=key, version=state.version, **what)
-        return found[0][0] if found else None
-
-    def _attempt(self, at: datetime, host: str, what: str) -> Attempt | None:
-        one = next(iter(record.parse(what)), None)
-        return one and one._replace(at=at, host="" if host == self.host else host)
+    def _check_layout(self) -> None:
+        try:
+            if self._connection.execute(_LAYOUT).fetchall() != [(LAYOUT,)]:
+                raise psycopg.errors.UndefinedColumn
+        except psycopg.Error:
+            self.close()
+            raise
 
 
 def _time(epoch: float) -> datetime:

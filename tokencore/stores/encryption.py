@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 from tokencore.errors import ConfigurationError, TokenStoreError
 from tokencore.sealing import Sensitive
 
+INSTALL = "run `pip install 'tokencore[fleet]'`"
+try:
+    from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+except ImportError:  # it is an extra
+    raise ConfigurationError(f"KIS_STORE needs the package cryptography; {INSTALL}.") from None
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-INSTALL = "run `pip install 'tokencore[fleet]'`"
 
 
 class SealError(TokenStoreError):
@@ -28,17 +32,13 @@ class Seal(Sensitive):
         """Take the keys of KIS_STORE_KEYS.
 
         Raises:
-            ConfigurationError: there is none, one is malformed, or the extra is not installed.
+            ConfigurationError: there is none, or one is malformed.
 
         """
         given = list(keys)
         try:
-            from cryptography.fernet import Fernet, MultiFernet  # an extra
-
             self._keys = [Fernet(key) for key in given]
             self._fernet = MultiFernet(self._keys)
-        except ImportError:
-            raise ConfigurationError(f"KIS_STORE needs the package cryptography; {INSTALL}.") from None
         except ValueError:
             raise ConfigurationError(
                 f"KIS_STORE_KEYS is {'malformed' if given else 'not set'}: KIS_STORE needs the Fernet keys of its "
@@ -57,8 +57,6 @@ class Seal(Sensitive):
             SealError: no key opens it, or it is about something else.
 
         """
-        from cryptography.fernet import InvalidToken
-
         try:
             content: dict[str, Any] = json.loads(self._fernet.decrypt(sealed.encode()))
         except (InvalidToken, ValueError):
@@ -74,8 +72,6 @@ class Seal(Sensitive):
 
     def opened_by(self, sealed: str) -> int | None:
         """Which of the keys opens it: 0 is the newest; None where none does."""
-        from cryptography.fernet import InvalidToken
-
         for number, fernet in enumerate(self._keys):
             with suppress(InvalidToken):
                 fernet.decrypt(sealed.encode())
@@ -84,8 +80,6 @@ class Seal(Sensitive):
 
     def renewed(self, sealed: str) -> str | None:
         """The same content under the newest key; None where no key opens it."""
-        from cryptography.fernet import InvalidToken
-
         with suppress(InvalidToken):
             return self._fernet.rotate(sealed.encode()).decode()
         return None

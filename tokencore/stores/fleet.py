@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
 import time
+from contextlib import suppress
 
 from tokencore.config.market import digest
 from tokencore.errors import TokenError, TokenStoreError
 from tokencore.sealing import Sensitive
+from tokencore.stores import files
 from tokencore.stores.database import PATIENCE, Database
 from tokencore.stores.encryption import Seal
-from tokencore.stores.file_store import FileDocument
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterable
 
+    from tokencore.config.market import Market
     from tokencore.config.settings import Settings
     from tokencore.stores.database import State
 
@@ -31,22 +32,26 @@ _fleets: dict[str, Fleet] = {}
 
 
 class Fleet(Sensitive):
-    """The store of the settings."""
+    """The store of the settings.
 
-    __slots__ = ("_address", "_away_until", "_down", "_read_at", "_rows", "_warned", "folder", "host", "seal")
+    Attributes:
+        folder: the machine's token directory.
+        seal: what encrypts and decrypts the store's rows.
+
+    """
+
+    __slots__ = ("_away_until", "_host", "_read_at", "_rows", "_settings", "_warned", "folder", "seal")
 
     def __init__(self, settings: Settings) -> None:
         """Nothing is opened yet.
 
         Raises:
-            ConfigurationError: KIS_STORE_KEYS cannot be used, or the extra is not installed.
+            ConfigurationError: KIS_STORE_KEYS cannot be used.
 
         """
-        self._address = settings.store.get_secret_value() if settings.store else ""
+        self._settings, self.folder = settings, settings.token_dir
         self.seal = Seal(key.get_secret_value() for key in settings.store_keys)
-        self.folder = settings.token_dir
-        self.host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # process numbers collide
-        self._down = FileDocument(os.path.join(self.folder, "key-store.json"))
+        self._host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # process numbers collide
         self._rows: dict[str, State] = {}
         self._read_at, self._away_until, self._warned = -FRESH, 0.0, False
 
@@ -66,24 +71,26 @@ class Fleet(Sensitive):
             TokenError: there is none in time, or another process has just found that out.
 
         """
-        known, store = self._down.read(), digest(self._address, length=16)
-        if known.get("store") == store and 0 <= time.time() - float(known["at"]) < REST:
-            raise TokenStoreError(str(known.get("why")))
+        address = self._settings.store.get_secret_value() if self._settings.store else ""
+        down = os.path.join(self.folder, f"key-store-{digest(address, length=16)}.down")
+        found = files.signature(down)
+        if found and 0 <= time.time() - found[2] / 1e9 < REST and (why := files.read_text(down)):
+            raise TokenStoreError(why)
         try:
-            session = Database(self._address, self.host).open(patience)
+            session = Database(address, self._host, patience)
         except TokenStoreError as error:
-            with contextlib.suppress(OSError):  # the next process tries by itself then
+            with suppress(OSError):  # the next process tries by itself then
                 if patience == PATIENCE:
-                    self._down.write({"at": time.time(), "store": store, "why": str(error)})
+                    files.write_text(down, str(error), durable=False)
             raise
         self._away_until = 0.0
         return session
 
-    def look(self, name: str, others: Callable[[], Sequence[str]]) -> State | None:
-        """The row, at most a second old, read together with `others`; None where the store is not reached."""
+    def look(self, name: str) -> State | None:
+        """The row, at most a second old, read with all of the settings; None where the store is not reached."""
         now = time.monotonic()
         if now >= self._away_until and (now - self._read_at >= FRESH or name not in self._rows):
-            names = list(dict.fromkeys([name, *others()]))
+            names = list({name, *self.rows()})
             try:
                 with self.connect(LOOK) as session:
                     self._rows = session.read(names, max(SHALLOW, DEEP // len(names)))
@@ -97,11 +104,24 @@ class Fleet(Sensitive):
         """Let the next look read anew."""
         self._read_at = -FRESH
 
+    def rows(self) -> set[str]:
+        """The names of the rows of all keys of the settings."""
+        return {row_of(market) for market in self._settings.all_markets() if market.app_key}
+
+    def follower_lock(self, rows: Iterable[str]) -> str:
+        """Whose holder follows these rows: programs with other settings have a follower of their own."""
+        return os.path.join(self.folder, f"key-follower-{digest(*sorted(rows), length=16)}.lock")
+
     def warn(self, error: TokenError) -> None:
         """Once a process."""
         if not self._warned:
             self._warned = True
             logging.getLogger("tokencore").warning("%s Meanwhile this machine goes by its own files.", error)
+
+
+def row_of(market: Market) -> str:
+    """The name of the row of the market's key."""
+    return market.fingerprint + ("-paper" if market.environment == "paper" else "")
 
 
 def rotate(settings: Settings) -> list[str]:

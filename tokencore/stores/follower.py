@@ -14,7 +14,6 @@ import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tokencore.config.market import digest
 from tokencore.errors import TokenError
 from tokencore.stores.permissions import PRIVATE_FILE, make_private
 
@@ -38,18 +37,16 @@ class Follower:
 
     def __init__(self, fleet: Fleet, stores: Mapping[str, SharedStore]) -> None:
         """Follow the rows of these names."""
-        self._fleet, self._stores, self._names = fleet, stores, list(stores)
-        self._versions: dict[str, int] = {}
+        self._fleet, self._stores = fleet, stores
         self._lost = False  # and it was said
-        own = digest(*sorted(stores), length=16)  # programs with other settings have a follower of their own
-        self.lock_path = os.path.join(fleet.folder, f"key-follower-{own}.lock")
 
     def run(self) -> None:
         """Wait until no other process follows, then follow, whatever befalls the store; never returns."""
         from filelock import FileLock
 
         make_private(self._fleet.folder)
-        with FileLock(self.lock_path, mode=PRIVATE_FILE, poll_interval=STAND_BY, preserve_lock_file=True):
+        path = self._fleet.follower_lock(self._stores)
+        with FileLock(path, mode=PRIVATE_FILE, poll_interval=STAND_BY, preserve_lock_file=True):
             while True:
                 try:
                     with self._fleet.connect() as session:
@@ -60,11 +57,12 @@ class Follower:
                 time.sleep(PAUSE)
 
     def _follow(self, session: Database) -> None:
-        states = session.read(self._names, 0)
-        self._versions = {name: state.version for name, state in states.items()}
-        due = {name for name, state in states.items() if self._stores[name].behind(state)}
-        hears, looked = self._hears(session), 0.0
+        hears, names, known, due, look_at = _hears(session), list(self._stores), dict[str, int](), set[str](), 0.0
         while True:
+            if not hears or time.monotonic() >= look_at:
+                look_at, now = time.monotonic() + QUIET, session.versions(names)
+                due |= {name for name, version in now.items() if known.get(name) != version}
+                known = now
             due = {name for name in due if not self._stores[name].mirror(session)}
             if self._lost:
                 _log.warning("The fleet's store is reached again, and this machine follows it.")
@@ -73,23 +71,18 @@ class Follower:
                 due |= session.heard(POLL if due else QUIET / 4) & self._stores.keys()
             else:
                 time.sleep(POLL)
-            if not hears or time.monotonic() - looked > QUIET:
-                looked = time.monotonic()
-                now = session.versions(self._names)
-                due |= {name for name, version in now.items() if self._versions.get(name) != version}
-                self._versions = now
 
-    @staticmethod
-    def _hears(session: Database) -> bool:
-        """Whether notifications come through: a pooler takes LISTEN and delivers nothing."""
-        mine = uuid.uuid4().hex
-        session.execute("listen tokencore")
-        session.execute("select pg_notify('tokencore', %(mine)s)", mine=mine)
-        end = time.monotonic() + PAUSE
-        while time.monotonic() < end:
-            if mine in session.heard(POLL):
-                return True
-        return False
+
+def _hears(session: Database) -> bool:
+    """Whether notifications come through: a pooler takes LISTEN and delivers nothing."""
+    mine = uuid.uuid4().hex
+    session.execute("listen tokencore")
+    session.execute("select pg_notify('tokencore', %(mine)s)", mine=mine)
+    end = time.monotonic() + PAUSE
+    while time.monotonic() < end:
+        if mine in session.heard(POLL):
+            return True
+    return False
 
 
 def start(make: Callable[[], Follower]) -> None:
@@ -97,14 +90,14 @@ def start(make: Callable[[], Follower]) -> None:
     global _started  # noqa: PLW0603 - a forked child has none of its parent's threads
     if _started == os.getpid():
         return
+
+    def run() -> None:
+        try:
+            make().run()
+        except Exception as error:  # noqa: BLE001 - the files are still renewed by whoever needs a token
+            detail = error if isinstance(error, TokenError) else type(error).__name__
+            _log.warning("This machine does not follow its fleet: %s", detail)
+
     with suppress(RuntimeError):  # the system gives no thread; the next look tries again
-        threading.Thread(target=_run, args=(make,), name="tokencore follower", daemon=True).start()
+        threading.Thread(target=run, name="tokencore follower", daemon=True).start()
         _started = os.getpid()
-
-
-def _run(make: Callable[[], Follower]) -> None:
-    try:
-        make().run()
-    except Exception as error:  # noqa: BLE001 - the files are still renewed by whoever needs a token
-        detail = error if isinstance(error, TokenError) else type(error).__name__
-        _log.warning("This machine does not follow its fleet: %s", detail)

@@ -8,20 +8,18 @@ attempt that another machine has sent keeps the others away, until its outcome o
 from __future__ import annotations
 
 import time
-from _thread import get_ident
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 from tokencore import tokens
 from tokencore.config.market import digest
 from tokencore.errors import TokenError, TokenStoreError
-from tokencore.sealing import Sensitive
-from tokencore.stores.file_store import FileDocument, FileStore
+from tokencore.sealing import Sensitive, sealed_class
+from tokencore.stores.file_store import FileStore
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
     from threading import Thread
     from typing import Any
 
@@ -29,10 +27,13 @@ if TYPE_CHECKING:
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
     from tokencore.stores.database import Database, State
+    from tokencore.stores.file_store import FileDocument
     from tokencore.stores.fleet import Fleet
     from tokencore.stores.follower import Follower
-    from tokencore.stores.shared_document import SharedDocument
     from tokencore.tokens import Token
+
+    # Of the attempt that this process has begun: its number in the store, how the clocks differ, the machine's record.
+    Fence = tuple[int, timedelta, Attempt]
 
 POLL = 0.1  # seconds between two looks at what another machine does
 TELL = 5.0  # seconds of waiting for another machine after which people are told
@@ -41,48 +42,26 @@ TRIES = 20  # of a change that others forestall
 FOLLOW = 2.0  # seconds after which a process that goes on asking follows, and between two looks whether it does
 SLACK = timedelta(seconds=2)  # by which two times of one attempt may differ
 REMEMBERED = 8  # tokens that a person took away
-SHARED = ("approval",)  # documents; what exports have written where is each machine's own
-
-
-class Fence:
-    """The attempt that this process has begun: its number in the store, how the clocks differ, the machine's record."""
-
-    __slots__ = ("ahead", "local", "number")
-
-    def __init__(self, number: int, ahead: timedelta, local: Attempt) -> None:
-        """Keep them."""
-        self.number, self.ahead, self.local = number, ahead, local
-
-
-class _Held:
-    """What the thread that has the machine's lock knows of the row."""
-
-    def __init__(self, connect: Callable[[], Database]) -> None:
-        self.owner, self._connect = get_ident(), connect
-        self.session: Database | None = None
-        self.state: State | None = None
-        self.trouble: TokenError | None = None
-
-    def connected(self) -> Database:
-        if self.trouble:
-            raise self.trouble
-        self.session = self.session or self._connect()
-        return self.session
+PROMPT = 1.5  # seconds for a document's connection: an alert is to leave, with the fleet's copy or the machine's
 
 
 class SharedStore(Sensitive):
     """The `Store` of one key in a fleet, as one market sees it on this machine."""
 
-    __slots__ = ("__dict__", "_held", "_market")  # what `vars` shows has no secret
+    __slots__ = ("__dict__", "_market", "_session")  # what `vars` shows has no secret
 
     def __init__(self, market: Market, siblings: Callable[[], Sequence[str]]) -> None:
         """Name the key; nothing is opened yet. `siblings` tells the names of all markets of the key, when asked."""
-        self.fingerprint, self.name = market.fingerprint, _row_of(market)
+        self.fingerprint = market.fingerprint
         self._market, self._local = market, FileStore(market, siblings)
         self.place = self._local.place
         self._about = {"key_fingerprint": self.fingerprint, "environment": market.environment}
-        self._held: _Held | None = None
         self._asked = False  # whether this process has had to ask the store: then it goes on asking
+        # Under the lock: the connection, the row as it was read, and what is wrong with the store.
+        self._locked = False
+        self._session: Database | None = None
+        self._state: State | None = None
+        self._trouble: TokenError | None = None
         self._publishing: Thread | None = None
         self._follow_at = 0.0
 
@@ -109,7 +88,7 @@ class SharedStore(Sensitive):
     def newest(self, *, shared: bool = False) -> Token | None:
         """The machine's token that lasts longest; with `shared` also the fleet's, as in `read`."""
         token = self._local.newest(shared=shared)
-        return self._or_fleets(token) if shared or self._mine() else token
+        return self._or_fleets(token) if shared or self._locked else token
 
     def saved(self, token: Token) -> bool:
         """Whether the machine's files have it."""
@@ -130,8 +109,7 @@ class SharedStore(Sensitive):
             TokenStoreError: the store is not reached; nothing was removed.
 
         """
-        with self._session() as session:
-            session.read([self.name], 0)
+        self._reread()
         found = self._local.delete()
         if self._local.newest(shared=True) is None:
             found = self._put(None) or found
@@ -155,15 +133,14 @@ class SharedStore(Sensitive):
 
     def attempts(self) -> list[Attempt]:
         """The fleet's record, by this machine's clock; the machine's own where the store is not reached."""
-        self._asked = True
-        if held := self._mine():
+        self._asked, state = True, None
+        if self._locked:
             with suppress(TokenError):
-                self._reread(held)
-            state = held.state
+                state = self._reread()
         else:
             self._settle()
             state = self._seen()
-        return list(state.attempts.values()) if state else self._local.attempts()
+        return list(_attempts(state).values()) if state else self._local.attempts()
 
     def begin(self, attempt: Attempt) -> Fence | None:
         """Record it in the store, unless the row has changed since the lock was taken; then in the machine's record.
@@ -172,14 +149,16 @@ class SharedStore(Sensitive):
             TokenStoreError: the store is not reached, or what lies there cannot be used.
 
         """
-        held = self._holding()
-        state = self._reread(held)
-        number = None if self._in_flight(state) else held.connected().begin(self.name, state, attempt)
+        if self._trouble:
+            raise self._trouble
+        state, number = self._reread(), None
+        if not self._in_flight(state):
+            number = self._connected().begin(self.name, state.version, *_line(attempt, state.ahead))
         self._changed()
         if number is None:
-            self._meet(held, time.monotonic() + self._patience())
+            self._meet(time.monotonic() + self._patience())
             return None
-        return Fence(number, state.ahead, self._local.begin(attempt))
+        return number, state.ahead, self._local.begin(attempt)
 
     def depart(self, fence: Fence) -> bool:
         """Date it anew by the server's clock; False where another machine has begun since, or the answer came late.
@@ -188,11 +167,11 @@ class SharedStore(Sensitive):
             TokenStoreError: no answer came; nothing may be sent.
 
         """
-        began, held = time.monotonic(), self._holding()
-        if not held.connected().depart(self.name, fence.number):
-            self._meet(held, 0)
+        began = time.monotonic()
+        if not self._connected().depart(self.name, fence[0]):
+            self._meet(0)
             return False
-        return time.monotonic() - began < self._patience() / 2 and self._local.depart(fence.local)
+        return time.monotonic() - began < self._patience() / 2 and self._local.depart(fence[2])
 
     def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
         """Save the token and the outcome here, and publish both behind the caller's back, whom a token is waiting for.
@@ -204,20 +183,20 @@ class SharedStore(Sensitive):
         from threading import Thread
 
         self._changed()
-        held = self._mine()
-        session = held.session if held else None
+        # No daemon: a command that ends waits for it, for some seconds at most.
+        publisher = Thread(
+            target=self._publish, args=(self._session, fence, attempt, token), name="tokencore publishing"
+        )
+        self._session = None  # it is the publisher's now
         try:
-            self._local.finish(fence.local, attempt, token)
+            self._local.finish(fence[2], attempt, token)
         finally:
-            if held:
-                held.session = None  # it is the publisher's now
-            # No daemon: a command that ends waits for it, for some seconds at most.
-            thread = Thread(target=self._publish, args=(session, fence, attempt, token), name="tokencore publishing")
             try:
-                thread.start()
-                self._publishing = thread
+                publisher.start()
             except RuntimeError:  # the system gives no thread
-                self._publish(session, fence, attempt, token)
+                publisher.run()
+            else:
+                self._publishing = publisher
             if token is None:
                 self._settle()
 
@@ -225,8 +204,8 @@ class SharedStore(Sensitive):
         """Record what needed no request, here and in the store."""
         self._local.note(attempt)
         try:
-            with self._session() as session:
-                session.note(self.name, session.read([self.name], 0)[self.name], attempt)
+            state = self._reread()
+            self._connected().begin(self.name, None, *_line(attempt, state.ahead))
         except TokenError as error:
             _warn(f"{_cause(error)} What was imported is recorded on this machine only.")
         self._changed()
@@ -238,53 +217,47 @@ class SharedStore(Sensitive):
         """Hold the machine's lock inside the block, with what the fleet has, once no other machine is asking KIS."""
         end = time.monotonic() + wait
         with self._local.lock(wait=wait, give_up=give_up) as locked:
-            if not locked or give_up():  # the token came meanwhile: no need to ask the store
-                yield locked
+            if not locked:
+                yield False
                 return
-            held = self._held = _Held(self._connect)
-            self._asked = True
+            self._asked = self._locked = True
             try:
-                self._fleet.forget()
-                self._meet(held, end, give_up)
+                if not give_up():  # the token came meanwhile: no need to ask the store
+                    self._fleet.forget()
+                    self._meet(end, give_up)
             except TokenError as error:
-                held.trouble = error
+                self._trouble = error
             try:
                 yield True
             finally:
-                self._held = None
-                if held.session:
-                    held.session.close()
+                if self._session:
+                    self._session.close()
+                self._locked, self._session, self._state, self._trouble = False, None, None, None
 
-    def document(self, name: str) -> SharedDocument | FileDocument:
-        """The key's document of that name."""
-        local = self._local.document(name)
-        if name not in SHARED:
-            return local
-        from tokencore.stores.shared_document import SharedDocument
-
-        return SharedDocument(local, lambda: self._market.settings, f"{self.name}:{name}", copied=True)
+    def document(self, name: str) -> FileDocument:
+        """The machine's document of that name: approval keys are paced, not limited."""
+        return self._local.document(name)
 
     # For a follower
 
-    def behind(self, state: State) -> bool:
-        """Whether the machine's files have another token than the row; what cannot be decrypted is left alone."""
-        try:
-            return _name_of(self._opened(state)[0]) != _name_of(self._local.read()[0])
-        except TokenError as error:
-            self._fleet.warn(error)
-            return False
+    @property
+    def name(self) -> str:
+        """Of the key's row."""
+        from tokencore.stores.fleet import row_of
+
+        return row_of(self._market)
 
     def mirror(self, session: Database) -> bool:
         """Bring files and row to what is newer; False where the machine's lock is not free."""
         from tokencore.stores.encryption import SealError
 
-        with self._local.lock(wait=0) as held:
+        with self._local.lock(wait=0) as locked:
             try:
-                if held:
+                if locked:
                     self._exchange(session)
             except SealError as error:  # of this key alone
                 self._fleet.warn(error)
-            return held
+            return locked
 
     # Inside
 
@@ -294,30 +267,21 @@ class SharedStore(Sensitive):
 
         return Fleet.of(self._market.settings)
 
-    def _connect(self) -> Database:
-        return self._fleet.connect()
+    def _connected(self) -> Database:
+        """The connection of this lock."""
+        if self._session is None:
+            if self._trouble:
+                raise self._trouble
+            self._session = self._fleet.connect()
+        return self._session
 
-    def _mine(self) -> _Held | None:
-        """What this thread holds: another one of the process may look meanwhile."""
-        return self._held if self._held and self._held.owner == get_ident() else None
-
-    def _holding(self) -> _Held:
-        if held := self._mine():
-            return held
-        raise RuntimeError("an attempt is made under the lock only")
-
-    def _session(self) -> AbstractContextManager[Database]:
-        """The lock's connection, or one for this block alone."""
-        held = self._mine()
-        return nullcontext(held.session) if held and held.session else self._connect()
-
-    def _reread(self, held: _Held) -> State:
-        """The row as it was read under this lock; anew where this thread has changed it."""
-        session = held.connected()
-        if held.state is None:
+    def _reread(self) -> State:
+        """The row as it was read under this lock; anew where this process has changed it."""
+        if self._state is None:
+            session = self._connected()
             self._settle()
-            held.state = session.read([self.name])[self.name]
-        return held.state
+            self._state = session.read([self.name])[self.name]
+        return self._state
 
     def _settle(self) -> None:
         """Who waits for no token may wait for the outcome of the last request."""
@@ -327,14 +291,11 @@ class SharedStore(Sensitive):
     def _changed(self) -> None:
         """What was read before is not the present."""
         self._fleet.forget()
-        if held := self._mine():
-            held.state = None
+        self._state = None
 
     def _seen(self) -> State | None:
         try:
-            return self._fleet.look(
-                self.name, lambda: [_row_of(one) for one in self._market.settings.all_markets() if one.app_key]
-            )
+            return self._fleet.look(self.name)
         except TokenError as error:  # the settings of the store are wrong
             _warn(str(error))
             return None
@@ -342,8 +303,7 @@ class SharedStore(Sensitive):
     def _or_fleets(self, token: Token | None) -> Token | None:
         if token and token.rejected_at is None and token.expires_at.timestamp() > time.time():
             return token
-        held = self._mine()
-        state = held.state if held else self._seen() if self._asked else None
+        state = self._state if self._locked else self._seen() if self._asked else None
         try:
             return tokens.longest([token, self._opened(state)[0] if state else None])
         except TokenError as error:
@@ -368,12 +328,12 @@ class SharedStore(Sensitive):
         gone = [one for one in removed if one and one != _name_of(token)]
         return self._fleet.seal.close({**self._about, "token": text, "removed": gone[:REMEMBERED]})
 
-    def _meet(self, held: _Held, end: float, give_up: Callable[[], bool] = lambda: False) -> None:
+    def _meet(self, end: float, give_up: Callable[[], bool] = lambda: False) -> None:
         """Exchange with the store; again while another machine is asking KIS, until `end` of the monotonic clock."""
         tell_at = time.monotonic() + TELL
         while True:
-            held.state = self._exchange(held.connected())
-            if not self._in_flight(held.state) or give_up() or time.monotonic() >= end:
+            self._state = self._exchange(self._connected())
+            if not self._in_flight(self._state) or give_up() or time.monotonic() >= end:
                 return
             if time.monotonic() >= tell_at:
                 tell_at = end
@@ -382,7 +342,7 @@ class SharedStore(Sensitive):
 
     def _in_flight(self, state: State) -> bool:
         """Whether another machine's request may still be answered."""
-        last = next((one for one in reversed(state.attempts.values()) if one.counts), None)
+        last = next((one for one in reversed(_attempts(state).values()) if one.counts), None)
         if last is None or last.outcome != "sent" or not last.host:
             return False
         return (datetime.now(UTC) - last.at).total_seconds() < self._patience()
@@ -400,15 +360,33 @@ class SharedStore(Sensitive):
             TokenStoreError: the store does not answer, or what lies there cannot be used.
 
         """
+        from tokencore.stores import record
+
+        ours = self._local.read()[0]
+        state = self._offered(session, ours)
+        if self._restored(session, state):
+            state = self._offered(session, ours)
+        (theirs, removed), attempts = self._opened(state), list(_attempts(state).values())
+        try:
+            if theirs and _name_of(theirs) != _name_of(ours):
+                self._local.save(theirs)
+            elif ours and not theirs and _name_of(ours) in removed:
+                self._local.clear()
+            if attempts and record.render(attempts) != record.render(self._local.attempts()):
+                self._local.replace_record(attempts)
+        except OSError as error:  # the token is served anyway
+            _warn(f"What the fleet has could not be copied to {self.place} ({error.strerror}).")
+        return state
+
+    def _offered(self, session: Database, token: Token | None, *, issued: bool = False) -> State:
+        """The row, once it has the token or a better one; one that was not just `issued` may have been taken away."""
         for _ in range(TRIES):
             state = session.read([self.name])[self.name]
-            ours, (theirs, removed) = self._local.read()[0], self._opened(state)
-            offered = ours if _beats(ours, theirs) and _name_of(ours) not in removed else None
-            if offered or not state.version:
-                session.put(self.name, state.version, self._sealed(offered, removed))
-            elif not self._restored(session, state):
-                self._copy(ours, theirs, list(state.attempts.values()), gone=_name_of(ours) in removed)
+            theirs, removed = self._opened(state)
+            better = token if _beats(token, theirs) and (issued or _name_of(token) not in removed) else None
+            if state.version and not better:
                 return state
+            session.put(self.name, state.version, self._sealed(better, removed))
         raise TokenStoreError("The fleet's store changes too fast. Nothing was issued; try again.")
 
     def _restored(self, session: Database, state: State) -> bool:
@@ -417,82 +395,176 @@ class SharedStore(Sensitive):
         That is an outcome that could not be told before; the record of the first machine; and the last attempts of a
         server that crashed, where its successor is behind.
         """
-        mine, (fence, last) = self._local.attempts(), next(reversed(state.attempts.items()), (0, None))
+        mine, theirs = self._local.attempts(), _attempts(state)
+        fence, last = next(reversed(theirs.items()), (0, None))
         if last and last.outcome == "sent" and not last.host:
             done = bool(mine) and mine[-1].pid == last.pid and mine[-1].outcome != "sent"
             if done := done and mine[-1].at > last.at - SLACK:
-                session.finish(self.name, fence, mine[-1], state.ahead)
+                session.finish(self.name, fence, *_line(mine[-1], state.ahead))
             return done
-        known = {one[1:] for one in state.attempts.values()}
+        known = {one[1:] for one in theirs.values()}
         lost = [one for one in mine if one[1:] not in known and (last is None or one.at > last.at + SLACK)]
         for attempt in lost:
-            session.note(self.name, state, attempt)
+            session.begin(self.name, None, *_line(attempt, state.ahead))
         return bool(lost)
-
-    def _copy(self, ours: Token | None, theirs: Token | None, attempts: list[Attempt], *, gone: bool) -> None:
-        """Make the files a copy of the row; where they cannot be written, the token is served anyway."""
-        from tokencore.stores import record
-
-        try:
-            if theirs and _name_of(theirs) != _name_of(ours):
-                self._local.save(theirs)
-            elif ours and not theirs and gone:
-                self._local.clear()
-            if attempts and record.render(attempts) != record.render(self._local.attempts()):
-                self._local.replace_record(attempts)
-        except OSError as error:
-            _warn(f"What the fleet has could not be copied to {self.place} ({error.strerror}).")
 
     def _put(self, token: Token | None) -> bool:
         """Replace what the fleet has as a person wants it, the later of two at once; whether there was anything."""
-        with self._session() as session:
-            for _ in range(TRIES):
-                state, before = session.read([self.name], 0)[self.name], "what no key opens"
-                try:
-                    theirs, removed = self._opened(state)
-                    before = _name_of(theirs)
-                    sealed = self._sealed(token, [before, *removed])
-                except TokenError:
-                    if token:
-                        raise
-                    sealed = ""  # a damaged row is removed as well
-                if session.put(self.name, state.version, sealed):
-                    break
+        session = self._connected()
+        for _ in range(TRIES):
+            state, before = session.read([self.name], 0)[self.name], "what no key opens"
+            try:
+                theirs, removed = self._opened(state)
+                before = _name_of(theirs)
+                sealed = self._sealed(token, [before, *removed])
+            except TokenError:
+                if token:
+                    raise
+                sealed = ""  # a damaged row is removed as well
+            if session.put(self.name, state.version, sealed):
+                break
         self._changed()
         return bool(before)
 
     def _publish(self, session: Database | None, fence: Fence, attempt: Attempt, token: Token | None) -> None:
         """Offer the token, and tell the outcome; where the store is not reached, the next look does both."""
+        number, ahead, _ = fence
         try:
-            with session or self._connect() as reached:
-                for _ in range(TRIES if token else 0):
-                    state = reached.read([self.name], 0)[self.name]
-                    theirs, removed = self._opened(state)
-                    if not _beats(token, theirs) or reached.put(self.name, state.version, self._sealed(token, removed)):
-                        break
-                reached.finish(self.name, fence.number, attempt, fence.ahead)
+            with session or self._fleet.connect() as reached:
+                if token:
+                    self._offered(reached, token, issued=True)
+                reached.finish(self.name, number, *_line(attempt, ahead))
         except TokenError as error:
             _warn(f"{_cause(error)} The other machines get what KIS answered when the store is reached again.")
         self._fleet.forget()
 
 
+@sealed_class(but=("lock",))
+class SharedDocument(Sensitive):
+    """A small JSON object in a row of the store, with a copy in this machine's file, which the lock makes.
+
+    Its lock is a lease of a minute, in which the row changes for nobody else. Where the store is not reached, the
+    machine's copy stands in.
+    """
+
+    __slots__ = ("_about", "_leased", "_local", "_row", "_session", "_settings", "_version", "place")
+
+    def __init__(self, local: FileDocument, settings: Settings, name: str) -> None:
+        """The document of that name; nothing is opened yet."""
+        self.place, self._local, self._settings = local.place, local, settings
+        self._row = f"document:{name}"
+        self._about = {"document": self._row}
+        self._session: Database | None = None
+        self._version, self._leased = 0, False
+
+    def read(self) -> dict[str, Any]:
+        """The object; empty where there is none that could be read."""
+        if not self._leased:
+            try:
+                with self._fleet.connect(PROMPT) as session:
+                    return self._opened(session.read([self._row], 0)[self._row].sealed)
+            except TokenError as error:
+                self._fleet.warn(error)
+        return self._local.read()
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Replace it, under the lock.
+
+        Raises:
+            OSError: the lease is over, or the store did not answer; what was there before still is.
+
+        """
+        if self._session:
+            try:
+                if not self._session.put(self._row, self._version, self._sealed(content)):
+                    raise TimeoutError(None, "the lock on it is over")
+            except TokenError:
+                raise TimeoutError(None, "the fleet's store does not answer") from None
+            self._version += 1
+        self._local.write(content)
+
+    @contextmanager
+    def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Hold its lock inside the block, over all machines; yields False where it was not acquired in time."""
+        end = time.monotonic() + wait
+        with self._local.lock(wait=wait, give_up=give_up) as held:
+            self._leased = held
+            try:
+                if held:
+                    self._session = self._fleet.connect(PROMPT)
+                    self._leased = self._lease(self._session, end, give_up)
+            except TokenError as error:
+                self._close()
+                self._fleet.warn(error)
+            try:
+                yield self._leased
+            finally:
+                if self._session and self._leased:
+                    with suppress(TokenError):  # the lease ends by itself
+                        self._session.release(self._row, self._version)
+                self._leased = False
+                self._close()
+
+    @property
+    def _fleet(self) -> Fleet:
+        from tokencore.stores.fleet import Fleet
+
+        return Fleet.of(self._settings)
+
+    def _lease(self, session: Database, end: float, give_up: Callable[[], bool]) -> bool:
+        while not (found := session.lease(self._row)):
+            if not session.read([self._row], 0)[self._row].version:
+                session.put(self._row, 0, self._sealed(self._local.read()))
+            elif give_up() or time.monotonic() >= end:
+                return False
+            else:
+                time.sleep(POLL)
+        self._version = found[0]
+        self._local.write(self._opened(found[1]))
+        return True
+
+    def _sealed(self, content: dict[str, Any]) -> str:
+        return self._fleet.seal.close({**self._about, "content": content})
+
+    def _opened(self, sealed: str) -> dict[str, Any]:
+        content = self._fleet.seal.open(sealed, self._about).get("content") if sealed else {}
+        return content if isinstance(content, dict) else {}
+
+    def _close(self) -> None:
+        if self._session:
+            self._session.close()
+            self._session = None
+
+
 def make_follower(settings: Settings, *own: Market) -> Follower:
     """What keeps the files of all keys of the settings, and of a program's own, as the fleet has them."""
-    from tokencore.stores.fleet import Fleet
+    from tokencore.stores.fleet import Fleet, row_of
     from tokencore.stores.follower import Follower
 
-    names: dict[str, list[str]] = {}
-    stores: dict[str, SharedStore] = {}
+    markets: dict[str, list[Market]] = {}
     for market in (*settings.all_markets(), *own):
         if market.app_key:
-            found = names.setdefault(_row_of(market), [])
-            found.append(market.name)
-            stores.setdefault(_row_of(market), SharedStore(market, lambda found=found: found))  # type: ignore[misc]
-    return Follower(Fleet.of(settings), stores)
+            markets.setdefault(row_of(market), []).append(market)
+    return Follower(Fleet.of(settings), {row: _store_of(*sharing) for row, sharing in markets.items()})
 
 
-def _row_of(market: Market) -> str:
-    return market.fingerprint + ("-paper" if market.environment == "paper" else "")
+def _store_of(*markets: Market) -> SharedStore:
+    return SharedStore(markets[0], lambda: [market.name for market in markets])
+
+
+def _attempts(state: State) -> dict[int, Attempt]:
+    """The row's record by its fences, as this machine dates it; what cannot be read is skipped."""
+    from tokencore.stores import record
+
+    read = {fence: (record.parse(what), at, host) for fence, (at, host, what) in state.attempts.items()}
+    return {fence: found[0]._replace(at=at, host=host) for fence, (found, at, host) in read.items() if found}
+
+
+def _line(attempt: Attempt, ahead: timedelta) -> tuple[datetime, str]:
+    """The attempt as it lies in the store, dated by the server's clock, than which this machine's is `ahead`."""
+    from tokencore.stores import record
+
+    return attempt.at - ahead, record.render([attempt]).strip()
 
 
 def _name_of(token: Token | None) -> str:
