@@ -1,4 +1,4 @@
-"""Flow runs on a real Prefect server: made, run to their end in this process, and looked at."""
+"""Keys as they are at some moment, and flow runs on a real Prefect server: run to their end in this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextvars
 import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prefect.client.orchestration import get_client
@@ -17,29 +17,47 @@ from prefect.states import Scheduled
 
 from flows import upcoming
 from flows.refresh_token import refresh_token
-from tokencore import Key, Settings
+from tokencore import Key, KeyState, Settings, outlook
+from tokencore.attempts import Attempt, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from concurrent.futures import Future
     from uuid import UUID
 
     from prefect import Flow, State
 
+    from tokencore.tokens import Token
 
-def run(flow: Flow[..., State], due: datetime | None = None, **parameters: object) -> State:
-    """The final state of a run that was scheduled for `due`; of one that somebody starts now without it."""
+
+def run(flow: Flow[..., State], **parameters: object) -> State:
+    """The final state of a run that is due now."""
+    due: State[Any] = Scheduled(scheduled_time=datetime.now(UTC))
     with get_client(sync_client=True) as client:
-        scheduled = client.create_flow_run(
-            flow, parameters=parameters, state=Scheduled(scheduled_time=due or datetime.now(UTC))
-        )
-    return cast("State", run_flow(flow, flow_run=scheduled, parameters=parameters, return_type="state"))
+        made = client.create_flow_run(flow, parameters=parameters, state=due)
+    return cast("State", run_flow(flow, flow_run=made, parameters=parameters, return_type="state"))
 
 
 def only_key() -> Key:
     """The key of all markets."""
     (key,) = Key.load(Settings.load())
     return key
+
+
+def attempted(text: str, now: datetime) -> list[Attempt]:
+    """Attempts as `issued 60, limit 0`: their outcome, and minutes before `now`."""
+    words = [one.split() for one in text.split(", ") if one]
+    return [Attempt(now - timedelta(minutes=float(ago)), Outcome(outcome), "EGW0") for outcome, ago in words]
+
+
+def state_of(now: datetime, token: Token | None = None, past: str | Sequence[Attempt] = ()) -> KeyState:
+    """The state of the settings' only key with this token and record."""
+    key = only_key()
+    key.market.settings.issue_interval = 60  # whatever this process's gateway has
+    known = attempted(past, now) if isinstance(past, str) else past
+    own = [one._replace(credentials=key.renewer.credentials) for one in known]
+    ahead = outlook.look(token, token.issued_at if token else None, key.horizon(key.exchanges, now), key.market, now)
+    return KeyState(key, now, token, "", own, ahead)
 
 
 def end_of(state: State) -> tuple[str, str]:
