@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
-from flows import runs
+from flows import runs, upcoming
 from flows.alerts.causes import cause_of
 from flows.alerts.incidents import NEAR
 from flows.alerts.messages import LANGUAGES
@@ -24,9 +24,9 @@ from flows.runs import KST, borne, clock, harmless
 from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, Key, draw_plans
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from flows.runs import View
+    from flows.runs import Done, View
     from tokencore import KeyState
 
 TOKENS, PLAN = "tokens", "plan"
@@ -42,22 +42,24 @@ KEYS = "keys "  # before their fingerprints in the table's caption
 SHORT = 8  # digits of a fingerprint: enough to distinguish a few keys
 
 
+def update(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> None:
+    """Show how a run leaves the keys, and their next renewals as scheduled runs."""
+    views = runs.views(keys, results)
+    publish(views)
+    upcoming.update(views)
+
+
 def publish(views: Sequence[View]) -> None:
     """Publish how the tokens are and what lies ahead; what fails here changes no run's end."""
     with harmless("The table of tokens and the plan could not be published"):
         views = worst_first(views)
         now, names = datetime.now(UTC), [view.key.fingerprint[:SHORT] for view in views]
         suffix = _suffix(names, now)
-        create_markdown_artifact(
-            key=TOKENS + suffix,
-            markdown=table(views),
-            description=f"{caption(views)} (at {clock(now)}, {KEYS}{', '.join(names)})",
-        )
-        create_markdown_artifact(
-            key=PLAN + suffix,
-            markdown=described([view.state for view in views if view.state]),
-            description=f"The sessions ahead, the tokens' life and the renewals, at {clock(now)}.",
-        )
+        for key, markdown, description in (
+            (TOKENS, table(views), f"{caption(views)} (at {clock(now)}, {KEYS}{', '.join(names)})"),
+            (PLAN, described(views), f"The sessions ahead, the tokens' life and the renewals, at {clock(now)}."),
+        ):
+            create_markdown_artifact(key=key + suffix, markdown=markdown, description=description)
 
 
 def met(key: Key, error: Exception, again_in: float | None) -> Exception:
@@ -70,18 +72,17 @@ def met(key: Key, error: Exception, again_in: float | None) -> Exception:
 
 def worst_first(views: Sequence[View]) -> list[View]:
     """Those with a problem, then those without a token, then those where all is well."""
-    return sorted(views, key=lambda view: (not _problem(view), WORST_FIRST.index(_status(view))))
+    return sorted(views, key=lambda view: (not _problem(view), WORST_FIRST.index(view.status)))
 
 
 def caption(views: Sequence[View]) -> str:
     """The markets by their status, with their problem, or until when the token serves."""
     said = []
     for view in views:
-        state, problem = view.state, _problem(view)
-        text = f": {problem}"
-        if state and not problem:
+        state, text = view.state, f": {_problem(view)}"
+        if state and not _problem(view):
             text = f" until {clock(state.serves_until)}" if state.serves_until else f": {next_renewal(state)}"
-        said.append(f"{', '.join(market.name for market in view.key.markets)} {_status(view)}{text}")
+        said.append(f"{', '.join(market.name for market in view.key.markets)} {view.status}{text}")
     return "; ".join(said)
 
 
@@ -94,15 +95,14 @@ def table(views: Sequence[View]) -> str:
 
 def rows_of(view: View) -> list[list[str]]:
     """The key's markets for people, in `COLUMNS`: nothing secret, nothing that Markdown acts on."""
-    state, status, problem = view.state, _status(view), _problem(view)
+    state, problem = view.state, _problem(view)
     if state is None:
-        return [[market.name, status, "none", "no", problem] for market in view.key.markets]
+        return [[market.name, view.status, "none", "no", problem] for market in view.key.markets]
     until, planned = _short(state.serves_until) if state.serves_until else "none", state.outlook.next
-    tried, coming = state.next_attempt, "none needed"
-    if planned and tried:  # the plan has the reason: an old page cuts off what is long
-        coming = f"{_short(tried)}{', ' * bool(planned.exception)}{planned.exception or ''}"
+    if planned and state.next_attempt:  # the plan has the reason: an old page cuts off what is long
+        problem = problem or ", ".join(filter(None, [_short(state.next_attempt), planned.exception]))
     return [
-        [market.name, status, until, _covered(view, state, state.need_of(market)), problem or coming]
+        [market.name, view.status, until, _covered(view, state, state.need_of(market)), problem or "none needed"]
         for market in view.key.markets
     ]
 
@@ -112,10 +112,9 @@ def to_do(view: View) -> str:
     state, error = view.state, view.trouble
     if state and error and borne(state, error):
         return ""
-    if error is None and state and state.status == "REJECTED" and not state.failed:
-        error = IssuanceLimitError("", retry_at=None, cause="same_token")
     if error is None and _problem(view):
-        error = IssuanceLimitError("", retry_at=None, cause="backoff")  # the record has the cause
+        is_dead = state and state.status == "REJECTED" and not state.failed  # else the record has the cause
+        error = IssuanceLimitError("", retry_at=None, cause="same_token" if is_dead else "backoff")
     if error is None:
         return ""
     attempts, token = (state.attempts, state.token) if state else ([], None)
@@ -139,8 +138,9 @@ def next_renewal(state: KeyState) -> str:
     return f"next renewal {clock(tried)}, {planned.exception or planned.reason}"
 
 
-def described(states: Sequence[KeyState]) -> str:
+def described(views: Sequence[View]) -> str:
     """The plans as Markdown: the picture, inline so that no other server is needed, and a table for each key."""
+    states = [view.state for view in views if view.state]
     plans = [state.plan() for state in states]
     picture = base64.b64encode(draw_plans(plans).encode()).decode()
     parts = [f"![Sessions, needs, token life and renewals of the coming days](data:image/svg+xml;base64,{picture})"]
@@ -152,10 +152,6 @@ def described(states: Sequence[KeyState]) -> str:
         else:
             parts.append(f"{REFUSED}." if plan.refused else "No renewal is needed in these days.")
     return "\n\n".join(parts)
-
-
-def _status(view: View) -> str:
-    return view.state.status if view.state else "UNREADABLE"
 
 
 def _problem(view: View) -> str:
@@ -202,9 +198,6 @@ def _short(at: datetime) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    return _plain(str(error).partition(". ")[0])
-
-
-def _plain(text: str) -> str:
     """On one line, without the signs by which Markdown makes lists, headings and tables."""
+    text = str(error).partition(". ")[0]
     return " ".join(text.split()).lstrip("-*+#> ").replace("|", "/").replace("`", "'")

@@ -32,7 +32,7 @@ def run_name() -> str:
     """`check-tokens 2026-11-23 07:05 UTC`, when it was due; a planned renewal keeps the name that announced it."""
     if upcoming.TAG in flow_run.tags:
         return str(flow_run.name)
-    return upcoming.check_name(flow_run.scheduled_start_time)
+    return f"check-tokens {flow_run.scheduled_start_time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 @runs.described
@@ -72,10 +72,7 @@ def check(settings: Settings, due: datetime, now: datetime) -> State:
     keys = Key.load(settings)
     results = runs.each_key(advance, keys, TRY_FOR)
     alerts.resolved(settings, ALL_KEYS, now)
-    views = runs.views(keys, results)
-    artifacts.publish(views)
-    upcoming.update(views)
-    upcoming.name_ahead()
+    artifacts.update(keys, results)
     return ended(results)
 
 
@@ -83,10 +80,7 @@ def check(settings: Settings, due: datetime, now: datetime) -> State:
 def advance(key: Key, again_in: float | None = None, now: datetime | None = None) -> Done:
     """One decision of the renewal rule for the key; trouble is reported once it matters.
 
-    Args:
-        key: Whose token.
-        again_in: After how many seconds Prefect tries again while KIS is down; None if it does not.
-        now: The moment, aware; the present one by default.
+    `again_in` is after how many seconds Prefect tries again while KIS is down; None if it does not.
 
     Raises:
         TokenError: a renewal that was due did not happen, or KIS rejects the token, and the coming need is not
@@ -124,10 +118,10 @@ def is_session_day(state: KeyState) -> bool:
 def rejected(state: KeyState) -> IssuanceLimitError | None:
     """The trouble of a key whose token KIS rejects while it issues no other yet; None where that is not urgent."""
     token, needs = state.token, state.outlook.needs
-    again = token.same_until() if token and token.rejected_at else None
-    if token is None or token.rejected_at is None or again is None or again <= state.now:
+    if not token or not token.rejected_at or (needs and needs[0][0] >= state.now + DAY):
         return None
-    if needs and needs[0][0] >= state.now + DAY:
+    again = token.same_until()
+    if again is None or again <= state.now:
         return None
     message = (
         f"KIS has rejected the token since {clock(token.rejected_at)}, and issues another only from {clock(again)} on. "

@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import BeforeValidator, Field
 
-from flows import alerts, artifacts, runs, upcoming
+from flows import alerts, artifacts, runs
 from flows.runs import SAFE, safe_errors
 from tokencore import ConfigurationError, IssuanceLimitError, Key, Settings, TokenError
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tokencore.outlook import RefreshWarning
 
 CONFIRM_WITHIN = timedelta(minutes=15)
-MARGIN = timedelta(minutes=1)  # after which Prefect itself fails a pause that nobody ended: a killed run's
+MINUTE = timedelta(minutes=1)
+MARGIN = MINUTE  # after which Prefect itself fails a pause that nobody ended: a killed run's
 POLL = 2  # seconds between two looks at whether somebody has answered
 HOUR = timedelta(hours=1)  # in which a second forced refresh is confirmed too: it may be a scheduler's mistake
 RENEW = "renew now"
@@ -135,9 +136,7 @@ def refresh(settings: Settings, asked: Request, now: datetime) -> State:
     key = next(key for key in keys if asked.market in [one.name for one in key.markets])
     alerts.resolved(settings, f"refresh_token {asked.market}", now)
     end, trouble = renew(key, asked._replace(reason=reason, operator=operator), now)
-    views = runs.views(keys, {key: trouble} if trouble else {})
-    artifacts.publish(views)
-    upcoming.update(views)
+    artifacts.update(keys, {key: trouble} if trouble else {})
     return end
 
 
@@ -168,7 +167,7 @@ def unconfirmed(before: KeyState, ahead: Sequence[RefreshWarning]) -> State | No
     decision = ask(f"**Renew the token of {before.key.label} anyway?**\n\n" + "\n".join(consequences))
     after = before.key.state(datetime.now(UTC))
     if decision != RENEW:
-        why = "Confirmed: no." if decision else f"Nobody confirmed within {_minutes()} minutes."
+        why = "Confirmed: no." if decision else f"Nobody confirmed within {CONFIRM_WITHIN // MINUTE} minutes."
         return Completed(name="Declined", message=f"{why} Nothing was asked of KIS. {after.served}.")
     if after.token and (before.token is None or after.token.expires_at > before.token.expires_at):
         return Completed(name="AlreadyValid", message=f"Another run was quicker. {after.served}.")
@@ -182,7 +181,9 @@ def unconfirmed(before: KeyState, ahead: Sequence[RefreshWarning]) -> State | No
 def ask(question: str) -> str | None:
     """A person's answer to the paused run, which shows the question as Markdown; None without one."""
     runs.logger().warning("%s", question.replace("*", ""))
-    runs.logger().warning("Press Resume in the menu at the top right of this page within %s minutes.", _minutes())
+    runs.logger().warning(
+        "Press Resume in the menu at the top right of this page within %s minutes.", CONFIRM_WITHIN // MINUTE
+    )
 
     async def answer() -> str:
         # Prefect's own time-out would end the run as Failed, sooner or later than it raises here.
@@ -197,10 +198,6 @@ def ask(question: str) -> str | None:
         return asyncio.run(answer())
     except TimeoutError:
         return None
-
-
-def _minutes() -> int:
-    return CONFIRM_WITHIN // timedelta(minutes=1)
 
 
 def unrenewed(before: KeyState, error: Exception, asked: Request) -> State:

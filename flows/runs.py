@@ -42,20 +42,12 @@ SAFE = (TokenError, UnforeseenError)  # what `safe_errors` lets out
 
 
 class Done(NamedTuple):
-    """What a step made of a key.
+    """What a step made of a key."""
 
-    Attributes:
-        state: how it is after the step.
-        renewed: whether the step issued a token.
-        remark: what else there is to say.
-        trouble: why a renewal that was due failed, where the token serves on.
-
-    """
-
-    state: KeyState
-    renewed: bool
-    remark: str = ""
-    trouble: TokenError | None = None
+    state: KeyState  # how it is after the step
+    renewed: bool  # whether the step issued a token
+    remark: str = ""  # what else there is to say
+    trouble: TokenError | None = None  # why a renewal that was due failed, where the token serves on
 
 
 class View(NamedTuple):
@@ -64,6 +56,11 @@ class View(NamedTuple):
     key: Key
     state: KeyState | None
     trouble: Exception | None = None
+
+    @property
+    def status(self) -> str:
+        """As `check` has it."""
+        return self.state.status if self.state else "UNREADABLE"
 
 
 @contextlib.contextmanager
@@ -141,10 +138,9 @@ def borne(state: KeyState, error: Exception) -> bool:
 
 
 def each_key(step: Task[..., Any], keys: Sequence[Key], span: timedelta, *more: object) -> dict[Key, Any]:
-    """What a task made of each key, or the error it met.
+    """What a task made of each key, or the error it met; one key that waits for KIS keeps no other waiting.
 
-    The keys are processed side by side: one that waits for KIS keeps no other waiting. `span` is how long Prefect
-    tries again; the task gets the key, `more`, and after how many seconds that is.
+    `span` is how long Prefect tries again; the task gets the key, `more`, and after how many seconds that is.
     """
     futures = {}
     for key in keys:
@@ -157,17 +153,24 @@ def each_key(step: Task[..., Any], keys: Sequence[Key], span: timedelta, *more: 
 
 
 def failures(results: Mapping[Key, object]) -> str:
-    """The sentences of the keys that failed; empty when none did."""
-    failed = {key.label: str(result) for key, result in results.items() if isinstance(result, Exception)}
-    return " ".join(
-        failed.values() if len(results) == 1 else (f"{label}: {message}" for label, message in failed.items())
-    )
+    """The sentences of the keys that failed, each with its key where there are several; empty when none did."""
+    failed = {key.label: result for key, result in results.items() if isinstance(result, Exception)}
+    return " ".join(f"{label}: {error}" if len(results) > 1 else str(error) for label, error in failed.items())
 
 
 def views(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> list[View]:
     """Every key as a run leaves it, read anew only where no step has."""
-    done = {key.fingerprint: result for key, result in results.items()}
-    return [_view(key, done.get(key.fingerprint)) for key in keys]
+    found, done = [], {key.fingerprint: result for key, result in results.items()}
+    for key in keys:
+        result = done.get(key.fingerprint)
+        if isinstance(result, Done):
+            found.append(View(key, result.state, result.trouble))
+            continue
+        try:
+            found.append(View(key, key.state(datetime.now(UTC)), result))
+        except TokenError as error:
+            found.append(View(key, None, error))
+    return found
 
 
 def proven(state: KeyState) -> tuple[KeyState, str, CredentialsError | None]:
@@ -187,14 +190,6 @@ def proven(state: KeyState) -> tuple[KeyState, str, CredentialsError | None]:
         return state, "", CredentialsError(f"{message} To do: correct the {what}, then run refresh_token.")
     remark = "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
     return state, remark, None
-
-
-def _view(key: Key, result: Done | Exception | None) -> View:
-    trouble = result.trouble if isinstance(result, Done) else result
-    try:
-        return View(key, result.state if isinstance(result, Done) else key.state(datetime.now(UTC)), trouble)
-    except TokenError as error:
-        return View(key, None, error)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import BeforeValidator
 
-from flows import alerts, artifacts, runs, upcoming
+from flows import alerts, artifacts, runs
 from flows.runs import SAFE, Done, clock, kis_is_down, local_date, safe_errors
 from tokencore import ConfigurationError, Key, Settings, sessions
 
@@ -37,7 +37,8 @@ def order_code(given: object) -> object:
 
 def run_name() -> str:
     """`warm-up NASD 2026-11-23`, the day in the exchange's zone."""
-    return upcoming.warm_up_name(flow_run.parameters["exchange"], flow_run.scheduled_start_time)
+    exchange = flow_run.parameters["exchange"]
+    return f"warm-up {exchange} {runs.local_date(exchange, flow_run.scheduled_start_time)}"
 
 
 @runs.described
@@ -85,9 +86,7 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
     results = runs.each_key(ensure, keys, session.open - now, until)
     if any(not isinstance(one, Done) or one.renewed or one.trouble for one in results.values()):
-        views = runs.views(Key.load(settings), results)
-        artifacts.publish(views)
-        upcoming.update(views)
+        artifacts.update(Key.load(settings), results)
     return ended(exchange, until, results)
 
 
@@ -95,11 +94,7 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
 def ensure(key: Key, until: datetime, again_in: float | None = None, now: datetime | None = None) -> Done:
     """Have a token of the key that lasts `until` then; trouble is reported at once, not after the last try.
 
-    Args:
-        key: Whose token.
-        until: When the need ends, aware.
-        again_in: After how many seconds Prefect tries again while KIS is down; None if it does not.
-        now: The moment, aware; the present one by default.
+    `again_in` is after how many seconds Prefect tries again while KIS is down; None if it does not.
 
     Raises:
         TokenError: there is no token that lasts; a present one is untouched.

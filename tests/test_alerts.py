@@ -61,7 +61,7 @@ def limit(cause: str = "minute", wait: float = 0) -> errors.IssuanceLimitError:
 def report(error: Exception | None = None, at: datetime = MONDAY, past: str = "limit 0.1", **own: Any) -> None:  # noqa: ANN401 - settings, and the token
     """Report KIS's refusal out of the blue, or another error, of the only key as it is at that time."""
     state = state_of(at, own.pop("token", None), past)
-    alerts.report(Settings.load().model_copy(update=own), state, error or limit(), at)
+    alerts.report(Settings.load().model_copy(update={"issue_interval": 60, **own}), state, error or limit(), at)
 
 
 def resolve(at: datetime = MONDAY, past: Sequence[Attempt] = (), token: Token | None = None, **own: Any) -> None:  # noqa: ANN401 - as above
@@ -174,7 +174,7 @@ def test_a_page_is_true_in_its_first_words_and_in_every_line(slack: SlackEndpoin
     serves = f"the present token, until 2026-11-23 {preview[12:17]} KST"
     assert said["Still works"] == (serves if preview.startswith("token") else "nothing: there is no valid token")
     assert said["Next attempt"].startswith(following if following is NOBODY else f"about 2026-11-23 {following}")
-    assert fix in said["To do"]
+    assert (fix in said["To do"], len(sent["blocks"])) == (True, 3)  # without a run, no link to one
 
 
 def test_no_korean_alert_has_an_english_sentence(slack: SlackEndpoint) -> None:

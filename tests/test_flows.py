@@ -275,7 +275,7 @@ def test_a_check_says_what_comes_next_and_promises_no_vain_renewal() -> None:
     assert [end_of(state) for state in states] == [("COMPLETED", "AlreadyValid")] * 2
     assert "; The 24-hour limit is reached: 2 of 2. Wait; next renewal 2026-" in str(states[0].message)
     assert str(states[1].message).endswith(f"; {artifacts.REFUSED}.")
-    plan = artifacts.described([refused.state])
+    plan = artifacts.described([View(only_key(), refused.state)])
     assert (f"{artifacts.REFUSED}." in plan, "| next renewal |" in plan) == (True, False)
 
 
@@ -441,7 +441,7 @@ class TestRuns:
             *(("1a", later, [soon, later]), ("2b", None, [later]), ("1a", None, [])),
             *(("1a", past, [past]), ("1a", None, [past])),
         ):
-            upcoming.keep([upcoming.Wanted("us+kr", f"key {tag}", at)])
+            upcoming.keep("us+kr", f"key {tag}", at)
             assert sorted(planned_runs().get("us+kr", []), key=str) == planned
 
     @gateway_only

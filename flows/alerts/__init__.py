@@ -6,6 +6,7 @@ run by `WAIT` at most. What it did not accept is sent by the next run.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import threading
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from flows.alerts.causes import Cause
     from flows.alerts.incidents import Incident
     from flows.alerts.messages import Facts, Message, Notice, Texts
-    from tokencore.stores.base import Document
 
     Who = Key | KeyState | str  # a key, or the exchange (or whatever else) of a run that came to no key
 
@@ -38,26 +38,15 @@ CHECK_MINUTE = 5  # of each hour, when check_tokens runs: its cron in prefect.ya
 
 
 class Subject(NamedTuple):
-    """Who is in trouble, at which moment.
+    """Who is in trouble, at which moment."""
 
-    Attributes:
-        settings: where messages go, and in which language.
-        now: the moment, aware.
-        name: what its incidents are kept under.
-        label: what people call it.
-        state: the key whose session is endangered first, as far as it could be read.
-        exchanges: what it trades, where no key could be read.
-        reached: whether it is a key, whose token was looked at.
-
-    """
-
-    settings: Settings
-    now: datetime
-    name: str
-    label: str
-    state: KeyState | None
-    exchanges: list[str]
-    reached: bool
+    settings: Settings  # where messages go, and in which language
+    now: datetime  # aware
+    name: str  # what its incidents are kept under
+    label: str  # what people call it
+    state: KeyState | None  # the key whose session is endangered first, as far as it could be read
+    exchanges: list[str]  # what it trades, where no key could be read
+    reached: bool  # whether it is a key, whose token was looked at
 
     @classmethod
     def of(cls, settings: Settings, who: Who, now: datetime) -> Subject:
@@ -69,10 +58,9 @@ class Subject(NamedTuple):
             return cls(settings, now, who.name, who.label, state, who.exchanges, reached=state is not None)
         if who in sessions.EXCHANGES:
             return cls(settings, now, who, who, None, [who], reached=False)
-        try:
+        keys = []
+        with contextlib.suppress(TokenError):  # there is no key, which is what is reported
             keys = Key.load(settings)
-        except TokenError:  # there is no key, which is what is reported
-            keys = []
         return cls(settings, now, who, who, _first_endangered(keys, now), [], reached=False)
 
     @property
@@ -98,18 +86,12 @@ class Subject(NamedTuple):
         run = flow_run.name or "", url_for("flow-run", flow_run.id) if flow_run.id else None
         return messages.Facts(self.label, self.now, until, self.reached, risks, run, self.settings.slack_mention)
 
-    def cause(self, error: Exception) -> Cause:
-        """Why it is in trouble."""
-        if self.state is None or not self.reached:
-            return causes.cause_of(error, [])
-        interval = self.state.key.market.settings.issue_interval
-        return causes.cause_of(error, self.state.attempts, self.state.token, interval)
-
-    def happened(self, cause: Cause, error: Exception) -> str:
-        """What happened, in the reader's language."""
-        last = self.state.attempts[-1] if self.state and self.reached and self.state.attempts else None
-        answer = (last.outcome.value, last.code) if last and cause in causes.BY_ANSWER else None
-        return messages.happened(self.texts, cause, str(error), answer)
+    def diagnosis(self, error: Exception) -> tuple[Cause, str]:
+        """Why it is in trouble, and what happened in the reader's language."""
+        attempts, token = (self.state.attempts, self.state.token) if self.state and self.reached else ([], None)
+        cause = causes.cause_of(error, attempts, token, self.settings.issue_interval)
+        answer = (attempts[-1].outcome.value, attempts[-1].code) if attempts and cause in causes.BY_ANSWER else None
+        return cause, messages.happened(self.texts, cause, str(error), answer)
 
     def over(self, known: list[Incident]) -> list[Incident]:
         """Those of its incidents whose end is to be reported."""
@@ -152,8 +134,7 @@ def report(settings: Settings, who: Who, error: Exception, now: datetime, again_
     cause = causes.UNFORESEEN
     with harmless(FAILED):
         subject = Subject.of(settings, who, now)
-        cause = subject.cause(error)
-        happened = subject.happened(cause, error)
+        cause, happened = subject.diagnosis(error)
         attempt = subject.attempt(cause, again_in, getattr(error, "retry_at", None))
         _deliver(settings, lambda known: _trouble(known, subject, cause, happened, attempt))
     return causes.as_met(error, cause)
@@ -164,7 +145,9 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
     with harmless(FAILED):
         foreign = who.foreign_issue if isinstance(who, KeyState) else None
         name = who.key.name if isinstance(who, KeyState) else who
-        if not foreign and all(one.subject != name for one in incidents.parse(_document(settings).read())):
+        if not foreign and all(
+            one.subject != name for one in incidents.parse(open_document(settings, "incidents").read())
+        ):
             return
 
         def work(known: list[Incident]) -> None:
@@ -189,8 +172,7 @@ def announce(
     """
     with harmless(FAILED):
         subject = Subject.of(settings, state, state.now)
-        cause = subject.cause(error) if error else causes.UNFORESEEN
-        happened = subject.happened(cause, error) if error else ""
+        cause, happened = subject.diagnosis(error) if error else (causes.UNFORESEEN, "")
         harmful = error is not None and not borne(state, error)
 
         def work(known: list[Incident]) -> None:
@@ -258,33 +240,31 @@ def _deliver(settings: Settings, work: Callable[[list[Incident]], object]) -> No
 
 
 def _hold(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
-    begun = False
+    known: list[Incident] | None = None
     with harmless(FAILED):
         try:
-            with incidents.changing(_document(settings), WAIT) as known:
-                begun = True
+            document = open_document(settings, "incidents")
+            with document.lock(wait=WAIT) as held:
+                if not held:
+                    logger().warning("Other runs are speaking to Slack; the next run reports what is still wrong.")
+                    return
+                known = incidents.parse(document.read())
+                before = incidents.dumped(known)
                 work(known)
-        except incidents.Busy:
-            logger().warning("Other runs are speaking to Slack; the next run reports what is still wrong.")
+                if (after := incidents.dumped(known)) != before:
+                    document.write(after)
         except (OSError, TokenError):
-            if not begun:  # nobody knows what was reported: better twice than never
+            if known is None:  # nobody knows what was reported: better twice than never
                 work([])
-
-
-def _document(settings: Settings) -> Document:
-    return open_document(settings, "incidents")
 
 
 def _first_endangered(keys: list[Key], now: datetime) -> KeyState | None:
     """Of the keys that can be read the one whose need is endangered first, or any."""
     states = []
     for key in keys:
-        try:
+        with contextlib.suppress(TokenError):  # its store cannot be used, which is what is reported
             states.append(key.state(now))
-        except TokenError:  # its store cannot be used, which is what is reported
-            continue
-    states.sort(key=lambda one: one.outlook.unserved or (datetime.max.replace(tzinfo=UTC),))
-    return next(iter(states), None)
+    return min(states, key=lambda one: one.outlook.unserved or (datetime.max.replace(tzinfo=UTC),), default=None)
 
 
 def _next_check(after: datetime) -> datetime:

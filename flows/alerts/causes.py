@@ -28,20 +28,11 @@ DAY = timedelta(days=1)
 
 
 class Cause(NamedTuple):
-    """One kind of trouble.
+    """One kind of trouble."""
 
-    Attributes:
-        name: by which incidents and texts are distinguished.
-        at_once: whether it is reported even while the next need is far; otherwise once it is urgent.
-        by_person: whether nothing but a person can end it within hours.
-        reminds: whether there are reminders while it lasts.
-
-    """
-
-    name: str
-    at_once: bool = True
-    by_person: bool = False
-    reminds: bool = True
+    name: str  # by which incidents and texts are distinguished
+    at_once: bool = True  # whether it is reported even while the next need is far; otherwise once it is urgent
+    by_person: bool = False  # whether nothing but a person can end it within hours
 
 
 class SilenceError(Exception):
@@ -50,7 +41,7 @@ class SilenceError(Exception):
 
 LIMIT = Cause("limit")
 FOREIGN_LIMIT = Cause("foreign-limit")
-FOREIGN_TOKEN = Cause("foreign-token", reminds=False)  # nothing is wrong yet; it ends with our next own token
+FOREIGN_TOKEN = Cause("foreign-token")  # nothing is wrong yet, and nobody is reminded
 RESTRICTED = Cause("restricted")
 WAITING = Cause("cool-down", at_once=False)
 SAME = Cause("same", at_once=False)
@@ -99,12 +90,12 @@ def cause_of(
     last = attempts[-1].outcome if attempts else ""
     if token and token.rejected_at and last == "same" and isinstance(error, IssuanceLimitError | TokenUnavailableError):
         return SAME_DEAD
-    found = (
-        _limited(error, attempts, token, interval)
-        if isinstance(error, IssuanceLimitError)
-        else next((cause for kind, cause in _BY_ERROR if isinstance(error, kind)), UNFORESEEN)
-    )
-    return RESTRICTED if found is DOWN and last == "refused" and _issued_twice(attempts) else found
+    if isinstance(error, IssuanceLimitError):
+        found = _limited(error, attempts, token, interval)
+    else:
+        found = next((cause for kind, cause in _BY_ERROR if isinstance(error, kind)), UNFORESEEN)
+    day = [one for one in attempts if one.outcome == "issued" and attempts[-1].at - one.at < DAY]
+    return RESTRICTED if found is DOWN and last == "refused" and len(day) > 1 else found
 
 
 def as_met(error: Exception, cause: Cause) -> Exception:
@@ -136,9 +127,3 @@ def _is_ours(attempts: Sequence[Attempt], interval: float) -> bool:
         refused -= 1
     seen = [attempt.at for attempt in attempts[:refused] if attempt.outcome not in _NEVER_SENT]
     return bool(seen) and attempts[refused].at - seen[-1] <= timedelta(seconds=2 * interval)
-
-
-def _issued_twice(attempts: Sequence[Attempt]) -> bool:
-    """Whether the day before the last attempt saw more than one issue: KIS may have restricted the key for it."""
-    last = attempts[-1].at
-    return sum(one.outcome == "issued" and last - one.at < DAY for one in attempts) > 1

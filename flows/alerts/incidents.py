@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
-from flows.alerts.causes import BY_NAME, FOREIGN_LIMIT, FOREIGN_TOKEN
+from flows.alerts.causes import BY_NAME, FOREIGN_LIMIT, FOREIGN_TOKEN, UNFORESEEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from datetime import datetime
 
     from flows.alerts.causes import Cause
-    from tokencore.stores.base import Document
 
 CALM, HALF, LAST_CALL = 0, 1, 2  # stages of escalation
 ACT = timedelta(minutes=30)  # before the need: what a person takes to notice, understand and act
@@ -36,80 +34,38 @@ FORGOTTEN = timedelta(days=7)  # unseen for longer, trouble that comes back is n
 
 
 class Notification(NamedTuple):
-    """A message that is due.
-
-    Attributes:
-        kind: which part of the incident's life it is.
-        stage: how far the incident is escalated with it.
-        page: whether it calls people: a need is near, and it was escalated or only a person can help.
-
-    """
+    """A message that is due."""
 
     kind: Literal["opened", "escalated", "reminded"]
-    stage: int
-    page: bool
+    stage: int  # how far the incident is escalated with it
+    page: bool  # whether it calls people: a need is near, and it was escalated or only a person can help
 
 
 class Incident(BaseModel):
-    """One key in trouble; times are aware.
+    """One key in trouble; times are aware."""
 
-    Attributes:
-        subject: the key's first market, or the exchange of a run that came to no key.
-        cause: the name of its present cause.
-        opened_at: when it was first met.
-        seen_at: when it was last met.
-        notified_at: when Slack last accepted a message of it; None before.
-        stage: how far it was escalated with that message.
-        reminders: how many there were.
-        need: when the need that it endangers starts; None where none is known.
-        need_since: since when it has endangered that need.
-        thread: Slack's channel and the time stamp of the first message, where a bot sent it.
-        closed_at: when it was over, where that is still to be reported.
-
-    """
-
-    subject: str
-    cause: str
+    subject: str  # the key's first market, or the exchange of a run that came to no key
+    cause: str  # the name of its present cause
     opened_at: AwareDatetime
-    seen_at: AwareDatetime
-    notified_at: AwareDatetime | None = None
-    stage: int = 0
+    seen_at: AwareDatetime  # when it was last met
+    notified_at: AwareDatetime | None = None  # when Slack last accepted a message of it
+    stage: int = CALM  # how far it was escalated with that message
     reminders: int = 0
-    need: AwareDatetime | None = None
-    need_since: AwareDatetime
-    thread: tuple[str, str] | None = None
-    closed_at: AwareDatetime | None = None
+    need: AwareDatetime | None = None  # when the need that it endangers starts, where one is known
+    need_since: AwareDatetime  # since when it has endangered that need
+    thread: tuple[str, str] | None = None  # Slack's channel and the first message's time stamp, where a bot sent it
+    closed_at: AwareDatetime | None = None  # when it was over, where that is still to be reported
+
+    @property
+    def kind(self) -> Cause:
+        """Its present cause; one of a later version is as good as unknown."""
+        return BY_NAME.get(self.cause, UNFORESEEN)
 
     def notified(self, sent: Notification, now: datetime, thread: tuple[str, str] | None) -> None:
         """Slack accepted this message at `now`; the next ones go into its thread."""
         self.notified_at, self.thread = now, thread or self.thread
         self.stage = max(self.stage, sent.stage)
         self.reminders += sent.kind == "reminded"
-
-
-class Busy(Exception):  # noqa: N818 - no fault: another run is at it
-    """Another process holds the incidents; the next run reports what is still wrong."""
-
-
-@contextlib.contextmanager
-def changing(document: Document, wait: float) -> Iterator[list[Incident]]:
-    """What is known, under the lock; changes are written at the end.
-
-    Raises:
-        Busy: the lock was not acquired within `wait` seconds.
-        OSError: it could not be written.
-
-    """
-    with document.lock(wait=wait) as held:
-        if not held:
-            raise Busy
-        known = parse(document.read())
-        before = _dumped(known)
-        try:
-            yield known
-        finally:
-            if (after := _dumped(known)) != before:
-                document.write({"incidents": after})
 
 
 def parse(content: dict[str, Any]) -> list[Incident]:
@@ -122,6 +78,11 @@ def parse(content: dict[str, Any]) -> list[Incident]:
     return known
 
 
+def dumped(known: list[Incident]) -> dict[str, Any]:
+    """The document that says this."""
+    return {"incidents": [one.model_dump(mode="json") for one in known]}
+
+
 def met(
     known: list[Incident], subject: str, cause: Cause, need: datetime | None, now: datetime, look_again: datetime
 ) -> tuple[Incident, Notification | None]:
@@ -131,11 +92,14 @@ def met(
     a person.
     """
     known[:] = [one for one in known if one.closed_at or now - one.seen_at < FORGOTTEN]
-    one = next((one for one in known if one.subject == subject and _foreign(one) == (cause is FOREIGN_TOKEN)), None)
+    one = next(
+        (one for one in known if one.subject == subject and (one.kind is FOREIGN_TOKEN) == (cause is FOREIGN_TOKEN)),
+        None,
+    )
     if one is None:
         one = new(subject, cause, need, now)
         known.append(one)
-    if cause.by_person and not _known(one.cause).by_person:
+    if cause.by_person and not one.kind.by_person:
         one.notified_at = None
     one.cause, one.seen_at = cause.name, now
     one.closed_at = None  # it came back before its end was reported: it never ended
@@ -152,8 +116,8 @@ def over(known: list[Incident], subject: str, now: datetime, *, foreign: bool, l
     """
     ended = []
     for one in [one for one in known if one.subject == subject]:
-        superseded = foreign and one.cause == FOREIGN_LIMIT.name
-        if not superseded and (foreign if _foreign(one) else lasting):
+        superseded = foreign and one.kind is FOREIGN_LIMIT
+        if not superseded and (foreign if one.kind is FOREIGN_TOKEN else lasting):
             continue
         if superseded or not one.notified_at:
             known.remove(one)
@@ -165,8 +129,13 @@ def over(known: list[Incident], subject: str, now: datetime, *, foreign: bool, l
 
 def due(one: Incident, cause: Cause, now: datetime, look_again: datetime) -> Notification | None:
     """The message of an incident that is due at `now`; the next time that anybody looks is `look_again`."""
-    stage = _stage(one, now, look_again)
-    near = one.need is not None and one.need - now <= NEAR
+    stage, near = CALM, False
+    if one.need:
+        near = one.need - now <= NEAR
+        if max(now, look_again) > one.need - ACT:  # with the last look before it would be too late
+            stage = LAST_CALL
+        elif now - one.need_since >= one.need - now:
+            stage = HALF
     page = near and (stage > CALM or cause.by_person)
     if one.notified_at is None:
         urgent = cause.at_once or one.need is None or stage > CALM
@@ -174,7 +143,7 @@ def due(one: Incident, cause: Cause, now: datetime, look_again: datetime) -> Not
     if stage > one.stage:
         return Notification("escalated", stage, page)
     pause = REMINDERS[min(one.reminders, len(REMINDERS) - 1)]
-    if cause.reminds and now >= one.notified_at + pause - PUNCTUALITY:
+    if cause is not FOREIGN_TOKEN and now >= one.notified_at + pause - PUNCTUALITY:
         return Notification("reminded", one.stage, page=False)
     return None
 
@@ -182,24 +151,3 @@ def due(one: Incident, cause: Cause, now: datetime, look_again: datetime) -> Not
 def new(subject: str, cause: Cause, need: datetime | None, now: datetime) -> Incident:
     """An incident that begins at `now`."""
     return Incident(subject=subject, cause=cause.name, opened_at=now, seen_at=now, need=need, need_since=now)
-
-
-def _stage(one: Incident, now: datetime, look_again: datetime) -> int:
-    """The last call comes with the last look before it would be too late, rather than with the first after."""
-    if one.need is None:
-        return CALM
-    if max(now, look_again) > one.need - ACT:
-        return LAST_CALL
-    return HALF if now - one.need_since >= one.need - now else CALM
-
-
-def _foreign(one: Incident) -> bool:
-    return one.cause == FOREIGN_TOKEN.name
-
-
-def _known(cause: str) -> Cause:
-    return BY_NAME.get(cause) or FOREIGN_LIMIT  # one of a later version needs no person, as far as is known
-
-
-def _dumped(known: list[Incident]) -> list[dict[str, Any]]:
-    return [one.model_dump(mode="json") for one in known]

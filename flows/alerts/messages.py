@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
-from flows.alerts.causes import BY_NAME, UNFORESEEN
 from flows.runs import KST, clock
 from tokencore import sessions
 
@@ -48,10 +47,6 @@ class Texts(dict[str, str]):
         key = "span.minutes" if not hours else "span.hours" if minutes else "span.whole"
         return self(key, hours=hours, minutes=minutes)
 
-    def weekday(self, at: datetime) -> str:
-        """A weekday and the time, in the zone of `at`."""
-        return f"{self['days'].split()[at.weekday()]} {at:%H:%M}"
-
 
 def _flat(texts: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
     for name, text in texts.items():
@@ -73,49 +68,27 @@ class Risk(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of a key, or of a run that came to no key; times are aware UTC.
+    """What is known of a key, or of a run that came to no key; times are aware UTC."""
 
-    Attributes:
-        label: what people call it.
-        now: when this was known.
-        until: until when its present token serves; None without one.
-        reached: whether the key's token was looked at; otherwise `until` says nothing.
-        risks: the sessions at risk, the most urgent first.
-        run: the name and the page of the run that reports; an empty name without one.
-        mention: whom a page calls, as Slack writes it.
-
-    """
-
-    label: str
+    label: str  # what people call it
     now: datetime
-    until: datetime | None = None
-    reached: bool = False
-    risks: Sequence[Risk] = ()
-    run: tuple[str, str | None] = "", None
-    mention: str = ""
+    until: datetime | None = None  # until when its present token serves
+    reached: bool = False  # whether the key's token was looked at; otherwise `until` says nothing
+    risks: Sequence[Risk] = ()  # the sessions at risk, the most urgent first
+    run: tuple[str, str | None] = "", None  # the name and the page of the run that reports; an empty name without one
+    mention: str = ""  # whom a page calls, as Slack writes it
 
 
 class Message(NamedTuple):
-    """One message.
+    """One message."""
 
-    Attributes:
-        icon: Slack's name of an emoji.
-        headline: whose trouble, and which.
-        preview: what there is and what comes next, in a few words; the first that a phone shows.
-        happened: a sentence or two.
-        answers: an operator's questions with their answers.
-        run: the label, the name and the page of the run that reports; an empty name without one.
-        mention: whom it calls; empty for nobody.
-
-    """
-
-    icon: str
-    headline: str
-    preview: str
-    happened: str
-    answers: Sequence[tuple[str, str]]
-    run: tuple[str, str, str | None]
-    mention: str = ""
+    icon: str  # Slack's name of an emoji
+    headline: str  # whose trouble, and which
+    preview: str  # what there is and what comes next, in a few words; the first that a phone shows
+    happened: str  # a sentence or two
+    answers: Sequence[tuple[str, str]]  # an operator's questions with their answers
+    run: tuple[str, str, str | None]  # the label, the name and the page of the run that reports
+    mention: str = ""  # whom it calls
 
     @property
     def plain(self) -> str:
@@ -148,14 +121,10 @@ class Message(NamedTuple):
 
 
 def happened(texts: Texts, cause: Cause, error: str, answer: tuple[str, str | None] | None = None) -> str:
-    """What happened, as a sentence or two.
+    """What happened, as a sentence or two: English has the error's own, other languages say it from the facts.
 
-    Args:
-        texts: The reader's language. English has the sentence of the error; other languages say it from the facts.
-        cause: The trouble.
-        error: The error's text, or when a foreign token was issued.
-        answer: The outcome and KIS's code of the last attempt, where the error is about that one.
-
+    `answer` is the outcome and KIS's code of the last attempt, where the error is about that one. Of a foreign token
+    `error` is when it was issued.
     """
     keys = [f"happened.{name}" for name in (answer[0] if answer else "", cause.name, "error")]
     key = next(key for key in keys if key in texts)
@@ -173,7 +142,7 @@ def trouble(
 ) -> Message:
     """An incident that lasts; `attempt` is what is tried next by itself: the key of its text, and when."""
     key, at = attempt
-    cause = f"cause.{_cause(incident)}"
+    cause = f"cause.{incident.kind.name}"
     gone, title = facts.now - incident.opened_at, texts[f"{cause}.title"]
     if due.kind == "reminded":
         title = texts("head.reminded", gone=texts.lasted(gone), title=title)
@@ -273,9 +242,12 @@ def _message(
 def _preview(texts: Texts, facts: Facts) -> str:
     """`no token · NASD opens in 9 min`: of the sessions at risk only the first, of its exchanges as well."""
     found = []
-    if facts.reached:
-        until = _near(facts.until, facts.now) if facts.until else ""
-        found.append(texts("preview.until", until=until) if until else texts["preview.none"])
+    if facts.reached and facts.until:
+        until, now = facts.until.astimezone(KST), facts.now.astimezone(KST)
+        day = "" if until.date() == now.date() else f"{until:%m-%d} "
+        found.append(texts("preview.until", until=f"{day}{until:%H:%M} KST"))
+    elif facts.reached:
+        found.append(texts["preview.none"])
     if facts.risks:
         session, who = facts.risks[0].session, facts.risks[0].exchanges[0]
         closes, left = f"{session.close.astimezone(KST):%H:%M}", texts.lasted(session.open - facts.now)
@@ -284,33 +256,25 @@ def _preview(texts: Texts, facts: Facts) -> str:
     return " · ".join(found)
 
 
-def _near(at: datetime, now: datetime) -> str:
-    """A time in KST, with its day where that is not today."""
-    there, day = at.astimezone(KST), now.astimezone(KST).date()
-    return f"{there:%H:%M} KST" if there.date() == day else f"{there:%m-%d %H:%M} KST"
-
-
 def _at_risk(texts: Texts, facts: Facts) -> str:
-    lines = [_risk(texts, risk, facts.now) for risk in facts.risks]
-    return "\n• ".join(["", *lines]) if lines else texts["risk.none"]
-
-
-def _risk(texts: Texts, risk: Risk, now: datetime) -> str:
-    who, session, opens = ", ".join(risk.exchanges), risk.session, clock(risk.session.open)
-    if session.open <= now:
-        return texts("risk.running", who=who, opens=opens, closes=clock(session.close))
-    there, left = session.open.astimezone(ZoneInfo(risk.zone)), texts.lasted(session.open - now)
-    if there.utcoffset() == session.open.astimezone(KST).utcoffset():
-        return texts("risk.ahead", who=who, opens=opens, left=left)
-    return texts("risk.abroad", who=who, opens=opens, there=texts.weekday(there), left=left)
-
-
-def _cause(incident: Incident) -> str:
-    return incident.cause if incident.cause in BY_NAME else UNFORESEEN.name  # a later version's
+    lines = []
+    for session, exchanges, zone in facts.risks:
+        there, kst = session.open.astimezone(ZoneInfo(zone)), session.open.astimezone(KST)
+        key = "abroad" if there.utcoffset() != kst.utcoffset() else "ahead"
+        line = texts(
+            f"risk.{key if session.open > facts.now else 'running'}",
+            who=", ".join(exchanges),
+            opens=clock(kst),
+            closes=clock(session.close),
+            there=f"{texts['days'].split()[there.weekday()]} {there:%H:%M}",
+            left=texts.lasted(session.open - facts.now),
+        )
+        lines.append(f"\n• {line}")
+    return "".join(lines) or texts["risk.none"]
 
 
 def _ended(texts: Texts, facts: Facts, ended: Sequence[Incident]) -> tuple[str, str, datetime]:
     """Their titles, how long the first lasted, and since when."""
     first = min(ended, key=lambda one: one.opened_at)
-    titles = "; ".join(dict.fromkeys(texts[f"cause.{_cause(one)}.title"] for one in ended))
+    titles = "; ".join(dict.fromkeys(texts[f"cause.{one.kind.name}.title"] for one in ended))
     return titles, texts.lasted((first.closed_at or facts.now) - first.opened_at), first.opened_at

@@ -48,28 +48,21 @@ FIXES = {  # what Slack says, and what to do
     "URLError": "check this machine's network and its proxy",
     "TimeoutError": "check this machine's network; the next run sends the message",
 }
-AGAIN = "the next run sends the message"
 
 _silent = logging.getLogger("flows.alerts.slack.sdk")
 _silent.setLevel(logging.CRITICAL + 1)
 
 
 class Receipt(NamedTuple):
-    """What became of a message.
+    """What became of a message."""
 
-    Attributes:
-        refusal: Slack's word, HTTP's status or the fault where Slack did not accept it; empty where it did.
-        thread: the channel and the time stamp under which a bot's message is to be answered.
-
-    """
-
-    refusal: str = ""
-    thread: Thread | None = None
+    refusal: str = ""  # Slack's word, HTTP's status or the fault where Slack did not accept it
+    thread: Thread | None = None  # the channel and the time stamp under which a bot's message is to be answered
 
     @property
     def fix(self) -> str:
         """What to do about the refusal."""
-        return FIXES.get(self.refusal, AGAIN)
+        return FIXES.get(self.refusal, "the next run sends the message")
 
 
 def is_configured(settings: Settings) -> bool:
