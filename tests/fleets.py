@@ -79,7 +79,7 @@ class Machine:
         token = self.store.read()[0]
         if token is None or not token.serves(datetime.now(UTC), 0):
             renewer = Renewer([self.market], self.store)
-            token = renewer.obtain(lambda found: found.serves(datetime.now(UTC), 0), "get us")
+            token = renewer.obtain(lambda found: found.serves(datetime.now(UTC), 0), "get us")[0]
         return token.access_token
 
     def start(self, at: str = "", fault: int = 0) -> int:

@@ -17,7 +17,7 @@ from prefect.states import Scheduled
 
 from flows import upcoming
 from flows.refresh_token import refresh_token
-from tokencore import Key, KeyState, Settings, outlook
+from tokencore import Key, KeyState, Settings
 from tokencore.attempts import Attempt, Outcome
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def state_of(now: datetime, token: Token | None = None, past: str | Sequence[Att
     key.market.settings.issue_interval = 60  # whatever this process's gateway has
     known = attempted(past, now) if isinstance(past, str) else past
     own = [one._replace(credentials=key.renewer.credentials) for one in known]
-    ahead = outlook.look(token, token.issued_at if token else None, key.horizon(key.exchanges, now), key.market, now)
-    return KeyState(key, now, token, "", own, ahead)
+    return KeyState(key, now, token, "", own)
 
 
 def end_of(state: State) -> tuple[str, str]:

@@ -263,7 +263,7 @@ def test_a_state_says_all_that_is_known_at_one_moment(key: Key) -> None:
     assert (state.covered, [state.lasts(DUE + timedelta(hours=hours)) for hours in (20, 24)]) == (True, [True, False])
     assert state.outlook.next is not None
     assert (state.outlook.next.exception, state.next_attempt) == (None, state.outlook.next.at)
-    assert (state.refused, state.cooldown_until, state.issues_last_24h, state.foreign_issue) == (False, None, 0, None)
+    assert (state.refusal, state.cooldown_until, state.issues_last_24h, state.foreign_issue) == (None, None, 0, None)
 
 
 def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:

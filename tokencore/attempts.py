@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore.errors import ConfigurationError
 from tokencore.redaction import clean
-from tokencore.sealing import sealed_class
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,33 +81,26 @@ class Attempt(NamedTuple):
         return self.outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)
 
 
-@sealed_class()
-class Note(NamedTuple):
-    """Why an issue was asked for, and by which person; no name where a program asked."""
+def note(reason: str, by: str) -> tuple[str, str]:
+    """Why an issue is asked for, and by which person, as the record keeps them: clean, cut, and nothing like a key.
 
-    reason: str
-    by: str = ""
+    Raises:
+        ConfigurationError: a word is as long as an app key; nothing was asked of KIS.
 
-    def checked(self) -> Note:
-        """This note, cleaned and cut to its lengths; nothing in it looks like a key.
-
-        Raises:
-            ConfigurationError: a word is as long as an app key; nothing was asked of KIS.
-
-        """
-        reason, by = clean(self.reason), clean(self.by)
-        for name, text in (("reason", reason), ("name", by)):
-            if not re.fullmatch(SHORT_WORDS, text):
-                raise ConfigurationError(
-                    f"The {name} contains a word of 36 characters or more, as keys and tokens are, so it is not kept. "
-                    "Nothing was asked of KIS; use shorter words."
-                )
-        return Note(reason[:REASON_LENGTH].rstrip(), by[:BY_LENGTH].rstrip())
+    """
+    reason, by = clean(reason), clean(by)
+    for name, text in (("reason", reason), ("name", by)):
+        if not re.fullmatch(SHORT_WORDS, text):
+            raise ConfigurationError(
+                f"The {name} contains a word of 36 characters or more, as keys and tokens are, so it is not kept. "
+                "Nothing was asked of KIS; use shorter words."
+            )
+    return reason[:REASON_LENGTH].rstrip(), by[:BY_LENGTH].rstrip()
 
 
-def issued_within(attempts: Sequence[Attempt], now: datetime, span: timedelta = DAY) -> list[Attempt]:
-    """The attempts that brought a new token in the `span` around `now`; ahead of it too, as clocks are set back."""
-    return [one for one in attempts if one.outcome is Outcome.ISSUED and abs(now - one.at) < span]
+def issued_within(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:
+    """The attempts that brought a new token in the day around `now`; ahead of it too, as clocks are set back."""
+    return [one for one in attempts if one.outcome is Outcome.ISSUED and abs(now - one.at) < DAY]
 
 
 def latest(attempts: Sequence[Attempt]) -> Attempt | None:
@@ -127,8 +119,3 @@ def failure(attempts: Sequence[Attempt]) -> tuple[datetime, str] | None:
 def failures(attempts: Sequence[Attempt]) -> int:
     """How many attempts have failed since the last one that brought a token."""
     return next((n for n, one in enumerate(reversed(attempts)) if one.outcome in GRANTED), len(attempts))
-
-
-def last_issue(attempts: Sequence[Attempt]) -> datetime | None:
-    """When the last new token was issued by the record, aware UTC; None if it knows of none."""
-    return next((one.at for one in reversed(attempts) if one.outcome is Outcome.ISSUED), None)

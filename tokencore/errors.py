@@ -30,20 +30,16 @@ class TokenUnavailableError(TokenError):
 
 
 class IssuanceLimitError(TokenError):
-    """A rule about how often a key may issue forbids a request now.
+    """A rule about how often a key may issue forbids a request until `retry_at` (aware UTC, None if nobody knows).
 
-    Attributes:
-        retry_at: when the next request is allowed, aware UTC; None when nobody can know.
-        cause: `minute` (KIS's one request a minute), `ceiling` (KIS_MAX_ISSUES_PER_DAY), `same_token` (KIS
-            returns the present token for six hours) or `backoff` (the pause after a failed attempt while the
-            present token goes on serving).
-
+    `cause` is `minute` (KIS's one request a minute), `ceiling` (KIS_MAX_ISSUES_PER_DAY), `same_token` (KIS returns the
+    present token for six hours) or `backoff` (the pause after a failure while the present token serves).
     """
 
     exit_code = 4
 
     def __init__(self, message: str, *, retry_at: datetime | None = None, cause: str = "") -> None:
-        """Keep when (aware UTC) and by which rule beside the message; without either it is made by unpickling."""
+        """Keep when and by which rule beside the message; without either it is made by unpickling."""
         super().__init__(message)
         self.retry_at = retry_at
         self.cause = cause

@@ -2,78 +2,77 @@
 
 from __future__ import annotations
 
-import os
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import limits, outlook, policy
-from tokencore.attempts import Attempt, Note, Outcome, failure, issued_within, last_issue
+from tokencore.attempts import Attempt, Outcome, failure, issued_within, note
 from tokencore.calendars import sessions
-from tokencore.errors import ConfigurationError, TokenError
-from tokencore.limits import format_time
-from tokencore.outlook import PLAN_DAYS, Plan, RefreshWarning
+from tokencore.errors import ConfigurationError, CredentialsError, TokenError
+from tokencore.limits import Intent, Standing, format_time
+from tokencore.outlook import PLAN_DAYS, VALID, Plan, RefreshWarning
 from tokencore.policy import CLOCK_SLACK
 from tokencore.renewer import FOREIGN_AGE, Renewer
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import open_store
+from tokencore.tokens import KST
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from tokencore.calendars.sessions import Override
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
-    from tokencore.errors import CredentialsError
     from tokencore.kis.quotes import Evidence
-    from tokencore.outlook import Horizon, Outlook
+    from tokencore.outlook import Need, Outlook
     from tokencore.stores.base import Store
     from tokencore.tokens import Token
+
+    Horizons = dict[tuple[str, ...], tuple[datetime, Outlook]]
+
+HORIZON_AGE = timedelta(minutes=10)  # for which what the calendars say is not asked again
 
 
 @sealed_class()
 class Key(Sensitive):
-    """One app key in one environment: its markets, where its token is kept, and how it is renewed.
+    """One app key in one environment: its `markets`, the `store` of its token, and how that is renewed.
 
-    Attributes:
-        markets: the markets that share it, in the settings' order.
-        market: the first of them, which has the numbers of the rules.
-        store: where its token and issuance record are.
-        label: what people call it, such as `us+kr` or `hk (paper)`.
-        exchanges: what its markets trade, by order code.
-
+    `market` is the first of them and has the numbers of the rules, `label` what people call the key, such as `us+kr` or
+    `hk (paper)`, and `exchanges` what its markets trade, by order code.
     """
 
     __slots__ = ("__dict__", "__weakref__")
 
-    def __init__(self, markets: Sequence[Market], known: Mapping[str, Override]) -> None:
-        """Serve the key of `markets`; `known` is what the settings say about exchanges. Nothing is opened yet."""
+    def __init__(self, markets: Sequence[Market], store: Store | None = None, horizons: Horizons | None = None) -> None:
+        """Serve the key of `markets`; keys of the same settings may share `horizons`. Nothing is opened yet."""
         self.markets = list(markets)
         self.market = markets[0]
         self.name = self.market.name
         self.fingerprint = self.market.fingerprint
-        self.store: Store = open_store(self.market, lambda: [one.name for one in self.markets])
+        self.store = store or self.store_of(self.market)
         self.label = "+".join(one.name for one in markets) + (" (paper)" if self.market.environment == "paper" else "")
         self.exchanges = list(dict.fromkeys(code for one in markets for code in one.exchanges))
-        self.overrides = known
+        self.overrides = self.market.settings.overrides
         self._renewer: Renewer | None = None
-        self._horizons: dict[tuple[str, ...], tuple[datetime, Horizon | None]] = {}
+        self._horizons: Horizons = {} if horizons is None else horizons
 
     def __repr__(self) -> str:
         return f"Key({self.label!r})"
 
     @classmethod
-    def load(cls, settings: Settings) -> list[Key]:
-        """Every key of the settings, in the order of its first market.
+    def load(cls, settings: Settings, markets: Iterable[Market] = ()) -> list[Key]:
+        """Every key of the settings, or of these of their markets, in the order of its first market.
 
         Raises:
-            ConfigurationError: no market has credentials; the message says what to set.
+            ConfigurationError: no market has credentials, or one of `markets` has none; the message says what to set.
 
         """
         groups: dict[tuple[str, str], list[Market]] = {}
-        for market in settings.able_markets():
+        horizons: Horizons = {}
+        for market in markets or settings.able_markets():
             market.identified()
             groups.setdefault((market.fingerprint, market.environment), []).append(market)
-        return [cls(markets, settings.overrides) for markets in groups.values()]
+        return [cls(sharing, horizons=horizons) for sharing in groups.values()]
 
     @classmethod
     def trading(cls, settings: Settings, exchange: str) -> list[Key]:
@@ -84,11 +83,7 @@ class Key(Sensitive):
 
         """
         place = sessions.exchange(exchange)
-        found = [
-            key
-            for key in cls.load(settings)
-            if any(sessions.exchange(code).code == place.code for code in key.exchanges)
-        ]
+        found = [key for key in cls.load(settings) if place in map(sessions.exchange, key.exchanges)]
         if not found:
             raise ConfigurationError(
                 f"No market of your settings trades {place.code}; add it to one, such as "
@@ -108,31 +103,43 @@ class Key(Sensitive):
             self._renewer = Renewer(self.markets, self.store)
         return self._renewer
 
-    def state(self, now: datetime) -> KeyState:
-        """All that is known of the key at `now` (aware), read once: token, record and what lies ahead.
+    def store_of(self, market: Market) -> Store:
+        """The key's store as this one of its markets sees it."""
+        return open_store(market, lambda: [one.name for one in self.markets])
 
-        A token that could not be saved is left out, as no other process can use it.
+    def state(self, now: datetime, *, shared: bool = True) -> KeyState:
+        """All that is known of the key at `now` (aware), read once: token and record.
+
+        A token that could not be saved, which no other process can use, is left out unless `shared` is False.
 
         Raises:
-            ConfigurationError: an exchange is unknown.
             TokenStoreError: the store cannot be used.
 
         """
         attempts = self.store.attempts()  # first: a fleet's store is then asked for the token too
-        token, problem = self.store.newest(shared=True), ""
-        if token is None:
-            problem = self.store.read()[1]
-        issued_at = token.issued_at if token else last_issue(attempts)
-        ahead = outlook.look(token, issued_at, self.horizon(self.exchanges, now), self.market, now)
-        return KeyState(self, now, token, problem, attempts, ahead)
+        token, problem = self.store.read()
+        if token and shared and not self.store.saved(token):
+            token = self.store.newest(shared=True)
+        return KeyState(self, now, token, problem, attempts)
 
-    def horizon(self, codes: Sequence[str], now: datetime) -> Horizon | None:
-        """When these exchanges need a token around `now`; asked of the calendars once in ten minutes."""
+    def horizon(self, codes: Sequence[str], now: datetime) -> Outlook:
+        """When these exchanges need a token around `now`."""
         known = self._horizons.get(tuple(codes))
-        if known is None or not timedelta(0) <= now - known[0] < timedelta(minutes=10):
+        if known is None or not timedelta(0) <= now - known[0] < HORIZON_AGE:
             known = now, outlook.horizon(codes, self.overrides, self.market.buffer, now)
             self._horizons[tuple(codes)] = known
         return known[1]
+
+    def running(self, now: datetime) -> dict[str, datetime]:
+        """The exchanges that need a token now, and until when."""
+        soon = now + timedelta(seconds=1)
+        needs = {code: sessions.needs([code], now, soon, self.overrides) for code in self.exchanges}
+        return {code: found[0][1] for code, found in needs.items() if found and found[0][0] <= now}
+
+    def in_served_session(self, token: Token, now: datetime) -> bool:
+        """Whether an exchange needs a token now and this one serves to the end: no time for a swap."""
+        running = self.running(now)
+        return bool(running) and token.serves(max(running.values()) - CLOCK_SLACK, self.market.buffer)
 
     def tick(self, state: KeyState) -> Decision:
         """Follow the renewal rule at `state`: renew if it is due and the limits allow it.
@@ -140,14 +147,14 @@ class Key(Sensitive):
         After a failure the record keeps the pauses (65 s three times, then 5 min), so that any number of callers,
         however often they call, ask KIS no more than the rule does.
         """
-        planned = state.outlook.next
+        planned, renewed, trouble = state.outlook.next, False, None
         if planned is None or planned.at > state.now:
-            return Decision(renewed=False, trouble=None, state=state)
+            return Decision(renewed, trouble, state)
         try:
             renewed = self.renewer.renew_due(state.token, f"rule: {planned.exception or planned.reason}")
         except TokenError as error:
-            return Decision(renewed=False, trouble=error, state=self.state(state.now))
-        return Decision(renewed=renewed, trouble=None, state=self.state(state.now))
+            trouble = error
+        return Decision(renewed, trouble, self.state(state.now))
 
     def obtain(self, until: datetime, now: datetime) -> bool:
         """Have a saved token that lasts to `until` (aware), give or take `CLOCK_SLACK`; whether this call issued it.
@@ -156,28 +163,19 @@ class Key(Sensitive):
             TokenError: no such token can be had; a present one is untouched.
 
         """
-        buffer, began, until = self.market.buffer, self.store.attempts(), until - CLOCK_SLACK
+        until, buffer, issued = until - CLOCK_SLACK, self.market.buffer, False
         token = self.store.newest()
         if token is None or not token.serves(until, buffer):
-            token = self.renewer.obtain(lambda found: found.serves(max(until, now), buffer), f"get {self.name}")
+            token, issued = self.renewer.obtain(lambda one: one.serves(max(until, now), buffer), f"get {self.name}")
         self.renewer.require_saved(token)
-        last = self.store.attempts()[-1:]
-        mine = Outcome.ISSUED, os.getpid(), ""  # a machine of a fleet names the others' only
-        return last != began[-1:] and any((one.outcome, one.pid, one.host) == mine for one in last)
+        return issued
 
     def refresh(self, *, force: bool, reason: str, by: str) -> bool:
         """Renew now; True for a new token, False where KIS returned the present one; see `BaseTokenManager.refresh`."""
-        return self.renewer.refresh(force=force, note=Note(reason, by).checked())
+        reason, by = note(reason, by)
+        return self.renewer.refresh(force=force, reason=reason, by=by)
 
-    @staticmethod
-    def note(reason: str, by: str) -> tuple[str, str]:
-        """A reason and a name as the record keeps them: on one line, cut to length, without what a terminal acts on.
-
-        Raises:
-            ConfigurationError: one of them contains a word as long as an app key.
-
-        """
-        return Note(reason, by).checked()
+    note = staticmethod(note)
 
     def prove(self, token: Token) -> Evidence:
         """What one quote call tells of `token`; never raises because of KIS."""
@@ -195,43 +193,56 @@ class Key(Sensitive):
 
 
 @sealed_class()
-class KeyState(NamedTuple):
+class KeyState(Sensitive):
     """A key at one moment; times are aware UTC.
 
     Attributes:
         key: whose state it is.
         now: when it was read.
-        token: the token that lasts longest, valid or not; None without one.
+        token: the present token, valid or not; None without one.
         problem: why there is none, where something is stored that cannot be used.
         attempts: the issuance record, oldest first.
-        outlook: what lies ahead.
+        status: `VALID`, `EXPIRING_SOON`, `EXPIRED`, `NO_TOKEN`, `REJECTED` or `UNREADABLE`.
+        serves_until: until when the token serves: its expiry less the buffer; None where none serves now.
+        cooldown_until: until when no request for a token is allowed; None when one is.
+        issues_last_24h: how many tokens the key has issued in the last 24 hours.
 
     """
 
-    key: Key
-    now: datetime
-    token: Token | None
-    problem: str
-    attempts: list[Attempt]
-    outlook: Outlook
+    def __init__(self, key: Key, now: datetime, token: Token | None, problem: str, attempts: list[Attempt]) -> None:
+        """Take what was read; what lies ahead is computed when it is asked for."""
+        self.key = key
+        self.now = now
+        self.token = token
+        self.problem = problem
+        self.attempts = attempts
+        self.status = _status(token, problem, key.market, now)
+        serving = token if self.status in VALID else None
+        self.serves_until = serving.expires_at - timedelta(seconds=key.market.buffer) if serving else None
+        self.cooldown_until = limits.cooldown_until(attempts, now, key.market)
+        self.issues_last_24h = len(issued_within(attempts, now))
 
-    @property
-    def status(self) -> str:
-        """`VALID`, `EXPIRING_SOON`, `EXPIRED`, `NO_TOKEN`, `REJECTED` or `UNREADABLE`."""
-        return outlook.word(self.token, self.problem, self.key.market, self.now)
+    @cached_property
+    def outlook(self) -> Outlook:
+        """What lies ahead: needs, anchor, next renewal.
 
-    @property
-    def serves_until(self) -> datetime | None:
-        """Until when the present token serves: its expiry less the buffer; None where none serves now."""
-        if self.token is None or not self.token.serves(self.now, self.key.market.buffer):
-            return None
-        return self.token.expires_at - timedelta(seconds=self.key.market.buffer)
+        Raises:
+            ConfigurationError: an exchange is unknown.
+
+        """
+        ahead = self.key.horizon(self.key.exchanges, self.now)
+        return outlook.look(self.token, self.attempts, ahead, self.key.market, self.now)
+
+    def without_token(self, problem: str) -> KeyState:
+        """The same of a market whose own file is why there is no token."""
+        return KeyState(self.key, self.now, None, problem, self.attempts)
 
     @property
     def served(self) -> str:
         """Whose token serves until when, for people; without a full stop."""
         until = self.serves_until
-        return f"{self.key.label}: " + (f"the token serves until {format_time(until)[:-7]} KST" if until else NO_TOKEN)
+        said = f"the token serves until {format_time(until)[:-7]} KST" if until else "no valid token"
+        return f"{self.key.label}: {said}"
 
     @property
     def covered(self) -> bool:
@@ -241,44 +252,41 @@ class KeyState(NamedTuple):
         return self.serves_until is not None
 
     def lasts(self, until: datetime) -> bool:
-        """Whether the token serves until then."""
+        """Whether the token serves until then; our clock and KIS's may differ by a little."""
         return self.token is not None and self.token.serves(until - CLOCK_SLACK, self.key.market.buffer)
-
-    @property
-    def allowed_from(self) -> datetime | None:
-        """When a renewal that is due now would be allowed; None where refused credentials forbid it."""
-        return self.key.renewer.allowed_from(self.attempts, self.token, self.now)
 
     @property
     def refusal(self) -> CredentialsError | None:
         """Why only a person can bring about a renewal: KIS refused these credentials; None where it did not."""
-        return self.key.renewer.refusal(self.attempts, self.token, self.now)
-
-    @property
-    def refused(self) -> bool:
-        """Whether KIS refused the credentials."""
-        return self.refusal is not None
+        try:
+            limits.check_credentials(Intent.DUE, self._standing, self.key.market)
+        except CredentialsError as error:
+            return error.with_traceback(None)
+        return None
 
     @property
     def next_attempt(self) -> datetime | None:
-        """When the rule will have something to do next; None if nothing is due, or a person has to act first."""
-        return outlook.attempt_at(self.outlook.next, self.allowed_from, self.key.market, self.now)
+        """When a renewal is tried next; None if none is needed, or a person has to act first.
+
+        That is the plan's moment or, where it is due, when limits and pauses allow it, a minute from now at the
+        soonest.
+        """
+        planned, market = self.outlook.next, self.key.market
+        try:
+            allowed = limits.allowed_from(self._standing, market) if planned else None
+        except ConfigurationError:  # the keyring with the secret is locked
+            return None
+        if planned is None or allowed is None:
+            return None
+        if planned.at > self.now:
+            return planned.at
+        return allowed if allowed > self.now else self.now + timedelta(seconds=market.settings.issue_interval)
 
     @property
     def failed(self) -> tuple[datetime, str] | None:
         """When the last attempt was (aware UTC) and why it brought no token, where a renewal is due; else None."""
         planned = self.outlook.next
         return failure(self.attempts) if planned and planned.at <= self.now else None
-
-    @property
-    def cooldown_until(self) -> datetime | None:
-        """Until when no request for a token is allowed; None when one is."""
-        return limits.cooldown_until(self.attempts, self.now, self.key.market)
-
-    @property
-    def issues_last_24h(self) -> int:
-        """How many tokens the key has issued in the last 24 hours."""
-        return len(issued_within(self.attempts, self.now))
 
     @property
     def foreign_issue(self) -> datetime | None:
@@ -298,25 +306,21 @@ class KeyState(NamedTuple):
 
     def warnings(self) -> list[RefreshWarning]:
         """What a refresh now would bring about, for the person who asks for it; empty where it harms nothing."""
-        soon = self.now + timedelta(seconds=1)
-        needs = {code: sessions.needs([code], self.now, soon, self.key.overrides) for code in self.key.exchanges}
-        running = {code: found[-1][1] for code, found in needs.items() if found}
-        return outlook.preview_refresh(self.now, self.token, self.attempts, running, self.key.market)
+        return outlook.preview_refresh(self.now, self.token, self.attempts, self.key.running(self.now), self.key.market)
 
-    def need_of(self, market: Market) -> tuple[datetime, datetime] | None:
+    def need_of(self, market: Market) -> Need | None:
         """The present or coming need of one of the key's markets; None without exchanges."""
         ahead = self.key.horizon(market.exchanges, self.now)
-        return next((need for need in ahead.needs if need[1] > self.now), None) if ahead else None
+        return next((need for need in ahead.needs if need[1] > self.now), None)
 
     def plan(self, days: int = PLAN_DAYS) -> Plan:
         """The coming `days` of KST, if every renewal succeeds."""
-        key, ahead, buffer = self.key, self.outlook, timedelta(seconds=self.key.market.buffer)
-        start = outlook.plan_start(self.now)
+        key, ahead, buffer, refused = self.key, self.outlook, self.key.market.buffer, self.refusal is not None
+        start = datetime.combine(self.now.astimezone(KST).date(), time(), KST).astimezone(UTC)
         until = start + timedelta(days=days)
         token = self.token if self.token and self.token.rejected_at is None else None
-        refused = self.refused
-        coming = [ahead.next] if ahead.next and not key.exchanges and not refused else []
-        if key.exchanges and not refused:
+        coming = [ahead.next] if ahead.next and not key.exchanges else []
+        if key.exchanges:
             coming = policy.renewals(
                 self.now,
                 sessions.needs(key.exchanges, self.now - outlook.RAN_BEFORE, until + outlook.AFTER, key.overrides),
@@ -324,11 +328,25 @@ class KeyState(NamedTuple):
                 issued_at=self.token.issued_at if self.token else None,
                 expires_at=token.expires_at + CLOCK_SLACK if token else None,
                 anchor=ahead.anchor,
-                buffer=buffer,
+                buffer=timedelta(seconds=buffer),
             )
-        rows = outlook.make_rows(key.exchanges, start, until, key.overrides)
-        names = [one.name for one in key.markets]
-        return Plan(names, start, self.now, until, self.token, ahead, rows, coming, key.market.buffer, refused)
+        rows, names = outlook.make_rows(key.exchanges, start, until, key.overrides), [one.name for one in key.markets]
+        coming = [] if refused else coming
+        return Plan(names, start, self.now, until, self.token, ahead, rows, coming, buffer, refused)
+
+    @property
+    def _standing(self) -> Standing:
+        return Standing(self.now, self.attempts, self.token, self.key.renewer.credentials)
+
+
+def _status(token: Token | None, problem: str, market: Market, now: datetime) -> str:
+    if token is None:
+        return "UNREADABLE" if problem else "NO_TOKEN"
+    if token.rejected_at is not None:
+        return "REJECTED"
+    if not token.serves(now, market.buffer):
+        return "EXPIRED"
+    return "VALID" if token.serves(now, market.proactive_window) else "EXPIRING_SOON"
 
 
 class Decision(NamedTuple):
@@ -337,6 +355,3 @@ class Decision(NamedTuple):
     renewed: bool
     trouble: TokenError | None
     state: KeyState
-
-
-NO_TOKEN = "no valid token"  # noqa: S105 - words

@@ -94,17 +94,6 @@ def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -
     return until if until > now else None
 
 
-def paused_until(attempts: Sequence[Attempt], now: datetime, interval: float) -> datetime | None:
-    """When the pause after failed attempts is over; None when it is, or when the last one brought a new token."""
-    if not attempts or attempts[-1].outcome in _NEW or attempts[-1].at > now + CLOCK_ERROR:
-        return None
-    final = attempts[-1]  # also one that never left: an issuer that cannot be reached is left alone as long
-    counted = record.latest(attempts)
-    seldom = final.outcome is Outcome.SAME or (counted and counted.outcome in CREDENTIALS)
-    until = min(final.at, now) + retry_delay(SELDOM if seldom else record.failures(attempts), interval)
-    return until if until > now else None
-
-
 def same_token_until(token: Token | None, now: datetime) -> datetime | None:
     """Until when KIS would return this token rather than issue one; None when it would issue one now."""
     until = token.same_until() if token else None
@@ -139,6 +128,9 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
 def check_credentials(intent: Intent, standing: Standing, market: Market) -> None:
     """Return where KIS has not refused these very credentials with the last attempt.
 
+    A key whose token is about to expire was right until lately (KIS answers so to a locked key too), so AHEAD tries
+    again, a few times; otherwise nobody but a person does.
+
     Raises:
         CredentialsError: it has; a person has to act.
 
@@ -146,8 +138,6 @@ def check_credentials(intent: Intent, standing: Standing, market: Market) -> Non
     last = record.latest(standing.attempts)
     if last is None or last.outcome not in CREDENTIALS or last.credentials != standing.credentials:
         return
-    # A key whose token is about to expire was right until lately: KIS answers so to a locked key too. It is
-    # tried again, a few times; otherwise nobody but a person tries again.
     if intent in (Intent.REQUIRED, Intent.DUE):
         raise CredentialsError(
             f"KIS refused these credentials at {format_time(last.at)} ({last.code}), so they are not tried again "
@@ -158,8 +148,11 @@ def check_credentials(intent: Intent, standing: Standing, market: Market) -> Non
 
 def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
     now, attempts = standing.now, standing.attempts
+    if not attempts:
+        return
+    last = record.latest(attempts)
     serves = what_serves(standing.token, now, market.buffer)
-    last, until = record.latest(attempts), cooldown_until(attempts, now, market)
+    until = cooldown_until(attempts, now, market)
     if last and until and standing.waited_out != last.at:
         failed = record.failure([last])  # what the person has to know first
         fault = f"KIS gave no new token at {format_time(last.at)}: {failed[1]}. " if failed else ""
@@ -169,10 +162,15 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
             retry_at=until,
             cause="minute",
         )
-    until = paused_until(attempts, now, market.settings.issue_interval)
-    if until and intent in (Intent.DUE, Intent.AHEAD):
+    final = attempts[-1]  # also one that never left: an issuer that cannot be reached is left alone as long
+    if intent not in (Intent.DUE, Intent.AHEAD) or final.outcome in _NEW or final.at > now + CLOCK_ERROR:
+        return
+    seldom = final.outcome is Outcome.SAME or (last and last.outcome in CREDENTIALS)
+    failures = SELDOM if seldom else record.failures(attempts)
+    until = min(final.at, now) + retry_delay(failures, market.settings.issue_interval)
+    if until > now:
         raise IssuanceLimitError(
-            f"The last attempt brought no new token ({attempts[-1].outcome}). {serves} "
+            f"The last attempt brought no new token ({final.outcome}). {serves} "
             f"The next attempt is at {format_time(until)}.",
             retry_at=until,
             cause="backoff",
@@ -197,13 +195,13 @@ def _check_same_token(standing: Standing, market: Market) -> None:
 
 
 def _check_ceiling(standing: Standing, market: Market) -> None:
-    issued = record.issued_within(standing.attempts, standing.now)
-    if len(issued) < market.settings.max_issues_per_day:
+    issued, ceiling = record.issued_within(standing.attempts, standing.now), market.settings.max_issues_per_day
+    if len(issued) < ceiling:
         return
-    until = issued[-market.settings.max_issues_per_day].at + record.DAY
+    until = issued[-ceiling].at + record.DAY
     raise IssuanceLimitError(
         f"The 24-hour limit is reached: this key has issued {len(issued)} tokens in 24 hours, and "
-        f"KIS_MAX_ISSUES_PER_DAY is {market.settings.max_issues_per_day}. "
+        f"KIS_MAX_ISSUES_PER_DAY is {ceiling}. "
         f"{what_serves(standing.token, standing.now, market.buffer)} The next is allowed at {format_time(until)}; "
         f"`tokencore refresh {market.name} --force` passes the limit.",
         retry_at=until,

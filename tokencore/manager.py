@@ -1,14 +1,15 @@
 """Token managers: one market's token for programs, from memory, then its file, then renewal under the key's lock.
 
-A cached token costs an attribute and a look at the clock; once a second a `stat` tells whether another process has
-renewed. What is heavy (HTTP, locking, validation of settings) is imported when a renewal is due, and a token that
-still serves is handed out while its successor is fetched beside it.
+A cached token costs an attribute and a look at the clock, and once a second a `stat`. What is heavy (HTTP, locking,
+validation of settings) is imported when a renewal is due.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 
 from tokencore.config import market_of_program, read_market
 from tokencore.config.market import ISSUE_INTERVAL
@@ -19,11 +20,12 @@ from tokencore.stores import open_store
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from threading import Event, Thread
+    from contextlib import AbstractContextManager
+    from threading import Event
 
     from tokencore.attempts import Attempt
     from tokencore.config.market import Market
-    from tokencore.kis.quotes import Evidence
+    from tokencore.keys import Key
     from tokencore.renewer import Renewer
     from tokencore.reports.status import MarketStatus
     from tokencore.stores.base import Store
@@ -32,10 +34,7 @@ if TYPE_CHECKING:
 FRESH = 0.9  # seconds for which the token in memory is served without a look at its file
 AHEAD_PAUSE = 1.0  # seconds between two looks at whether a renewal ahead is due; the record decides
 PATIENCE = 0.8  # seconds that a caller with a valid token waits for its successor
-BEGIN, LEAVE = (
-    1.0,
-    0.2,
-)  # seconds that a program's end waits for a renewal beside to begin, and for its request to leave
+BEGIN, LEAVE = 1.0, 0.2  # seconds that a program's end waits for a renewal to begin, and for its request to leave
 
 
 @sealed_class(but=("get_valid_token",))
@@ -43,7 +42,7 @@ class BaseTokenManager(Sensitive):
     """Serves one market's token; thread-safe, fork-safe, and at one with every other process of the machine.
 
     A subclass states what is its own: `get_api_url`, `get_app_credentials` and `get_token_file_prefix`; everything
-    else comes from the settings. It is not pickled: make one where it is needed.
+    else comes from the settings.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_text", "_token")  # what `vars` shows has no secret
@@ -61,9 +60,6 @@ class BaseTokenManager(Sensitive):
         self._fresh_until = 0.0  # monotonic seconds
         self._calm_until = 0.0  # epoch seconds: no renewal is due before it
         self._next_try = 0.0  # monotonic seconds
-        self._next_save = 0.0  # the same
-        self._store_made: Store | None = None
-        self._renewer_made: Renewer | None = None
 
     def __repr__(self) -> str:
         market = getattr(self, "market", None)  # none yet where an error's traceback shows what was being made
@@ -99,7 +95,7 @@ class BaseTokenManager(Sensitive):
         """
         if valid_until is None and (time.monotonic() < self._fresh_until or self._unchanged()):
             return self._text
-        return self._consulted(valid_until)
+        return self._serving(valid_until).access_token
 
     def token_at_hand(self) -> str | None:
         """The valid token where it is cached and no renewal is due; None where `get_valid_token` might wait."""
@@ -122,8 +118,7 @@ class BaseTokenManager(Sensitive):
             TokenStoreError: it could not be written; what was there before still is.
 
         """
-        self._fresh_until = 0.0
-        with self._renewer.changing():
+        with self._changing():
             self._store.save(token)
 
     def delete_token(self) -> bool:
@@ -133,8 +128,7 @@ class BaseTokenManager(Sensitive):
             TokenStoreError: it cannot be removed.
 
         """
-        self._fresh_until = 0.0
-        with self._renewer.changing():
+        with self._changing():
             return self._store.delete()
 
     def is_token_expired(self) -> bool:
@@ -143,10 +137,10 @@ class BaseTokenManager(Sensitive):
         return token is None or not token.serves(datetime.now(UTC), self.market.buffer)
 
     def get_token_status(self) -> MarketStatus:
-        """What is known of the market's token, as `tokencore check --json` prints it. Writes and asks nothing."""
-        from tokencore.reports.status import status_of  # not on the path of a cached token
+        """What is known of the market's token, as `tokencore check --json` prints it; read-only."""
+        from tokencore.reports.status import look_at  # not on the path of a cached token
 
-        return status_of(self.market, self._store, datetime.now(UTC))
+        return look_at(self._key().state(datetime.now(UTC), shared=False), self.market).status
 
     def get_token_info(self) -> str:
         """The same for people: a few aligned lines, times in KST and in this machine's zone."""
@@ -163,24 +157,20 @@ class BaseTokenManager(Sensitive):
         Raises:
             ConfigurationError: one of these looks like a key; nothing was asked.
             IssuanceLimitError: declined; `retry_at` tells until when. The minute limit holds for `force` too.
-            CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met.
-                The present token is untouched.
+            CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met; the present token stays.
 
         """
-        from tokencore.attempts import Note  # not on the path of a cached token
-
         self._reload()
-        return self._renewer.refresh(force=force, note=Note(reason or "refresh", by).checked())
+        return self._key().refresh(force=force, reason=reason or "refresh", by=by)
 
     def report_rejected(self, token: str) -> str:
         """Report that KIS rejected `token` on a business call (EGW00121, EGW00123); the token to use instead.
 
-        Where another process has renewed already, its token is returned. Otherwise the token is marked dead for
-        all processes and renewed, as soon as KIS would issue another one.
+        Where another process has renewed already, that is its token. Otherwise `token` is marked dead for all
+        processes and renewed.
 
         Raises:
-            IssuanceLimitError: it is younger than six hours, in which KIS returns the dead token;
-                `retry_at` tells when a new one can be issued.
+            IssuanceLimitError: it is younger than six hours, in which KIS returns the dead token, until `retry_at`.
             TokenError: the renewal failed; see `get_valid_token`.
 
         """
@@ -201,11 +191,9 @@ class BaseTokenManager(Sensitive):
         """
         from tokencore.clients.approval import ApprovalKeys  # not on the path of a cached token
 
-        keys = ApprovalKeys(self.market, self._store, self._renewer)
-        if not keys.serving(rejected, self.market.buffer):
+        if not ApprovalKeys(self.market, self._store, self._renewer).serving(rejected, self.market.buffer):
             self._reload()
-            keys = ApprovalKeys(self.market, self._store, self._renewer)
-        return keys.obtain(rejected)
+        return ApprovalKeys(self.market, self._store, self._renewer).obtain(rejected)
 
     def revoke(self) -> bool:
         """Make KIS forget the present token and remove it for every market of the key; whether there was one.
@@ -217,26 +205,22 @@ class BaseTokenManager(Sensitive):
         token = self._store.newest()
         if token is None:
             return False
-        self._fresh_until = 0.0
         self._renewer.gateway.revoke(token.access_token)
-        with self._renewer.changing():
+        with self._changing():
             self._store.clear()
         return True
 
-    def probe(self, access_token: str | None = None) -> tuple[bool | None, str]:
+    def probe(self, token: Token | None = None) -> tuple[bool | None, str]:
         """Whether KIS accepts the token, the cached one by default, on a quote call (None: it did not say), and why.
 
         Raises:
             TokenUnavailableError: there is no token to try.
 
         """
-        from tokencore.kis.quotes import for_exchanges
-
-        token = self.load_token() if access_token is None else None
-        access_token = token.access_token if token else access_token
-        if access_token is None:
+        token = token or self.load_token()
+        if token is None:
             raise TokenUnavailableError(f"There is no token for {self.market.name!r} to try.")
-        evidence: Evidence = self._renewer.gateway.quote(access_token, for_exchanges(self.market.exchanges))
+        evidence = self._key().prove(token)
         return evidence.accepted, evidence.detail
 
     def export(self, client: str, folder: str) -> list[str]:
@@ -247,12 +231,10 @@ class BaseTokenManager(Sensitive):
             TokenError: there is no token and none could be issued, or the system refuses; the token is untouched.
 
         """
-        from tokencore.clients.exports import Exports
-
-        exports = Exports(self._sharing(), self._store)
+        exports = self._renewer.copies
         exports.check(client, folder)
         token = self._serving(None)
-        with self._renewer.changing():
+        with self._changing():
             return exports.write(client, folder, token)
 
     def adopt(self, token: Token, *, force: bool = False, proven: bool = False) -> bool:
@@ -265,10 +247,7 @@ class BaseTokenManager(Sensitive):
 
         """
         self._fresh_until = 0.0
-        now = datetime.now(UTC)
-        return self._renewer.adopt(
-            token, lambda present: _check_better(token, present, now, force=force, proven=proven)
-        )
+        return self._renewer.adopt(token, force=force, proven=proven)
 
     def history(self) -> list[Attempt]:
         """The key's issuance record, oldest attempt first; reading changes nothing."""
@@ -276,13 +255,15 @@ class BaseTokenManager(Sensitive):
 
     # Inside
 
+    def _changing(self) -> AbstractContextManager[None]:
+        self._fresh_until = 0.0
+        return self._renewer.changing()
+
     @sealed
-    def _consulted(self, valid_until: datetime | None) -> str:
+    def _serving(self, valid_until: datetime | None) -> Token:
         if valid_until is not None and getattr(valid_until, "tzinfo", None) is None:
             raise ConfigurationError("valid_until must be a datetime with a time zone. Nothing was issued; pass one.")
-        return self._serving(valid_until).access_token
 
-    def _serving(self, valid_until: datetime | None) -> Token:
         def until() -> datetime:  # anew at each look: a clock that is set back meanwhile costs no token
             now = datetime.now(UTC)
             return now if valid_until is None else max(now, valid_until)
@@ -291,21 +272,14 @@ class BaseTokenManager(Sensitive):
         if token is None or not token.serves(until(), self.market.buffer):
             _refuse_hopeless(token, now, until(), self.market.buffer)
             self._reload()
-            token = self._renewer.obtain(
-                lambda found: found.serves(until(), self.market.buffer), f"get {self.market.name}"
-            )
+            reason = f"get {self.market.name}"
+            token, _ = self._renewer.obtain(lambda found: found.serves(until(), self.market.buffer), reason)
         self._remember(token, now)
-        if not self._store.saved(token):
-            self._save_late()
+        if not self._store.saved(token):  # the disk may have room again
+            self._renewer.sync_copies()
         if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:
             self._renew_beside(token)
         return self._token or token
-
-    def _save_late(self) -> None:
-        """Once a minute, try to save what only this process has: the disk may have room again."""
-        if time.monotonic() >= self._next_save:
-            self._next_save = time.monotonic() + self.market.settings.issue_interval
-            self._renewer.sync_copies()
 
     def _unchanged(self) -> bool:
         """Whether one `stat` shows that the token remembered still stands; it is then fresh for as long again."""
@@ -336,10 +310,10 @@ class BaseTokenManager(Sensitive):
             _warn(error)
             return
         thread.join(PATIENCE)
-        if thread.is_alive():
+        if thread.is_alive():  # at the program's end, on a busy machine, let it ask KIS; nobody waits for the answer
             import atexit
 
-            atexit.register(_let_begin, thread, begun)
+            atexit.register(lambda: thread.join(LEAVE) if begun.wait(BEGIN) else None)
 
     def _renew_ahead(self, token: Token, begun: Event) -> None:
         now, interval = datetime.now(UTC), ISSUE_INTERVAL
@@ -348,7 +322,9 @@ class BaseTokenManager(Sensitive):
             interval = self.market.settings.issue_interval
             renewer = self._renewer
             renewer.departing = begun.set
-            newer = renewer.renew_ahead(token, f"ahead {self.market.name}", lambda: self._in_served_session(token, now))
+            newer = renewer.renew_ahead(
+                token, f"ahead {self.market.name}", lambda: self._key().in_served_session(token, now)
+            )
         except Exception as error:  # noqa: BLE001 - whatever fails, the present token is served
             self._next_try = time.monotonic() + max(AHEAD_PAUSE, interval)
             _warn(error)
@@ -357,12 +333,6 @@ class BaseTokenManager(Sensitive):
                 self._remember(newer, now)
         finally:
             begun.set()
-
-    def _in_served_session(self, token: Token, now: datetime) -> bool:
-        from tokencore.outlook import in_served_session  # calendars, for the one who would issue
-
-        codes = list(dict.fromkeys(code for one in self._sharing() for code in one.exchanges))
-        return in_served_session(codes, self.market.settings.overrides, token, now, self.market.buffer)
 
     def _read_market(self) -> Market:
         """The market that the file prefix names, with the key and address that the subclass gives."""
@@ -374,8 +344,9 @@ class BaseTokenManager(Sensitive):
         self._fresh_until = 0.0
         before, market = self.market, self._read_market()
         if (market.fingerprint, market.token_dir, market.store) != (before.fingerprint, before.token_dir, before.store):
-            self._store_made = None
-        self.market, self._renewer_made = market, None
+            vars(self).pop("_store", None)
+        vars(self).pop("_renewer", None)
+        self.market = market
 
     def _sharing(self) -> Sequence[Market]:
         """The configured markets with this key, this one first: they share one token and one issuance."""
@@ -384,20 +355,21 @@ class BaseTokenManager(Sensitive):
         others = [one for one in known if one.app_key and (one.fingerprint, one.environment) == own]
         return [self.market, *(one for one in others if one.name != self.market.name)]
 
-    @property
+    @cached_property
     def _store(self) -> Store:
-        if self._store_made is None:
-            self.market.identified()  # a missing key or secret is reported now, not by a renewal at night
-            self._store_made = open_store(self.market, lambda: [one.name for one in self._sharing()])
-        return self._store_made
+        self.market.identified()  # a missing key or secret is reported now, not by a renewal at night
+        return open_store(self.market, lambda: [one.name for one in self._sharing()])
 
-    @property
+    @cached_property
     def _renewer(self) -> Renewer:
-        if self._renewer_made is None:
-            from tokencore.renewer import Renewer  # not on the path of a cached token
+        from tokencore.renewer import Renewer  # not on the path of a cached token
 
-            self._renewer_made = Renewer(self._sharing(), self._store)
-        return self._renewer_made
+        return Renewer(self._sharing(), self._store)
+
+    def _key(self) -> Key:
+        from tokencore.keys import Key  # calendars, which a cached token needs not
+
+        return Key(self._sharing(), self._store)
 
 
 @sealed_class()
@@ -413,8 +385,9 @@ class TokenManager(BaseTokenManager):
         """
         self._name = market
         super().__init__()
-        if self.market.app_key:
-            self._import_ahead()
+        with suppress(TokenError):  # whoever asks for the token learns why
+            if self.market.app_key and self.is_token_expired():
+                _import_ahead()
 
     def get_api_url(self) -> str:
         """The market's base URL, or its environment's."""
@@ -432,19 +405,6 @@ class TokenManager(BaseTokenManager):
     def get_token_file_prefix(self) -> str:
         """The market's name and an underscore."""
         return f"{self.market.name}_"
-
-    def _import_ahead(self) -> None:
-        """Where a renewal will be due at once, its imports are done before anyone waits for the token."""
-        try:
-            due = self.is_token_expired()
-        except TokenError:  # whoever asks for the token learns why
-            return
-        if due:
-            from importlib import import_module
-
-            for name in ("filelock", "tokencore.kis.gateway", "tokencore.clients.exports", "tokencore.renewer"):
-                import_module(name)
-            import_module("tokencore.config.settings")
 
     def _read_market(self) -> Market:
         """The settings' market; a subclass that gives a key or an address of its own is asked for them."""
@@ -479,10 +439,12 @@ _WHAT_TO_GIVE = (
 )
 
 
-def _let_begin(thread: Thread, begun: Event) -> None:
-    """At the end of a program on a busy machine, let its renewal ask KIS; the answer is waited for by nobody."""
-    if thread.is_alive() and begun.wait(BEGIN):
-        thread.join(LEAVE)
+def _import_ahead() -> None:
+    """What a renewal that is due at once imports, before anyone waits for the token."""
+    from importlib import import_module
+
+    for name in ("filelock", "tokencore.kis.gateway", "tokencore.renewer", "tokencore.config.settings"):
+        import_module(name)
 
 
 def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer: float) -> None:
@@ -495,25 +457,6 @@ def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer
             f"Even a new token would last only until {reach.isoformat(timespec='seconds')}, not until "
             f"{until.isoformat(timespec='seconds')}. Nothing was issued and the present token still serves; "
             "ask again nearer to that time.",
-        )
-
-
-def _check_better(token: Token, present: Token | None, now: datetime, *, force: bool, proven: bool) -> None:
-    """Return where `token` may take the place of the `present` one."""
-    from tokencore.limits import format_time
-
-    if present is None or force:
-        return
-    if present.access_token == token.access_token:
-        if present.rejected_at is not None and not proven:
-            raise TokenUnavailableError(
-                f"KIS has rejected this very token at {format_time(present.rejected_at)}. Nothing was saved; without "
-                "--offline KIS is asked whether it works again."
-            )
-    elif present.rejected_at is None and present.expires_at > now and present.expires_at >= token.expires_at:
-        raise ConfigurationError(
-            f"The present token lasts longer, until {format_time(present.expires_at)}; this one until "
-            f"{format_time(token.expires_at)}. Nothing was saved; --force takes it anyway."
         )
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, time, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tokencore import limits, policy
-from tokencore.attempts import DAY, issued_within
+from tokencore.attempts import DAY, Outcome, issued_within
 from tokencore.calendars import sessions
 from tokencore.policy import CLOCK_SLACK, Renewal
-from tokencore.tokens import KST, SAME_TOKEN
+from tokencore.tokens import SAME_TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import time
 
     from tokencore.attempts import Attempt
     from tokencore.calendars.sessions import Override
@@ -21,35 +22,20 @@ if TYPE_CHECKING:
 
     Need = tuple[datetime, datetime]
 
-VALID = ("VALID", "EXPIRING_SOON")  # the words for a token that serves
+VALID = ("VALID", "EXPIRING_SOON")  # the statuses of a token that serves
 PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # of the needs that are looked at: the anchor wants two weeks
 PLAN_DAYS = 7  # unless asked otherwise
 AFTER = FUTURE - timedelta(days=PLAN_DAYS)  # a plan's end, of the needs that its last renewals may be for
 RAN_BEFORE = timedelta(hours=36)  # before now: the session that runs, and the one the token was issued for
-_MOMENT = timedelta(seconds=1)
-
-
-class Horizon(NamedTuple):
-    """When a set of exchanges needs a token, which changes with the days and the settings only.
-
-    Attributes:
-        needs: merged needs of two days before to three weeks after the moment that was asked about.
-        quiet: the time of day, from and to in KST, that is quiet on all days; None without one.
-        anchor: the KST minute of the daily renewal; None without a common quiet time.
-
-    """
-
-    needs: list[Need]
-    quiet: tuple[time, time] | None
-    anchor: time | None
 
 
 class Outlook(NamedTuple):
-    """What lies ahead of a key; times are aware UTC.
+    """What lies ahead of a set of exchanges, and of a key that trades them; times are aware UTC.
 
     Attributes:
-        needs: merged needs of all exchanges of the key, from the present one on.
-        quiet, anchor: as in `Horizon`.
+        needs: merged needs; of a key from the present one on.
+        quiet: the time of day, from and to in KST, that is quiet on all days; None without one.
+        anchor: the KST minute of the daily renewal; None without a common quiet time.
         unserved: the first need that the present token does not serve; None when it serves all.
         next: the next renewal; its `at` is `now` where it is due.
 
@@ -58,8 +44,8 @@ class Outlook(NamedTuple):
     needs: list[Need]
     quiet: tuple[time, time] | None
     anchor: time | None
-    unserved: Need | None
-    next: Renewal | None
+    unserved: Need | None = None
+    next: Renewal | None = None
 
 
 class RefreshWarning(NamedTuple):
@@ -82,16 +68,8 @@ class Row(NamedTuple):
 class Plan(NamedTuple):
     """The coming days of a key; times are aware UTC, the anchor is KST.
 
-    Attributes:
-        markets: the markets that share the key.
-        start, now, until: the time that is shown, and the present moment in it.
-        token: the present one, valid or not.
-        outlook: needs, quiet time, anchor and next renewal.
-        rows: the key's exchanges.
-        renewals: the coming ones, if each succeeds and brings a token of 24 hours; none of refused credentials.
-        buffer: seconds before an expiry in which a token no longer counts.
-        refused: whether KIS refused the credentials, so that nothing renews until a person acts.
-
+    `token` is the present one, valid or not. `renewals` are the coming ones, if each succeeds and brings a token of 24
+    hours; none where KIS `refused` the credentials. `buffer`: seconds before an expiry in which no token counts.
     """
 
     markets: list[str]
@@ -120,8 +98,8 @@ class Plan(NamedTuple):
         )
 
 
-def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, now: datetime) -> Horizon | None:
-    """When the exchanges `codes` need a token around `now` (aware); None without any.
+def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, now: datetime) -> Outlook:
+    """When the exchanges `codes` need a token from two days before `now` (aware) to three weeks after it.
 
     `known` is what the user's settings say of them, `buffer` in seconds.
 
@@ -129,22 +107,20 @@ def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, 
         ConfigurationError: an exchange is unknown.
 
     """
-    if not codes:
-        return None
     needs = sessions.needs(codes, now - PAST, now + FUTURE, known)
-    anchor = policy.daily_anchor(needs, buffer=timedelta(seconds=buffer))
-    return Horizon(needs, policy.quiet_time(needs), anchor)
+    return Outlook(needs, policy.quiet_time(needs), policy.daily_anchor(needs, buffer=timedelta(seconds=buffer)))
 
 
-def look(
-    token: Token | None, issued_at: datetime | None, ahead: Horizon | None, market: Market, now: datetime
-) -> Outlook:
-    """What lies ahead of a key with `token`, whose last issue was at `issued_at` (aware, None if unknown)."""
-    usable = token if token and token.serves(now, market.buffer) else None
-    if ahead is None:
-        return Outlook([], None, None, None, _without_exchanges(usable, market, now))
+def look(token: Token | None, attempts: Sequence[Attempt], ahead: Outlook, market: Market, now: datetime) -> Outlook:
+    """What lies ahead of a key with `token` and this issuance record, whose exchanges have this horizon."""
+    issued = (one.at for one in reversed(attempts) if one.outcome is Outcome.ISSUED)
+    issued_at = token.issued_at if token else next(issued, None)
     buffer = timedelta(seconds=market.buffer)
-    expires_at = usable.expires_at + CLOCK_SLACK if usable else None
+    expires_at = token.expires_at + CLOCK_SLACK if token and token.serves(now, market.buffer) else None
+    if not ahead.needs:
+        at = token.expires_at - timedelta(seconds=market.proactive_window) if token and expires_at else now
+        why = "no exchange is configured: shortly before the expiry" if expires_at else "there is no valid token"
+        return ahead._replace(next=Renewal(max(now, at), why, None))
     planned = policy.next_renewal(
         now, ahead.needs, issued_at=issued_at, expires_at=expires_at, anchor=ahead.anchor, buffer=buffer
     )
@@ -158,44 +134,7 @@ def look(
             planned = Renewal(at, "KIS has rejected the present token", None)
     reach = expires_at - buffer if expires_at else now
     unserved = next((need for need in needs if need[1] > reach), None)
-    return Outlook(needs, ahead.quiet, ahead.anchor, unserved, planned)
-
-
-def attempt_at(planned: Renewal | None, allowed: datetime | None, market: Market, now: datetime) -> datetime | None:
-    """When a `planned` renewal is tried next, if the limits allow it from `allowed` on; None where a person must act.
-
-    That is the plan's moment or, where it is due, when limits and pauses allow it, a minute from now at the soonest.
-    """
-    if planned is None or allowed is None:
-        return None
-    if planned.at > now:
-        return planned.at
-    return allowed if allowed > now else now + timedelta(seconds=market.settings.issue_interval)
-
-
-def in_served_session(
-    codes: Sequence[str], known: Mapping[str, Override], token: Token, now: datetime, buffer: float
-) -> bool:
-    """Whether an exchange needs a token now and this one serves that need to its end: no time for a swap."""
-    running = sessions.needs(codes, now, now + _MOMENT, known)
-    return any(start <= now and token.serves(end - CLOCK_SLACK, buffer) for start, end in running)
-
-
-def word(token: Token | None, problem: str, market: Market, now: datetime) -> str:
-    """One of the contract's six words for what `Store.read` found."""
-    if token is None:
-        return "UNREADABLE" if problem else "NO_TOKEN"
-    if token.rejected_at is not None:
-        return "REJECTED"
-    if not token.serves(now, market.buffer):
-        return "EXPIRED"
-    soon = token.expires_at - timedelta(seconds=market.proactive_window) <= now
-    return "EXPIRING_SOON" if soon else "VALID"
-
-
-def covers(token: Token | None, need: Need, market: Market) -> bool:
-    """Whether it serves until the end of the need; our clock and KIS's may differ by a little."""
-    return token is not None and token.serves(need[1] - CLOCK_SLACK, market.buffer)
+    return ahead._replace(needs=needs, unserved=unserved, next=planned)
 
 
 def preview_refresh(
@@ -208,10 +147,24 @@ def preview_refresh(
     if token is None or not token.serves(now, market.buffer):
         return []
     if same := limits.same_token_until(token, now):
-        return [RefreshWarning("same token", _same(same, token, now, market))]
+        nothing = (
+            f"Nothing would change: KIS returns the present token until {limits.format_time(same)}, six hours after "
+            "its issue, and the key's next request would have to wait a minute. "
+        )
+        return [RefreshWarning("same token", nothing + limits.what_serves(token, now, market.buffer))]
     found = []
-    if issues := _issues(now, token, attempts):
-        found.append(RefreshWarning("another issue", _another(issues, market)))
+    known = {attempt.expires_at: attempt.at for attempt in issued_within(attempts, now)}
+    if token.issued_at and now - DAY < token.issued_at <= now:  # the record need not know of the present one
+        known.setdefault(token.expires_at, token.issued_at)
+    if issues := sorted(known.values()):
+        most = market.settings.max_issues_per_day
+        ceiling = f" It passes your limit, KIS_MAX_ISSUES_PER_DAY={most}." if len(issues) >= most else ""
+        another = (
+            f"It would be token number {len(issues) + 1} of this key in 24 hours, after the one of "
+            f"{limits.format_time(issues[-1])}. KIS asks for one a day and may restrict a key that takes more; the "
+            f"account's owner gets another KakaoTalk message.{ceiling}"
+        )
+        found.append(RefreshWarning("another issue", another))
     if running:
         until = limits.format_time(max(running.values()))
         inside = (
@@ -260,41 +213,3 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             for row in plan.rows
         ],
     }
-
-
-def _without_exchanges(token: Token | None, market: Market, now: datetime) -> Renewal:
-    if token is None:
-        return Renewal(now, "there is no valid token", None)
-    at = token.expires_at - timedelta(seconds=market.proactive_window)
-    return Renewal(max(now, at), "no exchange is configured: shortly before the expiry", None)
-
-
-def _issues(now: datetime, token: Token, attempts: Sequence[Attempt]) -> list[datetime]:
-    """When new tokens were issued in the last 24 hours; the record need not know of the present one."""
-    issues = {attempt.expires_at: attempt.at for attempt in issued_within(attempts, now)}
-    if token.issued_at and now - DAY < token.issued_at <= now:
-        issues.setdefault(token.expires_at, token.issued_at)
-    return sorted(issues.values())
-
-
-def _same(until: datetime, token: Token, now: datetime, market: Market) -> str:
-    return (
-        f"Nothing would change: KIS returns the present token until {limits.format_time(until)}, six hours after its "
-        "issue, and the key's next request would have to wait a minute. "
-        f"{limits.what_serves(token, now, market.buffer)}"
-    )
-
-
-def _another(issues: Sequence[datetime], market: Market) -> str:
-    over = len(issues) >= market.settings.max_issues_per_day
-    ceiling = f" It passes your limit, KIS_MAX_ISSUES_PER_DAY={market.settings.max_issues_per_day}." if over else ""
-    return (
-        f"It would be token number {len(issues) + 1} of this key in 24 hours, after the one of "
-        f"{limits.format_time(issues[-1])}. KIS asks for one a day and may restrict a key that takes more; the "
-        f"account's owner gets another KakaoTalk message.{ceiling}"
-    )
-
-
-def plan_start(now: datetime) -> datetime:
-    """Midnight in KST of the day of `now`, aware UTC."""
-    return datetime.combine(now.astimezone(KST).date(), time(), KST).astimezone(UTC)

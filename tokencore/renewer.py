@@ -7,6 +7,7 @@ old token is never given up before its successor is stored, and no refusal is an
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -15,11 +16,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from tokencore import limits
-from tokencore.attempts import Attempt, Note, Outcome, latest
+from tokencore.attempts import Attempt, Outcome, latest
 from tokencore.clients.exports import Exports
 from tokencore.config.market import digest
 from tokencore.errors import (
-    CredentialsError,
+    ConfigurationError,
     IssuanceLimitError,
     IssuerUnavailableError,
     TokenError,
@@ -48,7 +49,10 @@ SPREAD = 0.1  # of a cool-down by which waiters start apart, so that not all ask
 
 
 class Renewer(Sensitive):
-    """Renews the token of one key in its store; any number of them, in any process, act as one."""
+    """Renews the token of one key in its store; any number of them, in any process, act as one.
+
+    What a limit forbids, KIS refuses or the store cannot do is a `TokenError`; the present token stays.
+    """
 
     __slots__ = ("__dict__", "_secrets")  # what `vars` shows has no secret
 
@@ -65,12 +69,11 @@ class Renewer(Sensitive):
         self.credentials = digest(*self._secrets, length=8)
         self.copies = Exports(markets, store)
         self.departing: Callable[[], object] = lambda: None  # called as a request leaves
-        self._gateway: Gateway | None = None
 
     def __repr__(self) -> str:
         return f"Renewer({self._store.fingerprint!r})"
 
-    @property
+    @functools.cached_property
     def gateway(self) -> Gateway:
         """Made when KIS is asked: its imports cost more than all the rest.
 
@@ -78,115 +81,76 @@ class Renewer(Sensitive):
             ConfigurationError: the base URL is no https address, nor one on loopback; nothing was sent.
 
         """
-        if self._gateway is None:
-            from tokencore.kis.gateway import Gateway
+        from tokencore.kis.gateway import Gateway
 
-            self._gateway = Gateway(self._market.base_url, self._secrets, timeout=self._market.settings.timeout)
-        return self._gateway
+        return Gateway(self._market.base_url, self._secrets, timeout=self._market.settings.timeout)
 
-    def obtain(self, serves: Serves, reason: str) -> Token:
-        """A token that `serves`, renewed if it must be; inside a cool-down it waits for another's token or its turn.
+    def obtain(self, serves: Serves, reason: str) -> tuple[Token, bool]:
+        """A token that `serves`, renewed if it must be, and whether it is new and was issued here.
 
-        Raises:
-            TokenError: a limit forbids it also after the wait, or the request failed. The present token stays.
-
+        Inside a cool-down it waits for another's token or its turn.
         """
         waited_out: datetime | None = None
-        refused = 0
-        for left in reversed(range(ROUNDS)):
+        rounds = refused = 0
+        while True:
             try:
-                return self._renew(Intent.REQUIRED, serves, Note(reason), waited_out=waited_out)[0]
+                token, outcome = self._renew(Intent.REQUIRED, serves, reason, waited_out=waited_out)
             except IssuanceLimitError as limit:
-                last = latest(self._store.attempts())
+                last, rounds = latest(self._store.attempts()), rounds + 1
                 refused += _is_own_refusal(last)
-                if limit.cause != "minute" or not left or refused == REQUESTS:
+                if limit.cause != "minute" or rounds == ROUNDS or refused == REQUESTS:
                     raise
-            if token := self._await(serves):
-                return token
+            else:
+                return token, outcome is Outcome.ISSUED
+            if found := self._await(serves):
+                return found, False
             waited_out = last.at if last else None
-        raise AssertionError("unreachable")
 
     def renew_ahead(self, present: Token, reason: str, unwanted: Callable[[], bool]) -> Token | None:
-        """Try to get a successor while `present` still serves; None where another process renews or it is unwanted.
-
-        Raises:
-            TokenError: a limit forbids it, or the request failed. The present token goes on serving.
-
-        """
+        """Try to get a successor while `present` still serves; None where another process renews or it is unwanted."""
         try:
-            return self._renew(
-                Intent.AHEAD, lambda found: newer(found, present), Note(reason), wait=0, unwanted=unwanted
-            )[0]
-        except TokenUnavailableError as busy:
-            _log.debug("No renewal ahead: %s", busy)
-        except IssuanceLimitError as limit:
-            if limit.cause == "minute" and _is_own_refusal(latest(self._store.attempts())):
+            return self._renew(Intent.AHEAD, lambda one: newer(one, present), reason, wait=0, unwanted=unwanted)[0]
+        except (TokenUnavailableError, IssuanceLimitError) as error:
+            minute = isinstance(error, IssuanceLimitError) and error.cause == "minute"
+            if minute and _is_own_refusal(latest(self._store.attempts())):
                 raise
-            _log.debug("No renewal ahead: %s", limit)
+            _log.debug("No renewal ahead: %s", error)
         return None
 
     def renew_due(self, present: Token | None, reason: str) -> bool:
-        """Have a successor of `present`, without waiting for a cool-down; False where another process was quicker.
-
-        Raises:
-            TokenError: a limit forbids it, the request failed, or the new token could not be saved.
-
-        """
-        token, issued = self._renew(Intent.DUE, lambda found: newer(found, present), Note(reason))
+        """Have a saved successor of `present`, without waiting for a cool-down; False where another was quicker."""
+        token, outcome = self._renew(Intent.DUE, lambda found: newer(found, present), reason)
         self.require_saved(token)
-        return issued and newer(token, present)
+        return outcome is not None and newer(token, present)
 
-    def refresh(self, *, force: bool, note: Note) -> bool:
-        """Renew now; True for a new token, False where KIS returned the present one.
-
-        Raises:
-            TokenError: a limit forbids it, the request failed, or the new token could not be saved.
-
-        """
+    def refresh(self, *, force: bool, reason: str, by: str) -> bool:
+        """Renew now and have it saved; True for a new token, False where KIS returned the present one."""
         before = self._store.newest()
         intent = Intent.FORCE if force else Intent.REFRESH
-        token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, note)
+        token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, reason, by)
         self.require_saved(token)
         return before is None or token.access_token != before.access_token
 
-    def allowed_from(self, attempts: list[Attempt], token: Token | None, now: datetime) -> datetime | None:
-        """When the limits allow a renewal that is due at `now`; None where refused credentials forbid it."""
-        return limits.allowed_from(Standing(now, attempts, token, self.credentials), self._market)
-
-    def refusal(self, attempts: list[Attempt], token: Token | None, now: datetime) -> CredentialsError | None:
-        """What forbids a renewal until a person acts: KIS refused these credentials; None where it did not."""
-        try:
-            limits.check_credentials(Intent.DUE, Standing(now, attempts, token, self.credentials), self._market)
-        except CredentialsError as error:
-            return error.with_traceback(None)
-        return None
-
-    def adopt(self, token: Token, check: Callable[[Token | None], None]) -> bool:
-        """Store a token that was issued elsewhere, if `check` accepts it; False where it was known already.
+    def adopt(self, token: Token, *, force: bool, proven: bool) -> bool:
+        """Store a token that was issued elsewhere; False where it was known already.
 
         Its issue, which the token tells, starts KIS's six hours and the day of the renewal rule; as no request of
         ours it moves neither the cool-down nor the ceiling.
-
-        Raises:
-            TokenError: from `check`, or the token could not be written.
-
         """
         with self.changing():
             present = self._store.newest()
-            check(present)
+            if present and not force:
+                _check_better(token, present, proven=proven)
             self._store.save(token)
             if present and present.access_token == token.access_token and present.rejected_at is None:
                 return False
-            self._store.note(self._imported(token, f"import {self._market.name}"))
+            self._store.note(
+                self._attempt(Outcome.IMPORTED, f"import {self._market.name}", expires_at=token.expires_at)
+            )
             return True
 
     def reject(self, access_token: str, now: datetime) -> None:
-        """Note that KIS rejected this token, so that no process serves it again; another token is left alone.
-
-        Raises:
-            TokenStoreError: the note could not be written.
-
-        """
+        """Note that KIS rejected this token, so that no process serves it again; another token is left alone."""
         with self.changing():
             token = self._store.newest()
             if token and token.access_token == access_token and token.rejected_at is None:
@@ -233,7 +197,7 @@ class Renewer(Sensitive):
         try:
             with self._locked(0) as held:
                 if held and (token := self._adopted(lambda _: True) or self._store.newest()):
-                    self._keep(token, held=held)
+                    self._keep(token)
         except (TokenError, OSError) as error:
             _log.error("The copies for other clients could not be updated: %s", error)
 
@@ -252,19 +216,21 @@ class Renewer(Sensitive):
         self,
         intent: Intent,
         serves: Serves,
-        note: Note,
+        reason: str,
+        by: str = "",
         *,
         waited_out: datetime | None = None,
         wait: float | None = None,
         unwanted: Callable[[], bool] = lambda: False,
-    ) -> tuple[Token, bool]:
-        """A token that `serves`, and whether it was issued here rather than by a quicker process."""
+    ) -> tuple[Token, Outcome | None]:
+        """A token that `serves`, and the outcome of the request; None where a quicker process had it."""
         wait = limits.lock_wait(self._market) if wait is None else wait
         began = datetime.now(UTC)
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves) or (self._adopted(serves) if held else None):
-                self._keep(token, held=held)
-                return token, False
+                if held:
+                    self._keep(token)
+                return token, None
             if not held:
                 raise TokenUnavailableError(self._busy(wait))
             now = datetime.now(UTC)
@@ -273,18 +239,18 @@ class Renewer(Sensitive):
             self._share_failure(standing, began)
             if unwanted():
                 raise TokenUnavailableError("The present token serves the open session to its end: no swap inside it.")
-            issued = self._issue(note, standing)
+            issued = self._issue(reason, by, standing)
             if issued is None:
                 if token := self._serving(serves):
-                    return token, False
+                    return token, None
                 text = "Another machine is asking KIS for this key's token, or the attempt could not be recorded"
                 raise IssuanceLimitError(f"{text}. Nothing was sent; try again.", retry_at=None, cause="minute")
-            token = issued
+        token, outcome = issued
         if token.rejected_at is not None:  # KIS returned the dead one: now only the six hours matter
             limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()), self._market)
         if intent is Intent.REQUIRED and not serves(token):
             raise TokenUnavailableError(self._useless(token))
-        return token, True
+        return token, outcome
 
     def _serving(self, serves: Serves) -> Token | None:
         token = self._store.newest()
@@ -292,28 +258,30 @@ class Renewer(Sensitive):
 
     def _adopted(self, serves: Serves) -> Token | None:
         """A token of this key that another client has issued by itself since: it is the newest one, for no issue."""
-        now = datetime.now(UTC)
-        token = self.copies.found(now)
+        token = self.copies.found(datetime.now(UTC))
         if token is None or not serves(token):
             return None
         _log.warning("Another client has issued a token with this key; it is used, and nothing was issued.")
         with contextlib.suppress(OSError):
-            self._store.note(self._imported(token, ADOPTED))
+            self._store.note(self._attempt(Outcome.IMPORTED, ADOPTED, expires_at=token.expires_at))
         return token
 
-    def _keep(self, token: Token, *, held: bool) -> None:
+    def _keep(self, token: Token) -> None:
         """The key's file gets what only a market's view, another client's file or this process has."""
-        if held and (self._store.read()[0] is not token or not self._store.saved(token)):
+        if self._store.read()[0] is not token or not self._store.saved(token):
             with contextlib.suppress(OSError):
                 self._store.save(token)
 
-    def _issue(self, note: Note, standing: Standing) -> Token | None:
+    def _attempt(self, outcome: Outcome, reason: str, by: str = "", expires_at: datetime | None = None) -> Attempt:
+        return Attempt(datetime.now(UTC), outcome, None, expires_at, reason, self.credentials, os.getpid(), by)
+
+    def _issue(self, reason: str, by: str, standing: Standing) -> tuple[Token, Outcome] | None:
         """One request: recorded before it is sent and completed after it, and its token saved.
 
         None where another machine was quicker: nothing was sent.
         """
         gateway = self.gateway
-        attempt = self._attempt(Outcome.SENT, note)
+        attempt = self._attempt(Outcome.SENT, reason, by)
         try:
             fence = self._store.begin(attempt)
         except OSError as error:
@@ -330,17 +298,15 @@ class Renewer(Sensitive):
 
         answer = gateway.issue(depart)
         now = datetime.now(UTC)
+        if isinstance(answer, Token):
+            outcome = Outcome.SAME if _returned(answer, standing) else Outcome.ISSUED
+            self._finish(fence, attempt._replace(at=now, outcome=outcome, expires_at=answer.expires_at), answer)
+            return answer, outcome
+        self._finish(fence, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
         if overtaken:
-            self._finish(fence, attempt._replace(at=now, outcome=Outcome.UNREACHABLE))
             return None
-        if not isinstance(answer, Token):
-            self._finish(fence, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
-            serves = limits.what_serves(standing.token, now, self._market.buffer)
-            raise answer.as_error(serves, now + timedelta(seconds=self._market.settings.issue_interval))
-        same = _returned(answer, standing)
-        outcome = Outcome.SAME if same else Outcome.ISSUED
-        self._finish(fence, attempt._replace(at=now, outcome=outcome, expires_at=answer.expires_at), answer)
-        return answer
+        serves = limits.what_serves(standing.token, now, self._market.buffer)
+        raise answer.as_error(serves, now + timedelta(seconds=self._market.settings.issue_interval))
 
     def _finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
         """A token that was issued reaches its caller even where it cannot be saved."""
@@ -348,20 +314,8 @@ class Renewer(Sensitive):
             self._store.finish(fence, attempt, token)
         except OSError as error:
             what = "A token was issued but could not be saved" if token else f"{attempt.outcome} could not be recorded"
-            _log.critical(
-                "%s at %s (%s). Only this process has it; free space or fix the permissions.",
-                what,
-                self._store.place,
-                error.strerror,
-            )
-
-    def _attempt(self, outcome: Outcome, note: Note) -> Attempt:
-        return Attempt(
-            datetime.now(UTC), outcome, reason=note.reason, by=note.by, credentials=self.credentials, pid=os.getpid()
-        )
-
-    def _imported(self, token: Token, reason: str) -> Attempt:
-        return self._attempt(Outcome.IMPORTED, Note(reason))._replace(expires_at=token.expires_at)
+            todo = "Only this process has it; free space or fix the permissions."
+            _log.critical("%s at %s (%s). %s", what, self._store.place, error.strerror, todo)
 
     def _share_failure(self, standing: Standing, began: datetime) -> None:
         """Who waited for the lock while its holder could not reach KIS need not find that out again."""
@@ -388,10 +342,8 @@ class Renewer(Sensitive):
 
     def _useless(self, token: Token) -> str:
         if token.rejected_at is not None:
-            return (
-                f"KIS returned the token that it has rejected since {format_time(token.rejected_at)}. "
-                "See KIS's notices of maintenance, and try again later."
-            )
+            since = format_time(token.rejected_at)
+            return f"KIS returned the token that it rejects since {since}. See its notices of maintenance; try later."
         return (
             f"KIS's token expires too early for what was asked, at {format_time(token.expires_at)} "
             f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for less, or later."
@@ -425,22 +377,27 @@ def _returned(answer: Token, standing: Standing) -> bool:
 
     What else is known of it holds for the answer then.
     """
-    now = standing.now
     present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
     # The record also knows a token whose file was deleted.
-    earlier = [
-        one.at for one in standing.attempts if one.expires_at == answer.expires_at or _is_issue(one, answer, now)
-    ]
+    earlier = [one.at for one in standing.attempts if one.expires_at == answer.expires_at]
     if present:
         answer.rejected_at = present.rejected_at
     issues = [answer.issued_at, present and present.issued_at, *earlier]
     answer.issued_at = min((at for at in issues if at), default=None)
-    foreign = answer.issued_at is not None and answer.issued_at < now - FOREIGN_AGE
+    foreign = answer.issued_at is not None and answer.issued_at < standing.now - FOREIGN_AGE
     return bool(present or earlier or foreign)
 
 
-def _is_issue(attempt: Attempt, answer: Token, now: datetime) -> bool:
-    """Whether an issue of which only the time is known brought this answer: it tells a time nearer to that than now."""
-    if attempt.outcome is not Outcome.ISSUED or attempt.expires_at is not None or answer.issued_at is None:
-        return False
-    return abs(attempt.at - answer.issued_at) < abs(now - answer.issued_at)
+def _check_better(token: Token, present: Token, *, proven: bool) -> None:
+    """Return where `token` may take the place of the `present` one."""
+    if present.access_token == token.access_token:
+        if present.rejected_at is not None and not proven:
+            raise TokenUnavailableError(
+                f"KIS has rejected this very token at {format_time(present.rejected_at)}. Nothing was saved; without "
+                "--offline KIS is asked whether it works again."
+            )
+    elif newer(present, None) and present.expires_at >= max(token.expires_at, datetime.now(UTC)):
+        raise ConfigurationError(
+            f"The present token lasts longer, until {format_time(present.expires_at)}; this one until "
+            f"{format_time(token.expires_at)}. Nothing was saved; --force takes it anyway."
+        )

@@ -29,14 +29,8 @@ ISSUE_NAMES = ("issued_at", "created_at", "cached_at")  # the first one that is 
 class Token(Sensitive):
     """An access token with its life; its text is shown by no repr and goes into no pickle.
 
-    Attributes:
-        access_token: what goes behind `Bearer `. It contains the app key: treat it like one.
-        expires_at: aware UTC, the earliest of all that KIS said.
-        issued_at: aware UTC, or None when nothing tells.
-        token_type: `Bearer`.
-        cached_at: aware UTC when its file was written, or None.
-        rejected_at: aware UTC when KIS was found to reject it, else None.
-
+    It contains the app key: treat it like one. The times are aware UTC: `expires_at` the earliest of all that KIS said,
+    `cached_at` when its file was written, `rejected_at` when KIS was found to reject it; None where nothing tells.
     """
 
     __slots__ = ("access_token", "cached_at", "expires_at", "issued_at", "rejected_at", "token_type")
@@ -223,23 +217,22 @@ def _time(value: object, zone: timezone | None = None) -> Iterator[datetime]:
         if isinstance(value, str) and value.replace(".", "", 1).isdecimal():
             value = float(value)
         if isinstance(value, str):
-            at = datetime.fromisoformat(value.strip().replace(":60", ":59"))  # a leap second
-            yield from _sane((at.replace(tzinfo=zone) if zone and at.tzinfo is None else at).astimezone(UTC))
+            at = datetime.fromisoformat(value.strip())
+            at = (at.replace(tzinfo=zone) if zone and at.tzinfo is None else at).astimezone(UTC)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield from _sane(datetime.fromtimestamp(value, UTC))
+            at = datetime.fromtimestamp(value, UTC)
+        else:
+            return
     except (ValueError, OverflowError, OSError):
         return
+    if sane(at):
+        yield at
 
 
 def _lifetime(value: object, received_at: datetime) -> Iterator[datetime]:
-    """`expires_in` in seconds, as a number or as digits in text."""
+    """When a token ends that lives for `expires_in` seconds, a number or digits in text."""
     try:
         if isinstance(value, int | float | str) and not isinstance(value, bool):
-            yield from _sane(received_at + timedelta(seconds=float(value)))
+            yield from _time((received_at + timedelta(seconds=float(value))).timestamp())
     except (ValueError, OverflowError):
         return
-
-
-def _sane(at: datetime) -> Iterator[datetime]:
-    if sane(at):
-        yield at

@@ -96,7 +96,7 @@ class Subject(NamedTuple):
     def over(self, known: list[Incident]) -> list[Incident]:
         """Those of its incidents whose end is to be reported."""
         state = self.state if self.reached else None
-        foreign, refused = bool(state and state.foreign_issue), bool(state and state.refused)
+        foreign, refused = bool(state and state.foreign_issue), bool(state and state.refusal)
         return incidents.over(known, self.name, self.now, foreign=foreign, lasting=refused)
 
     def attempt(self, cause: Cause, again_in: float | None, retry_at: datetime | None) -> tuple[str, datetime | None]:

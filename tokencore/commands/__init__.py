@@ -105,7 +105,7 @@ def key_of(settings: Settings, name: str) -> Key:
     market.identified()
     own = market.fingerprint, market.environment
     sharing = [one for one in settings.all_markets() if one.app_key and (one.fingerprint, one.environment) == own]
-    return Key(sharing, settings.overrides)
+    return Key(sharing)
 
 
 def read_input() -> str:

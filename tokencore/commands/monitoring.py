@@ -50,8 +50,8 @@ def add(command: AddCommand) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     settings, now = Settings.load(), datetime.now(UTC)
-    asked = dict.fromkeys(map(settings.market, options.market)) or settings.able_markets()
-    seen = status.look(asked, now)
+    asked = list(dict.fromkeys(map(settings.market, options.market))) or settings.able_markets()
+    seen = status.look(settings, asked, now)
     valid = [one.status["market"] for one in seen if one.status["valid"]]
     proofs: Proofs = {name: TokenManager(name).probe() for name in valid if options.probe}
     if options.json:

@@ -50,7 +50,7 @@ def _import(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
     token = _token_for(manager.market, read_input(), datetime.now(UTC))
     if not options.offline:
-        _prove(manager, token.access_token)
+        _prove(manager, token)
     elif "jti" not in jwt_claims(token.access_token):
         raise ConfigurationError("This token does not say whose it is, so KIS has to be asked: leave out --offline.")
     saved = manager.adopt(token, force=options.force, proven=not options.offline)
@@ -82,8 +82,8 @@ def _token_for(market: Market, text: str, now: datetime) -> Token:
     return token
 
 
-def _prove(manager: TokenManager, access_token: str) -> None:
-    accepted, detail = manager.probe(access_token)
+def _prove(manager: TokenManager, token: Token) -> None:
+    accepted, detail = manager.probe(token)
     if accepted is False:
         raise TokenUnavailableError(f"KIS refuses the token ({detail}). Nothing was saved.")
     if accepted is None:

@@ -33,7 +33,6 @@ from tokencore.kis import codes
 from tokencore.kis.gateway import LOOPBACK
 from tokencore.limits import format_time
 from tokencore.redaction import printable, short
-from tokencore.reports.status import next_attempt
 from tokencore.stores import check_store, files, permissions
 from tokencore.tokens import jwt_claims
 
@@ -303,7 +302,7 @@ def _key(key: Key) -> Iterator[Finding]:
 
 
 def _token(state: KeyState, market: Market) -> Finding:
-    name, need, at = f"token {market.name}", state.need_of(market), next_attempt(state)
+    name, need, at = f"token {market.name}", state.need_of(market), state.next_attempt
     hope = f"the next renewal is planned for {format_time(at)}" if at else "no renewal is planned"
     if not state.serves_until:
         fix = f"tokencore get {market.name}" + (f", or wait: {hope}" if at else "")

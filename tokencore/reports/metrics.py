@@ -26,8 +26,7 @@ from tokencore.config.settings import Settings
 from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
 from tokencore.limits import format_time
-from tokencore.outlook import VALID, covers
-from tokencore.reports.status import next_attempt
+from tokencore.outlook import VALID
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,10 +70,10 @@ GAUGES: dict[str, tuple[str, Callable[[KeyState, Market], Value]]] = {
         ("When the market's token was issued.", lambda state, _: state.token.issued_at if state.token else None),
     "kis_token_renewal_timestamp_seconds":
         ("When the next renewal is tried; absent where a person has to act first.",
-         lambda state, _: next_attempt(state)),
+         lambda state, _: state.next_attempt),
     "kis_token_covers_next_need":
         ("Whether the token lasts to the end of the market's present or next need.",
-         lambda state, market: covers(state.token, need, market) if (need := state.need_of(market)) else None),
+         lambda state, market: state.lasts(need[1]) if (need := state.need_of(market)) else None),
     "kis_token_need_start_timestamp_seconds":
         ("When the present or next need begins: 30 minutes before an open.",
          lambda state, market: need[0] if (need := state.need_of(market)) else None),
@@ -240,7 +239,7 @@ def _unready(market: Market, state: KeyState) -> str:
         return ""
     until = state.serves_until
     lack = f"the token serves until {format_time(until)}" if until else f"no token serves now ({state.status})"
-    hope = f"next renewal at {format_time(at)}" if (at := next_attempt(state)) else "no renewal is planned"
+    hope = f"next renewal at {format_time(at)}" if (at := state.next_attempt) else "no renewal is planned"
     return f"{lack}; the session ends at {format_time(max(closes))}; {hope}"
 
 

@@ -98,7 +98,7 @@ def describe_tick(decision: Decision) -> str:
     planned = decision.state.outlook.next
     done = "renewed" if decision.renewed else "due, but not renewed" if decision.trouble else "nothing due"
     coming = f"next {moment(planned.at, KST)} KST ({planned.reason})" if planned else "no need ahead"
-    return f"{decision.state.key.label}: {done}; {REFUSED if planned and decision.state.refused else coming}"
+    return f"{decision.state.key.label}: {done}; {REFUSED if planned and decision.state.refusal else coming}"
 
 
 def print_plan(plan: Plan) -> None:
