@@ -1,7 +1,6 @@
 """The renewal as a protocol: processes of two markets step, die, fail and wait in any order, and what always holds.
 
-Each process is the real command on real files and locks, and KIS is the sandbox with KIS's own rules. Hypothesis
-decides whose turn it is, what befalls them, and how wrong the machine's clock is meanwhile.
+Each is the real command on real files and locks, KIS the sandbox with KIS's own rules; Hypothesis decides what befalls.
 """
 
 from __future__ import annotations
@@ -15,14 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test as run
 from stepping import DAY, FULL, HOUR, MARKETS, MINUTE, Desk, desks, needs_space
 
 if TYPE_CHECKING:
@@ -231,7 +224,7 @@ def test_the_protocol_holds(make_desk: Callable[[], Desk]) -> None:
 
     Machine.make_desk = staticmethod(make_desk)
     planted = "PLANTED" in os.environ
-    run_state_machine_as_test(
+    run(
         Machine,
         settings=settings(
             max_examples=SEARCH if planted else EXAMPLES,
