@@ -19,7 +19,6 @@ from playwright.sync_api import sync_playwright
 
 from flows.stack import demo, environment, supervisor
 from flows.stack.api import REFRESH, Api
-from flows.stack.deployments import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +47,7 @@ def main() -> None:
             password = environment.password(home, given) or ""
             api = Api(environment.address(given), password)
             requests.post(f"{known['KIS_BASE_URL']}/sandbox/fail", json={"mode": "bad-key", "count": 1}, timeout=10)
-            run_to_end(api, REFRESH, market="hk", operator="make pictures", reason="a picture")
+            api.run_to_end(REFRESH, market="hk", operator="make pictures", reason="a picture")
             _take(environment.page(given), password)
         finally:
             supervisor.stop(stack)

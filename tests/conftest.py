@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = ("KIS_", "SLACK_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE")
 ISSUE_INTERVAL = 0.5  # seconds: KIS's minute, on the gateway and in the settings
 LATENCY = 0.3  # seconds that a slow gateway takes to issue
-QUICK = 0.1  # seconds: a shorter one, where a test has to sit out several
 
 os.umask(0o022)  # whatever the machine's is: a `.env` that its group may write is ignored
 set_hypothesis_home_dir(ROOT / ".hypothesis")  # its tables, as every test works in a folder of its own
@@ -49,49 +48,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What stands on a running system takes longest, and begins; with a clock that is moved it is left out."""
     if config.getoption("--at"):
+        running = {"prefect_home", "pythons"}
         items[:] = [
             item
             for item in items
             if not item.path.stem.startswith(("test_stack", "test_fleet"))
-            and not {"prefect_home", "pythons"} & {*getattr(item, "fixturenames", ())}
+            and running.isdisjoint(getattr(item, "fixturenames", ()))
         ]
-    items.sort(key=lambda item: _place(item.path)[0])
+    items.sort(key=lambda item: _place(item.nodeid))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:  # noqa: ANN401 - xdist's
     """Two processes share the work, a file at a time; all files of one running system stay in one process."""
-    return _Scheduling(config, log)
+    scheduling = LoadFileScheduling(config, log)
+    scheduling._split_scope = _place  # noqa: SLF001 - xdist 3.8 cannot rename the tests of pytest 9.2 for --dist=loadgroup
+    return scheduling
 
 
-class _Scheduling(LoadFileScheduling):  # type: ignore[misc] # xdist ships no types
-    """By file, as the marks for --dist=loadgroup have no effect: xdist 3.8 cannot rename the tests of pytest 9.2."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return _place(Path(nodeid.partition("::")[0]))[1]
-
-
-def _place(file: Path) -> tuple[int, str]:
-    if file.stem.startswith("test_stack"):
-        return 0, file.stem
-    shared = file.stem.startswith(("test_flows", "test_refresh"))
-    return (1, "test_flows") if shared else (9, file.stem)
+def _place(nodeid: str) -> str:
+    """The file of a test; in the order of these names they begin."""
+    name = Path(nodeid.partition("::")[0]).stem
+    if name.startswith("test_stack"):
+        return f"0 {name}"
+    return "1 flows" if name.startswith(("test_flows", "test_refresh")) else f"9 {name}"
 
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A fresh home and working directory, an environment without settings; child processes find the package.
-
-    What a test adds to the environment ends with it.
-    """
+    """A fresh home and working directory, and an environment without settings, which ends with the test."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.upper().startswith(FOREIGN)]:
         monkeypatch.delenv(name)
     home, folder = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     folder.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("USERPROFILE", str(home))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, value in {"HOME": home, "USERPROFILE": home, "PYTHONPATH": ROOT}.items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(folder)
     sources._left.clear()  # noqa: SLF001 - of a test before
     yield home
@@ -163,21 +155,17 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     own = {settings.PREFECT_HOME: home, settings.PREFECT_SERVER_ANALYTICS_ENABLED: False}
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings.temporary_settings(own))
-        for left in (2, 1, 0):
-            try:
-                stack.enter_context(prefect_test_harness(server_startup_timeout=120))
-                break
-            except TransportError:  # before it listened, a server of another test was given the port that it had chosen
-                if not left:
-                    raise
+        try:
+            stack.enter_context(prefect_test_harness(server_startup_timeout=120))
+        except TransportError:  # before it listened, a server of another test was given the port that it had chosen
+            stack.enter_context(prefect_test_harness(server_startup_timeout=120))
         stack.enter_context(settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
         yield home
 
 
 @pytest.fixture
-def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], str]:
+def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], str]:  # noqa: ARG001 - its settings
     """Make an exchange open so long from now, for an hour, and be all that the markets trade; its code."""
-    assert gateway.url
 
     def arrange(ahead: timedelta) -> str:
         now = datetime.now(UTC)
@@ -187,8 +175,8 @@ def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timede
             if first.date() == last.date() == (now - timedelta(hours=2)).astimezone(zone).date():  # runs are late too
                 break
         monkeypatch.setenv(f"KIS_EXCHANGES__{code}__HOURS__{first:%Y-%m-%d}", f"{first:%H:%M:%S}-{last:%H:%M:%S}")
-        monkeypatch.setenv("KIS_MARKETS__US__EXCHANGES", code)
-        monkeypatch.setenv("KIS_MARKETS__KR__EXCHANGES", code)
+        for market in ("US", "KR"):
+            monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", code)
         return code
 
     return arrange
@@ -205,8 +193,8 @@ def slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlackEndpoint]:
 @pytest.fixture
 def quick(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     """The gateway with a minute of a tenth of a second, and little patience for one that hangs."""
-    gateway.set_rules(issue_interval=QUICK)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", str(QUICK))
+    gateway.set_rules(issue_interval=0.1)
+    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0.1")
     monkeypatch.setenv("KIS_TIMEOUT", "0.3")
     return gateway
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import socket
 import threading
 import time
+from itertools import takewhile
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import requests
@@ -25,53 +28,46 @@ CHANNEL = "C0TOKENS"  # its number, which Slack's API answers with whatever the 
 DRIP = 0.02  # seconds between two bytes of an answer that never ends
 
 
-class Wire:
+class Wire(ThreadingTCPServer):
     """Answers every connection with `reply`, whatever it is, in clear or encrypted, and keeps what it was sent."""
+
+    daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, reply: bytes = b"", *, host: str = "127.0.0.1", context: ssl.SSLContext | None = None) -> None:
         """Open a port."""
+        super().__init__((host, 0), StreamRequestHandler)
         self.reply = reply
-        self.drip = b""
+        self.drip = b""  # sent by the byte before it
         self.requests: list[bytes] = []
         self.raw = False  # whether the reply is sent past the encryption: no TLS record begins like that
         self._context = context
-        self._socket = socket.create_server((host, 0))
-        self.url = f"{'https' if context else 'http'}://{host}:{self._socket.getsockname()[1]}"
+        self.url = f"{'https' if context else 'http'}://{host}:{self.server_address[1]}"
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A thread that waits on a closed descriptor would answer for the server that gets its number next.
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join(timeout=10)
-        self._socket.close()
+        self.shutdown()
+        self.server_close()
 
     def answer(self, status: int, body: object, **headers: str) -> None:
         """Answer from now on with this status and JSON, or bytes as they are."""
         self.reply = _answer(status, body, headers)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                plain, _ = self._socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
+    def finish_request(self, request: Any, client_address: object) -> None:  # noqa: ANN401, ARG002 - as the base has it
+        """Answer one connection."""
+        with self._context.wrap_socket(request, server_side=True) if self._context else request as connection:
+            reply = self._reply_to(_received(connection))
+            for at in range(len(self.drip)):  # not to its end within a test
+                connection.sendall(self.drip[at : at + 1])
+                time.sleep(DRIP)
+            with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
+                (bare if self.raw else connection).sendall(reply)
 
-    def _serve(self, plain: socket.socket) -> None:
-        try:
-            with self._context.wrap_socket(plain, server_side=True) if self._context else plain as connection:
-                reply = self._reply_to(_received(connection))
-                for at in range(len(self.drip)):  # by the byte, and not to its end within a test
-                    connection.sendall(self.drip[at : at + 1])
-                    time.sleep(DRIP)
-                with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
-                    (bare if self.raw else connection).sendall(reply)
-        except OSError:
-            plain.close()
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Let those be who hang up."""
 
     def _reply_to(self, request: bytes) -> bytes:
         self.requests.append(request)
@@ -85,26 +81,24 @@ def _answer(status: int, body: object, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
-def _asked(request: bytes) -> tuple[str, str]:
-    """The path of a request, and its authorization."""
-    first, *lines = request.partition(b"\r\n\r\n")[0].decode().split("\r\n")
-    fields = dict(line.partition(": ")[::2] for line in lines)
-    return first.split()[1], fields.get("Authorization", "")
+def _parsed(request: bytes) -> tuple[str, dict[str, str], bytes]:
+    """The path of a request, its headers by names in small letters, and its body."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    return first.split()[1], {name.lower(): value for name, _, value in (one.partition(": ") for one in lines)}, body
 
 
 def _received(connection: socket.socket) -> bytes:
     """A whole request, its body out of the chunks where it came in some."""
-    got = b""
-    while b"\r\n\r\n" not in got:
-        if not (piece := connection.recv(65536)):
-            return got
-        got += piece
-    head, _, body = got.partition(b"\r\n\r\n")
-    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
-    chunked, size = b"transfer-encoding" in fields, int(fields.get(b"content-length", 0))
-    while not body.endswith(b"0\r\n\r\n") if chunked else len(body) < size:
-        body += connection.recv(65536)
-    return head + b"\r\n\r\n" + (b"".join(body.split(b"\r\n")[1::2]) if chunked else body)
+    with connection.makefile("rb") as stream:
+        head = b"".join(takewhile(b"\r\n".__ne__, iter(stream.readline, b""))) + b"\r\n"
+        if b"transfer-encoding: chunked" in head.lower():
+            body = b""
+            while size := int(stream.readline(), 16):
+                body += stream.read(size + 2)[:size]
+            return head + body
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        return head + stream.read(int(length[1]) if length else 0)
 
 
 class Scripted(Wire):
@@ -128,19 +122,15 @@ class Scripted(Wire):
         self._turn = threading.Lock()
 
     def _reply_to(self, request: bytes) -> bytes:
-        head, _, body = request.partition(b"\r\n\r\n")
-        first, *lines = head.decode().split("\r\n")
-        path = first.split()[1]
+        path, headers, body = _parsed(request)
         issued = requests.post(self._gateway.url + path, data=body, timeout=5) if "/oauth2/" in path else None
         with self._turn:
             if issued is not None:
-                self.answer(issued.status_code, issued.content)
-                return self.reply
-            self.seen.append(({name.lower(): value for name, _, value in (one.partition(": ") for one in lines)}, body))
+                return _answer(issued.status_code, issued.content, {})
+            self.seen.append((headers, body))
             one = self.script.pop(0) if len(self.script) > 1 else self.script[0]
             where = {"Location": one.location} if one.location else {}
-            self.answer(one.status, {"rt_cd": "1", one.field: one.code}, **{"Content-Type": one.kind}, **where)
-            return self.reply
+            return _answer(one.status, {"rt_cd": "1", one.field: one.code}, {"Content-Type": one.kind, **where})
 
 
 class Answers(Wire):
@@ -154,32 +144,23 @@ class Answers(Wire):
         self.asked: list[tuple[str, str]] = []
 
     def _reply_to(self, request: bytes) -> bytes:
-        self.asked.append(_asked(request))
-        return _answer(*self.by_path.get(self.asked[-1][0], (404, {})), self.headers)
+        path, headers, _ = _parsed(request)
+        self.asked.append((path, headers.get("authorization", "")))
+        return _answer(*self.by_path.get(path, (404, {})), self.headers)
 
 
 class SlackEndpoint(Wire):
-    """Slack, by webhooks and chat.postMessage, which records what it is sent.
-
-    Attributes:
-        messages: those that it took, in order.
-        asked: all requests, as (path, authorization).
-        answers: statuses for the next requests, or pairs of one and the webhook's word; 200 when there is none. 0 means
-            silence.
-        bot_answers: what the API says to the next requests that are not refused by status; it posts where there is
-            none, with time stamps that count up.
-        retry_after: seconds that a refusal asks for.
-
-    """
+    """Slack, by webhooks and chat.postMessage, which records what it is sent."""
 
     def __init__(self) -> None:
         """Record nothing yet."""
         super().__init__()
-        self.messages: list[dict[str, Any]] = []
-        self.asked: list[tuple[str, str]] = []
+        self.messages: list[dict[str, Any]] = []  # those that it took
+        self.asked: list[tuple[str, str]] = []  # path and authorization of all requests
+        # Statuses of the next answers, or pairs of one and the webhook's word: 200 once there is none, 0 means silence.
         self.answers: list[int | tuple[int, str]] = []
-        self.bot_answers: list[dict[str, Any]] = []
-        self.retry_after = 1
+        self.bot_answers: list[dict[str, Any]] = []  # what the API says next; it posts once there is none
+        self.retry_after = 1  # seconds that a refusal asks for
         self._closing = threading.Event()
 
     def __exit__(self, *_: object) -> None:
@@ -192,8 +173,8 @@ class SlackEndpoint(Wire):
         return [message["blocks"][0]["text"]["text"].partition(": ")[2] for message in self.messages]
 
     def _reply_to(self, request: bytes) -> bytes:
-        path, authorization = _asked(request)
-        self.asked.append((path, authorization))
+        path, fields, body = _parsed(request)
+        self.asked.append((path, fields.get("authorization", "")))
         given = self.answers.pop(0) if self.answers else 200
         status, word = given if isinstance(given, tuple) else (given, "ok")
         if not status:
@@ -202,7 +183,7 @@ class SlackEndpoint(Wire):
         is_bot = path.endswith("chat.postMessage")
         answer = self.bot_answers.pop(0) if is_bot and self.bot_answers and status == 200 else {"ok": True}
         if status == 200 and answer["ok"]:
-            self.messages.append(json.loads(request.partition(b"\r\n\r\n")[2]))
+            self.messages.append(json.loads(body))
             answer = {"channel": CHANNEL, "ts": f"{len(self.messages)}.0", **answer}
         kind = "application/json" if is_bot else "text/plain"
         headers = {"Content-Type": kind, "Retry-After": str(self.retry_after)}
@@ -210,10 +191,7 @@ class SlackEndpoint(Wire):
 
 
 class Keyring(KeyringBackend):
-    """Answers from `keyring.json` of the home; locked without it, and where that is a text, it names the error.
-
-    Each question is noted in `keyring.log`.
-    """
+    """Answers from `keyring.json` of the home, or with the error that it names; locked without it. Notes questions."""
 
     priority = 1
 

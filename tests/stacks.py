@@ -39,14 +39,13 @@ class Place(NamedTuple):
     @classmethod
     def made(cls, folder: Path, **settings: str) -> Place:
         """Folders below `folder`, and a port, with more environment variables."""
-        place = cls(folder / "home", folder / "work", folder / "tmp", {})
+        known = {k: v for k, v in os.environ.items() if not k.startswith(("KIS_", "SLACK_", "PREFECT_"))}
+        place = cls(folder / "home", folder / "work", folder / "tmp", known)
         for one in place[:3]:
             one.mkdir(parents=True)
-        alien = ("KIS_", "SLACK_", "PREFECT_")
-        place.environment.update({k: v for k, v in os.environ.items() if not k.startswith(alien)})
-        own = {"HOME": str(place.home), "TMPDIR": str(place.temporary), "PYTHONPATH": str(ROOT), MARK: uuid.uuid4().hex}
-        quick = {"PREFECT_SERVER_API_PORT": str(free_port()), "PREFECT_WORKER_QUERY_SECONDS": "1"}
-        place.environment.update(own | quick | settings)
+        known |= {"HOME": str(place.home), "TMPDIR": str(place.temporary), "PYTHONPATH": str(ROOT)}
+        known |= {MARK: uuid.uuid4().hex, "PREFECT_SERVER_API_PORT": str(free_port()), **settings}
+        known.setdefault("PREFECT_WORKER_QUERY_SECONDS", "1")
         return place
 
     def dotenv(self, **settings: str) -> None:
@@ -69,9 +68,9 @@ class Place(NamedTuple):
         """Start it in the background; it has no password but its own."""
         code, output = self.run("up")
         assert code == 0, output
-        known = {**self.environment, **_pairs(self.work / ".env")}
-        folder = Path(known["KIS_TOKEN_DIR"]) / "prefect"
-        url = f"http://127.0.0.1:{known['PREFECT_SERVER_API_PORT']}"
+        lines = (self.work / ".env").read_text().splitlines()
+        folder = Path(dict(line.split("=", 1) for line in lines)["KIS_TOKEN_DIR"]) / "prefect"
+        url = f"http://127.0.0.1:{self.environment['PREFECT_SERVER_API_PORT']}"
         return Up(self, output, folder, url, (folder / "password").read_text().strip())
 
     def living(self) -> dict[int, str]:
@@ -147,8 +146,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _pairs(file: Path) -> dict[str, str]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return dict(line.split("=", 1) for line in lines)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import configparser
 import importlib
 import inspect
 import os
 import pkgutil
 import re
-import shutil
 import subprocess
-import sys
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,10 +43,8 @@ WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint
 DEFAULTS = {"KRX", "NASD", "NYSE", "AMEX"}  # what the markets `us` and `kr` trade
 WEEKS = [date(2026, 1, 5), date(2026, 3, 2), date(2026, 7, 6), date(2026, 10, 26)]  # two around changes of clocks
 UNITS = sorted((ROOT / "docs" / "systemd").iterdir())
-COMMAND = re.compile(r"-?%h/tokencore/\.venv/bin/python -m (\S+) (\S+)( start --pool tokens --type process --name %H)?")
+PROGRAMS = {"tokencore": {*parsers(COMMANDS)[1]}, "flows.stack": {*stack.COMMANDS}, "-m prefect": {"worker"}}
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
-
-every_deployment = pytest.mark.parametrize("name", DEPLOYMENTS)
 
 
 def flow_of(name: str) -> Flow[..., Any]:
@@ -57,66 +52,58 @@ def flow_of(name: str) -> Flow[..., Any]:
     return load_flow_from_entrypoint(DEPLOYMENTS[name]["entrypoint"], use_placeholder_flow=False)
 
 
-def dates(schedule: dict[str, Any], start: datetime, count: int) -> list[datetime]:
+def dates(name: str, start: datetime, count: int) -> list[datetime]:
     """When Prefect's own scheduler would start the next `count` runs, in UTC."""
+    (schedule,) = DEPLOYMENTS[name]["schedules"]
     cron = CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
     return [at.astimezone(UTC) for at in asyncio.run(cron.get_dates(count, start=start))]
 
 
-@every_deployment
+@pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_a_deployment_keeps_the_rules(name: str) -> None:
-    """It loads, and what it gives fits its flow; no limit, whose slot a killed run would keep; nothing is pulled.
-
-    Prefect resolves templates when it deploys and stores them in clear: there are none. Every schedule has a zone.
-    """
-    one = DEPLOYMENTS[name]
-    given = {"market": "us", "operator": "Kim"} if name == "refresh_token" else {}
-    parameters = flow_of(name).validate_parameters({**one.get("parameters", {}), **given})
-    assert set(parameters) == set(inspect.signature(flow_of(name).fn).parameters)
+    """It loads, and gives what its flow takes; it has no limit, whose slot a killed run would keep, and no template."""
+    one, flow = DEPLOYMENTS[name], flow_of(name)
+    typed = {"refresh_token": {"market": "US", "operator": "Kim"}, "NASD": {"exchange": "xnas"}}.get(name, {})
+    parameters = flow.validate_parameters({**one.get("parameters", {}), **typed})
+    assert set(parameters) == set(inspect.signature(flow.fn).parameters)
+    assert (parameters.get("market", "us"), parameters.get("exchange", name)) == ("us", name)
+    assert (FILE["pull"], "{{" in yaml.safe_dump(one)) == ([], False)  # Prefect would store what it stands for in clear
     assert "concurrency_limit" not in one
-    assert (FILE["pull"], "{{" in yaml.safe_dump(one)) == ([], False)
+    assert one["tags"]
     variables = {"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": "tokencore"}}
     assert one["work_pool"] == {"name": "tokens", "job_variables": variables}
-    assert all(ZoneInfo(schedule["timezone"]) for schedule in one["schedules"])
-
-
-@every_deployment
-def test_a_deployment_tells_an_operator_what_to_do(name: str) -> None:
-    """It has tags, its flow's text as a description, with every end and a triage note; parameters explain themselves.
-
-    Nothing is persisted, no print captured, and no flow repeated as a whole: only its task asks KIS again.
-    """
-    flow = flow_of(name)
-    assert DEPLOYMENTS[name]["tags"]
-    assert "description" not in DEPLOYMENTS[name]  # then Prefect takes the flow's
-    text = str(flow.description)
-    assert not [part for part in ("**Triage:**", "Ends as") if part not in text]
-    assert "Args:" not in text  # the form shows them
-    assert not re.search(r"[^\n]\n[^\n]", text)  # the page would break the line there
-    source = (ROOT / f"{flow.fn.__module__.replace('.', '/')}.py").read_text()
-    ends = {"Failed", *re.findall(r'Completed\(name="(\w+)"', source)}
-    assert ends - set(re.findall(r"\*\*(\w+)\*\*", text)) == set()
-    fields = parameter_schema(flow.fn).properties.values()
-    assert all(field.get("description") and field.get("type") for field in fields)
     assert (flow.persist_result, flow.log_prints, flow.retries) == (False, False, 0)
 
 
+@pytest.mark.parametrize("name", ["KRX", "check_tokens", "refresh_token"])
+def test_a_flow_tells_an_operator_what_to_do(name: str) -> None:
+    """Its text, the deployment's description, has every end and a triage note; its parameters explain themselves."""
+    flow = flow_of(name)
+    text = str(flow.description)
+    source = (ROOT / f"{flow.fn.__module__.replace('.', '/')}.py").read_text()
+    ends = {"Failed", "Triage:", *re.findall(r'Completed\(name="(\w+)"', source)}
+    assert ends - set(re.findall(r"\*\*(\w+:?)\*\*", text)) == set()
+    assert not re.search(r"[^\n]\n[^\n]|Args:", text)  # the page would break the line there; the form has parameters
+    fields = parameter_schema(flow.fn).properties.values()
+    assert all(field.get("description") and field.get("type") for field in fields)
+
+
 def test_a_task_is_tried_again_only_while_kis_is_down() -> None:
-    """Its condition lets limits, refusals and settings be, its pauses outlast the cool-down, nothing is kept."""
+    """Its condition lets limits, refusals and settings be, and nothing of it is kept."""
     modules = [f"flows.{module.name}" for module in pkgutil.iter_modules(flows.__path__) if not module.ispkg]
     values = [value for name in modules for value in vars(importlib.import_module(name)).values()]
     tasks = [value for value in values if isinstance(value, Task)]
     assert sorted(task.name for task in tasks) == ["advance", "ensure"]
     for task in tasks:
         assert task.retry_condition_fn is kis_is_down
-        assert task.retries == 0  # `runs.each_key` gives it pauses that outlast the key's own issue interval
-        assert (task.persist_result, task.cache_policy) == (False, NO_CACHE)
+        assert (task.retries, task.persist_result, task.cache_policy) == (0, False, NO_CACHE)  # `runs` gives it pauses
 
 
 def test_every_exchange_has_its_warm_up() -> None:
     """Those of the default markets are on, the others off, and the form offers exactly the table's exchanges."""
-    assert set(WARM_UPS) == set(sessions.EXCHANGES)
-    assert all(each["parameters"] == {"exchange": name} for name, each in WARM_UPS.items())
+    assert {name: each["parameters"]["exchange"] for name, each in WARM_UPS.items()} == {
+        x: x for x in sessions.EXCHANGES
+    }
     assert parameter_schema(flow_of("KRX").fn).properties["exchange"]["enum"] == list(sessions.EXCHANGES)
     assert {name for name, each in WARM_UPS.items() if each["schedules"][0].get("active", True)} == DEFAULTS
     slugs = [schedule["slug"] for each in DEPLOYMENTS.values() for schedule in each["schedules"]]
@@ -125,21 +112,18 @@ def test_every_exchange_has_its_warm_up() -> None:
 
 @pytest.mark.parametrize(("language", "do"), [("en", "To do"), ("ko", "조치 사항")])
 def test_every_automation_reports_in_each_language_or_acts(language: str, do: str) -> None:
-    """Prefect takes each of them; its message has a headline and what to do, and without a way to Slack it says so.
-
-    The one that misses the hourly check, the watchdog and `status` know the same ends of it.
-    """
+    """Prefect takes each of them; its message says what to do, and without a way to Slack its description says so."""
     block = uuid4()
     made = deployments.automations(language, block)
     actions = [one.actions[0] for one in made.values()]
-    assert all(getattr(action, "block_document_id", block) == block for action in actions)
-    said = [action.body for action in actions if action.type == "send-notification"]
-    assert [do in body for body in said] == [True] * 4
+    assert [getattr(action, "block_document_id", block) for action in actions] == [block] * 5
+    assert [do in action.body for action in actions if action.type == "send-notification"] == [True] * 4
     silent = deployments.automations(language, None).values()
-    assert [one.actions[0].type for one in silent].count("do-nothing") == 4
-    assert sum(deployments.UNHEARD in one.description for one in silent) == 4
-    (missing,) = (one for one in made.values() if "check is missing" in one.name)
-    assert missing.trigger.expect == {f"prefect.flow-run.{name}" for name in api.CHECKED}
+    assert [deployments.UNHEARD in one.description for one in silent] == [
+        one.actions[0].type == "do-nothing" for one in silent
+    ]
+    expected = made["The hourly check is missing"].trigger.expect
+    assert expected == {f"prefect.flow-run.{name}" for name in api.CHECKED}  # what the watchdog and `status` know
 
 
 @pytest.mark.parametrize("name", WARM_UPS)
@@ -149,81 +133,43 @@ def test_a_warm_up_comes_40_minutes_before_the_open(name: str) -> None:
     zone = ZoneInfo(place.zone)
     assert schedule["timezone"] == place.zone
     for week in WEEKS:
-        days = [week + timedelta(days=n) for n in range(14) if (week + timedelta(days=n)).weekday() < 5]
+        days = [week + timedelta(days=n) for n in range(14) if n % 7 < 5]  # weeks begin on Mondays
         opens = [datetime.combine(day, place.open, zone).astimezone(UTC) for day in days]
         begin = datetime.combine(week, datetime.min.time(), zone)
-        assert dates(schedule, begin, 10) == [at - timedelta(minutes=40) for at in opens]
-
-
-def test_runs_take_other_names_of_an_exchange_and_capitals_of_a_market() -> None:
-    """As commands and settings do; the form of the page lists one name of each."""
-    for name in ("NASDAQ", "NAS", "xnas"):
-        assert flow_of("NASD").validate_parameters({"exchange": name}) == {"exchange": "NASD"}
-    assert flow_of("refresh_token").validate_parameters({"market": "US"})["market"] == "us"
+        assert dates(name, begin, 10) == [at - timedelta(minutes=40) for at in opens]
 
 
 def test_the_check_comes_every_hour_of_the_year() -> None:
-    """In UTC, at the minute that alerts announce, also on the night on which New York's clocks are set back."""
-    (schedule,) = DEPLOYMENTS["check_tokens"]["schedules"]
+    """At the minute that alerts announce, also on the night on which New York's clocks are set back."""
     begin = datetime(2026, 10, 31, tzinfo=UTC)
-    assert dates(schedule, begin, 48) == [begin + timedelta(hours=n, minutes=CHECK_MINUTE) for n in range(48)]
+    assert dates("check_tokens", begin, 48) == [begin + timedelta(hours=n, minutes=CHECK_MINUTE) for n in range(48)]
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze (Debian's package systemd)")
-def test_systemd_takes_the_units(tmp_path: Path) -> None:
-    """`systemd-analyze verify` finds nothing, where the folder is as the units say."""
-    program = tmp_path / "tokencore" / ".venv" / "bin" / "python"
-    program.parent.mkdir(parents=True)
-    program.symlink_to(sys.executable)
-    place = {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path), "PATH": os.environ["PATH"]}
-    verify = ["systemd-analyze", "verify", "--user", "--man=no", *map(str, UNITS)]
-    done = subprocess.run(verify, env=place, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_every_command_of_a_unit_is_there(unit: Path) -> None:
-    """A module of ours with that command; the settings' file is optional; a timer has its service."""
-    read = configparser.ConfigParser(strict=False, interpolation=None)
-    read.read_string(unit.read_text())
-    lines = re.findall(r"^ExecStart=(.+)$", unit.read_text(), re.MULTILINE)  # systemd's files have keys more than once
-    known = {"tokencore": set(parsers(COMMANDS)[1]), "flows.stack": set(stack.COMMANDS), "prefect": {"worker"}}
-    commands = [match.groups()[:2] for line in lines if (match := COMMAND.fullmatch(line))]
-    assert len(commands) == len(lines)
-    assert all(command in known[module] for module, command in commands)
-    if unit.suffix == ".timer":
-        assert unit.with_suffix(".service") in UNITS
-    else:
+@pytest.mark.parametrize("file", [*UNITS, ROOT / "compose.yaml"], ids=lambda file: file.name)
+def test_every_command_of_a_service_is_there(file: Path) -> None:
+    """A module of ours with that command; a unit's file of settings is optional, a timer has its service."""
+    text = re.sub(r"^ *#.*", "", file.read_text(), flags=re.MULTILINE)
+    commands = re.findall(r"(tokencore|flows\.stack|-m prefect)[\", ]+([a-z]\S+?)\b", text)
+    assert all(command in PROGRAMS[module] for module, command in commands), commands
+    if file.suffix == ".timer":
+        assert file.with_suffix(".service") in UNITS
+    elif file in UNITS:
         assert commands
-        assert read["Service"]["EnvironmentFile"].startswith("-")
-        assert read["Service"]["LimitCORE"] == "0"  # it would hold secrets
+        assert "\nEnvironmentFile=-" in text
+        assert "\nLimitCORE=0\n" in text  # it would hold secrets
 
 
-def test_compose_names_only_what_is_there() -> None:
-    """Every secret, volume, config, service and command that a service names; every secret that is read is given.
-
-    All of ours run without privileges; what is published is on loopback; the worker's beat is the automation's.
-    """
-    services, programs = (
-        COMPOSE["services"],
-        {"tokencore": set(parsers(COMMANDS)[1]), "flows.stack": set(stack.COMMANDS)},
-    )
+def test_services_of_compose_have_no_privileges_and_listen_on_loopback() -> None:
+    """Every secret that one reads is given to it; a run's heartbeat is as often as its automation expects."""
+    services = COMPOSE["services"]
     for one in services.values():
-        secrets, command = one.get("secrets", []), " ".join(one.get("command", []))
-        assert set(secrets) <= COMPOSE["secrets"].keys()
-        assert {each["source"] for each in one.get("configs", [])} <= COMPOSE["configs"].keys()
-        assert {each.split(":")[0] for each in one.get("volumes", [])} <= COMPOSE["volumes"].keys()
-        assert one.get("depends_on", {}).keys() <= services.keys()
-        assert set(re.findall(r"/run/secrets/(\w+)", f"{command} {one.get('environment')}")) <= set(secrets)
-        for program, words in re.findall(r"(tokencore|flows\.stack)[ ,]+(\w+)", command):
-            assert words in programs[program]
+        read = re.findall(r"/run/secrets/(\w+)", f"{one.get('command')} {one.get('environment')}")
+        assert set(read) <= set(one.get("secrets", [])) <= COMPOSE["secrets"].keys()
         assert all(port.startswith("127.0.0.1:") for port in one.get("ports", []))
         if one["image"] == "tokencore":
-            assert one["cap_drop"] == ["ALL"]
-            assert one["security_opt"] == ["no-new-privileges:true"]
-            assert one["read_only"]
+            safe = (["ALL"], ["no-new-privileges:true"], True)
+            assert (one["cap_drop"], one["security_opt"], one["read_only"]) == safe
             assert one["environment"]["KIS_SECRETS_DIR"] == "/run/secrets"
-    assert {one["file"] for one in COMPOSE["secrets"].values()} == {f"secrets/{name}" for name in COMPOSE["secrets"]}
     beat = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
     assert services["worker"]["environment"][beat] == environment.DEFAULTS[beat]
 

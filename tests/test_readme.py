@@ -50,66 +50,57 @@ def test_a_newcomer_follows_the_page(page: str, gateway: Sandbox) -> None:
     """Its shell and Python blocks, in their order in one home, run to their ends on one issue."""
     Path(".venv").symlink_to(sys.prefix)
     mine = {"KIS_HTS_ID": "me", "ROOT": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    known = {name: value for name, value in os.environ.items() if name not in {"KIS_APP_KEY", "KIS_APP_SECRET"}}
-    if page != "README.md":  # which begins without any
-        known = dict(os.environ)
+    known = {**os.environ, **mine}
+    if page == "README.md":  # which begins without any
+        known = {name: value for name, value in known.items() if not name.startswith("KIS_APP_")}
     for language, code in BLOCKS[page]:
         for placeholder, value in KEYS.items():
             code = code.replace(placeholder, value)  # noqa: PLW2901 - as the reader does
         start = {"sh": ["/bin/sh", "-euc", NEWCOMER + code], "python": [sys.executable, "-c", code]}.get(language)
         if start:
-            ran = subprocess.run(start, env=known | mine, capture_output=True, text=True, check=False, timeout=60)
+            ran = subprocess.run(start, env=known, capture_output=True, text=True, check=False, timeout=60)
             assert ran.returncode == 0, code + ran.stderr
     assert asked(gateway) <= 1
 
 
 @pytest.mark.parametrize("page", ENGLISH)
-def test_settings_that_a_page_shows_load(
-    page: str, isolated: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As config.toml or .env they are read without a complaint."""
+def test_settings_that_a_page_shows_load(page: str, isolated: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As config.toml or environment they are read without a complaint."""
     (isolated / ".tokencore").mkdir(mode=0o700)
+    before = dict(os.environ)
     for language, code in BLOCKS[page]:
         if language == "toml":
             (isolated / ".tokencore" / "config.toml").write_text(code, encoding="utf-8")
-            Settings.load()
-        elif language == "ini":
-            with monkeypatch.context() as environment:
-                for line in code.splitlines():
-                    environment.setenv(*line.partition(" #")[0].strip().split("=", 1))
-                Settings.load()
+        if language == "ini":
+            os.environ.update(line.partition(" #")[0].strip().split("=", 1) for line in code.splitlines())
+        Settings.load()
+        os.environ.clear()
+        os.environ.update(before)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_options_targets_and_settings_exist(page: str) -> None:
     """What a page calls a command, an option, a target of make or a setting is one."""
-    commands = parsers(COMMANDS)[1]
+    options = {name: set(one._option_string_actions) for name, one in parsers(COMMANDS)[1].items()}  # noqa: SLF001 - argparse has no other way
     for name, rest in re.findall(r"(?<![\w/.-])tokencore ([a-z]+)\b([^\n`|]*)", _code(TEXTS[page])):
-        assert name in commands, name
-        own = rest.partition(" -- ")[0]
-        for option in re.findall(r"(?<=\s)--[a-z-]+", own):
-            assert option in commands[name]._option_string_actions, (name, option)  # noqa: SLF001 - argparse has no other way
-    known = {option for command in commands.values() for option in command._option_string_actions}  # noqa: SLF001 - the same
-    for option in re.findall(r"(?<!`)`(--[a-z-]+)", TEXTS[page]):
-        assert option in known, option
+        assert name in options, name
+        assert {*re.findall(r"(?<=\s)--[a-z-]+", rest.partition(" -- ")[0])} <= options[name], (name, rest)
+    assert {*re.findall(r"(?<!`)`(--[a-z-]+)", TEXTS[page])} <= set().union(*options.values())
     for target in re.findall(r"(?:^|[`\s])make ([a-z-]+)", _code(TEXTS[page])):
         assert re.search(rf"^{target}\b|^[a-z -]*\b{target}\b[a-z -]*:", MAKEFILE, re.MULTILINE), target
-    for setting in re.findall(r"\b(?:KIS|SLACK)_\w+", _of_any_market(TEXTS[page])):
-        assert setting in OUTSIDE or setting in _of_any_market(EXAMPLE), setting
+    assert _settings(TEXTS[page]) <= OUTSIDE | _settings(EXAMPLE)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     """Every file and every heading that a page links to is there."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+    for target in re.findall(r"\]\((?!\w+://)([^)\s]+)\)", TEXTS[page]):
         name, _, heading = target.partition("#")
-        if "://" not in target:
-            found = PAGES[page].parent / name if name else PAGES[page]
-            assert found.exists(), target
-            titles = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
-            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert heading in ["", *slugs], target
+        found = PAGES[page].parent / name if name else PAGES[page]
+        titles = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert (found.exists(), heading in ["", *slugs]) == (True, True), target
 
 
 @pytest.mark.parametrize("page", TRANSLATED)
@@ -135,8 +126,9 @@ def test_samples_of_alerts_are_current() -> None:
         assert text == made["current"](text), "run `make docs`"
 
 
-def _of_any_market(text: str) -> str:
-    return re.sub(r"(?<=KIS_MARKETS__)[A-Z]+(?=__)", "HK", text)
+def _settings(text: str) -> set[str]:
+    """The settings that it names, those of one market as `hk`'s."""
+    return set(re.findall(r"\b(?:KIS|SLACK)_\w+", re.sub(r"(?<=KIS_MARKETS__)[A-Z]+(?=__)", "HK", text)))
 
 
 def _code(text: str) -> str:

@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
-import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,46 +18,44 @@ import pytest
 from running import until
 from servers import Wire
 from stacks import KEYS, SLOW, Place, free_port, in_proc
-from test_settings import NAMELESS, as_root
+from test_settings import dotenv
 
 from flows.stack import demo as play
 from flows.stack import environment, watchdog
+from flows.stack.api import Api
 from tokencore import sessions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from servers import SlackEndpoint
 
 pytestmark = in_proc
+MakePlace = Callable[..., Place]
 TITLE = "Prefect: Prefect does not look after the tokens"
 
 
-@pytest.fixture(scope="module")
-def short() -> Iterator[Path]:
-    """A folder whose path leaves room for a socket's, as pytest's own does not."""
+@pytest.fixture
+def make_place() -> Iterator[MakePlace]:
+    """Make a place with these settings, its path short enough for a socket's; nothing of it may be left in the end."""
     with tempfile.TemporaryDirectory(prefix="s-") as folder:
-        yield Path(folder)
+        made: list[Place] = []
+
+        def make(**settings: str) -> Place:
+            made.append(Place.made(Path(folder) / str(len(made)), **KEYS | settings))
+            return made[-1]
+
+        yield make
+        assert [(place.living(), [*place.temporary.iterdir()]) for place in made] == [({}, [])] * len(made)
 
 
-def made(short: Path, **settings: str) -> Place:
-    """A place with these settings, the port's among them."""
-    return Place.made(short / uuid.uuid4().hex[:8], **settings)
-
-
-def left(place: Place) -> tuple[dict[int, str], list[Path]]:
-    """The processes and the temporary files that are left."""
-    return place.living(), list(place.temporary.iterdir())
-
-
-def test_the_demo_comes_to_a_token_whatever_the_settings_and_leaves_nothing(short: Path) -> None:
+def test_the_demo_comes_to_a_token_whatever_the_settings_and_leaves_nothing(make_place: MakePlace) -> None:
     """Where every setting is a trap it warms up, renews once, checks, and shows that every token is valid.
 
     It says where the page is and how to sign in. After Ctrl-C no process and no file is left.
     """
     traps = {"KIS_APP_KEY": "CanaryKey", "KIS_ENVIRONMENT": "nonsense", "SLACK_WEBHOOK_URL": "http://127.0.0.1:9/"}
-    traps |= {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_PROFILE": "missing"}
-    place = made(short, **traps)
+    place = make_place(**traps, PREFECT_API_URL="http://127.0.0.1:9/api", PREFECT_PROFILE="missing")
     place.dotenv(KIS_TIMEOUT="nonsense", PREFECT_API_KEY="CanaryKey", PREFECT_SERVER_API_PORT="9")
     (place.home / ".tokencore").mkdir()
     (place.home / ".tokencore" / "config.toml").write_text("this is no TOML")
@@ -73,9 +71,8 @@ def test_the_demo_comes_to_a_token_whatever_the_settings_and_leaves_nothing(shor
     assert re.findall(r"^(us|kr) +VALID ", output, re.MULTILINE) == ["us", "kr"]
     assert re.search(r"^The page: http://127\.0\.0\.1:\d+/v2\n  Sign in with: admin:\S{20,}$", output, re.MULTILINE)
     assert "Canary" not in output
-    assert left(place) == ({}, [])
-    assert sorted(path.name for path in place.home.rglob("*")) == [".tokencore", "config.toml"]
-    assert [path.name for path in place.work.iterdir()] == [".env"]
+    left = [path.name for folder in (place.home, place.work) for path in folder.rglob("*")]
+    assert sorted(left) == [".env", ".tokencore", "config.toml"]
 
 
 def test_the_demo_warms_an_exchange_that_is_not_over() -> None:
@@ -87,23 +84,28 @@ def test_the_demo_warms_an_exchange_that_is_not_over() -> None:
         assert session is None or session.close > now
 
 
-def test_an_interrupted_start_leaves_nothing(short: Path) -> None:
-    """Ctrl-C while it starts ends supervisord and its processes before the command says so, exit 130."""
-    place = made(short, **KEYS)
+@pytest.mark.parametrize(("victim", "number"), [("up", signal.SIGINT), ("supervisord", signal.SIGKILL)])
+def test_a_start_that_ends_early_leaves_nothing(victim: str, number: signal.Signals, make_place: MakePlace) -> None:
+    """Ctrl-C ends supervisord and its processes before the command says so, exit 130; killed, they end themselves."""
+    place = make_place()
     running = place.start("up")
-    until(lambda: any("flows.stack.server" in line for line in place.living().values()), SLOW)
-    running.send_signal(signal.SIGINT)
+    server = Api(f"http://127.0.0.1:{place.environment['PREFECT_SERVER_API_PORT']}", None)
+    until(lambda: server.answers("health"), SLOW)
+    (process,) = (one for one, line in place.living().items() if re.search(rf"{victim}( -c .*)? $", line))
+    os.kill(process, number)
     output = running.communicate(timeout=SLOW)[0]
-    assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
-    assert left(place) == ({}, [])
+    if victim == "up":
+        assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
+    else:
+        until(lambda: not place.living(), SLOW)
 
 
-def test_a_server_that_cannot_start_is_shown_with_its_log(short: Path) -> None:
+def test_a_server_that_cannot_start_is_shown_with_its_log(make_place: MakePlace) -> None:
     """Exit 1 with the end of the server's own words, without the database's password, and nothing is left running."""
     url = f"postgresql+asyncpg://prefect:CanaryPassword@127.0.0.1:{free_port()}/prefect"
-    place = made(short, **KEYS, PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
+    place = make_place(PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
     code, output = place.run("up")
-    assert (code, "server: exited with code" in output, place.living()) == (1, True, {})
+    assert (code, "server: exited with code" in output) == (1, True)
     kept = [path.read_bytes() for path in place.home.rglob("*") if path.is_file()]
     assert not any(b"CanaryPassword" in one for one in (output.encode(), *kept))
 
@@ -124,66 +126,41 @@ REFUSED = {
 
 @pytest.mark.parametrize(("settings", "code", "sentence"), REFUSED.values(), ids=list(REFUSED))
 def test_a_start_that_cannot_be_is_one_sentence(
-    settings: dict[str, str], code: int, sentence: str, short: Path
+    settings: dict[str, str], code: int, sentence: str, make_place: MakePlace
 ) -> None:
     """It names the setting, repeats no secret, has its documented exit code, and nothing runs."""
     with socket.create_server(("127.0.0.1", 0)) as other:
-        taken = str(other.getsockname()[1])
-        given = KEYS | {name: taken if value == "TAKEN" else value for name, value in settings.items()}
-        dotenv = given.pop(".env", "")
-        place = made(short, **given)
-        (place.work / ".env").write_text(dotenv)
+        given = {name: value.replace("TAKEN", str(other.getsockname()[1])) for name, value in settings.items()}
+        text = given.pop(".env", "")
+        place = make_place(**given)
+        (place.work / ".env").write_text(text)
         for command in ("up",) if "APP_" in sentence else ("up", "run"):  # a service starts before a person gives them
             ended, output = place.run(command)
             said = output.partition("(half a minute) ...\n")[2] or output
             assert (ended, said.count("\n")) == (code, 1), output
             assert re.match(sentence, said)
             assert "비밀" not in output
-    assert place.living() == {}
 
 
-DOORS = {
-    "the stack's folder": lambda folder: folder.chmod(0o777),
-    "the token directory": lambda folder: folder.parent.chmod(0o777),
-    "the password, open to all": lambda folder: (folder / "password").chmod(0o666),
-    "the password, another's": lambda folder: os.chown(folder / "password", NAMELESS, NAMELESS),
-    "the settings of supervisord, another's": lambda folder: os.chown(folder / "supervisord.conf", NAMELESS, NAMELESS),
-}
-
-
-@pytest.mark.parametrize(
-    "open_door", [pytest.param(door, marks=[as_root] * ("another" in name), id=name) for name, door in DOORS.items()]
-)
-def test_what_another_user_can_have_planted_starts_and_stops_nothing(
-    open_door: Callable[[Path], None], short: Path
-) -> None:
-    """Who could exchange them would choose what runs, or know the password: exit 7 and the command that ends it."""
-    place = made(short, **KEYS)
+def test_what_another_user_can_have_planted_starts_and_stops_nothing(make_place: MakePlace) -> None:
+    """Who could exchange the password would know it, or choose what runs: exit 7 and the command that ends it."""
+    place = make_place()
     folder = place.home / ".tokencore" / "prefect"
     folder.mkdir(parents=True)
-    for name in ("password", "supervisord.conf"):
-        (folder / name).touch()
-    open_door(folder)
+    (folder / "password").touch()
+    (folder / "password").chmod(0o666)
     for command in ("up", "run", "status", "down"):
         code, output = place.run(command)
         assert (code, output.count("\n"), " run `ch" in output) == (7, 1, True), output
-    assert (place.living(), (folder / "password").read_text()) == ({}, "")
-
-
-def test_an_address_of_ipv6_is_called_in_brackets() -> None:
-    """So the page's origins, and the names by which the server may be called, know it."""
-    given = {"PREFECT_SERVER_API_HOST": "::1"}
-    assert environment.origins(given) == ["http://[::1]:4200", "http://localhost:4200"]
-    assert environment.hosts(given) == ["[::1]", "localhost"]
+    assert (folder / "password").read_text() == ""
 
 
 def test_a_dotenv_gives_prefects_settings_unless_others_could_have_written_it() -> None:
-    """Of the rest, such as a proxy, the server and the worker get nothing; what is set already stays."""
-    dotenv = Path(".env")
-    dotenv.write_text("PREFECT_SERVER_API_PORT=4201\nHTTPS_PROXY=http://127.0.0.1:9\nKIS_TIMEOUT=9\n")
+    """Of the rest, such as a proxy, the server and the worker get nothing."""
+    file = dotenv(PREFECT_SERVER_API_PORT="4201", HTTPS_PROXY="http://127.0.0.1:9", KIS_TIMEOUT="9")
     before = dict(os.environ)
     assert environment.with_dotenv() == before | {"PREFECT_SERVER_API_PORT": "4201"}
-    dotenv.chmod(0o666)
+    file.chmod(0o666)
     assert environment.with_dotenv() == before
 
 
@@ -191,12 +168,7 @@ def test_a_dotenv_gives_prefects_settings_unless_others_could_have_written_it() 
 def prefect() -> Iterator[Wire]:
     """A port that answers as Prefect's server does, or not; the settings lead there."""
     with Wire() as server:
-        Path(".env").write_text(
-            "".join(
-                f"{name}={value}\n"
-                for name, value in {**KEYS, "PREFECT_SERVER_API_PORT": server.url.rpartition(":")[2]}.items()
-            )
-        )
+        dotenv(**KEYS, PREFECT_SERVER_API_PORT=server.url.rpartition(":")[2])
         yield server
 
 
@@ -221,8 +193,7 @@ def test_a_server_that_looks_after_nothing_is_told_once_and_its_return_too(
     if status:
         prefect.answer(status, content)
     for _ in range(2):
-        assert watchdog.watch(patience=0) == 1
-        assert capfd.readouterr().err.count("\n") == 1
+        assert (watchdog.watch(patience=0), capfd.readouterr().err.count("\n")) == (1, 1)
         assert slack.headlines == [TITLE]
     prefect.answer(200, checked(timedelta(minutes=5)))
     for _ in range(2):
@@ -232,7 +203,6 @@ def test_a_server_that_looks_after_nothing_is_told_once_and_its_return_too(
 
 def test_a_restart_is_no_death(prefect: Wire, slack: SlackEndpoint) -> None:
     """A server that is well again within the watchdog's patience has been away for nobody."""
-    well = threading.Timer(0.2, prefect.answer, (200, checked(timedelta(minutes=5))))
-    well.start()
+    threading.Timer(0.2, prefect.answer, (200, checked(timedelta(minutes=5)))).start()
     assert watchdog.watch(patience=60) == 0
     assert (len(prefect.requests) > 1, slack.asked) == (True, [])

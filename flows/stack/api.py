@@ -22,26 +22,16 @@ BUSY = Retry(5, connect=0, read=0, status_forcelist=[503], allowed_methods=None,
 
 
 class StackError(Exception):
-    """Something of the stack failed; the message says what, and what to do.
-
-    Attributes:
-        exit_code: what the command ends with.
-
-    """
+    """Something of the stack failed; the message says what, and what to do. The command ends with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
-        """Take the message."""
+        """Take both."""
         super().__init__(message)
         self.exit_code = exit_code
 
 
 class Api:
-    """The API of one server. Every method but `answers` raises StackError where the server gives no answer of use.
-
-    Attributes:
-        url: the address of the server.
-
-    """
+    """The API of the server at `url`. All but `answers` raise StackError where the server gives no answer of use."""
 
     def __init__(self, url: str, password: str | None, timeout: float = 30) -> None:
         """Ask nothing yet; `password` is `user:password`, `timeout` the seconds for each answer."""
@@ -87,8 +77,9 @@ class Api:
 
     def runs(self, **conditions: object) -> list[dict[str, Any]]:
         """The runs with these conditions of Prefect's filter, in the order in which they are due."""
-        asked = {"flow_runs": conditions, "sort": "EXPECTED_START_TIME_ASC"}
-        found: list[dict[str, Any]] = self.ask("POST", "flow_runs/filter", asked)
+        found: list[dict[str, Any]] = self.ask(
+            "POST", "flow_runs/filter", {"flow_runs": conditions, "sort": "EXPECTED_START_TIME_ASC"}
+        )
         return found
 
     def deployment(self, name: str) -> dict[str, Any]:
@@ -104,6 +95,16 @@ class Api:
         made: str = self.ask("POST", f"deployments/{self.deployment(deployment)['id']}/create_flow_run", asked)["id"]
         return made
 
+    def run_to_end(self, deployment: str, **parameters: object) -> dict[str, Any]:
+        """Run a deployment, named `flow/deployment`, to its end; the final state with `type`, `name` and `message`."""
+        run, give_up = self.create_run(deployment, **parameters), time.monotonic() + PATIENCE
+        while time.monotonic() < give_up:
+            state: dict[str, Any] = self.ask("GET", f"flow_runs/{run}")["state"] or {}
+            if state.get("type") in FINAL:
+                return state
+            time.sleep(0.5)
+        raise StackError(f"The run of {deployment} did not end within {PATIENCE:.0f} s.")
+
     def set_state(self, run: str, kind: str, name: str, message: str) -> None:
         """Put a run into a state, whatever Prefect thinks of it."""
         state = {"type": kind, "name": name, "message": message}
@@ -111,9 +112,8 @@ class Api:
 
     def last_check(self) -> tuple[str, datetime] | None:
         """How the newest check that did its work ended, and when (aware); None before there was one."""
-        flow, _, _ = CHECK.partition("/")
         asked = {
-            "flows": {"name": {"any_": [flow]}},
+            "flows": {"name": {"any_": [CHECK.partition("/")[0]]}},
             "flow_runs": {"state": {"name": {"any_": [*CHECKED]}}},
             "sort": "END_TIME_DESC",
             "limit": 1,

@@ -21,7 +21,6 @@ from zoneinfo import ZoneInfo
 
 from flows.stack import environment, supervisor
 from flows.stack.api import REFRESH, Api, StackError
-from flows.stack.deployments import run_to_end
 from tokencore import sessions
 
 if TYPE_CHECKING:
@@ -42,22 +41,23 @@ Ctrl-C stops everything and leaves nothing behind.
 
 
 def demo(*, once: bool = False) -> int:
-    """Start all, warm a token up and show it; then stay until SIGINT or SIGTERM, unless it is for `once`.
-
-    Raises:
-        StackError: a part could not be started, or a run did not complete; nothing is left running.
-
-    """
+    """Start all, warm a token up and show it; then stay until SIGINT or SIGTERM, unless it is for `once`."""
     with tempfile.TemporaryDirectory(prefix="tokencore-demo-") as folder, sandbox(Path(folder)) as known:
         _say("sandbox", "a server on this machine answers instead of KIS")
         _say("Prefect", "starting its server, a worker and the deployments (half a minute) ...")
         home = Path(known["PREFECT_HOME"])
         stack = supervisor.start(home, known, Path(folder))
         try:
-            api = Api(environment.address(known), environment.password(home, known))
+            password = environment.password(home, known)
+            api, page = Api(environment.address(known), password), environment.page(known)
+            _say("page", f"{page} (sign in with {password}), to watch what follows")
             _play(api, known)
             if not once:
-                _stay(api, known)
+                form, gateway = api.deployment(REFRESH)["id"], known["KIS_BASE_URL"]
+                with contextlib.suppress(KeyboardInterrupt):
+                    print(END.format(form=form, password=password, page=page, gateway=gateway), flush=True)
+                    signal.pause()
+                print("Stopped.")
         finally:
             supervisor.stop(stack)
     return 0
@@ -77,27 +77,16 @@ def exchange(now: datetime) -> str:
 
 def _play(api: Api, known: Mapping[str, str]) -> None:
     """A warm-up after the check that each start makes, and what they did to the tokens."""
-    password = environment.password(Path(known["PREFECT_HOME"]), known)
-    _say("page", f"{environment.page(known)} (sign in with {password}), to watch what follows")
     if last := api.last_check():
         _say("check-tokens", last[0])
     code = exchange(datetime.now(UTC))
     _complete(api, f"warm-up/{code}", exchange=code)
-    if _tokencore(known, "check", "kr", show=False):
+    if _check(known, "kr", output=subprocess.DEVNULL):
         _say("", "No session needs a token now, so a person asks for one:")
         _complete(api, REFRESH, market="kr", operator="make demo", reason="no session needs a token now")
     print(flush=True)
-    _tokencore(known, "check")
+    _check(known)
     print(flush=True)
-
-
-def _stay(api: Api, known: Mapping[str, str]) -> None:
-    form, password = api.deployment(REFRESH)["id"], environment.password(Path(known["PREFECT_HOME"]), known)
-    page, gateway = environment.page(known), known["KIS_BASE_URL"]
-    with contextlib.suppress(KeyboardInterrupt):
-        print(END.format(form=form, password=password, page=page, gateway=gateway), flush=True)
-        signal.pause()
-    print("Stopped.")
 
 
 @contextlib.contextmanager
@@ -125,17 +114,16 @@ def sandbox(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _complete(api: Api, deployment: str, **parameters: object) -> None:
-    state = run_to_end(api, deployment, **parameters)
+    state = api.run_to_end(deployment, **parameters)
     said = f"{state['type'].capitalize()}: {state['name']}. {state['message'] or ''}"
     if state["type"] != "COMPLETED":
         raise StackError(f"The run of {deployment} did not complete. {said}")
     _say(deployment.partition("/")[0], said)
 
 
-def _tokencore(known: Mapping[str, str], *arguments: str, show: bool = True) -> int:
-    """Run the command where no `.env` is; its exit code."""
-    output = None if show else subprocess.DEVNULL
-    command = [sys.executable, "-m", "tokencore", *arguments]
+def _check(known: Mapping[str, str], *markets: str, output: int | None = None) -> int:
+    """Run `tokencore check` where no `.env` is; its exit code."""
+    command = [sys.executable, "-m", "tokencore", "check", *markets]
     return subprocess.run(command, env=known, cwd=known["HOME"], stdout=output, check=False).returncode  # noqa: S603 - as above
 
 

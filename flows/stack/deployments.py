@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
-from flows.stack.api import FINAL, PATIENCE, POOL, StackError
+from flows.stack.api import POOL, StackError
 from tokencore import Key, Settings, sessions
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ PREFECT_FILE = Path(__file__).resolve().parents[2] / "prefect.yaml"
 AUTOMATIONS_FILE = Path(__file__).with_name("automations.yaml")
 OURS = "tokencore"  # the tag of the automations that are ours to change and to remove
 BLOCK = "tokencore-slack"
-SLACK_API = "https://slack.com/api/"
 UNHEARD = " Nobody hears of it: the settings have no way to Slack."
 TRIES = 3  # SQLite under load makes the server answer 503; Prefect's own client asks six times, then gives up
 
@@ -34,7 +33,6 @@ def apply(api: Api, folder: Path) -> None:
 
     Raises:
         StackError: Prefect could not be made to.
-        ConfigurationError: a setting is missing or malformed.
 
     """
     settings = Settings.load()
@@ -44,10 +42,7 @@ def apply(api: Api, folder: Path) -> None:
     file = folder / "prefect.yaml"
     file.write_text(yaml.safe_dump(table), "utf-8")
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
-    for _ in range(TRIES):
-        if not subprocess.run(command, check=False, cwd=folder).returncode:  # noqa: S603 - our own command
-            break
-    else:
+    if all(subprocess.run(command, check=False, cwd=folder).returncode for _ in range(TRIES)):  # noqa: S603 - our own command
         raise StackError("Prefect did not take the deployments.")
     _remove_others(api, {one["name"] for one in table["deployments"]})
     _apply_automations(settings)
@@ -60,22 +55,6 @@ def by_settings(table: dict[str, Any], traded: Collection[str]) -> dict[str, Any
         one["tags"] = [tag for tag in one["tags"] if tag != "off"]
         one["schedules"] = [{k: v for k, v in each.items() if k != "active"} for each in one["schedules"]]
     return {**table, "deployments": kept}
-
-
-def run_to_end(api: Api, deployment: str, **parameters: object) -> dict[str, Any]:
-    """Run a deployment, named `flow/deployment`, to its end; the final state with `type`, `name` and `message`.
-
-    Raises:
-        StackError: it did not end in time, or could not be created.
-
-    """
-    run, give_up = api.create_run(deployment, **parameters), time.monotonic() + PATIENCE
-    while time.monotonic() < give_up:
-        state: dict[str, Any] = api.ask("GET", f"flow_runs/{run}")["state"] or {}
-        if state.get("type") in FINAL:
-            return state
-        time.sleep(0.5)
-    raise StackError(f"The run of {deployment} did not end within {PATIENCE:.0f} s.")
 
 
 def _remove_others(api: Api, wanted: Collection[str]) -> None:
@@ -92,13 +71,11 @@ def _apply_automations(settings: Settings) -> None:
 
     wanted = automations(settings.slack_language, _slack_block(settings))
     with get_client(sync_client=True) as client:
-        ours = [one for one in client.read_automations() if OURS in one.tags]
-        there = {one.name: one for one in ours}
-        for one in ours:
-            if one.name not in wanted or one is not there[one.name]:
-                client.delete_automation(one.id)
+        ours = {one.name: one for one in client.read_automations() if OURS in one.tags}
+        for name in ours.keys() - wanted.keys():
+            client.delete_automation(ours[name].id)
         for name, made in wanted.items():
-            if known := there.get(name):
+            if known := ours.get(name):
                 made.enabled = known.enabled
                 # The client leaves out whatever was not given, and the server then misses it; the owner it refuses.
                 full = type(made).model_validate(made.model_dump(exclude={"owner_resource"}))
@@ -130,28 +107,21 @@ def _slack_block(settings: Settings) -> UUID | None:
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    if wanted := _way_to_slack(settings):
-        block = CustomWebhookNotificationBlock.model_validate({"name": "Slack", "timeout": 10, **wanted})
-        return cast("UUID", block.save(BLOCK, overwrite=True))  # no coroutine: there is no event loop here
-    with get_client(sync_client=True) as client:
-        try:
-            known = client.read_block_document_by_name(BLOCK, CustomWebhookNotificationBlock.get_block_type_slug())
-        except ObjectNotFound:
-            return None
-        client.delete_block_document(known.id)
-    return None
-
-
-def _way_to_slack(settings: Settings) -> dict[str, object] | None:
     text = "*{{subject}}*\n{{body}}"
     if settings.slack_bot_token and settings.slack_channel:
-        return {
-            "url": f"{SLACK_API}chat.postMessage",
+        way: dict[str, object] = {
+            "url": "https://slack.com/api/chat.postMessage",
             "headers": {"Authorization": "Bearer {{token}}"},
             "json_data": {"channel": settings.slack_channel, "text": text, "unfurl_links": False},
             "secrets": {"token": settings.slack_bot_token.get_secret_value()},
         }
-    if settings.slack_webhook_url:
+    elif settings.slack_webhook_url:
         webhook = settings.slack_webhook_url.get_secret_value()
-        return {"url": "{{webhook}}", "json_data": {"text": text}, "secrets": {"webhook": webhook}}
-    return None
+        way = {"url": "{{webhook}}", "json_data": {"text": text}, "secrets": {"webhook": webhook}}
+    else:
+        kind = CustomWebhookNotificationBlock.get_block_type_slug()
+        with get_client(sync_client=True) as client, contextlib.suppress(ObjectNotFound):
+            client.delete_block_document(client.read_block_document_by_name(BLOCK, kind).id)
+        return None
+    block = CustomWebhookNotificationBlock.model_validate({"name": "Slack", "timeout": 10, **way})
+    return cast("UUID", block.save(BLOCK, overwrite=True))  # no coroutine: there is no event loop here

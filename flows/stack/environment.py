@@ -17,7 +17,7 @@ from flows.stack.api import Api
 from tokencore import ConfigurationError, Settings, private_folder, trusted_dotenv
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 DEFAULT_PORT = "4200"  # Prefect's own
 LOOPBACK = "127.0.0.1"
@@ -26,6 +26,7 @@ THIS_MACHINE = re.compile(r"localhost|127\.[\d.]+|::1")
 DATABASES = ("sqlite+aiosqlite://", "postgresql+asyncpg://")  # what Prefect's server speaks
 USER = "admin"  # of a generated password
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # noqa: S105 - the name of the setting
+BLOCKS_KEY = "PREFECT_SERVER_ENCRYPTION_KEY"
 
 DEFAULTS = {
     # Nobody is called but KIS and Slack.
@@ -49,8 +50,6 @@ PASSED_ON = re.compile(
     r"|(?i:(https?|all|no)_proxy)"
 )
 ANOTHER_PREFECT = ("PREFECT_API_", "PREFECT_PROFILE")  # the server or profile that the user has for other purposes
-SERVER_ONLY = ("PREFECT_SERVER_",)  # the database's address and the key of the blocks among them
-WORKER_ONLY = ("KIS_", "SLACK_", "TOKENCORE_")
 
 
 def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
@@ -62,9 +61,19 @@ def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
         ConfigurationError: the port, the password or the database's address cannot be used.
 
     """
-    _check(given)
-    secret = given.get(PASSWORD) or _kept(password_file(home), lambda: f"{USER}:{secrets.token_urlsafe(24)}")
-    of_blocks = given.get("PREFECT_SERVER_ENCRYPTION_KEY") or _kept(home / "encryption.key", _fernet_key)
+    if not given.get(PASSWORD, "").isascii():
+        raise ConfigurationError(
+            f"{PASSWORD} holds characters that Prefect's server cannot compare; "
+            "set user:password in English letters, digits and signs.",
+        )
+    url = given.get("PREFECT_SERVER_DATABASE_CONNECTION_URL")
+    if url and not url.startswith(DATABASES):  # Prefect would repeat it, with its password, into the log
+        raise ConfigurationError(
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL names no database that Prefect can use; "
+            "set postgresql+asyncpg://user:password@host/database.",
+        )
+    secret = given.get(PASSWORD) or _kept(password_file(home), f"{USER}:{secrets.token_urlsafe(24)}")
+    fernet_key = base64.urlsafe_b64encode(os.urandom(32)).decode()
     own = {
         "TMPDIR": str(home / "tmp"),  # Prefect's worker leaves something there, under a name that others may own
         "PREFECT_HOME": str(home),
@@ -72,7 +81,7 @@ def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
         "PREFECT_API_AUTH_STRING": secret,
         "PREFECT_UI_URL": page(given),
         PASSWORD: secret,
-        "PREFECT_SERVER_ENCRYPTION_KEY": of_blocks,
+        BLOCKS_KEY: given.get(BLOCKS_KEY) or _kept(home / "encryption.key", fernet_key),
         "PREFECT_SERVER_API_HOST": host(given),
         "PREFECT_SERVER_API_PORT": str(port(given)),
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "page"),  # otherwise beside Prefect, for its first user alone
@@ -89,27 +98,12 @@ def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
     return DEFAULTS | passed_on | own
 
 
-def for_server(stack: Mapping[str, str]) -> dict[str, str]:
-    """The server's part of the stack's environment: no credentials of KIS or Slack."""
-    return {name: value for name, value in stack.items() if not name.startswith(WORKER_ONLY)}
-
-
-def for_worker(stack: Mapping[str, str]) -> dict[str, str]:
-    """The worker's part, and that of all its runs: neither the database's address nor the key of the blocks."""
-    return {name: value for name, value in stack.items() if not name.startswith(SERVER_ONLY)}
-
-
 def with_dotenv() -> dict[str, str]:
     """This process's environment, completed with Prefect's settings from `.env` of the working directory.
 
     Those of KIS and Slack stay where they are: tokencore reads them. It also judges whom a `.env` may come from.
-
-    Raises:
-        ConfigurationError: a source of settings cannot be read, or gives an address for a secret of another source.
-
     """
-    found = trusted_dotenv()
-    return {**os.environ, **{name: value for name, value in found.items() if name.startswith("PREFECT_")}}
+    return {**os.environ, **{name: value for name, value in trusted_dotenv().items() if name.startswith("PREFECT_")}}
 
 
 def port(environment: Mapping[str, str]) -> int:
@@ -131,12 +125,7 @@ def host(environment: Mapping[str, str]) -> str:
 
 
 def address(environment: Mapping[str, str]) -> str:
-    """The server's address for programs of this machine.
-
-    Raises:
-        ConfigurationError: PREFECT_SERVER_API_PORT is no port.
-
-    """
+    """The server's address for programs of this machine."""
     place = host(environment)
     place = LOOPBACK if place in EVERYWHERE else place
     return f"http://{f'[{place}]' if ':' in place else place}:{port(environment)}"
@@ -151,29 +140,21 @@ def page(environment: Mapping[str, str]) -> str:
 def origins(environment: Mapping[str, str]) -> list[str]:
     """The web origins whose scripts may ask the server: the page's own, by each name that it has."""
     shown = urlsplit(page(environment))
-    found = [address(environment), f"{shown.scheme}://{shown.netloc}"]
-    if is_local(environment):
-        found.append(f"http://localhost:{port(environment)}")
+    found = (address(environment), f"{shown.scheme}://{shown.netloc}", f"http://localhost:{port(environment)}")
     return list(dict.fromkeys(found))
 
 
 def hosts(environment: Mapping[str, str]) -> list[str]:
     """The names by which requests may call the server; any, where it listens for other machines."""
-    if not is_local(environment):
+    if not THIS_MACHINE.fullmatch(host(environment)):
         return ["*"]
     return [re.sub(r":\d+$", "", urlsplit(one).netloc) for one in origins(environment)]
-
-
-def is_local(environment: Mapping[str, str]) -> bool:
-    """Whether the server listens for this machine only."""
-    return bool(THIS_MACHINE.fullmatch(host(environment)))
 
 
 def home() -> Path:
     """The stack's folder; one that is there has been looked at.
 
     Raises:
-        ConfigurationError: the settings are malformed, so that nobody knows where to look.
         TokenStoreError: another user can have put something into it.
 
     """
@@ -184,12 +165,7 @@ def home() -> Path:
 
 
 def api(timeout: float = 30) -> Api:
-    """The server's, with its password.
-
-    Raises:
-        ConfigurationError: the settings are malformed, so that nobody knows where to look.
-
-    """
+    """The server's, with its password; `timeout` is in seconds for each answer."""
     given = with_dotenv()
     return Api(address(given), password(home(), given), timeout)
 
@@ -205,30 +181,11 @@ def password_file(folder: Path) -> Path:
     return folder / "password"
 
 
-def _check(environment: Mapping[str, str]) -> None:
-    """Refuse what Prefect would take and then fail with, or would repeat into its log."""
-    if not environment.get(PASSWORD, "").isascii():
-        raise ConfigurationError(
-            f"{PASSWORD} holds characters that Prefect's server cannot compare; "
-            "set user:password in English letters, digits and signs.",
-        )
-    url = environment.get("PREFECT_SERVER_DATABASE_CONNECTION_URL")
-    if url and not url.startswith(DATABASES):
-        raise ConfigurationError(
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL names no database that Prefect can use; "
-            "set postgresql+asyncpg://user:password@host/database.",
-        )
-
-
-def _fernet_key() -> str:
-    return base64.urlsafe_b64encode(os.urandom(32)).decode()
-
-
-def _kept(path: Path, make: Callable[[], str]) -> str:
-    """What the file holds; where there is none, or an empty one, it is made, whole."""
+def _kept(path: Path, fresh: str) -> str:
+    """What the file holds; `fresh`, kept for the next time, where there is none or an empty one."""
     if not path.exists() or not path.stat().st_size:
         draft = path.with_name(f"{path.name}.{os.getpid()}")
         draft.touch(0o600)
-        draft.write_text(make(), "ascii")
+        draft.write_text(fresh, "ascii")
         draft.replace(path)
     return path.read_text("ascii").strip()

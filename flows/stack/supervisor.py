@@ -1,6 +1,7 @@
 """The stack under supervisord: Prefect's server, its worker and the deployments; started, stopped and looked at.
 
-Everything of it is in `prefect/` of the token directory. Supervisord listens on a socket there, and knows what runs.
+Everything of it is in `prefect/` of the token directory. Supervisord listens on a socket there, and knows what runs;
+supervisord.conf says what it starts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from http.client import HTTPException
 from pathlib import Path
@@ -26,50 +28,15 @@ from tokencore import ConfigurationError, Key, Settings, private_folder
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SHOWN = ("supervisor", "server", "worker")
-ARTIFACTS = ("tokens", "plan")
+CONFIG = Path(__file__).with_name("supervisord.conf")
+PARTS = ("supervisor", "server", "worker")
+LAST_CHECK = "last check"
 FOLDER = "TOKENCORE_FOLDER"  # where the stack was started, see flows/__init__.py
 ANSWER = 20.0  # seconds for an answer of supervisord
 NO_ANSWER = (OSError, HTTPException, XmlRpcError)
 LOG_TAIL = 15  # lines of a log that are shown with a failure
 SOCKET_LENGTH = 90  # bytes of its folder's path: 103 for the whole on some systems, and supervisord adds its number
 UNWELL = 3  # the exit code of `status`
-
-CONFIG = """\
-[supervisord]
-nodaemon=true
-logfile=/dev/null
-logfile_maxbytes=0
-pidfile=%(here)s/supervisord.pid
-
-[unix_http_server]
-file=%(here)s/sock
-chmod=0600
-
-[supervisorctl]
-serverurl=unix://%(here)s/sock
-
-[rpcinterface:supervisor]
-supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
-"""
-PROGRAM = """
-[program:{part}]
-command={python} -m flows.stack {part}
-priority={priority}
-autorestart={autorestart}
-startsecs={startsecs}
-startretries=1000000
-stopwaitsecs=30
-redirect_stderr=true
-stdout_logfile=%(here)s/{part}.log
-stdout_logfile_maxbytes=10MB
-stdout_logfile_backups=2
-"""
-PARTS = (  # the highest priority starts last and stops first
-    {"part": "server", "priority": 10, "autorestart": "true", "startsecs": 20},
-    {"part": "deploy", "priority": 20, "autorestart": "false", "startsecs": 0},
-    {"part": "worker", "priority": 30, "autorestart": "true", "startsecs": 5},
-)
 
 
 def run() -> NoReturn:
@@ -88,20 +55,13 @@ def run() -> NoReturn:
     stack = environment.load(home, {**given, "KIS_TOKEN_DIR": str(home.parent), FOLDER: os.getcwd()})
     shutil.rmtree(home / "tmp", ignore_errors=True)
     (home / "tmp").mkdir()
-    python = shlex.quote(sys.executable).replace("%", "%%")
-    config = home / "supervisord.conf"
-    config.write_text(CONFIG + "".join(PROGRAM.format(python=python, **part) for part in PARTS))
+    python, config = shlex.quote(sys.executable).replace("%", "%%"), home / CONFIG.name
+    config.write_text(CONFIG.read_text("utf-8").replace("PYTHON", python))
     os.execve(sys.executable, [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)], stack)  # noqa: S606 - no shell
 
 
 def up() -> int:
-    """Start it in the background, unless it runs, and show how it is.
-
-    Raises:
-        ConfigurationError: a setting is missing or malformed; nothing was started.
-        StackError: a part could not be started; nothing of it runs.
-
-    """
+    """Start it in the background, unless it runs, and show how it is."""
     Key.load(Settings.load())  # a missing key or secret is said now, not by a run at night
     home = environment.home()
     if running(home):
@@ -114,12 +74,7 @@ def up() -> int:
 
 
 def down() -> int:
-    """Stop what `up` or `run` started, and only that.
-
-    Raises:
-        ConfigurationError: the settings are malformed, so that nobody knows where to look.
-
-    """
+    """Stop what `up` or `run` started, and only that."""
     home = environment.home()
     found = running(home)
     if not found:
@@ -135,23 +90,16 @@ def down() -> int:
 
 
 def status() -> int:
-    """Show what runs, and how the tokens are; 0 if all is well, otherwise 3.
-
-    Raises:
-        ConfigurationError: the settings are malformed, so that nobody knows where to look.
-
-    """
+    """Show what runs, and how the tokens are; 0 if all is well, otherwise 3."""
     home = environment.home()
     found = running(home)
-    well = all(part in found for part in SHOWN)
-    if not found:
-        print("Nothing is running; `make up` starts it.")
+    shown = {part: f"process {found[part]}" if part in found else "NOT RUNNING" for part in PARTS}
+    if found:
+        shown |= _server_says(home) | {"logs": str(home)}
+        print("\n".join(f"{name:<11} {what}" for name, what in shown.items()), flush=True)
     else:
-        for part in SHOWN:
-            _show(part, f"process {found[part]}" if part in found else "NOT RUNNING")
-        well = _show_server(home) and well
-        _show("logs", str(home))
-    sys.stdout.flush()
+        print("Nothing is running; `make up` starts it.", flush=True)
+    well = found.keys() >= {*PARTS} and LAST_CHECK in shown
     tokens = subprocess.run([sys.executable, "-m", "tokencore", "check"], check=False).returncode
     return 0 if well and not tokens else UNWELL
 
@@ -188,9 +136,8 @@ def running(home: Path) -> dict[str, int]:
     """The parts whose process lives, and its number; none where no supervisord answers."""
     try:
         calls = _supervisord(home)
-        return {"supervisor": calls.getPID()} | {
-            one["name"]: one["pid"] for one in calls.getAllProcessInfo() if one["pid"]
-        }
+        parts = {one["name"]: one["pid"] for one in calls.getAllProcessInfo() if one["pid"]}
+        return {"supervisor": calls.getPID(), **parts}
     except NO_ANSWER:
         return {}
 
@@ -198,32 +145,23 @@ def running(home: Path) -> dict[str, int]:
 def become_server() -> NoReturn:
     """Become Prefect's server, which gets no credentials of KIS and Slack."""
     os.chdir(os.environ["PREFECT_HOME"])
-    command = [sys.executable, "-m", "flows.stack.server"]
-    os.execve(sys.executable, command, environment.for_server(os.environ))  # noqa: S606 - no shell is the point
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_", "TOKENCORE_"))}
+    os.execve(sys.executable, [sys.executable, "-m", "flows.stack.server"], own)  # noqa: S606 - no shell is the point
 
 
 def deploy() -> int:
-    """Bring deployments and automations up to date, then check the tokens once: what was missed is made good.
-
-    Raises:
-        StackError: Prefect could not be made to.
-
-    """
+    """Bring deployments and automations up to date, then check the tokens once: what was missed is made good."""
+    threading.Thread(target=worker.end_with_parent, daemon=True).start()
     server = environment.api()
     server.wait()
     deployments.apply(server, Path(os.environ["PREFECT_HOME"]))
-    state = deployments.run_to_end(server, CHECK)
+    state = server.run_to_end(CHECK)
     print(f"{state['name']}: {state['message'] or 'done'}")
     return 0
 
 
 def _refuse(home: Path, given: Mapping[str, str]) -> None:
-    """Refuse what would make a part fail later, less clearly.
-
-    Raises:
-        ConfigurationError: the server cannot listen there, or supervisord in that folder.
-
-    """
+    """Refuse what would make a part fail later, less clearly."""
     place, port = environment.host(given), environment.port(given)
     try:
         family, _, _, _, address = socket.getaddrinfo(place, port, type=socket.SOCK_STREAM)[0]
@@ -266,28 +204,16 @@ def _failure(home: Path, part: str, what: str) -> str:
     return "\n".join([f"{part}: {what}. The end of its log:", *(f"  {line}" for line in lines)])
 
 
-def _show(name: str, what: str) -> None:
-    print(f"{name:<11} {what}")
-
-
-def _show_server(home: Path) -> bool:
-    """What the server itself says; whether that is all well."""
+def _server_says(home: Path) -> dict[str, str]:
+    """Where its page is, and how the server is; all is well where it knows of a last check."""
     given, server = environment.with_dotenv(), environment.api(timeout=5)
-    page = environment.page(given)
-    _show("page", page)
-    given_password = given.get(environment.PASSWORD)
-    _show("password", environment.PASSWORD if given_password else f"in {environment.password_file(home)}")
-    for name in ARTIFACTS:
-        _show(name, f"{page}/artifacts/key/{name} (click its newest entry)")
+    page, password = environment.page(given), environment.PASSWORD
+    shown = {"page": page, "password": password if given.get(password) else f"in {environment.password_file(home)}"}
+    shown |= {name: f"{page}/artifacts/key/{name} (click its newest entry)" for name in ("tokens", "plan")}
     try:
-        counts = {name: len(server.ask("POST", f"{name}/filter", {})) for name in ("deployments", "automations")}
-        form = f"{page}/deployments/deployment/{server.deployment(REFRESH)['id']}/run"
+        form = f"{page}/deployments/deployment/{server.deployment(REFRESH)['id']}/run (renews manually)"
         last = server.last_check()
     except StackError as error:
-        _show("server says", f"NOT KNOWN. {error}")
-        return False
-    _show("refresh", f"{form} (renews manually)")
-    for name, count in counts.items():
-        _show(name, str(count) if count else "NONE; `make down` and `make up` make them")
-    _show("last check", f"{last[0]}, {last[1]:%Y-%m-%d %H:%M} UTC" if last else "none yet")
-    return all(counts.values()) and last is not None
+        return {**shown, "server says": f"NOT KNOWN. {error}"}
+    check = {LAST_CHECK: f"{last[0]}, {last[1]:%Y-%m-%d %H:%M} UTC"} if last else {"checks": "NONE has ended yet"}
+    return {**shown, "refresh": form, **check}

@@ -27,13 +27,10 @@ def watch(patience: float = PATIENCE) -> int:
     """Ask the server and its newest check for a sign of life; alert Slack where there is none, and when there is again.
 
     The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
-
-    Raises:
-        ConfigurationError: the settings are malformed, so that nobody knows where to look.
-
     """
     settings, found = Settings.load(), silence(environment.api(), patience)
-    if found is None and not _was_reported(settings):
+    known = open_document(settings, "incidents").read().get("incidents", [])
+    if found is None and not any(isinstance(one, dict) and one.get("subject") == WHO for one in known):
         return 0
     from flows import alerts  # all of Prefect
 
@@ -50,14 +47,15 @@ def test_alert() -> int:
     """Send one message the way alerts take, and say whether Slack accepted it; 1 where it did not.
 
     Raises:
-        ConfigurationError: a setting is missing or malformed; nothing was sent.
+        ConfigurationError: there is no way to Slack; nothing was sent.
 
     """
     from flows.alerts import messages, slack  # all of Prefect
 
     settings = Settings.load()
     if not slack.is_configured(settings):
-        raise ConfigurationError(f"Nothing was sent: set {_missing(settings)}, as .env.example shows.")
+        ways = "SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL"
+        raise ConfigurationError(f"Nothing was sent: set {ways}, as .env.example shows.")
     texts = messages.LANGUAGES[settings.slack_language]
     receipt = slack.send(settings, messages.test(texts, settings.slack_mention, datetime.now(UTC)))
     if receipt.refusal:
@@ -88,14 +86,3 @@ def _silence(api: Api, now: datetime) -> str | None:
     if now - seen > SILENCE:
         return f"No check of the tokens has ended since {seen:%Y-%m-%d %H:%M} UTC."
     return None
-
-
-def _was_reported(settings: Settings) -> bool:
-    known = open_document(settings, "incidents").read().get("incidents", [])
-    return any(isinstance(one, dict) and one.get("subject") == WHO for one in known)
-
-
-def _missing(settings: Settings) -> str:
-    if settings.slack_bot_token:
-        return "SLACK_CHANNEL"
-    return "SLACK_BOT_TOKEN" if settings.slack_channel else "SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL"

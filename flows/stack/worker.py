@@ -18,7 +18,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from flows.stack import environment
 from flows.stack.api import CHECK, POOL, Api, StackError
 
 NAME = platform.node()  # of our worker: a restarted one takes the place of the one before
@@ -37,11 +36,9 @@ SKIPPED = "Missed while nothing ran here; a later run does it all."
 def work() -> int:
     """Be Prefect's worker until SIGTERM; first end what died with the one before, last what this one leaves behind.
 
-    Raises:
-        StackError: the server could not be asked.
-
+    Neither it nor its runs know the database's address and the key of the blocks.
     """
-    own = environment.for_worker(os.environ)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_SERVER_")}
     if own != dict(os.environ):  # a process keeps the environment that it was started with, for all to see who may
         os.execve(sys.executable, [sys.executable, "-m", "flows.stack", "worker"], own)  # noqa: S606 - no shell
     server = Api(own["PREFECT_API_URL"].removesuffix("/api"), own["PREFECT_API_AUTH_STRING"])
@@ -99,12 +96,7 @@ def watch_sleep(api: Api) -> None:
 
 
 def mark_crashed(api: Api) -> None:
-    """Mark as Crashed the runs whose process is gone; while no worker lives, as one that it starts has none yet.
-
-    Raises:
-        StackError: the server could not be asked.
-
-    """
+    """Mark as Crashed the runs whose process is gone; while no worker lives, as one that it starts has none yet."""
     for run in _orphans(api):
         api.set_state(run["id"], "CRASHED", "Crashed", KILLED)
 
@@ -121,10 +113,6 @@ def skip_overdue(api: Api) -> None:
     """Skip the runs that were missed: all checks, all but the last of each warm-up.
 
     To let a check run, which does for all of them, is up to the caller. What a person has asked for is left.
-
-    Raises:
-        StackError: the server could not be asked.
-
     """
     before = {"before_": (datetime.now(UTC) - OVERDUE).isoformat()}
     missed = api.runs(state={"type": {"any_": ["SCHEDULED"]}}, expected_start_time=before)
@@ -143,14 +131,8 @@ def _runs(api: Api, *states: str) -> list[dict[str, Any]]:
 def _orphans(api: Api) -> list[dict[str, Any]]:
     """The runs underway without a process. Another machine's look the same: while it has a worker, none is named."""
     found = [run for run in _runs(api, *UNDERWAY) if not _works(run)]
-    return found if found and not _others(api) else []
-
-
-def _others(api: Api) -> bool:
-    if not api.answers(f"work_pools/{POOL}"):
-        return False
-    workers = api.ask("POST", f"work_pools/{POOL}/workers/filter", {})
-    return any(one["status"] == "ONLINE" and one["name"] != NAME for one in workers)
+    workers = api.ask("POST", f"work_pools/{POOL}/workers/filter", {}) if found else []
+    return [] if any(one["status"] == "ONLINE" and one["name"] != NAME for one in workers) else found
 
 
 def _works(run: dict[str, Any]) -> bool:
