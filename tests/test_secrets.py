@@ -61,10 +61,9 @@ CALLER = (os.path.dirname(__file__), *(str(library.__file__).removesuffix("__ini
 
 
 @pytest.fixture
-def canaries(quick: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+def canaries(quick: Sandbox) -> Sandbox:
     """The gateway, asked with credentials that are easy to find."""
-    monkeypatch.setenv("KIS_APP_KEY", KEY)
-    monkeypatch.setenv("KIS_APP_SECRET", SECRET)
+    os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
     return quick
 
 
@@ -264,8 +263,8 @@ def test_commands_tell_no_secret_but_the_token_that_get_prints(canaries: Sandbox
         canaries.fail(mode, 1)
         time.sleep(0.1)
         told += [command("refresh", "us", "--force", "--yes"), command("tick")]
-    lines = ("check --probe", "check --json", "metrics", "history --json", "doctor", "plan", f"get us --until {KEY}")
-    lines += ("export us --to kis-auth copies", f"export us --to {KEY} {SECRET}", f"{KEY} {SECRET}", "history")
+    lines = ["check --probe", "check --json", "metrics", "history --json", "doctor", "plan", f"get us --until {KEY}"]
+    lines += ["export us --to kis-auth copies", f"export us --to {KEY} {SECRET}", f"{KEY} {SECRET}", "history"]
     told += [command(*line.split()) for line in lines]
     got = command("get", "us")
     told += [command("delete", "us", "--revoke", "--yes"), command("check")]
