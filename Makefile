@@ -48,7 +48,7 @@ clients: .venv/.dev
 
 torture: .venv/.dev
 	@TORTURE=1 $(RUN) pytest $(or $(ARGS),\
-		tests/test_faults.py tests/test_fleet.py tests/test_fleet_chance.py tests/test_model.py tests/test_planted.py tests/test_secrets.py)
+		tests/test_faults.py tests/test_fleet.py tests/test_model.py tests/test_planted.py tests/test_secrets.py)
 
 # Beside other clients, which are installed for nothing else; tokencore as a user has it, not as a checkout.
 bench: .venv/.dev .bench/.clients

@@ -190,10 +190,7 @@ def renewals(fleet: Fleet, folder: Path) -> list[Row]:
 
 def renew(machine: Machine, life: float) -> str:
     """A new token there, for all."""
-    token = make_token(life=life)
-    with machine.store.lock(wait=5):
-        machine.store.save(token)
-    return token.access_token
+    return machine.save(make_token(life=life))
 
 
 def wait(happened: Callable[[], bool]) -> None:

@@ -7,24 +7,23 @@ import os
 import socket
 import threading
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from builders import KEY, SECRET, in_child, make_market
 from cryptography.fernet import Fernet
 from pydantic import SecretStr
-from running import until
 
 from tokencore.renewer import Renewer
 from tokencore.stores import database
+from tokencore.stores.file_store import FileStore
 from tokencore.stores.shared_store import SharedStore
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from postgres import Postgres
 
-    from tokencore.attempts import Attempt
     from tokencore.sandbox import Sandbox
-    from tokencore.stores.shared_store import Fence
     from tokencore.tokens import Token
 
 MINUTE, TIMEOUT = 0.5, 1.0  # seconds: KIS's minute, and KIS_TIMEOUT; what was sent and never answered is over after 2.5
@@ -42,35 +41,34 @@ class Fleet(NamedTuple):
         """Empty tables, of the superuser."""
         server.sql("drop table if exists tokencore_key, tokencore_attempt")
         database.make_tables(server.url())
-        return cls(server, server.url(), Fernet.generate_key().decode())
+        return cls(server, f"{server.url()}?sslmode=disable", Fernet.generate_key().decode())
 
     def environment(self, folder: Path) -> dict[str, str]:
         """The settings of a machine with that token directory."""
         return {"KIS_STORE": self.url, "KIS_STORE_KEYS": self.key, "KIS_TOKEN_DIR": str(folder)}
 
-    def numbers(self, folder: Path, **more: object) -> dict[str, object]:
-        """The same for `make_market`, and more of them."""
-        return {"store": SecretStr(self.url), "store_keys": [SecretStr(self.key)], "token_dir": str(folder), **more}
+    def numbers(self, folder: Path) -> dict[str, Any]:
+        """The same for `make_market`."""
+        return {"store": SecretStr(self.url), "store_keys": [SecretStr(self.key)], "token_dir": str(folder)}
 
     def behind(self, relay: Relay) -> Fleet:
         """The same store, reached through the relay."""
         return self._replace(url=self.url.replace(f":{self.server.port}/", f":{relay.port}/"))
 
 
-class Machine:
-    """A machine of the fleet: its own folder, the same key as the others.
+POINTS = {"begun": "begin", "departed": "depart", "answered": "finish"}  # of a renewal, and the store's part in it
 
-    A process of it that is started with a fault `at` a point of a renewal (`begun`, `departed` or `answered`) sends
-    itself that signal; without one it makes the file `reached` and waits for the file `go`.
-    """
+
+class Machine:
+    """A machine of the fleet: its own folder, the same key as the others."""
 
     def __init__(self, fleet: Fleet, folder: Path, gateway: Sandbox, *, key: str = KEY, **numbers: Any) -> None:  # noqa: ANN401 - fields of the settings
         """Nothing is opened yet; `numbers` as of `make_market`."""
         folder.mkdir(parents=True, mode=0o700)
         self.folder = folder
-        usual = {"issue_interval": MINUTE, "timeout": TIMEOUT, **numbers}
-        self.market = make_market("us", **fleet.numbers(folder, **usual)).given(lambda: (key, SECRET), gateway.url)
-        self.store = _Stopping(self.market, lambda: ["us"])
+        numbers = {"issue_interval": MINUTE, "timeout": TIMEOUT, **fleet.numbers(folder), **numbers}
+        self.market = make_market("us", **numbers).given(lambda: (key, SECRET), gateway.url)
+        self.store = SharedStore(self.market, lambda: ["us"])
         own = {"KIS_APP_KEY": key, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": gateway.url}
         self.environment = own | fleet.environment(folder)
 
@@ -83,10 +81,11 @@ class Machine:
         return token.access_token
 
     def start(self, at: str = "", fault: int = 0) -> int:
-        """The same in a process of its own, whose token is in the file `got` then, unless it meets a fault."""
+        """The same in a process of its own, which sends itself a signal at that point; its token is in `got` then."""
 
         def program() -> None:
-            self.store.at, self.store.fault = at, fault
+            if at:
+                self._stop(at, fault)
             (self.folder / "got").write_text(self.get())
             for thread in threading.enumerate():  # as at the end of a program
                 if not thread.daemon and thread is not threading.current_thread():
@@ -94,38 +93,38 @@ class Machine:
 
         return in_child(program)
 
+    def _stop(self, at: str, fault: int) -> None:
+        work = getattr(self.store, POINTS[at])
+
+        def stopped(*given: Any) -> Any:  # noqa: ANN401 - as it is there
+            done = None if at == "answered" else work(*given)
+            os.kill(os.getpid(), fault)
+            return work(*given) if at == "answered" else done
+
+        setattr(self.store, POINTS[at], stopped)
+
     @property
     def got(self) -> str:
         """What the process got; empty where nothing."""
         path = self.folder / "got"
         return path.read_text() if path.exists() else ""
 
+    @property
+    def has(self) -> str:
+        """The token in its files; `rejected` for one that KIS has rejected."""
+        token = FileStore(self.market, tuple).read()[0]
+        return "" if token is None else "rejected" if token.rejected_at else token.access_token
 
-class _Stopping(SharedStore):
-    at, fault = "", 0
+    def look(self) -> str:
+        """The same, once it has looked into the store."""
+        with self.store.lock(wait=5):
+            return self.has
 
-    def reach(self, point: str) -> None:
-        if point == self.at and self.fault:
-            os.kill(os.getpid(), self.fault)
-        elif point == self.at:
-            folder = Path(self._local.folder)
-            (folder / "reached").touch()
-            until((folder / "go").exists)
-
-    def begin(self, attempt: Attempt) -> Fence | None:
-        fence = super().begin(attempt)
-        if fence:
-            self.reach("begun")
-        return fence
-
-    def depart(self, fence: Fence) -> bool:
-        may = super().depart(fence)
-        self.reach("departed")
-        return may
-
-    def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
-        self.reach("answered")
-        super().finish(fence, attempt, token)
+    def save(self, token: Token) -> str:
+        """Save it, for all machines; its text."""
+        with self.store.lock(wait=5):
+            self.store.save(token)
+        return token.access_token
 
 
 class Relay:
@@ -156,18 +155,19 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 here, there = self._socket.accept()[0], socket.create_connection(("127.0.0.1", self._target))
+                cut = threading.Event()
                 for pair in ((here, there), (there, here)):
-                    threading.Thread(target=self._pass, args=(*pair, pair[0] is there), daemon=True).start()
+                    threading.Thread(target=self._pass, args=(*pair, pair[0] is there, cut), daemon=True).start()
 
-    def _pass(self, source: socket.socket, target: socket.socket, answers: bool) -> None:  # noqa: FBT001
+    def _pass(self, source: socket.socket, target: socket.socket, answers: bool, cut: threading.Event) -> None:  # noqa: FBT001
         with contextlib.suppress(OSError):
             while piece := source.recv(65536):
                 self.open.wait()
-                if answers and self.lose == b"now":
-                    self.lose = b""
+                if answers and cut.is_set():
                     break
                 if not answers and self.lose and self.lose in piece:
-                    self.lose = b"now"
+                    self.lose = b""
+                    cut.set()
                 if not self._notifies:
                     piece = piece.replace(b"listen tokencore", b"listen elsewhere")
                 target.sendall(piece)

@@ -22,20 +22,25 @@ needs_postgres = pytest.mark.skipif(PROGRAMS is None, reason="no PostgreSQL serv
 
 
 class Postgres:
-    """The server while a `with` block lasts, with SCRAM passwords and a superuser `admin`, in `folder` on `port`."""
+    """The server while a `with` block lasts, with SCRAM passwords, TLS and a superuser `admin`, on `port`."""
 
     def __init__(self, *options: str) -> None:
         """Take more settings, such as `max_connections=10`; `fsync` is on as usual only where they say so."""
         self.folder, self.port = Path(tempfile.mkdtemp(prefix="tokencore-postgres-")), free_port()
-        self.options = [f"-c{one}" for one in ("listen_addresses=127.0.0.1", "fsync=off", *options)]
+        self.options = [f"-c{one}" for one in ("listen_addresses=127.0.0.1", "ssl=on", "fsync=off", *options)]
+        self.certificate = self.folder / "data" / "server.crt"  # of `localhost`, signed by itself
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        password = self.folder / "password"
+        password, data = self.folder / "password", self.folder / "data"
         password.write_text(PASSWORD)
         own(self.folder, password)
         how = ["-U", "admin", "-A", "scram-sha-256", "-E", "UTF8", f"--pwfile={password}"]
-        run("initdb", "--no-sync", "-D", str(self.folder / "data"), *how)
+        run("initdb", "--no-sync", "-D", str(data), *how)
+        how = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost", "-addext"]
+        made = ["subjectAltName=DNS:localhost", "-out", f"{self.certificate}", "-keyout", f"{data / 'server.key'}"]
+        subprocess.run(["/usr/bin/openssl", "req", "-x509", *how, *made], check=True, capture_output=True)
+        own(self.certificate, data / "server.key")
         self.start()
         return self
 
@@ -47,7 +52,7 @@ class Postgres:
         """Start it, or start it again; returns when it takes connections."""
         where = ["-D", str(self.folder / "data"), "-k", str(self.folder), "-p", str(self.port)]
         with (self.folder / "log").open("wb") as log:
-            command = [program("postgres"), *where, *self.options]
+            command = [f"{PROGRAMS}/postgres", *where, *self.options]
             self.process = subprocess.Popen(command, user=USER, cwd="/", stdout=log, stderr=log)
         until(lambda: b"ready to accept connections" in (self.folder / "log").read_bytes(), 60)
 
@@ -61,8 +66,8 @@ class Postgres:
     def send(self, number: int) -> None:
         """SIGSTOP to all its processes, as on a host that hangs, or SIGCONT; each has a session of its own."""
         main = self.process.pid if self.process else 0
-        os.kill(main, number)
-        for child in Path(f"/proc/{main}/task/{main}/children").read_text().split():
+        os.kill(main, signal.SIGSTOP)  # the list of its children is whole while it stands still
+        for child in (*Path(f"/proc/{main}/task/{main}/children").read_text().split(), str(main)):
             with suppress(ProcessLookupError):  # it has ended meanwhile
                 os.kill(int(child), number)
 
@@ -76,16 +81,10 @@ class Postgres:
         return run("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", *commands, self.url(database)).strip()
 
 
-def program(name: str) -> str:
-    """Where PostgreSQL's program of that name is."""
-    assert PROGRAMS
-    return str(PROGRAMS / name)
-
-
 def run(name: str, *arguments: str) -> str:
-    """What it prints."""
+    """What PostgreSQL's program of that name prints."""
     return subprocess.run(
-        [program(name), *arguments], user=USER, cwd="/", check=True, capture_output=True, text=True
+        [f"{PROGRAMS}/{name}", *arguments], user=USER, cwd="/", check=True, capture_output=True, text=True
     ).stdout
 
 
