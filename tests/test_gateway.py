@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from servers import Wire
 
 from tokencore.attempts import Attempt, Outcome
-from tokencore.errors import ConfigurationError, CredentialsError, IssuanceLimitError, IssuerUnavailableError
+from tokencore.errors import CredentialsError, IssuanceLimitError, IssuerUnavailableError
 from tokencore.kis.codes import Refusal
 from tokencore.kis.gateway import Gateway
 from tokencore.kis.quotes import for_exchanges
@@ -38,17 +38,14 @@ if TYPE_CHECKING:
 
     Reply = str | tuple[int, object]
 
-TIMEOUT = 2.0  # seconds; loopback answers in milliseconds
 LIMITED, REFUSED, DOWN = IssuanceLimitError, CredentialsError, IssuerUnavailableError
 # What KIS answers, a failure of the sandbox or a status and a body; the error, the outcome and the code in the record,
-# and a pattern of what is said: what has happened, and what is to be done.
+# and a pattern of what has happened and what is to be done.
 ANSWERS: dict[str, tuple[Reply, type[TokenError], str, str | None, str]] = {
     "the minute is not over": ("limit", LIMITED, "limit", "EGW00133", "one request a minute.*24-hour limit"),
-    "it is not over, with status 200": ((200, {"error_code": "EGW00133"}), LIMITED, "limit", "EGW00133", "a minute"),
-    "it is not over, in the other shape": ((500, {"msg_cd": "EGW00133"}), LIMITED, "limit", "EGW00133", "a minute"),
+    "it is not over, in the other shape": ((200, {"msg_cd": "EGW00133"}), LIMITED, "limit", "EGW00133", "a minute"),
     "no key": ("EGW00102", REFUSED, "bad_key", "EGW00102", "no app key.*set KIS_APP_KEY"),
     "an unknown key": ("bad-key", REFUSED, "bad_key", "EGW00103", "does not know the app key.*KIS_ENVIRONMENT"),
-    "an unknown key, in the other shape": ((200, {"msg_cd": "EGW00103"}), REFUSED, "bad_key", "EGW00103", "not know"),
     "no secret": ("EGW00104", REFUSED, "bad_secret", "EGW00104", "no app secret.*set KIS_APP_SECRET"),
     "a wrong secret": ("bad-secret", REFUSED, "bad_secret", "EGW00105", "refused the app secret.*KIS_APP_SECRET"),
     "a denied key": ("EGW00003", REFUSED, "denied", "EGW00003", "denied access.*restricted"),
@@ -61,19 +58,15 @@ ANSWERS: dict[str, tuple[Reply, type[TokenError], str, str | None, str]] = {
     "maintenance": ((503, b"<html>maintenance"), DOWN, "server_error", "HTTP 503", "maintenance"),
     "too many calls": ((500, {"msg_cd": "EGW00201"}), DOWN, "server_error", "EGW00201", "fault of its own"),
     "a proxy's page": ("html", DOWN, "refused", "HTTP 403", "HTTP 403: 403 Forbidden.*24-hour limit"),
-    "a code of tomorrow": ("EGW09999", DOWN, "refused", "EGW09999", "without a known reason"),
     "a code of tomorrow, with status 200": ((200, {"error_code": "EGW09999"}), DOWN, "refused", "EGW09999", "EGW09999"),
     "no object": ((429, b"[]"), DOWN, "refused", "HTTP 429", "HTTP 429"),
-    "nothing": ((204, b""), DOWN, "refused", "HTTP 204", "HTTP 204"),
     "a code in a list": ((403, {"error_code": ["EGW00133"]}), DOWN, "refused", "HTTP 403", "HTTP 403"),
     "the key in place of a code": ((403, {"error_code": KEY}), DOWN, "refused", "HTTP 403", "HTTP 403"),
     "no JSON": ("garbage", DOWN, "bad_answer", None, "no access_token.*cool-down"),
     "JSON without an end": ((200, b"[" * 60_000), DOWN, "bad_answer", None, "no access_token"),
-    "no token": ("no-token", DOWN, "bad_answer", None, "no access_token.*cool-down"),
     "two words for a token": ((200, {**make_answer(), "access_token": "two words"}), DOWN, "bad_answer", None, ""),
     "an expired token": ("past", DOWN, "bad_answer", None, "already expired.*cool-down"),
     "half an answer": ("half", DOWN, "no_answer", None, "broke off.*cool-down"),
-    "no answer": ("drop", DOWN, "no_answer", None, "broke off.*cool-down"),
     "a megabyte": ("huge", DOWN, "no_answer", None, "larger than 65536 bytes.*cool-down"),
     "silence": ("hang", DOWN, "no_answer", None, "KIS_TIMEOUT.*cool-down"),
     "a byte from time to time": ("drip", DOWN, "no_answer", None, "too slowly.*cool-down"),
@@ -94,16 +87,16 @@ def closed() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-def kis(url: str, credentials: tuple[str, str] = (KEY, SECRET), *, timeout: float = TIMEOUT) -> Gateway:
-    """KIS's gateway at this address, with credentials that are easy to find."""
+def kis(url: str, credentials: tuple[str, str] = (KEY, SECRET), *, timeout: float = 2.0) -> Gateway:
+    """KIS's gateway at this address, with credentials that are easy to find; loopback answers in milliseconds."""
     return Gateway(url, credentials, timeout=timeout)
 
 
-def issued(url: str) -> Token:
+def issued(url: str) -> str:
     """A token of the gateway at this address."""
     token = kis(url).issue()
     assert isinstance(token, Token)
-    return token
+    return token.access_token
 
 
 def refused(answer: Token | Refusal | str) -> Refusal:
@@ -114,11 +107,6 @@ def refused(answer: Token | Refusal | str) -> Refusal:
     assert answer.what.isprintable()
     assert len(answer.what) < 300
     return answer
-
-
-def error_class(refusal: Refusal) -> type[TokenError]:
-    """What `except` would catch."""
-    return type(refusal.as_error("", datetime.now(UTC)))
 
 
 @pytest.fixture(scope="session")
@@ -162,72 +150,62 @@ def test_request_is_the_one_kis_documents(encrypted: Wire) -> None:
 def test_answer_has_its_error_outcome_code_and_advice(
     gateway: Sandbox, wire: Wire, answer: Reply, error: type[TokenError], outcome: str, code: str | None, said: str
 ) -> None:
-    """By its code, in either shape and at any status, else by its status; after one request."""
+    """By its code, in either shape and at any status, else by its status; after one request, which counts."""
     if isinstance(answer, str):
         gateway.fail(answer)
     else:
         wire.answer(*answer)
-    url, timeout = (gateway if isinstance(answer, str) else wire).url, 0.3 if answer in ("hang", "drip") else TIMEOUT
+    url, timeout = (gateway if isinstance(answer, str) else wire).url, 0.3 if answer in ("hang", "drip") else 2.0
     found = refused(kis(url, timeout=timeout).issue())
-    assert (error_class(found), found.outcome, found.code) == (error, outcome, code)
+    caught = type(found.as_error("", datetime.now(UTC)))
+    assert (caught, found.outcome, found.code) == (error, outcome, code)
     assert re.search(said, f"{found.what}; {found.fix}")
     assert gateway.stats()["token_requests"] + len(wire.requests) == 1
     assert Attempt(datetime.now(UTC), found.outcome).counts
 
 
-@pytest.mark.parametrize("mode", ["bad-key", "bad-secret"])
-def test_credentials_of_another_length_are_named_when_kis_refuses_them(gateway: Sandbox, mode: str) -> None:
+def test_credentials_of_another_length_are_named_when_kis_refuses_them(gateway: Sandbox) -> None:
     """A key and a secret that were swapped, or a secret without its last sign, are found by their lengths."""
     swapped, short = (SECRET[:180], KEY), (KEY, SECRET[:179])
-    gateway.fail(mode)
-    assert "these 180 and 36 (they look swapped)" in refused(kis(gateway.url, swapped).issue()).fix
-    assert "these 36 and 179;" in refused(kis(gateway.url, short).issue()).fix
+    said = {
+        ("bad-key", swapped): "these 180 and 36 (they look swapped);",
+        ("bad-secret", short): "secrets 180, these 36 and 179;",
+    }
+    for (mode, pair), words in said.items():
+        gateway.fail(mode)
+        assert words in refused(kis(gateway.url, pair).issue()).fix
     gateway.fail("limit")
     assert "these" not in refused(kis(gateway.url, short).issue()).fix
 
 
-DRIPS = {
-    "of known length": b"Content-Length: 900\r\n\r\n" + b" " * 900,
-    "until the end": b"Connection: close\r\n\r\n" + b" " * 900,
-    "in chunks": b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 200,
-}
-
-
-@pytest.mark.parametrize("drip", DRIPS.values(), ids=DRIPS)
-def test_body_that_comes_byte_by_byte_ends_in_twice_the_time_out(encrypted: Wire, drip: bytes) -> None:
-    """Each byte comes within the time-out, so that only a bound on the whole answer ends it; over TLS as well."""
-    encrypted.drip = b"HTTP/1.1 200 OK\r\n" + drip
+def test_body_that_comes_byte_by_byte_ends_in_twice_the_time_out(encrypted: Wire) -> None:
+    """Each byte comes within the time-out, so that only a bound on the whole answer ends it; over TLS, in chunks."""
+    encrypted.drip = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 200
     found = refused(kis(encrypted.url, timeout=0.6).issue())
     assert (found.outcome, "too slowly" in found.what) == (Outcome.NO_ANSWER, True)
 
 
-ECHOES = {
-    "the request": f"<p>your request: appkey={KEY}&appsecret={SECRET}</p>",
-    "the secret in two lines": f"secret {SECRET[:60]}\n{SECRET[60:]}",
-    "tokens": f"bearer {make_jwt()} {make_jwt()[:60]}",
-    "the secret with escapes": SECRET.replace("/", "&#47;").replace("+", "%2B"),
-    "only brackets": "<" * 60_000,
-    "one word": "a" * 60_000,
-    "controls": "\x1b[31mred\x1b[0m\u202e\x00\x07\u2028",
-}
+ECHOES = (
+    f"<p>your request: appkey={KEY}&appsecret={SECRET}</p>",
+    f"secret {SECRET[:60]}\n{SECRET[60:]}",
+    f"bearer {make_jwt()} {make_jwt()[:60]}",
+    SECRET.replace("/", "&#47;").replace("+", "%2B"),
+    "\x1b[31mred\x1b[0m\u202e\x00\x07\u2028",
+)
 
 
-@pytest.mark.parametrize("name", ECHOES)
-def test_kis_own_words_are_kept_for_people_but_nothing_secret(wire: Wire, name: str) -> None:
+@pytest.mark.parametrize("echo", ECHOES, ids=("request", "two lines", "tokens", "escapes", "controls"))
+def test_kis_own_words_are_kept_for_people_but_nothing_secret(wire: Wire, echo: str) -> None:
     """Whatever is echoed, the sentence is short, printable and free of credentials."""
-    for body in (ECHOES[name].encode(), {"error_code": "EGW09999", "error_description": f"점검 {ECHOES[name]}"}):
+    for body in (echo.encode(), {"error_code": "EGW09999", "error_description": f"점검 {echo}"}):
         wire.answer(403, body)
         assert ("점검" in refused(kis(wire.url).issue()).what) == isinstance(body, dict)
     wire.answer(403, b"no such pair: CanaryK, CanaryS")  # what a test environment uses for key and secret
     assert "no such pair: ***, ***" in refused(kis(wire.url, ("CanaryK", "CanaryS")).issue()).what
 
 
-SCALARS: st.SearchStrategy[Any] = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-JSON = st.recursive(
-    SCALARS | st.sampled_from([KEY, SECRET, make_jwt()]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
-    max_leaves=4,
-)
+SCALARS: st.SearchStrategy[Any] = st.none() | st.integers() | st.text() | st.sampled_from([KEY, SECRET, make_jwt()])
+JSON = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(), SCALARS, max_size=2)
 FIELDS = ["access_token", "expires_in", "access_token_token_expired", "error_code", "msg_cd", "msg1"]
 
 
@@ -243,25 +221,20 @@ def test_any_answer_is_a_token_or_a_refusal_without_secrets(wire: Wire, status: 
         refused(found)
 
 
-def test_redirect_is_never_followed_with_credentials(wire: Wire) -> None:
-    """Whatever its status, nobody is sent the credentials again, nor is its answer read without bounds."""
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirect_is_never_followed_with_credentials(wire: Wire, status: int) -> None:
+    """Whatever its status, nobody is sent the credentials again."""
     with Wire() as elsewhere:
-        for status in (301, 302, 303, 307, 308):
-            wire.answer(status, b" " * 70_000 if status == 303 else b"", Location=f"{elsewhere.url}/oauth2/tokenP")
-            assert refused(kis(wire.url).issue()).code == (None if status == 303 else f"HTTP {status}")
-        assert (len(wire.requests), elsewhere.requests) == (5, [])
+        wire.answer(status, b"", Location=f"{elsewhere.url}/oauth2/tokenP")
+        assert refused(kis(wire.url).issue()).code == f"HTTP {status}"
+        assert (len(wire.requests), elsewhere.requests) == (1, [])
 
 
 def test_refused_connection_is_tried_four_times_with_growing_pauses(closed: str) -> None:
     """What cannot have reached KIS is tried three times more, later each time, and starts no cool-down."""
     tries: list[float] = []
-
-    def depart() -> bool:
-        tries.append(time.monotonic())
-        return True
-
-    found = refused(kis(closed).issue(depart))
-    assert (found.outcome, error_class(found)) == (Outcome.UNREACHABLE, DOWN)
+    found = refused(kis(closed).issue(lambda: tries.append(time.monotonic()) is None))
+    assert isinstance(found.as_error("", datetime.now(UTC)), DOWN)
     assert not Attempt(datetime.now(UTC), found.outcome).counts
     pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
     assert all(pause >= half for pause, half in zip(pauses, (0.125, 0.25, 0.5), strict=True))
@@ -270,8 +243,8 @@ def test_refused_connection_is_tried_four_times_with_growing_pauses(closed: str)
 def test_request_that_may_not_depart_is_not_sent(gateway: Sandbox) -> None:
     """Where the record does not take the attempt nothing leaves, and the refusal is none that counts."""
     found = refused(kis(gateway.url).issue(lambda: False))
-    assert (found.outcome, gateway.stats()["token_requests"]) == (Outcome.UNREACHABLE, 0)
-    assert "Nothing was sent" in found.what
+    assert (found.outcome, "Nothing was sent" in found.what) == (Outcome.UNREACHABLE, True)
+    assert gateway.stats()["token_requests"] == 0
 
 
 def test_gateway_that_comes_up_meanwhile_is_reached(closed: str) -> None:
@@ -281,13 +254,6 @@ def test_gateway_that_comes_up_meanwhile_is_reached(closed: str) -> None:
         found = kis(closed).issue(lambda: next(tries) != 1 or bool(stack.enter_context(restarted)))
         assert isinstance(found, Token)
         assert restarted.stats()["token_requests"] == 1
-
-
-def test_address_where_secrets_may_not_go_is_refused_at_once() -> None:
-    """Neither https nor this machine: an error that names the setting, before anything is sent."""
-    for url in ("nonsense", "http://openapi.koreainvestment.com:9443", "ftp://127.0.0.1", "https://"):
-        with pytest.raises(ConfigurationError, match="KIS_BASE_URL"):
-            kis(url)
 
 
 def test_fault_before_the_request_leaves_is_no_attempt(
@@ -313,10 +279,9 @@ def test_fault_before_the_request_leaves_is_no_attempt(
     with Wire(b"HTTP/1.1 403 no\r\n\r\n") as proxy:
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             os.environ |= {name: proxy.url, name.lower(): proxy.url}
-        issued(gateway.url.replace("127.0.0.1", "localhost"))
+        assert issued(gateway.url.replace("127.0.0.1", "localhost"))
         assert proxy.requests == []
         assert "proxy" in why("https://kis.invalid")
-        assert proxy.requests[0].startswith(b"CONNECT kis.invalid:443")
 
 
 def test_encrypted_connection_that_breaks_after_the_request_counts(encrypted: Wire) -> None:
@@ -332,7 +297,7 @@ def test_encrypted_connection_that_breaks_after_the_request_counts(encrypted: Wi
 )
 def test_quote_call_proves_a_token_or_its_death(gateway: Sandbox, codes: list[str], code: str) -> None:
     """True for a token that works, False with KIS's words for a dead one; of Korea where one of the exchanges is."""
-    asked, quote, text = kis(gateway.url), for_exchanges(codes), issued(gateway.url).access_token
+    asked, quote, text = kis(gateway.url), for_exchanges(codes), issued(gateway.url)
     assert quote.code == code
     assert asked.quote(text, quote)[:2] == (True, "rt_cd 0")
     asked.revoke(text)
@@ -347,16 +312,16 @@ QUOTED: dict[str, tuple[int, object, bool | None]] = {
     "expired": (200, {"rt_cd": "1", "msg_cd": "EGW00123"}, False),
     "rejected, in the other shape": (401, {"error_code": "EGW00121"}, False),
     "the call rate": (500, {"rt_cd": "1", "msg_cd": "EGW00201"}, None),
-    "a code in a list": (500, {"rt_cd": "1", "msg_cd": ["EGW00121"]}, None),
+    "success in words only": (500, {"rt_cd": "0"}, None),
     "a proxy's page": (403, b"<html>", None),
-    "nothing": (200, b"", None),
 }
 
 
-@pytest.mark.parametrize("name", QUOTED)
-def test_quote_is_judged_on_code_and_status_never_on_rows(wire: Wire, name: str) -> None:
+@pytest.mark.parametrize(("status", "body", "accepted"), QUOTED.values(), ids=QUOTED)
+def test_quote_is_judged_on_code_and_status_never_on_rows(
+    wire: Wire, status: int, body: object, *, accepted: bool | None
+) -> None:
     """An empty answer with `rt_cd` 0 proves the token; the call rate, a proxy or an outage proves nothing."""
-    status, body, accepted = QUOTED[name]
     wire.answer(status, body, **{"Content-Type": "text/html"})
     found = kis(wire.url).quote(make_jwt(), for_exchanges(["KRX"]))
     assert (found.accepted, found.status, bool(found.detail)) == (accepted, status, True)
@@ -367,14 +332,19 @@ def test_quote_is_judged_on_code_and_status_never_on_rows(wire: Wire, name: str)
 
 def test_token_that_kis_did_not_revoke_is_said_to_stay_valid(wire: Wire, closed: str) -> None:
     """Only KIS's own word counts as revoked, and no connection is no proof of anything; nothing is tried again."""
-    unrevoked: list[tuple[int, object]] = [(403, {"error_code": "EGW00103"}), (500, b""), (200, b""), (302, b"")]
-    for status, body in [*unrevoked, (200, {"code": 500, "message": "x"})]:
-        wire.answer(status, body)
-        with pytest.raises(IssuerUnavailableError, match="stays valid") as caught:
+    answers: list[tuple[int, object]] = [
+        (403, {"error_code": "EGW00103"}),
+        (500, b""),
+        (200, {"code": 500}),
+        (200, b""),
+    ]
+    for answer in answers:
+        wire.answer(*answer)
+        with pytest.raises(DOWN, match="stays valid") as caught:
             kis(wire.url).revoke(make_jwt())
         assert not any(canary in str(caught.value) for canary in CANARIES)
-    assert len(wire.requests) == 5
-    with pytest.raises(IssuerUnavailableError, match="not revoked and stays valid"):
+    assert len(wire.requests) == 4
+    with pytest.raises(DOWN, match="not revoked and stays valid"):
         kis(closed).revoke(make_jwt())
     found = kis(closed).quote(make_jwt(), for_exchanges([]))
     assert (found.accepted, found.status, "no whole answer" in found.detail) == (None, None, True)

@@ -11,9 +11,9 @@ import os
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from tokencore import errors, limits
+from tokencore import limits
 from tokencore.attempts import Attempt, Outcome
-from tokencore.limits import Intent, Standing, format_time
+from tokencore.errors import IssuanceLimitError, TokenError, TokenStoreError, TokenUnavailableError
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import record
 from tokencore.tokens import Token, sane
@@ -53,41 +53,42 @@ class ApprovalKeys(Sensitive):
         """
         try:
             return (self.serving(rejected, self._market.buffer) or self._renewed(rejected)).access_token
-        except errors.TokenError as error:
+        except TokenError as error:
             if not (last := self.serving(rejected, 0)):
                 raise
             _log.warning("The approval key was not renewed, and the present one goes on serving: %s", error)
             return last.access_token
 
+    def serving(self, rejected: str, buffer: float) -> Token | None:
+        """The present key, where it lives for more than `buffer` seconds and is not the `rejected` one."""
+        found = approval_key(self._store)
+        return found if found and found.access_token != rejected and found.serves(datetime.now(UTC), buffer) else None
+
     def _renewed(self, rejected: str) -> Token:
-        began, wait, buffer = datetime.now(UTC), limits.lock_wait(self._market), self._market.buffer
+        wait, buffer = limits.lock_wait(self._market), self._market.buffer
         with self._document.lock(wait=wait, give_up=lambda: self.serving(rejected, buffer) is not None) as held:
             if found := self.serving(rejected, buffer):
                 return found
             if not held:
-                raise errors.TokenUnavailableError(
+                raise TokenUnavailableError(
                     f"Another process has been asking KIS for an approval key for {wait:.0f} s; try again, or look "
                     f"for a hanging process that uses {self._document.place}."
                 )
-            self._check(began)
+            self._check(datetime.now(UTC))
             return self._issued()
 
-    def _check(self, began: datetime) -> None:
+    def _check(self, now: datetime) -> None:
         """Return where the last request lets another one be made now."""
-        now, asked = datetime.now(UTC), record.parse(str(self._document.read().get("attempt")))
+        asked = record.parse(str(self._document.read().get("attempt")))
         both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # refused for both alike
-        standing = Standing(now, both, self._store.newest(), self._renewer.credentials)
-        limits.check_credentials(Intent.REQUIRED, standing, self._market)
+        if refusal := self._renewer.refusal(both, self._store.newest(), now):
+            raise refusal
         if until := limits.cooldown_until(asked, now, self._market):
-            raise errors.IssuanceLimitError(
-                f"The last request for an approval key was at {format_time(asked[-1].at)} ({asked[-1].outcome}). "
-                f"The next is made from {format_time(until)} on.",
+            raise IssuanceLimitError(
+                f"The last request for an approval key was at {limits.format_time(asked[-1].at)} "
+                f"({asked[-1].outcome}). The next is made from {limits.format_time(until)} on.",
                 retry_at=until,
                 cause="minute",
-            )
-        if asked and asked[-1].outcome is Outcome.UNREACHABLE and asked[-1].at >= began:
-            raise errors.IssuerUnavailableError(
-                "KIS cannot be reached, as another process has just found. Check the network; then try again."
             )
 
     def _issued(self) -> Token:
@@ -97,7 +98,7 @@ class ApprovalKeys(Sensitive):
         try:
             self._write(before, attempt)
         except OSError as error:
-            raise errors.TokenStoreError(
+            raise TokenStoreError(
                 f"The request for an approval key could not be recorded, so none was made: {self._document.place}: "
                 f"{error.strerror}. Fix its permissions or free space."
             ) from None
@@ -116,11 +117,6 @@ class ApprovalKeys(Sensitive):
         except OSError as error:
             _log.critical("The outcome of a request for an approval key could not be saved: %s", error.strerror)
 
-    def serving(self, rejected: str, buffer: float) -> Token | None:
-        """The present key, where it lives for more than `buffer` seconds and is not the `rejected` one."""
-        found = approval_key(self._store)
-        return found if found and found.access_token != rejected and found.serves(datetime.now(UTC), buffer) else None
-
     def _write(self, key: Token | None, attempt: Attempt) -> None:
         content = {"attempt": record.render([attempt]).strip()}
         if key and key.issued_at:
@@ -128,8 +124,7 @@ class ApprovalKeys(Sensitive):
                 "approval_key": key.access_token,
                 "issued_at": key.issued_at.isoformat(),
                 "expires_at": key.expires_at.isoformat(),
-                "environment": self._market.environment,
-                "key_fingerprint": self._store.fingerprint,
+                "key_fingerprint": self._store.fingerprint,  # version 0.1 looks for it
             }
         self._document.write(content)
 
@@ -139,10 +134,8 @@ def approval_key(store: Store) -> Token | None:
     content = store.document("approval").read()
     try:
         issued_at = datetime.fromisoformat(content["issued_at"]).astimezone(UTC)
-        if content["key_fingerprint"] != store.fingerprint or not sane(issued_at):
-            return None
-        return Token(content["approval_key"], issued_at + LIFE, issued_at)
-    except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
+        return Token(content["approval_key"], issued_at + LIFE, issued_at) if sane(issued_at) else None
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

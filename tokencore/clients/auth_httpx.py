@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
-from tokencore.clients.auth import SECRET_HEADERS, Signer, may_refuse
+from tokencore.clients.auth import SECRET_HEADERS, Signer
 from tokencore.kis.codes import is_dead
 from tokencore.sealing import Sensitive, sealed
 
 try:
     import httpx
-    from anyio import CapacityLimiter, to_thread
-    from anyio.lowlevel import RunVar
+    from anyio import to_thread
 except ImportError as error:
     raise ImportError("KISHttpxAuth needs httpx: pip install 'httpx>=0.28' 'anyio>=4.1'") from error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator
-    from typing import Any
+    from collections.abc import AsyncGenerator, Generator
 
     from tokencore.clients.auth import Signature
 
-_T = TypeVar("_T")
 _SECRET = frozenset(name.encode() for name in SECRET_HEADERS)
+_aside = partial(to_thread.run_sync, abandon_on_cancel=True)  # the loop goes on while it waits for KIS
 
 
 class KISHttpxAuth(Sensitive, httpx.Auth):
     """`httpx` authentication for a market: `httpx.Client(auth=KISHttpxAuth("us"))`, and `AsyncClient` alike.
 
     A token that KIS rejects is reported, and the request is sent once more with its successor. Where there is none
-    yet, or the body was a stream that cannot be sent again, the caller gets KIS's own answer. On an event loop nothing
-    blocks: a renewal waits in a thread, and a cached token needs none. The signature goes on the wire only; neither
-    `request.headers` shows it, nor does a redirect take it along.
+    yet, or the body was a stream, which cannot be sent again, the caller gets KIS's own answer. On an event loop
+    nothing blocks: a renewal waits in a thread, and a cached token needs none. The signature goes on the wire only;
+    neither `request.headers` shows it, nor does a redirect take it along.
     """
 
     @sealed
@@ -43,7 +42,6 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
 
         """
         self._signer = Signer(market, custtype)
-        self._turn: RunVar[CapacityLimiter] = RunVar(f"renewal {id(self)}")
 
     def __repr__(self) -> str:
         return f"KISHttpxAuth({self._signer.market!r})"
@@ -58,40 +56,34 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
         """
         url = _spelt(request.url)
         signature = self._signer.signature(url)
-        response = yield _signed(request, signature)
-        if may_refuse(response.status_code, response.headers) and is_dead(response.read()):
+        response = yield self._signed(request, signature)
+        if is_dead(response.read()):
             successor = self._signer.successor(signature, url)
             if successor and isinstance(request.stream, httpx.ByteStream):
-                yield _signed(request, successor)
+                yield self._signed(request, successor)
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         """The same on an event loop, which goes on while KIS is asked for a token."""
         url = _spelt(request.url)
         signature = self._signer.signature_at_hand(url)
         if signature is None:
-            signature = await self._aside(self._signer.signature, url)
-        response = yield _signed(request, signature)
-        if may_refuse(response.status_code, response.headers) and is_dead(await response.aread()):
-            successor = await self._aside(self._signer.successor, signature, url)
+            signature = await _aside(self._signer.signature, url)
+        response = yield self._signed(request, signature)
+        if is_dead(await response.aread()):
+            successor = await _aside(self._signer.successor, signature, url)
             if successor and isinstance(request.stream, httpx.ByteStream):
-                yield _signed(request, successor)
+                yield self._signed(request, successor)
 
-    async def _aside(self, work: Callable[..., _T], *arguments: Any) -> _T:  # noqa: ANN401 - as the work takes them
-        """Wait in a thread: one at a time, so that a long wait for KIS leaves the loop's other threads free."""
-        turn = self._turn.get(None) or CapacityLimiter(1)
-        self._turn.set(turn)
-        return await to_thread.run_sync(work, *arguments, limiter=turn, abandon_on_cancel=True)
+    def _signed(self, request: httpx.Request, signature: Signature) -> httpx.Request:
+        request.headers.setdefault("custtype", self._signer.custtype)
+        headers = _Signed(request.headers)
+        headers.signature = signature
+        request.headers = headers
+        return request
 
 
 def _spelt(url: httpx.URL) -> str:
     return (url.raw_scheme + b"://" + url.netloc + b"/").decode()
-
-
-def _signed(request: httpx.Request, signature: Signature) -> httpx.Request:
-    headers = _Signed(request.headers)
-    headers.signature = signature
-    request.headers = headers
-    return request
 
 
 class _Signed(httpx.Headers):
@@ -107,8 +99,6 @@ class _Signed(httpx.Headers):
 
     @property
     def raw(self) -> list[tuple[bytes, bytes]]:
-        """What is sent: a `custtype` of the caller's own stays, everything else of these names is ours."""
-        given = super().raw
-        names = {name.lower() for name, _ in given}
-        own = [pair for pair in given if pair[0].lower() not in _SECRET] if names & _SECRET else given
-        return own + (self.signature.raw[:-1] if b"custtype" in names else self.signature.raw)
+        """What is sent: the signature in the place of whatever the caller gave under its names."""
+        own = [(name, value) for name, value in super().raw if name.lower() not in _SECRET]
+        return own + [(name.encode(), value.encode()) for name, value in self.signature.headers.items()]

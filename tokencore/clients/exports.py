@@ -36,7 +36,6 @@ DAY = timedelta(days=1)
 FILE_LIMIT = 1 << 16  # bytes; what is larger is no client's file
 PICKLE_PROTOCOL = 2  # read by every Python that the clients run on
 _PICKLED = b"\x80"
-_DATED = re.compile(r"KIS[0-9]{8}", re.ASCII)
 _JWT = re.compile(r"(?<![\w-])[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)  # possessive: linear, whatever stands there
 
 
@@ -47,7 +46,6 @@ class Client(NamedTuple):
     content: Callable[[Market, Token, datetime], bytes]
     folder: str = ""
     holds_secret: bool = False
-    names_key: bool = False  # by a digest
 
 
 class Target(NamedTuple):
@@ -56,6 +54,11 @@ class Target(NamedTuple):
     client: str
     folder: str
     name: str = ""
+
+    @property
+    def label(self) -> str:
+        """As the settings name it."""
+        return f"{self.client}:{self.folder}"
 
     def paths(self, market: Market, now: datetime) -> list[str]:
         """The files that the client reads; ConfigurationError where a setting for their name is missing."""
@@ -82,7 +85,7 @@ class Exports(Sensitive):
         """Serve the `markets` of one key, whose token is in `store`."""
         self._markets, self._market = markets, markets[0]
         self._store = store
-        self._written = store.document("exports")  # by path, the digests of its last two contents
+        self._written = store.document("exports")  # by path, the digest of what was written there
         self._failed = store.document("export-failures")
 
     def found(self, now: datetime) -> Token | None:
@@ -90,7 +93,7 @@ class Exports(Sensitive):
         ours, theirs = self._store.newest(), []
         for target in self._targets():
             with contextlib.suppress(Exception):  # another program's files are no reason to fail, and `sync` reports
-                paths = [*target.paths(self._market, now), *target.paths(self._market, now - DAY)]
+                paths = target.paths(self._market, now - DAY) + target.paths(self._market, now)
                 theirs += [one.longer for one in self._look(target, paths, ours, now)]
         return longest(theirs)
 
@@ -102,10 +105,12 @@ class Exports(Sensitive):
                 if token:
                     self._copy(target, token)
             except Exception as error:  # noqa: BLE001 - the next copy gets its turn whatever happened to this one
-                failed[_label(target)] = _words(error)
-                _log.error("The token's copy %s is not up to date: %s", _label(target), _words(error))
+                # Another error's text may hold anything.
+                failed[target.label] = str(error) if isinstance(error, TokenError) else type(error).__name__
+                _log.error("The token's copy %s is not up to date: %s", target.label, failed[target.label])
         with contextlib.suppress(Exception):  # the next time does it
-            self._remove(past_days_only=token is not None)
+            if not token:
+                self._remove()
             if failed != self.failures():
                 self._failed.write(failed)
 
@@ -133,31 +138,39 @@ class Exports(Sensitive):
 
     def failures(self) -> dict[str, str]:
         """The copies that the settings ask for and that could not be brought up to date last time, and why."""
-        if not (wanted := {_label(target) for target in self._targets()}):
-            return {}
+        wanted = {target.label for target in self._targets()}
         return {name: str(why) for name, why in self._failed.read().items() if name in wanted}
 
     def _targets(self) -> list[Target]:
         return list(dict.fromkeys(_target(text, market) for market in self._markets for text in market.exports))
 
     def _copy(self, target: Target, token: Token, *, make: bool = False) -> list[str]:
-        now, client = datetime.now(UTC), CLIENTS[target.client]
+        now = datetime.now(UTC)
         paths = target.paths(self._market, now)
         present = self._look(target, paths, token, now)
-        if all(token.access_token.encode() in one.content for one in present):
-            self._note({one.path: one.content for one in present})  # whoever wrote it: with the token it goes
-            return paths
-        _refuse_foreign(present)
-        if any(one.longer for one in present):
-            _log.info("%s has a token of this key that lasts longer than ours; it is left there.", _label(target))
-            return paths
-        self._put(target, dict.fromkeys(paths, client.content(self._market, token, now)), make=make)
-        _log.info("Copied the token for %s: %s", target.client, ", ".join(paths))
+        if not all(token.access_token.encode() in one.content for one in present):
+            _refuse_foreign(present)
+            if any(one.longer for one in present):
+                _log.info("%s has a token of this key that lasts longer than ours; it is left there.", target.label)
+                return paths
+            content = CLIENTS[target.client].content(self._market, token, now)
+            try:
+                if make and not os.path.isdir(target.folder):
+                    permissions.make_private(target.folder)
+                for path in paths:
+                    files.write_bytes(path, content, writer=self._store.fingerprint)
+            except (OSError, TokenStoreError) as error:
+                why = getattr(error, "strerror", "the folder cannot be made")
+                raise _unwritable(target, f"{why}; make the folder, fix its permissions or free space") from None
+            _log.info("Copied the token for %s: %s", target.client, ", ".join(paths))
+            present = [Found(path, content) for path in paths]
+        self._note(present)  # also what another wrote: with the token it goes
         return paths
 
     def _look(self, target: Target, paths: list[str], ours: Token | None, now: datetime) -> list[Found]:
         """Each file by the rule: replaceable are empty ones, ours and those with a token of this key alone."""
-        _refuse_strangers(target)
+        if fault := permissions.stranger(target.folder, lenient=True):  # the secret goes into that folder
+            raise _unwritable(target, f"{fault[0]}; find out why, then run `{fault[1]}`")
         written, app_key, looked = self._written.read(), str(self._market.app_key), []
         for path in dict.fromkeys(paths):
             try:
@@ -165,47 +178,28 @@ class Exports(Sensitive):
             except ValueError:  # something is there, but no readable file
                 looked.append(Found(path))
                 continue
-            mine = _digest(content) in str(written.get(path))
-            jwts = [] if mine else _jwts(content)
-            keys = {jwt: key for jwt in jwts if isinstance(key := jwt_claims(jwt).get("jti"), str)}
-            theirs = bool(keys or CLIENTS[target.client].names_key) and set(keys.values()) <= {app_key}
+            mine = not content.strip() or _digest(content) in str(written.get(path))
+            keys = {jwt: key for jwt in _jwts(content) if isinstance(key := jwt_claims(jwt).get("jti"), str)}
+            theirs = set(keys.values()) == {app_key}
             longer = longest([_longer(jwt, ours, now) for jwt, key in keys.items() if key == app_key])
             if longer and permissions.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
                 longer = None
-            looked.append(Found(path, content, theirs or mine or not content.strip(), longer))
+            looked.append(Found(path, content, theirs or mine, longer))
         return looked
 
-    def _put(self, target: Target, contents: dict[str, bytes], *, make: bool) -> None:
-        self._note(contents)
-        try:
-            if make and not os.path.isdir(target.folder):
-                permissions.make_private(target.folder)
-            for path, content in contents.items():
-                files.write_bytes(path, content, writer=self._store.fingerprint)
-        except (OSError, TokenStoreError) as error:
-            _refuse_strangers(target)
-            why = "the folder cannot be made" if isinstance(error, TokenStoreError) else error.strerror
-            raise _unwritable(target, f"{why}; make the folder, fix its permissions or free space") from None
-
-    def _note(self, contents: dict[str, bytes]) -> None:
-        """Remember what is about to be written, where that can be; no copy waits for it."""
+    def _note(self, copies: list[Found]) -> None:
         before = self._written.read()
-        after = {path: digests for path, digests in before.items() if os.path.lexists(path)}
-        after |= {path: f"{_digest(new)} {str(before.get(path, ''))[:16]}" for path, new in contents.items()}
+        after = {path: digest for path, digest in before.items() if os.path.lexists(path)}
+        after |= {copy.path: _digest(copy.content) for copy in copies}
         if after != before:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # no copy waits for it
                 self._written.write(after)
 
-    def _remove(self, *, past_days_only: bool) -> None:
-        """Remove copies of ours; those of past days reveal the app key to no use, even when they have expired."""
-        today, written = f"KIS{datetime.now(UTC).astimezone():%Y%m%d}", self._written.read()
-        for path in written:
-            name = os.path.basename(path)
-            if past_days_only and not (_DATED.fullmatch(name) and name < today):
-                continue
+    def _remove(self) -> None:
+        for path, digest in self._written.read().items():
             with contextlib.suppress(OSError, ValueError):
                 content = files.read_bytes(path, FILE_LIMIT, trusted=False) or b""
-                if _digest(content) in str(written[path]) and files.remove(path) and not past_days_only:
+                if _digest(content) in str(digest) and files.remove(path):
                     why = "the key has no living token. That client may issue itself."
                     _log.warning("Removed the copy %s: %s", path, why)
 
@@ -219,22 +213,12 @@ def _target(text: str, market: Market) -> Target:
     return Target(client, market.token_dir, f"{market.name}_krs_token.dat")
 
 
-def _label(target: Target) -> str:
-    return f"{target.client}:{target.folder}"
-
-
 def _refuse_foreign(present: list[Found]) -> None:
     if path := next((one.path for one in present if not one.replaceable), ""):
         raise ConfigurationError(
             f"{path} holds no token of this key, as far as can be seen: it was left as it is, and nothing was written. "
             "Give this market a folder of its own, or remove the file."
         )
-
-
-def _refuse_strangers(target: Target) -> None:
-    """Return where nobody else can have made or can exchange the folder that the secret goes into."""
-    if fault := permissions.stranger(target.folder, lenient=True):
-        raise _unwritable(target, f"{fault[0]}; find out why, then run `{fault[1]}`")
 
 
 def _unwritable(target: Target, why: str) -> TokenStoreError:
@@ -273,9 +257,7 @@ def _kis_auth(_: Market, token: Token, __: datetime) -> bytes:
 # A new client is two functions and a line here.
 CLIENTS = {
     "mojito2": Client(lambda *_: ["token.dat"], _mojito2, holds_secret=True),
-    "python-kis": Client(
-        _python_kis_names, lambda _, *held: json.dumps(as_answer(*held)).encode(), "~/.pykis/cache", names_key=True
-    ),
+    "python-kis": Client(_python_kis_names, lambda _, *held: json.dumps(as_answer(*held)).encode(), "~/.pykis/cache"),
     "kis-auth": Client(_kis_auth_names, _kis_auth, "~/KIS/config"),
 }
 
@@ -300,8 +282,3 @@ def _longer(jwt: str, ours: Token | None, now: datetime) -> Token | None:
 
 def _digest(content: bytes) -> str:
     return sha256(content).hexdigest()[:16]
-
-
-def _words(error: Exception) -> str:
-    """An error for the log and the doctor; an unknown one's text may hold anything."""
-    return str(error) if isinstance(error, TokenError) else type(error).__name__

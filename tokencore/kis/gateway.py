@@ -19,8 +19,7 @@ import requests
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from tokencore.attempts import Outcome
-from tokencore.config.market import address
-from tokencore.errors import ConfigurationError, IssuerUnavailableError
+from tokencore.errors import IssuerUnavailableError
 from tokencore.kis import codes, quotes
 from tokencore.kis.codes import ANSWER_LIMIT, OK, Refusal
 from tokencore.redaction import redact
@@ -46,16 +45,8 @@ class Gateway(Sensitive):
     __slots__ = ("_app_key", "_app_secret", "_base_url", "_timeout")
 
     def __init__(self, base_url: str, credentials: tuple[str, str], *, timeout: float) -> None:
-        """Keep what a request needs; `timeout` in seconds, to connect and for each wait, twice that for an answer.
-
-        Raises:
-            ConfigurationError: the address is neither https nor on loopback; nothing was sent.
-
-        """
-        try:
-            self._base_url = address(base_url)
-        except ValueError as error:
-            raise ConfigurationError(f"KIS_BASE_URL {error}; nothing was sent. Correct or remove it.") from None
+        """Keep what a request needs; `timeout` in seconds, to connect and for each wait, twice that for an answer."""
+        self._base_url = base_url
         self._app_key, self._app_secret = credentials
         self._timeout = timeout
 
@@ -70,16 +61,15 @@ class Gateway(Sensitive):
         received_at = datetime.now(UTC)
         try:
             token = from_answer(answer.body, received_at)
-            if token.expires_at > received_at:
-                return token
-            why = "its token has already expired"
         except ValueError as error:
-            why = str(error)
-        return codes.silent(Outcome.BAD_ANSWER, why)
+            return codes.silent(Outcome.BAD_ANSWER, str(error))
+        if token.expires_at <= received_at:
+            return codes.silent(Outcome.BAD_ANSWER, "its token has already expired")
+        return token
 
     def approve(self) -> str | Refusal:
         """One request for the websocket's approval key, with the same care."""
-        answer = self._granted("/oauth2/Approval", "secretkey", lambda: True)
+        answer = self._granted("/oauth2/Approval", "secretkey")
         if isinstance(answer, Refusal):
             return answer
         key = str(answer.body.get("approval_key", ""))
@@ -108,7 +98,7 @@ class Gateway(Sensitive):
             return quotes.Evidence(None, answer.what)
         return quotes.judge(answer.status, answer.body, self._detail(answer))
 
-    def _granted(self, path: str, secret_name: str, depart: Callable[[], bool]) -> _Answer | Refusal:
+    def _granted(self, path: str, secret_name: str, depart: Callable[[], bool] = lambda: True) -> _Answer | Refusal:
         fields = {"grant_type": "client_credentials", secret_name: self._app_secret}
         for turn in range(TRIES):
             if turn:
@@ -132,12 +122,13 @@ class Gateway(Sensitive):
     def _send(self, method: str, path: str, body: _Body | None = None, **fields: Any) -> _Answer | Refusal:  # noqa: ANN401 - requests' own keywords
         """One request and its whole answer, or why there is none: `UNREACHABLE` while it cannot have left."""
         deadline, url = time.monotonic() + 2 * self._timeout, self._base_url + path
+        fields |= {"headers": _HEADERS | fields.get("headers", {}), "data": body, "timeout": self._timeout}
+        fields["auth"] = lambda request: request  # else requests looks into `.netrc`
         try:
-            with (
-                _Session(self._base_url) as session,
-                session.request(method, url, data=body, timeout=self._timeout, stream=True, **fields) as response,
-            ):
-                return _read(response, deadline)
+            with requests.Session() as session:
+                session.trust_env = urlsplit(url).hostname not in LOOPBACK  # no proxy stands before the sandbox
+                with session.request(method, url, stream=True, allow_redirects=False, **fields) as response:
+                    return _read(response, deadline)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             if body is None or body.left:
                 return codes.silent(Outcome.NO_ANSWER, _fault(error, "the connection failed or broke off"))
@@ -168,20 +159,6 @@ class _Body(io.BytesIO):
         return super().read(size)
 
 
-class _Session(requests.Session):
-    """Without redirects, `.netrc`, and a proxy on the way to the sandbox."""
-
-    def __init__(self, base_url: str) -> None:
-        super().__init__()
-        self.trust_env = urlsplit(base_url).hostname not in LOOPBACK
-        self.auth = lambda request: request  # else requests looks into `.netrc`
-        self.headers.update(_HEADERS)
-
-    def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002 - requests' own parameter
-        """Nowhere: requests would follow, or read the answer without bounds."""
-        return None
-
-
 def _read(response: requests.Response, deadline: float) -> _Answer | Refusal:
     """Read at most `ANSWER_LIMIT` bytes until `deadline` of the monotonic clock."""
     content, late = b"", False
@@ -196,14 +173,13 @@ def _read(response: requests.Response, deadline: float) -> _Answer | Refusal:
     return _Answer(response.status_code, body, re.sub(r"<[^<>]*>", " ", content.decode("utf-8", errors="replace")))
 
 
-_FAULTS: dict[type[Exception], str] = {  # the first that fits
-    requests.ConnectTimeout: "no connection within the time-out (KIS_TIMEOUT)",
-    **dict.fromkeys((requests.ReadTimeout, ReadTimeoutError), "no answer within the time-out (KIS_TIMEOUT)"),
-    requests.exceptions.ProxyError: "the proxy could not be reached",
-    ValueError: "KIS_BASE_URL is no address",
-    **dict.fromkeys((requests.RequestException, HTTPError), ""),
-    OSError: "its certificates cannot be checked (REQUESTS_CA_BUNDLE)",  # requests' own check
-}
+_FAULTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (  # the first that fits
+    (requests.ConnectTimeout, "no connection within the time-out (KIS_TIMEOUT)"),
+    ((requests.ReadTimeout, ReadTimeoutError), "no answer within the time-out (KIS_TIMEOUT)"),
+    (requests.exceptions.ProxyError, "the proxy could not be reached"),
+    (requests.RequestException, ""),
+    (OSError, "its certificates cannot be checked (REQUESTS_CA_BUNDLE)"),  # requests' own check
+)
 
 
 def _fault(error: Exception, otherwise: str) -> str:
@@ -215,4 +191,4 @@ def _fault(error: Exception, otherwise: str) -> str:
         certificate = getattr(inner, "verify_message", "")
         why = f"certificate: {certificate}" if certificate else str(getattr(inner, "reason", "")).replace("_", " ")
         return f"the encrypted connection failed ({why})"
-    return next((words for kind, words in _FAULTS.items() if isinstance(error, kind)), "") or otherwise
+    return next((words for kind, words in _FAULTS if isinstance(error, kind)), "") or otherwise
