@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
-    from tokencore.kis.quotes import Evidence
+    from tokencore.kis.gateway import Evidence
     from tokencore.outlook import Need, Outlook
     from tokencore.stores.base import Store
     from tokencore.tokens import Token
@@ -179,9 +179,7 @@ class Key(Sensitive):
 
     def prove(self, token: Token) -> Evidence:
         """What one quote call tells of `token`; never raises because of KIS."""
-        from tokencore.kis.quotes import for_exchanges
-
-        return self.renewer.gateway.quote(token.access_token, for_exchanges(self.exchanges))
+        return self.renewer.gateway.quote(token.access_token, self.exchanges)
 
     def reject(self, token: Token, now: datetime) -> None:
         """Mark `token` dead for all processes."""

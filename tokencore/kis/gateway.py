@@ -19,24 +19,33 @@ import requests
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from tokencore.attempts import Outcome
+from tokencore.calendars.exchanges import exchange
 from tokencore.errors import IssuerUnavailableError
-from tokencore.kis import codes, quotes
+from tokencore.kis import codes
 from tokencore.kis.codes import ANSWER_LIMIT, OK, Refusal
 from tokencore.redaction import redact
 from tokencore.sealing import Sensitive
 from tokencore.tokens import Token, from_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from tokencore.kis.quotes import Evidence, Quote
+    from collections.abc import Callable, Mapping, Sequence
 
 TRIES = 4  # the first and three more, only while the request cannot have reached KIS
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HEADERS = {"Content-Type": "application/json; charset=UTF-8"}
+_SAMSUNG = {"FID_COND_MRKT_DIV_CODE": "J", "FID_INPUT_ISCD": "005930"}
 _APPROVAL_KEY = re.compile(r"[!-~]{1,512}")  # one word of visible ASCII; KIS's is a UUID
+
+
+class Evidence(NamedTuple):
+    """What a quote call said about a token."""
+
+    accepted: bool | None  # whether KIS accepts the token; None when the call says nothing about it
+    detail: str  # KIS's words, or the fault, without anything secret
+    status: int | None = None  # of HTTP; None without an answer
+    msg_cd: str = ""  # KIS's code, empty where it gave none
 
 
 class Gateway(Sensitive):
@@ -89,14 +98,24 @@ class Gateway(Sensitive):
         if not done and codes.code_of(answer.body) not in codes.DEAD_TOKEN:
             raise IssuerUnavailableError(f"KIS did not revoke the token ({self._detail(answer)}); it stays valid.")
 
-    def quote(self, access_token: str, asked: Quote) -> Evidence:
-        """What one quote call says about the token; never raises."""
+    def quote(self, access_token: str, exchanges: Sequence[str]) -> Evidence:
+        """What the quote call that fits these exchanges says about the token; never raises.
+
+        Judged on the status and KIS's codes, never on rows: Korea's where one is Korean or none is named.
+        """
+        there = [exchange(code) for code in exchanges]
+        path, tr_id, params = "/uapi/domestic-stock/v1/quotations/inquire-price", "FHKST01010100", _SAMSUNG
+        if there and all(each.quote_code for each in there):
+            path, tr_id = "/uapi/overseas-price/v1/quotations/price", "HHDFS00000300"
+            params = {"AUTH": "", "EXCD": str(there[0].quote_code), "SYMB": there[0].symbol}
         headers = {"authorization": f"Bearer {access_token}", "appkey": self._app_key, "appsecret": self._app_secret}
-        headers |= {"custtype": "P", "tr_id": asked.tr_id}
-        answer = self._send("GET", asked.path, headers=headers, params=asked.params)
+        headers |= {"custtype": "P", "tr_id": tr_id}
+        answer = self._send("GET", path, headers=headers, params=params)
         if isinstance(answer, Refusal):
-            return quotes.Evidence(None, answer.what)
-        return quotes.judge(answer.status, answer.body, self._detail(answer))
+            return Evidence(None, answer.what)
+        code, succeeded = codes.code_of(answer.body), answer.status == OK and answer.body.get("rt_cd") == "0"
+        accepted = False if code in codes.DEAD_TOKEN else True if succeeded else None
+        return Evidence(accepted, "rt_cd 0" if accepted else self._detail(answer), answer.status, code[:12])
 
     def _granted(self, path: str, secret_name: str, depart: Callable[[], bool] = lambda: True) -> _Answer | Refusal:
         fields = {"grant_type": "client_credentials", secret_name: self._app_secret}
