@@ -81,8 +81,8 @@ class ApprovalKeys(Sensitive):
         """Return where the last request lets another one be made now."""
         asked = record.parse(str(self._document.read().get("attempt")))
         both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # refused for both alike
-        if refusal := self._renewer.refusal(both, self._store.newest(), now):
-            raise refusal
+        standing = limits.Standing(now, both, self._store.newest(), self._renewer.credentials)
+        limits.check_credentials(limits.Intent.REQUIRED, standing, self._market)
         if until := limits.cooldown_until(asked, now, self._market):
             raise IssuanceLimitError(
                 f"The last request for an approval key was at {limits.format_time(asked[-1].at)} "
