@@ -62,10 +62,10 @@ def renew(folder: Path, keys: int, *, history: int = 0) -> None:
         name = fingerprint(key(n, keys), URL)
         token = Token(f"token-{now.timestamp()}", now + timedelta(hours=24), now)
         content = tokens.to_cache(token, now=now, environment="real", key_fingerprint=name)
-        files.write_text(str(folder / f"key-{name}.json"), content)
+        files.write_bytes(str(folder / f"key-{name}.json"), content.encode())
         attempts = [Attempt(now - timedelta(days=9), Outcome.ISSUED, expires_at=now)] * history
         attempts.append(Attempt(now, Outcome.ISSUED, expires_at=now))
-        files.write_text(str(folder / f"key-{name}.jsonl"), record.render(attempts))
+        files.write_bytes(str(folder / f"key-{name}.jsonl"), record.render(attempts).encode())
 
 
 def scrape(address: str) -> float:

@@ -391,7 +391,7 @@ def _watch(parent: _Parent) -> None:
     for owner, names in WATCHED.items():
         for name in names.split():
             setattr(owner, name, _watched(parent, name, getattr(owner, name)))
-    time.sleep = lambda seconds: parent.stop(f"sleep {max(0.0, seconds)}")  # type: ignore[assignment]
+    time.sleep = lambda seconds: parent.stop(f"sleep {max(0.0, float(seconds))}")  # type: ignore[assignment]
     time.monotonic = time.perf_counter = lambda: parent.monotonic
     threading.Thread.start = threading.Thread.run  # type: ignore[method-assign]
     threading.Thread.join = lambda *_: None  # type: ignore[method-assign]

@@ -165,12 +165,12 @@ def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp
     path, victim, store = folder / VIEW, tmp_path / "victim", open_files(folder)
     put(victim, make_token())
     before = victim.read_bytes()
-    {
-        "folder": path.mkdir,
-        "fifo": lambda: os.mkfifo(path),
-        "link": lambda: path.symlink_to(victim),
-        "dangling link": lambda: path.symlink_to("nowhere"),
-    }[kind]()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(victim if kind == "link" else "nowhere")
     (folder / f".{VIEW}.{store.fingerprint}.tmp").symlink_to(victim)  # where the next draft is written
     assert store.read()[0] is None
     assert save(store, make_token()).access_token == text_of(open_files(folder, "kr"))
@@ -186,7 +186,7 @@ def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it
     def work() -> None:
         calls = Mock(**{"fsync.side_effect": os.fsync, "replace.side_effect": os.replace})
         os.fsync, os.replace = calls.fsync, calls.replace
-        files.write_text(str(folder / VIEW), "new")
+        files.write_bytes(str(folder / VIEW), b"new")
         assert [name for name, _, _ in calls.mock_calls] == ["fsync", "replace", "fsync"]
 
     assert ended(in_child(work)) == 0
@@ -197,7 +197,7 @@ def test_a_mounted_file_is_written_in_place(folder: Path, monkeypatch: pytest.Mo
     path = folder / VIEW
     path.write_text("something longer", encoding="utf-8")
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.EBUSY, "")))
-    files.write_text(str(path), "new")
+    files.write_bytes(str(path), b"new")
     assert (path.read_text(encoding="utf-8"), os.listdir(folder)) == ("new", [path.name])
 
 

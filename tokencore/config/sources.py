@@ -240,7 +240,7 @@ def _path_of(origin: str) -> str:
 
 
 def _text(path: str) -> str:
-    content = files.read_bytes(path, FILE_LIMIT, trusted=False, links=True)
+    content = files.read_bytes(os.path.realpath(path), FILE_LIMIT, trusted=False)
     if content is None:
         raise ValueError("it is not there any more")
     return content.decode("utf-8-sig")

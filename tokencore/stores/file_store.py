@@ -13,18 +13,11 @@ import os
 import stat
 import time
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 
 from tokencore import tokens
 from tokencore.sealing import Sensitive
-from tokencore.stores import files
-from tokencore.stores.permissions import (
-    PRIVATE_FILE,
-    make_private,
-    refuse_closed,
-    refuse_planted,
-    refuse_strangers,
-    unusable,
-)
+from tokencore.stores import files, permissions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,12 +57,9 @@ class FileStore(Sensitive):
         self._app_key = market.app_key
         self._siblings = siblings
         self._known: dict[str, tuple[Signature, Token]] = {}
-        self._record_made: Record | None = None
 
     def __repr__(self) -> str:
         return f"FileStore({self.folder!r}, {self.fingerprint!r})"
-
-    # The token
 
     def read(self) -> tuple[Token | None, str]:
         """The key's living token, or the last one known, and why there is none; an unchanged file is not parsed again.
@@ -83,7 +73,7 @@ class FileStore(Sensitive):
         if token is None or token.rejected_at is not None or token.expires_at.timestamp() <= time.time():
             token = self._longest(token)
             if token is None and not problem:
-                refuse_closed(self.folder)
+                permissions.refuse_strangers(self.folder)
                 problem = self._on_file(self.place)[1]
         return self._or_unsaved(token), "" if problem == FOREIGN else problem  # which is a miss, and nothing is wrong
 
@@ -115,7 +105,7 @@ class FileStore(Sensitive):
         text = tokens.to_cache(token, now=now, environment=self._identity[1], key_fingerprint=self.fingerprint)
         self._set_aside(self._key_path)
         try:
-            files.write_text(self._key_path, text, writer=self.fingerprint)
+            files.write_bytes(self._key_path, text.encode(), writer=self.fingerprint)
         except OSError:
             _unsaved[self._key_path] = token
             raise
@@ -123,7 +113,9 @@ class FileStore(Sensitive):
         token.cached_at = now
         self._remember(self._key_path, token)
         for path in self._own_views():
-            self._write_view(path, text, token)
+            self._set_aside(path)
+            if self._copied(path, text.encode()):
+                self._remember(path, token)
 
     def delete(self) -> bool:
         """Remove this market's view, and the key's file with the last view.
@@ -140,7 +132,7 @@ class FileStore(Sensitive):
             return self._forget() or found
         if content:
             content["deleted"] = sorted(map(os.path.basename, deleted))
-            files.write_text(self._key_path, json.dumps(content, indent=2) + "\n", writer=self.fingerprint)
+            files.write_bytes(self._key_path, json.dumps(content, indent=2).encode() + b"\n", writer=self.fingerprint)
         return found
 
     def clear(self) -> None:
@@ -158,8 +150,6 @@ class FileStore(Sensitive):
         except OSError:
             mode = None
         return {"file": path, "permissions": mode, "cache_exists": mode is not None}
-
-    # The record
 
     def attempts(self) -> list[Attempt]:
         """The record or, where it is lost, what the marks of the issue tell."""
@@ -187,7 +177,9 @@ class FileStore(Sensitive):
                 self.save(token)
         finally:
             if token is not None:
-                self._mark(token.issued_at or attempt.at)
+                mark = b"%d\n" % (token.issued_at or attempt.at).timestamp()
+                for path in self._own_views():
+                    self._copied(path.removesuffix(VIEW) + MARK, mark)
             self._record.complete(fence, attempt)
 
     def note(self, attempt: Attempt) -> None:
@@ -196,9 +188,7 @@ class FileStore(Sensitive):
 
     def replace_record(self, attempts: list[Attempt]) -> None:
         """Have these attempts instead: another store's."""
-        self._record.replace(attempts)
-
-    # The lock and other documents
+        self._record.write(attempts)
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
         """Hold the lock file's lock inside the block."""
@@ -208,15 +198,11 @@ class FileStore(Sensitive):
         """`key-<fingerprint>-<name>.json`."""
         return FileDocument(self._path(f"key-{self.fingerprint}-{name}.json"))
 
-    # Inside
-
-    @property
+    @cached_property
     def _record(self) -> Record:
-        if self._record_made is None:
-            from tokencore.stores.record import Record  # a cached token needs no record
+        from tokencore.stores.record import Record  # a cached token needs no record
 
-            self._record_made = Record(self._path(f"key-{self.fingerprint}.jsonl"), self._lock_path)
-        return self._record_made
+        return Record(self._path(f"key-{self.fingerprint}.jsonl"), self._lock_path)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -266,7 +252,7 @@ class FileStore(Sensitive):
         return known[1], ""
 
     def _parse(self, path: str, seen: Signature) -> tuple[Token | None, str]:
-        refuse_strangers(self.folder)
+        permissions.refuse_strangers(self.folder)
         try:
             text = files.read_text(path)
             if text is None:
@@ -289,14 +275,14 @@ class FileStore(Sensitive):
         if seen := files.signature(path):
             self._known[path] = seen, token
 
-    def _write_view(self, path: str, text: str, token: Token) -> None:
-        """A view that cannot be written takes nothing from anybody: the key's file has the token."""
-        self._set_aside(path)
+    def _copied(self, path: str, content: bytes) -> bool:
+        """Write what takes nothing from anybody where it fails: the key's file and the record have it too."""
         try:
-            files.write_text(path, text, writer=self.fingerprint, durable=False)
-            self._remember(path, token)
+            files.write_bytes(path, content, writer=self.fingerprint, durable=False)
         except OSError as error:
             _warn(f"{path} could not be updated ({error.strerror}); programs that use tokencore are not affected.")
+            return False
+        return True
 
     def _set_aside(self, path: str) -> None:
         """Keep what is no token of this key, but for a view of another key of this folder."""
@@ -311,20 +297,18 @@ class FileStore(Sensitive):
         own_file = self._key_path_of(os.path.basename(fingerprint), environment)
         return seen is not None and seen == files.signature(view) and os.path.exists(own_file)
 
-    def _mark(self, issued_at: datetime) -> None:
-        for path in map(_mark_of, self._own_views()):
-            try:
-                files.write_text(path, f"{int(issued_at.timestamp())}\n", writer=self.fingerprint, durable=False)
-            except OSError as error:  # the record knows it too
-                _warn(f"{path} could not be written ({error.strerror}).")
-
     def _marked(self) -> list[Attempt]:
         """The last issue by the marks beside the views; one beside another key's view is that one's."""
         from tokencore.attempts import Attempt, Outcome
 
-        marks = [_marked_at(_mark_of(path)) for path in self._own_views() if self._on_file(path)[1] != FOREIGN]
-        at = max((mark for mark in marks if mark), default=None)
-        return [Attempt(at, Outcome.ISSUED)] if at else []
+        marks = []
+        for path in self._own_views():
+            if self._on_file(path)[1] != FOREIGN:
+                with contextlib.suppress(ValueError, OverflowError, OSError):
+                    text = files.read_text(path.removesuffix(VIEW) + MARK) or "nan"
+                    # Whole seconds: KIS counts the rest of the last one too.
+                    marks.append(datetime.fromtimestamp(float(text) + 1, UTC))
+        return [Attempt(max(marks), Outcome.ISSUED)] if marks else []
 
 
 class FileDocument:
@@ -344,7 +328,7 @@ class FileDocument:
 
     def write(self, content: dict[str, Any]) -> None:
         """Replace the file durably."""
-        files.write_text(self.place, json.dumps(content, indent=1) + "\n", writer="document")
+        files.write_bytes(self.place, json.dumps(content, indent=1).encode() + b"\n", writer="document")
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
         """Hold its lock inside the block; yields False where it was not acquired in time."""
@@ -357,34 +341,22 @@ def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
     from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
 
     folder = os.path.dirname(path)
-    make_private(folder, ours=OURS)
-    refuse_planted(folder, STATE)
+    permissions.make_private(folder, ours=OURS)
+    permissions.refuse_planted(folder, STATE)
     # A new object each time: one made before a fork refuses to work in the child.
-    lock = FileLock(path, mode=PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
+    lock = FileLock(path, mode=permissions.PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
     try:
         lock.acquire(timeout=wait, poll_interval=POLL, cancel_check=give_up)
         held = True
     except Timeout:
         held = False
     except OSError as error:
-        raise unusable(path, error) from None
+        raise permissions.unusable(path, error) from None
     try:
         yield held
     finally:
         with contextlib.suppress(OSError):  # the lock goes with its last reference
             lock.release()
-
-
-def _mark_of(view: str) -> str:
-    return view.removesuffix(VIEW) + MARK
-
-
-def _marked_at(path: str) -> datetime | None:
-    try:
-        # Whole seconds: KIS counts the rest of the last one too.
-        return datetime.fromtimestamp(float(files.read_text(path) or "nan") + 1, UTC)
-    except (ValueError, OverflowError, OSError):
-        return None
 
 
 def _warn(message: str) -> None:

@@ -11,8 +11,7 @@ import time
 from tokencore.stores.permissions import PRIVATE_FILE, refuse_strangers
 
 SIZE_LIMIT = 1 << 20  # bytes; a token file has about 700
-_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
-_FLAGS = _NO_LINKS | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _IN_PLACE = (errno.EBUSY, errno.EXDEV)  # a single file that is mounted, as Docker does, cannot be replaced
 
 Signature = tuple[int, int, int]  # inode, size, mtime_ns: a difference means another content
@@ -33,12 +32,10 @@ def read_text(path: str) -> str | None:
     return None if content is None else content.decode().removeprefix("\ufeff")
 
 
-def read_bytes(
-    path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, trusted: bool = True, links: bool = False
-) -> bytes | None:
+def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, trusted: bool = True) -> bytes | None:
     """The content of a regular file, or None when there is no file; of a larger one the end, with `tail`.
 
-    A FIFO or a device is not waited for, nor opened, which alone makes some act; `links` are refused or followed.
+    A FIFO or a device is not waited for, nor opened, which alone makes some act; nor is a link followed.
 
     Raises:
         ValueError: something is there, but no readable file of at most `limit` bytes.
@@ -46,9 +43,9 @@ def read_bytes(
 
     """
     try:
-        if not stat.S_ISREG(os.stat(path, follow_symlinks=links).st_mode):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
             raise ValueError("not a regular file")
-        descriptor = os.open(path, os.O_RDONLY | (_FLAGS & ~_NO_LINKS if links else _FLAGS))
+        descriptor = os.open(path, os.O_RDONLY | _FLAGS)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -70,11 +67,6 @@ def read_bytes(
     if len(content) > limit and not tail:
         raise ValueError(f"more than {limit} bytes")
     return content
-
-
-def write_text(path: str, text: str, *, writer: str = "", durable: bool = True) -> None:
-    """Replace the content of `path`; see `write_bytes`."""
-    write_bytes(path, text.encode(errors="replace"), writer=writer, durable=durable)
 
 
 def write_bytes(path: str, content: bytes, *, writer: str = "", durable: bool = True) -> None:
@@ -124,7 +116,7 @@ def set_aside(path: str) -> None:
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             os.replace(path, spare)
-        elif not (os.path.exists(aside) and os.path.samefile(path, aside)):
+        else:
             with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
                 os.chmod(path, PRIVATE_FILE)  # it may hold another key's token
             os.link(path, spare)

@@ -39,30 +39,23 @@ def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
     """Return where `stranger` finds nothing.
 
     Raises:
-        TokenStoreError: another user owns it or can write it, or one of the folders above.
+        TokenStoreError: another user owns it or can write it, or one of the folders above; or the system does not let
+            this one look into the folder, so that nobody knows what is in it.
 
     """
+    if found is None:
+        try:
+            os.stat(os.path.join(path, os.curdir))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise unusable(path, error) from None
     if fault := stranger(path, found):
         why, command = fault
         raise TokenStoreError(
             f"{why}, so what is there may be planted: it is not used, and nothing was issued. Find out why, then run "
             f"`{command}`, or point KIS_TOKEN_DIR to a folder of your own."
         )
-
-
-def refuse_closed(folder: str) -> None:
-    """Return where one can look into the folder, or it is not there yet.
-
-    Raises:
-        TokenStoreError: the system refuses that, so nobody knows what is in it.
-
-    """
-    try:
-        os.stat(os.path.join(folder, os.curdir))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise unusable(folder, error) from None
 
 
 def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:

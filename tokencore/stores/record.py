@@ -6,17 +6,17 @@ import json
 import logging
 import os
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, issued_within
 from tokencore.stores import files
-from tokencore.stores.permissions import refuse_closed, refuse_strangers
+from tokencore.stores.permissions import refuse_strangers
 from tokencore.tokens import sane
 
 if TYPE_CHECKING:
     from tokencore.stores.files import Signature
 
-CODE_LENGTH, DIGEST_LENGTH, HOST_LENGTH = 12, 8, 64
+LENGTHS = {"code": 12, "reason": REASON_LENGTH, "credentials": 8, "by": BY_LENGTH, "host": 64}  # that are read
 KEEP = 1024  # attempts: years of daily renewals, or days of KIS being down
 # An access time that no clock gives: the lock file's modification time is then that of the last attempt, which the
 # record could not take. Each second more than the first is an issue that the record does not know.
@@ -38,53 +38,43 @@ class Record:
 
     def attempts(self) -> list[Attempt]:
         """All that is known, oldest first; an unchanged file is not parsed again."""
-        known = self._on_file()
-        return [*known, *(one for one in self._unrecorded() if not known or one.at > known[-1].at)]
-
-    def append(self, attempt: Attempt) -> None:
-        """Add an attempt durably."""
-        self._write([*self.attempts(), attempt])
-
-    def replace(self, attempts: list[Attempt]) -> None:
-        """Have these instead."""
-        self._write(attempts)
-
-    def complete(self, begun: Attempt, attempt: Attempt) -> None:
-        """Put `attempt` in the place of the line that was `begun`, or at the end where the disk did not take that."""
-        known = self.attempts()
-        mine = bool(known) and (known[-1].outcome, known[-1].pid) == (Outcome.SENT, begun.pid)
-        self._write([*(known[:-1] if mine else known), attempt])
-
-    def _on_file(self) -> list[Attempt]:
         seen = files.signature(self._path)
         if self._known is None or self._known[0] != seen:
             refuse_strangers(os.path.dirname(self._path))
-            refuse_closed(os.path.dirname(self._path))
             try:
                 found = parse((files.read_bytes(self._path, tail=True) or b"").decode(errors="replace"))
             except ValueError:  # an attempt was made when it was last changed
                 found = [Attempt(datetime.fromtimestamp(seen[2] / 1e9, UTC), Outcome.SENT)] if seen else []
             self._known = seen, found
-        return self._known[1]
+        known = self._known[1]
+        return [*known, *(one for one in self._unrecorded() if not known or one.at > known[-1].at)]
 
-    def _write(self, attempts: list[Attempt]) -> None:
+    def append(self, attempt: Attempt) -> None:
+        """Add an attempt durably."""
+        self.write([*self.attempts(), attempt])
+
+    def complete(self, begun: Attempt, attempt: Attempt) -> None:
+        """Put `attempt` in the place of the line that was `begun`, or at the end where the disk did not take that."""
+        known = self.attempts()
+        mine = bool(known) and (known[-1].outcome, known[-1].pid) == (Outcome.SENT, begun.pid)
+        self.write([*(known[:-1] if mine else known), attempt])
+
+    def write(self, attempts: list[Attempt]) -> None:
+        """Have these instead; on a full disk the lock file's times, which still can be written, keep the last one."""
         try:
             if os.path.lexists(self._path) and not os.path.isfile(self._path):
                 files.set_aside(self._path)
                 _log.warning("%s was no issuance record; it is kept as %s.aside.", self._path, self._path)
-            files.write_text(self._path, render(attempts), writer="record")
+            files.write_bytes(self._path, render(attempts).encode(errors="replace"), writer="record")
         except OSError as error:
-            self._keep_time(attempts[-1])
+            last, issued = attempts[-1], issued_within(self._unrecorded(), attempts[-1].at)
+            issues = len(issued) + (last.outcome is Outcome.ISSUED)
+            os.utime(self._lock_path, (UNRECORDED + issues, last.at.timestamp()))
             _log.warning("The issuance record cannot be written (%s); the lock file keeps the time.", error.strerror)
         else:
             if self._unrecorded():
                 os.utime(self._lock_path)
         self._known = None
-
-    def _keep_time(self, attempt: Attempt) -> None:
-        """In the lock file's times: all that can be written on a full disk."""
-        issues = len(issued_within(self._unrecorded(), attempt.at)) + (attempt.outcome is Outcome.ISSUED)
-        os.utime(self._lock_path, (UNRECORDED + issues, attempt.at.timestamp()))
 
     def _unrecorded(self) -> list[Attempt]:
         try:
@@ -104,38 +94,29 @@ def parse(text: str) -> list[Attempt]:
 
 def render(attempts: list[Attempt]) -> str:
     """The file's content: the last `KEEP` attempts."""
-    return "".join(f"{json.dumps(_content(one), ensure_ascii=False)}\n" for one in attempts[-KEEP:])
+    return "".join(f"{_line(one)}\n" for one in attempts[-KEEP:])
 
 
-def _content(attempt: Attempt) -> dict[str, Any]:
-    content = {
+def _line(attempt: Attempt) -> str:
+    times = {
         "at": attempt.at.isoformat(timespec="milliseconds"),
-        "outcome": attempt.outcome.value,
-        "code": attempt.code,
         "expires_at": attempt.expires_at.isoformat() if attempt.expires_at else None,
-        "reason": attempt.reason[:REASON_LENGTH],
-        "by": attempt.by[:BY_LENGTH],
-        "credentials": attempt.credentials,
-        "pid": attempt.pid,
     }
-    return content | {"host": attempt.host} if attempt.host else content
+    return json.dumps(attempt._asdict() | times, ensure_ascii=False)
 
 
 def _parse(line: str) -> Attempt | None:
     try:
         found = json.loads(line)
-        word = found["outcome"]
+        texts = {name: str(found.get(name) or "")[:length] for name, length in LENGTHS.items()}
         return Attempt(
             at=_aware(found["at"]),
             # A later version's own word is an attempt of which no more is known than that it was made.
-            outcome=Outcome(word) if word in _WORDS else Outcome.SENT,
-            code=str(found["code"])[:CODE_LENGTH] if found.get("code") else None,
+            outcome=Outcome(found["outcome"]) if found["outcome"] in _WORDS else Outcome.SENT,
             expires_at=_aware(found["expires_at"]) if found.get("expires_at") else None,
-            reason=str(found.get("reason", ""))[:REASON_LENGTH],
-            by=str(found.get("by", ""))[:BY_LENGTH],
-            credentials=str(found.get("credentials", ""))[:DIGEST_LENGTH],
             pid=int(found.get("pid", 0)),
-            host=str(found.get("host", ""))[:HOST_LENGTH],
+            code=texts.pop("code") or None,
+            **texts,
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
