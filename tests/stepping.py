@@ -12,6 +12,7 @@ import copy
 import fcntl
 import gc
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing import Pipe
 from pathlib import Path
@@ -66,18 +68,13 @@ _utime = os.utime  # before a process watches it
 _keys = itertools.count(1)
 
 
+@dataclass
 class Clock:
-    """The true time, by which KIS goes, and what this machine makes of it."""
+    """The true time in epoch seconds, by which KIS goes, and what this machine makes of it."""
 
-    def __init__(self) -> None:
-        """It begins right."""
-        self.set(START)
-
-    def set(self, to: float) -> None:
-        """It is `to`, in epoch seconds, and the clock is right."""
-        self.true = to
-        self.wrong = 0.0  # seconds that the machine's clock is ahead
-        self.slept = 0.0  # seconds in which the machine slept, which no monotonic clock counts
+    true: float = START
+    wrong: float = 0.0  # seconds that the machine's clock is ahead
+    slept: float = 0.0  # seconds in which the machine slept, which no monotonic clock counts
 
     @property
     def shown(self) -> float:
@@ -154,10 +151,9 @@ class Stepped:
         """Start `work`, whose result is the exit code, and stop it before its first call in `folder`."""
         self._clock = clock
         self._pipe, theirs = Pipe()
-        self._written = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - for the life of this
         self.pid = os.fork()
         if not self.pid:
-            _live(work, str(folder), theirs, [file.fileno() for file in self._written], settings)
+            _live(work, _Parent(str(folder), theirs), settings)
         theirs.close()
         self.at = self._arrived()
 
@@ -188,17 +184,15 @@ class Stepped:
 
     def _arrived(self) -> str | None:
         try:
-            stopped: str = self._pipe.recv()
-        except EOFError:
-            self._pipe.close()
-            code, said = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), []
-            for file in self._written:
-                with file:
-                    file.seek(0)
-                    said.append(file.read().decode())
-            self.ran = Ran(code, *said)
-            return None
-        return stopped
+            said: str | Ran | None = self._pipe.recv()
+        except EOFError:  # it was killed, or broke
+            said = None
+        if isinstance(said, str):
+            return said
+        self._pipe.close()
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.ran = said or Ran(code, "", "")
+        return None
 
 
 class Desk:
@@ -210,8 +204,8 @@ class Desk:
         self.folder = base / f"desk-{self.key[-5:]}" / "tokens"
         self.record = self.folder / f"key-{fingerprint(self.key, kis.url)}.jsonl"
         self.key_file = self.record.with_suffix(".json")
-        self.kis, self.clock = kis, kis.clock
-        self.clock.set(START)
+        self.kis, self.clock = kis, Clock()
+        kis.clock = self.clock
         self._started: list[Stepped] = []
         self._secrets = forms(self.key) | forms(APP_SECRET) | {b"eyJ"}
 
@@ -254,11 +248,6 @@ class Desk:
         names = [*(f"{market}_api_token.json" for market in MARKETS), self.key_file.name]
         return {name: (self.content(name) or {}).get("access_token") for name in names}
 
-    def last_line(self) -> tuple[str, str | None]:
-        """The record's last outcome and code."""
-        line = json.loads(self.record.read_text(encoding="utf-8").splitlines()[-1])
-        return line["outcome"], line["code"]
-
     def saved(self) -> Callable[[], None]:
         """How folder, key and clock are now; the call brings that back."""
         kept, true, asked = self.folder.with_name("kept"), self.clock.true, [*self.asked]
@@ -271,7 +260,7 @@ class Desk:
             shutil.rmtree(self.folder, ignore_errors=True)
             if kept.exists():
                 shutil.copytree(kept, self.folder)
-            self.clock.set(true)
+            self.clock.true = true
             self.kis.asked[self.key] = [*asked]
             customers.pop(self.key, None)
             if customer:
@@ -335,25 +324,20 @@ def desks() -> Iterator[Callable[[], Desk]]:
         yield lambda: Desk(kis, Path(base))
 
 
-def _live(
-    work: Callable[[], int], folder: str, pipe: Connection, descriptors: list[int], settings: dict[str, str]
-) -> None:
-    """The life of the process: its output into files, its calls watched, its end without the parent's clean-up."""
+def _live(work: Callable[[], int], parent: _Parent, settings: dict[str, str]) -> None:
+    """The life of the process: its calls watched, its end told to the parent, without the parent's clean-up."""
     code = 99
     gc.disable()  # a collection would copy all that the parent has in memory
     try:
-        for standard, own in enumerate(descriptors, 1):
-            os.dup2(own, standard)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 - to the end
+        sys.stdout, sys.stderr = said = io.StringIO(), io.StringIO()
         os.environ.update(settings)
         time.tzset()
         logging.root.handlers.clear()  # those of pytest: warnings go to standard error, as in a program of its own
         random.seed(0)  # how long one waits must not be chance
         file_store._unsaved.clear()  # noqa: SLF001 - a new process has kept nothing
-        _watch(_Parent(folder, pipe))
+        parent.watch()
         code = work()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        parent.pipe.send(Ran(code, *(one.getvalue() for one in said)))
     finally:
         os._exit(code)
 
@@ -362,62 +346,60 @@ class _Parent:
     """The test, which is asked before each call on the folder or a socket."""
 
     def __init__(self, folder: str, pipe: Connection) -> None:
-        self._folder, self._pipe = folder, pipe
+        self.pipe, self._folder = pipe, folder
         self._wall = time_machine.travel(START, tick=False).start()
-        self.monotonic = START
-        self.names: dict[int, str] = {}  # of open descriptors
+        self._monotonic = START
+        self._names: dict[int, str] = {}  # of open descriptors
 
-    def stop(self, what: str) -> tuple[int, bool]:
+    def watch(self) -> None:
+        """Replace what the process calls; the first stop tells it the time."""
+        self._stop("start")
+        for owner, names in WATCHED.items():
+            for name in names.split():
+                setattr(owner, name, self._watched(name, getattr(owner, name)))
+        time.sleep = lambda seconds: self._stop(f"sleep {max(0.0, float(seconds))}")  # type: ignore[assignment]
+        time.monotonic = time.perf_counter = lambda: self._monotonic
+        threading.Thread.start = threading.Thread.run  # type: ignore[method-assign]
+        threading.Thread.join = lambda *_: None  # type: ignore[method-assign]
+
+    def _stop(self, what: str) -> tuple[int, bool]:
         """Wait for the order: at what time it goes on, and with which fault, if any."""
-        self._pipe.send(what)
-        wall, self.monotonic, error, torn = self._pipe.recv()
+        self.pipe.send(what)
+        wall, self._monotonic, error, torn = self.pipe.recv()
         self._wall.move_to(wall)
         return error, torn
 
-    def name(self, called: Any) -> str | None:  # noqa: ANN401 - as the system's
+    def _name(self, called: Any) -> str | None:  # noqa: ANN401 - as the system's
         """What is called; None for what is not in the folder, as the folders above it."""
         if isinstance(called, socket.socket):
             return "socket"
         if isinstance(called, int):
-            return self.names.get(called)
+            return self._names.get(called)
         path = str(os.fspath(called))
         inside = path.startswith(self._folder) and not path.endswith("..")
         return os.path.relpath(path, self._folder) if inside else None
 
-
-def _watch(parent: _Parent) -> None:
-    """Replace what the process calls; the first stop tells it the time."""
-    parent.stop("start")
-    for owner, names in WATCHED.items():
-        for name in names.split():
-            setattr(owner, name, _watched(parent, name, getattr(owner, name)))
-    time.sleep = lambda seconds: parent.stop(f"sleep {max(0.0, float(seconds))}")  # type: ignore[assignment]
-    time.monotonic = time.perf_counter = lambda: parent.monotonic
-    threading.Thread.start = threading.Thread.run  # type: ignore[method-assign]
-    threading.Thread.join = lambda *_: None  # type: ignore[method-assign]
-
-
-def _watched(parent: _Parent, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-    def call(called: Any = ".", *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the system's
-        place = parent.name(called)
-        if place is None:
-            return real(called, *args, **kwargs)
-        if name == "recv_into":  # the stop comes when KIS has answered, so that its clock stands still meanwhile
-            select.select([called], [], [], 1)
-        error, torn = parent.stop(f"{name} {place}")
-        if error and name != "close":
-            raise OSError(error, os.strerror(error))
-        if torn:
-            args = (args[0][: len(args[0]) // 2],)
-        result = real(called, *args, **kwargs)
-        if name == "write":  # the system's own clock is not the test's
-            _utime(called, (time.time(), time.time()))
-        if name == "open":
-            parent.names[result] = place
-        if name == "close":
-            parent.names.pop(called, None)
-            if error:  # a failed close has closed anyway
+    def _watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(called: Any = ".", *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the system's
+            place = self._name(called)
+            if place is None:
+                return real(called, *args, **kwargs)
+            if name == "recv_into":  # the stop comes when KIS has answered, so that its clock stands still meanwhile
+                select.select([called], [], [], 1)
+            error, torn = self._stop(f"{name} {place}")
+            if error and name != "close":
                 raise OSError(error, os.strerror(error))
-        return result
+            if torn:
+                args = (args[0][: len(args[0]) // 2],)
+            result = real(called, *args, **kwargs)
+            if name == "write":  # the system's own clock is not the test's
+                _utime(called, (time.time(), time.time()))
+            if name == "open":
+                self._names[result] = place
+            if name == "close":
+                self._names.pop(called, None)
+                if error:  # a failed close has closed anyway
+                    raise OSError(error, os.strerror(error))
+            return result
 
-    return call
+        return call

@@ -7,22 +7,17 @@ Each case is the real command, stopped before every call; no list of calls is ke
 from __future__ import annotations
 
 import errno
+import json
+import signal
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import pytest
 import requests
-from builders import make_market
-from hypothesis import example, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from stepping import DAY, FULL, HOUR, MINUTE, Desk, desks, needs_space
 
 from tokencore import cli
 from tokencore.sandbox import APP_SECRET
-from tokencore.stores import open_store
-from tokencore.stores.file_store import FileStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,44 +31,80 @@ LONGEST = 300.0  # seconds: a command waits out three cool-downs at most, by a c
 LATE, ROOM = 40.0, 14.0  # seconds that a connection may take, and that the rest of an attempt without outcome covers
 
 
-class Scenario(NamedTuple):
-    """A state of the files, and the command that meets the fault in it."""
+def later(desk: Desk, hours: float) -> None:
+    """A token was issued so many hours ago."""
+    assert desk.run("get", "us").code == 0
+    desk.clock.true += hours * HOUR
 
-    prepare: Callable[[Desk], object]
-    arguments: tuple[str, ...] = ("get", "us")
+
+SPREAD = 8.0  # seconds by which whoever has waited may start late
+BACKOFF, SELDOM = 65.0, 300.0  # seconds between attempts while the old token serves: after a failure, where it may last
+
+
+class Fault(NamedTuple):
+    """What KIS does, in one of the sandbox's modes, and what has to come of it; `test_gateway` has every answer."""
+
+    mode: str
+    code: int  # of the command's exit
+    outcome: str  # in the record
+    kis: str | None = None  # its code, in the record too
+    requests: int = 1  # that reach tokenP
+    again: float | None = MINUTE  # seconds to the next request without a token; None where a person has to ask
+    ahead: float = BACKOFF  # the same while the old token serves
+    timeout: str = "10"  # KIS_TIMEOUT, shorter for what would otherwise be waited for in real time
+
+    def met(self, desk: Desk) -> Ran:
+        """The command that meets it; its line in the record is looked at, and KIS is well again."""
+        if self.mode:
+            desk.kis.fail(self.mode)
+        else:
+            desk.kis.down()
+        ran = desk.run("get", "us", KIS_TIMEOUT=self.timeout)
+        line = json.loads(desk.record.read_bytes().splitlines()[-1])
+        assert (line["outcome"], line["code"]) == (self.outcome, self.kis)
+        desk.kis.well()
+        return ran
+
+
+FAULTS = {
+    "port closed": Fault("", 6, "unreachable", requests=0, again=0),
+    "HTTP 500": Fault("down", 6, "server_error", "EGW00002"),
+    "hang": Fault("hang", 6, "no_answer", timeout="0.05"),
+    "closed without an answer": Fault("drop", 6, "no_answer"),
+    "not JSON": Fault("garbage", 6, "bad_answer"),
+    "a token past its expiry": Fault("past", 6, "bad_answer"),
+    "a page of a proxy": Fault("html", 6, "refused", "HTTP 403"),
+    "minute limit": Fault("limit", 4, "limit", "EGW00133", requests=2),
+    "key locked out": Fault("bad-key", 5, "bad_key", "EGW00103", again=None, ahead=SELDOM),
+    "wrong secret": Fault("bad-secret", 5, "bad_secret", "EGW00105", again=None, ahead=SELDOM),
+}
+
+
+class Scenario(NamedTuple):
+    """A token that was issued so many hours ago, what someone did to the files then, and a command."""
+
+    hours: float | None  # none where there is no token yet
+    change: Callable[[Desk], object] = lambda _: None
+    command: str = "get us"
     keeps: bool = False  # whether the token that is there goes on serving
 
-
-def later(hours: float, change: Callable[[Desk], object] = lambda _: None) -> Callable[[Desk], None]:
-    """A token that was issued so many hours ago, and what someone did to the files then."""
-
-    def prepare(desk: Desk) -> None:
-        assert desk.run("get", "us").code == 0
-        desk.clock.true += hours * HOUR
-        change(desk)
-
-    return prepare
-
-
-def refused(desk: Desk) -> None:
-    """KIS has refused a request ten seconds ago."""
-    desk.kis.fail("server-error", 1)
-    assert desk.run("get", "us").code == 6
-    desk.clock.true += 10
+    def start(self, desk: Desk) -> Stepped:
+        """The command, before its first call."""
+        return desk.start(*self.command.split())
 
 
 SCENARIOS = {
-    "first token": Scenario(lambda _: None),
-    "expired": Scenario(later(24.5)),
-    "about to expire": Scenario(later(23.6), keeps=True),
-    "refresh": Scenario(later(7), ("refresh", "us"), keeps=True),
-    "same token again": Scenario(later(1), ("refresh", "us", "--force"), keeps=True),
-    "damaged file": Scenario(later(25, lambda desk: desk.key_file.write_bytes(b'{"access_token": "eyJ'))),
-    "lost record": Scenario(later(25, lambda desk: desk.record.unlink())),
-    "long record": Scenario(later(25, lambda desk: desk.record.write_bytes(desk.record.read_bytes() * 2049))),
-    "views alone": Scenario(later(7, lambda desk: desk.key_file.unlink()), keeps=True),
-    "delete": Scenario(later(7), ("delete", "us"), keeps=True),
-    "inside the minute": Scenario(refused),
+    "first token": Scenario(None),
+    "expired": Scenario(24.5),
+    "about to expire": Scenario(23.6, keeps=True),
+    "refresh": Scenario(7, command="refresh us", keeps=True),
+    "same token again": Scenario(1, command="refresh us --force", keeps=True),
+    "damaged file": Scenario(25, lambda desk: desk.key_file.write_bytes(b'{"access_token": "eyJ')),
+    "lost record": Scenario(25, lambda desk: desk.record.unlink()),
+    "long record": Scenario(25, lambda desk: desk.record.write_bytes(desk.record.read_bytes() * 2049)),
+    "views alone": Scenario(7, lambda desk: desk.key_file.unlink(), keeps=True),
+    "delete": Scenario(7, command="delete us", keeps=True),
+    "inside the minute": Scenario(None, FAULTS["HTTP 500"].met),
 }
 ALL = tuple(name for name in SCENARIOS if name != "inside the minute")  # that one waits, with little left to break
 RENEWALS = ("first token", "expired", "about to expire", "refresh")
@@ -121,7 +152,7 @@ KINDS = {
     "late and killed": Kind(25, CONNECTED, late=True, killed=True, wasted=True),
     "side_by_side": Kind(50, RIVALS, rival="goes on"),
     "one_stops": Kind(50, RIVALS, rival="stops"),
-    "one_dies": Kind(50, RIVALS, rival="dies", wasted=True),
+    "one_dies": Kind(50, RIVALS, rival="dies", killed=True, wasted=True),
     "record unreadable": Kind(5, ("inside the minute",), UNREADABLE, error=errno.EIO),
 }
 
@@ -132,10 +163,12 @@ class Case:
     def __init__(self, desk: Desk, name: str, how: Kind) -> None:
         """Bring it about, and note the calls of its command."""
         self.desk, self.scenario, self.how = desk, SCENARIOS[name], how
-        self.scenario.prepare(desk)
+        if self.scenario.hours:
+            later(desk, self.scenario.hours)
+        self.scenario.change(desk)
         self.old, self.issued = desk.tokens(), len(desk.granted)
         self._back = desk.saved()
-        process, self.calls = desk.start(*self.scenario.arguments), list[str]()
+        process, self.calls = self.scenario.start(desk), list[str]()
         while process.at:
             self.calls.append(process.at)
             process.go()
@@ -144,7 +177,7 @@ class Case:
     def tried(self, number: int) -> Iterator[str]:
         """What went wrong where the fault came before the call of that number."""
         self._back()
-        process = self.desk.start(*self.scenario.arguments)
+        process = self.scenario.start(self.desk)
         process.advance(number)
         began = self.desk.clock.true
         ends = self._happened(process)
@@ -164,21 +197,18 @@ class Case:
             desk.clock.true += ROOM if str(process.at).endswith(" socket") else LATE
             while process.at and len(desk.asked) == asked:
                 process.go()
-        second = desk.start(*self.scenario.arguments) if how.rival else None
-        if second and how.rival == "stops":
-            second.finish()
-        if second and how.rival == "dies":
-            second.advance(40)
-        if how.killed or how.rival == "dies":
+        both = [process, self.scenario.start(desk)] if how.rival else [process]
+        if how.rival:
+            both[1].advance({"goes on": 0, "stops": 100_000, "dies": 40}[how.rival])
+        if how.killed:
             process.kill()
-        both = [process, second] if second else [process]
         while running := [one for one in both if one.at]:
             for one in running:
                 one.go(how.full if needs_space(str(one.at)) else 0)
         if (how.wrong or how.asleep) and not how.full:
             desk.clock.true += 2 * MINUTE
         desk.clock.wrong = 0.0
-        return [one.ran for one in both if one.ran.code >= 0]
+        return [one.ran for one in both if one.ran.code != -signal.SIGKILL]
 
     def _wrong(self, ends: list[Ran]) -> Iterator[str]:
         """Looks at what was said, the files, the next processes and KIS."""
@@ -187,11 +217,11 @@ class Case:
             bought -= {ran.out.strip()} | (bought if ran.code == 7 and "only this process" in ran.err else set())
             if ran.code not in CLEAR or (ran.code and not ran.err.splitlines()[-1].startswith("tokencore: ")):
                 yield f"unclear: {ran}"
-            if how.wrong < 0 and "get" in self.scenario.arguments and not ran.out:
+            if how.wrong < 0 and "get" in self.scenario.command and not ran.out:
                 yield f"a clock that is set back cost the token: {ran}"
         if bought - set(now.values()) and not how.wasted:
             yield f"a bought token reached nobody, and nobody was told: {ends}"
-        gone = {None} if "delete" in self.scenario.arguments else set()
+        gone = {None} if "delete" in self.scenario.command else set()
         if not all(now[name] in {text, *desk.granted, *gone} for name, text in self.old.items()):
             yield "a file holds neither the old nor the new token"
         serving = {text for text in self.old.values() if text} if self.scenario.keeps else set()
@@ -229,7 +259,7 @@ def desk(make_desk: Callable[[], Desk]) -> Iterator[Desk]:
 
 def test_without_threads_the_token_is_served(desk: Desk) -> None:
     """As under `ulimit -u`: what serves goes on, and what never left is no attempt that the next process waits for."""
-    later(23.6)(desk)
+    later(desk, 23.6)
 
     def refuse(*_: object) -> NoReturn:
         raise RuntimeError("can't start new thread")
@@ -266,7 +296,7 @@ def test_a_lock_that_the_system_refuses_is_exit_7_and_no_attempt(call: str, turn
 @pytest.mark.parametrize("state", ["record of 3 MB", "full disk"])
 def test_the_ceiling_holds_or_the_refusal_says_why(state: str, desk: Desk) -> None:
     """Six `get` with a lost token, three hours apart, where KIS would issue: two tokens, then exit 4 that says why."""
-    later(0)(desk)
+    later(desk, 0)
     if state == "record of 3 MB":
         line = desk.record.read_bytes()
         desk.record.write_bytes(line * (3_000_000 // len(line)))
@@ -294,14 +324,14 @@ def test_a_token_that_another_program_issued_is_no_issue_of_ours(desk: Desk) -> 
     issued_at = desk.clock.true
     desk.clock.true += HOUR
     assert desk.run("get", "us").out.split() == desk.granted
-    assert desk.last_line() == ("same", None)
+    assert b'"same"' in desk.record.read_bytes()
     assert abs(float((desk.folder / "us_token_issued_at.dat").read_text(encoding="ascii")) - issued_at) < 2
 
 
 @pytest.mark.parametrize("hours", [1.0, 23.6, 25.0])
 def test_a_renewal_of_version_0_1_is_the_keys_token(hours: float, desk: Desk) -> None:
     """It writes the views alone, beside a key's file with the token of before: that costs no request, at any age."""
-    later(0)(desk)
+    later(desk, 0)
     before = desk.key_file.read_bytes()
     desk.clock.true += hours * HOUR
     desk.kis.forget(desk.key)
@@ -314,48 +344,6 @@ def test_a_renewal_of_version_0_1_is_the_keys_token(hours: float, desk: Desk) ->
     assert list(desk.untidy()) == []
 
 
-SPREAD = 8.0  # seconds by which whoever has waited may start late
-BACKOFF, SELDOM = 65.0, 300.0  # seconds between attempts while the old token serves: after a failure, where it may last
-
-
-class Fault(NamedTuple):
-    """What KIS does, in one of the sandbox's modes, and what has to come of it; `test_gateway` has every answer."""
-
-    mode: str
-    code: int  # of the command's exit
-    outcome: str  # in the record
-    kis: str | None = None  # its code, in the record too
-    requests: int = 1  # that reach tokenP
-    again: float | None = MINUTE  # seconds to the next request without a token; None where a person has to ask
-    ahead: float = BACKOFF  # the same while the old token serves
-    timeout: str = "10"  # KIS_TIMEOUT, shorter for what would otherwise be waited for in real time
-
-    def met(self, desk: Desk) -> Ran:
-        """The command that meets it; its line in the record is looked at, and KIS is well again."""
-        if self.mode:
-            desk.kis.fail(self.mode)
-        else:
-            desk.kis.down()
-        ran = desk.run("get", "us", KIS_TIMEOUT=self.timeout)
-        assert desk.last_line() == (self.outcome, self.kis)
-        desk.kis.well()
-        return ran
-
-
-FAULTS = {
-    "port closed": Fault("", 6, "unreachable", requests=0, again=0),
-    "HTTP 500": Fault("down", 6, "server_error", "EGW00002"),
-    "hang": Fault("hang", 6, "no_answer", timeout="0.05"),
-    "closed without an answer": Fault("drop", 6, "no_answer"),
-    "not JSON": Fault("garbage", 6, "bad_answer"),
-    "a token past its expiry": Fault("past", 6, "bad_answer"),
-    "a page of a proxy": Fault("html", 6, "refused", "HTTP 403"),
-    "minute limit": Fault("limit", 4, "limit", "EGW00133", requests=2),
-    "key locked out": Fault("bad-key", 5, "bad_key", "EGW00103", again=None, ahead=SELDOM),
-    "wrong secret": Fault("bad-secret", 5, "bad_secret", "EGW00105", again=None, ahead=SELDOM),
-}
-
-
 # A part of the run has each fault in one of the two states only.
 @pytest.mark.parametrize(
     ("name", "hours"),
@@ -365,7 +353,7 @@ def test_without_a_token_each_fault_is_one_error_and_one_next_attempt(name: str,
     """One sentence and its exit code, counted requests, a line in the record; then the next command has the token."""
     fault = FAULTS[name]
     if hours:
-        later(hours)(desk)
+        later(desk, hours)
     before = len(desk.asked)
     ran = fault.met(desk)
     assert (ran.code, len(desk.asked) - before) == (fault.code, fault.requests), ran
@@ -386,7 +374,7 @@ def test_without_a_token_each_fault_is_one_error_and_one_next_attempt(name: str,
 def test_with_a_token_that_serves_each_fault_is_a_warning(name: str, desk: Desk) -> None:
     """The old token comes, the request is counted, recorded and said, and KIS is left alone for a while."""
     fault = FAULTS[name]
-    later(23.6)(desk)
+    later(desk, 23.6)
     (old,), before, began = desk.granted, len(desk.asked), desk.clock.true
     ran = fault.met(desk)
     assert (ran.code, ran.out) == (0, f"{old}\n")
@@ -398,42 +386,3 @@ def test_with_a_token_that_serves_each_fault_is_a_warning(name: str, desk: Desk)
     assert desk.run("get", "us").code == 0
     assert {desk.granted[-1]} == set(desk.tokens().values()) != {old}
     assert list(desk.untidy()) == []
-
-
-SEEDS = [
-    *(b"", b"null", b"[]", b"\xef\xbb\xbf{}", b"\0" * 600, bytes(range(256)) * 3),
-    b'{"access_token": "opaque", "expires_at": "2027-01-01T00:00:00+00:00"}',
-    b'{"at": "2026-11-24T04:00:00+00:00", "outcome": "sent", "pid": 1}',
-    b"token: a.b.c\nvalid-date: 2026-11-24 08:15:00\n",
-    b'{"access_token": "a", "expires_at": 1e400}',
-    b'{"access_token": ["a"], "expires_at": {}, "at": [], "outcome": 1}',
-    b'{"access_token": "a", "expires_at": "9999-12-31T23:59:59+00:00", "at": "9999-12-31T23:59:59Z", "outcome": "-"}',
-    b'{"access_token": "a", "expires_at": "0001-01-01T00:00:00+00:00", "at": "0001-01-01T00:00:00Z", "outcome": "-"}',
-]
-signs = st.sampled_from([b'"', b"{", b"]", b":", b"=", b"\\", b"\n", b"\0", b"\xff", b"9" * 20]) | st.binary(max_size=6)
-
-
-@hypothesis_settings(max_examples=3000 if FULL else 100, database=None)
-@example(seed=b"[" * 50_000, at=(0, 0), sign=b"")
-@example(seed=b"7" * 10_000_000, at=(0, 0), sign=b"")
-@given(seed=st.sampled_from(SEEDS), at=st.tuples(st.integers(0, 99), st.integers(0, 12)), sign=signs)
-def test_any_bytes_are_something_or_nothing(
-    seed: bytes, at: tuple[int, int], sign: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Token file, view, mark and record are read as something or nothing; what is a token can be saved and read."""
-    content = seed[: at[0]] + sign + seed[sum(at) :]
-    store = open_store(make_market("us", token_dir=tmp_path_factory.getbasetemp()), lambda: ["us"])
-    assert isinstance(store, FileStore)
-    folder, key = Path(store.folder), f"key-{store.fingerprint}"
-    for name in (f"{key}.json", "us_api_token.json", f"{key}.jsonl", "us_token_issued_at.dat"):
-        (folder / name).write_bytes(content)
-        (folder / name).chmod(0o600)
-    token, problem = store.read()
-    assert (token is None) == bool(problem)
-    assert "\n" not in problem
-    store.attempts()
-    if token:
-        store.save(token)
-        again = store.newest()
-        assert again is not None
-        assert (again.access_token, again.rejected_at) == (token.access_token, token.rejected_at)

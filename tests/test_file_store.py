@@ -9,11 +9,11 @@ import os
 import pickle
 import stat
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import pytest
-from builders import KEY, NOW, ended, in_child, make_jwt, make_market, make_token
+from builders import NOW, ended, in_child, make_jwt, make_market, make_token
 from test_store_contract import MARKETS, SENT, save, text_of
 
 from tokencore.attempts import Outcome
@@ -51,18 +51,11 @@ def mode_of(path: Path) -> str:
     return f"{stat.S_IMODE(path.lstat().st_mode):o}"
 
 
-# --- the key's file and the views
-
-
 def test_files_have_the_contracts_names_and_modes(folder: Path) -> None:
-    """0600 whatever the umask, in a folder of 0700 that hides itself from git; key and app key are not in a name."""
-    before = os.umask(0)
-    try:
-        store = open_files(folder, "us", *MARKETS)
-        with store.lock(wait=5):
-            store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), make_token())
-    finally:
-        os.umask(before)
+    """0600, in a folder of 0700 that hides itself from git; the key's fingerprint is that of version 0.1."""
+    store = open_files(folder, "us", *MARKETS)
+    with store.lock(wait=5):
+        store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), make_token())
     key = f"key-{store.fingerprint}"
     names = {f"{key}.json", f"{key}.lock", f"{key}.jsonl", ".gitignore"}
     names |= {f"{market}_{end}" for market in MARKETS for end in ("api_token.json", "token_issued_at.dat")}
@@ -72,7 +65,7 @@ def test_files_have_the_contracts_names_and_modes(folder: Path) -> None:
     assert view == (folder / f"{key}.json").read_text(encoding="utf-8")
     fields = ["access_token", "expires_at", "cached_at", "issued_at", "token_type", "environment", "key_fingerprint"]
     assert list(json.loads(view)) == fields
-    assert store.fingerprint == "1ecf0a38badc0de1"  # that of version 0.1, so that both share lock and record
+    assert store.fingerprint == "1ecf0a38badc0de1"  # so that both share lock and record
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(store)
 
@@ -99,48 +92,35 @@ def test_two_keys_of_one_market_have_each_its_own_token(folder: Path, others: di
     assert (len(list(folder.glob(f"*_{VIEW[3:]}"))), list(folder.glob("*.aside"))) == (2, [])
 
 
-def test_a_view_of_any_market_is_read_where_the_key_has_no_living_token(folder: Path) -> None:
-    """Earlier versions and people write views only: no file of the key, or an expired one, lets them speak."""
-    fresh, store = make_token(), open_files(folder)
-    save(store, make_token(life=60, age=120))
-    put(folder / "kr_api_token.json", fresh)
-    assert text_of(store) == fresh.access_token
-    (folder / f"key-{store.fingerprint}.json").unlink()
-    assert text_of(open_files(folder, "hk")) == fresh.access_token
+SERVES, COPY, MISS = [True, True], [False, True], [False, False]
+VIEWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, str], list[bool]]] = {
+    # the key's own token, a view's, what else the view says, and whether it serves: a reader, the holder of the lock
+    "without a file of the key": (None, {}, {}, SERVES),
+    "beside an expired token": ({"life": 60, "age": 120}, {}, {}, SERVES),
+    "beside a living one that ends earlier": ({}, {"life": 90_000}, {}, COPY),
+    "of a token that is known to be dead": ({"text": "dead", "rejected": True}, {"text": "dead"}, {}, MISS),
+    "of another key": (None, {}, {"key_fingerprint": "0" * 16}, MISS),
+    "of paper": (None, {}, {"environment": "paper"}, MISS),
+    "of another key by its JWT": (None, {"text": make_jwt("SomebodyElsesKey")}, {}, MISS),
+}
 
 
-def test_a_view_never_beats_a_living_token_of_the_key(folder: Path) -> None:
-    """What stands in a market's file is a copy; only the thorough look, under the lock, finds a longer one there."""
-    longer = make_token(life=90_000)
-    ours = save(open_files(folder), make_token())
-    put(folder / VIEW, longer)
-    assert text_of(open_files(folder)) == ours.access_token
-    newest = open_files(folder).newest()
-    assert newest
-    assert newest.access_token == longer.access_token
+@pytest.mark.parametrize("case", VIEWS)
+def test_a_view_serves_where_the_key_has_no_living_token(folder: Path, case: str) -> None:
+    """Earlier versions and people write views only; beside a token of the key it is a copy, of another key a miss."""
+    own, view, fields, serves = VIEWS[case]
+    store, theirs = open_files(folder), make_token(**view)
+    if own is not None:
+        with store.lock(wait=5):
+            store.save(make_token(**own))
+    put(folder / "kr_api_token.json", theirs, **fields)
+    found, problem = open_files(folder).read()
+    living = [one and not one.rejected_at and one.access_token for one in (found, store.newest())]
+    assert ([text == theirs.access_token for text in living], problem) == (serves, "")
 
 
-def test_a_dead_token_does_not_come_back_from_a_view(folder: Path) -> None:
-    """The key's file says that KIS has rejected it; an older copy without that word is no living token."""
-    dead = save(open_files(folder), make_token(rejected=True))
-    put(folder / VIEW, dead)
-    found = open_files(folder).read()[0]
-    assert found
-    assert found.rejected_at
-
-
-@pytest.mark.parametrize(
-    ("key", "fields"),
-    [(KEY, {"key_fingerprint": "0" * 16}), (KEY, {"environment": "paper"}), ("SomebodyElsesKey", {})],
-    ids=["another key", "paper", "another key in the JWT"],
-)
-def test_a_view_of_another_key_or_environment_is_a_miss(folder: Path, key: str, fields: dict[str, str]) -> None:
-    """Whether the file says so itself, or the JWT in it."""
-    put(folder / VIEW, make_token(text=make_jwt(key)), **fields)
-    assert open_files(folder).read() == (None, "")
-
-
-DAMAGED = {"half": b'{"access_token": "ey', "no expiry": b'{"access_token": "opaque"}', "large": b" " * (2 << 20)}
+DAMAGED = {"half": b'{"access_token": "ey', "no expiry": b'{"access_token": "opaque"}', "number": b"NaN"}
+DAMAGED |= {"garbage": b"\x00\xff\xfe", "deep": b"[" * 100_000, "large": b" " * (2 << 20)}
 
 
 @pytest.mark.parametrize("place", ["view", "key"])
@@ -175,9 +155,6 @@ def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp
     assert store.read()[0] is None
     assert save(store, make_token()).access_token == text_of(open_files(folder, "kr"))
     assert (path.is_file(), path.is_symlink(), victim.read_bytes()) == (True, False, before)
-
-
-# --- whole files
 
 
 def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it(folder: Path) -> None:
@@ -224,20 +201,23 @@ def test_a_directory_that_holds_only_our_files_is_closed_to_others(folder: Path)
     assert not (folder / ".gitignore").exists()
 
 
-# --- the record, and what speaks in its place
-
-ISSUED_AT, EXPIRES_AT = "2026-11-20T07:35:00.123+00:00", "2026-11-21T07:35:00+00:00"
-OLD_LINE = {"at": ISSUED_AT, "outcome": "issued", "code": None, "expires_at": EXPIRES_AT, "reason": "rule: daily"}
+ISSUED = {"at": "2026-11-20T07:35:00.123+00:00", "outcome": "issued", "code": None, "reason": "rule: daily"}
 
 
 def test_a_record_of_version_0_1_is_read_and_continued(folder: Path) -> None:
-    """Its lines are padded to a disk sector, its first one may count what was cut; unknown lines are passed over.
+    """Its lines are padded to a disk sector, its first one may count what was cut; of a long one the end is kept.
 
-    Of a long one the end is kept.
+    What is no line is passed over; one with an unknown outcome is an attempt that was made.
     """
     store = open_files(folder)
-    known = [{"cut": {"issued": 3}}, *[OLD_LINE] * 1500, "{torn", {**OLD_LINE, "outcome": "?"}]
-    lines = [line if isinstance(line, str) else json.dumps(line) for line in known]
+    odd: tuple[Any, ...] = (
+        {"cut": {"issued": 3}},
+        {**ISSUED, "at": "9999-12-31T23:59:59Z"},
+        {"at": [], "outcome": {}},
+        None,
+        7,
+    )
+    lines = [*map(json.dumps, [*odd, *[ISSUED] * 1500, {**ISSUED, "outcome": "?"}]), "{torn", "[" * 50_000, "\0"]
     put(folder / f"key-{store.fingerprint}.jsonl", "".join(line.ljust(511) + "\n" for line in lines).encode())
     assert [attempt.outcome for attempt in store.attempts()] == [Outcome.ISSUED] * 1500 + [Outcome.SENT]
     with store.lock(wait=5):

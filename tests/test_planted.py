@@ -107,7 +107,7 @@ def ignored(*_: object) -> None:
 
 Replaced = tuple[Any, str, Any]  # what stands at a name of a class or module instead
 KILLED, FULL_DISK = "whatever_happens_before_any_call[first token-late and killed]", "[full disk]"
-FIRST, MINUTE = "whatever_happens_before_any_call[first token-", "an_attempt_of_another_version_starts_the_minute"
+FIRST, VIEW = "whatever_happens_before_any_call[first token-", "a_view_serves_where_the_key_has_no_living_token"
 ONE_ERROR = "without_a_token_each_fault_is_one_error_and_one_next_attempt"
 QUICK = {"no_lock", "recorded_afterwards", "resurrected", "frames_kept", "no_version_check"}  # `make test` plants them
 BUGS: dict[str, tuple[str, str, list[Replaced]]] = {  # the file and the test that find it
@@ -117,8 +117,8 @@ BUGS: dict[str, tuple[str, str, list[Replaced]]] = {  # the file and the test th
     "recorded_afterwards": ("faults", KILLED, [
         (Store, "begin", lambda _, attempt: attempt), (Store, "depart", lambda *_: True),
     ]),
-    "no_cool_down": ("faults", MINUTE + "[sent]", [(limits, "cooldown_until", ignored)]),
-    "no_waiting": ("faults", MINUTE + "[limit]", [(Renewer, "_await", ignored)]),
+    "no_cool_down": ("faults", ONE_ERROR, [(limits, "cooldown_until", ignored)]),
+    "no_waiting": ("faults", ONE_ERROR, [(Renewer, "_await", ignored)]),
     "written_in_place": ("faults", "whatever_happens_before_any_call[damaged file-torn]", [
         (files, "write_bytes", in_place),
     ]),
@@ -127,14 +127,14 @@ BUGS: dict[str, tuple[str, str, list[Replaced]]] = {  # the file and the test th
     ]),
     "thrown_away": ("faults", FIRST + "disk full]", [(Renewer, "_finish", finish_or_fail)]),
     "never_expired": ("faults", ONE_ERROR, [(tokens.Token, "serves", lambda self, *_: self.rejected_at is None)]),
-    "view_first": ("file_store", "a_view_never_beats_a_living_token_of_the_key", [
+    "view_first": ("file_store", VIEW + "[beside a living one that ends earlier]", [
         (Store, "read", lambda self: (self.newest(), "")),
     ]),
-    "paper_as_real": ("file_store", "a_view_of_another_key_or_environment_is_a_miss[paper]", [
+    "paper_as_real": ("file_store", VIEW + "[of paper]", [
         (tokens, "from_text", anywhere),
     ]),
     "readable_by_all": ("file_store", "files_have_the_contracts_names_and_modes", [(files, "PRIVATE_FILE", 0o644)]),
-    "resurrected": ("file_store", "a_dead_token_does_not_come_back_from_a_view", [(Store, "_longest", from_any)]),
+    "resurrected": ("file_store", VIEW + "[of a token that is known to be dead]", [(Store, "_longest", from_any)]),
     "not_set_aside": ("file_store", "a_damaged_file_is_a_miss_and_set_aside_with_a_word[half-view]", [
         (files, "set_aside", os.unlink),
     ]),

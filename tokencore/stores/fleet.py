@@ -81,7 +81,7 @@ class Fleet(Sensitive):
         except TokenStoreError as error:
             with suppress(OSError):  # the next process tries by itself then
                 if patience == PATIENCE:
-                    files.write_text(down, str(error), durable=False)
+                    files.write_bytes(down, str(error).encode(), durable=False)
             raise
         self._away_until = 0.0
         return session
