@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 
-def run(flow: Flow[..., State], **parameters: object) -> State:
+def run(flow: Flow[..., State], name: str | None = None, tags: Sequence[str] = (), **parameters: object) -> State:
     """The final state of a run that is due now."""
     due: State[Any] = Scheduled(scheduled_time=datetime.now(UTC))
     with get_client(sync_client=True) as client:
-        made = client.create_flow_run(flow, parameters=parameters, state=due)
+        made = client.create_flow_run(flow, name=name, tags=tags, parameters=parameters, state=due)
     return cast("State", run_flow(flow, flow_run=made, parameters=parameters, return_type="state"))
 
 
@@ -86,10 +86,19 @@ class Waiting(NamedTuple):
 @contextlib.contextmanager
 def paused(**given: Any) -> Iterator[Waiting]:  # noqa: ANN401 - what the form has
     """A refresh that has come to the point where a person is asked."""
-    with ThreadPoolExecutor(1) as pool:
-        context = contextvars.copy_context()
-        end = pool.submit(context.run, functools.partial(refreshed, **given))
-        yield Waiting(*_asked(end), end)
+    with ThreadPoolExecutor(1) as pool, get_client(sync_client=True) as client:
+        end = pool.submit(contextvars.copy_context().run, functools.partial(refreshed, **given))
+        found: list[tuple[UUID, str]] = []
+        while not found:
+            assert not end.done(), f"no run waits for a person: {end.result()}"
+            time.sleep(0.1)
+            with contextlib.suppress(PrefectHTTPStatusError):  # the question follows a moment later
+                found = [
+                    (one.id, client.request("GET", f"/flow_runs/{one.id}/input/{keys['description']}").json())  # type: ignore[arg-type]
+                    for one in client.read_flow_runs()
+                    if (keys := one.state and one.state.is_paused() and one.state.state_details.run_input_keyset)
+                ]
+        yield Waiting(*found[0], end)
 
 
 def planned_runs() -> dict[str, list[datetime | None]]:
@@ -101,17 +110,3 @@ def planned_runs() -> dict[str, list[datetime | None]]:
                 (label,) = (tag for tag in one.tags if tag not in (upcoming.TAG, "check") and "key " not in tag)
                 found.setdefault(label, []).append(one.expected_start_time)
     return found
-
-
-def _asked(end: Future[State]) -> tuple[UUID, str]:
-    """The run that is paused, and its question, which follows a moment later."""
-    with get_client(sync_client=True) as client:
-        while not end.done():
-            for one in client.read_flow_runs():
-                keys = one.state and one.state.is_paused() and one.state.state_details.run_input_keyset
-                if keys:
-                    place = {"id": one.id, "key": keys["description"]}
-                    with contextlib.suppress(PrefectHTTPStatusError):
-                        return one.id, client.request("GET", "/flow_runs/{id}/input/{key}", path_params=place).json()
-            time.sleep(0.1)
-    raise AssertionError(f"no run waits for a person: {end.result()}")
