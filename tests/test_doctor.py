@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
-import socket
 import sys
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -16,15 +14,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt
-from running import Ran, asked, cached, folder, on_disk, snapshot, start, tokencore
+from running import Ran, asked, cached, folder, on_disk, record, snapshot, start
 from servers import Answers
 
 from tokencore import TokenManager
+from tokencore.attempts import Attempt, Outcome
 from tokencore.reports import doctor
-from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox import APP_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tokencore.sandbox import Sandbox
 
@@ -35,13 +34,6 @@ ACCEPTED = "token accepted us+kr"
 
 
 @pytest.fixture
-def answers() -> Iterator[Answers]:
-    """The server."""
-    with Answers() as running:
-        yield running
-
-
-@pytest.fixture
 def warm(gateway: Sandbox) -> Sandbox:
     """KIS, which has issued a valid token for us and kr."""
     TokenManager("us").get_valid_token()
@@ -49,11 +41,11 @@ def warm(gateway: Sandbox) -> Sandbox:
 
 
 @pytest.fixture
-def kis_at(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Move:  # noqa: ARG001 - for its settings
-    """Look for KIS at another address, with a token of there in the cache."""
+def kis_at(gateway: Sandbox) -> Move:
+    """Look for KIS at another address, where OPEN is the gateway's port, with a token of there in the cache."""
 
     def move(url: str) -> None:
-        monkeypatch.setenv("KIS_BASE_URL", url)
+        os.environ["KIS_BASE_URL"] = url.replace("OPEN", gateway.url.rpartition(":")[2])
         cached(20_000)
 
     return move
@@ -62,7 +54,7 @@ def kis_at(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Move:  # noqa: 
 @pytest.fixture(autouse=True)
 def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Prefect server of this machine answers a test."""
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_API_URL", "")
     monkeypatch.setenv("PREFECT_SERVER_API_PORT", "1")
 
 
@@ -109,36 +101,19 @@ def test_settings_are_told_with_their_origin(command: Command) -> None:
     Path(".env").chmod(0o644)
     own = {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": "http://127.0.0.1:1"}
     seen = found(command, 3, **own)
-    key = seen["setting KIS_APP_KEY"]["detail"]
-    assert key == f"7 characters, from {Path('.env').resolve()}; KIS's have 36: copy it again if KIS refuses it"
+    key = f"7 characters, from {Path('.env').resolve()}; KIS's have 36: copy it again if KIS refuses it"
+    assert seen["setting KIS_APP_KEY"]["detail"] == key
     assert seen["setting KIS_MARKETS__HK__EXCHANGES"]["detail"] == "SEHK, from the environment"
-    assert seen["setting KIS_BUFER"]["cure"] == "did you mean KIS_BUFFER?"
-    assert seen["setting KIS_OTHERS"]["state"] == "skipped"
-    assert seen["settings file"]["cure"] == "chmod 600 .env"
-
-
-@pytest.mark.usefixtures("warm")
-def test_a_secret_in_the_keyring_is_told_without_its_text(isolated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where only the keyring has it, its line says so; one that is locked is a failure, and the token still serves."""
-    monkeypatch.delenv("KIS_APP_SECRET")
-    own = {"KIS_KEYRING": "kis", "PYTHON_KEYRING_BACKEND": "servers.Keyring"}
-    own["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}{os.pathsep}{Path(__file__).parent}"
-    states = {one["name"]: one["state"] for one in json.loads(tokencore("doctor", "--json", **own).out)}
-    assert (states["keyring"], states["token us"] == "fail") == ("fail", False), "what is cached serves"
-    (isolated / "keyring.json").write_text(json.dumps({"kis": {"KIS_APP_SECRET": APP_SECRET}}))
-    ran = tokencore("doctor", "--json", **own)
-    line = {"state": "ok", "name": "setting KIS_APP_SECRET", "detail": "kept, in keyring kis", "cure": ""}
-    assert (ran.code, line in json.loads(ran.out)) == (0, True)
+    fixes = [seen[f"setting{name}"]["cure"] for name in (" KIS_BUFER", " KIS_OTHERS", "s file")]
+    assert fixes == ["did you mean KIS_BUFFER?", "remove it, unless another program uses it", "chmod 600 .env"]
 
 
 def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(warm: Sandbox, command: Command) -> None:
     """The sentence names the variable; what depends on it is skipped, and nobody is told to delete the key's record."""
-    for name, value in (("KIS_TIMEOUT", "soon"), ("KIS_SECRETS_DIR", "/nowhere/at/all")):
-        seen = found(command, 2, **{name: value})
-        assert (name in seen["settings"]["detail"], seen["leftover files"]["detail"]) == (True, "none")
-        assert [seen[one]["state"] for one in ("tokens", "kis", "slack", "duplicates")] == ["skipped"] * 4
-        assert {"token directory", "disk", "prefect"} <= set(seen)
-    assert asked(warm) == 1
+    seen = found(command, 2, KIS_TIMEOUT="soon")
+    assert ("KIS_TIMEOUT" in seen["settings"]["detail"], seen["leftover files"]["detail"]) == (True, "none")
+    assert [seen[one]["state"] for one in ("tokens", "kis", "slack", "duplicates")] == ["skipped"] * 4
+    assert ({"token directory", "disk", "prefect"} <= set(seen), asked(warm)) == (True, 1)
 
 
 def a_file_as_folder(*_: object) -> None:
@@ -147,36 +122,24 @@ def a_file_as_folder(*_: object) -> None:
     folder().write_text("")
 
 
-def a_folder_as_lock(*_: object) -> None:
-    """Where the lock file should be."""
-    lock = next(folder().glob("key-*.lock"))
-    lock.unlink()
-    lock.mkdir()
-
-
-def refused(gateway: Sandbox, _: Move) -> None:
-    """KIS does not take the secret when a person asks for a renewal."""
-    gateway.set_rules(issue_interval=0)
-    gateway.fail("bad-secret")
-    tokencore("refresh", "us", "--force", "--yes", KIS_ISSUE_INTERVAL="0")
-
-
-def at(url: str) -> Callable[[Sandbox, Move], None]:
-    """KIS is looked for at `url`, where OPEN is the gateway's port."""
-    return lambda gateway, move: move(url.replace("OPEN", gateway.url.rpartition(":")[2]))
-
-
+REFUSED = Attempt(datetime(2026, 11, 27, tzinfo=UTC), Outcome.BAD_SECRET, code="EGW00105")
 NETWORK = "check the address, the network and the firewall"
-# What is wrong, the exit code, the finding that says it, and words of its detail and fix.
 TROUBLES: dict[str, tuple[Callable[[Sandbox, Move], object], int, str, str, str]] = {
     "directory is a file": (a_file_as_folder, 7, "token directory", "Not a directory", "KIS_TOKEN_DIR"),
-    "lock is a folder": (a_folder_as_lock, 7, "lock", "", "do what it says"),
     "rejected token": (lambda kis, _: kis.kill_tokens(), 3, ACCEPTED, "EGW00121", "tokencore reject"),
-    "refused credentials": (refused, 5, "issuing us+kr", "bad_secret", "KIS_APP_SECRET"),
-    "KIS refuses": (at("http://127.0.0.1:1"), 6, "kis", "127.0.0.1 refuses the connection", NETWORK),
-    "KIS without TLS": (at("https://127.0.0.1:OPEN"), 6, "kis", "127.0.0.1 does not speak TLS there", NETWORK),
-    "no such name": (at("https://kis.invalid:9443"), 6, "kis", "the name kis.invalid cannot be found (DNS)", NETWORK),
-}  # fmt: skip
+    "expired token": (
+        lambda *_: cached(-100, age=86_400),
+        3,
+        "token us",
+        "EXPIRED: no program can",
+        "tokencore get us",
+    ),
+    "refused credentials": (lambda *_: record(REFUSED), 5, "issuing us+kr", "bad_secret", "KIS_APP_SECRET"),
+    "KIS refuses": (lambda _, at: at("http://127.0.0.1:1"), 6, "kis", "127.0.0.1 refuses the connection", NETWORK),
+    "KIS without TLS": (lambda _, at: at("https://127.0.0.1:OPEN"), 6, "kis", "127.0.0.1 does not speak TLS", NETWORK),
+    "no such name": (lambda _, at: at("https://kis.invalid"), 6, "kis", "name kis.invalid cannot be found", NETWORK),
+}
+"""What is wrong, the exit code, the finding that says it, and words of its detail and fix."""
 
 
 @pytest.mark.parametrize("case", TROUBLES)
@@ -189,40 +152,22 @@ def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
     seen = found(command, code)
     one = seen[name]
     assert (one["state"], detail in one["detail"], fix in one["cure"]) == ("fail", True, True), one
-    if code == 6:
-        assert (seen["clock"]["state"], seen[ACCEPTED]["state"]) == ("skipped", "skipped")
+    assert code != 6 or seen["clock"]["state"] == seen[ACCEPTED]["state"] == "skipped"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes apply where the system has them")
-@pytest.mark.usefixtures("warm")
-def test_one_broken_key_hides_no_other(command: Command) -> None:
-    """A token file that others can write is a failure of its own key; the other one is still looked at."""
-    next(folder().glob("key-*.json")).chmod(0o666)
-    seen = found(command, 7, KIS_MARKETS__KR__APP_KEY=KEY, KIS_MARKETS__KR__APP_SECRET=SECRET)
-    assert (seen["token us"]["state"], seen["token kr"]["state"], "issuing kr" in seen) == ("fail", "fail", True)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="modes apply where the system has them")
 @pytest.mark.usefixtures("gateway")
 def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
     """Drafts, files set aside and those of other keys and markets are named; a failure's exit code comes first."""
     cached()
     folder().chmod(0o755)
-    leftovers = {
-        "drafts of killed processes": ".us_api_token.json.x.tmp",
-        "set aside as no token of this key": "us_api_token.json.aside",
-        "of a key that is not configured": "key-0123456789abcdef.jsonl",
-        "of a market that is not configured": "old_api_token.json",
-    }
-    for name in leftovers.values():
+    names = [".us_api_token.json.x.tmp", "us_api_token.json.aside", "key-0123456789abcdef.jsonl", "old_api_token.json"]
+    for name in names:
         (folder() / name).touch(0o644)
     seen = found(command, 3)  # the sandbox does not know the token
-    assert seen["token directory"]["cure"] == f"chmod 700 {folder()}"
     assert re.search(r"key-0123456789abcdef\.jsonl, .* and 1 more$", seen["file modes"]["detail"])
-    assert seen["file modes"]["cure"] == f"chmod go= {folder()}/*", (
-        "600 would lock the folder that Prefect has in there"
-    )
-    assert seen["leftover files"]["detail"] == "; ".join(f"{what}: {name}" for what, name in leftovers.items())
+    fixes = f"chmod 700 {folder()}", f"chmod go= {folder()}/*"  # 600 would lock Prefect's folder in there
+    assert (seen["token directory"]["cure"], seen["file modes"]["cure"]) == fixes
+    assert [one.rpartition(": ")[2] for one in seen["leftover files"]["detail"].split("; ")] == names
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who holds a lock")
@@ -238,98 +183,59 @@ def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.Monke
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         monkeypatch.setattr(doctor, "PATIENCE", 0.2)
-        one = found(command, 1)["lock"]
-        assert (one["state"], f"held by process {holder.pid} for" in one["detail"]) == ("warn", True)
+        assert f"held by process {holder.pid} for" in found(command, 1)["lock"]["detail"]
         holder.communicate("\n")
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_copy_that_cannot_be_written_is_named_until_it_can(command: Command) -> None:
-    """The last failure of each export is kept with the key; the next copy that succeeds ends it."""
-    bot, own = Path("~/bot").expanduser(), {"KIS_MARKETS__US__EXPORTS": "mojito2:~/bot"}
-    bot.write_text("no folder")
-    command("get", "us", **own)
-    assert re.match(r"mojito2:.*/bot is not up to date: ", found(command, 1, **own)["exports"]["detail"])
-    bot.unlink()
-    bot.mkdir(0o700)
-    command("refresh", "us", "--force", "--yes", **own)
-    assert "exports" not in found(command, 0, **own)
+def test_the_clock_is_compared_with_kis(command: Command, kis_at: Move) -> None:
+    """Seconds are nothing, and more is a warning; answers that say nothing about the token are one too."""
+    with Answers() as answers:
+        kis_at(answers.url)
+        for ahead, state, said in ((0, "ok", "agrees"), (12, "warn", "ahead of"), (-300, "warn", "behind")):
+            answers.headers["Date"] = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
+            seen = found(command, 1)
+            assert (seen["clock"]["state"], said in seen["clock"]["detail"]) == (state, True)
+    assert seen[ACCEPTED]["state"] == "warn"
 
 
-def test_a_gateway_that_stays_silent_is_waited_for_a_little(
-    command: Command, kis_at: Move, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It accepts the connection and answers nothing: said as such, and nobody waits long."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        kis_at(f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(doctor, "PATIENCE", 0.2)
-        assert "does not answer within" in found(command, 6)["kis"]["detail"]
+BOT = {"SLACK_BOT_TOKEN": "xoxb-Canary", "SLACK_CHANNEL": "#tokens"}
+PREFECT = {"PREFECT_API_URL": "URL/api", "PREFECT_API_AUTH_STRING": "admin:Canary"}
+POOL, AUTH, BEARER = "/api/work_pools/tokens", "/api/auth.test", "Bearer xoxb-Canary"
+BASIC = "Basic YWRtaW46Q2FuYXJ5"
+SERVERS: dict[str, tuple[dict[str, str], tuple[str, str], tuple[int, object], int, str]] = {
+    "slack takes the bot": (BOT, (AUTH, BEARER), (200, {"ok": True}), 0, "make test-alert"),
+    "slack refuses the bot": (BOT, (AUTH, BEARER), (200, {"ok": False, "error": "invalid_auth"}), 1, "invalid_auth"),
+    "slack by webhook": ({"SLACK_WEBHOOK_URL": "URL/services/Canary"}, ("/", ""), (404, {}), 0, "make test-alert"),
+    "prefect": (PREFECT, (POOL, BASIC), (200, {"status": "READY"}), 0, "has a worker"),
+    "prefect without a worker": (PREFECT, (POOL, BASIC), (200, {"status": "NOT_READY"}), 1, "is NOT_READY"),
+    "prefect with another password": (PREFECT, (POOL, BASIC), (401, {}), 1, "HTTP 401"),
+}
+"""What is set, the one request with its authorization, what the server answers, the exit code, and what is said."""
 
 
-@pytest.mark.parametrize(
-    ("ahead", "state", "word"), [(0, "ok", "agrees"), (12, "warn", "ahead"), (-300, "warn", "behind")]
-)
-def test_the_clock_is_compared_with_kis(
-    command: Command, kis_at: Move, answers: Answers, ahead: int, state: str, word: str
-) -> None:
-    """Seconds are nothing, and more is a warning."""
-    answers.headers["Date"] = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
-    kis_at(answers.url)
-    seen = found(command, 1)  # these answers say nothing about the token
-    assert (seen["clock"]["state"], word in seen["clock"]["detail"], seen[ACCEPTED]["state"]) == (state, True, "warn")
-
-
+@pytest.mark.parametrize("case", SERVERS)
 @pytest.mark.usefixtures("warm")
-def test_slack_is_asked_without_posting(command: Command, monkeypatch: pytest.MonkeyPatch, answers: Answers) -> None:
-    """A bot by auth.test with its token, a webhook by its host alone: its path is a secret and would post."""
-    monkeypatch.setattr(doctor, "SLACK_API", f"{answers.url}/api/")
-    own = {"SLACK_BOT_TOKEN": "xoxb-Canary", "SLACK_CHANNEL": "#tokens"}
-    answers.by_path["/api/auth.test"] = 200, {"ok": True}
-    assert found(command, 0, **own)["slack"]["state"] == "ok"
-    assert answers.asked == [("/api/auth.test", "Bearer xoxb-Canary")]
-    answers.by_path["/api/auth.test"] = 200, {"ok": False, "error": "invalid_auth"}
-    assert "invalid_auth" in found(command, 1, **own)["slack"]["detail"]
-    assert found(command, 1, SLACK_BOT_TOKEN="xoxb-Canary")["slack"]["detail"].startswith("SLACK_CHANNEL")
-    answers.asked.clear()
-    own["SLACK_WEBHOOK_URL"] = f"{answers.url}/services/Canary"
-    assert "make test-alert" in found(command, 0, **own)["slack"]["detail"]
-    assert answers.asked == [("/", "")]
-
-
-@pytest.mark.usefixtures("warm")
-def test_prefect_is_asked_for_its_worker(command: Command, answers: Answers) -> None:
-    """With the password; a pool without a worker, another password and another server are failures."""
-    own = {"PREFECT_API_URL": f"{answers.url}/api", "PREFECT_API_AUTH_STRING": "admin:Canary"}
-    pool = "/api/work_pools/tokens"
-    answers.by_path[pool] = 200, {"status": "READY"}
-    assert found(command, 0, **own)["prefect"]["state"] == "ok"
-    assert answers.asked == [(pool, "Basic YWRtaW46Q2FuYXJ5")]
-    for answer, fix in (((200, {"status": "NOT_READY"}), "make up"), ((401, {}), "AUTH_STRING"), ((200, []), "port")):
-        answers.by_path[pool] = answer
-        one = found(command, 1, **own)["prefect"]
-        assert (one["state"], fix in one["cure"]) == ("fail", True)
-
-
-class Bomb:
-    """What unpickling would execute."""
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return Path.write_text, (Path("exploded"), "")
+def test_slack_and_prefect_are_asked_without_posting(
+    command: Command, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """A webhook by its host alone, as its path is a secret and would post; the others with their password."""
+    settings, asked, answer, code, said = SERVERS[case]
+    with Answers() as answers:
+        monkeypatch.setattr(doctor, "SLACK_API", f"{answers.url}/api/")
+        answers.by_path[asked[0]] = answer
+        seen = found(command, code, **{name: text.replace("URL", answers.url) for name, text in settings.items()})
+    assert (said in seen[case.partition(" ")[0]]["detail"], answers.asked) == (True, [asked])
 
 
 @pytest.mark.usefixtures("warm")
 def test_caches_of_other_clients_are_found_without_unpickling(isolated: Path, command: Command) -> None:
     """By the key in clear or by the token's `jti`; one with the same token is fed by us, another key's is no matter."""
     pickled, sample = Path("token.dat").resolve(), isolated / "KIS" / "config" / "KIS20261121"
-    alien = isolated / ".pykis" / "cache" / "token_real_x.json"
-    for path in (sample, alien):
-        path.parent.mkdir(parents=True)
-    pickled.write_bytes(pickle.dumps({"api_key": APP_KEY, "bomb": Bomb()}))
-    alien.write_text(json.dumps({"access_token": make_jwt("PSsomeoneelse")}))
-    for token, warned in ((make_jwt(APP_KEY), [str(pickled), str(sample)]), (on_disk().access_token, [str(pickled)])):
+    sample.parent.mkdir(parents=True)
+    pickled.write_text(f"cos\nsystem\n(S'touch exploded'\ntR.{APP_KEY}")  # what unpickling would execute
+    for token, warned in ((make_jwt(APP_KEY), True), (on_disk().access_token, False), (make_jwt("PSother"), False)):
         sample.write_text(f"token: {token}\n")
         detail = found(command, 1)["duplicates"]["detail"]
-        assert [str(path) for path in (pickled, sample, alien) if str(path) in detail] == warned
+        assert (str(pickled) in detail, str(sample) in detail, Path("exploded").exists()) == (True, warned, False)
     pickled.unlink()
     assert found(command, 0)["duplicates"]["state"] == "ok"
-    assert not Path("exploded").exists()
