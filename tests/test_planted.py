@@ -106,7 +106,7 @@ def ignored(*_: object) -> None:
 
 
 Replaced = tuple[Any, str, Any]  # what stands at a name of a class or module instead
-KILLED, FULL_DISK = "whatever_happens_before_any_call[first token-late and killed]", "[full disk]"
+KILLED = "whatever_happens_before_any_call[first token-late and killed]"
 FIRST, VIEW = "whatever_happens_before_any_call[first token-", "a_view_serves_where_the_key_has_no_living_token"
 ONE_ERROR = "without_a_token_each_fault_is_one_error_and_one_next_attempt"
 QUICK = {"no_lock", "recorded_afterwards", "resurrected", "frames_kept", "no_version_check"}  # `make test` plants them
@@ -159,7 +159,7 @@ BUGS: dict[str, tuple[str, str, list[Replaced]]] = {  # the file and the test th
     ]),
     "six_hours_ignored": ("limits", "verdicts", [(limits, "same_token_until", ignored)]),
     "same_counted": ("limits", "verdicts", [(attempts, "issued_within", granted_within)]),
-    "marks_ignored": ("faults", "the_ceiling_holds_or_the_refusal_says_why" + FULL_DISK, [
+    "marks_ignored": ("faults", "the_ceiling_holds_on_a_full_disk_and_the_refusal_says_why", [
         (Record, "_unrecorded", lambda _: []),
     ]),
     "controls_kept": ("trust", "a_note_is_one_short_printable_line", [(attempts, "clean", lambda text: text)]),

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Document(Protocol):
-    """A small JSON object that processes share; written under its own lock."""
+    """A small JSON object that processes share, written under its own lock.
+
+    What cannot be written raises OSError and leaves what was there before.
+    """
 
     @property
     def place(self) -> str:
@@ -25,12 +28,7 @@ class Document(Protocol):
         """The object; empty where there is none that could be read."""
 
     def write(self, content: dict[str, Any]) -> None:
-        """Replace it durably.
-
-        Raises:
-            OSError: it could not be written; what was there before still is.
-
-        """
+        """Replace it durably."""
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = ...) -> AbstractContextManager[bool]:
         """Hold its lock inside the block; see `Store.lock`."""

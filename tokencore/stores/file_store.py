@@ -145,11 +145,9 @@ class FileStore(Sensitive):
     def details(self) -> dict[str, Any]:
         """The market's view, or the key's file where there is none, its mode, and whether there is any."""
         path = self.place if os.path.lexists(self.place) or not os.path.lexists(self._key_path) else self._key_path
-        try:
-            mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}"
-        except OSError:
-            mode = None
-        return {"file": path, "permissions": mode, "cache_exists": mode is not None}
+        there = os.path.lexists(path)
+        mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}" if there else None
+        return {"file": path, "permissions": mode, "cache_exists": there}
 
     def attempts(self) -> list[Attempt]:
         """The record or, where it is lost, what the marks of the issue tell."""
@@ -217,10 +215,10 @@ class FileStore(Sensitive):
         """Every market's view in the folder, whosesoever it is: markets that only a subclass names are found too."""
         try:
             with os.scandir(self.folder) as entries:
-                found = sorted(entry.path for entry in entries if entry.name.endswith(f"_{VIEW}"))
+                found = [entry.path for entry in entries if entry.name.endswith(f"_{VIEW}")]
         except OSError:
             return []
-        return sorted(found, key=lambda path: path != self.place)
+        return sorted(found, key=lambda path: (path != self.place, path))
 
     def _longest(self, token: Token | None) -> Token | None:
         """Of `token` and the views' tokens the one that lasts longest; a copy of a rejected one is no living token."""
