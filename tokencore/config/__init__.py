@@ -30,8 +30,7 @@ def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], bas
     """The market `name`, configured or not, with the key and the address that a program gives itself.
 
     Raises:
-        ConfigurationError: a setting cannot be used, or a credential, or the address; or `.env` or a secrets folder
-            gives that, or a folder for copies.
+        ConfigurationError: one of them or a setting cannot be used, or `.env` or a secrets folder says where it goes.
 
     """
     found = gather()

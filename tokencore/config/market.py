@@ -49,8 +49,8 @@ class Market(Sensitive):
         """Take the values of the market `name` from the merged settings; `load` gives the validated ones.
 
         Raises:
-            ConfigurationError: the market is not configured, or its address is the other environment's.
-            AttributeError, KeyError, TypeError, ValueError: a value cannot be used; `Settings.load()` says which.
+            ConfigurationError: the market is not configured, or its address is the other environment's. Other errors
+                mean that a value cannot be used; `Settings.load()` says which.
 
         """
         get = found.values.get
@@ -101,12 +101,7 @@ class Market(Sensitive):
         return tuple(own.exports) if own else ()
 
     def identified(self) -> str:
-        """The app key, where a secret is set too or may be in the keyring, which is not asked.
-
-        Raises:
-            ConfigurationError: one of them is not set.
-
-        """
+        """The app key; ConfigurationError if it is not set, or no secret is, and the keyring cannot have one."""
         if not self.app_key:
             raise self._missing("APP_KEY", "; the keyring keeps its secret only" if self._in_keyring else "")
         if not self._app_secret and not self._in_keyring:
@@ -114,12 +109,7 @@ class Market(Sensitive):
         return self.app_key
 
     def credentials(self) -> tuple[str, str]:
-        """The app key and app secret; the keyring is asked once for what no other source gives.
-
-        Raises:
-            ConfigurationError: one of them is not set, or the keyring cannot be used.
-
-        """
+        """The app key and app secret; ConfigurationError if one is not set, or cannot be had from the keyring."""
         self.identified()  # no local name: nothing secret is in a traceback's frames
         if self._in_keyring:
             self._app_secret = self.settings.in_keyring(self._in_keyring) or self._app_secret

@@ -177,7 +177,7 @@ class Settings(Sensitive, BaseSettings):
         return self._markets[values.known(name, self.found)]
 
     def all_markets(self) -> list[Market]:
-        """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
+        """The configured markets: `us`, `kr`, then the user's own by name."""
         return list(self._markets.values())
 
     def able_markets(self) -> list[Market]:
@@ -196,9 +196,8 @@ class Settings(Sensitive, BaseSettings):
     @property
     def origins(self) -> dict[str, str]:
         """The source of each setting: `environment`, a file or folder, or the keyring, which is asked for secrets."""
-        own = [f"KIS_MARKETS__{name.upper()}__APP_SECRET" for name in self.found.markets]
-        wanted = ["KIS_APP_SECRET", *own] if self.keyring else []
-        kept = [name for name in wanted if name not in self.found.origins and self.in_keyring([name])]
+        wanted = {name for market in ("", *self.found.markets) for name in self.found.in_keyring(market)}
+        kept = [name for name in wanted if self.in_keyring([name])]
         return self.found.origins | dict.fromkeys(kept, f"keyring {self.keyring}")
 
     def misspelt(self) -> dict[str, str]:

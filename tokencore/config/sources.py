@@ -111,12 +111,7 @@ def gather() -> Found:
 
 @sealed
 def trusted_dotenv() -> dict[str, str]:
-    """What `.env` adds to this process's environment, for whoever hands both on to another process.
-
-    Raises:
-        ConfigurationError: as from `gather`.
-
-    """
+    """What `.env` adds to this process's environment, for whoever hands both on; ConfigurationError as `gather`."""
     gather()
     known = {name.upper() for name, value in os.environ.items() if value}
     return {name.upper(): value for name, value in _dotenv().items() if value and name.upper() not in known}
@@ -135,12 +130,7 @@ def _check_addresses(found: Found) -> None:
 
 
 def check_address(name: str, found: Found, what: str, giver: str) -> None:
-    """Refuse the address that the variable `name` gives, where it would get what the source `giver` keeps.
-
-    Raises:
-        ConfigurationError: another source gives the address, and neither the environment nor config.toml.
-
-    """
+    """Refuse (ConfigurationError) the address in the variable `name` where it would get what only `giver` gives."""
     origin, verb = found.origins.get(name, ENVIRONMENT), "copy" if name.endswith("EXPORTS") else "send"
     if origin in TRUSTED or giver in ("", origin):
         return
