@@ -84,7 +84,7 @@ def clean(kis: Sandbox, requests: int) -> None:
 @pytest.mark.parametrize("interval", [MINUTE, 0])
 def test_eight_cold_machines_make_one_request(field: Field, interval: float) -> None:
     """Two processes on each; all get its token, each machine has it, also where no minute is kept between requests."""
-    machines = field.machines(8, issue_interval=interval)
+    machines = field.machines(8, issue_interval=interval, timeout=10)
     field.kis.set_rules(issue_interval=60)
     assert [ended(child) for child in [machine.start() for machine in machines * 2]] == [0] * 16
     assert {machine.got for machine in machines} == {machine.has for machine in machines} == {machines[0].got}

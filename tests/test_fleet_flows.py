@@ -11,19 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, NamedTuple
 from zoneinfo import ZoneInfo
 
 import pytest
-from builders import make_jwt
 from cryptography.fernet import Fernet
 from postgres import PASSWORD, needs_postgres
 from running import asked, until
 from servers import HOOK, SlackEndpoint
-from stacks import KEYS, MARK, SLOW, Place, Up, always_open, environment_of
+from stacks import KEYS, MARK, ROOT, SLOW, Place, Up, always_open, environment_of
 
-from tokencore.sandbox import APP_KEY, Sandbox
+from tokencore.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +51,13 @@ while True:
     seen = found
     time.sleep(0.05)
 """
+SEED = f"""
+import sys
+sys.path.append("{ROOT / "tests"}")
+from builders import make_token
+from tokencore import USTokenManager
+USTokenManager().save_token(make_token({OLD + LEFT}, age={OLD}))
+"""
 
 
 class Machines(NamedTuple):
@@ -68,7 +74,7 @@ class Machines(NamedTuple):
     def delete(self) -> None:
         """Take the token away from all machines."""
         for market in ("us", "kr"):
-            tokencore(self.second, "delete", market)
+            run(self.second, "-m", "tokencore", "delete", market)
 
     def begin(self, machine: str, deployment: str, **parameters: object) -> str:
         """A run that this machine's worker has started, as the other's stands still; its id."""
@@ -98,16 +104,17 @@ class Machines(NamedTuple):
         self.table.append((what, len(requests), f"{last - requests[-1]['at']:.1f} s", len(self.slack.messages)))
 
 
-def tokencore(place: Place, *arguments: str, given: str = "") -> str:
-    """What the command prints on that machine, whose standard input is `given`."""
-    how: dict[str, Any] = {"env": place.environment, "cwd": place.work, "input": given, "text": True, "stdout": -1}
-    return str(subprocess.run([sys.executable, "-m", "tokencore", *arguments], check=True, **how).stdout)
+def run(place: Place, *arguments: str) -> str:
+    """What a Python program prints on that machine."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=place.environment, cwd=place.work, check=True, stdout=-1, text=True).stdout
 
 
 def settings(postgres: Postgres, folder: Path) -> dict[str, str]:
     """What all machines are told, with a store as docs/fleet.md has it made: the owner's tables, the role's rights."""
     postgres.sql("CREATE DATABASE tokencore", "CREATE DATABASE prefect")
-    rights = tokencore(Place.made(folder, KIS_STORE=postgres.url("tokencore")), "fleet", "init", "--role", "keeper")
+    owner = Place.made(folder, KIS_STORE=postgres.url("tokencore"))
+    rights = run(owner, "-m", "tokencore", "fleet", "init", "--role", "keeper")
     postgres.sql(rights, f"ALTER ROLE keeper PASSWORD '{PASSWORD}'", database="tokencore")
     midnight = datetime.now(ZoneInfo("Asia/Seoul")).date() + timedelta(days=1)
     return {
@@ -158,6 +165,7 @@ def machines(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> It
             assert places["first"].run("down") == (0, "Stopped.\n")
         finally:
             for one in started:
+                one.send_signal(signal.SIGCONT)  # a test that failed may have left it standing still
                 one.terminate()
                 one.wait(SLOW)
         assert [place.living() for place in places.values()] == [{}, {}]
@@ -204,8 +212,7 @@ def test_a_renewal_whose_worker_is_killed_is_finished_by_the_other(
     for bot in machines.bots.values():  # they are to know no other token than an old one, which does not last
         bot.send_signal(signal.SIGSTOP)
     machines.delete()
-    issued = datetime.now(UTC) - timedelta(seconds=OLD)
-    tokencore(machines.second, "import", "us", given=make_jwt(APP_KEY, life=OLD + LEFT, issued=issued))
+    run(machines.second, "-c", SEED)
     until(lambda: len({file.exists() and json.loads(file.read_text())["access_token"] for file in files}) == 1)
     for bot in machines.bots.values():
         bot.send_signal(signal.SIGCONT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
     from tokencore.commands import AddCommand
 
-ROLE = r"[a-z_][a-z0-9_]{0,62}"
 GRANTS = """\
 -- As the tables' owner, who may create roles, or a superuser: the machines' role. Its password: \\password {role}
 CREATE ROLE {role} LOGIN;
@@ -36,8 +34,6 @@ def _fleet(options: argparse.Namespace) -> int:
 
 
 def _init(settings: Settings, role: str) -> int:
-    if not re.fullmatch(ROLE, role):
-        raise ConfigurationError("--role must be a name of small letters, digits and _; nothing was changed.")
     from tokencore.stores.database import make_tables  # an extra, which the parser does not need
 
     used = make_tables(settings.store.get_secret_value() if settings.store else "")
@@ -55,8 +51,7 @@ def _init(settings: Settings, role: str) -> int:
 def _rotate(settings: Settings) -> int:
     from tokencore.stores.fleet import rotate
 
-    kept = rotate(settings)
-    if kept:
+    if kept := rotate(settings):
         raise TokenStoreError(
             f"{len(kept)} entries cannot be decrypted with KIS_STORE_KEYS ({', '.join(kept[:3])}); they are as they "
             "were, and all others are sealed with the newest key. Add the key that sealed them, and run this again."
@@ -72,7 +67,6 @@ def _follow(_: argparse.Namespace) -> int:
     print(f"Following the fleet for {len(settings.able_markets())} markets.", file=sys.stderr)
     with until_stopped():
         make_follower(settings).run()
-    print("Stopped.", file=sys.stderr)
     return 0
 
 

@@ -68,8 +68,6 @@ class SharedStore(Sensitive):
     def __repr__(self) -> str:
         return f"SharedStore({self._local.folder!r}, {self.fingerprint!r})"
 
-    # The token
-
     def read(self) -> tuple[Token | None, str]:
         """The machine's token; where that is none that lives, the fleet's, if this process had to ask it before."""
         token, problem = self._local.read()
@@ -87,7 +85,8 @@ class SharedStore(Sensitive):
 
     def newest(self, *, shared: bool = False) -> Token | None:
         """The machine's token that lasts longest; with `shared` also the fleet's, as in `read`."""
-        token = self._local.newest(shared=shared)
+        # A living token of the key's own file is enough: to look at every view takes long with a thousand keys.
+        token = self._local.newest(shared=True) if shared else self._local.read()[0]
         return self._or_fleets(token) if shared or self._locked else token
 
     def saved(self, token: Token) -> bool:
@@ -100,7 +99,7 @@ class SharedStore(Sensitive):
         try:
             self._put(token)
         except TokenError as error:
-            _warn(f"{_cause(error)} The other machines get this token when the store is reached again.")
+            _warn(error, "The other machines get this token when the store is reached again.")
 
     def delete(self) -> bool:
         """Remove this market's token here, and with the last one the fleet's.
@@ -128,8 +127,6 @@ class SharedStore(Sensitive):
     def details(self) -> dict[str, Any]:
         """Of the machine's file."""
         return self._local.details()
-
-    # The record
 
     def attempts(self) -> list[Attempt]:
         """The fleet's record, by this machine's clock; the machine's own where the store is not reached."""
@@ -207,10 +204,8 @@ class SharedStore(Sensitive):
             state = self._reread()
             self._connected().begin(self.name, None, *_line(attempt, state.ahead))
         except TokenError as error:
-            _warn(f"{_cause(error)} What was imported is recorded on this machine only.")
+            _warn(error, "What was imported is recorded on this machine only.")
         self._changed()
-
-    # The lock and other documents
 
     @contextmanager
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
@@ -238,8 +233,6 @@ class SharedStore(Sensitive):
         """The machine's document of that name: approval keys are paced, not limited."""
         return self._local.document(name)
 
-    # For a follower
-
     @property
     def name(self) -> str:
         """Of the key's row."""
@@ -258,8 +251,6 @@ class SharedStore(Sensitive):
             except SealError as error:  # of this key alone
                 self._fleet.warn(error)
             return locked
-
-    # Inside
 
     @property
     def _fleet(self) -> Fleet:
@@ -297,7 +288,7 @@ class SharedStore(Sensitive):
         try:
             return self._fleet.look(self.name)
         except TokenError as error:  # the settings of the store are wrong
-            _warn(str(error))
+            _warn(error, "Meanwhile this machine goes by its own files.")
             return None
 
     def _or_fleets(self, token: Token | None) -> Token | None:
@@ -311,12 +302,7 @@ class SharedStore(Sensitive):
             return token
 
     def _opened(self, state: State) -> tuple[Token | None, list[str]]:
-        """The row's token, and the names of those that a person took away, which no machine brings back.
-
-        Raises:
-            TokenStoreError: it cannot be decrypted, or is another key's.
-
-        """
+        """The row's token, and the names of those that a person took away, which no machine brings back."""
         content = self._fleet.seal.open(state.sealed, self._about) if state.sealed else {}
         text, removed = content.get("token"), content.get("removed", [])
         return tokens.from_text(str(text))[0] if text else None, [str(one) for one in removed]
@@ -337,7 +323,7 @@ class SharedStore(Sensitive):
                 return
             if time.monotonic() >= tell_at:
                 tell_at = end
-                _warn(f"Another machine is asking KIS: waiting for its answer, {self._patience():.0f} s at most.")
+                _warn("Another machine is asking KIS:", f"waiting for its answer, {self._patience():.0f} s at most.")
             time.sleep(POLL)
 
     def _in_flight(self, state: State) -> bool:
@@ -354,12 +340,7 @@ class SharedStore(Sensitive):
         return float(max(retry_delay(1, settings.issue_interval).total_seconds(), IN_FLIGHT * settings.timeout))
 
     def _exchange(self, session: Database) -> State:
-        """Offer what only this machine has, take over what the fleet has; the row as it is then.
-
-        Raises:
-            TokenStoreError: the store does not answer, or what lies there cannot be used.
-
-        """
+        """Offer what only this machine has, take over what the fleet has; the row as it is then."""
         from tokencore.stores import record
 
         ours = self._local.read()[0]
@@ -375,7 +356,7 @@ class SharedStore(Sensitive):
             if attempts and record.render(attempts) != record.render(self._local.attempts()):
                 self._local.replace_record(attempts)
         except OSError as error:  # the token is served anyway
-            _warn(f"What the fleet has could not be copied to {self.place} ({error.strerror}).")
+            _warn(f"What the fleet has could not be copied to {self.place}", f"({error.strerror}).")
         return state
 
     def _offered(self, session: Database, token: Token | None, *, issued: bool = False) -> State:
@@ -435,7 +416,7 @@ class SharedStore(Sensitive):
                     self._offered(reached, token, issued=True)
                 reached.finish(self.name, number, *_line(attempt, ahead))
         except TokenError as error:
-            _warn(f"{_cause(error)} The other machines get what KIS answered when the store is reached again.")
+            _warn(error, "The other machines get what KIS answered when the store is reached again.")
         self._fleet.forget()
 
 
@@ -582,12 +563,8 @@ def _beats(ours: Token | None, theirs: Token | None) -> bool:
     return tokens.longest([theirs, ours]) is ours
 
 
-def _cause(error: TokenError) -> str:
-    """What is wrong, without "Nothing was issued": here something was, or was saved."""
-    return str(error).partition(" Nothing was")[0]
-
-
-def _warn(message: str) -> None:
+def _warn(trouble: object, rest: str) -> None:
     import logging  # only for trouble
 
-    logging.getLogger("tokencore").warning(message)
+    # Without "Nothing was issued", which is no news here, or not true: something was, or was saved.
+    logging.getLogger("tokencore").warning("%s %s", str(trouble).partition(" Nothing was")[0], rest)
