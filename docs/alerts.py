@@ -69,15 +69,15 @@ def rendered(texts: Texts) -> Iterator[Message]:
     late = ANCHOR + timedelta(minutes=406)
     known, due = new(KEY, causes.DOWN, NEED, ANCHOR), Notification("escalated", LAST_CALL, page=True)
     happened = messages.happened(texts, causes.DOWN, *DOWN)
-    yield messages.trouble(texts, facts(late), known, due, happened, ("next.planned", late + timedelta(minutes=5)))
+    yield messages.trouble(facts(texts, late), known, due, happened, ("next.planned", late + timedelta(minutes=5)))
     over = new(KEY, causes.DOWN, NEED, ANCHOR)
     over.closed_at = ANCHOR + timedelta(minutes=412)
-    yield messages.solved(texts, facts(over.closed_at, over.closed_at + timedelta(hours=23, minutes=55)), [over])
+    yield messages.solved(facts(texts, over.closed_at, over.closed_at + timedelta(hours=23, minutes=55)), [over])
 
 
-def facts(now: datetime, until: datetime | None = None) -> Facts:
+def facts(texts: Texts, now: datetime, until: datetime | None = None) -> Facts:
     """What the hourly check knows then, calling the channel."""
-    return Facts(KEY, now, until, True, messages.risks(EXCHANGES, until, now, {}), RUN, "<!channel>")  # noqa: FBT003 - as it comes
+    return Facts(texts, KEY, now, until, True, messages.risks(EXCHANGES, until, now, {}), RUN, "<!channel>")  # noqa: FBT003 - as it comes
 
 
 def as_seen(message: Message) -> str:

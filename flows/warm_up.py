@@ -91,7 +91,7 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
 
 
 @task(persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
-def ensure(key: Key, until: datetime, again_in: float | None = None, now: datetime | None = None) -> Done:
+def ensure(key: Key, until: datetime, again_in: float | None = None) -> Done:
     """Have a token of the key that lasts `until` then; trouble is reported at once, not after the last try.
 
     `again_in` is after how many seconds Prefect tries again while KIS is down; None if it does not.
@@ -100,8 +100,7 @@ def ensure(key: Key, until: datetime, again_in: float | None = None, now: dateti
         TokenError: there is no token that lasts; a present one is untouched.
 
     """
-    now = now or datetime.now(UTC)
-    remark, issued, refused = "", False, None
+    now, remark, issued, refused = datetime.now(UTC), "", False, None
     try:
         with safe_errors():
             state = key.state(now)

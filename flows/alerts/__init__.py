@@ -84,7 +84,8 @@ class Subject(NamedTuple):
         codes = state.key.exchanges if state and state.outlook.unserved else self.exchanges
         risks = messages.risks(codes, until, self.now, self.settings.overrides) if at_risk else []
         run = flow_run.name or "", url_for("flow-run", flow_run.id) if flow_run.id else None
-        return messages.Facts(self.label, self.now, until, self.reached, risks, run, self.settings.slack_mention)
+        mention = self.settings.slack_mention
+        return messages.Facts(self.texts, self.label, self.now, until, self.reached, risks, run, mention)
 
     def diagnosis(self, error: Exception) -> tuple[Cause, str]:
         """Why it is in trouble, and what happened in the reader's language."""
@@ -135,8 +136,8 @@ def report(settings: Settings, who: Who, error: Exception, now: datetime, again_
     with harmless(FAILED):
         subject = Subject.of(settings, who, now)
         cause, happened = subject.diagnosis(error)
-        attempt = subject.attempt(cause, again_in, getattr(error, "retry_at", None))
-        _deliver(settings, lambda known: _trouble(known, subject, cause, happened, attempt))
+        retry_at = getattr(error, "retry_at", None)
+        _deliver(settings, lambda known: _trouble(known, subject, cause, happened, again_in, retry_at))
     return causes.as_met(error, cause)
 
 
@@ -145,19 +146,18 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
     with harmless(FAILED):
         foreign = who.foreign_issue if isinstance(who, KeyState) else None
         name = who.key.name if isinstance(who, KeyState) else who
-        if not foreign and all(
-            one.subject != name for one in incidents.parse(open_document(settings, "incidents").read())
-        ):
+        reported = incidents.parse(open_document(settings, "incidents").read())
+        if not foreign and all(one.subject != name for one in reported):
             return
 
         def work(known: list[Incident]) -> None:
             subject = Subject.of(settings, who, now)
             if over := subject.over(known):
-                _end(known, subject, over, messages.solved(subject.texts, subject.facts(at_risk=False), over))
+                _end(known, subject, over, messages.solved(subject.facts(at_risk=False), over))
             if foreign:
                 cause = causes.FOREIGN_TOKEN
                 happened = messages.happened(subject.texts, cause, clock(foreign))
-                _trouble(known, subject, cause, happened, subject.attempt(cause, None, None))
+                _trouble(known, subject, cause, happened)
 
         _deliver(settings, work)
 
@@ -173,33 +173,37 @@ def announce(
     with harmless(FAILED):
         subject = Subject.of(settings, state, state.now)
         cause, happened = subject.diagnosis(error) if error else (causes.UNFORESEEN, "")
+        person = by or subject.texts["notice.somebody"]
+        happened = f"{happened} {subject.texts('notice.asked', person=person, at=clock(state.now))}".lstrip()
         harmful = error is not None and not borne(state, error)
 
         def work(known: list[Incident]) -> None:
-            if harmful:
-                attempt = subject.attempt(cause, None, getattr(error, "retry_at", None))
-                asked = messages.asked(subject.texts, by, subject.now)
-                if _trouble(known, subject, cause, f"{happened} {asked}", attempt):
-                    return
+            retry_at = getattr(error, "retry_at", None)
+            if harmful and _trouble(known, subject, cause, happened, retry_at=retry_at):
+                return
             over = [] if error else subject.over(known)
-            facts = subject.facts(at_risk=harmful)
-            message = messages.notice(subject.texts, facts, kind, by=by, why=why, happened=happened, ended=over)
+            message = messages.notice(subject.facts(at_risk=harmful), kind, happened, why, over)
             _end(known, subject, over, message, broadcast=True)
 
         _deliver(settings, work)
 
 
 def _trouble(
-    known: list[Incident], subject: Subject, cause: Cause, happened: str, attempt: tuple[str, datetime | None]
+    known: list[Incident],
+    subject: Subject,
+    cause: Cause,
+    happened: str,
+    again_in: float | None = None,
+    retry_at: datetime | None = None,
 ) -> bool:
     """Send the message about trouble that lasts; whether one was due."""
     harmful = cause is not causes.FOREIGN_TOKEN  # a foreign token serves like one of ours
-    now, following = subject.now, _next_check(subject.now)
-    look_again = min(attempt[1], following) if attempt[1] else following
+    now, following, attempt = subject.now, _next_check(subject.now), subject.attempt(cause, again_in, retry_at)
+    look_again = min(attempt[1] or following, following)
     incident, due = incidents.met(known, subject.name, cause, subject.need if harmful else None, now, look_again)
     if due is None:
         return False
-    message = messages.trouble(subject.texts, subject.facts(at_risk=harmful), incident, due, happened, attempt)
+    message = messages.trouble(subject.facts(at_risk=harmful), incident, due, happened, attempt)
     level = logging.WARNING if due.kind == "reminded" else logging.ERROR
     receipt = _send(subject.settings, message, level, incident.thread, broadcast=due.page)
     if not receipt.refusal:

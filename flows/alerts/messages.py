@@ -70,6 +70,7 @@ class Risk(NamedTuple):
 class Facts(NamedTuple):
     """What is known of a key, or of a run that came to no key; times are aware UTC."""
 
+    texts: Texts  # the reader's language
     label: str  # what people call it
     now: datetime
     until: datetime | None = None  # until when its present token serves
@@ -133,14 +134,10 @@ def happened(texts: Texts, cause: Cause, error: str, answer: tuple[str, str | No
 
 
 def trouble(
-    texts: Texts,
-    facts: Facts,
-    incident: Incident,
-    due: Notification,
-    happened: str,
-    attempt: tuple[str, datetime | None],
+    facts: Facts, incident: Incident, due: Notification, happened: str, attempt: tuple[str, datetime | None]
 ) -> Message:
     """An incident that lasts; `attempt` is what is tried next by itself: the key of its text, and when."""
+    texts = facts.texts
     key, at = attempt
     cause = f"cause.{incident.kind.name}"
     gone, title = facts.now - incident.opened_at, texts[f"{cause}.title"]
@@ -150,61 +147,45 @@ def trouble(
         happened += " " + texts("said.since", gone=texts.lasted(gone), since=clock(incident.opened_at))
     fix = texts[f"{cause}.fix"]
     answers = [
-        ("works", works(texts, facts)),
-        ("risk", _at_risk(texts, facts)),
+        ("works", works(facts)),
+        ("risk", _at_risk(facts)),
         ("next", texts(key, at=clock(at)) if at else texts[key]),
         ("do", texts.get(f"{cause}.urgent", fix) if due.stage else fix),
     ]
     icon = ICONS["escalated"] if due.page else ICONS[due.kind]
-    return _message(texts, facts, icon, title, happened, answers)._replace(
-        preview=_preview(texts, facts), mention=facts.mention if due.page else ""
-    )
+    mention = facts.mention if due.page else ""
+    return _message(facts, icon, title, happened, answers)._replace(preview=_preview(facts), mention=mention)
 
 
-def solved(texts: Texts, facts: Facts, ended: Sequence[Incident]) -> Message:
+def solved(facts: Facts, ended: Sequence[Incident]) -> Message:
     """Incidents of one key that are over, as one message, and what works now."""
-    titles, length, since = _ended(texts, facts, ended)
-    said = texts("said.solved", gone=length, since=clock(since))
-    title = texts("head.solved", title=titles)
-    return _message(texts, facts, ":white_check_mark:", title, said, [("works_now", works(texts, facts))])
+    titles, length, since = _ended(facts, ended)
+    said = facts.texts("said.solved", gone=length, since=clock(since))
+    title = facts.texts("head.solved", title=titles)
+    return _message(facts, ":white_check_mark:", title, said, [("works_now", works(facts))])
 
 
-def notice(
-    texts: Texts,
-    facts: Facts,
-    kind: Notice,
-    *,
-    by: str,
-    why: str,
-    happened: str = "",
-    ended: Sequence[Incident] = (),
-) -> Message:
+def notice(facts: Facts, kind: Notice, happened: str, why: str, ended: Sequence[Incident]) -> Message:
     """What a person had done, what came of it where that is bad, and which incidents it ended."""
-    answers = [("why", why or texts["notice.unreasoned"]), ("works_now", works(texts, facts))]
+    answers = [("why", why or facts.texts["notice.unreasoned"]), ("works_now", works(facts))]
     if ended:
-        titles, length, _ = _ended(texts, facts, ended)
+        titles, length, _ = _ended(facts, ended)
         answers.insert(0, ("solved", f"{titles} ({length})"))
-    said = f"{happened} {asked(texts, by, facts.now)}".lstrip()
-    message = _message(texts, facts, ":arrows_counterclockwise:", texts[f"notice.{kind}"], said, answers)
-    return message._replace(preview=_preview(texts, facts)) if kind == "failed" else message
-
-
-def asked(texts: Texts, by: str, at: datetime) -> str:
-    """Who asked for a refresh, and when."""
-    return texts("notice.asked", person=by or texts["notice.somebody"], at=clock(at))
+    message = _message(facts, ":arrows_counterclockwise:", facts.texts[f"notice.{kind}"], happened, answers)
+    return message._replace(preview=_preview(facts)) if kind == "failed" else message
 
 
 def test(texts: Texts, mention: str, now: datetime) -> Message:
     """Nothing but a sign of life; it shows whom a page calls without calling them."""
     called = texts("test.mention", mention=mention) if mention else texts["test.nobody"]
-    return _message(texts, Facts("", now), ":wave:", texts["test.head"], texts["test.said"], [("mention", called)])
+    return _message(Facts(texts, "", now), ":wave:", texts["test.head"], texts["test.said"], [("mention", called)])
 
 
-def works(texts: Texts, facts: Facts) -> str:
+def works(facts: Facts) -> str:
     """What still serves, and until when."""
     if not facts.reached:
-        return texts["works.cached"]
-    return texts("works.token", until=clock(facts.until)) if facts.until else texts["works.nothing"]
+        return facts.texts["works.cached"]
+    return facts.texts("works.token", until=clock(facts.until)) if facts.until else facts.texts["works.nothing"]
 
 
 def risks(codes: Iterable[str], until: datetime | None, now: datetime, known: Overrides) -> list[Risk]:
@@ -231,17 +212,15 @@ def clean(text: str) -> str:
     return " ".join(shown.split())
 
 
-def _message(
-    texts: Texts, facts: Facts, icon: str, title: str, happened: str, answers: Sequence[tuple[str, str]]
-) -> Message:
-    labelled = [(texts[f"label.{name}"], text) for name, text in answers]
+def _message(facts: Facts, icon: str, title: str, happened: str, answers: Sequence[tuple[str, str]]) -> Message:
+    labelled = [(facts.texts[f"label.{name}"], text) for name, text in answers]
     headline = f"{facts.label}: {title}" if facts.label else title
-    return Message(icon, headline, "", happened, labelled, (texts["label.run"], *facts.run))
+    return Message(icon, headline, "", happened, labelled, (facts.texts["label.run"], *facts.run))
 
 
-def _preview(texts: Texts, facts: Facts) -> str:
+def _preview(facts: Facts) -> str:
     """`no token · NASD opens in 9 min`: of the sessions at risk only the first, of its exchanges as well."""
-    found = []
+    found, texts = [], facts.texts
     if facts.reached and facts.until:
         until, now = facts.until.astimezone(KST), facts.now.astimezone(KST)
         day = "" if until.date() == now.date() else f"{until:%m-%d} "
@@ -256,8 +235,8 @@ def _preview(texts: Texts, facts: Facts) -> str:
     return " · ".join(found)
 
 
-def _at_risk(texts: Texts, facts: Facts) -> str:
-    lines = []
+def _at_risk(facts: Facts) -> str:
+    lines, texts = [], facts.texts
     for session, exchanges, zone in facts.risks:
         there, kst = session.open.astimezone(ZoneInfo(zone)), session.open.astimezone(KST)
         key = "abroad" if there.utcoffset() != kst.utcoffset() else "ahead"
@@ -273,8 +252,8 @@ def _at_risk(texts: Texts, facts: Facts) -> str:
     return "".join(lines) or texts["risk.none"]
 
 
-def _ended(texts: Texts, facts: Facts, ended: Sequence[Incident]) -> tuple[str, str, datetime]:
+def _ended(facts: Facts, ended: Sequence[Incident]) -> tuple[str, str, datetime]:
     """Their titles, how long the first lasted, and since when."""
     first = min(ended, key=lambda one: one.opened_at)
-    titles = "; ".join(dict.fromkeys(texts[f"cause.{one.kind.name}.title"] for one in ended))
-    return titles, texts.lasted((first.closed_at or facts.now) - first.opened_at), first.opened_at
+    titles = "; ".join(dict.fromkeys(facts.texts[f"cause.{one.kind.name}.title"] for one in ended))
+    return titles, facts.texts.lasted((first.closed_at or facts.now) - first.opened_at), first.opened_at
