@@ -128,14 +128,17 @@ DAMAGED |= {"garbage": b"\x00\xff\xfe", "deep": b"[" * 100_000, "large": b" " * 
 def test_a_damaged_file_is_a_miss_and_set_aside_with_a_word(
     folder: Path, damage: str, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing breaks the reading; the next save keeps what stood there and says so once."""
+    """Nothing breaks the reading; the next save keeps what stood there, for its owner only, and says so once."""
     store = open_files(folder)
     name = VIEW if place == "view" else f"key-{store.fingerprint}.json"
     put(folder / name, DAMAGED[damage])
+    (folder / name).chmod(0o644)
+    (folder / f"{name}.aside").mkdir()  # which stays
     token, problem = store.read()
     assert (token, bool(problem)) == (None, True)
     save(store, make_token())
-    assert (folder / f"{name}.aside").read_bytes() == DAMAGED[damage]
+    (aside,) = folder.glob(f"{name}.*.aside")
+    assert (aside.read_bytes(), mode_of(aside)) == (DAMAGED[damage], "600")
     assert [line.levelno for line in caplog.records if f"{name}.aside" in line.message] == [logging.WARNING]
 
 
@@ -158,35 +161,21 @@ def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp
 
 
 def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it(folder: Path) -> None:
-    """A power cut cannot leave an empty file under the right name: fsync, rename, fsync of the folder."""
+    """A power cut cannot leave an empty file under the right name: fsync, rename, fsync of the folder.
+
+    What cannot be replaced, as a single file that Docker mounts, is overwritten; nothing else is left.
+    """
 
     def work() -> None:
         calls = Mock(**{"fsync.side_effect": os.fsync, "replace.side_effect": os.replace})
         os.fsync, os.replace = calls.fsync, calls.replace
         files.write_bytes(str(folder / VIEW), b"new")
         assert [name for name, _, _ in calls.mock_calls] == ["fsync", "replace", "fsync"]
+        calls.replace.side_effect = OSError(errno.EBUSY, "")
+        files.write_bytes(str(folder / VIEW), b"1")
+        assert ((folder / VIEW).read_bytes(), os.listdir(folder)) == (b"1", [VIEW])
 
     assert ended(in_child(work)) == 0
-
-
-def test_a_mounted_file_is_written_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot be replaced, as a single file that Docker mounts, is overwritten; nothing else is left."""
-    path = folder / VIEW
-    path.write_text("something longer", encoding="utf-8")
-    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.EBUSY, "")))
-    files.write_bytes(str(path), b"new")
-    assert (path.read_text(encoding="utf-8"), os.listdir(folder)) == ("new", [path.name])
-
-
-def test_a_file_that_is_set_aside_stays_until_its_successor_is_there(folder: Path) -> None:
-    """It may be a good one that could not be read just now; its copy is private, and a folder of that name stays."""
-    path, taken = folder / VIEW, folder / f"{VIEW}.aside"
-    path.write_bytes(b"{")
-    path.chmod(0o644)
-    taken.mkdir()
-    files.set_aside(str(path))
-    (kept,) = {*folder.glob("*.aside")} - {taken}
-    assert (path.read_bytes(), kept.read_bytes(), mode_of(kept), taken.is_dir()) == (b"{", b"{", "600", True)
 
 
 def test_a_directory_that_holds_only_our_files_is_closed_to_others(folder: Path) -> None:

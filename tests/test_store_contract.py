@@ -63,8 +63,8 @@ def text_of(store: Store) -> str | None:
 def test_a_saved_token_is_read_by_every_market_of_the_key_and_shows_no_secret(opened: Open) -> None:
     """Also by one that was opened while it was empty, and by one that the settings got later; a renewal is seen."""
     store, before = opened(), opened("kr")
-    assert (before.read(), before.newest(), before.attempts()) == ((None, ""), None, [])
-    assert before.details()["cache_exists"] is False
+    found = (before.read(), before.newest(), before.attempts(), before.details()["cache_exists"])
+    assert found == ((None, ""), None, [], False)
     token = save(store, make_token())
     assert {text_of(one) for one in (before, opened("kr"), opened("hk"))} == {token.access_token}
     assert (opened().saved(token), store.unchanged(token)) == (True, True)
@@ -97,7 +97,6 @@ def test_an_attempt_is_recorded_before_its_outcome_and_completed_by_it(opened: O
     store = opened()
     with store.lock(wait=5):
         fence = store.begin(SENT)
-        assert fence is not None
         assert opened("kr").attempts() == [SENT]
         assert store.depart(fence)
         done = SENT._replace(outcome=Outcome.ISSUED, at=NOW + timedelta(seconds=1), expires_at=NOW + DAY)

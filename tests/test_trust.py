@@ -148,8 +148,11 @@ def test_no_change_builds_on_a_file_of_another_user(
 ) -> None:
     """A cached token is served, but nothing is issued or deleted, and the doctor says which file it is.
 
-    No approval key is served from such a file. What is not read anyway harms nothing.
+    No approval key is served from such a file. What is not read anyway harms nothing, nor does a token that others can
+    read, or a folder above that is open to the owner's own group.
     """
+    place.parent.chmod(0o775)
+    key_file(place).chmod(0o644)
     for harmless in (place / f"{VIEW}.aside", place / ".key-0.json.tmp"):
         harmless.touch()
         harmless.chmod(0o666)
@@ -174,15 +177,6 @@ def test_a_directory_that_cannot_be_looked_into_is_unusable_and_not_empty(tmp_pa
         assert (line, ran.code, "The token directory cannot be used: " in ran.err) == (line, 7, True)
     assert 'kis_market_readable{market="us"} 0.0' in command("metrics").out
     assert command("doctor").code == 7
-
-
-def test_what_others_can_only_read_is_used(place: Path, gateway: Sandbox, command: Command) -> None:
-    """Modes that other tools leave, and a folder above that is sticky or open to the owner's own group: served."""
-    key_file(place).chmod(0o644)
-    for above, own in ((0o1777, 0o700), (0o775, 0o755)):
-        place.parent.chmod(above)
-        place.chmod(own)
-        assert (command("get", "us").code, asked(gateway)) == (0, 1)
 
 
 # --- what tokencore makes
