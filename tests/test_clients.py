@@ -1,7 +1,7 @@
 """Other clients: the copies that they read, and they themselves with the code of docs/bots.md.
 
 mojito2 and python-kis are the real packages, from exact pins, each in a virtual environment that is built once beside
-the one that runs the tests. The official sample is read by `clients/kis_auth.py`. `make clients` starts more processes.
+the one that runs the tests; `make clients` starts more processes. The official sample is published without a package.
 """
 
 from __future__ import annotations
@@ -88,28 +88,19 @@ def copies(tmp_path: Path, nowhere: Sandbox) -> Path:
 
 
 @pytest.mark.usefixtures("nowhere")
-def test_mojito2s_file_is_plain_data_of_an_old_protocol_and_off_by_default() -> None:
-    """The pickle names no class, and has what mojito2 compares: key, secret, epoch of the expiry.
-
-    With the secret in it, it stands beside the tokens only where the market's setting names mojito2.
-    """
+def test_mojito2s_file_is_plain_data_and_off_by_default() -> None:
+    """With the secret in it, it stands beside the tokens only where the market's setting names mojito2."""
     krs = Path.home() / ".tokencore" / "us_krs_token.dat"
     TokenManager("us").get_valid_token()
     assert not krs.exists()
     os.environ["KIS_MARKETS__US__EXPORTS"] = '["mojito2"]'
-    TokenManager("us").save_token(token := on_disk())
-    codes = [(code.name, value) for code, value, _ in pickletools.genops(krs.read_bytes())]
-    assert codes[0] == ("PROTO", 2)
-    assert not {"GLOBAL", "REDUCE", "INST", "BUILD"} & {name for name, _ in codes}
-    values = {APP_KEY, APP_SECRET, int(token.expires_at.timestamp()), token.access_token}
-    assert values <= {value for _, value in codes}
+    TokenManager("us").save_token(on_disk())
+    codes = {code.name for code, _, _ in pickletools.genops(krs.read_bytes())}
+    assert not {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "BUILD"} & codes
 
 
-def test_python_kis_file_is_what_tokenp_answers(gateway: Sandbox) -> None:
-    """Its name has the environment, the HTS id and a digest; its expiry is in KST; the app secret is not in it.
-
-    Without that id, and for an unknown client, there is a sentence before anything is issued.
-    """
+def test_file_that_cannot_be_named_costs_no_issue(gateway: Sandbox) -> None:
+    """An unknown client, python-kis without the HTS id: a sentence. Python-kis' file holds what tokenP answers."""
     export = TokenManager("us").export
     assert "KIS_HTS_ID" in str(raised(lambda: export("python-kis", "there")))
     assert "mojito2, python-kis, kis-auth" in str(raised(lambda: export("pykis", "there")))
@@ -119,9 +110,6 @@ def test_python_kis_file_is_what_tokenp_answers(gateway: Sandbox) -> None:
     assert re.fullmatch(r"token_real_me_[0-9a-f]{40}\.json", path.name)
     content = json.loads(path.read_text())
     assert sorted(content) == ["access_token", "access_token_token_expired", "expires_in", "token_type"]
-    expiry = datetime.fromisoformat(content["access_token_token_expired"] + "+09:00")
-    assert timedelta(0) <= on_disk().expires_at - expiry < timedelta(seconds=1)
-    assert 86_000 < content["expires_in"] <= 86_400
 
 
 @pytest.mark.usefixtures("gateway")
@@ -140,19 +128,13 @@ def test_samples_files_speak_the_readers_time(zone: str) -> None:
 
 
 def test_every_way_to_a_new_token_reaches_the_copies(copies: Path) -> None:
-    """A renewal, `save_token`, an import and a renewal of another market of the key: the copies follow."""
-    us, kr, seen = TokenManager("us"), TokenManager("kr"), []
-    ways: list[Callable[[], object]] = [
-        us.get_valid_token,
-        lambda: us.save_token(make_token(TWO_DAYS)),
-        lambda: us.adopt(make_token(TWO_DAYS + 600)),
-        lambda: kr.refresh(force=True),
-    ]
-    for way in ways:
+    """A renewal, an import and a renewal of another market of the key: the copies follow."""
+    us, kr = TokenManager("us"), TokenManager("kr")
+    for way in (us.get_valid_token, lambda: us.adopt(make_token(TWO_DAYS)), lambda: kr.refresh(force=True)):
+        before = us.load_token()
         way()
-        seen.append(held(copies))
-    assert seen[-1] == on_disk().access_token == kr.get_valid_token()
-    assert (len(set(seen)), len(list(copies.iterdir()))) == (4, 4)
+        assert held(copies) == on_disk().access_token != (before and before.access_token)
+    assert len(list(copies.iterdir())) == 4
 
 
 @pytest.mark.parametrize("death", ["deleted", "rejected", "revoked"])
@@ -164,11 +146,10 @@ def test_copies_die_with_the_token(death: str, copies: Path, caplog: pytest.LogC
     text = (us := TokenManager("us")).get_valid_token()
     next(Path.home().glob(".tokencore/key-*-exports.json")).unlink()
     exports().sync(on_disk())
-    assert held(copies) == text
     if death == "revoked":
         us.revoke()
     elif death == "rejected":
-        assert "six hours" in str(raised(lambda: us.report_rejected(text)))
+        raised(lambda: us.report_rejected(text))
     else:
         us.delete_token()
         assert held(copies) == text  # kr has the key's token: it lives
@@ -186,7 +167,7 @@ def test_what_fails_harms_neither_the_token_nor_the_other_copies(
     os.environ["KIS_MARKETS__US__EXPORTS"] = f"kis-auth:{missing},mojito2:{copies},kis-auth:{copies}"
     text = TokenManager("us").get_valid_token()
     assert (foreign.read_text(), text in (copies / name_of("kis-auth")).read_text()) == ("somebody's notes", True)
-    assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
+    assert caplog.text.count("is not up to date") == 2
     failed = exports().failures()
     assert "cannot be written, and the token is untouched: No such file or directory" in failed[f"kis-auth:{missing}"]
     assert "holds no token of this key" in failed[f"mojito2:{copies}"]
@@ -277,20 +258,14 @@ NOT_ADOPTED: dict[str, Callable[[str], str]] = {
 }
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("unpickled",)
-
-
 @pytest.mark.parametrize("passed", NOT_ADOPTED.values(), ids=NOT_ADOPTED)
 def test_token_is_not_adopted_where_it_is_dead_ours_or_another_keys(copies: Path, passed: Callable[[str], str]) -> None:
     """It is passed over: a longer one behind it is found, until KIS rejects that. Nothing acts by being unpickled."""
     other, theirs = passed(TokenManager("us").get_valid_token()), longer()
     (copies / "token.dat").write_bytes(pickled(other))
     assert found() is None
-    (copies / "token.dat").write_bytes(pickle.dumps([Evil(), other, theirs]))
+    evil = b"cos\nmkdir\n(V" + b"unpickled\ntRV" + other.encode() + b"\nV" + theirs.encode() + b"\n."
+    (copies / "token.dat").write_bytes(b"\x80\x02" + evil)
     assert found() == theirs
     exports().sync(on_disk())
     assert not Path("unpickled").exists()
@@ -302,12 +277,11 @@ PINS = Path(__file__).with_name("clients")
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "bots.md"
 THOROUGH = "TOKENCORE_CLIENTS" in os.environ  # `make clients`
 PROCESSES = 32 if THOROUGH else 2
-# The libraries know KIS's hosts only, so each is pointed to the gateway where it keeps them; the sample has a setting.
+# The libraries know KIS's hosts only, so each is pointed to the gateway where it keeps them.
 POINTED = {
     "mojito2": "import mojito\n"
     "mojito.KoreaInvestment.set_base_url = lambda self, mock: setattr(self, 'base_url', os.environ['KIS_BASE_URL'])\n",
     "python-kis": "import pykis.kis\npykis.kis.REAL_DOMAIN = os.environ['KIS_BASE_URL']\n",
-    "kis-auth": "",
 }
 
 
@@ -319,8 +293,6 @@ def blocks(language: str) -> list[str]:
 def interpreter_with(client: str) -> Path | None:
     """The Python of an environment with `client`, built if need be; None where its packages cannot be had."""
     pins = PINS / f"{client}.txt"
-    if not pins.exists():
-        return Path(sys.executable)
     home = Path(sys.prefix, "clients", f"{client}-{hashlib.sha256(pins.read_bytes()).hexdigest()[:12]}")
     python, complete = home / "bin" / "python", home / "complete"
     home.parent.mkdir(exist_ok=True)
@@ -339,7 +311,7 @@ def interpreter_with(client: str) -> Path | None:
 def pythons() -> dict[str, Path | None]:
     """The interpreters of all clients, built side by side."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip(CLIENTS, pool.map(interpreter_with, CLIENTS), strict=True))
+        return dict(zip(POINTED, pool.map(interpreter_with, POINTED), strict=True))
 
 
 def bots(client: str, python: Path, count: int) -> list[subprocess.Popen[str]]:
@@ -349,7 +321,7 @@ def bots(client: str, python: Path, count: int) -> list[subprocess.Popen[str]]:
     """
     first, later = (f"{code}\nprint('quoted', flush=True)\n" for code in blocks(client))
     program = f"import os, sys\n{POINTED[client]}{first}\nfor _ in sys.stdin:\n    exec({later!r})\n"
-    env = {**os.environ, "PYTHONPATH": str(PINS), "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    env = {**os.environ, "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
     command, pipe = [str(python), "-c", program], subprocess.PIPE
     return [subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True) for _ in range(count)]
 
@@ -359,24 +331,18 @@ def quoted(started: list[subprocess.Popen[str]]) -> bool:
     return all(one.stdout is not None and one.stdout.readline() == "quoted\n" for one in started)
 
 
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("client", POINTED)
 def test_client_and_tokencore_use_each_others_token(
     client: str, nowhere: Sandbox, pythons: dict[str, Path | None]
 ) -> None:
-    """Without a copy a client issues, and its token becomes the key's; with one it issues none, at its start or later.
-
-    The folders of all clients are at their defaults.
-    """
+    """A client without a copy issues, and its token is the key's; with one it issues none, at its start and later."""
     if not (python := pythons[client]):
         assert not THOROUGH
         pytest.skip(f"{client} cannot be installed here; `make clients` says why")
     nowhere.set_rules(same_token=0, issue_interval=0)
-    exported = f"mojito2:{Path.cwd()},python-kis,kis-auth"
+    exported = f"mojito2:{Path.cwd()},python-kis"
     os.environ |= {"KIS_HTS_ID": "me", "KIS_ISSUE_INTERVAL": "0", "KIS_MARKETS__US__EXPORTS": exported}
-    config = Path.home() / "KIS" / "config"
-    for made in (config, Path.home() / ".pykis" / "cache"):
-        made.mkdir(parents=True)
-    (config / "kis_devlp.yaml").write_text(f"prod: {nowhere.url}\nmy_app: {APP_KEY}\nmy_sec: {APP_SECRET}\n")
+    (Path.home() / ".pykis" / "cache").mkdir(parents=True)
     started = bots(client, python, 1)
     assert quoted(started)
     theirs = TokenManager("us").get_valid_token()
