@@ -637,3 +637,5 @@ def test_missing_credentials_are_named_with_both_ways_to_set_them(kept: Kept) ->
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}
     assert "set KIS_APP_SECRET (or KIS_MARKETS__KR__APP_SECRET)" in refusal(read_market("kr").credentials)
     assert kept({}) == []
+    os.environ |= {"KIS_KEYRING": "kis", "KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_KEY": KEY}
+    assert read_market("kr").credentials() == (KEY, SECRET), "the keyring has none of its own"
