@@ -158,8 +158,8 @@ def test_it_is_driven_over_http(kis: Sandbox) -> None:
 
 def test_stats_and_log_hold_no_secret(kis: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
     """After every kind of request, and a client that turns away, the statistics show no secret; nothing is printed."""
-    token, params = issued(kis, time.time()), {"appkey": KEY, "appsecret": SECRET}
-    requests.get(kis.url + TOKEN, params=params, timeout=5)
+    token = issued(kis, time.time())
+    requests.get(kis.url + TOKEN, params=GRANT, timeout=5)
     for body in (b"{not json", b"\xff\xfe", b"[" * 50_000, b"[1]"):
         assert requests.post(kis.url + TOKEN, data=body, timeout=5).json()["error_code"] == "EGW00101"
     post(kis, APPROVAL, {**GRANT, "secretkey": SECRET})

@@ -64,7 +64,7 @@ def test_hours_of_known_days(key: str) -> None:
 def test_a_need_reaches_from_before_the_open_to_the_pad() -> None:
     """A need is the session with 30 minutes before it and the pad after it: the exchange's own, or the evening's."""
     known = "KRX 19T23:30 20T07:30, KRX 19T23:30 20T11:10 extended, NXT 19T22:30 20T11:10, SEHK 20T01:00 20T08:10"
-    for row in (*known.split(", "), "NYSE 20T14:00 20T21:00"):
+    for row in (*known.split(", "), "NYSE 20T14:00 20T21:00", "NYSE 20T08:30 21T01:00 extended"):
         code, begins, ends, *extended = row.split()
         found = need(code, date(2026, 11, 20), {code: Override(extended=bool(extended))})
         assert found == (utc(f"2026-11-{begins}"), utc(f"2026-11-{ends}")), row
