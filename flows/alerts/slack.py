@@ -21,29 +21,24 @@ if TYPE_CHECKING:
 API = "https://slack.com/api/"  # where a bot speaks; a webhook is an address of its own
 TIMEOUT = 3  # seconds for each step of a request
 OK = 200
+REINSTALL = "install the bot again, and set its new SLACK_BOT_TOKEN"
+ASK = "ask who administers Slack to allow posts there, or choose another channel"
 ARCHIVED = "the channel is archived: unarchive it, or choose another one"
+REPORT = "this is a fault of tokencore's: please report it; the message is in the run's log"
 FIXES = {  # what Slack says, and what to do
     "channel_not_found": "correct SLACK_CHANNEL, and invite the bot into the channel if it is private",
-    "channel_is_archived": ARCHIVED,
-    "is_archived": ARCHIVED,
     "not_in_channel": "invite the bot into the channel (/invite), or give it the scope chat:write.public",
     "missing_scope": "give the bot the scope chat:write, and install it again",
-    "invalid_auth": "correct SLACK_BOT_TOKEN: it begins with xoxb-",
-    "not_authed": "set SLACK_BOT_TOKEN: it begins with xoxb-",
-    "account_inactive": "the bot was removed: install it again, and set its new SLACK_BOT_TOKEN",
-    "token_revoked": "the bot's token was revoked: install it again, and set its new SLACK_BOT_TOKEN",
-    "token_expired": "the bot's token has expired: install it again, and set its new SLACK_BOT_TOKEN",
-    "restricted_action": "ask who administers Slack to let the bot post in this channel",
-    "action_prohibited": "ask who administers Slack to let the webhook post in this channel",
-    "posting_to_general_channel_denied": "choose another channel, or ask who administers Slack",
-    "invalid_blocks": "this is a fault of tokencore's: please report it; the message is in the run's log",
-    "invalid_payload": "this is a fault of tokencore's: please report it; the message is in the run's log",
+    **dict.fromkeys(("invalid_auth", "not_authed"), "set SLACK_BOT_TOKEN anew: it begins with xoxb-"),
+    **dict.fromkeys(("account_inactive", "token_revoked", "token_expired"), REINSTALL),
+    **dict.fromkeys(("restricted_action", "action_prohibited", "posting_to_general_channel_denied"), ASK),
+    **dict.fromkeys(("channel_is_archived", "is_archived"), ARCHIVED),
+    **dict.fromkeys(("invalid_blocks", "invalid_payload"), REPORT),
     "no_service": "correct SLACK_WEBHOOK_URL, or make a new webhook: this one was disabled or removed",
     "no_team": "correct SLACK_WEBHOOK_URL: its workspace no longer exists",
     "invalid_token": "correct SLACK_WEBHOOK_URL: it is incomplete",
     "HTTP 403": "correct SLACK_WEBHOOK_URL, or ask who administers Slack why it is forbidden",
     "HTTP 404": "correct SLACK_WEBHOOK_URL, or make a new webhook: this one is unknown or was removed",
-    "HTTP 429": "Slack asks for less: the next run sends the message",
     "ValueError": "correct SLACK_WEBHOOK_URL: it is not an address; copy it again from Slack",
     "URLError": "check this machine's network and its proxy",
     "TimeoutError": "check this machine's network; the next run sends the message",
