@@ -38,22 +38,14 @@ class Ran(NamedTuple):
 def tokencore(*arguments: str, **settings: str) -> Ran:
     """Run `python -m tokencore` to its end, with environment variables beside the present ones."""
     command = [sys.executable, "-m", "tokencore", *arguments]
-    done = subprocess.run(
-        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
 def start(program: str, *arguments: str, **settings: str) -> subprocess.Popen[str]:
     """Start a Python program, given as text, with pipes to its standard input and output."""
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **settings},
-    )
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], text=True, env=os.environ | settings, **pipes)
 
 
 def forked(count: int, work: Callable[[int], object]) -> list[Any]:

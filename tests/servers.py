@@ -185,8 +185,7 @@ class SlackEndpoint(Wire):
         if status == 200 and answer["ok"]:
             self.messages.append(json.loads(body))
             answer = {"channel": CHANNEL, "ts": f"{len(self.messages)}.0", **answer}
-        kind = "application/json" if is_bot else "text/plain"
-        headers = {"Content-Type": kind, "Retry-After": str(self.retry_after)}
+        headers = {"Content-Type": "application/json" if is_bot else "text/plain", "Retry-After": str(self.retry_after)}
         return _answer(status, answer if is_bot else word.encode(), headers)
 
 

@@ -185,13 +185,3 @@ def test_the_setup_of_compose_makes_every_secret_for_its_readers_alone(tmp_path:
     assert len({made[name] for name in made if name != "SLACK_WEBHOOK_URL"}) == len(made) - 1
     assert Fernet(made["KIS_STORE_KEYS"]).encrypt(b"a token")
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
-
-
-def test_the_image_takes_all_that_the_package_is_made_of_and_no_address() -> None:
-    """Every folder of pyproject.toml, the deployments and the pins are copied; pip's index is the builder's."""
-    text = (ROOT / "Dockerfile").read_text()
-    copied = {path for line in re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE) for path in line.split()}
-    assert copied == {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", "prefect.yaml", "flows", "tokencore"}
-    assert all((ROOT / path).exists() for path in copied)
-    assert not re.search(r"https?://(?!127\.0\.0\.1)|index-url", text)
-    assert re.search(r"^USER 1000:1000$", text, re.MULTILINE)

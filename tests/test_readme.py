@@ -29,8 +29,7 @@ TRANSLATED = [name for name in PAGES if name.replace(".md", ".ko.md") in PAGES]
 ENGLISH = [name for name in PAGES if not name.endswith(".ko.md")]
 BLOCK = re.compile(r"^```([\w -]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = {name: BLOCK.findall(text) for name, text in TEXTS.items()}
-MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
+MAKEFILE, EXAMPLE = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".env.example"))
 # Not for .env: set for a program by `exec`, a folder of its own, and beginnings of names.
 OUTSIDE = {"KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT", "KIS_SECRETS_DIR", "KIS_MARKETS__"}
 RUN = {"sh", "python"}  # languages whose blocks are run; "console" shows what needs more than one machine can give
@@ -121,9 +120,8 @@ def test_pages_keep_their_size() -> None:
 def test_samples_of_alerts_are_current() -> None:
     """What the pages show of alerts is what the code says today; `make docs` brings them up to date."""
     made = runpy.run_path(str(DOCS / "alerts.py"))
-    for path in made["PAGES"]:
-        text = path.read_text(encoding="utf-8")
-        assert text == made["current"](text), "run `make docs`"
+    texts = [path.read_text(encoding="utf-8") for path in made["PAGES"]]
+    assert texts == [made["current"](text) for text in texts], "run `make docs`"
 
 
 def _settings(text: str) -> set[str]:
@@ -140,12 +138,11 @@ def _code(text: str) -> str:
 def _facts(text: str) -> dict[str, object]:
     """What is the same in every language: comments and alerts are not."""
     rest = BLOCK.sub("", text)
-    rows = [line.replace("\\|", "").count("|") for line in rest.splitlines() if line.startswith("|")]
     links = re.findall(r"\]\(([^)\s#]+)", rest)
     return {
         "blocks": [_code(f"```{kind}\n{code}```\n") for kind, code in BLOCK.findall(text) if kind != "text"],
         "inline": {span.replace("\\|", "|") for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", rest)},
-        "tables": rows,
+        "tables": [line.replace("\\|", "").count("|") for line in rest.splitlines() if line.startswith("|")],
         "links": sorted(link.replace(".ko.md", ".md") for link in links if "README" not in link),
         "sections": [len(level) for level in re.findall(r"^(#+) ", rest, re.MULTILINE)],
     }

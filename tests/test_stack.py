@@ -40,38 +40,27 @@ MINUTE = 60.0
 
 
 @pytest.fixture(scope="module")
-def gateway() -> Iterator[Sandbox]:
-    """KIS, whose minute is short."""
-    with Sandbox(issue_interval=1) as running:
-        yield running
+def outside() -> Iterator[tuple[Sandbox, SlackEndpoint]]:
+    """KIS, whose minute is short, and the Slack that the stack alerts."""
+    with Sandbox(issue_interval=1) as gateway, SlackEndpoint() as slack:
+        yield gateway, slack
 
 
 @pytest.fixture(scope="module")
-def slack() -> Iterator[SlackEndpoint]:
-    """The Slack that the stack alerts."""
-    with SlackEndpoint() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def up(gateway: Sandbox, slack: SlackEndpoint) -> Iterator[Up]:
+def up(outside: tuple[Sandbox, SlackEndpoint]) -> Iterator[Up]:
     """A stack with credentials and a proxy in `.env` only, and another user's files and another Prefect in its way."""
     for_all = {f"PREFECT_SERVER_{name}CORS_ALLOWED_ORIGINS": "*" for name in ("", "API_")}
-    settings = {
-        "KIS_TIMEOUT": "60",
-        "KIS_BASE_URL": gateway.url,
-        "KIS_ISSUE_INTERVAL": "1",
-        "KIS_MARKETS__HK__EXCHANGES": "SEHK",
-    }
-    settings |= {"SLACK_WEBHOOK_URL": f"{slack.url}/services/{WEBHOOK}", "HTTPS_PROXY": "http://CanaryProxy"}
+    settings = {"KIS_TIMEOUT": "60", "KIS_ISSUE_INTERVAL": "1", "KIS_MARKETS__HK__EXCHANGES": "SEHK", **KEYS}
+    settings |= {"KIS_BASE_URL": outside[0].url, "SLACK_WEBHOOK_URL": f"{outside[1].url}/services/{WEBHOOK}"}
     with tempfile.TemporaryDirectory(prefix="tokencore-") as root:  # pytest's own path leaves no room for a socket's
         place = Place.made(Path(root) / "stack", AWS_SECRET_ACCESS_KEY="CanaryCloud", **for_all)
-        for folder in ("tokens", "tokens/prefect"):
-            (place.work / folder).mkdir(0o700)
-        (place.work / "tokens" / "prefect" / "password").touch(0o600)
+        folder = place.work / "tokens" / "prefect"
+        for path in (folder.parent, folder):
+            path.mkdir(0o700)
+        (folder / "password").touch(0o600)
         (place.temporary / "runner_storage").touch(0)  # not even root can make a folder of it
-        settings["KIS_TOKEN_DIR"] = str(place.work / "tokens")
-        place.dotenv(**KEYS, **settings, **always_open("NASD", "KRX"))  # never both are near midnight
+        settings |= {"HTTPS_PROXY": "http://CanaryProxy", "KIS_TOKEN_DIR": str(folder.parent)}
+        place.dotenv(**settings, **always_open("NASD", "KRX"))  # never both are near midnight
         yield place.up()
         place.run("down")
 
@@ -85,8 +74,9 @@ class Once(Api):
 
 
 @pytest.fixture
-def refreshing(up: Up, gateway: Sandbox) -> Iterator[tuple[str, int]]:
+def refreshing(up: Up, outside: tuple[Sandbox, SlackEndpoint]) -> Iterator[tuple[str, int]]:
     """A run that waits for KIS, and its process."""
+    gateway = outside[0]
     gateway.set_rules(latency=MINUTE)
     before = asked(gateway)
     for pattern in ("key-*.json*", "*_api_token.json", "*_token_issued_at.dat"):  # no token, and nobody who issued one
@@ -177,9 +167,9 @@ def test_no_secret_is_stored_or_on_a_command_line(up: Up) -> None:
     assert not any(one in line for line in (up.output, *up.place.living().values()) for one in secrets)
 
 
-def test_runs_that_crash_together_are_one_message_with_a_link(up: Up, slack: SlackEndpoint) -> None:
+def test_runs_that_crash_together_are_one_message_with_a_link(up: Up, outside: tuple[Sandbox, SlackEndpoint]) -> None:
     """Slack has whose crash it is and its page, once; where Slack refuses, the log has the kind of the error alone."""
-    known, log = automations(up), up.folder / "server.log"
+    known, log, slack = automations(up), up.folder / "server.log", outside[1]
     assert sorted(known) == NAMES
 
     def crash() -> bool:
@@ -246,7 +236,7 @@ def test_another_deploy_follows_the_settings_and_keeps_what_a_person_did(up: Up)
     dotenv = up.place.work / ".env"
     dotenv.write_text(dotenv.read_text().replace("SEHK", "KRX"))
     assert up.control("start", "deploy") == "deploy: started"
-    until(lambda: "deploy" not in up.processes(), SLOW)
+    until(lambda: sorted(up.processes()) == ["server", "supervisor", "worker"], SLOW)
     after = automations(up)
     assert sorted(after) == sorted([*NAMES, "A person's"])
     assert {name: after[name]["id"] for name in NAMES} == {name: before[name]["id"] for name in NAMES}

@@ -21,7 +21,7 @@ from stacks import KEYS, SLOW, Place, free_port, in_proc
 from test_settings import dotenv
 
 from flows.stack import demo as play
-from flows.stack import environment, watchdog
+from flows.stack import watchdog
 from flows.stack.api import Api
 from tokencore import sessions
 
@@ -155,15 +155,6 @@ def test_what_another_user_can_have_planted_starts_and_stops_nothing(make_place:
     assert (folder / "password").read_text() == ""
 
 
-def test_a_dotenv_gives_prefects_settings_unless_others_could_have_written_it() -> None:
-    """Of the rest, such as a proxy, the server and the worker get nothing."""
-    file = dotenv(PREFECT_SERVER_API_PORT="4201", HTTPS_PROXY="http://127.0.0.1:9", KIS_TIMEOUT="9")
-    before = dict(os.environ)
-    assert environment.with_dotenv() == before | {"PREFECT_SERVER_API_PORT": "4201"}
-    file.chmod(0o666)
-    assert environment.with_dotenv() == before
-
-
 @pytest.fixture
 def prefect() -> Iterator[Wire]:
     """A port that answers as Prefect's server does, or not; the settings lead there."""
@@ -172,37 +163,35 @@ def prefect() -> Iterator[Wire]:
         yield server
 
 
-def checked(ago: timedelta) -> list[dict[str, str]]:
+def checked(ago: timedelta) -> tuple[int, list[dict[str, str]]]:
     """What the server says of the newest check, which ended so long ago."""
-    return [{"state_name": "AlreadyValid", "end_time": (datetime.now(UTC) - ago).isoformat()}]
+    return 200, [{"state_name": "AlreadyValid", "end_time": (datetime.now(UTC) - ago).isoformat()}]
 
 
-NOT_WELL: dict[str, tuple[int, object]] = {
-    "no answer": (0, b""),
+NOT_WELL = {
     "unhealthy": (500, True),
     "another password": (401, True),
-    "no check for long": (200, checked(watchdog.SILENCE + timedelta(minutes=1))),
+    "no check for long": checked(watchdog.SILENCE + timedelta(minutes=1)),
 }
 
 
-@pytest.mark.parametrize(("status", "content"), NOT_WELL.values(), ids=list(NOT_WELL))
+@pytest.mark.parametrize("answer", [None, *NOT_WELL.values()], ids=["no answer", *NOT_WELL])
 def test_a_server_that_looks_after_nothing_is_told_once_and_its_return_too(
-    status: int, content: object, prefect: Wire, slack: SlackEndpoint, capfd: pytest.CaptureFixture[str]
+    answer: tuple[int, object] | None, prefect: Wire, slack: SlackEndpoint, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Exit 1 with a line for cron at each look, one message to Slack; then one that it is over, and silence."""
-    if status:
-        prefect.answer(status, content)
+    if answer:
+        prefect.answer(*answer)
     for _ in range(2):
         assert (watchdog.watch(patience=0), capfd.readouterr().err.count("\n")) == (1, 1)
         assert slack.headlines == [TITLE]
-    prefect.answer(200, checked(timedelta(minutes=5)))
-    for _ in range(2):
-        assert watchdog.watch(patience=0) == 0
+    prefect.answer(*checked(timedelta(minutes=5)))
+    assert [watchdog.watch(patience=0) for _ in range(2)] == [0, 0]
     assert slack.headlines == [TITLE, TITLE.replace(": ", ": solved: ", 1)]
 
 
 def test_a_restart_is_no_death(prefect: Wire, slack: SlackEndpoint) -> None:
     """A server that is well again within the watchdog's patience has been away for nobody."""
-    threading.Timer(0.2, prefect.answer, (200, checked(timedelta(minutes=5)))).start()
+    threading.Timer(0.2, prefect.answer, checked(timedelta(minutes=5))).start()
     assert watchdog.watch(patience=60) == 0
     assert (len(prefect.requests) > 1, slack.asked) == (True, [])

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = "4200"  # Prefect's own
 LOOPBACK = "127.0.0.1"
-EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
-THIS_MACHINE = re.compile(r"localhost|127\.[\d.]+|::1")
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - compared with, not listened on
+THIS_MACHINE = re.compile(r"localhost|127\.[\d.]+")
 DATABASES = ("sqlite+aiosqlite://", "postgresql+asyncpg://")  # what Prefect's server speaks
 USER = "admin"  # of a generated password
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # noqa: S105 - the name of the setting
@@ -107,12 +107,7 @@ def with_dotenv() -> dict[str, str]:
 
 
 def port(environment: Mapping[str, str]) -> int:
-    """The port of the server.
-
-    Raises:
-        ConfigurationError: PREFECT_SERVER_API_PORT is no port.
-
-    """
+    """The server's port; ConfigurationError where the setting is none."""
     text = environment.get("PREFECT_SERVER_API_PORT") or DEFAULT_PORT
     if not text.isdecimal() or not 0 < int(text) < 65536:  # noqa: PLR2004 - ports end there
         raise ConfigurationError(f"PREFECT_SERVER_API_PORT={text[:20]} is no port; set a number from 1 to 65535.")
@@ -127,8 +122,7 @@ def host(environment: Mapping[str, str]) -> str:
 def address(environment: Mapping[str, str]) -> str:
     """The server's address for programs of this machine."""
     place = host(environment)
-    place = LOOPBACK if place in EVERYWHERE else place
-    return f"http://{f'[{place}]' if ':' in place else place}:{port(environment)}"
+    return f"http://{LOOPBACK if place == EVERYWHERE else place}:{port(environment)}"
 
 
 def page(environment: Mapping[str, str]) -> str:
@@ -148,7 +142,7 @@ def hosts(environment: Mapping[str, str]) -> list[str]:
     """The names by which requests may call the server; any, where it listens for other machines."""
     if not THIS_MACHINE.fullmatch(host(environment)):
         return ["*"]
-    return [re.sub(r":\d+$", "", urlsplit(one).netloc) for one in origins(environment)]
+    return [urlsplit(one).hostname or "" for one in origins(environment)]
 
 
 def home() -> Path:

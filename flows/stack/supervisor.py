@@ -164,8 +164,7 @@ def _refuse(home: Path, given: Mapping[str, str]) -> None:
     """Refuse what would make a part fail later, less clearly."""
     place, port = environment.host(given), environment.port(given)
     try:
-        family, _, _, _, address = socket.getaddrinfo(place, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(address[:2], family=family).close()
+        socket.create_server((place, port)).close()
     except OSError as error:
         raise ConfigurationError(
             f"Cannot listen on {place}, port {port}: {error.strerror}. Set PREFECT_SERVER_API_PORT to a free port, "
