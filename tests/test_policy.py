@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, time, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 from unittest.mock import ANY
 from zoneinfo import ZoneInfo
@@ -138,8 +139,7 @@ def test_a_decision_lies_ahead_and_leaves_served_needs_alone(
     """Whatever the token's age and life, even unknown or odd: never in the past nor inside a served need."""
     now = needs[0][0] + offset
     issued = None if age is None else now - age
-    planned = next_renewal(now, needs, issued_at=issued, expires_at=now + left, anchor=anchor)
-    if planned:
+    if planned := next_renewal(now, needs, issued_at=issued, expires_at=now + left, anchor=anchor):
         assert planned.at >= now
         assert not any(start < planned.at < end <= now + left - DAY + COUNTS for start, end in needs)
 
@@ -237,36 +237,34 @@ def test_decisions(case: str) -> None:
 def test_the_quiet_before_a_need_is_preferred() -> None:
     """No hurry inside a served need: half of the three quiet minutes after it will do; an anchor near a need waits."""
     needs = spans(kst("06-01 17:00"), [(5 * HOUR, 7 * HOUR), (3 * MINUTE, 1 * HOUR), (147 * MINUTE, 8 * HOUR)])
-    planned = next_renewal(
-        kst("06-01 23:00"), needs, issued_at=None, expires_at=kst("06-02 12:00"), anchor=time(16, 35)
-    )
+    now, end = kst("06-01 23:00"), kst("06-02 12:00")
+    planned = next_renewal(now, needs, issued_at=None, expires_at=end, anchor=time(16, 35))
     assert planned == Renewal(kst("06-02 05:01:30"), ANY, None)
     assert decide(kst("05-31 12:00"), WEEKDAYS, None, time(8)) == Renewal(kst("05-31 16:35"), ANY, None)
 
 
 def test_nothing_to_renew_for() -> None:
     """Without a need, or with a token that serves them all, there is no renewal, no anchor and no quiet time."""
-    now, later = kst("06-01 12:00"), kst("07-01 12:00")
-    assert decide(now, [], None) is next_renewal(now, WEEKDAYS, issued_at=now, expires_at=later) is None
+    now = kst("06-01 12:00")
+    assert decide(now, [], None) is next_renewal(now, WEEKDAYS, issued_at=now, expires_at=kst("07-01 12:00")) is None
     assert (daily_anchor([]), quiet_time([]), quiet_time([(now, now + DAY)])) == (None, None, None)
     assert quiet_time(WEEKDAYS) == (time(16, 30), time(8, 30))
 
 
 def test_a_need_longer_than_a_token_is_chained_and_says_so() -> None:
     """56 hours take three tokens, each an hour before the last one ends; all three are exceptions."""
-    need = kst("06-01 08:30"), kst("06-03 16:30")
-    done = run([need])
+    done = run([(kst("06-01 08:30"), kst("06-03 16:30"))])
     assert [one.at for one in done] == [kst("06-01 07:30"), kst("06-02 06:30"), kst("06-03 05:30")]
     assert all("the need lasts 56 h, longer than one token" in str(one.exception) for one in done)
 
 
 def test_a_longer_buffer_moves_the_anchor() -> None:
     """With a buffer of ten minutes the anchor comes later by as much, and no day needs an exception."""
-    start, until, buffer = kst("05-31 12:00"), kst("06-09 12:00"), 10 * MINUTE
-    assert daily_anchor(WEEKDAYS, buffer=buffer) == time(16, 40)
-    done = renewals(start, WEEKDAYS, until=until, issued_at=None, expires_at=None, buffer=buffer)
+    plan = partial(renewals, kst("05-31 12:00"), WEEKDAYS, issued_at=None, expires_at=None, buffer=10 * MINUTE)
+    assert daily_anchor(WEEKDAYS, buffer=10 * MINUTE) == time(16, 40)
+    done = plan(until=kst("06-09 12:00"))
     assert [one.exception for one in done] == [None] * 7
-    assert renewals(start, WEEKDAYS, until=done[2].at, issued_at=None, expires_at=None, buffer=buffer) == done[:3]
+    assert plan(until=done[2].at) == done[:3]
 
 
 WEEKS = {
@@ -300,13 +298,12 @@ def test_real_weeks(codes: list[str], first: str, days: int, expected: str) -> N
 def test_anchors_of_real_exchanges() -> None:
     """The anchor lies in the afternoon gap of Korea; to 20:00, in the evening of winter or the morning of summer."""
 
-    def anchor(codes: list[str], first: str, *, extended: bool = False) -> time | None:
-        start, override = kst(f"{first} 00:00"), sessions.Override(extended=extended)
-        return daily_anchor(sessions.needs(codes, start, start + 14 * DAY, {"KRX": override}))
+    def anchor(codes: list[str], first: str, *, extended: bool = False) -> str:
+        start, known = kst(f"{first} 00:00"), {"KRX": sessions.Override(extended=extended)}
+        return f"{daily_anchor(sessions.needs(codes, start, start + 14 * DAY, known)):%H:%M}"
 
     for first in ("02-02", "07-06"):
-        assert anchor(["KRX"], first) == anchor(["KRX", "NASD"], first) == time(16, 35)
-        assert anchor(ALL_BUT_NXT, first) == time(17, 15)
-    assert anchor(["KRX"], "11-10") == time(17, 35), "CSAT day is ahead"
-    assert anchor(ALL_BUT_NXT, "12-01", extended=True) == time(20, 15)
-    assert anchor(ALL_BUT_NXT, "09-14", extended=True) == time(5, 5)
+        assert anchor(["KRX"], first) == anchor(["KRX", "NASD"], first) == "16:35"
+        assert anchor(ALL_BUT_NXT, first) == "17:15"
+    assert anchor(["KRX"], "11-10") == "17:35", "CSAT day is ahead"
+    assert [anchor(ALL_BUT_NXT, first, extended=True) for first in ("12-01", "09-14")] == ["20:15", "05:05"]

@@ -177,12 +177,12 @@ class TestQuestions:
         exchange = opens(timedelta(minutes=-5))
         cached(left=LASTING)
         with paused(reason="점검 뒤") as waiting:
-            said = (
-                "us+kr: the token serves until ",
+            for said in (
+                "us+kr: the token serves",
                 "It would be token number 2",
                 f"{exchange}: tokens are in use until ",
-            )
-            assert [waiting.question.count(f"- {one}") for one in said] == [1, 1, 1]
+            ):
+                assert f"- {said}" in waiting.question
             assert end_of(waiting.answer(RENEW)) == ("COMPLETED", "Renewed")
         assert only_key().state(datetime.now(UTC)).attempts[-1].reason == "점검 뒤"
         assert (slack.headlines, asked(gateway)) == (["us+kr: refreshed manually"], 1)

@@ -3,8 +3,7 @@
     from tokencore import USTokenManager
     token = USTokenManager().get_valid_token()
 
-The names below are the whole public surface. They are loaded when they are first used, so that a cached token costs
-no import of HTTP, settings validation or locking.
+The names below are the whole public surface, each loaded when it is first used: a cached token costs no other import.
 """
 
 from __future__ import annotations

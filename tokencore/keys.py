@@ -142,11 +142,7 @@ class Key(Sensitive):
         return bool(running) and token.serves(max(running.values()) - CLOCK_SLACK, self.market.buffer)
 
     def tick(self, state: KeyState) -> Decision:
-        """Follow the renewal rule at `state`: renew if it is due and the limits allow it.
-
-        After a failure the record keeps the pauses (65 s three times, then 5 min), so that any number of callers,
-        however often they call, ask KIS no more than the rule does.
-        """
+        """Follow the renewal rule at `state`: renew if it is due and the limits allow it, however often it is called."""
         planned, renewed, trouble = state.outlook.next, False, None
         if planned is None or planned.at > state.now:
             return Decision(renewed, trouble, state)
@@ -290,8 +286,7 @@ class KeyState(Sensitive):
     def foreign_issue(self) -> datetime | None:
         """When another program issued the present token, aware UTC; None where it is our own, or there is none.
 
-        KIS returned it to us, the record knows no issue of it, and no request of ours from about that time. A token
-        that nobody here asked KIS for, such as one put in by a person, is nobody's fault.
+        KIS returned it to us, the record knows no issue of it, and no request of ours from about that time.
         """
         if self.token is None or self.token.issued_at is None:
             return None

@@ -275,7 +275,8 @@ class BaseTokenManager(Sensitive):
             reason = f"get {self.market.name}"
             token, _ = self._renewer.obtain(lambda found: found.serves(until(), self.market.buffer), reason)
         self._remember(token, now)
-        if not self._store.saved(token):  # the disk may have room again
+        if not self._store.saved(token) and time.monotonic() >= self._next_try:  # the disk may have room again
+            self._next_try = time.monotonic() + self.market.settings.issue_interval
             self._renewer.sync_copies()
         if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:
             self._renew_beside(token)

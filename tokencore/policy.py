@@ -40,8 +40,8 @@ class Renewal(NamedTuple):
     Attributes:
         at: when, aware UTC; not before the `now` that was asked about, and equal to it when due.
         reason: for people, one line: by which clause of the rule, and when the token is needed next.
-        exception: None if `at` is 24 hours or more after the last issue and outside all needs, and
-            the new token lasts through the next one. Otherwise one line on what is different, and why.
+        exception: what is different, and why, in a line; None if `at` is 24 hours or more after the last issue and
+            outside all needs, and the new token lasts through the next one.
 
     """
 
@@ -152,11 +152,10 @@ class _Past(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """One need, in UTC, and when an issue for it comes neither too early nor too late.
+    """One need, in UTC; a token issued before `earliest` does not last through it, after `latest` a fault may not pass.
 
-    A token issued before `earliest` does not last through it; after `latest` there is too little
-    time for a fault to pass. If `latest` cannot wait for the 24 hours, the issue comes at `early`:
-    a bit sooner than it must, so that the days after, each some seconds later, need no exception.
+    Where `latest` cannot wait for the 24 hours, the issue comes at `early`: a bit sooner than it must, so that the days
+    after, each some seconds later, need no exception.
     """
 
     start: datetime

@@ -89,8 +89,7 @@ def longest(found: Iterable[Token | None]) -> Token | None:
 def from_answer(answer: Mapping[str, Any], received_at: datetime) -> Token:
     """The token in tokenP's answer; the earliest of its three ways to give the expiry wins.
 
-    A returned token's `expires_in` overstates its life, and the format of the token is not promised, so none of
-    the three (KST text, the JWT's `exp`, `received_at` + `expires_in`) is trusted alone.
+    A returned token's `expires_in` overstates its life, and nobody promises the token's format (the JWT's `exp`).
 
     Raises:
         ValueError: there is no usable token or no expiry in the answer; the message says which.
