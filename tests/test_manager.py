@@ -153,19 +153,23 @@ def in_threads(count: int, work: Callable[[int], object]) -> list[object]:
 @pytest.mark.parametrize("crowd", [forked, in_threads])
 @pytest.mark.parametrize("left", [0, LAST_MINUTES], ids=["without a token", "about to expire"])
 def test_a_crowd_makes_one_request_and_nobody_sits_out_the_minute(
-    slow: Sandbox, caplog: pytest.LogCaptureFixture, crowd: Callable[..., list[str]], left: float
+    slow: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    crowd: Callable[..., list[tuple[str, str]]],
+    left: float,
 ) -> None:
     """Half for us and half for kr, some with one manager: all get the new token, or the old one that still serves.
 
-    How soon they have it is measured by `benchmarks/stampede.py`.
+    Nobody warns. How soon they have it is measured by `benchmarks/stampede.py`.
     """
+    monkeypatch.setattr("tokencore.manager.PATIENCE", 30)  # a child ends without waiting for its thread
     known, began = {cached(left).access_token} if left else set(), time.monotonic()
     managers = [USTokenManager(), KRTokenManager(), *(TokenManager(("us", "kr")[n % 2]) for n in range(30))]
-    served = set(crowd(32, lambda number: managers[number % 29].get_valid_token()))
-    assert time.monotonic() - began < 30
-    until(lambda: asked(slow) == 1 and on_disk().access_token not in known)
-    assert served <= known | {on_disk().access_token}
-    assert (asked(slow), caplog.text) == (1, "")
+    served = set(crowd(32, lambda number: (managers[number % 29].get_valid_token(), caplog.text)))
+    assert time.monotonic() - began < 50
+    assert served <= {(token, "") for token in (*known, on_disk().access_token)}
+    assert (asked(slow), on_disk().access_token in known) == (1, False)
 
 
 def test_processes_that_start_inside_a_foreign_minute_wait_it_out_and_ask_once_more(gateway: Sandbox) -> None:

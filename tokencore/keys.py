@@ -142,7 +142,7 @@ class Key(Sensitive):
         return bool(running) and token.serves(max(running.values()) - CLOCK_SLACK, self.market.buffer)
 
     def tick(self, state: KeyState) -> Decision:
-        """Follow the renewal rule at `state`: renew if it is due and the limits allow it, however often it is called."""
+        """Follow the renewal rule at `state`: renew if it is due and the limits allow it; calls too many do no harm."""
         planned, renewed, trouble = state.outlook.next, False, None
         if planned is None or planned.at > state.now:
             return Decision(renewed, trouble, state)
