@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import requests
 from builders import KEY, SECRET, ended, fill_disk, in_child
-from running import DAY, asked, cached, folder, forked, limited, on_disk, outcomes, raised, start, until
+from running import DAY, asked, cached, folder, forked, limited, on_disk, outcomes, raised, record, start, until
 
 from tokencore import (
     BaseTokenManager,
@@ -31,6 +31,7 @@ from tokencore import (
     USTokenManager,
     sessions,
 )
+from tokencore.attempts import Attempt, Outcome
 from tokencore.sandbox import APP_KEY, APP_SECRET
 from tokencore.stores.file_store import FileStore
 
@@ -208,6 +209,16 @@ def test_concurrent_ticks_make_one_request_and_none_of_them_reports_trouble(slow
     decisions = forked(8, lambda _: tuple(map(str, key.tick(state)[:2])))
     assert sorted(decisions) == [("False", "None")] * 7 + [("True", "None")]
     assert asked(slow) == 1
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_token_that_was_lost_is_fetched_at_once_while_kis_returns_it() -> None:
+    """The record knows its issue of an hour ago, although its file is gone."""
+    now = datetime.now(UTC)
+    record(Attempt(now - timedelta(hours=20), Outcome.SAME), Attempt(now - timedelta(hours=1), Outcome.ISSUED))
+    planned = Key.load(Settings.load())[0].state(now).outlook.next
+    assert planned
+    assert (planned.at, "the token is lost" in planned.reason) == (now, True)
 
 
 def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: Sandbox) -> None:
