@@ -232,6 +232,9 @@ def test_a_renewal_whose_worker_is_killed_is_finished_by_the_other(
     assert (len(calls), max(took for _, took, _ in calls) < 1) == (len(machines.bots), True)
     machines.note("the second machine's worker is killed")
     with capsys.disabled():
-        for row in (("what has happened", "requests", "seen everywhere after", "messages"), *machines.table):
-            print("\n{:<38} {:>8}  {:>21} {:>9}".format(*row), end="")
+        for row in (
+            ("what has happened", "requests so far", "seen everywhere after", "messages so far"),
+            *machines.table,
+        ):
+            print("\n{:<38} {:>15}  {:>21}  {:>15}".format(*row), end="")
         print()
