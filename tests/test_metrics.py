@@ -76,14 +76,15 @@ def test_standard_output_has_what_is_known_of_every_market(command: Command) -> 
 
 
 def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, command: Command, tmp_path: Path) -> None:
-    """Mode 0644, no draft left, nothing issued or written elsewhere; exit 2 where it cannot be."""
+    """Mode 0644 under any umask, no draft left, nothing issued or written elsewhere; exit 2 where it cannot be."""
     cached()
+    (tmp_path / "node").mkdir()
     before, target = snapshot(folder()), tmp_path / "node" / "kis.prom"
-    target.parent.mkdir()
-    target.touch(0o600)
-    assert command("metrics", "--textfile", str(target)) == Ran(0, "", "")
-    assert stat.S_IMODE(target.stat().st_mode) == 0o644
-    assert samples(target.read_text())["kis_token_valid"] == {"us": 1, "kr": 1}
+    os.umask(0o077)
+    ran = command("metrics", "--textfile", str(target))
+    assert (ran, os.umask(0o022)) == (Ran(0, "", ""), 0o077)
+    found = samples(target.read_text())["kis_token_valid"]
+    assert (stat.S_IMODE(target.stat().st_mode), found) == (0o644, {"us": 1, "kr": 1})
     assert (snapshot(folder()), asked(gateway)) == (before, 0)
     target.unlink()
     target.mkdir()
@@ -103,8 +104,7 @@ def test_every_scrape_reads_anew(url: str) -> None:
         os.environ["KIS_BUFFER"] = buffer
         found = samples(get(f"{url}/metrics").text)
         assert (found["kis_settings_readable"], found["kis_token_valid"]) == ({"": good}, {"us": 1, "kr": 1, "hk": 1})
-    path = next(folder().glob("key-*.jsonl"))
-    path.unlink()
+    (path := next(folder().glob("key-*.jsonl"))).unlink()
     path.mkdir()
     name = "kis_issuance_record_readable"
     assert (found[name]["us"], samples(get(f"{url}/metrics").text)[name]["us"]) == (1, 0)
