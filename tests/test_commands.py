@@ -511,7 +511,7 @@ WRONG = [line.split() for line in (
     "get us --json --format env", "get us --format yaml", "get", "gett us", "get us kr", "get us --force", "get hk",
     "get ../us", "check us hk", "check --probed", "refresh", "delete", "history us kr", "tick us", "exec us",
     "exec us -- no-such-program", "reject us --json", "completion cmd", "sandbox --port x", "plan --days 0",
-    "plan --days x", "plan --svg no/plan.svg",
+    "plan --days 32", "plan --days x", "plan --svg no/plan.svg",
 )]  # fmt: skip
 
 
