@@ -29,7 +29,7 @@ from running import asked, cached, on_disk, raised, snapshot
 from tokencore import ConfigurationError, Key, Settings, TokenManager
 from tokencore.clients.exports import Exports
 from tokencore.sandbox import APP_KEY, APP_SECRET
-from tokencore.tokens import jwt_claims
+from tokencore.tokens import from_text, jwt_claims
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,8 +152,10 @@ def test_what_fails_harms_neither_the_token_nor_the_other_copies(
     foreign.unlink()
     missing.mkdir()
     exports().sync(on_disk())
-    assert exports().failures() == {}
-    assert held(copies) == held(missing) == text
+    assert (exports().failures(), held(copies), held(missing)) == ({}, text, text)
+    for number in range(2):  # also one that lasts as long as the one before
+        TokenManager("us").save_token(from_text(make_jwt(APP_KEY, exp=2**32, number=number))[0])
+        assert held(copies) == on_disk().access_token
 
 
 FOREIGN: dict[str, Callable[[Path], object]] = {
