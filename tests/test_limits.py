@@ -92,7 +92,10 @@ TABLE: dict[str, tuple[Sequence[Intent], list[Attempt], dict[str, Any], tuple[st
     "a new token ends pauses": ([AHEAD], [*REFUSED, tried(Outcome.ISSUED, MINUTE)], {"token": LATE}, None),
     "a repeated one": ([DUE], [*REFUSED, tried(Outcome.SAME, MINUTE)], {"token": LATE}, ("backoff", 4 * MINUTE)),
     "other credentials": ([REQUIRED], [tried(Outcome.BAD_SECRET, HOUR, "wrong")], {}, None),
-    **{one: ((REQUIRED, DUE), [tried(one, 30 * DAY)], {"token": LATE}, ("credentials", None)) for one in CREDENTIALS},
+    **{
+        one: ((REQUIRED, DUE), [tried(one, 30 * DAY)], {"token": LATE}, ("credentials", None))
+        for one in sorted(CREDENTIALS)
+    },
     "corrected by a person": ((REFRESH, FORCE), [tried(Outcome.BAD_SECRET, HOUR)], {"token": LATE}, None),
     "a locked key": ([AHEAD], [tried(Outcome.BAD_KEY, 4 * MINUTE)], {"token": LATE}, ("backoff", MINUTE)),
     "a locked key, later": ([AHEAD], [tried(Outcome.BAD_KEY, 5 * MINUTE)], {"token": LATE}, None),
