@@ -26,6 +26,7 @@ _EVENING_PAD = timedelta(minutes=10)  # after Korea's evening sessions, for the 
 class Extended(NamedTuple):
     """Trading around the regular session, which counts only where the settings ask for it."""
 
+    since: date  # the first day of it
     open: time  # its first minute; one after the regular open leaves the session's open alone
     close: time
     half_close: time | None = None  # its close on a half day; None where there are none
@@ -49,14 +50,16 @@ class Exchange(NamedTuple):
     half_close: time | None = None  # close on half days; None where there are none
     csat: tuple[time, time] | None = None  # open and close on a CSAT day; None outside Korea
     first_open: time | None = None  # open on the year's first trading day, where that is a late one
+    earlier_close: tuple[date, time] | None = None  # the first day of the present close, and the close before that day
     extended: Extended | None = None  # hours around the session that users may switch on
+    since: date = date.min  # the first day of trading, where that matters
 
 
 _NYSE = Exchange(  # Nasdaq and NYSE American keep the days of XNYS too
     *("NYSE", "NYS", "XNYS", "America/New_York", time(9, 30), time(16), "XNYS"),
     symbol="IBM",
     half_close=time(13),
-    extended=Extended(time(4), time(20), half_close=time(17)),
+    extended=Extended(date.min, time(4), time(20), half_close=time(17)),
 )
 _SHAA = Exchange(  # closed on the weekends that China makes working days
     *("SHAA", "SHS", "XSHG", "Asia/Shanghai", time(9, 30), time(15), "XSHG"), symbol="600519", by_notice=True
@@ -70,13 +73,15 @@ _ROWS = (
         pad=timedelta(minutes=60),
         csat=(time(10), time(16, 30)),
         first_open=time(10),
-        extended=Extended(time(16), time(20), pad=_EVENING_PAD),
+        earlier_close=(date(2016, 8, 1), time(15)),
+        extended=Extended(date(2026, 9, 14), time(16), time(20), pad=_EVENING_PAD),
     ),
     Exchange(  # Nextrade
         *("NXT", None, None, "Asia/Seoul", time(8), time(20), "XKRX"),
         pad=_EVENING_PAD,
         csat=(time(10), time(20)),  # no pre-market on late days; the after-market ends as always
         first_open=time(10),
+        since=date(2025, 3, 4),
     ),
     _NYSE._replace(code="NASD", quote_code="NAS", mic="XNAS", aliases=("NASDAQ",), symbol="AAPL"),
     _NYSE,
@@ -90,7 +95,12 @@ _ROWS = (
     ),
     _SHAA,
     _SHAA._replace(code="SZAA", quote_code="SZS", mic="XSHE", calendar="XSHE", symbol="000001"),  # Shenzhen
-    Exchange(*("TKSE", "TSE", "XTKS", "Asia/Tokyo", time(9), time(15, 30), "XJPX"), aliases=("XJPX",), symbol="7203"),
+    Exchange(
+        *("TKSE", "TSE", "XTKS", "Asia/Tokyo", time(9), time(15, 30), "XJPX"),
+        aliases=("XJPX",),
+        symbol="7203",
+        earlier_close=(date(2024, 11, 5), time(15)),
+    ),
     _VNSE,
     # Equities move from Hanoi to Ho Chi Minh by the end of 2026; the exchange itself stays.
     _VNSE._replace(code="HASE", quote_code="HNX", mic="XHNX", aliases=(), symbol="SHS"),

@@ -90,10 +90,11 @@ def needs(
 def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Override] = {}) -> list[Day]:
     """The exchange's days with a session whose needs overlap [start, end), in order."""
     place = exchange(code)
-    zone = ZoneInfo(place.zone)
+    zone, known = ZoneInfo(place.zone), place.code in overrides
     first, last = start.astimezone(zone).date(), end.astimezone(zone).date()
     # A need may begin the day before its session's and end the day after, by lead and pad.
-    found = [_day(place, first + n * _DAY, overrides) for n in range(-1, (last - first).days + 2)]
+    dates = [first + n * _DAY for n in range(-1, (last - first).days + 2)]
+    found = [_day(place, day, overrides) if known else _by_calendar(place.code, day) for day in dates]
     return [one for one in found if one and one.need[0] < end and one.need[1] > start]
 
 
@@ -114,15 +115,18 @@ def _day(place: Exchange, day: date, overrides: Mapping[str, Override]) -> Day |
 
 
 @lru_cache(maxsize=16_384)  # days; every run asks for the same weeks again and again
-def _by_calendar(code: str, day: date, *, extended: bool) -> Day | None:
+def _by_calendar(code: str, day: date, *, extended: bool = False) -> Day | None:
     place = EXCHANGES[code]
-    longer = place.extended if extended else None
+    longer = place.extended if extended and place.extended and day >= place.extended.since else None
     return None if _closure(place, day) else _made(place, day, _hours(place, day, longer), (longer or place).pad)
 
 
 def _closure(place: Exchange, day: date) -> str | None:
-    weekend = day.weekday() >= _SATURDAY
-    return "weekend" if weekend else _year(place.calendar, day.year, by_notice=place.by_notice).closures.get(day)
+    if day.weekday() >= _SATURDAY:
+        return "weekend"
+    if day < place.since:
+        return f"{place.code} trades since {place.since}"
+    return _year(place.calendar, day.year, by_notice=place.by_notice).closures.get(day)
 
 
 def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) -> Day:
@@ -134,6 +138,8 @@ def _made(place: Exchange, day: date, hours: tuple[time, time], pad: timedelta) 
 def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time, time]:
     opens, closes = place.open, place.close
     year = _year(place.calendar, day.year, by_notice=place.by_notice)
+    if place.earlier_close and day < place.earlier_close[0]:
+        closes = place.earlier_close[1]
     # A test after the table's end: all since 2016 were on the Thursday from the 13th, except two that were postponed.
     thursday = day.weekday() == _THURSDAY and (11, 13) <= (day.month, day.day) <= (11, 19) and day > max(CSAT_DAYS)
     if place.csat and (day in CSAT_DAYS or thursday):  # which covers both hours
