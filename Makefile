@@ -16,7 +16,7 @@ help:
 	@echo 'make test-alert  send a test message to Slack, and say whether it took it'
 	@echo 'make test    the tests'
 	@echo 'make hours   what needs no process of its own, with the clock moved to six moments'
-	@echo 'make clients mojito2, python-kis and the official sample on one token, 32 processes of each'
+	@echo 'make clients mojito2 and python-kis on one token, 32 processes of each'
 	@echo 'make torture every fault at every step: kills, failing calls, bad files, clocks, planted bugs (up to an hour)'
 	@echo 'make bench   how fast it is, beside other clients: installs them into .bench, takes a quarter of an hour'
 	@echo 'make fleet   two machines that share a PostgreSQL store: eight bots, two workers, one of them killed'
