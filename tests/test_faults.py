@@ -308,6 +308,22 @@ def test_the_ceiling_holds_on_a_full_disk_and_the_refusal_says_why(desk: Desk) -
     assert "24-hour limit" in ends[-1].err
 
 
+def test_a_token_that_kis_repeats_on_a_full_disk_is_no_other_issue(desk: Desk) -> None:
+    """A `get` a minute that saves nothing: each prints the one token, and the day's other issue is still to be had."""
+    later(desk, 0)
+    for path in desk.folder.iterdir():
+        path.unlink()
+    desk.clock.true += 1.1 * DAY
+    ends = []
+    for _ in range(4):
+        ends.append(desk.start("get", "us").finish(errno.ENOSPC).out.strip())
+        desk.clock.true += MINUTE + 1
+    desk.kis.forget(desk.key)
+    ends.append(desk.start("get", "us").finish(errno.ENOSPC).out.strip())
+    assert ends == [*[desk.granted[1]] * 4, desk.granted[2]]
+    assert desk.start("get", "us").finish(errno.ENOSPC).code == 4
+
+
 def test_a_token_that_another_program_issued_is_no_issue_of_ours(desk: Desk) -> None:
     """What KIS issued an hour before our request is recorded as handed back, with its own time as the mark."""
     body = {"grant_type": "client_credentials", "appkey": desk.key, "appsecret": APP_SECRET}

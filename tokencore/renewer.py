@@ -373,7 +373,7 @@ def _is_own_refusal(last: Attempt | None) -> bool:
 
 
 def _returned(answer: Token, standing: Standing) -> bool:
-    """Whether KIS returned an earlier token: its expiry is known, or it was issued long before, by someone else.
+    """Whether KIS returned an earlier token: its expiry is known, or it was issued before, by us or someone else.
 
     What else is known of it holds for the answer then.
     """
@@ -383,9 +383,11 @@ def _returned(answer: Token, standing: Standing) -> bool:
     if present:
         answer.rejected_at = present.rejected_at
     issues = [answer.issued_at, present and present.issued_at, *earlier]
-    answer.issued_at = min((at for at in issues if at), default=None)
-    foreign = answer.issued_at is not None and answer.issued_at < standing.now - FOREIGN_AGE
-    return bool(present or earlier or foreign)
+    answer.issued_at = issued_at = min((at for at in issues if at), default=standing.now)
+    age = standing.now - issued_at
+    # Of an issue that a full disk kept out of the record only the time is known; its token is nearer to it than to now.
+    unsaved = [one.at for one in standing.attempts if one.outcome is Outcome.ISSUED and one.expires_at is None]
+    return bool(present or earlier) or age > FOREIGN_AGE or any(abs(issued_at - at) < age for at in unsaved)
 
 
 def _check_better(token: Token, present: Token, *, proven: bool) -> None:
