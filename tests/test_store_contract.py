@@ -45,6 +45,13 @@ def opened(numbers: dict[str, Any]) -> Open:
     return lambda market="us": open_store(make_market(market, **numbers), lambda: MARKETS)
 
 
+@pytest.fixture
+def elsewhere(numbers: dict[str, Any], tmp_path: Path) -> Open:
+    """The same on another machine, where machines share the store."""
+    numbers = {**numbers, "token_dir": str(tmp_path / "elsewhere")} if numbers["store"] else numbers
+    return lambda market="us": open_store(make_market(market, **numbers), lambda: MARKETS)
+
+
 def save(store: Store, token: Token) -> Token:
     """Save a token under the lock, and read it."""
     with store.lock(wait=5):
@@ -76,15 +83,20 @@ def test_a_saved_token_is_read_by_every_market_of_the_key_and_shows_no_secret(op
     assert not any(canary in shown for canary in CANARIES)
 
 
-def test_deleting_ends_with_the_last_market_and_clearing_with_one_call(opened: Open) -> None:
-    """`delete` of one market leaves the key its token; with the last one it is gone, and the record stays."""
-    store = opened()
+def test_deleting_ends_with_the_last_market_and_clearing_with_one_call(opened: Open, elsewhere: Open) -> None:
+    """`delete` of one market leaves the others the key's token, on every machine; the last one's ends it everywhere.
+
+    The record stays.
+    """
+    store, token = opened(), make_token()
     with store.lock(wait=5):
-        store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), make_token())
-        assert store.delete()
-        assert text_of(opened("kr"))
-        assert [opened("kr").delete(), opened("kr").delete()] == [True, False]
-    assert text_of(opened()) is None
+        store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), token)
+    for market, left in (("us", token.access_token), ("kr", None)):
+        one, other = opened(market), elsewhere("kr")
+        with one.lock(wait=5):
+            assert [one.delete(), one.delete()] == [True, False]
+        with other.lock(wait=5):
+            assert [text_of(opened("kr")), text_of(other)] == [left] * 2
     save(store, make_token())
     with store.lock(wait=5):
         store.clear()
