@@ -110,12 +110,12 @@ class FileStore(Sensitive):
             _unsaved[self._key_path] = token
             raise
         _unsaved.pop(self._key_path, None)
-        token.cached_at = now
-        self._remember(self._key_path, token)
+        stored = tokens.from_text(text)[0]  # not the caller's own, who may change it
+        self._remember(self._key_path, stored)
         for path in self._own_views():
             self._set_aside(path)
             if self._copied(path, text.encode()):
-                self._remember(path, token)
+                self._remember(path, stored)
 
     def delete(self) -> bool:
         """Remove this market's view, and the key's file with the last view.
