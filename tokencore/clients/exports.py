@@ -90,8 +90,10 @@ class Exports(Sensitive):
 
     def found(self, now: datetime) -> Token | None:
         """The living token of this key that another client has put into one of its files, if it outlasts ours."""
+        if not (targets := self._targets()):
+            return None
         ours, theirs = self._store.newest(), []
-        for target in self._targets():
+        for target in targets:
             with contextlib.suppress(Exception):  # another program's files are no reason to fail, and `sync` reports
                 paths = target.paths(self._market, now - DAY) + target.paths(self._market, now)
                 theirs += [one.longer for one in self._look(target, paths, ours, now)]

@@ -35,8 +35,7 @@ FOREIGN = "of another key or environment"
 POLL = 0.02  # seconds between two tries for the lock
 PROMPT = timedelta(seconds=1)  # from the record's line to the request
 VIEW, MARK = "api_token.json", "token_issued_at.dat"
-STATE = ("key-", VIEW, MARK, "incidents.")  # in the names of the files that a change builds on
-OURS = (*STATE, "_krs_token.dat", "config.toml", "prefect", ".gitignore")
+OURS = ("key-", VIEW, MARK, "incidents.", "_krs_token.dat", "config.toml", "prefect", ".gitignore")
 _owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # whose token a file has: keys do not parse each other's
 _unsaved: dict[str, Token] = {}  # by the key's file: what could not be saved, for this process only
 
@@ -338,9 +337,9 @@ def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
     """Hold the lock of the file at `path`, whose folder is made if need be, for at most `wait` seconds of waiting."""
     from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
 
-    folder = os.path.dirname(path)
+    folder, name = os.path.split(path)
     permissions.make_private(folder, ours=OURS)
-    permissions.refuse_planted(folder, STATE)
+    permissions.refuse_planted(folder, (name.removesuffix(".lock"), VIEW, MARK))  # what the change builds on
     # A new object each time: one made before a fork refuses to work in the child.
     lock = FileLock(path, mode=permissions.PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
     try:

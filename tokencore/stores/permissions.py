@@ -70,8 +70,8 @@ def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
     except OSError as error:
         raise unusable(folder, error) from None
     for name in names:
-        path = os.path.join(folder, name)
         if _has(name, parts) and not name.endswith((".tmp", ".aside")):
+            path = os.path.join(folder, name)
             found = _stat(path, follow=False)
             if found and stat.S_ISREG(found.st_mode):
                 refuse_strangers(path, found)
