@@ -84,13 +84,23 @@ def test_the_demo_warms_an_exchange_that_is_not_over() -> None:
         assert session is None or session.close > now
 
 
-@pytest.mark.parametrize(("victim", "number"), [("up", signal.SIGINT), ("supervisord", signal.SIGKILL)])
-def test_a_start_that_ends_early_leaves_nothing(victim: str, number: signal.Signals, make_place: MakePlace) -> None:
+EARLY = {
+    "Ctrl-C": ("up", signal.SIGINT, "health"),
+    "kill": ("supervisord", signal.SIGKILL, "health"),
+    "kill before the parts look around": ("supervisord", signal.SIGKILL, None),
+}
+
+
+@pytest.mark.parametrize(("victim", "number", "answered"), EARLY.values(), ids=list(EARLY))
+def test_a_start_that_ends_early_leaves_nothing(
+    victim: str, number: signal.Signals, answered: str | None, make_place: MakePlace
+) -> None:
     """Ctrl-C ends supervisord and its processes before the command says so, exit 130; killed, they end themselves."""
     place = make_place()
     running = place.start("up")
     server = Api(f"http://127.0.0.1:{place.environment['PREFECT_SERVER_API_PORT']}", None)
-    until(lambda: server.answers("health"), SLOW)
+    until(lambda: any(line.endswith(" worker ") for line in place.living().values()), SLOW)  # the last to be started
+    until(lambda: answered is None or server.answers(answered), SLOW)
     (process,) = (one for one, line in place.living().items() if re.search(rf"{victim}( -c .*)? $", line))
     os.kill(process, number)
     output = running.communicate(timeout=SLOW)[0]

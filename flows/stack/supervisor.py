@@ -53,6 +53,7 @@ def run() -> NoReturn:
         raise StackError("It runs already; `make status` shows how it is.")
     _refuse(home, given)
     stack = environment.load(home, {**given, "KIS_TOKEN_DIR": str(home.parent), FOLDER: os.getcwd()})
+    stack[worker.SUPERVISOR] = str(os.getpid())  # which this process keeps as it becomes supervisord
     shutil.rmtree(home / "tmp", ignore_errors=True)
     (home / "tmp").mkdir()
     python, config = shlex.quote(sys.executable).replace("%", "%%"), home / CONFIG.name

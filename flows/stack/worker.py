@@ -20,6 +20,7 @@ from typing import Any
 
 from flows.stack.api import CHECK, POOL, Api, StackError
 
+SUPERVISOR = "STACK_SUPERVISOR"  # the number of supervisord's process, for all that it starts
 NAME = platform.node()  # of our worker: a restarted one takes the place of the one before
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
 UNDERWAY = (*AT_WORK, "PAUSED")  # a paused run waits for a person, and its process for the run
@@ -41,13 +42,13 @@ def work() -> int:
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_SERVER_")}
     if own != dict(os.environ):  # a process keeps the environment that it was started with, for all to see who may
         os.execve(sys.executable, [sys.executable, "-m", "flows.stack", "worker"], own)  # noqa: S606 - no shell
+    threading.Thread(target=end_with_parent, daemon=True).start()
     server = Api(own["PREFECT_API_URL"].removesuffix("/api"), own["PREFECT_API_AUTH_STRING"])
     server.wait()
     mark_crashed(server)
     skip_overdue(server)
     os.chdir(own["PREFECT_HOME"])
-    for task, arguments in ((end_with_parent, ()), (watch_sleep, (server,))):
-        threading.Thread(target=task, args=arguments, daemon=True).start()
+    threading.Thread(target=watch_sleep, args=(server,), daemon=True).start()
     sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", NAME]
     try:
         runpy.run_module("prefect", run_name="__main__")
@@ -59,9 +60,12 @@ def work() -> int:
 
 
 def end_with_parent() -> None:
-    """End this process, as supervisord would, once supervisord is gone: nobody else would stop or restart it."""
-    parent = os.getppid()
-    while os.getppid() == parent:
+    """End this process, as supervisord would, once supervisord is gone: nobody else would stop or restart it.
+
+    It may be gone before this process first looks: then the parent that it finds is another.
+    """
+    supervisor = int(os.environ[SUPERVISOR])
+    while os.getppid() == supervisor:
         time.sleep(POLL)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(TIME_TO_END)
