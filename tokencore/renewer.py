@@ -89,6 +89,11 @@ class Renewer(Sensitive):
         """A token that `serves`, renewed if it must be, and whether it is new and was issued here.
 
         Inside a cool-down it waits for another's token or its turn.
+
+        Raises:
+            TokenError: a limit forbids it after the wait too, the request failed, or KIS's token would not serve; what
+                is stored stays.
+
         """
         waited_out: datetime | None = None
         rounds = refused = 0
@@ -107,7 +112,12 @@ class Renewer(Sensitive):
             waited_out = last.at if last else None
 
     def renew_ahead(self, present: Token, reason: str, unwanted: Callable[[], bool]) -> Token | None:
-        """Try to get a successor while `present` still serves; None where another process renews or it is unwanted."""
+        """Try to get a successor while `present` still serves; None where another process renews or it is unwanted.
+
+        Raises:
+            TokenError: a limit forbids it, or the request failed; `present` goes on serving.
+
+        """
         try:
             return self._renew(Intent.AHEAD, lambda one: newer(one, present), reason, wait=0, unwanted=unwanted)[0]
         except (TokenUnavailableError, IssuanceLimitError) as error:
@@ -118,13 +128,23 @@ class Renewer(Sensitive):
         return None
 
     def renew_due(self, present: Token | None, reason: str) -> bool:
-        """Have a saved successor of `present`, without waiting for a cool-down; False where another was quicker."""
+        """Have a saved successor of `present`, without waiting for a cool-down; False where another was quicker.
+
+        Raises:
+            TokenError: a limit forbids it, the request failed, or the token could not be saved; `present` is untouched.
+
+        """
         token, outcome = self._renew(Intent.DUE, lambda found: newer(found, present), reason)
         self.require_saved(token)
         return outcome is not None and newer(token, present)
 
     def refresh(self, *, force: bool, reason: str, by: str) -> bool:
-        """Renew now and have it saved; True for a new token, False where KIS returned the present one."""
+        """Renew now and have it saved; True for a new token, False where KIS returned the present one.
+
+        Raises:
+            TokenError: a limit forbids it, the request failed, or the token could not be saved; the present one stays.
+
+        """
         before = self._store.newest()
         intent = Intent.FORCE if force else Intent.REFRESH
         token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, reason, by)
@@ -136,6 +156,11 @@ class Renewer(Sensitive):
 
         Its issue, which the token tells, starts KIS's six hours and the day of the renewal rule; as no request of
         ours it moves neither the cool-down nor the ceiling.
+
+        Raises:
+            TokenError: the present token is better, this one is known to be dead, or it could not be saved; the present
+                one stays.
+
         """
         with self.changing():
             present = self._store.newest()
@@ -150,7 +175,12 @@ class Renewer(Sensitive):
             return True
 
     def reject(self, access_token: str, now: datetime) -> None:
-        """Note that KIS rejected this token, so that no process serves it again; another token is left alone."""
+        """Note that KIS rejected this token, so that no process serves it again; another token is left alone.
+
+        Raises:
+            TokenStoreError: it could not be noted; other processes may serve it still.
+
+        """
         with self.changing():
             token = self._store.newest()
             if token and token.access_token == access_token and token.rejected_at is None:

@@ -61,7 +61,13 @@ class Signer(Sensitive):
         )
 
     def signature(self, url: str) -> Signature:
-        """The headers with a valid token, which is renewed if it must be; `url` as requests and httpx spell it."""
+        """The headers with a valid token, which is renewed if it must be; `url` as requests and httpx spell it.
+
+        Raises:
+            ConfigurationError: that is not KIS's own address; nothing was sent.
+            TokenError: there is no valid token and none can be had; nothing was sent.
+
+        """
         if not url.startswith(self._address):
             raise self._elsewhere(url)
         present = self._present

@@ -101,7 +101,12 @@ class Market(Sensitive):
         return tuple(own.exports) if own else ()
 
     def identified(self) -> str:
-        """The app key; ConfigurationError if it is not set, or no secret is, and the keyring cannot have one."""
+        """The app key, where a secret is set too or the keyring may have one.
+
+        Raises:
+            ConfigurationError: one of them is not set; the message names the variable.
+
+        """
         if not self.app_key:
             raise self._missing("APP_KEY", "; the keyring keeps its secret only" if self._in_keyring else "")
         if not self._app_secret and not self._in_keyring:
@@ -109,7 +114,12 @@ class Market(Sensitive):
         return self.app_key
 
     def credentials(self) -> tuple[str, str]:
-        """The app key and app secret; ConfigurationError if one is not set, or cannot be had from the keyring."""
+        """The app key and app secret.
+
+        Raises:
+            ConfigurationError: one of them is not set, or cannot be had from the keyring; the message says what to set.
+
+        """
         self.identified()  # no local name: nothing secret is in a traceback's frames
         if self._in_keyring:
             self._app_secret = self.settings.in_keyring(self._in_keyring) or self._app_secret
@@ -120,7 +130,12 @@ class Market(Sensitive):
         return str(self.app_key), str(self._app_secret)
 
     def given(self, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
-        """This market, with the program's own key and address; ConfigurationError if one cannot be used."""
+        """This market, with the program's own key and address.
+
+        Raises:
+            ConfigurationError: one of them cannot be used; the message names it and does not repeat it.
+
+        """
         given = credentials()
         try:
             self.app_key, self._app_secret = map(credential, given)

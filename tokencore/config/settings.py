@@ -173,7 +173,12 @@ class Settings(Sensitive, BaseSettings):
         self._markets = {name: Market(name, self.found, lambda: self) for name in values.market_names(self.found)}
 
     def market(self, name: str) -> Market:
-        """The market of that name, in any case; ConfigurationError if it is not configured."""
+        """The market of that name, in any case.
+
+        Raises:
+            ConfigurationError: it is not configured; the message names those that are.
+
+        """
         return self._markets[values.known(name, self.found)]
 
     def all_markets(self) -> list[Market]:
@@ -181,7 +186,12 @@ class Settings(Sensitive, BaseSettings):
         return list(self._markets.values())
 
     def able_markets(self) -> list[Market]:
-        """The markets that have an app key; ConfigurationError, which says what to set, if none has."""
+        """The markets that have an app key.
+
+        Raises:
+            ConfigurationError: none has; the message says what to set.
+
+        """
         if able := [market for market in self.all_markets() if market.app_key]:
             return able
         how = f"set KIS_APP_KEY and KIS_APP_SECRET in the environment, .env or {CONFIG_FILE}"

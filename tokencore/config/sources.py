@@ -130,7 +130,12 @@ def _check_addresses(found: Found) -> None:
 
 
 def check_address(name: str, found: Found, what: str, giver: str) -> None:
-    """Refuse (ConfigurationError) the address in the variable `name` where it would get what only `giver` gives."""
+    """Return where the address in the variable `name` may get `what`, which `giver` gives.
+
+    Raises:
+        ConfigurationError: neither that source nor a trusted one gives the address; nothing was sent.
+
+    """
     origin, verb = found.origins.get(name, ENVIRONMENT), "copy" if name.endswith("EXPORTS") else "send"
     if origin in TRUSTED or giver in ("", origin):
         return

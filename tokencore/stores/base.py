@@ -28,7 +28,12 @@ class Document(Protocol):
         """The object; empty where there is none that could be read."""
 
     def write(self, content: dict[str, Any]) -> None:
-        """Replace it durably."""
+        """Replace it durably.
+
+        Raises:
+            OSError: it could not be written; what was there before still is.
+
+        """
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = ...) -> AbstractContextManager[bool]:
         """Hold its lock inside the block; see `Store.lock`."""
@@ -79,7 +84,12 @@ class Store(Protocol):
         """Record what needed no request: a token that was taken over."""
 
     def save(self, token: Token) -> None:
-        """Save a token that was imported, adopted or rejected, for every market of the key."""
+        """Save a token that was imported, adopted or rejected, for every market of the key.
+
+        Raises:
+            OSError: it could not be written: only this process has it; what was stored before still is.
+
+        """
 
     def delete(self) -> bool:
         """Remove this market's token, and the key's with its last market; whether there was one."""

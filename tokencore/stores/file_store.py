@@ -99,7 +99,12 @@ class FileStore(Sensitive):
         return any((one := self._on_file(path)[0]) and one.access_token == token.access_token for path in self._views())
 
     def save(self, token: Token) -> None:
-        """Write the key's file, which alone decides whether this succeeds, then each market's view."""
+        """Write the key's file, which alone decides whether this succeeds, then each market's view.
+
+        Raises:
+            OSError: it could not be written: this process alone has the token; the file is as before.
+
+        """
         now = datetime.now(UTC)
         text = tokens.to_cache(token, now=now, environment=self._identity[1], key_fingerprint=self.fingerprint)
         self._set_aside(self._key_path)
@@ -334,7 +339,12 @@ class FileDocument:
 
 @contextlib.contextmanager
 def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
-    """Hold the lock of the file at `path`, whose folder is made if need be, for at most `wait` seconds of waiting."""
+    """Hold the lock of the file at `path`, whose folder is made if need be, for at most `wait` seconds of waiting.
+
+    Raises:
+        TokenStoreError: the system refuses it, or others could have planted what is there; nothing was changed.
+
+    """
     from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
 
     folder, name = os.path.split(path)

@@ -124,7 +124,12 @@ def set_aside(path: str) -> None:
 
 
 def sync_folder(folder: str) -> None:
-    """Make a rename in `folder` survive a power cut, where folders can be synced."""
+    """Make a rename in `folder` survive a power cut, where folders can be synced.
+
+    Raises:
+        OSError: the disk does not confirm it; the rename stands until a power cut.
+
+    """
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
