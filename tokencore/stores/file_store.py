@@ -149,9 +149,11 @@ class FileStore(Sensitive):
     def details(self) -> dict[str, Any]:
         """The market's view, or the key's file where there is none, its mode, and whether there is any."""
         path = self.place if os.path.lexists(self.place) or not os.path.lexists(self._key_path) else self._key_path
-        there = os.path.lexists(path)
-        mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}" if there else None
-        return {"file": path, "permissions": mode, "cache_exists": there}
+        try:
+            mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}"
+        except OSError:  # removed meanwhile
+            mode = None
+        return {"file": path, "permissions": mode, "cache_exists": mode is not None}
 
     def attempts(self) -> list[Attempt]:
         """The record or, where it is lost, what the marks of the issue tell."""
