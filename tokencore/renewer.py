@@ -342,10 +342,11 @@ class Renewer(Sensitive):
         """A token that was issued reaches its caller even where it cannot be saved."""
         try:
             self._store.finish(fence, attempt, token)
-        except OSError as error:
+        except (OSError, TokenStoreError) as error:
             what = "A token was issued but could not be saved" if token else f"{attempt.outcome} could not be recorded"
+            why = getattr(error, "strerror", None) or "the token directory is refused"
             todo = "Only this process has it; free space or fix the permissions."
-            _log.critical("%s at %s (%s). %s", what, self._store.place, error.strerror, todo)
+            _log.critical("%s at %s (%s). %s", what, self._store.place, why, todo)
 
     def _share_failure(self, standing: Standing, began: datetime) -> None:
         """Who waited for the lock while its holder could not reach KIS need not find that out again."""

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
 from tokencore import tokens
+from tokencore.errors import TokenStoreError
 from tokencore.sealing import Sensitive
 from tokencore.stores import files, permissions
 
@@ -107,10 +108,10 @@ class FileStore(Sensitive):
         """
         now = datetime.now(UTC)
         text = tokens.to_cache(token, now=now, environment=self._identity[1], key_fingerprint=self.fingerprint)
-        self._set_aside(self._key_path)
         try:
+            self._set_aside(self._key_path)
             files.write_bytes(self._key_path, text.encode(), writer=self.fingerprint)
-        except OSError:
+        except (OSError, TokenStoreError):
             _unsaved[self._key_path] = token
             raise
         _unsaved.pop(self._key_path, None)
