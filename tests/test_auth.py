@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import requests
-from builders import CANARIES, KEY, SECRET
+from builders import CANARIES, KEY, SECRET, make_token
 from running import asked, cached, folder, forked, limited, raised
 from servers import Scripted
 
 from tokencore import Key, KISAuth, KISHttpxAuth, KRTokenManager, Settings, TokenManager, USTokenManager, errors
 from tokencore.clients.approval import approval_expiry
+from tokencore.clients.auth import Signer
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
@@ -123,6 +124,17 @@ def test_signer_goes_on_for_days(gateway: Sandbox, kis: Scripted, send: Send) ->
     assert isinstance(raised(lambda: send(kis.url, auth)), errors.ConfigurationError)
     assert [headers["appsecret"] for headers, _ in kis.seen] == [APP_SECRET] * 3 + [SECRET] * 2
     assert send(gateway.url + PRICE, auth, **TR_ID) == [OK]
+
+
+def test_default_port_of_an_address_may_be_left_out() -> None:
+    """Httpx leaves it out wherever it is given, requests nowhere: both ways are KIS's own address."""
+    for own in ("https://gw.example:443", "https://gw.example"):
+        os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": own}
+        TokenManager("us").save_token(make_token())
+        text, signer = TokenManager("us").get_valid_token(), Signer("us", "P")
+        for url in ("https://gw.example:443/", "https://gw.example/x"):
+            assert signer.signature(url).token == text
+        assert isinstance(raised(lambda: signer.signature("https://gw.example:444/")), errors.ConfigurationError)  # noqa: B023
 
 
 CALLS: dict[str, tuple[Answer, list[str]]] = {
@@ -292,7 +304,8 @@ def test_credentials_that_kis_refused_are_not_tried_for_an_approval_key(gateway:
 def test_damaged_file_of_an_approval_key_costs_one_request(gateway: Sandbox) -> None:
     """What cannot be read is a miss; where the document takes no record nothing is asked, and the error says so."""
     USTokenManager().get_approval_key()
-    damages = ("", "[]", '{"approval_key": "x", "issued_at": "soon"}', '{"attempt": [null, {}]}')
+    no_text = json.dumps({"approval_key": ["x"], "issued_at": datetime.now(UTC).isoformat()})
+    damages = ("", "[]", '{"approval_key": "x", "issued_at": "soon"}', '{"attempt": [null, {}]}', no_text)
     for count, content in enumerate(damages, 2):
         key_file().write_text(content)
         assert USTokenManager().get_approval_key()

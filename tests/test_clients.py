@@ -212,6 +212,15 @@ def test_newer_token_of_another_client_is_adopted_instead_of_written_over(
     assert asked(nowhere) == 0
 
 
+def test_our_own_copy_of_an_earlier_token_is_no_other_clients(copies: Path) -> None:
+    """A shorter token that a person imports by force replaces a longer one in the copies too, and stays."""
+    TokenManager("us").get_valid_token()
+    shorter = make_token(80_000, text=make_jwt(APP_KEY, life=80_000))
+    assert TokenManager("us").adopt(shorter, force=True, proven=True)
+    Key.load(Settings.load())[0].sync_exports()
+    assert on_disk().access_token == shorter.access_token == held(copies)
+
+
 NOT_ADOPTED: dict[str, tuple[int, Callable[[str], str]]] = {
     "our own": (2, lambda ours: ours),
     "expired": (3, lambda _: make_jwt(APP_KEY, life=-60)),

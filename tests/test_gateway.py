@@ -168,8 +168,11 @@ def test_kis_own_words_are_kept_for_people_but_nothing_secret(wire: Wire, echo: 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirect_is_never_followed_with_credentials(wire: Wire, status: int) -> None:
-    """Whatever its status, nobody is sent the credentials again."""
+    """Whatever its status, nobody is sent the credentials again, and its body has the bounds of every other."""
     with Wire() as elsewhere:
+        wire.answer(status, b" " * 70_000, Location=f"{elsewhere.url}/oauth2/tokenP")
+        assert "larger than" in refused(kis(wire.url).issue()).what
+        wire.requests.clear()
         wire.answer(status, b"", Location=f"{elsewhere.url}/oauth2/tokenP")
         assert refused(kis(wire.url).issue()).code == f"HTTP {status}"
         assert (len(wire.requests), elsewhere.requests) == (1, [])

@@ -75,12 +75,7 @@ class Renewer(Sensitive):
 
     @functools.cached_property
     def gateway(self) -> Gateway:
-        """Made when KIS is asked: its imports cost more than all the rest.
-
-        Raises:
-            ConfigurationError: the base URL is no https address, nor one on loopback; nothing was sent.
-
-        """
+        """Made when KIS is asked: its imports cost more than all the rest."""
         from tokencore.kis.gateway import Gateway
 
         return Gateway(self._market.base_url, self._secrets, timeout=self._market.settings.timeout)

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 from tokencore import limits
 from tokencore.attempts import Attempt, Outcome
-from tokencore.errors import IssuanceLimitError, TokenError, TokenStoreError, TokenUnavailableError
+from tokencore.errors import (
+    IssuanceLimitError,
+    IssuerUnavailableError,
+    TokenError,
+    TokenStoreError,
+    TokenUnavailableError,
+)
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import record
 from tokencore.tokens import Token, sane
@@ -65,7 +71,7 @@ class ApprovalKeys(Sensitive):
         return found if found and found.access_token != rejected and found.serves(datetime.now(UTC), buffer) else None
 
     def _renewed(self, rejected: str) -> Token:
-        wait, buffer = limits.lock_wait(self._market), self._market.buffer
+        began, wait, buffer = datetime.now(UTC), limits.lock_wait(self._market), self._market.buffer
         with self._document.lock(wait=wait, give_up=lambda: self.serving(rejected, buffer) is not None) as held:
             if found := self.serving(rejected, buffer):
                 return found
@@ -74,10 +80,10 @@ class ApprovalKeys(Sensitive):
                     f"Another process has been asking KIS for an approval key for {wait:.0f} s; try again, or look "
                     f"for a hanging process that uses {self._document.place}."
                 )
-            self._check(datetime.now(UTC))
+            self._check(began, datetime.now(UTC))
             return self._issued()
 
-    def _check(self, now: datetime) -> None:
+    def _check(self, began: datetime, now: datetime) -> None:
         """Return where the last request lets another one be made now."""
         asked = record.parse(str(self._document.read().get("attempt")))
         both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # refused for both alike
@@ -89,6 +95,10 @@ class ApprovalKeys(Sensitive):
                 f"({asked[-1].outcome}). The next is made from {limits.format_time(until)} on.",
                 retry_at=until,
                 cause="minute",
+            )
+        if asked and asked[-1].outcome is Outcome.UNREACHABLE and asked[-1].at >= began:
+            raise IssuerUnavailableError(
+                "KIS cannot be reached, as another process has just found. Check the network; then try again."
             )
 
     def _issued(self) -> Token:
@@ -135,7 +145,7 @@ def approval_key(store: Store) -> Token | None:
     try:
         issued_at = datetime.fromisoformat(content["issued_at"]).astimezone(UTC)
         return Token(content["approval_key"], issued_at + LIFE, issued_at) if sane(issued_at) else None
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
         return None
 
 

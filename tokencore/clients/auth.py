@@ -1,6 +1,6 @@
 """`KISAuth`, for requests: signs calls of KIS's business API, with the token renewed behind the caller's back.
 
-`Signer` is what it shares with `KISHttpxAuth`: the four headers, for KIS's own address only, and what to do when an
+`Signer` is what it shares with `KISHttpxAuth`: the secret headers, for KIS's own address only, and what to do when an
 answer says that the token is dead. KIS's call rate (EGW00201) is the caller's affair.
 """
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from requests import PreparedRequest, Response
 
 _log = logging.getLogger("tokencore")
+PORTS = {"https": ":443", "http": ":80"}  # which httpx, unlike requests, leaves out of an address
 SECRET_HEADERS = ("authorization", "appkey", "appsecret")
 
 
@@ -40,7 +41,7 @@ class Signature(Sensitive):
 class Signer(Sensitive):
     """Signs for one market, from any thread."""
 
-    __slots__ = ("_address", "_manager", "_present", "custtype", "market")
+    __slots__ = ("_addresses", "_manager", "_present", "custtype", "market")
 
     def __init__(self, market: str, custtype: str) -> None:
         """Sign for the configured `market`; credentials and token are asked for with the first request."""
@@ -51,12 +52,16 @@ class Signer(Sensitive):
         self.market = self._manager.market.name
 
     def _point(self) -> None:
-        self._address = "/".join(self._manager.get_api_url().lower().split("/")[:3]) + "/"
+        address = "/".join(self._manager.get_api_url().lower().split("/")[:3])
+        port = PORTS[address.partition(":")[0]]
+        spellings = {address, address.removesuffix(port)} if address.endswith(port) else {address, address + port}
+        self._addresses = tuple(f"{one}/" for one in spellings)
 
     def _elsewhere(self, url: str) -> ConfigurationError:
         where = url.replace("\\", "/").partition("?")[0].rpartition("@")[2]
+        own = self._manager.get_api_url()
         return ConfigurationError(
-            f"The credentials of {self.market!r} are for {self._address} only, and this request goes to {where}: "
+            f"The credentials of {self.market!r} are for {own}/ only, and this request goes to {where}: "
             "nothing was sent. Correct the address, or KIS_BASE_URL and KIS_ENVIRONMENT.",
         )
 
@@ -68,7 +73,7 @@ class Signer(Sensitive):
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
-        if not url.startswith(self._address):
+        if not url.startswith(self._addresses):
             raise self._elsewhere(url)
         present = self._present
         return present if present and present.token == self._manager.get_valid_token() else self._signed(url)
@@ -92,7 +97,7 @@ class Signer(Sensitive):
         ask = self._manager  # neither answer becomes a variable, which an error's traceback would show
         self._present = signature = Signature(ask.get_valid_token(), ask.get_app_credentials())
         self._point()
-        if not url.startswith(self._address):
+        if not url.startswith(self._addresses):
             raise self._elsewhere(url)
         return signature
 

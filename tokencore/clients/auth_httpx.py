@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tokencore.clients.auth import SECRET_HEADERS, Signer
 from tokencore.kis.codes import is_dead
@@ -11,17 +10,19 @@ from tokencore.sealing import Sensitive, sealed
 
 try:
     import httpx
-    from anyio import to_thread
+    from anyio import CapacityLimiter, to_thread
+    from anyio.lowlevel import RunVar
 except ImportError as error:
     raise ImportError("KISHttpxAuth needs httpx: pip install 'httpx>=0.28' 'anyio>=4.1'") from error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Callable, Generator
+    from typing import Any
 
     from tokencore.clients.auth import Signature
 
+_T = TypeVar("_T")
 _SECRET = frozenset(name.encode() for name in SECRET_HEADERS)
-_aside = partial(to_thread.run_sync, abandon_on_cancel=True)  # the loop goes on while it waits for KIS
 
 
 class KISHttpxAuth(Sensitive, httpx.Auth):
@@ -42,6 +43,7 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
 
         """
         self._signer = Signer(market, custtype)
+        self._turn: RunVar[CapacityLimiter] = RunVar(f"renewal {id(self)}")
 
     def __repr__(self) -> str:
         return f"KISHttpxAuth({self._signer.market!r})"
@@ -67,12 +69,18 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
         url = _spelt(request.url)
         signature = self._signer.signature_at_hand(url)
         if signature is None:
-            signature = await _aside(self._signer.signature, url)
+            signature = await self._aside(self._signer.signature, url)
         response = yield self._signed(request, signature)
         if is_dead(await response.aread()):
-            successor = await _aside(self._signer.successor, signature, url)
+            successor = await self._aside(self._signer.successor, signature, url)
             if successor and isinstance(request.stream, httpx.ByteStream):
                 yield self._signed(request, successor)
+
+    async def _aside(self, work: Callable[..., _T], *arguments: Any) -> _T:  # noqa: ANN401 - as the work takes them
+        """Wait in a thread: one at a time, so that a long wait for KIS leaves the loop's other threads free."""
+        turn = self._turn.get(None) or CapacityLimiter(1)
+        self._turn.set(turn)
+        return await to_thread.run_sync(work, *arguments, limiter=turn, abandon_on_cancel=True)
 
     def _signed(self, request: httpx.Request, signature: Signature) -> httpx.Request:
         request.headers.setdefault("custtype", self._signer.custtype)

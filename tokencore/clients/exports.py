@@ -181,11 +181,14 @@ class Exports(Sensitive):
                 looked.append(Found(path))
                 continue
             mine = not content.strip() or _digest(content) in str(written.get(path))
-            keys = {jwt: key for jwt in _jwts(content) if isinstance(key := jwt_claims(jwt).get("jti"), str)}
+            # What we wrote is no news: our own copy of an earlier token is written over, however long that lasts.
+            jwts = [] if mine else _jwts(content)
+            keys = {jwt: key for jwt in jwts if isinstance(key := jwt_claims(jwt).get("jti"), str)}
             theirs = set(keys.values()) == {app_key}
             longer = longest([_longer(jwt, ours, now) for jwt, key in keys.items() if key == app_key])
-            if longer and permissions.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
-                longer = None
+            with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
+                if longer and permissions.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
+                    longer = None
             looked.append(Found(path, content, theirs or mine, longer))
         return looked
 

@@ -42,9 +42,12 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import version  # for this alone
+        from importlib.metadata import PackageNotFoundError, version  # for this alone
 
-        print(f"tokencore {version('tokencore')}")
+        try:
+            print(f"tokencore {version('tokencore')}")
+        except PackageNotFoundError:
+            print("tokencore is not installed: it runs from its source")
         parser.exit()
 
 

@@ -210,7 +210,8 @@ def _config() -> dict[str, Any]:
     import tomllib
 
     found = _readable(lambda path: dict(_leaves(tomllib.loads(_text(path)), "")), CONFIG_FILE)
-    if any(permissions.open_to_others(os.stat(one)) for one in (path, os.path.dirname(path))):
+    places = (path, os.path.dirname(path))
+    if _readable(lambda _: any(permissions.open_to_others(os.stat(one)) for one in places), CONFIG_FILE):
         raise ConfigurationError(
             f"{CONFIG_FILE} is refused, because other users can write it or its folder, and it may say where secrets "
             "are sent; look whether it is still yours, then run `chmod go-w ~/.tokencore ~/.tokencore/config.toml`."

@@ -146,6 +146,7 @@ class Gateway(Sensitive):
         try:
             with requests.Session() as session:
                 session.trust_env = urlsplit(url).hostname not in LOOPBACK  # no proxy stands before the sandbox
+                session.hooks["response"].append(_go_nowhere)
                 with session.request(method, url, stream=True, allow_redirects=False, **fields) as response:
                     return _read(response, deadline)
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
@@ -158,6 +159,11 @@ class Gateway(Sensitive):
         words = [answer.body.get(key) for key in ("error_code", "msg_cd", "error_description", "msg1")]
         said = redact(" ".join(str(word) for word in words if word) or answer.text, self._app_secret, self._app_key)
         return f"HTTP {answer.status}: {said[:TEXT_LIMIT]}" if said else f"HTTP {answer.status}"
+
+
+def _go_nowhere(response: requests.Response, **_: object) -> None:
+    """Requests would read a redirect's body whole, without bounds of size or time, before it is asked for it."""
+    response.headers.pop("location", None)
 
 
 class _Answer(NamedTuple):

@@ -1,7 +1,8 @@
 """`tokencore doctor`: everything that a working set-up needs, looked at once, with the fix for what is wrong.
 
 Nothing is issued or posted, and no token is written: each lock is taken for a moment, and a temporary file is made
-where tokens are saved. No wait, for a server or a lock, is longer than `PATIENCE`.
+where tokens are saved. No wait, for a server or a lock, is longer than `PATIENCE`, but for the quote call, which has
+KIS_TIMEOUT.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import HTTPError
 
 from tokencore.attempts import CREDENTIALS, latest
 from tokencore.clients.approval import approval_expiry
@@ -54,6 +56,7 @@ LONGEST, SHOWN = 60, 3  # characters of a value, and names in a line, that are s
 OTHERS = 0o077 if os.name == "posix" else 0  # in a mode, what is not the owner's
 LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: time to look, and no token could be saved
 NOTICEABLE = 5.0  # seconds: the Date header knows whole ones, and the answer takes its time
+ENOUGH = 65_536  # bytes of an answer
 SLACK_API = "https://slack.com/api/"
 PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # names of variables
 POOL = "tokens"  # the work pool of prefect.yaml
@@ -210,6 +213,8 @@ def _directory(it: Subject) -> Iterator[Finding]:
 def _usable(folder: str, above: str) -> Iterator[Finding]:
     """Whether tokens can be saved in `folder`, of which `above` is what exists."""
     name = "token directory"
+    if above == folder and os.path.isdir(folder):  # before anything is written into it
+        permissions.refuse_strangers(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=above, prefix=".doctor-", suffix=".tmp", buffering=0) as trial:
             trial.write(b"\n")
@@ -221,7 +226,6 @@ def _usable(folder: str, above: str) -> Iterator[Finding]:
     if above != folder:
         yield _ok(name, f"{folder} does not exist yet; the first issue makes it")
         return
-    permissions.refuse_strangers(folder)
     mode = stat.S_IMODE(os.stat(folder).st_mode)
     yield _judged(name, f"{folder}, mode {mode:04o}", f"chmod 700 {folder}" if mode & OTHERS else "")
 
@@ -318,7 +322,7 @@ def _kis(it: Subject) -> Iterator[Finding]:
     for url in dict.fromkeys(key.market.base_url for key in it.keys):
         keys, began = [key for key in it.keys if key.market.base_url == url], time.monotonic()
         try:  # neither key nor tr_id: it counts as no call, and any answer proves name, connection and certificate
-            answer = _ask("GET", f"{url}/")
+            answer, _ = _ask("GET", f"{url}/")
         except _NoAnswer as error:
             yield _fail("kis", f"{url}: {error}", NETWORK, UNREACHABLE)
             names = ("clock", *(f"token accepted {key.label}" for key in keys))
@@ -364,12 +368,15 @@ def _slack(it: Subject) -> Iterator[Finding]:
     proof = "only a message proves it: make test-alert"
     if webhook:
         parts = urlsplit(webhook)
+        if not (parts.hostname and parts.scheme in ("https", "http")):
+            yield _fail("slack", "SLACK_WEBHOOK_URL is no address", "copy it again from Slack")
+            return
         _ask("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/")
         yield _ok("slack", f"{parts.hostname} answers; {proof}")
     elif bot and not channel:
         yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
     elif bot:
-        said = codes.parse(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"}).content)
+        said = codes.parse(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"})[1])
         if said.get("ok"):
             yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
         else:
@@ -386,7 +393,7 @@ def _prefect(it: Subject) -> Iterator[Finding]:
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a password may be part of it
     try:
-        answer = _ask("GET", f"{url}/work_pools/{POOL}", auth=auth)
+        answer, content = _ask("GET", f"{url}/work_pools/{POOL}", auth=auth)
     except _NoAnswer as error:
         if named or os.path.isdir(home):
             yield _fail("prefect", f"{shown}: {error}", "make up; or name the right server in PREFECT_API_URL")
@@ -395,7 +402,7 @@ def _prefect(it: Subject) -> Iterator[Finding]:
                 "prefect", f"no server at {shown}", "without one, let cron run `tokencore tick` every minute"
             )
         return
-    status = short(str(codes.parse(answer.content).get("status", "")))
+    status = short(str(codes.parse(content).get("status", "")))
     if not status:
         fix = "make up; set PREFECT_API_AUTH_STRING (user:password) as the server has it, or check the port"
         yield _fail("prefect", f"{shown} does not answer as our server does (HTTP {answer.status_code})", fix)
@@ -454,8 +461,10 @@ class _NoAnswer(Exception):  # noqa: N818 - what happened
     """Nobody answered; the text says what failed, without the address's path."""
 
 
-def _ask(method: str, url: str, **fields: Any) -> requests.Response:  # noqa: ANN401 - requests' own keywords
-    """Send one request; redirects are not followed, and no .netrc is read.
+def _ask(method: str, url: str, **fields: Any) -> tuple[requests.Response, bytes]:  # noqa: ANN401 - requests' own keywords
+    """Send one request; its answer, and what has come of the body, which may be cut off: it is not waited for long.
+
+    Redirects are not followed, and no .netrc is read.
 
     Raises:
         _NoAnswer: nobody answered.
@@ -465,11 +474,24 @@ def _ask(method: str, url: str, **fields: Any) -> requests.Response:  # noqa: AN
     with requests.Session() as session:
         session.trust_env = host not in LOOPBACK
         session.auth = fields.pop("auth", None) or (lambda request: request)
+        # Requests would read a redirect's body whole.
+        session.hooks["response"].append(lambda answer, **_: answer.headers.pop("location", None) and None)
+        fields |= {"timeout": PATIENCE, "allow_redirects": False, "stream": True}
         try:
-            return session.request(method, url, timeout=PATIENCE, allow_redirects=False, **fields)
-        except (requests.RequestException, OSError, ValueError) as error:
+            with session.request(method, url, **fields) as answer:
+                return answer, _beginning(answer)
+        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             said = f"{type(error).__name__} {error}".lower()  # the libraries' texts repeat address and headers
     raise _NoAnswer(next(FAULTS[sign] for sign in FAULTS if sign in said).format(host=host, patience=PATIENCE))
+
+
+def _beginning(answer: requests.Response) -> bytes:
+    content, deadline = b"", time.monotonic() + PATIENCE
+    while len(content) < ENOUGH and time.monotonic() < deadline:
+        if not (piece := answer.raw.read1(ENOUGH, decode_content=True)):
+            break
+        content += piece
+    return content
 
 
 def _store(it: Subject) -> Iterator[Finding]:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from tokencore.config.market import Market
     from tokencore.keys import Key, KeyState
 
-    Load = Callable[[Settings], list[Key]]
     Value = datetime | float | None
     Values = dict[tuple[str, ...], Value]
 
@@ -165,7 +164,7 @@ def listening(watch: Watch, host: str, port: int) -> Iterator[str]:
 
     """
     try:
-        server = make_server(host, port, _app(watch), _Server6 if ":" in host else ThreadingWSGIServer, _Handler)
+        server = make_server(host, port, _app(watch), _Server6 if ":" in host else _Server, _Handler)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or "no such port"
         raise ConfigurationError(
@@ -185,7 +184,7 @@ def _app(watch: Watch) -> Callable[..., Iterable[bytes]]:
 
     def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/metrics":
-            body: Iterable[bytes] = metrics(environ, start_response)
+            body: Iterable[bytes] = metrics({**environ, "QUERY_STRING": ""}, start_response)
             return body
         status, text = _answer(watch, environ["PATH_INFO"])
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
@@ -213,7 +212,12 @@ class _Handler(WSGIRequestHandler):
         """Silent: a line a scrape helps nobody."""
 
 
-class _Server6(ThreadingWSGIServer):
+class _Server(ThreadingWSGIServer):
+    def handle_error(self, *_: object) -> None:
+        """Silent: a client that gives up is no fault."""
+
+
+class _Server6(_Server):
     address_family = socket.AF_INET6
 
 

@@ -42,6 +42,7 @@ RULES = {  # KIS's lengths in seconds; short ones play a day in seconds
     "latency": 0.0,  # of tokenP's answers
 }
 _CODE = re.compile(r"EGW\d{5}")
+_STATUSES = range(200, 600)
 _YEAR = 366 * 86400  # seconds; keeps every time of a token a valid date
 
 
@@ -144,8 +145,9 @@ class Gateway:
 
         """
         for name, value in lengths.items():
-            if name not in RULES or not 0 <= value <= _YEAR:
-                raise ConfigurationError(f"The rules are {', '.join(RULES)}; set them in seconds, a year at most.")
+            if name not in RULES or not (name == "token_life") <= value <= _YEAR:
+                known = ", ".join(RULES)
+                raise ConfigurationError(f"The rules are {known}, in seconds up to a year; a token lives one or more.")
         self.rules = {**self.rules, **lengths}
 
     def fail(self, mode: str, count: int | None = None) -> None:
@@ -168,7 +170,13 @@ class Gateway:
         """Answer just this to the next `count` requests, or to all until `clear`.
 
         `path` is an endpoint or how several begin: `/uapi/` is every business call; the longest counts.
+
+        Raises:
+            ConfigurationError: the path or status makes no sense; nothing has changed.
+
         """
+        if not str(path).startswith("/") or status not in _STATUSES:
+            raise ConfigurationError("path begins with a slash, and status is from 200 to 599.")
         code = "" if isinstance(content, str) else str(content.get("error_code") or content.get("msg_cd"))
         self._script(path, Answer(status, content, code if _CODE.fullmatch(code) else str(status)), count)
 
