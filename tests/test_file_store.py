@@ -142,6 +142,14 @@ def test_a_damaged_file_is_a_miss_and_set_aside_with_a_word(
     assert [line.levelno for line in caplog.records if f"{name}.aside" in line.message] == [logging.WARNING]
 
 
+def test_what_is_set_aside_again_and_again_is_kept_once(folder: Path) -> None:
+    """Where no successor comes, as on a full disk, each try finds the same file, and none adds another one."""
+    put(folder / VIEW, b"damaged")
+    for _ in range(3):
+        files.set_aside(str(folder / VIEW))
+    assert sorted(path.name for path in folder.iterdir()) == [VIEW, f"{VIEW}.aside"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link", "dangling link"])
 def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp_path: Path) -> None:
     """A FIFO, a folder or a link in the place of a view keeps nobody waiting; what a link points to stays as it is."""

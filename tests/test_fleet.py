@@ -190,6 +190,20 @@ BOT += "while True: manager.get_valid_token(); time.sleep(0.1)"
 FOLLOW = "from tokencore.cli import main; main(['follow'])"
 
 
+def test_what_a_machine_had_before_its_fleet_is_offered_by_its_follower(field: Field) -> None:
+    """Nobody has to renew for it: the store has no row of the key, and the next machine issues nothing."""
+    first, second = field.machines(2)
+    alone = FileStore(first.market, lambda: ["us"])
+    with alone.lock(wait=5):
+        alone.save(token := make_token())
+    with start(FOLLOW, **first.environment) as process:
+        try:
+            until(lambda: field.sql("select count(*) from tokencore_key where key <> 'layout'") == "1")
+        finally:
+            process.kill()
+    assert (second.get(), field.kis.stats()["token_requests"]) == (token.access_token, 0)
+
+
 def test_a_machine_follows_what_the_others_do(field: Field) -> None:
     """Listening, polling where a pooler swallows notifications, or by a bot; what cannot be decrypted is left alone."""
     with Relay(field.fleet.server.port, notifies=False) as relay, contextlib.ExitStack() as running:
@@ -393,6 +407,7 @@ def test_the_printed_role_is_enough_and_may_no_more(field: Field, command: Comma
     """
     role = f"app{os.getpid()}"
     os.environ["KIS_STORE"] = field.fleet.url
+    assert command("fleet", "init", "--role", "x SUPERUSER; --").code == 2
     ran = [command("fleet", "init", "--role", role) for _ in range(2)][1]
     assert (ran.code, "KIS_STORE_KEYS=" in ran.out) == (0, True)
     field.sql(ran.out, f"alter role {role} password 'CanaryPassword'")

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import requests
-from builders import KEY, SECRET, ended, fill_disk, in_child
+from builders import KEY, SECRET, ended, fill_disk, in_child, make_token
 from running import DAY, asked, cached, folder, forked, limited, on_disk, outcomes, raised, record, start, until
 
 from tokencore import (
@@ -27,6 +27,7 @@ from tokencore import (
     Settings,
     TokenError,
     TokenManager,
+    TokenStoreError,
     TokenUnavailableError,
     USTokenManager,
     sessions,
@@ -269,6 +270,21 @@ def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox)
 
     assert ended(in_child(hold_it_until_there_is_room)) == 0
     assert KRTokenManager().get_valid_token() == on_disk().access_token
+    assert asked(quick) == 1
+
+
+def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> None:
+    """On a full disk its successor is fetched in its last half hour, and not only when it is over."""
+
+    def hold_it() -> None:
+        os.environ["KIS_ISSUE_INTERVAL"] = "60"
+        assert not USTokenManager().delete_token()  # the directory and the lock are there
+        fill_disk()
+        manager, old = USTokenManager(), make_token(age=DAY - LAST_MINUTES)
+        assert isinstance(raised(lambda: manager.save_token(old)), TokenStoreError)
+        until(lambda: manager.get_valid_token() != old.access_token)
+
+    assert ended(in_child(hold_it)) == 0
     assert asked(quick) == 1
 
 

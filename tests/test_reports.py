@@ -207,6 +207,14 @@ def test_a_state_says_all_that_is_known_at_one_moment(key: Key) -> None:
     assert state.next_attempt == (state.outlook.next and state.outlook.next.at) is not None
 
 
+def test_exchanges_that_are_closed_for_weeks_want_no_renewal(key: Key) -> None:
+    """With a month of holidays in the settings nobody needs a token, which is not the same as having no exchange."""
+    month = [f"{DUE + timedelta(days=day):%Y-%m-%d}" for day in range(-3, 30)]
+    os.environ |= {f"KIS_EXCHANGES__{code}__CLOSED": json.dumps(month) for code in key.exchanges}
+    (closed,) = Key.load(Settings.load())
+    assert (closed.state(DUE).outlook.needs, closed.state(DUE).outlook.next) == ([], None)
+
+
 def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
     """KIS returned it to us although no request of ours is from its time; our own, or an imported one, is none."""
     save(key, age=2 * HOUR)

@@ -224,7 +224,7 @@ class KeyState(Sensitive):
             ConfigurationError: an exchange is unknown.
 
         """
-        ahead = self.key.horizon(self.key.exchanges, self.now)
+        ahead = self.key.horizon(self.key.exchanges, self.now) if self.key.exchanges else None
         return outlook.look(self.token, self.attempts, ahead, self.key.market, self.now)
 
     def without_token(self, problem: str) -> KeyState:

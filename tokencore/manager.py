@@ -60,6 +60,7 @@ class BaseTokenManager(Sensitive):
         self._fresh_until = 0.0  # monotonic seconds
         self._calm_until = 0.0  # epoch seconds: no renewal is due before it
         self._next_try = 0.0  # monotonic seconds
+        self._next_save = 0.0  # the same; a full disk shall not keep a successor from being asked for
 
     def __repr__(self) -> str:
         market = getattr(self, "market", None)  # none yet where an error's traceback shows what was being made
@@ -275,8 +276,8 @@ class BaseTokenManager(Sensitive):
             reason = f"get {self.market.name}"
             token, _ = self._renewer.obtain(lambda found: found.serves(until(), self.market.buffer), reason)
         self._remember(token, now)
-        if not self._store.saved(token) and time.monotonic() >= self._next_try:  # the disk may have room again
-            self._next_try = time.monotonic() + self.market.settings.issue_interval
+        if not self._store.saved(token) and time.monotonic() >= self._next_save:  # the disk may have room again
+            self._next_save = time.monotonic() + self.market.settings.issue_interval
             self._renewer.sync_copies()
         if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:
             self._renew_beside(token)

@@ -111,16 +111,18 @@ def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, 
     return Outlook(needs, policy.quiet_time(needs), policy.daily_anchor(needs, buffer=timedelta(seconds=buffer)))
 
 
-def look(token: Token | None, attempts: Sequence[Attempt], ahead: Outlook, market: Market, now: datetime) -> Outlook:
-    """What lies ahead of a key with `token` and this issuance record, whose exchanges have this horizon."""
+def look(
+    token: Token | None, attempts: Sequence[Attempt], ahead: Outlook | None, market: Market, now: datetime
+) -> Outlook:
+    """What lies ahead of a key with `token` and this issuance record, whose exchanges, if any, have this horizon."""
     issued = (one.at for one in reversed(attempts) if one.outcome is Outcome.ISSUED)
     issued_at = token.issued_at if token else next(issued, None)
     buffer = timedelta(seconds=market.buffer)
     expires_at = token.expires_at + CLOCK_SLACK if token and token.serves(now, market.buffer) else None
-    if not ahead.needs:
+    if ahead is None:
         at = token.expires_at - timedelta(seconds=market.proactive_window) if token and expires_at else now
         why = "no exchange is configured: shortly before the expiry" if expires_at else "there is no valid token"
-        return ahead._replace(next=Renewal(max(now, at), why, None))
+        return Outlook([], None, None, None, Renewal(max(now, at), why, None))
     planned = policy.next_renewal(
         now, ahead.needs, issued_at=issued_at, expires_at=expires_at, anchor=ahead.anchor, buffer=buffer
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from tokencore.commands import AddCommand
 
+ROLE = r"[a-z_][a-z0-9_]{0,62}"  # what needs no quotes in SQL
 GRANTS = """\
 -- As the tables' owner, who may create roles, or a superuser: the machines' role. Its password: \\password {role}
 CREATE ROLE {role} LOGIN;
@@ -34,6 +36,8 @@ def _fleet(options: argparse.Namespace) -> int:
 
 
 def _init(settings: Settings, role: str) -> int:
+    if not re.fullmatch(ROLE, role):
+        raise ConfigurationError("--role must be a name of small letters, digits and _; nothing was changed.")
     from tokencore.stores.database import make_tables  # an extra, which the parser does not need
 
     used = make_tables(settings.store.get_secret_value() if settings.store else "")

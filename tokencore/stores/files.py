@@ -116,7 +116,7 @@ def set_aside(path: str) -> None:
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             os.replace(path, spare)
-        else:
+        elif not (os.path.exists(aside) and os.path.samefile(path, aside)):
             with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
                 os.chmod(path, PRIVATE_FILE)  # it may hold another key's token
             os.link(path, spare)

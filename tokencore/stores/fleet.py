@@ -73,8 +73,11 @@ class Fleet(Sensitive):
         """
         address = self._settings.store.get_secret_value() if self._settings.store else ""
         down = os.path.join(self.folder, f"key-store-{digest(address, length=16)}.down")
-        found = files.signature(down)
-        if found and 0 <= time.time() - found[2] / 1e9 < REST and (why := files.read_text(down)):
+        found, why = files.signature(down), None
+        if found and 0 <= time.time() - found[2] / 1e9 < REST:
+            with suppress(ValueError):  # no note of ours: this process finds it out by itself
+                why = files.read_text(down)
+        if why:
             raise TokenStoreError(why)
         try:
             session = Database(address, self._host, patience)

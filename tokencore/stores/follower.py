@@ -57,7 +57,8 @@ class Follower:
                 time.sleep(PAUSE)
 
     def _follow(self, session: Database) -> None:
-        hears, names, known, due, look_at = _hears(session), list(self._stores), dict[str, int](), set[str](), 0.0
+        hears, names, look_at = _hears(session), list(self._stores), 0.0
+        known, due = dict[str, int](), set(names)  # also those of which the store has no row yet: it is offered ours
         while True:
             if not hears or time.monotonic() >= look_at:
                 look_at, now = time.monotonic() + QUIET, session.versions(names)

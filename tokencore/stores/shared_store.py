@@ -8,6 +8,7 @@ attempt that another machine has sent keeps the others away, until its outcome o
 from __future__ import annotations
 
 import time
+from _thread import get_ident  # threading is not on the path of a cached token
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
@@ -58,7 +59,7 @@ class SharedStore(Sensitive):
         self._about = {"key_fingerprint": self.fingerprint, "environment": market.environment}
         self._asked = False  # whether this process has had to ask the store: then it goes on asking
         # Under the lock: the connection, the row as it was read, and what is wrong with the store.
-        self._locked = False
+        self._locked = 0  # the thread that holds it: others read as if nobody did
         self._session: Database | None = None
         self._state: State | None = None
         self._trouble: TokenError | None = None
@@ -87,7 +88,7 @@ class SharedStore(Sensitive):
         """The machine's token that lasts longest; with `shared` also the fleet's, as in `read`."""
         # A living token of the key's own file is enough: to look at every view takes long with a thousand keys.
         token = self._local.newest(shared=True) if shared else self._local.read()[0]
-        return self._or_fleets(token) if shared or self._locked else token
+        return self._or_fleets(token) if shared or self._holds() else token
 
     def saved(self, token: Token) -> bool:
         """Whether the machine's files have it."""
@@ -131,7 +132,7 @@ class SharedStore(Sensitive):
     def attempts(self) -> list[Attempt]:
         """The fleet's record, by this machine's clock; the machine's own where the store is not reached."""
         self._asked, state = True, None
-        if self._locked:
+        if self._holds():
             with suppress(TokenError):
                 state = self._reread()
         else:
@@ -215,7 +216,7 @@ class SharedStore(Sensitive):
             if not locked:
                 yield False
                 return
-            self._asked = self._locked = True
+            self._asked, self._locked = True, get_ident()
             try:
                 if not give_up():  # the token came meanwhile: no need to ask the store
                     self._fleet.forget()
@@ -227,7 +228,7 @@ class SharedStore(Sensitive):
             finally:
                 if self._session:
                     self._session.close()
-                self._locked, self._session, self._state, self._trouble = False, None, None, None
+                self._locked, self._session, self._state, self._trouble = 0, None, None, None
 
     def document(self, name: str) -> FileDocument:
         """The machine's document of that name: approval keys are paced, not limited."""
@@ -257,6 +258,10 @@ class SharedStore(Sensitive):
         from tokencore.stores.fleet import Fleet  # not on the path of a cached token
 
         return Fleet.of(self._market.settings)
+
+    def _holds(self) -> bool:
+        """Whether this thread has the lock."""
+        return self._locked == get_ident()
 
     def _connected(self) -> Database:
         """The connection of this lock."""
@@ -294,7 +299,7 @@ class SharedStore(Sensitive):
     def _or_fleets(self, token: Token | None) -> Token | None:
         if token and token.rejected_at is None and token.expires_at.timestamp() > time.time():
             return token
-        state = self._state if self._locked else self._seen() if self._asked else None
+        state = self._state if self._holds() else self._seen() if self._asked else None
         try:
             return tokens.longest([token, self._opened(state)[0] if state else None])
         except TokenError as error:
@@ -412,9 +417,11 @@ class SharedStore(Sensitive):
         number, ahead, _ = fence
         try:
             with session or self._fleet.connect() as reached:
-                if token:
-                    self._offered(reached, token, issued=True)
-                reached.finish(self.name, number, *_line(attempt, ahead))
+                try:
+                    if token:
+                        self._offered(reached, token, issued=True)
+                finally:
+                    reached.finish(self.name, number, *_line(attempt, ahead))
         except TokenError as error:
             _warn(error, "The other machines get what KIS answered when the store is reached again.")
         self._fleet.forget()
@@ -471,13 +478,13 @@ class SharedDocument(Sensitive):
         with self._local.lock(wait=wait, give_up=give_up) as held:
             self._leased = held
             try:
-                if held:
-                    self._session = self._fleet.connect(PROMPT)
-                    self._leased = self._lease(self._session, end, give_up)
-            except TokenError as error:
-                self._close()
-                self._fleet.warn(error)
-            try:
+                try:
+                    if held:
+                        self._session = self._fleet.connect(PROMPT)
+                        self._leased = self._lease(self._session, end, give_up)
+                except TokenError as error:
+                    self._close()
+                    self._fleet.warn(error)
                 yield self._leased
             finally:
                 if self._session and self._leased:
