@@ -135,7 +135,7 @@ TROUBLES: dict[str, tuple[Callable[[Sandbox, Move], object], int, str, str, str]
     ),
     "refused credentials": (lambda *_: record(REFUSED), 5, "issuing us+kr", "bad_secret", "KIS_APP_SECRET"),
     "KIS refuses": (lambda _, at: at("http://127.0.0.1:1"), 6, "kis", "127.0.0.1 refuses the connection", NETWORK),
-    "KIS without TLS": (lambda _, at: at("https://127.0.0.1:OPEN"), 6, "kis", "127.0.0.1 does not speak TLS", NETWORK),
+    "KIS without TLS": (lambda _, at: at("https://127.0.0.1:OPEN"), 6, "kis", "encrypted connection to 127", NETWORK),
     "no such name": (lambda _, at: at("https://kis.invalid"), 6, "kis", "name kis.invalid cannot be found", NETWORK),
 }
 """What is wrong, the exit code, the finding that says it, and words of its detail and fix."""

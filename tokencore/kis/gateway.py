@@ -5,24 +5,19 @@ Nothing here follows a redirect or repeats a request that may have reached KIS. 
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import re
-import ssl
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
-
-import requests
-from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from tokencore.attempts import Outcome
 from tokencore.calendars.exchanges import exchange
 from tokencore.errors import IssuerUnavailableError
 from tokencore.kis import codes
-from tokencore.kis.codes import ANSWER_LIMIT, OK, Refusal
+from tokencore.kis.codes import OK, Refusal
+from tokencore.kis.http import Answer, NoAnswer, send
 from tokencore.redaction import redact
 from tokencore.sealing import Sensitive
 from tokencore.tokens import Token, from_answer
@@ -33,7 +28,6 @@ if TYPE_CHECKING:
 TRIES = 4  # the first and three more, only while the request cannot have reached KIS
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HEADERS = {"Content-Type": "application/json; charset=UTF-8"}
 _SAMSUNG = {"FID_COND_MRKT_DIV_CODE": "J", "FID_INPUT_ISCD": "005930"}
 _APPROVAL_KEY = re.compile(r"[!-~]{1,512}")  # one word of visible ASCII; KIS's is a UUID
@@ -117,7 +111,7 @@ class Gateway(Sensitive):
         accepted = False if code in codes.DEAD_TOKEN else True if succeeded else None
         return Evidence(accepted, "rt_cd 0" if accepted else self._detail(answer), answer.status, code[:12])
 
-    def _granted(self, path: str, secret_name: str, depart: Callable[[], bool] = lambda: True) -> _Answer | Refusal:
+    def _granted(self, path: str, secret_name: str, depart: Callable[[], bool] = lambda: True) -> Answer | Refusal:
         fields = {"grant_type": "client_credentials", secret_name: self._app_secret}
         for turn in range(TRIES):
             if turn:
@@ -135,85 +129,20 @@ class Gateway(Sensitive):
             return answer
         return codes.refused(answer.status, code, self._detail(answer), (len(self._app_key), len(self._app_secret)))
 
-    def _post(self, path: str, fields: Mapping[str, str]) -> _Answer | Refusal:
-        return self._send("POST", path, _Body(json.dumps({"appkey": self._app_key, **fields}).encode()))
+    def _post(self, path: str, fields: Mapping[str, str]) -> Answer | Refusal:
+        return self._send("POST", path, json.dumps({"appkey": self._app_key, **fields}).encode())
 
-    def _send(self, method: str, path: str, body: _Body | None = None, **fields: Any) -> _Answer | Refusal:  # noqa: ANN401 - requests' own keywords
+    def _send(self, method: str, path: str, content: bytes | None = None, **fields: Any) -> Answer | Refusal:  # noqa: ANN401 - requests' own keywords
         """One request and its whole answer, or why there is none: `UNREACHABLE` while it cannot have left."""
-        deadline, url = time.monotonic() + 2 * self._timeout, self._base_url + path
-        fields |= {"headers": _HEADERS | fields.get("headers", {}), "data": body, "timeout": self._timeout}
-        fields["auth"] = lambda request: request  # else requests looks into `.netrc`
+        headers = _HEADERS | fields.pop("headers", {})
         try:
-            with requests.Session() as session:
-                session.trust_env = urlsplit(url).hostname not in LOOPBACK  # no proxy stands before the sandbox
-                session.hooks["response"].append(_go_nowhere)
-                with session.request(method, url, stream=True, allow_redirects=False, **fields) as response:
-                    return _read(response, deadline)
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            if body is None or body.left:
-                return codes.silent(Outcome.NO_ANSWER, _fault(error, "the connection failed or broke off"))
-            return codes.silent(Outcome.UNREACHABLE, _fault(error, "the connection was refused or the name not found"))
+            answer = send(method, self._base_url + path, content, timeout=self._timeout, headers=headers, **fields)
+        except NoAnswer as error:
+            return codes.silent(Outcome.NO_ANSWER if error.left else Outcome.UNREACHABLE, str(error))
+        return codes.silent(Outcome.NO_ANSWER, answer.trouble) if answer.trouble else answer
 
-    def _detail(self, answer: _Answer) -> str:
+    def _detail(self, answer: Answer) -> str:
         """The status and KIS's own words, on one line, without anything secret."""
         words = [answer.body.get(key) for key in ("error_code", "msg_cd", "error_description", "msg1")]
         said = redact(" ".join(str(word) for word in words if word) or answer.text, self._app_secret, self._app_key)
         return f"HTTP {answer.status}: {said[:TEXT_LIMIT]}" if said else f"HTTP {answer.status}"
-
-
-def _go_nowhere(response: requests.Response, **_: object) -> None:
-    """Requests would read a redirect's body whole, without bounds of size or time, before it is asked for it."""
-    response.headers.pop("location", None)
-
-
-class _Answer(NamedTuple):
-    """An answer of KIS: HTTP's status, the JSON body (empty when it is none), and its text without tags."""
-
-    status: int
-    body: Mapping[str, Any]
-    text: str
-
-
-class _Body(io.BytesIO):
-    """A request's body that knows whether it `left`: it is read when the connection stands and the header is sent."""
-
-    left = False
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.left = True
-        return super().read(size)
-
-
-def _read(response: requests.Response, deadline: float) -> _Answer | Refusal:
-    """Read at most `ANSWER_LIMIT` bytes until `deadline` of the monotonic clock."""
-    content, late = b"", False
-    while not late and (piece := response.raw.read1(ANSWER_LIMIT, decode_content=True)):
-        content += piece
-        if len(content) > ANSWER_LIMIT:
-            return codes.silent(Outcome.NO_ANSWER, f"the answer is larger than {ANSWER_LIMIT} bytes")
-        late = time.monotonic() > deadline
-    body = codes.parse(content)
-    if late and not body:  # a process that was stopped meanwhile finds a whole body, which was there in time
-        return codes.silent(Outcome.NO_ANSWER, "the answer came too slowly")
-    return _Answer(response.status_code, body, re.sub(r"<[^<>]*>", " ", content.decode("utf-8", errors="replace")))
-
-
-_FAULTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (  # the first that fits
-    (requests.ConnectTimeout, "no connection within the time-out (KIS_TIMEOUT)"),
-    ((requests.ReadTimeout, ReadTimeoutError), "no answer within the time-out (KIS_TIMEOUT)"),
-    (requests.exceptions.ProxyError, "the proxy could not be reached"),
-    (requests.RequestException, ""),
-    (OSError, "its certificates cannot be checked (REQUESTS_CA_BUNDLE)"),  # requests' own check
-)
-
-
-def _fault(error: Exception, otherwise: str) -> str:
-    """What failed, without the address and headers that the libraries' own texts repeat; OpenSSL's reason first."""
-    inner: BaseException | None = error
-    while inner and not isinstance(inner, ssl.SSLError):
-        inner = inner.__context__
-    if inner:
-        certificate = getattr(inner, "verify_message", "")
-        why = f"certificate: {certificate}" if certificate else str(getattr(inner, "reason", "")).replace("_", " ")
-        return f"the encrypted connection failed ({why})"
-    return next((words for kind, words in _FAULTS if isinstance(error, kind)), "") or otherwise

@@ -18,11 +18,8 @@ import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
-
-import requests
-from urllib3.exceptions import HTTPError
 
 from tokencore.attempts import CREDENTIALS, latest
 from tokencore.clients.approval import approval_expiry
@@ -32,7 +29,7 @@ from tokencore.config.settings import Settings
 from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.kis import codes
-from tokencore.kis.gateway import LOOPBACK
+from tokencore.kis.http import NoAnswer, send
 from tokencore.limits import format_time
 from tokencore.redaction import printable, short
 from tokencore.stores import check_store, files, permissions
@@ -56,7 +53,6 @@ LONGEST, SHOWN = 60, 3  # characters of a value, and names in a line, that are s
 OTHERS = 0o077 if os.name == "posix" else 0  # in a mode, what is not the owner's
 LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: time to look, and no token could be saved
 NOTICEABLE = 5.0  # seconds: the Date header knows whole ones, and the answer takes its time
-ENOUGH = 65_536  # bytes of an answer
 SLACK_API = "https://slack.com/api/"
 PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # names of variables
 POOL = "tokens"  # the work pool of prefect.yaml
@@ -74,15 +70,6 @@ LEFTOVERS = {  # by the files' names; what is in parentheses is the key or marke
     "set aside as no token of this key": r".*\.aside",
     "of a key that is not configured": r".*?key-([0-9a-f]{16})\b.*",
     "of a market that is not configured": _OF_MARKET,
-}
-FAULTS = {  # by a sign in an error's name or text: what failed; the first that fits
-    "proxyerror": "the proxy cannot be reached (HTTPS_PROXY, NO_PROXY)",
-    "certificate": "the certificate of {host} cannot be verified (clock, REQUESTS_CA_BUNDLE)",
-    "sslerror": "{host} does not speak TLS there",
-    "timeout": "{host} does not answer within {patience:.0f} s",
-    "nameresolution": "the name {host} cannot be found (DNS)",
-    "refused": "{host} refuses the connection",
-    "": "the connection to {host} failed",
 }
 NETWORK = "check the address, the network and the firewall"
 _JWT = re.compile(rb"[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)
@@ -140,7 +127,7 @@ def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
         yield from check
     except TokenError as error:
         yield _fail(name, str(error), "do what it says", error.exit_code)
-    except _NoAnswer as error:
+    except NoAnswer as error:
         yield _fail(name, str(error), NETWORK)
     except Exception as error:  # noqa: BLE001 - its text may hold anything
         yield _fail(name, f"could not be looked at ({type(error).__name__})", "please report this line")
@@ -322,14 +309,14 @@ def _kis(it: Subject) -> Iterator[Finding]:
     for url in dict.fromkeys(key.market.base_url for key in it.keys):
         keys, began = [key for key in it.keys if key.market.base_url == url], time.monotonic()
         try:  # neither key nor tr_id: it counts as no call, and any answer proves name, connection and certificate
-            answer, _ = _ask("GET", f"{url}/")
-        except _NoAnswer as error:
+            answer = send("GET", f"{url}/", timeout=PATIENCE)
+        except NoAnswer as error:
             yield _fail("kis", f"{url}: {error}", NETWORK, UNREACHABLE)
             names = ("clock", *(f"token accepted {key.label}" for key in keys))
             yield from (_skipped(name, "KIS cannot be reached") for name in names)
             continue
         took = f"{(time.monotonic() - began) * 1e3:.0f} ms"
-        yield _ok("kis", f"{url} answers in {took} (HTTP {answer.status_code} to GET /, which issues nothing)")
+        yield _ok("kis", f"{url} answers in {took} (HTTP {answer.status} to GET /, which issues nothing)")
         yield _clock(answer.headers.get("Date", ""))
         yield from (one for key in keys for one in _tried(f"token accepted {key.label}", _accepted(key)))
 
@@ -371,12 +358,13 @@ def _slack(it: Subject) -> Iterator[Finding]:
         if not (parts.hostname and parts.scheme in ("https", "http")):
             yield _fail("slack", "SLACK_WEBHOOK_URL is no address", "copy it again from Slack")
             return
-        _ask("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/")
+        send("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/", timeout=PATIENCE)
         yield _ok("slack", f"{parts.hostname} answers; {proof}")
     elif bot and not channel:
         yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
     elif bot:
-        said = codes.parse(_ask("POST", f"{SLACK_API}auth.test", headers={"Authorization": f"Bearer {bot}"})[1])
+        headers = {"Authorization": f"Bearer {bot}"}
+        said = send("POST", f"{SLACK_API}auth.test", timeout=PATIENCE, headers=headers).body
         if said.get("ok"):
             yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
         else:
@@ -393,8 +381,8 @@ def _prefect(it: Subject) -> Iterator[Finding]:
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a password may be part of it
     try:
-        answer, content = _ask("GET", f"{url}/work_pools/{POOL}", auth=auth)
-    except _NoAnswer as error:
+        answer = send("GET", f"{url}/work_pools/{POOL}", timeout=PATIENCE, auth=auth)
+    except NoAnswer as error:
         if named or os.path.isdir(home):
             yield _fail("prefect", f"{shown}: {error}", "make up; or name the right server in PREFECT_API_URL")
         else:
@@ -402,10 +390,10 @@ def _prefect(it: Subject) -> Iterator[Finding]:
                 "prefect", f"no server at {shown}", "without one, let cron run `tokencore tick` every minute"
             )
         return
-    status = short(str(codes.parse(content).get("status", "")))
+    status = short(str(answer.body.get("status", "")))
     if not status:
         fix = "make up; set PREFECT_API_AUTH_STRING (user:password) as the server has it, or check the port"
-        yield _fail("prefect", f"{shown} does not answer as our server does (HTTP {answer.status_code})", fix)
+        yield _fail("prefect", f"{shown} does not answer as our server does (HTTP {answer.status})", fix)
     elif status != "READY":
         yield _fail("prefect", f"{shown} has no worker (the work pool {POOL!r} is {status}): no run starts", "make up")
     else:
@@ -455,43 +443,6 @@ def _has_another(path: str, present: Mapping[str, list[bytes]]) -> bool:
     owners = {jwt_claims(text.decode()).get("jti") for text in _JWT.findall(content)}
     named = [app_key for app_key in present if app_key in owners or app_key.encode() in content]
     return bool(named) and not any(token in content for app_key in named for token in present[app_key])
-
-
-class _NoAnswer(Exception):  # noqa: N818 - what happened
-    """Nobody answered; the text says what failed, without the address's path."""
-
-
-def _ask(method: str, url: str, **fields: Any) -> tuple[requests.Response, bytes]:  # noqa: ANN401 - requests' own keywords
-    """Send one request; its answer, and what has come of the body, which may be cut off: it is not waited for long.
-
-    Redirects are not followed, and no .netrc is read.
-
-    Raises:
-        _NoAnswer: nobody answered.
-
-    """
-    host = str(urlsplit(url).hostname)
-    with requests.Session() as session:
-        session.trust_env = host not in LOOPBACK
-        session.auth = fields.pop("auth", None) or (lambda request: request)
-        # Requests would read a redirect's body whole.
-        session.hooks["response"].append(lambda answer, **_: answer.headers.pop("location", None) and None)
-        fields |= {"timeout": PATIENCE, "allow_redirects": False, "stream": True}
-        try:
-            with session.request(method, url, **fields) as answer:
-                return answer, _beginning(answer)
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            said = f"{type(error).__name__} {error}".lower()  # the libraries' texts repeat address and headers
-    raise _NoAnswer(next(FAULTS[sign] for sign in FAULTS if sign in said).format(host=host, patience=PATIENCE))
-
-
-def _beginning(answer: requests.Response) -> bytes:
-    content, deadline = b"", time.monotonic() + PATIENCE
-    while len(content) < ENOUGH and time.monotonic() < deadline:
-        if not (piece := answer.raw.read1(ENOUGH, decode_content=True)):
-            break
-        content += piece
-    return content
 
 
 def _store(it: Subject) -> Iterator[Finding]:
