@@ -139,9 +139,9 @@ class BaseTokenManager(Sensitive):
 
     def get_token_status(self) -> MarketStatus:
         """What is known of the market's token, as `tokencore check --json` prints it; read-only."""
-        from tokencore.reports.status import look_at  # not on the path of a cached token
+        from tokencore.reports.status import look  # not on the path of a cached token
 
-        return look_at(self._key().state(datetime.now(UTC), shared=False), self.market).status
+        return look(self._key().state(datetime.now(UTC), shared=False), self.market).status
 
     def get_token_info(self) -> str:
         """The same for people: a few aligned lines, times in KST and in this machine's zone."""
@@ -351,11 +351,9 @@ class BaseTokenManager(Sensitive):
         self.market = market
 
     def _sharing(self) -> Sequence[Market]:
-        """The configured markets with this key, this one first: they share one token and one issuance."""
-        own = self.market.fingerprint, self.market.environment
-        known = self.market.settings.all_markets()
-        others = [one for one in known if one.app_key and (one.fingerprint, one.environment) == own]
-        return [self.market, *(one for one in others if one.name != self.market.name)]
+        """The configured markets with this key, this one first."""
+        known = self.market.settings.sharing(self.market)
+        return [self.market, *(one for one in known if one.name != self.market.name)]
 
     @cached_property
     def _store(self) -> Store:

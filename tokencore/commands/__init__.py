@@ -106,9 +106,7 @@ def key_of(settings: Settings, name: str) -> Key:
 
     market = settings.market(name)
     market.identified()
-    own = market.fingerprint, market.environment
-    sharing = [one for one in settings.all_markets() if one.app_key and (one.fingerprint, one.environment) == own]
-    return Key(sharing)
+    return Key(settings.sharing(market))
 
 
 def read_input() -> str:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 from tokencore.clients.approval import approval_expiry
 from tokencore.commands import FOR_PROGRAMS, print_json, until_stopped
 from tokencore.config.settings import Settings
-from tokencore.manager import TokenManager
-from tokencore.reports import status
+from tokencore.keys import Key
+from tokencore.reports.status import look
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tokencore.commands import AddCommand
+    from tokencore.keys import KeyState
+    from tokencore.kis.gateway import Evidence
     from tokencore.reports.doctor import Finding
     from tokencore.reports.status import Seen
-
-    Proofs = Mapping[str, tuple[bool | None, str]]
 
 NOT_VALID, UNREACHABLE = 3, 6
 LOOPBACK = "127.0.0.1"
@@ -51,32 +51,39 @@ def add(command: AddCommand) -> None:
 def _check(options: argparse.Namespace) -> int:
     settings, now = Settings.load(), datetime.now(UTC)
     asked = list(dict.fromkeys(map(settings.market, options.market))) or settings.able_markets()
-    seen = status.look(settings, asked, now)
-    valid = [one.status["market"] for one in seen if one.status["valid"]]
-    proofs: Proofs = {name: TokenManager(name).probe() for name in valid if options.probe}
+    states = [key.state(now) for key in Key.load(settings, asked)]
+    found = {market.name: look(state, market) for state in states for market in state.key.markets}
+    seen = [found[market.name] for market in asked]
+    proofs = _proofs(states) if options.probe else {}
     if options.json:
         print_json([dict(one.status) | _extras(one, proofs) for one in seen])
     else:
         from tokencore.reports.tables import print_statuses  # tables for people, which programs need not wait for
 
         print_statuses(seen, proofs, now)
-    if len(valid) < len(seen) or any(accepted is False for accepted, _ in proofs.values()):
+    accepted = {proof.accepted for proof in proofs.values()}
+    if False in accepted or not all(one.status["valid"] for one in seen):
         return NOT_VALID
-    return UNREACHABLE if any(accepted is None for accepted, _ in proofs.values()) else 0
+    return UNREACHABLE if None in accepted else 0
 
 
-def _extras(one: Seen, proofs: Proofs) -> dict[str, object]:
+def _proofs(states: list[KeyState]) -> dict[str, Evidence]:
+    """What one quote call for each key says of its valid token, by market."""
+    proven = [(state.key, state.key.prove(state.token)) for state in states if state.token and state.serves_until]
+    return {market.name: proof for key, proof in proven for market in key.markets}
+
+
+def _extras(one: Seen, proofs: Mapping[str, Evidence]) -> dict[str, object]:
     """What stands there only where it was asked for: the quote call's answer, the approval key's expiry."""
     found: dict[str, object] = {}
     if expires_at := approval_expiry(one.store):
         found["approval_key_expires_at"] = expires_at
     if proof := proofs.get(one.status["market"]):
-        found["probe"] = {"accepted": proof[0], "told": proof[1]}  # programs know these names
+        found["probe"] = {"accepted": proof.accepted, "told": proof.detail}  # programs know these names
     return found
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from tokencore.keys import Key
     from tokencore.reports.doctor import examine  # HTTP, and a dozen checks
 
     found = examine(Key.load)
@@ -103,7 +110,6 @@ def _lines(one: Finding) -> str:
 
 
 def _metrics(options: argparse.Namespace) -> int:
-    from tokencore.keys import Key
     from tokencore.reports import metrics  # a server and formats, which no other command should wait for
 
     watch = metrics.Watch(Key.load)

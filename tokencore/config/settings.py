@@ -197,6 +197,11 @@ class Settings(Sensitive, BaseSettings):
         how = f"set KIS_APP_KEY and KIS_APP_SECRET in the environment, .env or {CONFIG_FILE}"
         raise ConfigurationError(f"No market has an app key; {how}.")
 
+    def sharing(self, market: Market) -> list[Market]:
+        """The markets with the key of `market`, which may be a program's own: they share one token and one issuance."""
+        own = market.fingerprint, market.environment
+        return [one for one in self.all_markets() if one.app_key and (one.fingerprint, one.environment) == own]
+
     @property
     def overrides(self) -> dict[str, Override]:
         """What the user says about exchanges, by order code."""

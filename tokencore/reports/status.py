@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from tokencore.keys import Key
 from tokencore.outlook import VALID
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from datetime import datetime
 
     from tokencore.config.market import Market
-    from tokencore.config.settings import Settings
     from tokencore.keys import KeyState
     from tokencore.stores.base import Store
     from tokencore.tokens import Token
@@ -49,21 +46,14 @@ class Seen(NamedTuple):
     store: Store
 
 
-def look(settings: Settings, markets: Sequence[Market], now: datetime) -> list[Seen]:
-    """These markets of the settings at `now` (aware); each key is read once.
+def look(state: KeyState, market: Market) -> Seen:
+    """One market of a key; why there is no token may be its own file's trouble.
 
     Raises:
-        ConfigurationError: a market has no credentials, or an exchange is unknown.
+        ConfigurationError: one of its exchanges is unknown.
         TokenStoreError: the store cannot be used.
 
     """
-    states = [key.state(now) for key in Key.load(settings, markets)]
-    found = {market.name: look_at(state, market) for state in states for market in state.key.markets}
-    return [found[market.name] for market in markets]
-
-
-def look_at(state: KeyState, market: Market) -> Seen:
-    """One market of a key; why there is no token may be its own file's trouble."""
     store = state.key.store_of(market)
     if state.token is None:
         state = state.without_token(store.read()[1])

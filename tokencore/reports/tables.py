@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tokencore.attempts import Attempt
     from tokencore.keys import Decision
+    from tokencore.kis.gateway import Evidence
     from tokencore.outlook import Plan
     from tokencore.reports.status import MarketStatus, Seen
 
@@ -32,7 +33,7 @@ PRIVATE = ("0600", "0400", None)  # modes that only the owner can use
 BROAD = 112  # characters: from here on every column fits; below, the least important one gives way
 
 
-def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None, str]], now: datetime) -> None:
+def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, Evidence], now: datetime) -> None:
     """One row a market; below, what does not fit into a row, its file, and what the quote call said."""
     rows, below = [_row(one.status, now) for one in seen], []
     broad = terminal.width() >= BROAD
@@ -43,7 +44,7 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, tuple[bool | None,
         below += [] if broad else [f"{name}: next need {need}"]
         below += [f"{name}: not renewed at {moment(failed[0], KST)} KST: {failed[1]}"] if failed else []
         below.append(f"{name}: {_file(one)}")
-    below += [f"{market}: {ANSWERS[accepted]} ({detail})" for market, (accepted, detail) in proofs.items()]
+    below += [f"{market}: {ANSWERS[proof.accepted]} ({proof.detail})" for market, proof in proofs.items()]
     print("\n".join(below))
 
 
