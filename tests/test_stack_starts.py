@@ -8,6 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from stacks import KEYS, SLOW, Place, free_port, in_proc
 from test_settings import dotenv
 
 from flows.stack import demo as play
-from flows.stack import watchdog
+from flows.stack import supervisor, watchdog
 from flows.stack.api import Api
 from tokencore import sessions
 
@@ -108,6 +109,14 @@ def test_a_start_that_ends_early_leaves_nothing(
         assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
     else:
         until(lambda: not place.living(), SLOW)
+
+
+def test_no_question_to_supervisord_is_closed_by_a_destructor(tmp_path: Path) -> None:
+    """Each connection is closed before: a Ctrl-C that Python meets in a destructor is lost, and the start went on."""
+    with warnings.catch_warnings(record=True) as left:
+        warnings.simplefilter("always", ResourceWarning)
+        assert supervisor.running(tmp_path) == {}
+    assert left == []
 
 
 def test_a_server_that_cannot_start_is_shown_with_its_log(make_place: MakePlace) -> None:

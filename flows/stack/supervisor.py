@@ -83,7 +83,7 @@ def down() -> int:
         return 0
     worker.drain(environment.api(timeout=5))
     with contextlib.suppress(*NO_ANSWER):  # another `down` was quicker
-        _supervisord(home).shutdown()
+        _supervisord(home, "shutdown")
     while worker.is_alive(found["supervisor"]):  # it ends when all parts have ended, whom it gives 30 seconds each
         time.sleep(0.1)
     print("Stopped.")
@@ -136,9 +136,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def running(home: Path) -> dict[str, int]:
     """The parts whose process lives, and its number; none where no supervisord answers."""
     try:
-        calls = _supervisord(home)
-        parts = {one["name"]: one["pid"] for one in calls.getAllProcessInfo() if one["pid"]}
-        return {"supervisor": calls.getPID(), **parts}
+        parts = {one["name"]: one["pid"] for one in _supervisord(home, "getAllProcessInfo") if one["pid"]}
+        return {"supervisor": _supervisord(home, "getPID"), **parts}
     except NO_ANSWER:
         return {}
 
@@ -175,11 +174,13 @@ def _refuse(home: Path, given: Mapping[str, str]) -> None:
         raise ConfigurationError(f"{home} is too long for a socket in it; set a shorter KIS_TOKEN_DIR (demo: TMPDIR).")
 
 
-def _supervisord(home: Path) -> Any:  # noqa: ANN401 - whatever its XML-RPC interface has
+def _supervisord(home: Path, method: str) -> Any:  # noqa: ANN401 - whatever its XML-RPC interface has
+    """What supervisord answers. The connection is closed here: Ctrl-C in the midst of a destructor is lost."""
     from supervisor.xmlrpc import SupervisorTransport
 
     socket.setdefaulttimeout(ANSWER)  # its transport knows no other
-    return ServerProxy("http://localhost", SupervisorTransport(None, None, f"unix://{home}/sock")).supervisor
+    with ServerProxy("http://localhost", SupervisorTransport(None, None, f"unix://{home}/sock")) as server:
+        return getattr(server.supervisor, method)()
 
 
 def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
@@ -188,7 +189,7 @@ def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is not None:
             raise StackError((home / "supervisor.log").read_text(errors="replace").strip(), process.returncode)
         with contextlib.suppress(*NO_ANSWER):  # it does not answer yet
-            for part in _supervisord(home).getAllProcessInfo():
+            for part in _supervisord(home, "getAllProcessInfo"):
                 ended, name = part["statename"] == "EXITED", part["name"]
                 if part["statename"] in ("BACKOFF", "FATAL") or (ended and part["exitstatus"]):
                     raise StackError(_failure(home, name, f"exited with code {part['exitstatus']}"))
