@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 SELDOM = 1000  # failures, as it were: enough for the longest wait
-LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
 CLOCK_ERROR = timedelta(days=2)  # an attempt further ahead of now was recorded by a clock that was wrong
 _NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # what brought a token that was not there before
 
@@ -100,11 +99,6 @@ def same_token_until(token: Token | None, now: datetime) -> datetime | None:
     if token is None or until is None or not now < until < token.expires_at:
         return None
     return min(until, now + SAME_TOKEN)  # an issue that seems to lie ahead is a clock's that was set back
-
-
-def lock_wait(market: Market) -> float:
-    """How many seconds to wait for the lock of a key whose holder asks KIS."""
-    return LOCK_WAIT * market.settings.timeout
 
 
 def format_time(at: datetime) -> str:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokencore")
 ADOPTED = "issued by another client"  # what the record says of a token that another client's file brought
+LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
 FOREIGN_AGE = timedelta(minutes=10)  # a token this old at its arrival was not issued for our request
 POLL = 0.1  # seconds between two looks for the token of whoever was first
 ROUNDS, REQUESTS = 4, 2  # cool-downs that a caller without a token waits out, and requests it makes, at most
@@ -68,6 +69,7 @@ class Renewer(Sensitive):
         self._secrets = self._market.credentials()
         self.credentials = digest(*self._secrets, length=8)
         self.copies = Exports(markets, store)
+        self.lock_wait = LOCK_WAIT * self._market.settings.timeout  # seconds, while its holder asks KIS
         self.departing: Callable[[], object] = lambda: None  # called as a request leaves
 
     def __repr__(self) -> str:
@@ -192,10 +194,9 @@ class Renewer(Sensitive):
             TokenStoreError: another process holds the lock for too long, or the store cannot be written.
 
         """
-        wait = limits.lock_wait(self._market)
-        with self._locked(wait) as held:
+        with self._locked(self.lock_wait) as held:
             if not held:
-                raise TokenStoreError(self._busy(wait))
+                raise TokenStoreError(self._busy(self.lock_wait))
             try:
                 yield
             except OSError as error:
@@ -249,7 +250,7 @@ class Renewer(Sensitive):
         unwanted: Callable[[], bool] = lambda: False,
     ) -> tuple[Token, Outcome | None]:
         """A token that `serves`, and the outcome of the request; None where a quicker process had it."""
-        wait = limits.lock_wait(self._market) if wait is None else wait
+        wait = self.lock_wait if wait is None else wait
         began = datetime.now(UTC)
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves) or (self._adopted(serves) if held else None):

@@ -71,7 +71,7 @@ class ApprovalKeys(Sensitive):
         return found if found and found.access_token != rejected and found.serves(datetime.now(UTC), buffer) else None
 
     def _renewed(self, rejected: str) -> Token:
-        began, wait, buffer = datetime.now(UTC), limits.lock_wait(self._market), self._market.buffer
+        began, wait, buffer = datetime.now(UTC), self._renewer.lock_wait, self._market.buffer
         with self._document.lock(wait=wait, give_up=lambda: self.serving(rejected, buffer) is not None) as held:
             if found := self.serving(rejected, buffer):
                 return found
