@@ -34,6 +34,8 @@ from tokencore.tokens import from_text, jwt_claims
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from running import Ran
+
     from tokencore.sandbox import Sandbox
 
 OTHER_KEY = "PSOtherKey" + "o" * 26
@@ -101,6 +103,16 @@ def test_mojito2s_file_is_plain_data_and_off_by_default(nowhere: Sandbox) -> Non
     TokenManager("us").save_token(on_disk())
     codes = {code.name for code, _, _ in pickletools.genops(krs.read_bytes())}
     assert not {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "BUILD"} & codes
+
+
+@pytest.mark.usefixtures("gateway")
+def test_export_prints_the_paths_and_says_which_file_holds_the_secret(command: Callable[..., Ran]) -> None:
+    """The paths alone are on standard output; of mojito2's file people hear on the other that the secret is in it."""
+    for client, told in (("mojito2", "tokencore: that file holds the app secret"), ("kis-auth", "")):
+        ran = command("export", "us", "--to", client, f"for-{client}")
+        assert (ran.code, ran.err.partition(" too")[0]) == (0, told)
+        there = Path(f"for-{client}").resolve().glob("[!.]*")
+        assert sorted(ran.out.split()) == sorted(map(str, there))
 
 
 @pytest.mark.usefixtures("gateway")
