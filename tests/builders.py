@@ -85,7 +85,7 @@ def make_market(name: str = "us", /, **numbers: object) -> Market:
     found.add("environment", {f"KIS_{field.upper()}": str(value) for field, value in numbers.items()})
     found.markets.add(name)
     defaults = {"issue_interval": 60.0, "timeout": 10.0, "max_issues_per_day": 2, "markets": {}, "overrides": {}}
-    defaults |= {"sharing": lambda _: [], "store": None, "store_keys": []}
+    defaults |= {"all_markets": list, "sharing": lambda _: [], "store": None, "store_keys": []}
     settings: Any = SimpleNamespace(**{**defaults, **numbers})
     return Market(name, found, lambda: settings)
 
