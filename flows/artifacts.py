@@ -9,6 +9,7 @@ others end with their key's fingerprint, such as `tokens-1a2b3c4d`, so that neit
 from __future__ import annotations
 
 import base64
+import contextlib
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,21 @@ from flows.alerts.causes import cause_of
 from flows.alerts.incidents import NEAR
 from flows.alerts.messages import LANGUAGES
 from flows.runs import KST, borne, clock, harmless
-from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, Key, draw_plans
+from tokencore import (
+    ConfigurationError,
+    CredentialsError,
+    IssuanceLimitError,
+    IssuerUnavailableError,
+    Key,
+    draw_plans,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from flows.runs import Done, View
     from tokencore import KeyState
+    from tokencore.outlook import Plan
 
 TOKENS, PLAN = "tokens", "plan"
 REFUSED = (
@@ -55,11 +64,10 @@ def publish(views: Sequence[View]) -> None:
         views = worst_first(views)
         now, names = datetime.now(UTC), [view.key.fingerprint[:SHORT] for view in views]
         suffix = _suffix(names, now)
-        for key, markdown, description in (
-            (TOKENS, table(views), f"{caption(views)} (at {clock(now)}, {KEYS}{', '.join(names)})"),
-            (PLAN, described(views), f"The sessions ahead, the tokens' life and the renewals, at {clock(now)}."),
-        ):
-            create_markdown_artifact(key=key + suffix, markdown=markdown, description=description)
+        said = f"{caption(views)} (at {clock(now)}, {KEYS}{', '.join(names)})"
+        create_markdown_artifact(table(views), TOKENS + suffix, said)
+        said = f"The sessions ahead, the tokens' life and the renewals, at {clock(now)}."
+        create_markdown_artifact(described(views), PLAN + suffix, said)
 
 
 def met(key: Key, error: Exception, again_in: float | None) -> Exception:
@@ -140,12 +148,14 @@ def next_renewal(state: KeyState) -> str:
 
 def described(views: Sequence[View]) -> str:
     """The plans as Markdown: the picture, inline so that no other server is needed, and a table for each key."""
-    states = [view.state for view in views if view.state]
-    plans = [state.plan() for state in states]
-    picture = base64.b64encode(draw_plans(plans).encode()).decode()
+    plans: dict[Key, Plan] = {}
+    for view in views:
+        with contextlib.suppress(ConfigurationError):  # the keyring with the secret is locked, as the table says
+            plans |= {view.key: view.state.plan()} if view.state else {}
+    picture = base64.b64encode(draw_plans(list(plans.values())).encode()).decode()
     parts = [f"![Sessions, needs, token life and renewals of the coming days](data:image/svg+xml;base64,{picture})"]
-    for state, plan in zip(states, plans, strict=True):
-        parts += [f"## {state.key.label}, key {state.key.fingerprint[:SHORT]}", plan.why]
+    for key, plan in plans.items():
+        parts += [f"## {key.label}, key {key.fingerprint[:SHORT]}", plan.why]
         if plan.renewals:
             lines = [f"| {clock(one.at)} | {one.reason} | {one.exception or 'none'} |" for one in plan.renewals]
             parts.append("\n".join(["| next renewal | why | exception |", "|---|---|---|", *lines]))

@@ -187,6 +187,15 @@ def test_a_refused_key_is_told_early(
     assert (asked(gateway), quotes(gateway)) == (before[0], before[1] + 2 * bool(step))
 
 
+def test_a_check_brings_a_lost_copy_back(gateway: Sandbox, opens: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client's file follows the token with every check, also where nothing is renewed."""
+    opens(SOON)
+    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", "mojito2")
+    kept()
+    (copy := Path("~/.tokencore/us_krs_token.dat").expanduser()).unlink()
+    assert (checked().renewed, copy.exists(), asked(gateway)) == (False, True, 1)
+
+
 def test_a_token_is_proved_only_on_a_day_with_a_session(gateway: Sandbox) -> None:
     """On the evening before a session nobody asks; from midnight in Korea every check does, once."""
     with (key := only_key()).store.lock(wait=1):
@@ -422,6 +431,18 @@ class TestRuns:
         ):
             upcoming.keep("us+kr", f"key {tag}", at)
             assert sorted(planned_runs().get("us+kr", []), key=str) == planned
+
+    @gateway_only
+    def test_a_locked_keyring_hides_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody knows when that key is renewed: the table has it, and the other key's plan is there."""
+        for name, value in {"APP_KEY": "another-key-" * 3, "APP_SECRET": APP_SECRET}.items():
+            monkeypatch.setenv(f"KIS_MARKETS__KR__{name}", value)
+        monkeypatch.delenv("KIS_APP_SECRET")
+        monkeypatch.setenv("KIS_KEYRING", "kis")
+        monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
+        artifacts.publish(views := runs.views(Key.load(Settings.load()), {}))
+        assert table() == {"us": "NO_TOKEN", "kr": "NO_TOKEN"}
+        assert re.findall(r"^## (\w+), key", artifacts.described(views), re.MULTILINE) == ["kr"]
 
     @gateway_only
     def test_two_installations_on_one_server_overwrite_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
