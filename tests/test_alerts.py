@@ -307,7 +307,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "channel_is_archived": (410, "channel_is_archived", "unarchive it"),
     "invalid_blocks": (400, "invalid_blocks", "fault of tokencore's"),
     "HTTP 404": (404, "<html>", "make a new webhook"),
-    "HTTP 418": (418, "teapot", "the next run sends the message"),
+    "HTTP 418": (418, "teapot", "alerts are sent again"),
     "URLError": (0, "http://127.0.0.1:1" + HOOK, "this machine's network"),
     "ValueError": (0, "hooks.slack.com/canary-of", "it is not an address"),
 }
@@ -350,7 +350,7 @@ def test_a_busy_slack_is_asked_once_more(slack: SlackEndpoint, status: int) -> N
 def test_what_the_webhook_refuses_is_named_with_what_to_do(
     slack: SlackEndpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
-    """Slack's own word, HTTP's status or the fault is in the log, never the address; the next run sends the message."""
+    """Slack's own word, HTTP's status or the fault is in the log, never the address; the next run sends the alert."""
     caplog.set_level(logging.DEBUG)
     status, word, fix = REFUSALS[named]
     with monkeypatch.context() as own:

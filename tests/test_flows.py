@@ -218,7 +218,7 @@ def test_a_token_that_only_a_run_has_is_none(gateway: Sandbox, slack: SlackEndpo
             step()
         views = runs.views([only_key()], {only_key(): caught.value})
         assert artifacts.caption(views).startswith("us, kr NO_TOKEN: KIS issued a token that could not be saved")
-        assert "**To do (us+kr):** Fix its permissions or free space" in artifacts.table(views)
+        assert "**To do (us+kr):** Fix the token directory's permissions or free space" in artifacts.table(views)
 
     assert (ended(in_child(work)), asked(gateway)) == (0, 1)
     assert slack.messages[0]["text"].startswith("no token · ")

@@ -41,7 +41,7 @@ FIXES = {  # what Slack says, and what to do
     "HTTP 404": "correct SLACK_WEBHOOK_URL, or make a new webhook: this one is unknown or was removed",
     "ValueError": "correct SLACK_WEBHOOK_URL: it is not an address; copy it again from Slack",
     "URLError": "check this machine's network and its proxy",
-    "TimeoutError": "check this machine's network; the next run sends the message",
+    "TimeoutError": "check this machine's network",
 }
 
 _silent = logging.getLogger("flows.alerts.slack.sdk")
@@ -57,7 +57,7 @@ class Receipt(NamedTuple):
     @property
     def fix(self) -> str:
         """What to do about the refusal."""
-        return FIXES.get(self.refusal, "the next run sends the message")
+        return FIXES.get(self.refusal, "alerts are sent again by the next run")
 
 
 def is_configured(settings: Settings) -> bool:
