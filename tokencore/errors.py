@@ -1,4 +1,4 @@
-"""The errors of this package, one class for each thing an operator has to do. This module imports nothing.
+"""The errors of this package, one class for each action an operator has to take. This module imports nothing.
 
 Every message says what happened, what still works until when, and what to do; none contains a token, key or
 secret. `exit_code` is the command line's exit code for the class.
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class TokenError(Exception):
-    """Base of all errors of this package; never raised itself."""
+    """Base of all errors of this package; never raised directly."""
 
     exit_code = 1
 
@@ -24,29 +24,29 @@ class ConfigurationError(TokenError):
 
 
 class TokenUnavailableError(TokenError):
-    """There is no token that serves the asked time, and none can be issued without breaking a rule."""
+    """No token is valid for the requested time, and none can be issued without breaking a rule."""
 
     exit_code = 3
 
 
 class IssuanceLimitError(TokenError):
-    """A rule about how often a key may issue forbids a request until `retry_at` (aware UTC, None if nobody knows).
+    """A rule about how often a key may issue forbids a request until `retry_at` (aware UTC, None if unknown).
 
     `cause` is `minute` (KIS's one request a minute), `ceiling` (KIS_MAX_ISSUES_PER_DAY), `same_token` (KIS returns the
-    present token for six hours) or `backoff` (the pause after a failure while the present token serves).
+    current token for six hours) or `backoff` (the pause after a failure while the current token is still served).
     """
 
     exit_code = 4
 
     def __init__(self, message: str, *, retry_at: datetime | None = None, cause: str = "") -> None:
-        """Keep when and by which rule beside the message; without either it is made by unpickling."""
+        """Store the message, `retry_at` and `cause`; unpickling passes the message only, hence the defaults."""
         super().__init__(message)
         self.retry_at = retry_at
         self.cause = cause
 
 
 class CredentialsError(TokenError):
-    """KIS refused the key, the secret or this address; nothing retries by itself until a person acts."""
+    """KIS refused the key, the secret or this IP address; nothing retries automatically until a person acts."""
 
     exit_code = 5
 
@@ -58,6 +58,6 @@ class IssuerUnavailableError(TokenError):
 
 
 class TokenStoreError(TokenError):
-    """The store of tokens cannot be used (permissions, read-only, no space for the lock)."""
+    """The token store cannot be used: permissions, read-only, no space for the lock, or no access to the fleet's."""
 
     exit_code = 7

@@ -1,7 +1,7 @@
-"""What leaves tokencore with an error: its sentence and the lines it passed, but no value of a variable.
+"""Keeps secrets out of errors: one that leaves tokencore has its message and traceback, but no local variables.
 
 Error trackers send the local variables of every frame in a traceback. Inside tokencore, requests and urllib3 these
-are the key, the secret and the token, so the public classes and functions let no error out with them.
+include the key, the secret and the token, so the public classes and functions strip them from every error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Sensitive:
-    """What knows a secret: neither pickled nor copied into another process, however it is passed on."""
+    """Base of objects that know a secret: they cannot be pickled or copied, so none is sent to another process."""
 
     __slots__ = ()
 
@@ -25,7 +25,7 @@ class Sensitive:
 
 
 def sealed_class(*, but: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
-    """Seal what is public of the class's own, `__init__` and `__call__` too, `but` what is sealed further inside."""
+    """Seal the class's own public members, `__init__` and `__call__`, except those in `but`, sealed further inside."""
 
     def seal(cls: _Class) -> _Class:
         for name, member in list(vars(cls).items()):
@@ -36,7 +36,7 @@ def sealed_class(*, but: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
     return seal
 
 
-def _sealed(member: Any) -> Any:  # noqa: ANN401 - whatever stands in a class
+def _sealed(member: Any) -> Any:  # noqa: ANN401 - any member of a class
     if isinstance(member, property):
         return property(sealed(member.fget), doc=member.__doc__) if member.fget else member
     if isinstance(member, (classmethod, staticmethod)):
@@ -45,15 +45,16 @@ def _sealed(member: Any) -> Any:  # noqa: ANN401 - whatever stands in a class
 
 
 def sealed(work: _Function) -> _Function:
-    """`work`, whose errors, of whatever kind, leave with neither the arguments nor any other local variable of a frame.
+    """Wrap `work` so that no error leaves it with its arguments or any other local variable of a frame.
 
-    Nor with the errors behind them: those of requests hold the request. What the caller was handling stays behind it.
+    Chained errors are dropped too, since those of requests hold the request; the context that the caller sees is the
+    error that it was handling itself.
     """
 
     def edge(*given: Any, **named: Any) -> Any:  # noqa: ANN401 - as `work` takes them
         try:
             return work(*given, **named)
-        except BaseException as error:  # noqa: BLE001 - an interrupt amid a request as well
+        except BaseException as error:  # noqa: BLE001 - an interrupt during a request as well
             met = error
         del given, named
         try:
@@ -61,7 +62,7 @@ def sealed(work: _Function) -> _Function:
         finally:
             del met
 
-    edge.__wrapped__ = work  # type: ignore[attr-defined] # by hand: functools costs a cached `get` a tenth of its time
+    edge.__wrapped__ = work  # type: ignore[attr-defined] # functools would cost a cached `get` a tenth of its time
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(edge, name, getattr(work, name))
     return edge  # type: ignore[return-value] # it has the signature of `work`
@@ -72,5 +73,5 @@ def _emptied(error: BaseException) -> BaseException:
 
     clear_frames(error.__traceback__)
     error.__cause__ = error.__context__ = None
-    error.__suppress_context__ = False  # which setting the cause has changed
+    error.__suppress_context__ = False  # setting the cause has changed it
     return error

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def open_store(market: Market, siblings: Callable[[], Sequence[str]]) -> Store:
-    """The store of the market's key, on the medium that the settings choose: the only place that knows which.
+    """Return the store of the market's key, on the medium that the settings name; only this function knows which.
 
-    `siblings` tells the names of all configured markets of the key, when something is written.
+    `siblings` returns the names of all configured markets of the key; it is called only when they are needed.
     """
     if market.store:
         from tokencore.stores.shared_store import SharedStore
@@ -31,7 +31,7 @@ def open_store(market: Market, siblings: Callable[[], Sequence[str]]) -> Store:
 
 @sealed
 def open_document(settings: Settings, name: str) -> Document:
-    """A document that all keys share, such as the incidents: the machine's, or its fleet's."""
+    """Return a document that all keys share, such as the incidents: the fleet's if there is one, else the machine's."""
     from tokencore.stores.file_store import FileDocument
 
     local = FileDocument(os.path.join(settings.token_dir, f"{name}.json"))
@@ -44,10 +44,10 @@ def open_document(settings: Settings, name: str) -> Document:
 
 @sealed
 def check_store(settings: Settings) -> list[tuple[str, str, str, str]]:
-    """What the doctor has to say of a store that machines share: state, name, detail and fix of each line.
+    """Return the doctor's lines about a store that machines share, each as (state, name, detail, fix).
 
     Raises:
-        TokenError: it cannot be used.
+        TokenError: the store cannot be used.
 
     """
     if not settings.store:
@@ -59,10 +59,11 @@ def check_store(settings: Settings) -> list[tuple[str, str, str, str]]:
 
 @sealed
 def private_folder(path: str) -> None:
-    """Make the folder `path` of a token directory, and that, for this user only; for programs beside the tokens.
+    """Create a token directory and the folder `path` in it, both for this user only; other programs keep files there.
 
     Raises:
-        TokenStoreError: it cannot be made; or another user owns it, a file in it or a folder above, or can write one.
+        TokenStoreError: it cannot be created; or another user owns, or can write to, it, a file in it or a folder
+            above it.
 
     """
     from tokencore.stores import file_store, permissions

@@ -1,4 +1,4 @@
-"""What a store of tokens can do, whichever medium it is on: the only way for the rest of the package to reach one."""
+"""The interface of a token store, whatever its medium: the rest of the package reaches a store only through it."""
 
 from __future__ import annotations
 
@@ -11,58 +11,58 @@ if TYPE_CHECKING:
     from tokencore.attempts import Attempt
     from tokencore.tokens import Token
 
-    Fence = Any  # what `begin` gives and `depart` and `finish` take; only the store knows what is in it
+    Fence = Any  # returned by `begin`, passed to `depart` and `finish`; only the store knows what is in it
 
 
 class Document(Protocol):
     """A small JSON object that processes share, written under its own lock.
 
-    What cannot be written raises OSError and leaves what was there before.
+    A failed write raises OSError and leaves the previous content in place.
     """
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """Where the document is, for people to read."""
 
     def read(self) -> dict[str, Any]:
-        """The object; empty where there is none that could be read."""
+        """Return the object; empty if there is none or it cannot be read."""
 
     def write(self, content: dict[str, Any]) -> None:
-        """Replace it durably.
+        """Replace the object durably.
 
         Raises:
-            OSError: it could not be written; what was there before still is.
+            OSError: it could not be written; the previous content is still there.
 
         """
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = ...) -> AbstractContextManager[bool]:
-        """Hold its lock inside the block; see `Store.lock`."""
+        """Hold the document's lock inside the block; see `Store.lock`."""
 
 
 class Store(Protocol):
     """One key as one market sees it. Reading takes no lock; everything that writes is called under `lock`.
 
-    What cannot be written raises OSError and leaves what was there before.
+    A failed write raises OSError and leaves the previous content in place.
     """
 
     @property
     def fingerprint(self) -> str:
-        """Names the key in its environment, without revealing it."""
+        """Identifies the key at its address without revealing it."""
 
     @property
     def place(self) -> str:
-        """Where the token is, for people."""
+        """Where the token is stored, for people to read."""
 
     def read(self) -> tuple[Token | None, str]:
-        """The key's living token, or the last one known; where there is none, why (empty if nothing is stored)."""
+        """Return the key's living token, else the last one known; if none, also why (empty if nothing is stored)."""
 
     def unchanged(self, token: Token) -> bool:
-        """Whether `token`, as `read` gave it, is what a read would still give; as cheap as one `stat`."""
+        """Whether `read` would still return `token`, which it returned before; as cheap as one `stat`."""
 
     def newest(self, *, shared: bool = False) -> Token | None:
-        """The key's token that lasts longest, wherever an earlier version or another tool has put one.
+        """Return the key's token that lasts longest, wherever an earlier version or another tool has put it.
 
-        With `shared` without one that could not be saved, which no other process can use.
+        With `shared`, ignore a token that could not be saved, because no other process can use it.
         """
 
     def saved(self, token: Token) -> bool:
@@ -72,35 +72,35 @@ class Store(Protocol):
         """The issuance record, oldest attempt first."""
 
     def begin(self, attempt: Attempt) -> Fence | None:
-        """Record an attempt durably before its request is sent; None where another one began first."""
+        """Record an attempt durably before its request is sent; None if another one began first."""
 
     def depart(self, fence: Fence) -> bool:
-        """Re-date the attempt as its request leaves; False where it must not be sent."""
+        """Update the attempt's time just before its request is sent; False if it must not be sent."""
 
     def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
         """Save the token for every market of the key, and record the outcome."""
 
     def note(self, attempt: Attempt) -> None:
-        """Record what needed no request: a token that was taken over."""
+        """Record an attempt that needed no request: a token that was imported or adopted."""
 
     def save(self, token: Token) -> None:
         """Save a token that was imported, adopted or rejected, for every market of the key.
 
         Raises:
-            OSError: it could not be written: only this process has it; what was stored before still is.
+            OSError: it could not be written; only this process has it, and what was stored before is unchanged.
 
         """
 
     def delete(self) -> bool:
-        """Remove this market's token, and the key's with its last market; whether there was one."""
+        """Remove this market's token, and the key's with that of its last market; return whether there was one."""
 
     def clear(self) -> None:
         """Remove the key's token for all markets; the record stays."""
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = ...) -> AbstractContextManager[bool]:
-        """Hold the key's lock inside the block; yields False where it was not acquired within `wait` seconds.
+        """Hold the key's lock inside the block; yields False if it was not acquired within `wait` seconds.
 
-        `give_up` is asked while another process holds it: who finds what he waits for need not queue.
+        `give_up` is called while another process holds the lock; returning True ends the wait, as when the token came.
 
         Raises:
             TokenStoreError: the lock cannot be used; nothing was changed.
@@ -108,7 +108,7 @@ class Store(Protocol):
         """
 
     def details(self) -> dict[str, Any]:
-        """For `check`: `file`, `permissions` and `cache_exists`."""
+        """Return `file`, `permissions` and `cache_exists` for `check`."""
 
     def document(self, name: str) -> Document:
-        """The key's document of that name."""
+        """Return the key's document of that name."""

@@ -1,4 +1,4 @@
-"""What a fleet's store needs to work, looked at for `tokencore doctor`; nothing is written."""
+"""The checks of a fleet's store for `tokencore doctor`; they write nothing to it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from tokencore.config.settings import Settings
     from tokencore.stores.database import Database
 
-    Check = tuple[str, str, str, str]  # `ok` or `warn`, what was looked at, how it is, and the fix
+    Check = tuple[str, str, str, str]  # `ok` or `warn`, what was checked, the detail, and the fix
 
 DESTROYS = "has_table_privilege('tokencore_key', 'DELETE') or has_table_privilege('tokencore_key', 'TRUNCATE')"
 
 
 def checks(settings: Settings) -> list[Check]:
-    """Reach, encryption, the role, the clock, the keys, and who follows.
+    """Check the connection, its encryption, the role, the clock, the keys, and whether this machine has a follower.
 
     Raises:
         TokenError: the store cannot be used; the message says why, and what to do.

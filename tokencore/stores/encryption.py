@@ -1,4 +1,4 @@
-"""The seal on what lies in a fleet's store: encrypted, and bound to what it is about."""
+"""Encrypts the entries of a fleet's store, and binds each one to its row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokencore.sealing import Sensitive
 INSTALL = "run `pip install 'tokencore[fleet]'`"
 try:
     from cryptography.fernet import Fernet, InvalidToken, MultiFernet
-except ImportError:  # it is an extra
+except ImportError:  # it is an optional extra
     raise ConfigurationError(f"KIS_STORE needs the package cryptography; {INSTALL}.") from None
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class SealError(TokenStoreError):
-    """An entry of the store cannot be decrypted, or is about something else."""
+    """An entry of the store cannot be decrypted, or belongs to another row."""
 
 
 class Seal(Sensitive):
-    """Fernet keys, the newest first: that one seals, each of them opens."""
+    """Fernet keys, the newest first: the newest encrypts, and any of them decrypts."""
 
     __slots__ = ("_fernet", "_keys")
 
@@ -47,14 +47,14 @@ class Seal(Sensitive):
             ) from None
 
     def close(self, content: Mapping[str, Any]) -> str:
-        """`content`, encrypted with the newest key."""
+        """Return `content`, encrypted with the newest key."""
         return self._fernet.encrypt(json.dumps(content).encode()).decode()
 
     def open(self, sealed: str, about: Mapping[str, str]) -> dict[str, Any]:
-        """The content, which says itself what it is `about`: no row can take another's place.
+        """Return the decrypted content, which has to include `about`, so that no row can take another's place.
 
         Raises:
-            SealError: no key opens it, or it is about something else.
+            SealError: no key decrypts it, or it belongs to another row.
 
         """
         try:
@@ -71,7 +71,7 @@ class Seal(Sensitive):
         )
 
     def opened_by(self, sealed: str) -> int | None:
-        """Which of the keys opens it: 0 is the newest; None where none does."""
+        """Return the index of the key that decrypts it, 0 for the newest; None if none does."""
         for number, fernet in enumerate(self._keys):
             with suppress(InvalidToken):
                 fernet.decrypt(sealed.encode())
@@ -79,7 +79,7 @@ class Seal(Sensitive):
         return None
 
     def renewed(self, sealed: str) -> str | None:
-        """The same content under the newest key; None where no key opens it."""
+        """Return the same content, encrypted with the newest key; None if no key decrypts it."""
         with suppress(InvalidToken):
             return self._fernet.rotate(sealed.encode()).decode()
         return None
