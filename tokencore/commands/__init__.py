@@ -1,4 +1,4 @@
-"""The command line: its parser, what its commands share, and a shell's completion."""
+"""The command line: its parser, what the commands share, and shell completion."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from tokencore.keys import Key
 
     Command = Callable[[argparse.Namespace], int]  # gets the parsed options and returns the exit code
-    Modules = Mapping[str, Sequence[str]]  # with a function `add` each, and the commands that it adds
-    AddCommand = Callable[..., argparse.ArgumentParser]  # `parsers` has it
+    Modules = Mapping[str, Sequence[str]]  # modules with a function `add`, and the commands that it adds
+    AddCommand = Callable[..., argparse.ArgumentParser]  # the function `command` in `parsers`
 
 EXIT_CODES = (
     "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
     "4 issuance limit, 5 credentials refused, 6 KIS unreachable, 7 store unusable"
 )
-FOR_PROGRAMS = "for programs"  # what --json says of itself
+FOR_PROGRAMS = "for programs"  # the help text of --json
 SHELLS = ("bash", "zsh", "fish")
 INPUT_LIMIT = 65_536  # characters of standard input; a token has about 350
 
@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version  # for this alone
+        from importlib.metadata import PackageNotFoundError, version  # imported only for --version
 
         try:
             print(f"tokencore {version('tokencore')}")
@@ -52,10 +52,10 @@ class _Version(argparse.Action):
 
 
 def run(arguments: Sequence[str], modules: Modules) -> int:
-    """Parse and run one command line of the commands in `modules`; the exit code.
+    """Parse one command line, run the command, which is one of those in `modules`, and return its exit code.
 
     Raises:
-        TokenError: what the command met; its class has the exit code.
+        TokenError: the command failed; the error's class has the exit code.
 
     """
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
@@ -64,20 +64,20 @@ def run(arguments: Sequence[str], modules: Modules) -> int:
         top.print_help()
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
     if arguments[0] == "exec" and "--" not in arguments:
-        arguments = [*arguments[:2], "--"]  # the command says where the program belongs
+        arguments = [*arguments[:2], "--"]  # `_exec` then explains how to name the program
     at = arguments.index("--") if arguments[0] == "exec" else len(arguments)
     try:
         options = top.parse_args(arguments[:at])
     except SystemExit:  # after --help and --version; a mistake is a ConfigurationError
         return 0
-    options.program = [*arguments[at + 1 :]]  # argparse would take a second `--` out of it
+    options.program = [*arguments[at + 1 :]]  # argparse would remove a second `--`
     options.modules = modules
     code: int = options.run(options)
     return code
 
 
 def parsers(modules: Modules, asked: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and those of all commands by name, or of the one that is `asked` and its like."""
+    """Return the command line's parser and the commands' parsers by name; with `asked`, only its module's commands."""
     top = _Parser(prog="tokencore", description=(about or "").partition("\n")[0], epilog=EXIT_CODES)
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -85,7 +85,7 @@ def parsers(modules: Modules, asked: str = "") -> tuple[argparse.ArgumentParser,
     def command(
         name: str, function: Command, text: str, *, market: str = "", flags: Mapping[str, str] | None = None
     ) -> argparse.ArgumentParser:
-        """Add a command; it takes one `market`, or as many as `?` or `*` says, and `flags` by what each switches on."""
+        """Add a command that takes a `market` (`one`, `?` or `*`) and `flags`, which map an option to its help text."""
         added = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
         added.set_defaults(run=function)
         if market:
@@ -101,8 +101,8 @@ def parsers(modules: Modules, asked: str = "") -> tuple[argparse.ArgumentParser,
 
 
 def key_of(settings: Settings, name: str) -> Key:
-    """The key of the market `name`, with all markets that share it; ConfigurationError if it has none."""
-    from tokencore.keys import Key  # calendars, which not every command needs
+    """Return the key of the market `name`, with all markets that share it; ConfigurationError if it has none."""
+    from tokencore.keys import Key  # imports the calendars, which not every command needs
 
     market = settings.market(name)
     market.identified()
@@ -110,7 +110,7 @@ def key_of(settings: Settings, name: str) -> Key:
 
 
 def read_input() -> str:
-    """The text on standard input; ConfigurationError if there is none, or far too much."""
+    """Return the text on standard input; ConfigurationError if there is none, or far too much."""
     text = ""
     if sys.stdin is not None:
         if sys.stdin.isatty():
@@ -123,7 +123,7 @@ def read_input() -> str:
 
 
 def confirm(option: str, question: str, undone: str) -> None:
-    """Return where a person at the terminal answers yes; ConfigurationError, with what is `undone`, otherwise."""
+    """Return if a person at the terminal answers yes; else raise ConfigurationError, which says what is `undone`."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigurationError(f"{option} asks first, and there is no terminal. Nothing was done; add --yes.")
     print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
@@ -133,7 +133,7 @@ def confirm(option: str, question: str, undone: str) -> None:
 
 @contextmanager
 def until_stopped() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the block, also where a shell's background job ignores them."""
+    """End the block on SIGINT or SIGTERM, even in a shell's background job, which starts with SIGINT ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
@@ -141,9 +141,9 @@ def until_stopped() -> Iterator[None]:
 
 
 def print_json(content: object) -> None:
-    """Print `content` as ASCII, which passes through every pipe unharmed; times as ISO 8601, an item of a list a line.
+    """Print `content` as ASCII JSON, which every pipe passes unchanged, with ISO 8601 times and a line per list item.
 
-    Indented further, a thousand markets would take three times as long.
+    Indenting the items of a list would make a thousand markets take three times as long.
     """
     if isinstance(content, list):
         text = ",\n".join(json.dumps(item, default=_iso) for item in content)
@@ -163,7 +163,7 @@ def add(command: AddCommand) -> None:
 
 
 def _completion(options: argparse.Namespace) -> int:
-    import shtab  # for this command alone
+    import shtab  # imported only for this command
 
     from tokencore.config.settings import Settings
 
@@ -174,7 +174,7 @@ def _completion(options: argparse.Namespace) -> int:
         elif action.metavar in ("FILE", "DIR"):
             vars(action)["complete"] = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
     script = shtab.complete(top, options.shell)
-    if options.shell == "zsh":  # where shtab's "(*)::" offers one market, and no second one
+    if options.shell == "zsh":  # shtab's "(*)::" would complete only the first of several markets
         script = script.replace('"(*)::', '"*:')
     print(script)
     return 0

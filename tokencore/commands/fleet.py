@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tokencore.commands import AddCommand
 
-ROLE = r"[a-z_][a-z0-9_]{0,62}"  # what needs no quotes in SQL
+ROLE = r"[a-z_][a-z0-9_]{0,62}"  # an SQL name that needs no quotes
 GRANTS = """\
 -- As the tables' owner, who may create roles, or a superuser: the machines' role. Its password: \\password {role}
 CREATE ROLE {role} LOGIN;
@@ -38,7 +38,7 @@ def _fleet(options: argparse.Namespace) -> int:
 def _init(settings: Settings, role: str) -> int:
     if not re.fullmatch(ROLE, role):
         raise ConfigurationError("--role must be a name of small letters, digits and _; nothing was changed.")
-    from tokencore.stores.database import make_tables  # an extra, which the parser does not need
+    from tokencore.stores.database import make_tables  # needs the extra `fleet`
 
     used = make_tables(settings.store.get_secret_value() if settings.store else "")
     print("-- The tables are there.")

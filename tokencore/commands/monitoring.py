@@ -1,4 +1,4 @@
-"""The commands that say how everything is: `check`, `doctor`, and `metrics` for machines."""
+"""The commands that report on the markets and the set-up: `check`, `doctor`, and `metrics` for Prometheus."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         print_json([dict(one.status) | _extras(one, proofs) for one in seen])
     else:
-        from tokencore.reports.tables import print_statuses  # tables for people, which programs need not wait for
+        from tokencore.reports.tables import print_statuses  # imported only for people: programs need not wait for it
 
         print_statuses(seen, proofs, now)
     accepted = {proof.accepted for proof in proofs.values()}
@@ -68,13 +68,13 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _proofs(states: list[KeyState]) -> dict[str, Evidence]:
-    """What one quote call for each key says of its valid token, by market."""
+    """Prove the valid token of each key by one quote call, and return the results by market."""
     proven = [(state.key, state.key.prove(state.token)) for state in states if state.token and state.serves_until]
     return {market.name: proof for key, proof in proven for market in key.markets}
 
 
 def _extras(one: Seen, proofs: Mapping[str, Evidence]) -> dict[str, object]:
-    """What stands there only where it was asked for: the quote call's answer, the approval key's expiry."""
+    """Return the optional fields: the result of `--probe`, and the expiry of an approval key that is stored."""
     found: dict[str, object] = {}
     if expires_at := approval_expiry(one.store):
         found["approval_key_expires_at"] = expires_at
@@ -84,7 +84,7 @@ def _extras(one: Seen, proofs: Mapping[str, Evidence]) -> dict[str, object]:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from tokencore.reports.doctor import examine  # HTTP, and a dozen checks
+    from tokencore.reports.doctor import examine  # imports HTTP and a dozen checks
 
     found = examine(Key.load)
     if options.json:
@@ -97,20 +97,20 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _worst_first(found: list[Finding]) -> str:
-    """What is wrong by name, for a reader with a small screen: the findings are in the order of their fixes."""
+    """Name what is wrong, for readers with a small screen: the findings that follow are in the order of their fixes."""
     named = {state: [one.name for one in found if one.state == state] for state in ("fail", "warn")}
     wrong = "; ".join(f"{state}: {', '.join(names)}" for state, names in named.items() if names)
     return textwrap.fill(wrong or "All is well.", WIDTH, break_on_hyphens=False)
 
 
 def _lines(one: Finding) -> str:
-    """One finding for people: its state, name and meaning; the fix on a line of its own."""
+    """Format one finding for people: its state, name and detail, and the fix on a line of its own."""
     lines = [f"{one.state:<7} {one.name}: {one.detail}", *([f"{'':<7} Fix: {one.cure}"] if one.cure else [])]
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=" " * 8, break_on_hyphens=False) for line in lines)
 
 
 def _metrics(options: argparse.Namespace) -> int:
-    from tokencore.reports import metrics  # a server and formats, which no other command should wait for
+    from tokencore.reports import metrics  # imports a server, which no other command should wait for
 
     watch = metrics.Watch(Key.load)
     if options.listen:
@@ -127,7 +127,7 @@ def _metrics(options: argparse.Namespace) -> int:
 
 
 def address(text: str) -> tuple[str, int]:
-    """`HOST:PORT`, `[HOST]:PORT` for IPv6, or a port alone, which is loopback's."""
+    """Parse `HOST:PORT`, `[HOST]:PORT` for IPv6, or a port alone, which means loopback."""
     host, _, port = text.rpartition(":")
     if not port.isdecimal() or int(port) > HIGHEST_PORT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a HOST:PORT, such as 127.0.0.1:9479")

@@ -1,4 +1,4 @@
-"""The commands around renewals, past and to come: `refresh`, `plan`, `history` and `tick`."""
+"""The commands about renewals, past and to come: `refresh`, `plan`, `history` and `tick`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokencore.attempts import Attempt
     from tokencore.commands import AddCommand
 
-DAYS = range(1, 32)  # beyond it, the picture is a smear
+DAYS = range(1, 32)  # with more days, the picture would be unreadable
 HOUR = timedelta(hours=1)
 
 
@@ -55,7 +55,10 @@ def _refresh(options: argparse.Namespace) -> int:
 
 
 def _confirm_second(attempts: list[Attempt]) -> None:
-    """A scheduler that runs amok issues once; of what programs renew by themselves nobody is asked."""
+    """Ask before forcing a renewal within an hour of another that a person requested: a scheduler may run amok.
+
+    Renewals that programs made by themselves do not count.
+    """
     now = datetime.now(UTC)
     granted = [one for one in attempts if one.by and one.outcome in (Outcome.ISSUED, Outcome.SAME)]
     recent = [one for one in granted if abs(now - one.at) < HOUR]
@@ -66,12 +69,12 @@ def _confirm_second(attempts: list[Attempt]) -> None:
 
 
 def _login() -> str:
-    """The name of whoever is logged in, where the system knows one."""
-    from getpass import getuser  # asks the password database
+    """Return the name of the user who is logged in, or `unknown`."""
+    from getpass import getuser  # only this command needs it
 
     try:
         return getuser()
-    except (KeyError, OSError, ImportError):  # a container's user need not have a name
+    except (KeyError, OSError, ImportError):  # a container's user may have no name
         return "unknown"
 
 
@@ -109,7 +112,7 @@ def _history(options: argparse.Namespace) -> int:
     found = [([market.name for market in key.markets], one) for key in keys for one in key.store.attempts()]
     if options.json:
         told = [{"markets": names} | one._asdict() for names, one in found]
-        hidden = {"pid", "credentials"}  # of no use to anybody; the host only where there are several
+        hidden = {"pid", "credentials"}  # of no use to readers; nor is the host outside a fleet
         print_json([{k: v for k, v in one.items() if k not in hidden and (v or k != "host")} for one in told])
     else:
         from tokencore.reports.tables import print_history
@@ -119,7 +122,7 @@ def _history(options: argparse.Namespace) -> int:
 
 
 def _tick(_options: argparse.Namespace) -> int:
-    """Every key gets its turn, whatever another one met; the first trouble is the exit code."""
+    """Make one decision for every key, whatever happens to the others; the first error gives the exit code."""
     from tokencore.reports.tables import describe_tick
 
     code = 0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokencore.commands import AddCommand
     from tokencore.tokens import Token
 
-SAID = ("market", "environment", "expires_at", "issued_at", "remaining_seconds")  # of the status, beside the token
+SAID = ("market", "environment", "expires_at", "issued_at", "remaining_seconds")  # status fields shown with the token
 
 
 def add(command: AddCommand) -> None:
@@ -65,7 +65,7 @@ def _get(options: argparse.Namespace) -> int:
 
 
 def _served(manager: TokenManager, *, renew: bool) -> Token:
-    """The token as a whole, so that its text and its expiry are of one renewal."""
+    """Return the whole token, so that its text and its expiry belong to the same renewal."""
     if renew:
         manager.get_valid_token()
     token = manager.load_token()
@@ -88,10 +88,10 @@ def _expiry(token: Token) -> str:
 
 _FORMATS: dict[str | None, Callable[[Token], str]] = {
     None: lambda token: token.access_token,
-    # What AWS calls `credential_process`; many launchers of processes can read it.
+    # The format of AWS's `credential_process`, which many process launchers can read.
     "process": lambda token: json.dumps({"Version": 1, "token": token.access_token, "Expiration": _expiry(token)}),
     "env": lambda token: "\n".join(f"export {name}={shlex.quote(value)}" for name, value in _variables(token).items()),
-    # Without quotes, which docker would take as a part of the value.
+    # Without quotes: docker would take them as part of the value.
     "dotenv": lambda token: "\n".join(f"{name}={value}" for name, value in _variables(token).items()),
     "header": lambda token: f"Authorization: Bearer {token.access_token}",
     "answer": lambda token: json.dumps(as_answer(token, datetime.now(UTC))),
@@ -122,10 +122,10 @@ def _reject(options: argparse.Namespace) -> int:
 
 
 def _bare(text: str) -> str:
-    """The token in any form that `get` prints, or the text as it is."""
+    """Return the token from any form that `get` prints, or else the text itself."""
     try:
         return from_text(text)[0].access_token
-    except ValueError:  # an opaque token alone, which gives no expiry
+    except ValueError:  # an opaque token by itself, without an expiry
         return text.removeprefix("Bearer ").strip()
 
 
@@ -138,7 +138,7 @@ def _delete(options: argparse.Namespace) -> int:
 
 
 def _revoke(manager: TokenManager, *, asking: bool) -> bool:
-    from tokencore.limits import format_time  # not for `get`
+    from tokencore.limits import format_time  # `get` does not need it
 
     token = manager.load_token()
     until = token.same_until() if token else None

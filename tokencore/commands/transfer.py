@@ -1,4 +1,4 @@
-"""The commands that hand a token over: `export` to other clients, `import` from another machine."""
+"""The commands that hand over a token: `export` to other clients, `import` from another machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add(command: AddCommand) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    """The paths go to standard output, one a line, for programs; what people should know goes elsewhere."""
+    """Print the paths on standard output, one per line, for programs; notes for people go to standard error."""
     if not options.folder:
         raise ConfigurationError("DIR is empty: name the folder where that client looks. Nothing was written.")
     manager = TokenManager(options.market)
@@ -60,7 +60,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _token_for(market: Market, text: str, now: datetime) -> Token:
-    """The token in `text`, in any known form, if it is this market's and serves at `now`."""
+    """Return the token in `text`, in any known form, if it belongs to this market and serves at `now`."""
     try:
         token, content = from_text(text)
     except (ValueError, RecursionError):

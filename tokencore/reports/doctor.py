@@ -1,8 +1,8 @@
-"""`tokencore doctor`: everything that a working set-up needs, looked at once, with the fix for what is wrong.
+"""`tokencore doctor`: check everything that a working set-up needs, and say how to fix what is wrong.
 
-Nothing is issued or posted, and no token is written: each lock is taken for a moment, and a temporary file is made
-where tokens are saved. No wait, for a server or a lock, is longer than `PATIENCE`, but for the quote call, which has
-KIS_TIMEOUT.
+Nothing is issued or posted, and no token is written. Each lock is taken for a moment, and a temporary file is created
+where tokens are saved. No single wait for a server or a lock is longer than `PATIENCE`, except the quote call, whose
+time-out is KIS_TIMEOUT.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ if TYPE_CHECKING:
     from tokencore.config.market import Market
     from tokencore.keys import Key, KeyState
 
-UNEXPECTED, SETTINGS, NO_TOKEN, REFUSED, UNREACHABLE, STORE = 1, 2, 3, 5, 6, 7  # exit codes, as of the commands
+UNEXPECTED, SETTINGS, NO_TOKEN, REFUSED, UNREACHABLE, STORE = 1, 2, 3, 5, 6, 7  # exit codes, the same as the commands'
 PATIENCE = 4.0  # seconds to connect, for each wait for data, and for a lock
 PUBLIC = (
     *("ENVIRONMENT", "BASE_URL", "TOKEN_DIR", "EXCHANGES", "EXPORTS", "CLOSED", "EXTENDED", "ISSUE_INTERVAL"),
     *("KEYRING", "BUFFER", "PROACTIVE_WINDOW", "TIMEOUT", "MAX_ISSUES_PER_DAY", "PROVE_TOKENS", "SLACK_CHANNEL"),
-)  # what may be shown; any other value might be secret
-CREDENTIAL = ("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL")  # how their variables end
+)  # settings whose values may be shown; any other value might be secret
+CREDENTIAL = ("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL")  # endings of the variables that hold credentials
 LENGTHS = {"APP_KEY": codes.KEY_LENGTH, "APP_SECRET": codes.SECRET_LENGTH}
-LONGEST, SHOWN = 60, 3  # characters of a value, and names in a line, that are shown
-OTHERS = 0o077 if os.name == "posix" else 0  # in a mode, what is not the owner's
-LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: time to look, and no token could be saved
-NOTICEABLE = 5.0  # seconds: the Date header knows whole ones, and the answer takes its time
+LONGEST, SHOWN = 60, 3  # how many characters of a value, and how many names in a line, are shown
+OTHERS = 0o077 if os.name == "posix" else 0  # permission bits of group and others
+LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: below these, a warning and a failure
+NOTICEABLE = 5.0  # seconds: the Date header is in whole seconds, and the answer itself takes some time
 SLACK_API = "https://slack.com/api/"
-PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # names of variables
+PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # the variables that may hold it
 POOL = "tokens"  # the work pool of prefect.yaml
-CACHES = {  # of other clients, each of which would issue for itself
+CACHES = {  # caches of other clients, each of which would issue tokens for itself
     "token.dat": "mojito2",
     "~/token.dat": "mojito2",
     "~/.pykis/cache/*.json": "python-kis",
     "~/KIS/config/KIS*": "KIS's sample (kis_auth)",
     "~/.cache/kis/token.key": "korea-investment-stock",
 }
-MANY, CACHE_LIMIT = 64, 65_536  # files of one pattern that are looked at, and their bytes
+MANY, CACHE_LIMIT = 64, 65_536  # how many files of one pattern are searched, and how many bytes of each
 _OF_MARKET = r"(.+)_(?:api_token\.json|token_issued_at\.dat|krs_token\.dat|approval_key\.json)"
-LEFTOVERS = {  # by the files' names; what is in parentheses is the key or market that they belong to
+LEFTOVERS = {  # recognized by file name; the group in parentheses is the key or market that the file belongs to
     "drafts of killed processes": r".*\.tmp",
     "set aside as no token of this key": r".*\.aside",
     "of a key that is not configured": r".*?key-([0-9a-f]{16})\b.*",
@@ -76,10 +76,10 @@ _JWT = re.compile(rb"[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)
 
 
 class Finding(NamedTuple):
-    """How a thing is, what was looked at, what that means, and the fix, which programs know as `cure`.
+    """The result of one check: its state, what was checked, the detail, and the fix, which programs know as `cure`.
 
-    It is `ok`, `warn` (it works, but something is to be done), `fail`, or `skipped` (it is not used, or could not be
-    looked at). The command's exit code is the first `fail`'s own, or 1 where there are warnings alone.
+    The state is `ok`, `warn` (it works, but needs attention), `fail`, or `skipped` (not used, or could not be
+    checked). The command's exit code is that of the first `fail`, or 1 if there are only warnings.
     """
 
     state: str
@@ -93,7 +93,7 @@ _ok, _warn, _fail, _skipped = (partial(Finding, state) for state in ("ok", "warn
 
 
 class Subject(NamedTuple):
-    """What is looked at: everything that is set; the settings and their keys, unless there is a `problem` with them."""
+    """What the checks work on: all values found, and the settings and their keys, unless they have a `problem`."""
 
     found: Found
     settings: Settings | None
@@ -103,7 +103,7 @@ class Subject(NamedTuple):
 
 
 def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
-    """Look at everything; the findings in the order in which they are best fixed. `load` makes the settings' keys."""
+    """Run all checks and return their findings in the order in which to fix them; `load` makes the settings' keys."""
     found, settings, problem = Found(), None, ""
     keys: list[Key] = []
     try:
@@ -122,7 +122,7 @@ def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
 
 
 def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
-    """What `check` finds; its trouble is a finding, and hides no other."""
+    """Yield what `check` finds; an exception in it becomes one more finding, so that it hides no other check."""
     try:
         yield from check
     except TokenError as error:
@@ -134,12 +134,12 @@ def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def _judged(name: str, detail: str, fix: str) -> Finding:
-    """A warning where there is something to fix."""
+    """Return a warning if there is a fix, else `ok`."""
     return _warn(name, detail, fix) if fix else _ok(name, detail)
 
 
 def _settings(it: Subject) -> Iterator[Finding]:
-    """Whether they can be used, a line for each that is set, with its origin, and whether others can read the files."""
+    """Check that the settings can be used and their files are private; list each one that is set, with its origin."""
     origins, unknown = it.found.origins, it.settings.misspelt() if it.settings else {}
     if it.problem:
         yield _fail("settings", it.problem, "correct it where it was set, see below", SETTINGS)
@@ -172,7 +172,7 @@ def _setting(name: str, value: object, origin: str) -> Finding:
 
 
 def _directory(it: Subject) -> Iterator[Finding]:
-    """The folder by trying it; the files in it, the locks, the other clients' copies, and the disk."""
+    """Try out the folder and the locks; check the files in it, the copies for other clients, and the disk."""
     folder = above = it.folder
     while not os.path.lexists(above):
         above = os.path.dirname(above)
@@ -198,9 +198,9 @@ def _directory(it: Subject) -> Iterator[Finding]:
 
 
 def _usable(folder: str, above: str) -> Iterator[Finding]:
-    """Whether tokens can be saved in `folder`, of which `above` is what exists."""
+    """Check that tokens can be saved in `folder`; `above` is `folder`, or its nearest parent that exists."""
     name = "token directory"
-    if above == folder and os.path.isdir(folder):  # before anything is written into it
+    if above == folder and os.path.isdir(folder):  # checked before anything is written into it
         permissions.refuse_strangers(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=above, prefix=".doctor-", suffix=".tmp", buffering=0) as trial:
@@ -218,7 +218,7 @@ def _usable(folder: str, above: str) -> Iterator[Finding]:
 
 
 def _is_wide(path: str) -> bool:
-    """Whether it is a file that others than its owner can use; False where it has just gone."""
+    """Whether it is a file that users other than its owner can access; False if it has just disappeared."""
     with contextlib.suppress(OSError):
         mode = os.stat(path).st_mode
         return stat.S_ISREG(mode) and bool(mode & OTHERS)
@@ -226,9 +226,9 @@ def _is_wide(path: str) -> bool:
 
 
 def _leftovers(names: list[str], it: Subject) -> Finding:
-    """What nobody needs any more, and what is not ours: named, never removed.
+    """Name the files that nobody needs any more, or that belong to other keys or markets; nothing is removed.
 
-    While the settings give no key at all, nothing is called another's: a record that is deleted is missed.
+    If the settings give no key at all, no file counts as another's: nobody should delete a record that is still needed.
     """
     owners = {key.fingerprint for key in it.keys}
     if it.settings and it.keys:
@@ -260,7 +260,7 @@ def _lock(key: Key, name: str) -> Iterator[Finding]:
 
 
 def _holders(path: str) -> str:
-    """Who holds a lock on the file, as Linux lists locks: `1: FLOCK ADVISORY WRITE 71 08:01:913 0 EOF`."""
+    """Name who holds a lock on the file; Linux lists locks as `1: FLOCK ADVISORY WRITE 71 08:01:913 0 EOF`."""
     with contextlib.suppress(OSError, ValueError):
         place, listed = f":{os.stat(path).st_ino} ", files.read_bytes("/proc/locks", trusted=False) or b""
         if holders := [one.split()[4] for one in listed.decode().splitlines() if place in one and " -> " not in one]:
@@ -269,7 +269,7 @@ def _holders(path: str) -> str:
 
 
 def _tokens(it: Subject) -> Iterator[Finding]:
-    """Each market's token, each key's issuance record, and the approval key where one was asked for."""
+    """Check each market's token and each key's issuance record; report the approval key if one was requested."""
     for key in it.keys:
         yield from _tried(f"token {key.name}", _key(key))
 
@@ -305,10 +305,10 @@ def _token(state: KeyState, market: Market) -> Finding:
 
 
 def _kis(it: Subject) -> Iterator[Finding]:
-    """Each gateway, its clock, and the tokens there."""
+    """Check that each gateway answers, that its clock agrees with ours, and that it accepts the tokens."""
     for url in dict.fromkeys(key.market.base_url for key in it.keys):
         keys, began = [key for key in it.keys if key.market.base_url == url], time.monotonic()
-        try:  # neither key nor tr_id: it counts as no call, and any answer proves name, connection and certificate
+        try:  # without key and tr_id it is not an API call, and any answer proves DNS, connection and certificate
             answer = send("GET", f"{url}/", timeout=PATIENCE)
         except NoAnswer as error:
             yield _fail("kis", f"{url}: {error}", NETWORK, UNREACHABLE)
@@ -333,7 +333,7 @@ def _clock(date: str) -> Finding:
 
 
 def _accepted(key: Key) -> Iterator[Finding]:
-    """Whether KIS takes the key's token for a quote call."""
+    """Check that KIS accepts the key's token on a quote call."""
     name, token = f"token accepted {key.label}", key.store.read()[0]
     if token is None or not token.serves(datetime.now(UTC), key.market.buffer):
         yield _skipped(name, "there is no valid token to try")
@@ -349,7 +349,7 @@ def _accepted(key: Key) -> Iterator[Finding]:
 
 
 def _slack(it: Subject) -> Iterator[Finding]:
-    """Whether Slack would take an alert; a webhook's path is a secret and would post, so only its host is asked."""
+    """Check that Slack would accept an alert; a webhook's path is secret and would post, so only its host is asked."""
     given = {name: str(value).strip() for name, value in it.found.values.items()}
     webhook, bot, channel = (given.get(f"SLACK_{name}", "") for name in ("WEBHOOK_URL", "BOT_TOKEN", "CHANNEL"))
     proof = "only a message proves it: make test-alert"
@@ -375,7 +375,7 @@ def _slack(it: Subject) -> Iterator[Finding]:
 
 
 def _prefect(it: Subject) -> Iterator[Finding]:
-    """The server and its worker; `make status` knows its deployments."""
+    """Check the Prefect server and its worker; `make status` reports on the deployments."""
     home = os.path.join(it.folder, "prefect")  # where `make up` keeps them
     named, url, auth = _server(home)
     parts = urlsplit(url)
@@ -401,13 +401,13 @@ def _prefect(it: Subject) -> Iterator[Finding]:
 
 
 def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
-    """Whether PREFECT_API_URL is set, the address, and user and password: those set, or those `make up` generated.
+    """Return whether PREFECT_API_URL is set, the address, and the user and password, set or generated by `make up`.
 
-    One source gives both: `.env` may not say where a password of the environment's goes.
+    `.env` may not give the address to which a password from the environment or from `make up` is sent.
     """
     given: Mapping[str, str] = os.environ
     if not any(map(given.get, PASSWORDS)):
-        with contextlib.suppress(ConfigurationError):  # the line on the settings says it
+        with contextlib.suppress(ConfigurationError):  # the finding on the settings reports it
             given = {**os.environ, **trusted_dotenv()}
     api, login = given.get("PREFECT_API_URL", ""), next(filter(None, map(given.get, PASSWORDS)), "")
     if not login and api == os.environ.get("PREFECT_API_URL", ""):
@@ -419,9 +419,9 @@ def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
 
 
 def _duplicates(it: Subject) -> Iterator[Finding]:
-    """Caches of other clients with another token of one of the app keys."""
+    """Look for other clients' caches that hold another token of one of our app keys."""
     present: dict[str, list[bytes]] = {}
-    for key in it.keys:  # one app key may serve real and paper
+    for key in it.keys:  # the same app key may be used in both environments, real and paper
         token = key.store.newest()
         present.setdefault(str(key.market.app_key), []).extend([token.access_token.encode()] if token else [])
     found = [
@@ -436,7 +436,7 @@ def _duplicates(it: Subject) -> Iterator[Finding]:
 
 
 def _has_another(path: str, present: Mapping[str, list[bytes]]) -> bool:
-    """Whether a file names an app key, in clear or in a JWT, without its token; it is searched, and not unpickled."""
+    """Whether a file holds an app key, in clear or in a JWT, but none of its tokens; its bytes are never unpickled."""
     content = b""
     with contextlib.suppress(ValueError):
         content = files.read_bytes(path, CACHE_LIMIT, trusted=False) or b""
@@ -446,12 +446,12 @@ def _has_another(path: str, present: Mapping[str, list[bytes]]) -> bool:
 
 
 def _store(it: Subject) -> Iterator[Finding]:
-    """The store that machines share."""
+    """Check the store that machines share."""
     found = [Finding(*one) for one in check_store(it.settings)] if it.settings else []
     yield from found or [_skipped("store", "KIS_STORE is not set: this machine keeps its tokens for itself")]
 
 
-CHECKS: dict[str, Callable[[Subject], Iterator[Finding]]] = {  # in the order in which things are best fixed
+CHECKS: dict[str, Callable[[Subject], Iterator[Finding]]] = {  # in the order in which to fix what they find
     "settings": _settings,
     "token directory": _directory,
     "store": _store,
@@ -461,4 +461,4 @@ CHECKS: dict[str, Callable[[Subject], Iterator[Finding]]] = {  # in the order in
     "prefect": _prefect,
     "duplicates": _duplicates,
 }
-NEED_KEYS = ("store", "tokens", "kis", "slack", "duplicates")  # are skipped while the settings give none
+NEED_KEYS = ("store", "tokens", "kis", "slack", "duplicates")  # checks that are skipped while the settings give no key

@@ -1,6 +1,6 @@
 """Metrics and readiness of all markets, for Prometheus and for supervisors; read-only, and nothing in them is secret.
 
-They are computed each time they are asked for. What is not known is absent, never 0.
+They are computed for each request. A value that is not known is absent, never 0.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     Values = dict[tuple[str, ...], Value]
 
 PATIENCE = 10  # seconds for a client to send its request and take the answer
-PUBLIC_FILE = 0o644  # node_exporter is another user; nothing in the file is secret
-ALERT_BEFORE = timedelta(hours=1)  # of an open: from then on a market without a token is not ready
+PUBLIC_FILE = 0o644  # node_exporter runs as another user; nothing in the file is secret
+ALERT_BEFORE = timedelta(hours=1)  # before an open: from then on a market without a token is not ready
 
 
 class Vitals(NamedTuple):
-    """What is known of a market: its key's state, None where it cannot be read, and values by the names of `GAUGES`.
+    """What is known of a market: its key's state (None if it cannot be read) and its values by the names of `GAUGES`.
 
-    `unready` is why the session that runs or opens soon has no token that lasts through it; empty otherwise.
+    `unready` says why a session that runs or opens within an hour has no token that lasts through it; else it is empty.
     """
 
     market: str
@@ -57,7 +57,7 @@ class Vitals(NamedTuple):
 
 
 READABLE = "kis_market_readable"
-# One value a market, of its key's state; absent where it is not known.
+# Name: help text, and how to compute the market's value from its key's state; a value of None is left out.
 GAUGES: dict[str, tuple[str, Callable[[KeyState, Market], Value]]] = {
     READABLE:
         ("Whether the market's state could be read; where it is 0, its other values are absent.", lambda *_: 1),
@@ -89,20 +89,20 @@ GAUGES: dict[str, tuple[str, Callable[[KeyState, Market], Value]]] = {
     "kis_issuance_last_day_ceiling":
         ("How many may be issued in 24 hours (KIS_MAX_ISSUES_PER_DAY).",
          lambda _, market: market.settings.max_issues_per_day),
-    "kis_issuance_record_readable":  # else only the lock file's times know of an attempt, and not who made it
+    "kis_issuance_record_readable":  # if not, only the lock file's times show attempts, and no process
         ("Whether the issuance record of the market's key can be read.",
          lambda state, _: not any(one.outcome is Outcome.SENT and not one.pid for one in state.attempts)),
 }  # fmt: skip
 
 
 class Watch(Collector):
-    """Looks at all markets; settings that break meanwhile leave it with the last good ones."""
+    """Collects the metrics of all markets; if the settings become invalid meanwhile, it keeps the last good ones."""
 
     def __init__(self, load: Callable[[Settings], list[Key]]) -> None:
-        """Read the settings; `load` makes the keys of them.
+        """Read the settings; `load` makes their keys.
 
         Raises:
-            ConfigurationError: they are malformed, or no market has credentials.
+            ConfigurationError: the settings are malformed, or no market has credentials.
 
         """
         self._load = load
@@ -110,9 +110,9 @@ class Watch(Collector):
         self._settings_good = True
 
     def look(self, now: datetime) -> list[Vitals]:
-        """Every market at `now` (aware), key by key; each key's state is read once."""
+        """Return every market's state at `now` (aware), key by key; each key's state is read once."""
         try:
-            if (given := gather().values) != self._given:  # what the keys know of the calendars took its time
+            if (given := gather().values) != self._given:  # else keep the keys and their computed calendars
                 self._keys, self._given = self._load(Settings.load()), given
             self._settings_good = True
         except ConfigurationError:
@@ -120,7 +120,7 @@ class Watch(Collector):
         return [one for key in self._keys for one in _look_at(key, now)]
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics at this moment."""
+        """Yield all metrics as they are at this moment."""
         now = datetime.now(UTC)
         vitals = self.look(now)
         for name, (text, _) in GAUGES.items():
@@ -142,10 +142,10 @@ class Watch(Collector):
 
 
 def write_textfile(watch: Watch, path: str) -> None:
-    """Replace `path` by the metrics of this moment, whole and readable by all.
+    """Replace `path` by the present metrics in one step, readable by all users.
 
     Raises:
-        ConfigurationError: the file cannot be written; what was there before still is.
+        ConfigurationError: the file cannot be written; a previous file is still there, unchanged.
 
     """
     try:
@@ -157,7 +157,7 @@ def write_textfile(watch: Watch, path: str) -> None:
 
 @contextlib.contextmanager
 def listening(watch: Watch, host: str, port: int) -> Iterator[str]:
-    """Answer in a thread inside the block, at the URL that it yields; port 0 takes a free one.
+    """Serve in a background thread for the length of the block, and yield the URL; port 0 takes a free one.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -179,7 +179,7 @@ def listening(watch: Watch, host: str, port: int) -> Iterator[str]:
 
 
 def _app(watch: Watch) -> Callable[..., Iterable[bytes]]:
-    """`/metrics` by Prometheus' own application, and beside it what supervisors ask."""
+    """Return a WSGI app that serves `/metrics` with Prometheus' own one and answers the requests of supervisors."""
     metrics = make_wsgi_app(watch)
 
     def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
@@ -209,12 +209,12 @@ class _Handler(WSGIRequestHandler):
     timeout = PATIENCE
 
     def log_message(self, *_: object) -> None:
-        """Silent: a line a scrape helps nobody."""
+        """Log nothing: a line for every scrape helps nobody."""
 
 
 class _Server(ThreadingWSGIServer):
     def handle_error(self, *_: object) -> None:
-        """Silent: a client that gives up is no fault."""
+        """Log nothing: a client that gives up is not an error."""
 
 
 class _Server6(_Server):
@@ -227,14 +227,14 @@ def _look_at(key: Key, now: datetime) -> list[Vitals]:
         for market in key.markets:
             values = {name: value(state, market) for name, (_, value) in GAUGES.items()}
             found.append(Vitals(market.name, state, values, _unready(market, state)))
-    except Exception as error:  # noqa: BLE001 - one key's trouble must not hide the others; its text may hold anything
+    except Exception as error:  # noqa: BLE001 - one key's error must not hide the others; its text may hold anything
         trouble = f"it cannot be read ({type(error).__name__})"
         return [Vitals(market.name, None, {READABLE: 0}, trouble) for market in key.markets]
     return found
 
 
 def _unready(market: Market, state: KeyState) -> str:
-    """Whether a session runs, or opens within an hour, without a token that lasts through it; then why."""
+    """Say why a session that runs, or opens within an hour, has no token that lasts through it; empty if it has one."""
     now = state.now
     days = (sessions.days(code, now, now + ALERT_BEFORE, state.key.overrides) for code in market.exchanges)
     near = [one.session for every in days for one in every]
@@ -248,7 +248,7 @@ def _unready(market: Market, state: KeyState) -> str:
 
 
 def _gauge(name: str, text: str, values: Values, labels: Sequence[str] = ()) -> GaugeMetricFamily:
-    """A value for each set of labels; without one where it is not known. Times become epoch seconds."""
+    """Make a gauge with a sample for each set of labels whose value is known; times become epoch seconds."""
     family = GaugeMetricFamily(name, text, labels=labels)
     for own, value in values.items():
         if value is not None:

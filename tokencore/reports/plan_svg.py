@@ -1,6 +1,6 @@
 """The plan as a picture: a row per exchange with its sessions and needs, the token's life, the renewals, and now.
 
-Plain SVG, drawn 420 units wide so that it can be read on a phone, on a ground of its own that follows
+It is plain SVG, drawn 420 units wide so that it can be read on a phone, with its own background that follows
 the reader's light or dark setting. It holds no token, key or secret.
 """
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from tokencore.outlook import Plan, Row
 
 WIDTH, MARGIN, LABEL = 420, 10, 46  # units; the label column holds an order code
-ROW, BAR = 22, 12  # units: a row's height, a session's
+ROW, BAR = 22, 12  # units: the height of a row, and of a session's bar
 HEAD, FOOT = 62, 34
 TITLE = 52  # characters that fit in the width
-TIP = 1.5  # units: five minutes would be invisible
-_LEGEND = ("session", "need", "quiet", "token", "buffer", "renewal")  # colours, and what has them
+TIP = 1.5  # units, the width of the buffer's mark: five minutes to scale would be invisible
+_LEGEND = ("session", "need", "quiet", "token", "buffer", "renewal")  # the words, and the colours that they explain
 _STYLE = """
 text{font:11px system-ui,sans-serif;fill:var(--ink)}.small{font-size:9.5px;fill:var(--soft)}
 .title{font-weight:600;font-size:13px}
@@ -39,7 +39,7 @@ svg{--paper:#fff;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--quiet:#eef6ee;--n
 
 @sealed
 def draw_plans(plans: Sequence[Plan]) -> str:
-    """The plans, one key below the other, as an SVG document; times in KST."""
+    """Draw the plans, one key below the other, as an SVG document; times are in KST."""
     drawn, height, title = [], 0, "; ".join(f"{' + '.join(plan.markets)}: {_rule(plan)}" for plan in plans)
     for plan in plans:
         drawn.append(f'<g transform="translate(0 {height})">{"".join(_panel(plan))}</g>')
@@ -93,7 +93,7 @@ def _x(plan: Plan, at: datetime) -> float:
 
 
 def _bar(plan: Plan, span: tuple[datetime, datetime], top: float, height: float, colour: str, why: str = "") -> str:
-    """A bar, hollow where it shows what is only planned; its tip says `why`, and when."""
+    """Draw a bar with its times as its tooltip; with a `why`, which precedes them, it is planned and drawn hollow."""
     begin, end = _x(plan, span[0]), _x(plan, span[1])
     if end <= begin:
         return ""
@@ -116,7 +116,7 @@ def _days(plan: Plan, bottom: float) -> Iterable[str]:
 
 
 def _quiet(plan: Plan, bottom: float) -> Iterable[str]:
-    """The time of the day in which no exchange of the key needs a token on any day."""
+    """Draw the time of day in which no exchange of the key needs a token on any day."""
     if plan.outlook.quiet is None:
         return
     begin, end = plan.outlook.quiet
@@ -128,7 +128,7 @@ def _quiet(plan: Plan, bottom: float) -> Iterable[str]:
 
 
 def _token(plan: Plan, top: float) -> Iterable[str]:
-    """The present token's life and, hollow, those of the tokens planned; the tip is the buffer."""
+    """Draw the life of the present token, the buffer at its end and, hollow, the lives of the tokens planned."""
     yield _text(MARGIN, top + 14, "token")
     tip = timedelta(seconds=plan.buffer)
     token = plan.token

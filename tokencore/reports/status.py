@@ -1,4 +1,4 @@
-"""What is known of a market's token, as one mapping: read-only, no network, never the token itself."""
+"""The status of a market's token as one mapping: read-only, without network, and never the token itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MarketStatus(TypedDict):
 
 
 class Seen(NamedTuple):
-    """A market's status, and the token and store that it describes."""
+    """A market's status, with the token and the store that it describes."""
 
     status: MarketStatus
     token: Token | None
@@ -47,7 +47,7 @@ class Seen(NamedTuple):
 
 
 def look(state: KeyState, market: Market) -> Seen:
-    """One market of a key; why there is no token may be its own file's trouble.
+    """Return the status of one market of a key; if there is no token, the market's own file may be the reason.
 
     Raises:
         ConfigurationError: one of its exchanges is unknown.

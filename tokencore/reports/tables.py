@@ -1,6 +1,6 @@
-"""How statuses, plans and records look to people: aligned, coloured on a terminal, times in KST and local.
+"""Statuses, plans and issuance records as text for people: aligned, coloured on a terminal, times in KST and local.
 
-One time stands everywhere: the one until which a token serves, KIS_BUFFER before it expires.
+Where a token's end is shown, it is the time until which it serves: KIS_BUFFER before it expires.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 COLOURS = {"VALID": "green", "EXPIRING_SOON": "yellow"}  # everything else is red
 ANSWERS = {True: "KIS accepts the token", False: "KIS rejects the token", None: "not known"}
-LABEL = 7  # characters of an order code and space, before a plan's line
+LABEL = 7  # characters before a plan's line: an order code and spaces
 REFUSED = "KIS refused the credentials: no renewal until you correct them, or run `tokencore refresh`"
 PRIVATE = ("0600", "0400", None)  # modes that only the owner can use
-BROAD = 112  # characters: from here on every column fits; below, the least important one gives way
+BROAD = 112  # characters: from this width on every column fits; below it, the least important one is left out
 
 
 def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, Evidence], now: datetime) -> None:
-    """One row a market; below, what does not fit into a row, its file, and what the quote call said."""
+    """Print one row for each market; below, what does not fit into a row, its file, and the quote call's answer."""
     rows, below = [_row(one.status, now) for one in seen], []
     broad = terminal.width() >= BROAD
     fits = slice(None) if broad else slice(-1)
@@ -49,7 +49,7 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, Evidence], now: da
 
 
 def info_text(status: MarketStatus) -> str:
-    """A market's status in a few aligned lines."""
+    """Return a market's status in a few aligned lines."""
     now = datetime.now(UTC)
     found = dict(zip(_columns(now), _row(status, now), strict=True))
     found |= {"environment": status["environment"], "file": status["file"]}
@@ -61,7 +61,7 @@ def _columns(now: datetime) -> list[str]:
 
 
 def _row(status: MarketStatus, now: datetime) -> list[str]:
-    """A market's cells; a token serves until KIS_BUFFER before it expires."""
+    """Return a market's cells; a token serves until KIS_BUFFER before it expires."""
     expires_at, need, name = _parse(status["expires_at"]), status["next_need"], status["status"]
     until = expires_at - timedelta(seconds=status["buffer_seconds"]) if status["valid"] and expires_at else None
     left = duration((until - now).total_seconds()) if until else "-"
@@ -74,7 +74,7 @@ def _row(status: MarketStatus, now: datetime) -> list[str]:
 
 
 def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
-    """One row an attempt, oldest first, with the markets of its key."""
+    """Print one row for each attempt, oldest first, with the markets of its key."""
     broad = terminal.width() >= BROAD
     rows = []
     for markets, one in found:
@@ -86,7 +86,7 @@ def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
                 paint(one.outcome, colour),
                 one.code or "-",
                 *[moment(one.expires_at, KST)] * broad,
-                # Earlier versions kept controls. Of a fleet, the other machines are named.
+                # Records of earlier versions may hold control characters. In a fleet, other machines are named.
                 *(clean(text) for text in (one.by or one.host.partition(":")[0] or "-", one.reason)),
             ]
         )
@@ -95,7 +95,7 @@ def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
 
 
 def describe_tick(decision: Decision) -> str:
-    """One line: renewed or not, and the next renewal with its reason, unless refused credentials forbid it."""
+    """Say in one line what was done, and when and why the next renewal comes, unless refused credentials forbid it."""
     planned = decision.state.outlook.next
     done = "renewed" if decision.renewed else "due, but not renewed" if decision.trouble else "nothing due"
     coming = f"next {moment(planned.at, KST)} KST ({planned.reason})" if planned else "no need ahead"
@@ -103,7 +103,7 @@ def describe_tick(decision: Decision) -> str:
 
 
 def print_plan(plan: Plan) -> None:
-    """Why and when the key renews, then a line per exchange over the days ahead."""
+    """Print why and when the key's token is renewed, then the days ahead with a line for each exchange."""
     print(f"{paint(' + '.join(plan.markets), 'bold')}  {plan.why}")
     rows = []
     for renewal in plan.renewals:
@@ -126,7 +126,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def moment(at: datetime | None, zone: tzinfo | None, *, seconds: bool = False) -> str:
-    """A time in `zone` (None: this machine's), to the minute; a dash where there is none."""
+    """Format a time in `zone` (None: this machine's), to the minute or the second; a dash if there is no time."""
     if at is None:
         return "-"
     there = at.astimezone(zone) if zone else _local(at)
@@ -134,7 +134,7 @@ def moment(at: datetime | None, zone: tzinfo | None, *, seconds: bool = False) -
 
 
 def duration(seconds: float) -> str:
-    """A time span as `23 h 05 min`, `4 min` or `12 s`."""
+    """Format a time span as `23 h 05 min`, `4 min` or `12 s`."""
     minutes = int(seconds) // 60
     if minutes >= 60:  # noqa: PLR2004 - an hour
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -146,7 +146,7 @@ def _local_head(now: datetime) -> str:
 
 
 def _local(at: datetime) -> datetime:
-    """The time in this machine's zone; in UTC where TZ gives one that cannot be."""
+    """Return the time in this machine's zone, or in UTC if TZ names an impossible one."""
     try:
         return at.astimezone()
     except ValueError:
@@ -154,7 +154,7 @@ def _local(at: datetime) -> datetime:
 
 
 def _file(one: Seen) -> str:
-    """The file as the old check script showed it: mode, when it was cached, the token's length."""
+    """Describe the file as the old check script did: its mode, when it was cached, the token's length."""
     status = one.status
     if not status["cache_exists"]:
         return f"no token file at {status['file']}"
@@ -166,7 +166,7 @@ def _file(one: Seen) -> str:
 
 
 def _cells(plan: Plan, width: int, layers: Mapping[str, Sequence[tuple[datetime, datetime]]]) -> list[str]:
-    """One cell for each stretch of the plan's time: the mark of the last layer with a span over its middle."""
+    """Return a character for each of `width` equal steps of time: the mark of the last layer that covers its middle."""
     step = (plan.until - plan.start) / width
     middles = [plan.start + step * (n + 0.5) for n in range(width)]
     over = [
@@ -188,7 +188,7 @@ def _token_cells(plan: Plan, width: int) -> list[str]:
 
 
 def _ruler(plan: Plan, width: int) -> str:
-    """The days' names, each over its own cells."""
+    """Return the names of the days, each above its own cells."""
     count = (plan.until - plan.start).days
     edges = [round(width * n / count) for n in range(count + 1)]
     names = [(plan.start + timedelta(days=n)).astimezone(KST).strftime("%a %d") for n in range(count)]

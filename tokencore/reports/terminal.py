@@ -1,4 +1,4 @@
-"""Columns and colours on a terminal; a library for it would be a third of what a bot has to install."""
+"""Columns and colours on a terminal; a library for them would be a third of what a bot has to install."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-WIDE = 140  # characters, where no terminal says how wide it is: a pipe must not wrap a table
-LEAST = 20  # characters of a last column, however narrow the terminal is
-CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "blue": 34}  # of ECMA-48
+WIDE = 140  # characters of a line when the output is not a terminal: a table must not wrap in a pipe
+LEAST = 20  # characters that the last column gets, however narrow the terminal is
+CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "blue": 34}  # as in ECMA-48
 PAINT = re.compile("\033\\[\\d+m")
 
 
 def width() -> int:
-    """The characters of a line."""
+    """Return the number of characters that fit in a line."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
 
 
 def paint(text: str, *styles: str) -> str:
-    """The text in these styles, on a terminal that has them and whose user wants them (NO_COLOR, TERM)."""
+    """Return the text in these styles if the terminal supports them and the user wants them (NO_COLOR, TERM)."""
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     if plain or sys.platform == "win32" or not sys.stdout.isatty():  # Windows' old console shows the codes
         return text
@@ -33,7 +33,7 @@ def paint(text: str, *styles: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The rows under bold heads, as wide as they are; what the last column has no room for goes on below."""
+    """Return the rows under bold headings, aligned; text that the last column has no room for is wrapped."""
     lines = [[paint(head, "bold") for head in columns], *rows]
     widths = [max(map(_cells, column)) for column in zip(*lines, strict=True)][:-1]
     indent = sum(widths) + 2 * len(widths)
@@ -46,5 +46,5 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cells(text: str) -> int:
-    """How wide it is: a Korean syllable takes two places, a colour none."""
+    """Return the width of the text in cells: a Korean syllable takes two, a colour code none."""
     return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in PAINT.sub("", text))

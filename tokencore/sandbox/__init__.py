@@ -1,8 +1,8 @@
 """A KIS gateway on loopback: real HTTP, KIS's rules at any speed, and its failures on request.
 
-Tests use `with Sandbox(...) as gateway`, people `tokencore sandbox`. Both are driven over HTTP too: `POST` to
-`/sandbox/fail`, `/sandbox/answer`, `/sandbox/clear` and `/sandbox/rules`, `GET /sandbox/stats`. It issues for made-up
-credentials, knows nothing of KIS's own hosts and logs neither token, key nor secret.
+Tests use `with Sandbox(...) as gateway`, people `tokencore sandbox`. Both can also be controlled over HTTP: `POST` to
+`/sandbox/fail`, `/sandbox/answer`, `/sandbox/clear` and `/sandbox/rules`, `GET /sandbox/stats`. The sandbox issues for
+made-up credentials, knows nothing of KIS's own hosts and logs neither token, key nor secret.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["APP_KEY", "APP_SECRET", "Sandbox"]
 
-APP_KEY = ("SANDBOX-KEY-" * 3)[:36]  # as long as KIS's, and plainly nobody's
+APP_KEY = ("SANDBOX-KEY-" * 3)[:36]  # as long as KIS's, and obviously made up
 APP_SECRET = ("SANDBOX-SECRET-" * 12)[:180]
 
 
@@ -31,13 +31,13 @@ def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command: print how to point the settings here, then serve until SIGINT or SIGTERM; 0.
+    """Run the command: print how to point the settings to the sandbox, serve until SIGINT or SIGTERM, and return 0.
 
     Raises:
         ConfigurationError: the port is not free.
 
     """
-    # A shell's background jobs start with SIGINT ignored, and SIGTERM would end without closing.
+    # A shell's background jobs start with SIGINT ignored, and SIGTERM would end the process without closing the port.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

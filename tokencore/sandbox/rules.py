@@ -1,6 +1,6 @@
-"""KIS's gateway as plain state: its rules, codes, tokens and quotes; no socket, and no clock of its own.
+"""KIS's gateway as plain state: its rules, codes, tokens and quotes, without a socket or a clock of its own.
 
-Shapes and Korean texts are KIS's, prices made up; times are epoch seconds. What is counted here holds nothing secret.
+Shapes and Korean texts are KIS's, prices are made up; times are epoch seconds. The counters hold nothing secret.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokencore.tokens import KST
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    Content = Mapping[str, Any] | str  # a mapping travels as JSON, text as a page
+    Content = Mapping[str, Any] | str  # a mapping is sent as JSON, text as an HTML page
 
 TOKEN, REVOKE, APPROVAL = "/oauth2/tokenP", "/oauth2/revokeP", "/oauth2/Approval"
 TEXTS = {
@@ -35,11 +35,11 @@ TEXTS = {
     "EGW00123": "기간이 만료된 token 입니다.",
     "EGW00133": "접근토큰 발급 잠시 후 다시 시도하세요(1분당 1회)",
 }
-RULES = {  # KIS's lengths in seconds; short ones play a day in seconds
+RULES = {  # KIS's rules, in seconds; with shorter values, a day can be played in seconds
     "token_life": 86400.0,
-    "same_token": 21600.0,  # after an issue, in which the same token is handed out again
-    "issue_interval": 60.0,  # in which an app key is granted one request
-    "latency": 0.0,  # of tokenP's answers
+    "same_token": 21600.0,  # how long after an issue the same token is handed out again
+    "issue_interval": 60.0,  # how long an app key waits after a granted request
+    "latency": 0.0,  # how long tokenP takes to answer
 }
 _CODE = re.compile(r"EGW\d{5}")
 _STATUSES = range(200, 600)
@@ -47,7 +47,7 @@ _YEAR = 366 * 86400  # seconds; keeps every time of a token a valid date
 
 
 class Request(NamedTuple):
-    """What a client sent: names of headers in lower case, of parameters in upper case."""
+    """A client's request; names of headers are in lower case, those of parameters in upper case."""
 
     method: str
     path: str
@@ -57,7 +57,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a request gets."""
+    """The answer to a request."""
 
     status: int
     content: Content
@@ -66,7 +66,7 @@ class Answer(NamedTuple):
 
 
 def refused(code: str, path: str, status: int | None = None) -> Answer:
-    """A refusal with the portal's text, in the shape that KIS uses at that path."""
+    """Return a refusal with the text of KIS's portal, in the shape that KIS uses at that path."""
     text = TEXTS.get(code, "요청하신 오류입니다.")
     if path.startswith("/oauth2/"):
         return Answer(status or 403, {"error_description": text, "error_code": code}, code)
@@ -90,12 +90,12 @@ FAILURES = {
     **{way: Answer(200, _PAST, way, delivery=way) for way in ("drop", "hang", "half", "drip")},
 }
 """What a request for a token can be made to meet, beside KIS's codes."""
-KILL = "dead-token"  # requested like a failure, but it affects the tokens that are out already
+KILL = "dead-token"  # requested like a failure, but it affects the tokens already issued
 NO_SUCH_PATH = Answer(404, {"error": "The sandbox has no such path."}, "404")
 
 
 class _RefusedError(Exception):
-    """KIS refuses with the code that is given."""
+    """KIS refuses the request with the given code."""
 
 
 def _refuse_if(**reasons: bool) -> None:
@@ -116,18 +116,18 @@ class _Issued:
 @dataclass(repr=False)
 class _Customer:
     secret: str
-    granted: float = -math.inf  # the last time
+    granted: float = -math.inf  # when the last request was granted
     token: _Issued | None = None
 
 
 class Gateway:
-    """What KIS knows: customers, their tokens, the rules in force and the answers that were scripted.
+    """What KIS knows: customers, their tokens, the rules in force and the scripted answers.
 
     Every key is a customer, and the first secret seen with it is the right one. Methods may be called from any thread.
     """
 
     def __init__(self, **lengths: float) -> None:
-        """Start without tokens; `lengths` as in `set_rules`."""
+        """Start without tokens; `lengths` are those of `set_rules`."""
         self.rules = RULES
         self._customers: dict[str, _Customer] = {}
         self._tokens: dict[str, _Issued] = {}
@@ -138,10 +138,10 @@ class Gateway:
         self.set_rules(**lengths)
 
     def set_rules(self, /, **lengths: float) -> None:
-        """Change lengths of RULES (seconds) from now on; issued tokens keep their expiry.
+        """Change lengths in RULES (seconds) from now on; issued tokens keep their expiry.
 
         Raises:
-            ConfigurationError: a name or length is impossible; the rules are as they were.
+            ConfigurationError: a name or length is impossible; the rules have not changed.
 
         """
         for name, value in lengths.items():
@@ -151,12 +151,12 @@ class Gateway:
         self.rules = {**self.rules, **lengths}
 
     def fail(self, mode: str, count: int | None = None) -> None:
-        """Let the next `count` requests for a token fail, or all until `clear`; they move no limit of KIS.
+        """Let the next `count` requests for a token fail, or all until `clear`; they do not count towards KIS's limits.
 
         `mode` is one of FAILURES, a code such as `EGW00210`, or `dead-token`, which is `kill_tokens`.
 
         Raises:
-            ConfigurationError: no such failure; nothing has changed.
+            ConfigurationError: there is no such failure; nothing has changed.
 
         """
         if mode == KILL:
@@ -167,9 +167,9 @@ class Gateway:
             raise ConfigurationError(f"The failures are {', '.join((*FAILURES, KILL))} and codes such as EGW00210.")
 
     def answer(self, path: str, content: Content, status: int = 200, count: int | None = None) -> None:
-        """Answer just this to the next `count` requests, or to all until `clear`.
+        """Give exactly this answer to the next `count` requests, or to all until `clear`.
 
-        `path` is an endpoint or how several begin: `/uapi/` is every business call; the longest counts.
+        `path` is an endpoint or a prefix: `/uapi/` matches every business call; the longest match counts.
 
         Raises:
             ConfigurationError: the path or status makes no sense; nothing has changed.
@@ -181,18 +181,18 @@ class Gateway:
         self._script(path, Answer(status, content, code if _CODE.fullmatch(code) else str(status)), count)
 
     def clear(self) -> None:
-        """End all that was scripted. Dead tokens stay dead, as at KIS."""
+        """Remove all scripted answers and failures. Dead tokens stay dead, as at KIS."""
         with self._lock:
             self._scripts.clear()
 
     def kill_tokens(self) -> None:
-        """Let business calls refuse every token issued so far, as after maintenance, whatever its expiry says."""
+        """Let business calls refuse every token issued so far, whatever its expiry, as KIS may do after maintenance."""
         with self._lock:
             for token in self._tokens.values():
                 token.dead = True
 
     def stats(self) -> dict[str, Any]:
-        """What was asked and answered since the start; `requests` lists tokenP's, in epoch seconds."""
+        """Count requests and answers since the start; `requests` lists those to tokenP, with times in epoch seconds."""
         with self._lock:
             issues, quotes = self._counts[TOKEN], self._counts["quote"]
             return {
@@ -209,7 +209,7 @@ class Gateway:
             }
 
     def respond(self, request: Request, now: float) -> Answer:
-        """What was scripted, or what KIS answers at `now`, in epoch seconds."""
+        """Return the scripted answer, or else what KIS would answer at `now`, in epoch seconds."""
         with self._lock:
             answer = self._scripted(request.path) or self._judged(request, now)
             self._counts[request.path if request.path.startswith("/oauth2/") else "quote"][answer.outcome] += 1
@@ -256,11 +256,11 @@ class Gateway:
         return Answer(200, customer.token.content, "new")
 
     def _mint(self, key: str, now: float) -> _Issued:
-        life, issued = math.ceil(self.rules["token_life"]), math.floor(now)  # a JWT knows whole seconds
+        life, issued = math.ceil(self.rules["token_life"]), math.floor(now)  # a JWT has whole seconds
         claims = {"sub": "token", "aud": str(uuid.uuid4()), "prdt_cd": "", "iss": "unogw", "jti": key}
         parts = {"typ": "JWT", "alg": "HS512"}, {**claims, "iat": issued, "exp": issued + life}
         encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in parts]
-        text = ".".join([*encoded, secrets.token_urlsafe(64)])  # the signature is KIS's to check
+        text = ".".join([*encoded, secrets.token_urlsafe(64)])  # the signature may be anything: only KIS checks it
         content = {
             "access_token": text,
             "access_token_token_expired": f"{datetime.fromtimestamp(issued + life, KST):%Y-%m-%d %H:%M:%S}",
@@ -320,13 +320,13 @@ prdt_eng_abrv_name=Made-Up base=229.3500 last=231.1000 clos=231.1000 sign=2 diff
 vnit=1 open=229.8000 high=232.0000 low=229.1000 pvol=51216482 tvol=48123456 tamt=11121330682 uplp=0.0000 dnlp=0.0000
 h52p=260.1000 h52d=20260716 l52p=169.2100 l52d=20260408 perx=35.12 pbrx=52.01 epsx=6.58 bpsx=4.44 tomv=3429612
 t_rate=1391.50 t_xsgn=2 e_hogau=0.0100 e_ordyn=매매가능 e_icod=컴퓨터
-"""  # what client libraries read, of any call
+"""  # the fields that client libraries read, of all calls together
 _ROW = dict(pair.split("=") for pair in _FIELDS.split())
-_QUOTE_CODE = 3  # letters, and an order code has four; a domestic call has none
+_QUOTE_CODE = 3  # letters of an exchange's quote code; an order code has four, and a domestic call has no code
 
 
 def _rows(request: Request, now: float) -> dict[str, Any]:
-    """The rows of a business call; order codes such as NASD get empty ones and no error, as at KIS."""
+    """Return the rows of a business call; order codes such as NASD get empty values and no error, as at KIS."""
     place, symbol, code, stock, kind = (
         request.params.get(name, "") for name in ("EXCD", "SYMB", "PDNO", "FID_INPUT_ISCD", "PRDT_TYPE_CD")
     )

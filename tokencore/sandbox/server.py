@@ -1,4 +1,4 @@
-"""The sandbox's gateway over HTTP: keep-alive on loopback, and the failures that only a connection can play."""
+"""The sandbox's gateway over HTTP: keep-alive on loopback, and the failures that happen on the connection."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Self
 
-_POLL = 0.02  # seconds until the accepting thread sees that it shall end
-_DRIP = 0.05  # seconds between two bytes: each read is quick, the whole takes about half a minute
+_POLL = 0.02  # seconds until the accepting thread notices that it has to stop
+_DRIP = 0.05  # seconds between two bytes: each read is quick, but the whole answer takes about half a minute
 
 
 class Sandbox(Gateway):
-    """The gateway while a `with` block lasts; leaving it closes the port, and no connection gets an answer any more.
+    """A gateway that listens during a `with` block; leaving it closes the port, and open connections get no answer.
 
-    The keywords beside `port` (0 takes a free one) are the lengths of `RULES` in seconds.
+    The keywords besides `port` (0 takes a free one) are lengths as in `RULES`, in seconds.
 
     Raises:
         ConfigurationError: a length is impossible or, on entering, the port is not free.
@@ -34,7 +34,7 @@ class Sandbox(Gateway):
     """
 
     def __init__(self, *, port: int = 0, **lengths: float) -> None:
-        """Keep what `__enter__` needs to open the port."""
+        """Set the rules and keep the port, which `__enter__` opens."""
         super().__init__(**lengths)
         self._port = port
         self.closing = threading.Event()
@@ -65,16 +65,16 @@ class _Server(ThreadingTCPServer):
     gateway: Sandbox
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 1024  # hundreds of processes may connect in one instant
+    request_queue_size = 1024  # hundreds of processes may connect at the same instant
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two programs share a port
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as inherited
-        if not isinstance(sys.exception(), OSError):  # a client that gives up is no fault
+        if not isinstance(sys.exception(), OSError):  # a client that gives up is not an error
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection: asks the gateway and delivers its answer, whole or as the failure has it."""
+    """One connection: asks the gateway and delivers its answer, whole or in the way of a failure."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the body waits 40 ms for the header's acknowledgement
@@ -95,10 +95,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_GET  # noqa: N815 - the name http.server looks for
 
     def log_message(self, *_: object) -> None:
-        """Silent: the lines of http.server would show query strings."""
+        """Log nothing: the lines of http.server would show query strings."""
 
     def _fields(self) -> Mapping[str, Any]:
-        """The JSON object of the body; empty if there is none."""
+        """Return the JSON object in the body, or an empty one."""
         length = self.headers.get("Content-Length", "")
         try:
             fields = json.loads(self.rfile.read(int(length) if length.isdecimal() else 0))
@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
             return NO_SUCH_PATH
         try:
             return Answer(200, actions[asked[:2]](**asked.body) or {"ok": True}, "200")
-        except (ConfigurationError, TypeError, AttributeError) as error:  # the last two: a field of another type
+        except (ConfigurationError, TypeError, AttributeError) as error:  # the last two: wrong or mistyped fields
             return Answer(400, {"error": str(error)}, "400")
 
     def _deliver(self, answer: Answer) -> None:
