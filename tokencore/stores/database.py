@@ -1,8 +1,8 @@
-"""The PostgreSQL server that a fleet shares: every call with a deadline, every change one compare-and-set.
+"""The PostgreSQL server that a fleet shares: every call has a deadline, every change is one compare-and-set.
 
-A row of `tokencore_key` is a key's token or a document, sealed, with a version that each change raises; a row of
-`tokencore_attempt` is an issue request, found by its fence. Who changes a row names the version or fence that he has
-seen; the times in it are the server's.
+A row of `tokencore_key` is a key's token or a document, encrypted, with a version that each change increments; a row of
+`tokencore_attempt` is an issue request, identified by its fence. A change that may conflict with another names the
+version or fence that its caller has read. The times in the rows are the server's.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tokencore.stores.encryption import INSTALL
 
 try:
     import psycopg
-except ImportError:  # it is an extra, and so is the libpq that it needs
+except ImportError:  # it is an optional extra, and so is the libpq that it needs
     raise ConfigurationError(f"KIS_STORE needs the package psycopg; {INSTALL}.") from None
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CONNECT, PATIENCE, ANSWER = 3, 5.0, 3.0  # seconds for a connection, for all tries to have one, and for each answer
-PAUSE = 0.1  # seconds between two tries, on the average
-KEEP = 1024  # attempts of a key, as in the files
-LAYOUT = "1"  # of the tables; the row of that name has it
+CONNECT, PATIENCE, ANSWER = 3, 5.0, 3.0  # seconds for one try to connect, for all tries, and for each answer
+PAUSE = 0.1  # seconds between two tries, on average
+KEEP = 1024  # attempts kept for each key, as in the files
+LAYOUT = "1"  # the version of the tables, kept in the row `layout`
 LEASE = 60  # seconds for which a document is locked at most
-AHEAD = timedelta(seconds=0.25)  # clocks that differ by less are the same
+AHEAD = timedelta(seconds=0.25)  # clocks that differ by less count as equal
 TABLES = f"""
 create table if not exists tokencore_key (
   key text primary key, version bigint not null, fence bigint not null default 0, sealed text not null,
@@ -40,7 +40,7 @@ create table if not exists tokencore_attempt (
   key text, slot integer, fence bigint not null, at timestamptz not null, host text not null, what text not null,
   primary key (key, slot));
 create index if not exists tokencore_attempt_fence on tokencore_attempt (key, fence);
-insert into tokencore_key (key, version, sealed) values ('layout', 1, '{LAYOUT}') on conflict do nothing"""  # noqa: S608 - the same
+insert into tokencore_key (key, version, sealed) values ('layout', 1, '{LAYOUT}') on conflict do nothing"""  # noqa: S608 - a constant of our own
 _READ = """
 select k.key, k.version, k.sealed, extract(epoch from clock_timestamp())::float8, coalesce((
   select json_agg(json_build_array(a.fence, extract(epoch from a.at), a.host, a.what) order by a.fence)
@@ -76,7 +76,7 @@ returning version, sealed"""
 _LAYOUT = "select sealed from tokencore_key where key = 'layout'"
 _NAMES = "select key from tokencore_key where key <> 'layout' and sealed <> ''"
 _RELEASE = "update tokencore_key set leased_until = null where key = %(key)s and version = %(version)s"
-FAULTS = {  # by a sign in an error's name or text: what failed, what to do, and whether another try may help
+FAULTS = {  # by a word in the error's name or text: what failed, what to do, and whether another try may help
     "password": ("it refuses the role or its password", "correct KIS_STORE or the password file", False),
     "certificate": ("its certificate cannot be verified", "correct sslrootcert or the host in KIS_STORE", False),
     "pg_hba.conf": ("it does not admit this role from this machine", "add it to the server's pg_hba.conf", False),
@@ -100,9 +100,9 @@ class State(NamedTuple):
     """A row as it was read.
 
     Attributes:
-        version: 0 where there is no row.
-        sealed: the content.
-        attempts: by their fences, oldest first: when by this machine's clock, on which other machine, and what.
+        version: 0 if there is no row.
+        sealed: the encrypted content.
+        attempts: by fence, oldest first: the time by this machine's clock, the other machine's name, the record's line.
         ahead: how far this machine's clock is ahead of the server's.
 
     """
@@ -114,22 +114,22 @@ class State(NamedTuple):
 
 
 class _Connection(psycopg.Connection[Any]):
-    """Waits for no answer longer than `ANSWER`: psycopg itself would for ever."""
+    """Waits at most `ANSWER` seconds for an answer; psycopg itself would wait forever."""
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ANN401 - as psycopg
         return super().wait(gen, interval, ANSWER if timeout is None else timeout)
 
 
 class Database(Sensitive):
-    """A connection, which a `with` block closes; an answer that does not come is an error, and counts as "no"."""
+    """A connection, closed by its `with` block; an answer that does not come in time is an error, and means "no"."""
 
     __slots__ = ("_connection", "_host")
 
     def __init__(self, address: str, host: str, patience: float = PATIENCE) -> None:
-        """Connect, again while that may help, for `patience` seconds; `host` names this machine in the attempts.
+        """Connect, retrying for `patience` seconds while that may help; `host` names this machine in the attempts.
 
         Raises:
-            TokenError: there is no connection, or no tables of this version; the message says why.
+            TokenError: there is no connection, or there are no tables of this version; the message says why.
 
         """
         self._host, end, trouble = host, time.monotonic() + patience, None
@@ -141,10 +141,10 @@ class Database(Sensitive):
                 found, again = _explained(error)
                 if not again:
                     raise found from None
-                trouble = trouble or found  # the last try, which is cut short, knows less
+                trouble = trouble or found  # the first error: the last try is cut short, so its error says less
             else:
                 return
-            pause = PAUSE * random.uniform(0.5, 1.5)  # noqa: S311 - spreads tries
+            pause = PAUSE * random.uniform(0.5, 1.5)  # noqa: S311 - spreads the tries
             if time.monotonic() + pause >= end:
                 raise trouble
             time.sleep(pause)
@@ -156,14 +156,14 @@ class Database(Sensitive):
         self.close()
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._connection.close()
 
     def execute(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
-        """What the statement returns.
+        """Execute the statement and return its rows.
 
         Raises:
-            TokenStoreError: it was refused, or no answer came in time.
+            TokenStoreError: the statement was refused, or no answer came in time.
 
         """
         try:
@@ -174,11 +174,11 @@ class Database(Sensitive):
 
     @property
     def encrypted(self) -> bool:
-        """Whether the connection is."""
+        """Whether the connection is encrypted."""
         return self._connection.pgconn.ssl_in_use
 
     def heard(self, timeout: float) -> set[str]:
-        """The rows that changed, as the server tells within `timeout` seconds.
+        """Wait up to `timeout` seconds for notifications, and return the names of the rows that changed.
 
         Raises:
             TokenStoreError: the connection is lost.
@@ -190,7 +190,7 @@ class Database(Sensitive):
             raise _explained(error)[0] from None
 
     def read(self, keys: Sequence[str], depth: int = KEEP) -> dict[str, State]:
-        """The rows of that name, with so many of their last attempts each."""
+        """Return the rows of these names, each with at most `depth` of its last attempts."""
         asked, found = datetime.now(UTC), dict.fromkeys(keys, State(0, "", {}, timedelta(0)))
         rows = self.execute(_READ, keys=list(keys), depth=depth)
         taken = datetime.now(UTC) - asked
@@ -205,37 +205,37 @@ class Database(Sensitive):
         return found
 
     def names(self) -> set[str]:
-        """The names of all rows that have a content."""
+        """Return the names of all rows that have content, except `layout`."""
         return {key for (key,) in self.execute(_NAMES)}
 
     def versions(self, keys: Sequence[str]) -> dict[str, int]:
-        """The versions of the rows of that name."""
+        """Return the versions of the rows of these names."""
         return dict(self.execute("select key, version from tokencore_key where key = any(%(keys)s)", keys=list(keys)))
 
     def put(self, key: str, version: int, sealed: str) -> bool:
-        """Replace the row's content, or make the row; False where it has another version meanwhile."""
+        """Replace the row's content, or create the row; False if it has another version by now."""
         return bool(self.execute(_PUT, key=key, version=version, sealed=sealed))
 
     def begin(self, key: str, version: int | None, at: datetime, what: str) -> int | None:
-        """Record an attempt under a new fence; None where the row has another version, if that is given."""
+        """Record an attempt and return its new fence; None if a `version` is given and the row has another one."""
         found = self.execute(_BEGIN, key=key, version=version, at=at, host=self._host, what=what)
         return found[0][0] if found else None
 
     def depart(self, key: str, fence: int) -> bool:
-        """Date the attempt anew; False where another one has begun since."""
+        """Set the attempt's time to the server's present one; False if another attempt has begun since."""
         return bool(self.execute(_DEPART, key=key, fence=fence))
 
     def finish(self, key: str, fence: int, at: datetime, what: str) -> None:
-        """Replace the attempt by its outcome, whoever has begun since."""
+        """Replace the attempt with its outcome, even if another attempt has begun since."""
         self.execute(_FINISH, key=key, fence=fence, at=at, what=what)
 
     def lease(self, key: str) -> tuple[int, str] | None:
-        """Lock a document's row for `LEASE` seconds and read it: by this version; None while another has it."""
+        """Lock a document's row for `LEASE` seconds; return its version and content, or None while another holds it."""
         found = self.execute(_LEASE, key=key, lease=LEASE)
         return found[0] if found else None
 
     def release(self, key: str, version: int) -> None:
-        """Unlock it, unless the lease is over and another has it."""
+        """Unlock the row, unless the lease is over and another process holds it."""
         self.execute(_RELEASE, key=key, version=version)
 
     def _check_layout(self) -> None:
@@ -252,10 +252,10 @@ def _time(epoch: float) -> datetime:
 
 
 def make_tables(address: str) -> bool:
-    """Make the tables that are missing; the role of the address owns them then. Whether something is sealed in them.
+    """Create the missing tables, owned by the role in the address; return whether they have encrypted content.
 
     Raises:
-        TokenError: they cannot be made.
+        TokenError: they cannot be created.
 
     """
     try:
@@ -272,7 +272,7 @@ def make_tables(address: str) -> bool:
 
 
 def _within(address: str, limit: float) -> _Connection:
-    """Connect within `limit` seconds. In a thread of its own, because the search for a name cannot be bounded."""
+    """Connect within `limit` seconds, in a separate thread, because the lookup of a host name has no time-out."""
     made: list[_Connection | psycopg.Error] = []
     late = threading.Event()
 
@@ -286,7 +286,7 @@ def _within(address: str, limit: float) -> _Connection:
             made[0].close()
 
     thread = threading.Thread(target=connect, name="tokencore connection", daemon=True)
-    with suppress(RuntimeError):  # the system gives no thread
+    with suppress(RuntimeError):  # the system has no thread left
         thread.start()
         thread.join(max(0.0, limit))
     late.set()
@@ -296,7 +296,7 @@ def _within(address: str, limit: float) -> _Connection:
 
 
 def _explained(error: psycopg.Error) -> tuple[TokenError, bool]:
-    """The error for people, without the libraries' own words, and whether another try may help."""
+    """Return the error for people, without the libraries' own words, and whether another try may help."""
     said = f"{type(error).__name__} {error}".lower()
     if type(error) is psycopg.ProgrammingError or "invalid " in said:
         text = "KIS_STORE is not an address of PostgreSQL, such as postgresql://ROLE@HOST/DATABASE?sslmode=verify-full"

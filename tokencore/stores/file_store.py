@@ -1,8 +1,8 @@
 """A key's token, issuance record and lock as files in the token directory, shared by every process of the machine.
 
 `key-<fingerprint>.json` holds the token; `<market>_api_token.json` is each market's view of it;
-`key-<fingerprint>.jsonl` is the issuance record; `key-<fingerprint>.lock` is locked by the system, so that the lock
-ends with its holder.
+`key-<fingerprint>.jsonl` is the issuance record; `key-<fingerprint>.lock` is locked through the operating system, so
+that the lock ends with the process that holds it.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 
 FOREIGN = "of another key or environment"
 POLL = 0.02  # seconds between two tries for the lock
-PROMPT = timedelta(seconds=1)  # from the record's line to the request
+PROMPT = timedelta(seconds=1)  # a request that leaves later than this updates the time of its line in the record
 VIEW, MARK = "api_token.json", "token_issued_at.dat"
 OURS = ("key-", VIEW, MARK, "incidents.", "_krs_token.dat", "config.toml", "prefect", ".gitignore")
-_owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # whose token a file has: keys do not parse each other's
-_unsaved: dict[str, Token] = {}  # by the key's file: what could not be saved, for this process only
+_owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # by path, the key it is of: no other key parses it
+_unsaved: dict[str, Token] = {}  # by the path of the key's file: what could not be saved, for this process only
 
 
 class FileStore(Sensitive):
     """The `Store` of one key in one folder, as one market sees it."""
 
-    __slots__ = ("__dict__", "_app_key")  # what `vars` shows has no secret
+    __slots__ = ("__dict__", "_app_key")  # so that `vars` shows no secret
 
     def __init__(self, market: Market, siblings: Callable[[], Sequence[str]]) -> None:
-        """Name the files; nothing is opened yet. `siblings` tells the names of all markets of the key, when asked."""
+        """Set the paths; nothing is opened yet. `siblings` returns the names of all markets of the key."""
         self.folder = market.token_dir
         self.fingerprint = market.fingerprint
         self.place = self._path(f"{market.name}_{VIEW}")
@@ -62,11 +62,11 @@ class FileStore(Sensitive):
         return f"FileStore({self.folder!r}, {self.fingerprint!r})"
 
     def read(self) -> tuple[Token | None, str]:
-        """The key's living token, or the last one known, and why there is none; an unchanged file is not parsed again.
+        """Return the key's living token, else the last one known, and why there is none; parse changed files only.
 
         Raises:
-            TokenStoreError: the folder or a file belongs to another user, or others can write it; or the folder is
-                closed to this one.
+            TokenStoreError: the folder or a file belongs to another user or is writable by others; or this user has no
+                access to the folder.
 
         """
         token, problem = self._on_file(self._key_path)
@@ -75,10 +75,10 @@ class FileStore(Sensitive):
             if token is None and not problem:
                 permissions.refuse_strangers(self.folder)
                 problem = self._on_file(self.place)[1]
-        return self._or_unsaved(token), "" if problem == FOREIGN else problem  # which is a miss, and nothing is wrong
+        return self._or_unsaved(token), "" if problem == FOREIGN else problem  # that is a miss, not a fault
 
     def unchanged(self, token: Token) -> bool:
-        """Whether `token`, as `read` gave it, is still what its file holds, by one `stat`."""
+        """Whether the key's file still holds `token`, which `read` returned before; costs one `stat`."""
         served = self._known.get(self._key_path)
         return (
             served is not None
@@ -89,21 +89,21 @@ class FileStore(Sensitive):
         )
 
     def newest(self, *, shared: bool = False) -> Token | None:
-        """The token that lasts longest of the key's file and all markets' views, which earlier versions write alone."""
+        """Return the longest-lasting token of the key's file and all views; earlier versions write views only."""
         token = self._longest(self._on_file(self._key_path)[0])
         return token if shared else self._or_unsaved(token)
 
     def saved(self, token: Token) -> bool:
         """Whether the key's file or a market's view has this token."""
         if (own := self._on_file(self._key_path)[0]) and own.access_token == token.access_token:
-            return True  # whatever stands in a view
+            return True  # whatever the views hold
         return any((one := self._on_file(path)[0]) and one.access_token == token.access_token for path in self._views())
 
     def save(self, token: Token) -> None:
         """Write the key's file, which alone decides whether this succeeds, then each market's view.
 
         Raises:
-            OSError: it could not be written: this process alone has the token; the file is as before.
+            OSError: the key's file could not be written; it is unchanged, and only this process has the token.
 
         """
         now = datetime.now(UTC)
@@ -115,7 +115,7 @@ class FileStore(Sensitive):
             _unsaved[self._key_path] = token
             raise
         _unsaved.pop(self._key_path, None)
-        stored = tokens.from_text(text)[0]  # not the caller's own, who may change it
+        stored = tokens.from_text(text)[0]  # not the caller's object, which may change
         self._remember(self._key_path, stored)
         for path in self._own_views():
             self._set_aside(path)
@@ -125,7 +125,7 @@ class FileStore(Sensitive):
     def delete(self) -> bool:
         """Remove this market's view, and the key's file with the last view.
 
-        A view that another key wrote last only hides ours: it stays, and the key's file notes which markets have none.
+        A view that another key wrote last stays, as it only hides ours; the key's file lists the deleted markets.
         """
         hidden = {path for path in self._own_views() if self._on_file(path)[1] == FOREIGN}
         found = self.place not in hidden and files.remove(self.place)
@@ -148,25 +148,25 @@ class FileStore(Sensitive):
         self._forget()
 
     def details(self) -> dict[str, Any]:
-        """The market's view, or the key's file where there is none, its mode, and whether there is any."""
+        """Return the path and mode of the market's view, or else of the key's file, and whether it exists."""
         path = self.place if os.path.lexists(self.place) or not os.path.lexists(self._key_path) else self._key_path
         try:
             mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}"
-        except OSError:  # removed meanwhile
+        except OSError:  # there is none, or none any more
             mode = None
         return {"file": path, "permissions": mode, "cache_exists": mode is not None}
 
     def attempts(self) -> list[Attempt]:
-        """The record or, where it is lost, what the marks of the issue tell."""
+        """Return the record or, if it is lost, the last issue as the `.dat` files have it."""
         return self._record.attempts() or self._marked()
 
     def begin(self, attempt: Attempt) -> Attempt:
-        """Append to the record durably; where the disk takes no line, the lock file keeps the time."""
+        """Append to the record durably; if the disk takes no line, the lock file keeps the time."""
         self._record.append(attempt)
         return attempt
 
     def depart(self, fence: Attempt) -> bool:
-        """Whoever holds the lock may send; connecting before that may have taken most of a minute."""
+        """Update the attempt's time, as connecting may take most of a minute; False if the record cannot be changed."""
         now = datetime.now(UTC)
         try:
             if abs(now - fence.at) > PROMPT:
@@ -188,11 +188,11 @@ class FileStore(Sensitive):
             self._record.complete(fence, attempt)
 
     def note(self, attempt: Attempt) -> None:
-        """Append what needed no request."""
+        """Append an attempt that needed no request."""
         self._record.append(attempt)
 
     def replace_record(self, attempts: list[Attempt]) -> None:
-        """Have these attempts instead: another store's."""
+        """Replace the record with these attempts, which come from another store."""
         self._record.write(attempts)
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
@@ -200,7 +200,7 @@ class FileStore(Sensitive):
         return hold(self._lock_path, wait, give_up)
 
     def document(self, name: str) -> FileDocument:
-        """`key-<fingerprint>-<name>.json`."""
+        """Return the document in `key-<fingerprint>-<name>.json`."""
         return FileDocument(self._path(f"key-{self.fingerprint}-{name}.json"))
 
     @cached_property
@@ -219,7 +219,7 @@ class FileStore(Sensitive):
         return list(dict.fromkeys([self.place, *(self._path(f"{name}_{VIEW}") for name in self._siblings())]))
 
     def _views(self) -> list[str]:
-        """Every market's view in the folder, whosesoever it is: markets that only a subclass names are found too."""
+        """Return all views in the folder, this market's first; so markets that only a subclass names are found too."""
         try:
             with os.scandir(self.folder) as entries:
                 found = [entry.path for entry in entries if entry.name.endswith(f"_{VIEW}")]
@@ -228,7 +228,7 @@ class FileStore(Sensitive):
         return sorted(found, key=lambda path: (path != self.place, path))
 
     def _longest(self, token: Token | None) -> Token | None:
-        """Of `token` and the views' tokens the one that lasts longest; a copy of a rejected one is no living token."""
+        """Return the longest-lasting of `token` and the views' tokens, ignoring copies of `token` if it is rejected."""
         found = [one for path in self._views() if (one := self._on_file(path)[0])]
         if token is not None and token.rejected_at is not None:
             found = [one for one in found if one.access_token != token.access_token]
@@ -251,7 +251,7 @@ class FileStore(Sensitive):
             if owner and owner[0] == seen and owner[1] != self._identity:
                 return None, FOREIGN
             token, problem = self._parse(path, seen)
-            if token is None:  # perhaps only for now: the next look reads it again
+            if token is None:  # that may be temporary, so the next look reads it again
                 return None, problem
             known = self._known[path] = (seen, token)
         return known[1], ""
@@ -265,7 +265,7 @@ class FileStore(Sensitive):
             token, content = tokens.from_text(text)
         except (ValueError, RecursionError) as error:
             return None, (str(error).splitlines() or ["unreadable"])[0][:80]
-        # Caches of other tools name no key; then the JWT's `jti`, where there is one, has to be ours.
+        # Other tools' caches name no key; then the JWT's `jti`, if there is one, has to be our app key.
         bound = content.get("key_fingerprint")
         if isinstance(bound, str) and isinstance(content.get("environment"), str):
             _owners[path] = seen, (bound, content["environment"])
@@ -276,12 +276,12 @@ class FileStore(Sensitive):
         return token, ""
 
     def _remember(self, path: str, token: Token) -> None:
-        """That `path` holds `token` now: this process need not parse what it wrote itself."""
+        """Note that `path` now holds `token`, so that this process need not parse what it wrote itself."""
         if seen := files.signature(path):
             self._known[path] = seen, token
 
     def _copied(self, path: str, content: bytes) -> bool:
-        """Write what takes nothing from anybody where it fails: the key's file and the record have it too."""
+        """Write a copy of what the key's file or the record has; failing does no harm, so return whether it worked."""
         try:
             files.write_bytes(path, content, writer=self.fingerprint, durable=False)
         except OSError as error:
@@ -290,7 +290,7 @@ class FileStore(Sensitive):
         return True
 
     def _set_aside(self, path: str) -> None:
-        """Keep what is no token of this key, but for a view of another key of this folder."""
+        """Set aside what is no token of this key, unless it is a view of another key that has its own file here."""
         problem = self._on_file(path)[1]
         if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
             files.set_aside(path)
@@ -303,7 +303,7 @@ class FileStore(Sensitive):
         return seen is not None and seen == files.signature(view) and os.path.exists(own_file)
 
     def _marked(self) -> list[Attempt]:
-        """The last issue by the marks beside the views; one beside another key's view is that one's."""
+        """Return the last issue by the `.dat` files; a file next to another key's view belongs to that key."""
         from tokencore.attempts import Attempt, Outcome
 
         marks = []
@@ -311,7 +311,7 @@ class FileStore(Sensitive):
             if self._on_file(path)[1] != FOREIGN:
                 with contextlib.suppress(ValueError, OverflowError, OSError):
                     text = files.read_text(path.removesuffix(VIEW) + MARK) or "nan"
-                    # Whole seconds: KIS counts the rest of the last one too.
+                    # The file has whole seconds, and KIS counts the rest of the last one too.
                     marks.append(datetime.fromtimestamp(float(text) + 1, UTC))
         return [Attempt(max(marks), Outcome.ISSUED)] if marks else []
 
@@ -320,11 +320,11 @@ class FileDocument:
     """A small JSON object in a file of its own, with a lock file beside it."""
 
     def __init__(self, place: str) -> None:
-        """Name the file; nothing is opened yet."""
+        """Set the path; nothing is opened yet."""
         self.place = place
 
     def read(self) -> dict[str, Any]:
-        """The object; empty where there is none that could be read."""
+        """Return the object; empty if there is none or it cannot be read."""
         try:
             found = json.loads(files.read_text(self.place) or "{}")
         except (ValueError, RecursionError):
@@ -336,23 +336,23 @@ class FileDocument:
         files.write_bytes(self.place, json.dumps(content, indent=1).encode() + b"\n", writer="document")
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
-        """Hold its lock inside the block; yields False where it was not acquired in time."""
+        """Hold the document's lock inside the block; yield False if it was not acquired in time."""
         return hold(self.place.removesuffix(".json") + ".lock", wait, give_up)
 
 
 @contextlib.contextmanager
 def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
-    """Hold the lock of the file at `path`, whose folder is made if need be, for at most `wait` seconds of waiting.
+    """Hold the lock file at `path` inside the block, waiting at most `wait` seconds; its folder is created if missing.
 
     Raises:
-        TokenStoreError: the system refuses it, or others could have planted what is there; nothing was changed.
+        TokenStoreError: the system refuses the lock, or others could have planted what is there; nothing was changed.
 
     """
-    from filelock import FileLock, Timeout  # 60 ms that a cached get must not pay
+    from filelock import FileLock, Timeout  # takes 60 ms, which a cached `get` must not pay
 
     folder, name = os.path.split(path)
     permissions.make_private(folder, ours=OURS)
-    permissions.refuse_planted(folder, (name.removesuffix(".lock"), VIEW, MARK))  # what the change builds on
+    permissions.refuse_planted(folder, (name.removesuffix(".lock"), VIEW, MARK))  # the files that the change relies on
     # A new object each time: one made before a fork refuses to work in the child.
     lock = FileLock(path, mode=permissions.PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
     try:
@@ -365,11 +365,11 @@ def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
     try:
         yield held
     finally:
-        with contextlib.suppress(OSError):  # the lock goes with its last reference
+        with contextlib.suppress(OSError):  # the lock ends with its last reference
             lock.release()
 
 
 def _warn(message: str) -> None:
-    import logging  # only for trouble
+    import logging  # only when something is wrong
 
     logging.getLogger("tokencore").warning(message)

@@ -1,4 +1,4 @@
-"""Files of which no reader ever sees half: read within bounds, replaced whole, durable and private."""
+"""Reads files up to a size limit, and replaces them whole, so that no reader ever sees half of one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tokencore.stores.permissions import PRIVATE_FILE, refuse_strangers
 
 SIZE_LIMIT = 1 << 20  # bytes; a token file has about 700
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_IN_PLACE = (errno.EBUSY, errno.EXDEV)  # a single file that is mounted, as Docker does, cannot be replaced
+_IN_PLACE = (errno.EBUSY, errno.EXDEV)  # a single mounted file, as in Docker, cannot be replaced
 
-Signature = tuple[int, int, int]  # inode, size, mtime_ns: a difference means another content
+Signature = tuple[int, int, int]  # inode, size, mtime_ns: a difference means other content
 
 
 def signature(path: str) -> Signature | None:
-    """What identifies the present content of `path`; None without a file."""
+    """Return what identifies the present content of `path`; None if there is no file."""
     try:
         found = os.stat(path, follow_symlinks=False)
     except OSError:
@@ -27,19 +27,19 @@ def signature(path: str) -> Signature | None:
 
 
 def read_text(path: str) -> str | None:
-    """The text of a regular file, or None when there is no file; see `read_bytes`."""
+    """Return the text of a regular file, or None if there is no file; see `read_bytes`."""
     content = read_bytes(path)
     return None if content is None else content.decode().removeprefix("\ufeff")
 
 
 def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, trusted: bool = True) -> bytes | None:
-    """The content of a regular file, or None when there is no file; of a larger one the end, with `tail`.
+    """Return the content of a regular file, or None if there is no file; with `tail`, the end of a larger one.
 
-    A FIFO or a device is not waited for, nor opened, which alone makes some act; nor is a link followed.
+    A FIFO or device is never opened, because that alone may block or make a device act; links are not followed.
 
     Raises:
         ValueError: something is there, but no readable file of at most `limit` bytes.
-        TokenStoreError: it is `trusted`, but belongs to another user or can be written by others.
+        TokenStoreError: it has to be `trusted`, but belongs to another user or can be written by others.
 
     """
     try:
@@ -62,7 +62,7 @@ def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, truste
     except OSError as error:
         raise ValueError(error.strerror) from None
     finally:
-        with contextlib.suppress(OSError):  # what was only read is not lost by it
+        with contextlib.suppress(OSError):  # the file was only read, so nothing is lost
             os.close(descriptor)
     if len(content) > limit and not tail:
         raise ValueError(f"more than {limit} bytes")
@@ -72,12 +72,13 @@ def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, truste
 def write_bytes(path: str, content: bytes, *, writer: str = "", durable: bool = True) -> None:
     """Replace the content of `path`; a crash at any step leaves the old or the new one whole.
 
-    `writer` distinguishes those that hold different locks; what a killed one left is overwritten. A mounted
-    file that cannot be replaced is written in place. What is not `durable` may be lost in a power cut, but costs no
-    wait for the disk: it is for copies.
+    `writer` tells apart writers that hold different locks; what a killed one left is removed. Only a mounted file,
+    which cannot be replaced, is written in place. A write that is not `durable`, as of a copy, does not wait for the
+    disk, and may be lost in a power cut.
 
     Raises:
-        OSError: it could not be written; the old content is untouched, and no temporary file is left.
+        OSError: it could not be written, and the old content stays; or the disk did not confirm the new one. No
+            temporary file is left.
 
     """
     folder, name = os.path.split(path)
@@ -98,7 +99,7 @@ def write_bytes(path: str, content: bytes, *, writer: str = "", durable: bool = 
 
 
 def remove(path: str) -> bool:
-    """Remove a file durably; whether there was one."""
+    """Remove a file durably; return whether there was one."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -108,26 +109,26 @@ def remove(path: str) -> bool:
 
 
 def set_aside(path: str) -> None:
-    """Keep what is no file of ours as `<name>.aside`, readable by its owner only; nothing is thrown away.
+    """Keep what is not a file of ours as `<name>.aside`, readable by its owner only, replacing an earlier one.
 
-    A file stays in its place too until its successor is there: it may be a good one that could not be read just now.
+    A file also stays in place until its successor is written: it may be a good one that could not be read just now.
     """
     aside, spare = f"{path}.aside", f"{path}.{time.time_ns()}.aside"
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             os.replace(path, spare)
         elif not (os.path.exists(aside) and os.path.samefile(path, aside)):
-            with contextlib.suppress(OSError):  # of a file that someone else owns, the owner keeps the mode
+            with contextlib.suppress(OSError):  # only the file's owner can change its mode
                 os.chmod(path, PRIVATE_FILE)  # it may hold another key's token
             os.link(path, spare)
-        os.replace(spare, aside)  # a file does not replace a folder, nor a folder it: then it keeps the longer name
+        os.replace(spare, aside)  # fails between a file and a folder: then the longer name stays
 
 
 def sync_folder(folder: str) -> None:
     """Make a rename in `folder` survive a power cut, where folders can be synced.
 
     Raises:
-        OSError: the disk does not confirm it; the rename stands until a power cut.
+        OSError: the disk does not confirm it; the rename is done, but a power cut may undo it.
 
     """
     if os.name != "posix":

@@ -1,4 +1,4 @@
-"""The issuance record: one JSON object a line, which other programs read too. Never a token or a key."""
+"""The issuance record: one JSON object per line, which other programs read too. It never has a token or a key."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from tokencore.tokens import sane
 if TYPE_CHECKING:
     from tokencore.stores.files import Signature
 
-LENGTHS = {"code": 12, "reason": REASON_LENGTH, "credentials": 8, "by": BY_LENGTH, "host": 64}  # that are read
+LENGTHS = {"code": 12, "reason": REASON_LENGTH, "credentials": 8, "by": BY_LENGTH, "host": 64}  # characters read
 KEEP = 1024  # attempts: years of daily renewals, or days of KIS being down
-# An access time that no clock gives: the lock file's modification time is then that of the last attempt, which the
-# record could not take. Each second more than the first is an issue that the record does not know.
+# An access time of the lock file that no clock gives: its modification time is then that of the last attempt, which
+# could not be written to the record. Each second after the first stands for one issue that the record lacks.
 UNRECORDED, MANY = 1, 50
 _WORDS = frozenset(Outcome)
 _log = logging.getLogger("tokencore")
 
 
 class Record:
-    """The record of a key in a file; where the disk takes no line, the times of its lock file tell of the last attempt.
+    """The record of a key in a file; if the disk takes no line, the times of the key's lock file keep the last attempt.
 
     Only the holder of the key's lock changes it.
     """
 
     def __init__(self, path: str, lock_path: str) -> None:
-        """Name the files; nothing is opened yet."""
+        """Set the paths; nothing is opened yet."""
         self._path, self._lock_path = path, lock_path
         self._known: tuple[Signature | None, list[Attempt]] | None = None
 
     def attempts(self) -> list[Attempt]:
-        """All that is known, oldest first; an unchanged file is not parsed again."""
+        """Return all known attempts, oldest first; an unchanged file is not parsed again."""
         seen = files.signature(self._path)
         if self._known is None or self._known[0] != seen:
             refuse_strangers(os.path.dirname(self._path))
             try:
                 found = parse((files.read_bytes(self._path, tail=True) or b"").decode(errors="replace"))
-            except ValueError:  # an attempt was made when it was last changed
+            except ValueError:  # unreadable; an attempt was made when it last changed
                 found = [Attempt(datetime.fromtimestamp(seen[2] / 1e9, UTC), Outcome.SENT)] if seen else []
             self._known = seen, found
         known = self._known[1]
@@ -54,13 +54,13 @@ class Record:
         self.write([*self.attempts(), attempt])
 
     def complete(self, begun: Attempt, attempt: Attempt) -> None:
-        """Put `attempt` in the place of the line that was `begun`, or at the end where the disk did not take that."""
+        """Replace the line that was `begun` with `attempt`; append it if the disk did not take that line."""
         known = self.attempts()
         mine = bool(known) and (known[-1].outcome, known[-1].pid) == (Outcome.SENT, begun.pid)
         self.write([*(known[:-1] if mine else known), attempt])
 
     def write(self, attempts: list[Attempt]) -> None:
-        """Have these instead; on a full disk the lock file's times, which still can be written, keep the last one."""
+        """Replace the record; on a full disk the lock file's times, which can still be set, keep the last attempt."""
         try:
             if os.path.lexists(self._path) and not os.path.isfile(self._path):
                 files.set_aside(self._path)
@@ -111,7 +111,7 @@ def _parse(line: str) -> Attempt | None:
         texts = {name: str(found.get(name) or "")[:length] for name, length in LENGTHS.items()}
         return Attempt(
             at=_aware(found["at"]),
-            # A later version's own word is an attempt of which no more is known than that it was made.
+            # An outcome that only a later version knows says no more than that an attempt was made.
             outcome=Outcome(found["outcome"]) if found["outcome"] in _WORDS else Outcome.SENT,
             expires_at=_aware(found["expires_at"]) if found.get("expires_at") else None,
             pid=int(found.get("pid", 0)),
