@@ -1,9 +1,9 @@
-"""What signing costs: a request with `KISAuth` or `KISHttpxAuth` beside one with a plain header, on a cached token.
+"""What signing costs: a request with `KISAuth` or `KISHttpxAuth` compared to one with a plain header; token cached.
 
-Run `python benchmarks/auth.py`. Nothing is sent and KIS is not asked: a made-up token lies in a token directory that
-lasts as long as the program. For requests a signed request is prepared; for httpx it goes through a client to a
-transport that takes its headers, as the real one does, and answers at once. The variants take turns, call by call. Of
-each the time counts within which the quickest tenth was done: other work on the machine only adds.
+Run `python benchmarks/auth.py`. Nothing is sent, and KIS is not asked: a made-up token is stored in a temporary token
+directory. For requests, a signed request is prepared; for httpx, it goes through a client to a transport that takes
+its headers, as the real one does, and answers at once. The variants take turns, call by call. Each is reported by its
+10th percentile: other work on the machine can only add to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tokencore.tokens import Token
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Call = Callable[[], int]  # nanoseconds that it took
+    Call = Callable[[], int]  # returns the nanoseconds that the call took
 
 CALLS = 10_000
 TARGET = 2.0  # microseconds over a plain header
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _settle(folder: str) -> str:
-    """Settings and a cached token of a market; the text of the token."""
+    """Set up the settings and a cached token of a market; return the token's text."""
     for name in [name for name in os.environ if name.startswith("KIS_")]:
         del os.environ[name]
     os.environ |= {"KIS_TOKEN_DIR": folder, "KIS_APP_KEY": "PS" + "k" * 34, "KIS_APP_SECRET": "s" * 180}
@@ -66,7 +66,7 @@ def _settle(folder: str) -> str:
 
 
 def _plain(text: str) -> Callable[..., object]:
-    """What one would write without us: a header with a token that never changes."""
+    """Sign as one would without tokencore: a header with a token that never changes."""
     value = f"Bearer {text}"
 
     def sign(request: Any) -> Any:  # noqa: ANN401 - a request of either library
@@ -116,7 +116,7 @@ def _took(request: httpx.Request) -> httpx.Response:
 
 
 def _beside(plain: Call, signed: Call) -> tuple[float, float, float]:
-    """Microseconds a request with each, and what the second costs over the first."""
+    """Return the microseconds of a request with each, and how much more the second takes."""
     pairs = [(plain(), signed()) for _ in range(CALLS)]
     first, second = (sorted(times)[CALLS // 10] / 1000 for times in zip(*pairs, strict=True))
     return first, second, second - first

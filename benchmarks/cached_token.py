@@ -1,7 +1,7 @@
-"""A cached, valid token in one process: alone, and while another thread renews it. Tables in Markdown.
+"""What it takes to get a cached, valid token in one process, alone or while another thread renews it: Markdown tables.
 
 Run `make bench`, or this file in an environment with `benchmarks/requirements.txt`; clients that are not installed
-are left out. Every call is timed by itself, the clock's own time included (the first row).
+are left out. Every call is timed individually, and its time includes that of reading the clock (the first row).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from tokencore import USTokenManager
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-CALLS, ROUNDS = 20_000, 5  # a round of all clients after the other, so that a busy machine is busy for all
+CALLS, ROUNDS = 20_000, 5  # all clients take part in each round, so that a busy machine slows them equally
 SLOW = 2.0  # seconds that KIS takes while one thread renews
-RENEWALS = 10  # by another process
-PACE = 0.001  # seconds between two calls of a bot that does other things too
+RENEWALS = 10  # how often another process renews
+PACE = 0.001  # seconds between two calls of a bot that also does other things
 
 
 class Floor:
-    """The least that a cache with an expiry can do."""
+    """The least that a cache with an expiry has to do."""
 
     def __init__(self) -> None:
         """Hold a token for an hour."""
         self._token, self._until = "token", time.time() + 3600
 
     def get(self) -> str:
-        """An attribute and the clock."""
+        """Compare the clock with an attribute and return another."""
         return self._token if time.time() < self._until else ""
 
 
 def timed(call: Callable[[], object], calls: int) -> list[int]:
-    """Nanoseconds of each call."""
+    """Return the nanoseconds that each call took."""
     taken = []
     for _ in range(calls):
         began = perf_counter_ns()
@@ -52,12 +52,12 @@ def timed(call: Callable[[], object], calls: int) -> list[int]:
 
 
 def told(taken: Sequence[float], *shares: float) -> list[str]:
-    """These quantiles of nanoseconds as microseconds."""
+    """Format these quantiles of nanoseconds as microseconds."""
     return [f"{quantile(taken, share) / 1000:.3g} µs" for share in shares]
 
 
 def alone() -> None:
-    """Everybody's cached token, beside the floor."""
+    """Compare every client's cached token with the floor."""
     calls: dict[str, Callable[[], object]] = {"nothing: the clock alone": lambda: None, "the floor": Floor().get}
     with gateway():
         for name, client in CLIENTS.items():
@@ -80,7 +80,7 @@ NOTE = "The floor is an attribute and `time.time()`."
 
 
 def while_renewing() -> None:
-    """The same calls while another thread waits for KIS."""
+    """Time our calls while another thread waits for KIS."""
     rows = []
     for pace, name in ((0.0, "one after the other"), (PACE, "one each millisecond")):
         for renews in (False, True):
@@ -98,7 +98,7 @@ BESIDE = "Once in 0.9 s a call looks whether another process has renewed; at one
 
 
 def beside(*, renews: bool, pace: float) -> list[int]:
-    """Nanoseconds of each call while another thread renews, or sleeps as long."""
+    """Return the nanoseconds of each call while another thread renews, or sleeps for as long."""
     ours = USTokenManager()
     ours.get_valid_token()
     work: Callable[[], object] = (lambda: USTokenManager().refresh(force=True)) if renews else lambda: time.sleep(SLOW)
@@ -113,7 +113,7 @@ def beside(*, renews: bool, pace: float) -> list[int]:
 
 
 def seen() -> None:
-    """How long until a process has the token that another one saved."""
+    """Measure how long it takes until a process gets the token that another process saved."""
     taken = []
     with gateway(same_token=0):
         os.environ.update(KIS_MAX_ISSUES_PER_DAY="24")

@@ -1,8 +1,8 @@
-"""The other clients, each as its users have it: a function that gives the token, and asks KIS's gateway if it must.
+"""The clients that are compared, each as its users use it: a function that returns a token and asks KIS if it must.
 
 Libraries made for other issuers (botocore, google-auth, msal, azure-identity) get tokenP's answer through the hook
-that each of them has for that; their own caches, locks and checks of the expiry are at work. Files go into the
-working directory. They are imported when they are chosen: none of them is needed to run tokencore.
+that each of them has for that; their own caches, locks and expiry checks are at work. Files go into the working
+directory. The libraries are imported when they are chosen: tokencore needs none of them to run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
     Ask = Callable[[], str]
 
-TENANT = "https://login.microsoftonline.com/benchmark"  # never asked: what msal would send there goes to the gateway
+TENANT = "https://login.microsoftonline.com/benchmark"  # never contacted: msal's requests go to the gateway
 
 
 def tokencore() -> Ask:
-    """Ours."""
+    """Use tokencore."""
     from tokencore import USTokenManager
 
     return USTokenManager().get_valid_token
 
 
 def botocore() -> Ask:
-    """Its token provider of SSO, in memory."""
+    """Use botocore's SSO token provider, in memory."""
     tokens = import_module("botocore.tokens")
 
     def refresh() -> object:
@@ -43,10 +43,10 @@ def botocore() -> Ask:
 
 
 def google_auth() -> Ask:
-    """Credentials of one's own, in memory, as its documentation has them written."""
+    """Use a credentials class of our own, in memory, as google-auth's documentation says to write one."""
     base = import_module("google.auth.credentials").Credentials
 
-    class Credentials(base):  # type: ignore[misc, valid-type]  # a class that is loaded when it is chosen
+    class Credentials(base):  # type: ignore[misc, valid-type]  # its base is imported at run time
         def refresh(self, _request: object) -> None:
             answer = issued()
             self.token, self.expiry = answer["access_token"], _expiry(answer).replace(tzinfo=None)
@@ -62,7 +62,7 @@ def google_auth() -> Ask:
 
 
 def msal(cache: object = None) -> Ask:
-    """A confidential client, in memory."""
+    """Use msal's confidential client, in memory."""
     application = import_module("msal").ConfidentialClientApplication(
         "client",
         client_credential="secret",
@@ -75,16 +75,16 @@ def msal(cache: object = None) -> Ask:
 
 
 def msal_extensions() -> Ask:
-    """The same with its file and the lock around its writes."""
+    """Use msal's client with the file of msal-extensions and the lock around its writes."""
     extensions = import_module("msal_extensions")
     return msal(extensions.PersistedTokenCache(extensions.FilePersistence("msal.json")))
 
 
 def azure_identity() -> Ask:
-    """A client secret's credential, in memory."""
+    """Use azure-identity's client secret credential, in memory."""
     identity, transport = import_module("azure.identity"), import_module("azure.core.pipeline.transport")
 
-    class Transport(transport.RequestsTransport):  # type: ignore[misc, name-defined]  # the same
+    class Transport(transport.RequestsTransport):  # type: ignore[misc, name-defined]  # as above
         def send(self, request: Any, **_: object) -> Any:  # noqa: ANN401 - its own types
             answer = _MicrosoftHere().get(request.url) if request.method == "GET" else _MicrosoftHere().post("")
             heard = requests.Response()
@@ -99,7 +99,7 @@ def azure_identity() -> Ask:
 
 
 def python_kis() -> Ask:
-    """A session with the token kept in a file."""
+    """Use python-kis with the token kept in a file."""
     pykis = import_module("pykis")
     vars(import_module("pykis.kis"))["REAL_DOMAIN"] = os.environ["KIS_BASE_URL"]
     client = pykis.PyKis(
@@ -113,17 +113,17 @@ def python_kis() -> Ask:
 
 
 def mojito2() -> Ask:
-    """A broker, whose file is looked at before each use, as its examples do."""
+    """Use mojito2's broker; its token is checked before each use, as in its examples."""
     base = import_module("mojito").KoreaInvestment
 
-    class Broker(base):  # type: ignore[misc, valid-type]  # the same
+    class Broker(base):  # type: ignore[misc, valid-type]  # as above
         def set_base_url(self, mock: bool = True) -> None:  # noqa: ARG002, FBT001, FBT002 - as inherited
             self.base_url = os.environ["KIS_BASE_URL"]
 
     made: list[Any] = []
 
     def get() -> str:
-        if not made:  # its constructor asks
+        if not made:  # the constructor asks KIS
             made.append(Broker(os.environ["KIS_APP_KEY"], os.environ["KIS_APP_SECRET"], "00000000-01"))
         elif not made[0].check_access_token():
             made[0].issue_access_token()
@@ -145,7 +145,7 @@ CLIENTS: dict[str, Callable[[], Ask]] = {
 
 
 def issued() -> dict[str, Any]:
-    """One request to tokenP: its answer."""
+    """Send one request to tokenP and return its answer."""
     body = {
         "grant_type": "client_credentials",
         "appkey": os.environ["KIS_APP_KEY"],
@@ -168,11 +168,11 @@ class _Answer:
         self.text = json.dumps(content)
 
     def raise_for_status(self) -> None:
-        """It is always a success."""
+        """Do nothing: the answer is always a success."""
 
 
 class _MicrosoftHere:
-    """What msal wants of an HTTP client: the discovery document, and tokens that the gateway issues."""
+    """The HTTP client that msal needs: serves the discovery document, and tokens that the gateway issues."""
 
     def get(self, _url: str, **_: object) -> _Answer:
         return _Answer({"issuer": TENANT, "authorization_endpoint": TENANT, "token_endpoint": f"{TENANT}/token"})
@@ -182,4 +182,4 @@ class _MicrosoftHere:
         return _Answer({name: answer[name] for name in ("access_token", "token_type", "expires_in")})
 
     def close(self) -> None:
-        """There is nothing open."""
+        """Do nothing: nothing is open."""

@@ -1,7 +1,7 @@
-"""A durable save, and `check` of a thousand markets: Markdown tables.
+"""How long a durable save and `check` of a thousand markets take: Markdown tables.
 
-Run `make bench`, or `python benchmarks/files.py`. By hand a save is: write, fsync, rename, fsync of the folder. The
-other clients' saves are theirs; none of them syncs anything.
+Run `make bench`, or `python benchmarks/files.py`. A save by hand is: write, fsync, rename, fsync of the folder. The
+other clients save with their own code; none of them syncs anything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONTENT = {"access_token": "t" * 350, "expires_at": "2026-11-22T17:15:00+09:00",
 
 
 def saves() -> None:
-    """The same token, saved in turn by hand, by tokencore and by the others, in folders of the disk at hand."""
+    """Save the same token in turn by hand, with tokencore and with the others, on the disk of the working directory."""
     with TemporaryDirectory(dir=os.getcwd()) as home:
         folder = Path(home)
         works = {"by hand": lambda: by_hand(folder / "hand.json"), "tokencore": ours(folder)}
@@ -50,7 +50,7 @@ def saves() -> None:
 
 
 def by_hand(path: Path) -> None:
-    """What durability takes, and nothing else."""
+    """Do what a durable save needs, and nothing else."""
     draft = path.with_suffix(".tmp")
     with draft.open("w") as file:
         file.write(json.dumps(CONTENT, indent=2))
@@ -63,7 +63,7 @@ def by_hand(path: Path) -> None:
 
 
 def ours(folder: Path) -> Callable[[], object]:
-    """The key's file and one market's view of it, as they are saved under the lock."""
+    """Return tokencore's save, which writes the key's file and one market's view of it."""
     os.environ["KIS_TOKEN_DIR"] = str(folder)
     store = open_store(read_market("us"), lambda: ["us"])
     now = datetime.now(UTC)
@@ -72,13 +72,13 @@ def ours(folder: Path) -> Callable[[], object]:
 
 
 def botocore(folder: Path) -> Callable[[], object]:
-    """Its cache of files."""
+    """Return the save of botocore's file cache."""
     cache = import_module("botocore.utils").JSONFileCache(str(folder / "botocore"))
     return lambda: cache.__setitem__("key", CONTENT)
 
 
 def msal_extensions(folder: Path) -> Callable[[], object]:
-    """Its file with the lock around it, as PersistedTokenCache writes it."""
+    """Return the save of msal-extensions: its file with the lock around it, as PersistedTokenCache writes it."""
     extensions = import_module("msal_extensions")
     kept = extensions.FilePersistence(str(folder / "msal.json"))
 
@@ -90,7 +90,7 @@ def msal_extensions(folder: Path) -> Callable[[], object]:
 
 
 def checks() -> None:
-    """The whole command and its work alone, for a thousand markets of one key and of as many keys."""
+    """Time the whole command and its work alone, for a thousand markets with one key and with as many keys."""
     rows = []
     for keys in (1, MARKETS):
         configure(keys)
@@ -101,13 +101,13 @@ def checks() -> None:
 
 
 def configure(keys: int) -> None:
-    """A thousand markets in the configuration file, and a token for every key."""
+    """Write a configuration file with a thousand markets, and save a token for every key."""
     home = Path(os.environ["HOME"], ".tokencore")
     home.mkdir(mode=0o700, exist_ok=True)
     os.environ.pop("KIS_TOKEN_DIR", None)
     now = datetime.now(UTC)
     token = Token("t" * 350, now + timedelta(days=1), now)
-    lines = ['app_secret = "s"']  # a file of settings has 64 KiB at most
+    lines = ['app_secret = "s"']  # a settings file may have 64 KiB at most
     for number in range(MARKETS):
         lines += [f"[markets.m{number}]", 'exchanges = ["SEHK"]', f'app_key = "PSkey{number % keys}"']
     (home / "config.toml").write_text("\n".join(lines))
@@ -116,7 +116,7 @@ def configure(keys: int) -> None:
 
 
 def check() -> tuple[float, float]:
-    """Seconds of the whole process, and of the command within it."""
+    """Return the seconds of the whole process, and of the command in a process whose imports are done."""
     program = """
 import sys, time
 from tokencore.cli import main

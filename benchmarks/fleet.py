@@ -1,8 +1,8 @@
-"""A fleet on PostgreSQL: requests and times of a cold start, a renewal, a thousand keys, and a store that is away.
+"""A fleet on PostgreSQL: requests and times of a cold start, a renewal, a thousand keys, and a store that is down.
 
-Run `make bench`, or `python benchmarks/fleet.py` with the packages of the tests; it needs a server's programs, as in
-Debian's package postgresql. Server, machines and KIS's stand-in share this machine's processors: counts are exact,
-times are what is left of it. A machine is a token directory of its own.
+Run `make bench`, or `python benchmarks/fleet.py` with the packages of the tests; it needs the PostgreSQL server's
+programs, as in Debian's package postgresql. The server, the machines and the sandbox share this machine's processors,
+so counts are exact but times are upper bounds. A machine is simulated by a token directory of its own.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LATENCY, MACHINES, PROCESSES, KEYS, RENEWALS = 0.5, 8, 8, 1000, 50
-PATIENT = 60.0  # seconds for what takes one
+PATIENT = 60.0  # seconds to wait for what should take about one
 Row = tuple[str, str, str]
 
 
 def main() -> None:
-    """One row after the other, each on an empty store."""
+    """Measure one thing after the other, each on an empty store, and print the table."""
     if PROGRAMS is None:
         print("The fleet is left out: no PostgreSQL server in /usr/lib/postgresql.", file=sys.stderr)
         return
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def cold_start(fleet: Fleet, folder: Path) -> list[Row]:
-    """Processes on machines without anything, at a barrier; the programs have been up, so their imports are done."""
+    """Start processes at a barrier, on machines with empty token directories; their imports are done before."""
     with Sandbox(issue_interval=60, latency=LATENCY) as kis:
         machines = [Machine(fleet, folder / str(n), kis, issue_interval=60, timeout=10) for n in range(MACHINES)]
         go, ends = os.pipe(), os.pipe()
@@ -84,7 +84,7 @@ def cold_start(fleet: Fleet, folder: Path) -> list[Row]:
 
 
 def wait_and_get(machine: Machine, go: tuple[int, int], ended: int) -> None:
-    """A process; it never returns."""
+    """Wait at the barrier, get a token, write the time, and end the process; this never returns."""
     code = 1
     try:
         os.close(go[1])
@@ -100,7 +100,7 @@ def wait_and_get(machine: Machine, go: tuple[int, int], ended: int) -> None:
 
 
 def cached(fleet: Fleet, folder: Path) -> list[Row]:
-    """A cached token on a machine of the fleet and on one alone, while the store is up, frozen, and refused."""
+    """Time a cached token on a single machine, and on one of a fleet while the store is up, frozen and down."""
     with Sandbox() as kis:
         os.environ.update(KIS_APP_KEY=KEY, KIS_APP_SECRET=SECRET, KIS_BASE_URL=kis.url)
         alone = timed({"KIS_TOKEN_DIR": str(folder / "alone")})
@@ -116,7 +116,7 @@ def cached(fleet: Fleet, folder: Path) -> list[Row]:
 
 
 def timed(settings: dict[str, str], *, saved: bool = False) -> float:
-    """The median of a cached `get_valid_token`."""
+    """Return the median seconds of a cached `get_valid_token`, the best of five series."""
     os.environ.update(settings)
     manager = TokenManager("us")
     if not saved:
@@ -128,7 +128,7 @@ def timed(settings: dict[str, str], *, saved: bool = False) -> float:
 
 
 def one(work: Callable[[], object]) -> float:
-    """Seconds of ten calls, for one."""
+    """Return the seconds of one call, as the mean of ten."""
     began = time.perf_counter()
     for _ in range(10):
         work()
@@ -136,7 +136,7 @@ def one(work: Callable[[], object]) -> float:
 
 
 def statements(fleet: Fleet, folder: Path) -> list[Row]:
-    """What the store's own operations take, on an open connection."""
+    """Time the store's own operations on an open connection."""
     with Sandbox() as kis:
         machine = Machine(fleet, folder / "one", kis)
     taken: dict[str, list[float]] = {"read": [], "begin": [], "depart": [], "finish": []}
@@ -163,7 +163,7 @@ def statements(fleet: Fleet, folder: Path) -> list[Row]:
 
 
 def renewals(fleet: Fleet, folder: Path) -> list[Row]:
-    """How long until a program on another machine is given what the first one has renewed."""
+    """Measure how long it takes until a program on another machine gets the token that the first one has renewed."""
     with Sandbox() as kis, ExitStack() as running:
         first, second = (Machine(fleet, folder / name, kis) for name in ("first", "second"))
         settings = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
@@ -179,7 +179,7 @@ def renewals(fleet: Fleet, folder: Path) -> list[Row]:
         manager = TokenManager("us")
         for turn in range(RENEWALS):
             manager.get_valid_token()
-            time.sleep(0.37 * (turn % 3))  # at another point of the second for which a token is in memory
+            time.sleep(0.37 * (turn % 3))  # vary the point in the second for which a token is kept in memory
             text, began = renew(first, life + turn + 1), time.monotonic()
             wait(lambda text=text: manager.get_valid_token() == text)  # type: ignore[misc]
             taken.append(time.monotonic() - began)
@@ -189,12 +189,12 @@ def renewals(fleet: Fleet, folder: Path) -> list[Row]:
 
 
 def renew(machine: Machine, life: float) -> str:
-    """A new token there, for all."""
+    """Save a new token on `machine`, for the whole fleet."""
     return machine.save(make_token(life=life))
 
 
 def wait(happened: Callable[[], bool]) -> None:
-    """Until it has."""
+    """Wait until `happened` returns true, for `PATIENT` seconds at most."""
     end = time.monotonic() + PATIENT
     while not happened():
         assert time.monotonic() < end
@@ -202,7 +202,7 @@ def wait(happened: Callable[[], bool]) -> None:
 
 
 def thousand(fleet: Fleet, folder: Path) -> list[Row]:
-    """As many keys, all due in the same minute, on two machines at once; then `check` of them all."""
+    """Let `KEYS` keys become due in the same minute on two machines at once; then time `check` of them all."""
     names = [f"m{number:04}" for number in range(KEYS)]
     with Sandbox(issue_interval=60) as kis:
         machines = [folder / "first", folder / "second"]
@@ -237,16 +237,16 @@ def thousand(fleet: Fleet, folder: Path) -> list[Row]:
 
 
 def first_token(fleet: Fleet, kis: Sandbox, name: str, place: Path) -> None:
-    """The first token of a key of its own."""
+    """Get the first token of the key of market `name` on the machine with the folder `place`."""
     numbers = {"issue_interval": 60.0, "timeout": 10.0, **fleet.numbers(place)}
     market = make_market(name, **numbers).given(lambda: (f"{name}{KEY}"[:36], SECRET), kis.url)
     store = SharedStore(market, lambda: [name])
     Renewer([market], store).obtain(lambda token: token.serves(datetime.now(UTC), 0), "bench")
-    store.attempts()  # it is published
+    store.attempts()  # waits until the outcome is in the store
 
 
 def away(fleet: Fleet, folder: Path) -> list[Row]:
-    """How long a command without a token takes to say that the store does not answer, and its exit code."""
+    """Measure how long a command without a token takes to say that the store does not answer; report its exit code."""
     with Sandbox() as kis:
         environment = {**os.environ, "KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": kis.url}
         environment |= {**fleet.environment(folder / "cold"), "PYTHONPATH": str(ROOT)}

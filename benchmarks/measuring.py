@@ -1,4 +1,4 @@
-"""What the benchmarks share: a KIS gateway as a process of its own, quantiles, and tables in Markdown."""
+"""What the benchmarks share: the sandbox as a process of its own, quantiles, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-sys.path.append(str(Path(__file__).parents[1]))  # a checkout need not be installed; what is installed comes first
+sys.path.append(str(Path(__file__).parents[1]))  # an installed package comes first, but a checkout will do
 
 import tokencore
 from tokencore.sandbox import APP_KEY, APP_SECRET
@@ -33,15 +33,15 @@ with Sandbox(issue_interval=interval, latency=latency, same_token=same) as gatew
 
 
 class Gateway:
-    """KIS's gateway in a process of its own; `requests` counts what has reached tokenP."""
+    """The sandbox in a process of its own."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
-        """Speak to it through its standard input and output."""
+        """Talk to the process through its standard input and output."""
         self._process = process
 
     @property
     def requests(self) -> int:
-        """How many requests have reached tokenP so far."""
+        """The number of requests that have reached tokenP so far."""
         return int(self._said("\n"))
 
     def _said(self, line: str) -> str:
@@ -54,7 +54,7 @@ class Gateway:
 
 @contextmanager
 def gateway(*, issue_interval: float = 0, latency: float = 0, same_token: float = 21_600) -> Iterator[Gateway]:
-    """A gateway with these rules in seconds; a fresh home, working directory and settings that point to it."""
+    """Run a gateway with these rules in seconds, with a fresh home, working directory and settings that point to it."""
     command = [sys.executable, "-c", SERVER, str(issue_interval), str(latency), str(same_token)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_"))}
     if ROOT in Path(tokencore.__file__).parents:
@@ -75,18 +75,18 @@ def gateway(*, issue_interval: float = 0, latency: float = 0, same_token: float 
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
-    """The sample below which that share of them lies."""
+    """Return the sample below which that share of the samples lies."""
     return sorted(samples)[min(len(samples) - 1, int(len(samples) * share))]
 
 
 def interleaved(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each work, one after the other in every round, so that a busy machine is busy for all of them."""
+    """Run all works in every round, so that a busy machine slows them equally; return the seconds of each run."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
             began = time.perf_counter()
             work()
-            if turn:  # the first one warms up
+            if turn:  # the first round warms up
                 taken[name].append(time.perf_counter() - began)
     return taken
 
@@ -104,5 +104,5 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note
 
 
 def ratio(samples: Sequence[float], floor: Sequence[float]) -> str:
-    """How many times the floor, by the medians."""
+    """Format how many times the floor the samples take, by their medians."""
     return f"{statistics.median(samples) / statistics.median(floor):.2f} x"

@@ -1,9 +1,9 @@
 """What a scrape of `tokencore metrics` costs with 100 markets: a Markdown table.
 
 Run `python benchmarks/metrics.py`. The exporter runs as a process of its own, `tokencore metrics --listen`, and is
-scraped over HTTP on loopback. Every key has the issuance record of a year, and every market its token file. Beside
-plain scrapes (nothing has changed since the last one) there are the first one, those after which settings and sessions
-are due to be read again, as once a minute, and those after every key has renewed, as in the minute of the anchor.
+scraped over HTTP on loopback. Every key has a token and the issuance record of a year. Three kinds of scrapes are
+timed: the first one, plain ones (nothing has changed since the last), and those after every key has renewed, as in
+the minute of the anchor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # lets the benchmark run from a checkout that is not installed
 
 from tokencore import tokens
 from tokencore.attempts import Attempt, Outcome
@@ -38,7 +38,7 @@ URL = "https://kis.invalid"
 
 
 def settings(home: Path, keys: int) -> dict[str, str]:
-    """The environment of an exporter with 100 markets of as many keys; their exchanges differ."""
+    """Return the environment of an exporter with 100 markets that share `keys` keys; their exchanges differ."""
     codes = list(EXCHANGES)
     found = {name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_"))}
     found |= {"HOME": str(home), "PYTHONPATH": sys.path[0], "KIS_BASE_URL": URL, "KIS_TOKEN_DIR": str(home / "tokens")}
@@ -51,12 +51,12 @@ def settings(home: Path, keys: int) -> dict[str, str]:
 
 
 def key(market: int, keys: int) -> str:
-    """The app key of a market."""
+    """Return the app key of a market."""
     return f"PS{market % keys:034d}"
 
 
 def renew(folder: Path, keys: int, *, history: int = 0) -> None:
-    """Give every key a new token, and a line in its record, after `history` older ones."""
+    """Give every key a new token, and a record of `history` older attempts and the one that brought it."""
     now = datetime.now(UTC)
     for n in range(keys):
         name = fingerprint(key(n, keys), URL)
@@ -69,7 +69,7 @@ def renew(folder: Path, keys: int, *, history: int = 0) -> None:
 
 
 def scrape(address: str) -> float:
-    """The seconds of one scrape, connection included."""
+    """Return the seconds of one scrape, including the connection."""
     began = time.perf_counter()
     connection = HTTPConnection(address, timeout=10)
     connection.request("GET", "/metrics")
@@ -82,7 +82,7 @@ def scrape(address: str) -> float:
 
 
 def measured(keys: int) -> dict[str, list[float]]:
-    """The seconds of the scrapes, by kind."""
+    """Run the scrapes and return their seconds by kind."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "tokens"
         folder.mkdir(0o700)
@@ -102,7 +102,7 @@ def measured(keys: int) -> dict[str, list[float]]:
 
 
 def after(address: str, happens: Callable[[], None], times: int) -> list[float]:
-    """The seconds of that many scrapes, each after something happens."""
+    """Return the seconds of that many scrapes; `happens` is called before each."""
     found = []
     for _ in range(times):
         happens()
@@ -111,7 +111,7 @@ def after(address: str, happens: Callable[[], None], times: int) -> list[float]:
 
 
 def main() -> int:
-    """Print the table; 1 if a plain scrape misses its limit at the 99th percentile."""
+    """Print the table; return 1 if plain scrapes exceed the limit at the 99th percentile."""
     worst = 0.0
     print("| 100 markets of | scrapes | median ms | p99 ms |\n|---|---|---|---|")
     for keys in (MARKETS, 1):

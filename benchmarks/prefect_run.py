@@ -1,8 +1,8 @@
-"""What our code adds to a Prefect run: each flow beside an empty one with as many tasks. A table in Markdown.
+"""What our code adds to a Prefect run: each flow compared to an empty one with as many tasks, as a Markdown table.
 
-Run `make bench`, or this file where Prefect is installed. A server of its own, with a database of its own, runs on
-loopback. The flows run in turn in this process, with a valid token in the cache, so that KIS is asked for nothing.
-What calls the server (artifacts, planned runs) counts as ours.
+Run `make bench`, or this file where Prefect is installed. A temporary server with its own database runs on loopback.
+The flows run in turn in this process, with a valid token in the cache, so that no token is issued. Calls to the
+server (artifacts, planned runs) count as ours.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ ROUNDS = 15
 
 
 def main() -> None:
-    """The table."""
-    from prefect import flow, task  # after the settings of the benchmark stand
+    """Run the flows and print the table."""
+    from prefect import flow, task  # imported once the benchmark's settings are in place
     from prefect.cache_policies import NO_CACHE
     from prefect.testing.utilities import prefect_test_harness
 
@@ -28,7 +28,7 @@ def main() -> None:
 
     @task(persist_result=False, cache_policy=NO_CACHE)
     def nothing() -> None:
-        """An empty task."""
+        """Do nothing."""
 
     @flow(persist_result=False, log_prints=False)
     def empty(tasks: int) -> None:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def told(seconds: list[float]) -> list[str]:
-    """Median and p99 in milliseconds."""
+    """Format the median and the p99 in milliseconds."""
     return [f"{1000 * statistics.median(seconds):.0f} ms", f"{1000 * quantile(seconds, 0.99):.0f} ms"]
 
 

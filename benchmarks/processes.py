@@ -1,7 +1,7 @@
 """A cached token for a process that has just started: how long it takes and what memory it needs. Tables in Markdown.
 
-Run `make bench`. The command is the one that pip has installed beside this interpreter; commands built on other
-libraries are stood for by what they import at the top. All are run in turn, so that a busy machine is busy for all.
+Run `make bench`. The command is the one that pip has installed next to this interpreter; commands built on other
+libraries are represented by their top imports. All are run in turn, so that a busy machine slows them equally.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PROGRAMS = {
 
 
 def times() -> None:
-    """Wall time of whole processes."""
+    """Measure the wall time of whole processes."""
     able = {name: command for name, command in COMMANDS.items() if runs(command)}
     taken = interleaved({name: lambda command=command: run(command) for name, command in able.items()}, ROUNDS)  # type: ignore[misc]  # bound at once
     floor = taken["`python -c pass`"]
@@ -60,7 +60,7 @@ def times() -> None:
 
 
 def memory() -> None:
-    """What a process holds: resident, and its share of what several map."""
+    """Measure a process's memory: the resident size, and the proportional share, which divides shared pages."""
     if not os.path.exists("/proc/self/smaps_rollup"):
         return
     sizes = {name: [size(program) for _ in range(SIZES)] for name, program in PROGRAMS.items() if runs(with_(program))}
@@ -74,18 +74,18 @@ def memory() -> None:
 
 
 def with_(program: str) -> list[str]:
-    """The command that runs a program and tells its size."""
+    """Return the command that runs a program and prints its size."""
     return [sys.executable, "-c", program + SIZE]
 
 
 def size(program: str) -> list[int]:
-    """Resident and proportional kilobytes at the end of a program."""
+    """Return the resident and the proportional kilobytes at the end of a program."""
     out = subprocess.run(with_(program), capture_output=True, text=True, check=True).stdout
     return [int(line) for line in out.split()]
 
 
 def runs(command: list[str]) -> bool:
-    """Whether it can be run here: the others' libraries may be missing."""
+    """Whether the command can be run here: the other libraries may be missing."""
     return (
         shutil.which(command[0]) is not None
         and not subprocess.run(command, capture_output=True, check=False).returncode
@@ -93,7 +93,7 @@ def runs(command: list[str]) -> bool:
 
 
 def run(command: list[str]) -> None:
-    """Run it to its end, its output nowhere."""
+    """Run the command to its end and discard its output."""
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
 

@@ -1,12 +1,12 @@
-"""Eleven years of sessions, four ways to renew, with and without faults of KIS: a Markdown table.
+"""Eleven years of sessions, four ways to renew, with and without outages of KIS: a Markdown table.
 
-Run `python benchmarks/renewal_rule.py`. The table is simulated: there is no network and no waiting,
-and one version of the `holidays` package gives the same figures on every run. Only the times that one
-decision and its needs take, printed last, are measured.
+Run `python benchmarks/renewal_rule.py`. The table is simulated, without network or waiting, and the same version of
+the `holidays` package gives the same figures on every run. Only the times that one decision and the needs take,
+printed last, are measured.
 
-A token lives for 24 hours and does not count in its last five minutes. While KIS is up, an issue
-succeeds at once. For the last column KIS is down for 180 minutes in each week, from a random minute
-on, and an issue that fails is tried again after `tokencore.policy.retry_delay`.
+A token lives for 24 hours and does not count as valid in its last five minutes. While KIS is up, an issue succeeds at
+once. For the last column, KIS is down for 180 minutes each week, starting at a random minute, and an issue that fails
+is tried again after `tokencore.policy.retry_delay`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # lets the benchmark run from a checkout that is not installed
 
 from tokencore.calendars.exchanges import EXCHANGES
 from tokencore.calendars.sessions import need, session
@@ -43,10 +43,10 @@ END = datetime.combine(LAST + DAY, time(), KST).astimezone(UTC)
 HORIZON = timedelta(days=14)
 OUTAGE = timedelta(minutes=180)
 DECISION_NEEDS = 90  # merged needs of about four months: far more than the rule ever looks at
-SERIES = 20  # times eleven years with outages, each with random weeks of its own
+SERIES = 20  # how often the eleven years are simulated with outages, each time at other random minutes
 
-LATE_CLOSE = time(20)  # of KRX's after-market, here as if there had always been one
-REGULAR = tuple(code for code in EXCHANGES if code != "NXT")  # NXT has no session but the long one
+LATE_CLOSE = time(20)  # KRX's after-market, as if it had always existed
+REGULAR = tuple(code for code in EXCHANGES if code != "NXT")  # NXT has only its long session
 SETS = {
     "KRX": ("KRX",),
     "KRX and US": ("KRX", "NASD", "NYSE", "AMEX"),
@@ -65,7 +65,7 @@ class Session(NamedTuple):
 
 
 class World:
-    """Eleven years of one set of exchanges."""
+    """The sessions of one set of exchanges in the eleven years, and the spans derived from them."""
 
     def __init__(self, name: str) -> None:
         """Compute every session of those years; for nine exchanges this takes a second."""
@@ -76,12 +76,12 @@ class World:
         self._anchors: dict[datetime, time | None] = {}
 
     def horizon(self, now: datetime) -> list[Span]:
-        """The needs that a program looks at: those of the day before and of two weeks to come."""
+        """Return the needs that a program looks at: from the day before to two weeks ahead."""
         first = bisect_left(self.needs, now - DAY, key=itemgetter(0))
         return self.needs[first : bisect_left(self.needs, now + HORIZON, key=itemgetter(0))]
 
     def anchor(self, midnight: datetime) -> time | None:
-        """The anchor of the day that begins at that midnight in UTC, derived once."""
+        """Return the anchor of the day that begins at that midnight (UTC); it is computed once."""
         if midnight not in self._anchors:
             self._anchors[midnight] = daily_anchor(self.horizon(midnight))
         return self._anchors[midnight]
@@ -101,7 +101,7 @@ def _sessions(codes: Sequence[str], *, late: bool) -> Iterator[Session]:
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same times as sorted spans that do not overlap."""
+    """Return the same times as sorted spans that do not overlap."""
     found: list[Span] = []
     for start, end in sorted(spans):
         if found and start <= found[-1][1]:
@@ -112,7 +112,7 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def overlap(spans: Sequence[Span], start: datetime, end: datetime) -> timedelta:
-    """How much of the time from start to end these sorted spans take."""
+    """Return how much of the time from start to end these sorted spans cover."""
     total = timedelta(0)
     for index in range(bisect_right(spans, start, key=itemgetter(1)), len(spans)):
         if spans[index][0] >= end:
@@ -122,28 +122,28 @@ def overlap(spans: Sequence[Span], start: datetime, end: datetime) -> timedelta:
 
 
 def on_demand(world: World, now: datetime, _: datetime | None, expires: datetime | None) -> datetime:
-    """A client that is used in every session, and issues when it has no token that counts."""
+    """Renew like a client that is used in every session and issues when it has no valid token."""
     at = max(now, expires - BUFFER) if expires else now
     index = bisect_right(world.wanted, at, key=itemgetter(1))
     return max(at, world.wanted[index][0]) if index < len(world.wanted) else END
 
 
 def before_expiry(_: World, now: datetime, __: datetime | None, expires: datetime | None) -> datetime:
-    """A service that renews 30 minutes before the expiry, whatever the hour."""
+    """Renew like a service that does so 30 minutes before the expiry, at any time of day."""
     return max(now, expires - timedelta(minutes=30)) if expires else now
 
 
 def warm_up(world: World, now: datetime, _: datetime | None, expires: datetime | None) -> datetime:
-    """A run 40 minutes before each open, which issues if the token ends before the close."""
+    """Renew like a job that runs 40 minutes before each open and issues if the token ends before the close."""
     first = bisect_left(world.sessions, (now - DAY,))
-    for one in world.sessions[first : first + 100]:  # those of ten days or more
+    for one in world.sessions[first : first + 100]:  # enough for ten days or more
         if one.close > now and (expires is None or expires - BUFFER < one.close):
             return max(now, one.open - timedelta(minutes=40))
     return END
 
 
 def anchored(world: World, now: datetime, issued: datetime | None, expires: datetime | None) -> datetime:
-    """The rule of `tokencore.policy`; while nothing is due it is asked again every midnight."""
+    """Renew by the rule of `tokencore.policy`; while nothing is due, ask it again every midnight (UTC)."""
     while now < END:
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
         planned = next_renewal(
@@ -168,7 +168,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def simulate(world: World, policy: Policy, outages: Sequence[Span] = ()) -> list[datetime]:
-    """The moments of all issues that succeeded, from the first day to the last."""
+    """Return the times of all issues that succeeded, from the first day to the last."""
     issues: list[datetime] = []
     issued = expires = None
     now, failures = START, 0
@@ -184,8 +184,8 @@ def simulate(world: World, policy: Policy, outages: Sequence[Span] = ()) -> list
 
 
 def weekly_outages(seed: int) -> list[Span]:
-    """One outage a week, beginning at any of its minutes."""
-    chance = random.Random(seed)  # noqa: S311 - weather, no secret
+    """Return one outage a week, each starting at a random minute."""
+    chance = random.Random(seed)  # noqa: S311 - a simulation, not a secret
     minutes = WEEK // timedelta(minutes=1)
     weeks = [START + WEEK * n for n in range((END - START) // WEEK + 1)]
     starts = [week + timedelta(minutes=chance.randrange(minutes)) for week in weeks]
@@ -193,21 +193,21 @@ def weekly_outages(seed: int) -> list[Span]:
 
 
 def without_token(issues: Sequence[datetime]) -> list[Span]:
-    """The times in which no token counts."""
+    """Return the times in which there is no valid token."""
     counts = merged((at, at + LIFE - BUFFER) for at in issues)
     edges = [START, *(edge for span in counts for edge in span), END]
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 
 def sessions_hit(world: World, policy: Policy, seed: int) -> int:
-    """How many sessions had a hole between 30 minutes before the open and the close."""
+    """Count the sessions that had no valid token at some time between 30 minutes before the open and the close."""
     bare = without_token(simulate(world, policy, weekly_outages(seed)))
     felt = [hole for hole in bare if overlap(world.wanted, *hole)]
     return sum(bool(overlap(felt, one.ready, one.close)) for one in world.sessions) if felt else 0
 
 
 def row(world: World, name: str, policy: Policy) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     issues = simulate(world, policy)
     bare = without_token(issues)
     most = max(bisect_left(issues, at + DAY) - index for index, at in enumerate(issues))
@@ -221,7 +221,7 @@ def row(world: World, name: str, policy: Policy) -> str:
 
 
 def rows(name: str) -> list[str]:
-    """The lines of one set of exchanges."""
+    """Return the lines of one set of exchanges."""
     world = World(name)
     return [row(world, f"{name} | {title}", policy) for title, policy in POLICIES.items()]
 
@@ -241,7 +241,7 @@ def main() -> None:
 
 
 def decision_time() -> float:
-    """Seconds that one `next_renewal` takes with `DECISION_NEEDS` needs ahead and the anchor kept by the caller."""
+    """Return the seconds that one `next_renewal` takes with `DECISION_NEEDS` needs and a precomputed anchor."""
     start = datetime(2026, 1, 5, tzinfo=UTC)
     needs = [(start + timedelta(days=n), start + timedelta(days=n, hours=7)) for n in range(DECISION_NEEDS)]
     anchor, now = daily_anchor(needs), needs[DECISION_NEEDS // 2][0]
@@ -255,7 +255,7 @@ def decision_time() -> float:
 
 
 def needs_time() -> float:
-    """Seconds that the merged needs of all exchanges take for `HORIZON`, once the calendars are loaded."""
+    """Return the seconds that it takes to merge the needs of all exchanges for `HORIZON`, once calendars are loaded."""
     now = datetime(2026, 11, 21, tzinfo=UTC)
     return min(timeit.repeat(lambda: merged_needs(EXCHANGES, now, now + HORIZON), number=5, repeat=5)) / 5
 

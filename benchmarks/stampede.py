@@ -1,8 +1,8 @@
 """Processes that all want a token at once, with none in the cache: requests, and the time until all have it.
 
-Run `make bench`, or `python benchmarks/stampede.py`; it needs a system that forks. Every process has its client
-constructed and waits at a barrier. KIS takes 0.3 s. For tokencore its limit of one request a minute is on; for the
-others it is off, for with it on, one of their processes is served and the rest is refused.
+Run `make bench`, or `python benchmarks/stampede.py`; it needs a system that forks. Every process constructs its
+client and waits at a barrier. KIS takes 0.3 s. Its limit of one request a minute is on for tokencore and off for the
+others: with the limit, one of their processes would be served and the rest refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FEW, MANY = 32, 256
 
 
 def main() -> None:
-    """All clients with few processes, tokencore with many too."""
+    """Measure all clients with few processes, and tokencore also with many; print the table."""
     rows = [told("tokencore", tokencore, count, issue_interval=60) for count in (FEW, FEW, FEW, MANY, MANY)]
     for name, client in CLIENTS.items():
         if name == "tokencore":
@@ -42,16 +42,16 @@ def main() -> None:
 
 
 def told(name: str, client: Callable[[], Ask], count: int, *, issue_interval: float) -> list[str]:
-    """One row: so many processes of this client."""
+    """Return the row for that many processes of this client."""
     with gateway(issue_interval=issue_interval, latency=LATENCY) as kis:
-        client()  # what a fork shares is imported once
+        client()  # imports everything once, before the forks
         ends, cpu = at_a_barrier(client, count)
         row = [name, str(count), str(len(ends)), str(kis.requests)]
     return [*row, f"{ends[0]:.2f} s", f"{ends[-1]:.2f} s", f"+ {ends[-1] - LATENCY:.2f} s", f"{cpu:.2f} s"]
 
 
 def at_a_barrier(client: Callable[[], Ask], count: int) -> tuple[list[float], float]:
-    """Seconds from the barrier until each process that was served had its token, and the CPU seconds of all."""
+    """Return the seconds from the barrier until each process that was served had its token, and the CPU time of all."""
     ready, go, ended = os.pipe(), os.pipe(), os.pipe()
     children = []
     for _ in range(count):
@@ -75,7 +75,7 @@ def at_a_barrier(client: Callable[[], Ask], count: int) -> tuple[list[float], fl
 
 
 def one(client: Callable[[], Ask], ready: int, go: tuple[int, int], ended: int) -> None:
-    """A process: construct, wait, get, tell when; it never returns."""
+    """Construct the client, wait, get a token, report when, and end the process; this never returns."""
     code = 1
     try:
         os.close(go[1])
@@ -91,7 +91,7 @@ def one(client: Callable[[], Ask], ready: int, go: tuple[int, int], ended: int) 
 
 
 def spent() -> float:
-    """CPU seconds of this process."""
+    """Return the CPU seconds that this process has used."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 

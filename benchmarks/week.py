@@ -1,9 +1,9 @@
-"""A week of ten bots in two minutes: what the bots of a real and a paper key cost in requests to tokenP.
+"""A week of ten bots in two minutes: how many requests to tokenP the bots of a real and a paper key cost.
 
-Run `make bench`, or `python benchmarks/week.py`; it needs Linux (the full disk is a limit on the bots' processes). A
-day is 16 s; a token's life, the six hours and the buffers shrink with it. Every bot is a process that asks for quotes,
-and is killed and started anew at random; mojito2 and python-kis start every day beside them, with the files that are
-exported to them. Then the same week is played with bots that have mojito2 instead, each in a folder of its own.
+Run `make bench`, or `python benchmarks/week.py`; it needs Linux (a full disk is simulated by a limit on the bots'
+processes). A day is 16 s; a token's life, the six hours and the buffers shrink with it. Every bot is a process that
+asks for quotes, and is killed and restarted at random; mojito2 and python-kis start every day alongside, with the
+files exported to them. Then the same week is played with bots that use mojito2 instead, each in its own folder.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
     Days = list[Counter[str]]
 
-DAY, AHEAD, MINUTE = 16, 2, 0.5  # seconds; a token lives for a day and the time in which it is renewed ahead
-LIFE, DAYS, RESTARTS = DAY + AHEAD, 7, 6  # so many bots are started anew every day
+DAY, AHEAD, MINUTE = 16, 2, 0.5  # seconds; AHEAD is the proactive window
+LIFE, DAYS, RESTARTS = DAY + AHEAD, 7, 6  # a token's life in seconds; days in all; restarts of bots per day
 KEYS = {"real": APP_KEY, "paper": APP_KEY[::-1]}
 BOTS = [(key, market) for key in KEYS for market in ((f"{key}us",) * 3 + (f"{key}kr",) * 2)]
 BESIDE = [("real", "mojito2"), ("real", "python-kis"), ("paper", "mojito2")]
-HAPPENS = [  # on each day; and how many new tokens each key takes then
+HAPPENS = [  # what happens on each day, and how many new tokens each key then takes
     ("ten bots start at once, without a token", 1),
     ("the markets' files are removed", 1),
     ("`tokencore delete` of one of the key's two markets", 1),
@@ -52,18 +52,18 @@ HAPPENS = [  # on each day; and how many new tokens each key takes then
 
 
 class Week:
-    """The processes of a week whose bots have `client`, their gateways, and the folder that is their home."""
+    """A week whose bots use `client`: their processes, their gateways, and the folder that is their home."""
 
     def __init__(self, home: str, client: str, gateways: dict[str, Sandbox]) -> None:
         """Start the bots, all at once."""
         self.home, self.client, self.gateways, self.room = Path(home), client, gateways, -1
-        self.chance = random.Random(12)  # noqa: S311 - the same restarts in every run
+        self.chance = random.Random(12)  # noqa: S311 - seeded, for the same restarts in every run
         self.told, self.tell = os.pipe()
         self.beside: list[subprocess.Popen[bytes]] = []
         self.bots = [self.start(number) for number in range(len(BOTS))]
 
     def play(self) -> tuple[dict[str, Days], Counter[str]]:
-        """The outcomes of tokenP by key and day, and how the bots' calls went."""
+        """Play the week; return tokenP's outcomes by key and day, and how many of the bots' calls worked or failed."""
         while not all(gateway.stats()["requests"] for gateway in self.gateways.values()):
             time.sleep(0.01)
         began = time.time()
@@ -77,11 +77,11 @@ class Week:
         days = {key: [Counter[str]() for _ in range(DAYS)] for key in KEYS}
         for key, gateway in self.gateways.items():
             for one in gateway.stats()["requests"]:
-                days[key][int((one["at"] - began) / DAY + 0.1)][one["outcome"]] += 1  # a renewal may come a bit early
+                days[key][int((one["at"] - began) / DAY + 0.1)][one["outcome"]] += 1  # a renewal may be a bit early
         return days, Counter(os.read(self.told, 1 << 20).decode())
 
     def events(self) -> list[tuple[float, Callable[[], object]]]:
-        """What happens when, in days; renewals come as a day begins, and from the fourth on at 0.35 of it."""
+        """Return what happens when, in days; renewals come as a day begins, and from the fourth on at 0.35 of it."""
         found: list[tuple[float, Callable[[], object]]] = [(DAYS - 0.15, lambda: None)]
         found += [(day + self.chance.random(), self.restart) for day in range(DAYS - 1) for _ in range(RESTARTS)]
         found += [(1.5, partial(self.remove, "*_api_token.json")), (6.48, partial(self.remove, "*"))]
@@ -96,7 +96,7 @@ class Week:
         return found
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
-        """A bot; with mojito2, in a folder of its own."""
+        """Start a bot; one with mojito2 gets a folder of its own."""
         key, market = BOTS[number]
         folder = self.home / key / ("" if self.client == "tokencore" else str(number))
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,30 +107,30 @@ class Week:
         return bot
 
     def restart(self) -> None:
-        """Kill one of the bots, and start it anew."""
+        """Kill one of the bots and start it again."""
         number = self.chance.randrange(len(BOTS))
         self.bots[number].kill()
         self.bots[number].wait()
         self.bots[number] = self.start(number)
 
     def run(self, key: str, *words: str) -> None:
-        """A program beside the bots."""
+        """Start a program alongside the bots."""
         env, place = self.environment(key), self.home / key
         self.beside.append(subprocess.Popen([sys.executable, *words], env=env, cwd=place, stdout=subprocess.DEVNULL))
 
     def fill(self, room: int) -> None:
-        """From now on no bot can write more bytes than that into a file; -1 is the end of it."""
+        """From now on, let no bot write files of more than `room` bytes; -1 lifts the limit."""
         self.room = room
         for bot in self.bots:
             resource.prlimit(bot.pid, resource.RLIMIT_FSIZE, (room, -1))
 
     def remove(self, names: str) -> None:
-        """Delete these files of the token directory, or mojito2's only one."""
+        """Delete these files in the token directory, and the bots' files of mojito2."""
         for path in [*(self.home / ".tokencore").glob(names), *self.home.glob("*/[0-9]/token.dat")]:
             path.unlink(missing_ok=True)
 
     def environment(self, key: str) -> dict[str, str]:
-        """The settings of every process of a key."""
+        """Return the environment of the processes of a key."""
         given = {name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_"))}
         given |= {"HOME": str(self.home), "PYTHONPATH": str(Path(tokencore.__file__).parents[1]), "KIS_TIMEOUT": "2"}
         given |= {"KIS_BUFFER": "0.5", "KIS_PROACTIVE_WINDOW": str(AHEAD), "KIS_ISSUE_INTERVAL": str(MINUTE)}
@@ -143,10 +143,10 @@ class Week:
 
 
 class Mojito2(requests.auth.AuthBase):
-    """A bot's calls with mojito2, which begins anew, without its file, when KIS takes the token no longer."""
+    """Signs a bot's calls with mojito2; when a call fails, it deletes mojito2's file and starts again."""
 
     def __init__(self) -> None:
-        """Without a token yet."""
+        """Create the client, which has no token yet."""
         self.get = mojito2()
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:  # noqa: D102 - as inherited
@@ -162,25 +162,25 @@ class Mojito2(requests.auth.AuthBase):
 
 
 def bot(auth: requests.auth.AuthBase) -> None:
-    """Ask for a quote again and again; write a point for each that came, and an x for each that did not."""
+    """Ask for quotes in an endless loop; write a dot for each that succeeds and an x for each that fails."""
     url = os.environ["KIS_BASE_URL"] + "/uapi/domestic-stock/v1/quotations/inquire-price"
     with requests.Session() as session:
         while True:
             try:
                 came = session.get(url, auth=auth, headers={"tr_id": "FHKST01010100"}, timeout=5).ok
-            except (TokenError, KeyError, OSError):  # a KeyError is what mojito2 makes of a refusal
+            except (TokenError, KeyError, OSError):  # mojito2 raises KeyError when it is refused
                 came = False
             os.write(1, b"." if came else b"x")
-            time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - bots are not in step
+            time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - bots do not run in step
 
 
 def beside(program: str) -> None:
-    """What runs beside the bots: the hourly check of the flows, a foreign program, or a client with our file."""
+    """Do what runs alongside the bots: the flows' hourly check, a foreign program, or a client with our file."""
     if program == "check":
         for key in Key.load(Settings.load()):
             key.sync_exports()
         return
-    if program == "python-kis":  # its ten minutes are of the short day, too
+    if program == "python-kis":  # scales its ten minutes to the short day
         held: Any = import_module("pykis.api.auth.token").KisAccessToken
         left = held.remaining.fget
         held.remaining = property(lambda token: left(token) * (timedelta(days=1) / timedelta(seconds=DAY)))
@@ -188,14 +188,14 @@ def beside(program: str) -> None:
 
 
 def week(client: str) -> tuple[dict[str, Days], Counter[str]]:
-    """See `Week.play`."""
+    """Play a week with `client`; the results are those of `Week.play`."""
     sandbox = partial(Sandbox, token_life=LIFE, same_token=LIFE / 4, issue_interval=MINUTE)
     with TemporaryDirectory() as home, sandbox() as real, sandbox() as paper:
         return Week(home, client, {"real": real, "paper": paper}).play()
 
 
 def main() -> None:
-    """Both weeks, one after the other."""
+    """Play both weeks, one after the other, print the table, and check the number of new tokens."""
     (ours, calls), (theirs, their_calls) = week("tokencore"), week("mojito2")
     found = [(*(ours[key][day] for key in KEYS), theirs["real"][day] + theirs["paper"][day]) for day in range(DAYS)]
     rows = [[str(day), what, *map(shown, found[day - 1])] for day, (what, _) in enumerate(HAPPENS, 1)]
@@ -212,7 +212,7 @@ def main() -> None:
 
 
 def shown(found: Counter[str]) -> str:
-    """Requests, and what became of them."""
+    """Format the number of requests and their outcomes."""
     return f"{found.total()} = {found['new']} + {found['same']} + {found['EGW00133']}"
 
 
