@@ -281,7 +281,7 @@ class FileStore(Sensitive):
             self._known[path] = seen, token
 
     def _copied(self, path: str, content: bytes) -> bool:
-        """Write a copy of what the key's file or the record has; failing does no harm, so return whether it worked."""
+        """Write a copy of what the key's file or the record has; log a failure, and return whether it worked."""
         try:
             files.write_bytes(path, content, writer=self.fingerprint, durable=False)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""How this machine reaches the store of its fleet, and what it has read there lately."""
+"""How this machine reaches its fleet's store, and what it has recently read there."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from tokencore.config.settings import Settings
     from tokencore.stores.database import State
 
-FRESH = 1.0  # seconds for which a row that was read without the lock counts as the present one
-REST = 3.0  # seconds for which no process of the machine tries a store again that one could not reach
-LOOK = 3.0  # seconds that a look may take, which writes nothing, not even that it was in vain
-AWAY = 15.0  # seconds for which a process that only looks does not try again
-SHALLOW, DEEP = 32, 1024  # attempts of a key that are read: of many keys at once, of all together
+FRESH = 1.0  # seconds for which a row that was read without the lock counts as current
+REST = 3.0  # seconds for which no process of the machine tries again after one could not reach the store
+LOOK = 3.0  # seconds to connect for a look, which writes nothing, not even that it failed
+AWAY = 15.0  # seconds for which a process that only looks does not try again after a failure
+SHALLOW, DEEP = 32, 1024  # attempts that a look reads: for each key at least, and for all together about
 _fleets: dict[str, Fleet] = {}
 
 
 class Fleet(Sensitive):
-    """The store of the settings.
+    """The fleet's store that the settings name, as this machine reaches it.
 
     Attributes:
         folder: the machine's token directory.
@@ -43,7 +43,7 @@ class Fleet(Sensitive):
     __slots__ = ("_away_until", "_host", "_read_at", "_rows", "_settings", "_warned", "folder", "seal")
 
     def __init__(self, settings: Settings) -> None:
-        """Nothing is opened yet.
+        """Take the store's keys from the settings; nothing is opened yet.
 
         Raises:
             ConfigurationError: KIS_STORE_KEYS cannot be used.
@@ -51,13 +51,13 @@ class Fleet(Sensitive):
         """
         self._settings, self.folder = settings, settings.token_dir
         self.seal = Seal(key.get_secret_value() for key in settings.store_keys)
-        self._host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # process numbers collide
+        self._host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # as process numbers collide
         self._rows: dict[str, State] = {}
         self._read_at, self._away_until, self._warned = -FRESH, 0.0, False
 
     @classmethod
     def of(cls, settings: Settings) -> Fleet:
-        """The same one for the same settings, so that what was read for one key serves the next."""
+        """Return the same fleet for the same settings, so that what was read for one key serves the next."""
         own = [settings.token_dir, *(one.get_secret_value() for one in (settings.store, *settings.store_keys) if one)]
         name = digest(*own, length=16)
         if name not in _fleets:
@@ -65,24 +65,24 @@ class Fleet(Sensitive):
         return _fleets[name]
 
     def connect(self, patience: float = PATIENCE) -> Database:
-        """An open connection, to be closed by `with`; tried for so many seconds.
+        """Return an open connection, to be closed by `with`; it is tried for `patience` seconds.
 
         Raises:
-            TokenError: there is none in time, or another process has just found that out.
+            TokenError: there is no connection in time, or another process has just failed to get one.
 
         """
         address = self._settings.store.get_secret_value() if self._settings.store else ""
         down = os.path.join(self.folder, f"key-store-{digest(address, length=16)}.down")
         found, why = files.signature(down), None
         if found and 0 <= time.time() - found[2] / 1e9 < REST:
-            with suppress(ValueError):  # no note of ours: this process finds it out by itself
+            with suppress(ValueError):  # not a note of ours: this process tries by itself
                 why = files.read_text(down)
         if why:
             raise TokenStoreError(why)
         try:
             session = Database(address, self._host, patience)
         except TokenStoreError as error:
-            with suppress(OSError):  # the next process tries by itself then
+            with suppress(OSError):  # without the note, the next process tries by itself
                 if patience == PATIENCE:
                     files.write_bytes(down, str(error).encode(), durable=False)
             raise
@@ -90,7 +90,7 @@ class Fleet(Sensitive):
         return session
 
     def look(self, name: str) -> State | None:
-        """The row, at most a second old, read with all of the settings; None where the store is not reached."""
+        """Return the row, at most a second old, read with all of the settings; None if the store is not reached."""
         now = time.monotonic()
         if now >= self._away_until and (now - self._read_at >= FRESH or name not in self._rows):
             names = list({name, *self.rows()})
@@ -104,31 +104,31 @@ class Fleet(Sensitive):
         return self._rows.get(name)
 
     def forget(self) -> None:
-        """Let the next look read anew."""
+        """Make the next look read the rows again."""
         self._read_at = -FRESH
 
     def rows(self) -> set[str]:
-        """The names of the rows of all keys of the settings."""
+        """Return the names of the rows of all keys in the settings."""
         return {row_of(market) for market in self._settings.all_markets() if market.app_key}
 
     def follower_lock(self, rows: Iterable[str]) -> str:
-        """Whose holder follows these rows: programs with other settings have a follower of their own."""
+        """Return the lock file of these rows' follower; programs with other settings have a follower of their own."""
         return os.path.join(self.folder, f"key-follower-{digest(*sorted(rows), length=16)}.lock")
 
     def warn(self, error: TokenError) -> None:
-        """Once a process."""
+        """Log `error` as a warning, once per process."""
         if not self._warned:
             self._warned = True
             logging.getLogger("tokencore").warning("%s Meanwhile this machine goes by its own files.", error)
 
 
 def row_of(market: Market) -> str:
-    """The name of the row of the market's key."""
+    """Return the name of the row of the market's key."""
     return market.fingerprint + ("-paper" if market.environment == "paper" else "")
 
 
 def rotate(settings: Settings) -> list[str]:
-    """Seal every row with the newest key, whatever it is about; the names of those that no key opens.
+    """Encrypt every row again with the newest key, and return the names of the rows that no key decrypts.
 
     Raises:
         TokenError: the store is not reached, or takes no changes.

@@ -1,7 +1,7 @@
-"""Follows the fleet for a machine: what another machine renews, rejects or imports is in its files within a second.
+"""Follows the fleet for a machine: what another one renews, rejects or imports is in this one's files within a second.
 
-One thread of one process of the machine does so: the one that has the follower's lock file. It listens to the server's
-notifications where its own comes back, and asks ten times a second elsewhere, as behind PgBouncer.
+One thread in one process of the machine does this, the one that holds the follower's lock. It listens for the server's
+notifications if a test notification comes back; if not, as behind PgBouncer, it polls ten times a second.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from tokencore.stores.fleet import Fleet
     from tokencore.stores.shared_store import SharedStore
 
-STAND_BY = 2.0  # seconds between two tries to be the follower
-POLL = 0.1  # seconds between two looks where no notification is heard, or a lock is not free
-QUIET = 10.0  # seconds after which the versions are compared although nothing was heard
+STAND_BY = 2.0  # seconds between two tries to become the follower
+POLL = 0.1  # seconds between two looks if notifications do not come through, or a lock is not free
+QUIET = 10.0  # seconds after which the versions are compared although no notification came
 PAUSE = 1.0  # seconds between two tries to reach the store
 _log = logging.getLogger("tokencore")
-_started = 0  # the process that has started its thread
+_started = 0  # the id of the process that has started its thread
 
 
 class Follower:
-    """Keeps the files of some keys as the fleet's store has them."""
+    """Keeps the files of some keys up to date with the fleet's store."""
 
     def __init__(self, fleet: Fleet, stores: Mapping[str, SharedStore]) -> None:
-        """Follow the rows of these names."""
+        """Take the stores to keep up to date, by the names of their rows."""
         self._fleet, self._stores = fleet, stores
-        self._lost = False  # and it was said
+        self._lost = False  # whether the store is out of reach, which was logged
 
     def run(self) -> None:
-        """Wait until no other process follows, then follow, whatever befalls the store; never returns."""
+        """Wait until no other process follows, then follow, whatever happens to the store; never returns."""
         from filelock import FileLock
 
         make_private(self._fleet.folder)
@@ -58,7 +58,7 @@ class Follower:
 
     def _follow(self, session: Database) -> None:
         hears, names, look_at = _hears(session), list(self._stores), 0.0
-        known, due = dict[str, int](), set(names)  # also those of which the store has no row yet: it is offered ours
+        known, due = dict[str, int](), set(names)  # also rows that the store lacks: it gets ours
         while True:
             if not hears or time.monotonic() >= look_at:
                 look_at, now = time.monotonic() + QUIET, session.versions(names)
@@ -75,7 +75,7 @@ class Follower:
 
 
 def _hears(session: Database) -> bool:
-    """Whether notifications come through: a pooler takes LISTEN and delivers nothing."""
+    """Whether notifications come through: a pooler accepts LISTEN, but delivers nothing."""
     mine = uuid.uuid4().hex
     session.execute("listen tokencore")
     session.execute("select pg_notify('tokencore', %(mine)s)", mine=mine)
@@ -87,7 +87,7 @@ def _hears(session: Database) -> bool:
 
 
 def start(make: Callable[[], Follower]) -> None:
-    """Follow in a thread of this process, unless one does already; `make` is called there."""
+    """Start a follower thread in this process, unless it has one; the thread calls `make`."""
     global _started  # noqa: PLW0603 - a forked child has none of its parent's threads
     if _started == os.getpid():
         return
@@ -99,6 +99,6 @@ def start(make: Callable[[], Follower]) -> None:
             detail = error if isinstance(error, TokenError) else type(error).__name__
             _log.warning("This machine does not follow its fleet: %s", detail)
 
-    with suppress(RuntimeError):  # the system gives no thread; the next look tries again
+    with suppress(RuntimeError):  # the system has no thread left; the next look tries again
         threading.Thread(target=run, name="tokencore follower", daemon=True).start()
         _started = os.getpid()

@@ -1,4 +1,4 @@
-"""Who else could have put a file there: what other users own or can write is refused, as ssh refuses such keys."""
+"""Refuses files and folders that other users own or can write, since they may be planted; ssh refuses such keys too."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def stranger(path: str, found: os.stat_result | None = None, *, lenient: bool = False) -> tuple[str, str] | None:
-    """What lets others put `path` there, and the command that ends it; None where only this user and root can.
+    """Return why others could have planted `path`, and the command that fixes it; None if only this user or root could.
 
-    With what was `found` there it is judged alone; else it is a folder, and those above it count too. These may be
-    open where they are sticky, as /tmp is, and to a group of the owner's own, which many systems give to every user.
-    `lenient`, where other programs write too, grants that to `path` itself.
+    With its stat result as `found`, `path` is checked alone; else it is a folder, and those above it are checked too.
+    Those may be writable by others if they are sticky, like /tmp, and by the owner's private group, which many systems
+    give to every user. `lenient` allows the same for `path` itself, where other programs write too.
     """
     if found is not None:
         return _fault(path, found, _others(found) if lenient else OTHERS_WRITE)
@@ -26,21 +26,21 @@ def stranger(path: str, found: os.stat_result | None = None, *, lenient: bool = 
     while (step := _stat(here)) and (place := (step.st_dev, step.st_ino)) != below:
         if fault := _fault(here, step, OTHERS_WRITE if below is None and not lenient else _others(step)):
             return fault
-        here, below = os.path.join(here, os.pardir), place  # the system's own way up, which no link deceives
+        here, below = os.path.join(here, os.pardir), place  # resolved by the system, so that no link misleads
     return None
 
 
 def open_to_others(found: os.stat_result) -> bool:
-    """Whether others can write it, or what is in it, beside a group of the owner's own."""
+    """Whether others than the owner and the owner's private group can write to the file or folder."""
     return sys.platform != "win32" and bool(found.st_mode & _others(found))
 
 
 def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
-    """Return where `stranger` finds nothing.
+    """Return if `stranger` finds nothing.
 
     Raises:
-        TokenStoreError: another user owns it or can write it, or one of the folders above; or the system does not let
-            this one look into the folder, so that nobody knows what is in it.
+        TokenStoreError: another user owns or can write to it or one of the folders above it; or this user may not look
+            into the folder, so that its content is unknown.
 
     """
     if found is None:
@@ -59,10 +59,10 @@ def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
 
 
 def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
-    """Look in the same way at all files of `folder` with one of `parts` in their name.
+    """Check in the same way all files of `folder` with one of `parts` in their name.
 
     Raises:
-        TokenStoreError: another user owns one of them or can write it, or the folder cannot be read.
+        TokenStoreError: another user owns or can write to one of them, or the folder cannot be read.
 
     """
     try:
@@ -78,13 +78,13 @@ def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
 
 
 def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
-    """Make `folder` and its missing parents for this user only, whatever the umask.
+    """Create `folder` and its missing parents for this user only, whatever the umask.
 
-    One that holds nothing but names with one of `ours` in them is closed to others, if this user made it before, and
-    hides itself from git.
+    If every name in it contains one of `ours`, it gets a `.gitignore`; and if it is this user's, it is closed to
+    others, unless they could have put files there.
 
     Raises:
-        TokenStoreError: it cannot be made, is no folder, belongs to another user or can be written by others.
+        TokenStoreError: it cannot be created, is not a folder, belongs to another user or can be written by others.
 
     """
     try:
@@ -98,14 +98,14 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
         raise unusable(folder, error) from None
     refuse_strangers(folder)
     if only_ours:
-        with contextlib.suppress(OSError):  # it is there, or the folder is not to be written
+        with contextlib.suppress(OSError):  # it exists, or the folder cannot be written to
             descriptor = os.open(os.path.join(folder, ".gitignore"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_FILE)
             os.write(descriptor, b"*\n")
             os.close(descriptor)
 
 
 def unusable(path: str, error: OSError) -> TokenStoreError:
-    """The error for a `path` in the token directory that the system refuses."""
+    """Return the error for a `path` in the token directory that the system refuses to use."""
     return TokenStoreError(
         f"The token directory cannot be used: {path}: {error.strerror or type(error).__name__}. Nothing was issued; "
         "fix its permissions or free space, or point KIS_TOKEN_DIR elsewhere.",
@@ -113,12 +113,12 @@ def unusable(path: str, error: OSError) -> TokenStoreError:
 
 
 def _fault(path: str, found: os.stat_result, writers: int) -> tuple[str, str] | None:
-    if sys.platform == "win32":  # where modes and owners say nothing
+    if sys.platform == "win32":  # where modes and owners mean nothing
         return None
     foreign = found.st_uid not in (os.geteuid(), 0)
     if not foreign and not found.st_mode & writers:
         return None
-    import shlex  # only for a mistake
+    import shlex  # only when something is wrong
 
     path, sudo = os.path.realpath(path), "sudo " if foreign and os.geteuid() else ""
     why = f"belongs to another user (uid {found.st_uid})" if foreign else "can be written by other users"
@@ -144,7 +144,7 @@ def _stat(path: str, *, follow: bool = True) -> os.stat_result | None:
 
 
 def _make_folders(folder: str) -> None:
-    """As `os.makedirs`, which gives the parents what the umask leaves."""
+    """Do what `os.makedirs` does, but make the parents private too, which that leaves to the umask."""
     if os.path.isdir(folder):
         return
     if (parent := os.path.dirname(folder)) != folder:

@@ -1,14 +1,15 @@
 """A key's token and issuance record on the PostgreSQL server of a fleet, with this machine's files as a copy of them.
 
-A living token is read from the files alone. Who needs another one takes the machine's lock and looks into the fleet's
-store: what is newer there goes to the files, what only this machine has is offered. There is no lock over machines: an
-attempt that another machine has sent keeps the others away, until its outcome or the time in which it must have come.
+A living token is read from the files alone. A process that needs another one takes the machine's lock and reads the
+fleet's store: what is newer there is copied to the files, and what only this machine has is copied to the store. No
+lock spans the machines: an attempt that one machine has sent keeps the others from sending, until its outcome is known
+or the time for an answer is over.
 """
 
 from __future__ import annotations
 
 import time
-from _thread import get_ident  # threading is not on the path of a cached token
+from _thread import get_ident  # a cached token does not need all of threading
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
@@ -33,33 +34,34 @@ if TYPE_CHECKING:
     from tokencore.stores.follower import Follower
     from tokencore.tokens import Token
 
-    # Of the attempt that this process has begun: its number in the store, how the clocks differ, the machine's record.
+    # Of the attempt that this process has begun: its fence in the store, how far this machine's clock is ahead of the
+    # server's, and the fence in the machine's files.
     Fence = tuple[int, timedelta, Attempt]
 
 POLL = 0.1  # seconds between two looks at what another machine does
-TELL = 5.0  # seconds of waiting for another machine after which people are told
-IN_FLIGHT = 2.5  # time-outs in which a request that has left is answered
-TRIES = 20  # of a change that others forestall
-FOLLOW = 2.0  # seconds after which a process that goes on asking follows, and between two looks whether it does
-SLACK = timedelta(seconds=2)  # by which two times of one attempt may differ
-REMEMBERED = 8  # tokens that a person took away
-PROMPT = 1.5  # seconds for a document's connection: an alert is to leave, with the fleet's copy or the machine's
+TELL = 5.0  # seconds of waiting for another machine after which a warning says so
+IN_FLIGHT = 2.5  # time-outs (KIS_TIMEOUT) within which a request that was sent is answered
+TRIES = 20  # for a change, when other machines change the row first
+FOLLOW = 2.0  # seconds after which a process that keeps asking follows, and between two checks that it does
+SLACK = timedelta(seconds=2)  # by which two recorded times of the same attempt may differ
+REMEMBERED = 8  # removed tokens that a row lists, so that no machine restores them
+PROMPT = 1.5  # seconds to connect for a document: an alert must not wait, and can use the machine's copy
 
 
 class SharedStore(Sensitive):
     """The `Store` of one key in a fleet, as one market sees it on this machine."""
 
-    __slots__ = ("__dict__", "_market", "_session")  # what `vars` shows has no secret
+    __slots__ = ("__dict__", "_market", "_session")  # so that `vars` shows no secret
 
     def __init__(self, market: Market, siblings: Callable[[], Sequence[str]]) -> None:
-        """Name the key; nothing is opened yet. `siblings` tells the names of all markets of the key, when asked."""
+        """Set the names and paths; nothing is opened yet. `siblings` returns the names of all markets of the key."""
         self.fingerprint = market.fingerprint
         self._market, self._local = market, FileStore(market, siblings)
         self.place = self._local.place
         self._about = {"key_fingerprint": self.fingerprint, "environment": market.environment}
-        self._asked = False  # whether this process has had to ask the store: then it goes on asking
+        self._asked = False  # whether this process has had to ask the store: then it keeps asking
         # Under the lock: the connection, the row as it was read, and what is wrong with the store.
-        self._locked = 0  # the thread that holds it: others read as if nobody did
+        self._locked = 0  # the thread that holds the lock: others read as if nobody did
         self._session: Database | None = None
         self._state: State | None = None
         self._trouble: TokenError | None = None
@@ -70,12 +72,12 @@ class SharedStore(Sensitive):
         return f"SharedStore({self._local.folder!r}, {self.fingerprint!r})"
 
     def read(self) -> tuple[Token | None, str]:
-        """The machine's token; where that is none that lives, the fleet's, if this process had to ask it before."""
+        """Return the machine's token; if it has no living one, the fleet's, once this process has asked the store."""
         token, problem = self._local.read()
         return self._or_fleets(token), problem
 
     def unchanged(self, token: Token) -> bool:
-        """Whether `token` is still what the machine's file has; who asks that again and again sees to a follower."""
+        """Whether the machine's file still holds `token`; a process that keeps asking this starts a follower."""
         if time.monotonic() >= self._follow_at:
             if self._follow_at:
                 from tokencore.stores import follower
@@ -85,17 +87,17 @@ class SharedStore(Sensitive):
         return self._local.unchanged(token)
 
     def newest(self, *, shared: bool = False) -> Token | None:
-        """The machine's token that lasts longest; with `shared` also the fleet's, as in `read`."""
-        # A living token of the key's own file is enough: to look at every view takes long with a thousand keys.
+        """Return the machine's token that lasts longest; with `shared` or under the lock, also consider the fleet's."""
+        # A living token in the key's own file is enough: looking at every view takes long with a thousand keys.
         token = self._local.newest(shared=True) if shared else self._local.read()[0]
         return self._or_fleets(token) if shared or self._holds() else token
 
     def saved(self, token: Token) -> bool:
-        """Whether the machine's files have it."""
+        """Whether the machine's files have this token."""
         return self._local.saved(token)
 
     def save(self, token: Token) -> None:
-        """Write it to the files and to the store; the fleet gets it later where the store is not reached."""
+        """Write the token to the files and to the store; if the store is not reached, the fleet gets it later."""
         self._local.save(token)
         try:
             self._put(token)
@@ -103,7 +105,7 @@ class SharedStore(Sensitive):
             _warn(error, "The other machines get this token when the store is reached again.")
 
     def delete(self) -> bool:
-        """Remove this market's token here, and with the last one the fleet's.
+        """Remove this market's token on this machine, and the fleet's with that of its last market.
 
         Raises:
             TokenStoreError: the store is not reached; nothing was removed.
@@ -126,11 +128,11 @@ class SharedStore(Sensitive):
         self._local.clear()
 
     def details(self) -> dict[str, Any]:
-        """Of the machine's file."""
+        """Return the details of the machine's file."""
         return self._local.details()
 
     def attempts(self) -> list[Attempt]:
-        """The fleet's record, by this machine's clock; the machine's own where the store is not reached."""
+        """Return the fleet's record, dated by this machine's clock; the machine's own if the store is not reached."""
         self._asked, state = True, None
         if self._holds():
             with suppress(TokenError):
@@ -141,10 +143,10 @@ class SharedStore(Sensitive):
         return list(_attempts(state).values()) if state else self._local.attempts()
 
     def begin(self, attempt: Attempt) -> Fence | None:
-        """Record it in the store, unless the row has changed since the lock was taken; then in the machine's record.
+        """Record the attempt in the store, then on this machine; None if another machine has changed the row since.
 
         Raises:
-            TokenStoreError: the store is not reached, or what lies there cannot be used.
+            TokenStoreError: the store is not reached, or the key's row in it cannot be used.
 
         """
         if self._trouble:
@@ -159,7 +161,7 @@ class SharedStore(Sensitive):
         return number, state.ahead, self._local.begin(attempt)
 
     def depart(self, fence: Fence) -> bool:
-        """Date it anew by the server's clock; False where another machine has begun since, or the answer came late.
+        """Set the attempt's time by the server's clock; False if another machine began since, or the answer was late.
 
         Raises:
             TokenStoreError: no answer came; nothing may be sent.
@@ -172,7 +174,7 @@ class SharedStore(Sensitive):
         return time.monotonic() - began < self._patience() / 2 and self._local.depart(fence[2])
 
     def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
-        """Save the token and the outcome here, and publish both behind the caller's back, whom a token is waiting for.
+        """Save the token and the outcome here, and publish both in a thread: a caller that gets a token does not wait.
 
         Raises:
             OSError: the machine's files could not be written; the fleet gets it anyway.
@@ -181,17 +183,17 @@ class SharedStore(Sensitive):
         from threading import Thread
 
         self._changed()
-        # No daemon: a command that ends waits for it, for some seconds at most.
+        # Not a daemon thread: a command that ends waits for it, a few seconds at most.
         publisher = Thread(
             target=self._publish, args=(self._session, fence, attempt, token), name="tokencore publishing"
         )
-        self._session = None  # it is the publisher's now
+        self._session = None  # it belongs to the publisher now
         try:
             self._local.finish(fence[2], attempt, token)
         finally:
             try:
                 publisher.start()
-            except RuntimeError:  # the system gives no thread
+            except RuntimeError:  # the system has no thread left
                 publisher.run()
             else:
                 self._publishing = publisher
@@ -199,7 +201,7 @@ class SharedStore(Sensitive):
                 self._settle()
 
     def note(self, attempt: Attempt) -> None:
-        """Record what needed no request, here and in the store."""
+        """Record an attempt that needed no request, here and in the store."""
         self._local.note(attempt)
         try:
             state = self._reread()
@@ -210,7 +212,7 @@ class SharedStore(Sensitive):
 
     @contextmanager
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """Hold the machine's lock inside the block, with what the fleet has, once no other machine is asking KIS."""
+        """Hold the machine's lock inside the block; first exchange with the fleet, and wait while another asks KIS."""
         end = time.monotonic() + wait
         with self._local.lock(wait=wait, give_up=give_up) as locked:
             if not locked:
@@ -218,7 +220,7 @@ class SharedStore(Sensitive):
                 return
             self._asked, self._locked = True, get_ident()
             try:
-                if not give_up():  # the token came meanwhile: no need to ask the store
+                if not give_up():  # otherwise the token has come, and there is no need to ask the store
                     self._fleet.forget()
                     self._meet(end, give_up)
             except TokenError as error:
@@ -231,25 +233,25 @@ class SharedStore(Sensitive):
                 self._locked, self._session, self._state, self._trouble = 0, None, None, None
 
     def document(self, name: str) -> FileDocument:
-        """The machine's document of that name: approval keys are paced, not limited."""
+        """Return the machine's document of that name; none is shared, because approval keys are paced, not limited."""
         return self._local.document(name)
 
     @property
     def name(self) -> str:
-        """Of the key's row."""
+        """The name of the key's row."""
         from tokencore.stores.fleet import row_of
 
         return row_of(self._market)
 
     def mirror(self, session: Database) -> bool:
-        """Bring files and row to what is newer; False where the machine's lock is not free."""
+        """Bring the files and the row up to date with each other; False if the machine's lock is not free."""
         from tokencore.stores.encryption import SealError
 
         with self._local.lock(wait=0) as locked:
             try:
                 if locked:
                     self._exchange(session)
-            except SealError as error:  # of this key alone
+            except SealError as error:  # it concerns this key alone
                 self._fleet.warn(error)
             return locked
 
@@ -260,11 +262,11 @@ class SharedStore(Sensitive):
         return Fleet.of(self._market.settings)
 
     def _holds(self) -> bool:
-        """Whether this thread has the lock."""
+        """Whether this thread holds the lock."""
         return self._locked == get_ident()
 
     def _connected(self) -> Database:
-        """The connection of this lock."""
+        """Return the connection of this lock, opened when first needed."""
         if self._session is None:
             if self._trouble:
                 raise self._trouble
@@ -272,7 +274,7 @@ class SharedStore(Sensitive):
         return self._session
 
     def _reread(self) -> State:
-        """The row as it was read under this lock; anew where this process has changed it."""
+        """Return the row as read under this lock, re-reading it if this process has changed it."""
         if self._state is None:
             session = self._connected()
             self._settle()
@@ -280,12 +282,12 @@ class SharedStore(Sensitive):
         return self._state
 
     def _settle(self) -> None:
-        """Who waits for no token may wait for the outcome of the last request."""
+        """Wait until the last outcome is published; callers here do not wait for a token."""
         if self._publishing:
             self._publishing.join()
 
     def _changed(self) -> None:
-        """What was read before is not the present."""
+        """Forget the row that was read before: it is out of date."""
         self._fleet.forget()
         self._state = None
 
@@ -307,20 +309,20 @@ class SharedStore(Sensitive):
             return token
 
     def _opened(self, state: State) -> tuple[Token | None, list[str]]:
-        """The row's token, and the names of those that a person took away, which no machine brings back."""
+        """Return the row's token, and the digests of those that a person has removed, which no machine restores."""
         content = self._fleet.seal.open(state.sealed, self._about) if state.sealed else {}
         text, removed = content.get("token"), content.get("removed", [])
         return tokens.from_text(str(text))[0] if text else None, [str(one) for one in removed]
 
     def _sealed(self, token: Token | None, removed: list[str]) -> str:
-        """A row with these."""
+        """Return a row's encrypted content with this token and the digests of removed ones."""
         at, (fingerprint, environment) = (token and token.cached_at) or datetime.now(UTC), self._about.values()
         text = token and tokens.to_cache(token, now=at, environment=environment, key_fingerprint=fingerprint)
         gone = [one for one in removed if one and one != _name_of(token)]
         return self._fleet.seal.close({**self._about, "token": text, "removed": gone[:REMEMBERED]})
 
     def _meet(self, end: float, give_up: Callable[[], bool] = lambda: False) -> None:
-        """Exchange with the store; again while another machine is asking KIS, until `end` of the monotonic clock."""
+        """Exchange with the store; repeat while another machine is asking KIS, until `end` on the monotonic clock."""
         tell_at = time.monotonic() + TELL
         while True:
             self._state = self._exchange(self._connected())
@@ -345,7 +347,7 @@ class SharedStore(Sensitive):
         return float(max(retry_delay(1, settings.issue_interval).total_seconds(), IN_FLIGHT * settings.timeout))
 
     def _exchange(self, session: Database) -> State:
-        """Offer what only this machine has, take over what the fleet has; the row as it is then."""
+        """Push what only this machine has, pull what the fleet has, and return the resulting row."""
         from tokencore.stores import record
 
         ours = self._local.read()[0]
@@ -365,7 +367,7 @@ class SharedStore(Sensitive):
         return state
 
     def _offered(self, session: Database, token: Token | None, *, issued: bool = False) -> State:
-        """The row, once it has the token or a better one; one that was not just `issued` may have been taken away."""
+        """Push the token if it beats the row's and is just `issued` or not listed as removed, and return the row."""
         for _ in range(TRIES):
             state = session.read([self.name])[self.name]
             theirs, removed = self._opened(state)
@@ -376,10 +378,10 @@ class SharedStore(Sensitive):
         raise TokenStoreError("The fleet's store changes too fast. Nothing was issued; try again.")
 
     def _restored(self, session: Database, state: State) -> bool:
-        """Whether the store had to get what the machine's record has and it has not.
+        """Push what only the machine's record has; return whether there was anything.
 
-        That is an outcome that could not be told before; the record of the first machine; and the last attempts of a
-        server that crashed, where its successor is behind.
+        That is an outcome that could not be published before; the record of the fleet's first machine; and the last
+        attempts before a crash of the server, if its successor lacks them.
         """
         mine, theirs = self._local.attempts(), _attempts(state)
         fence, last = next(reversed(theirs.items()), (0, None))
@@ -395,7 +397,7 @@ class SharedStore(Sensitive):
         return bool(lost)
 
     def _put(self, token: Token | None) -> bool:
-        """Replace what the fleet has as a person wants it, the later of two at once; whether there was anything."""
+        """Replace the fleet's token on a person's request, even a changed row; return whether there was anything."""
         session = self._connected()
         for _ in range(TRIES):
             state, before = session.read([self.name], 0)[self.name], "what no key opens"
@@ -413,7 +415,7 @@ class SharedStore(Sensitive):
         return bool(before)
 
     def _publish(self, session: Database | None, fence: Fence, attempt: Attempt, token: Token | None) -> None:
-        """Offer the token, and tell the outcome; where the store is not reached, the next look does both."""
+        """Publish the token and the outcome; if the store is not reached, the next exchange does both."""
         number, ahead, _ = fence
         try:
             with session or self._fleet.connect() as reached:
@@ -429,16 +431,16 @@ class SharedStore(Sensitive):
 
 @sealed_class(but=("lock",))
 class SharedDocument(Sensitive):
-    """A small JSON object in a row of the store, with a copy in this machine's file, which the lock makes.
+    """A small JSON object in a row of the store, copied to this machine's file when its lock is taken.
 
-    Its lock is a lease of a minute, in which the row changes for nobody else. Where the store is not reached, the
-    machine's copy stands in.
+    The lock is a lease of a minute, in which nobody else can change the row. If the store is not reached, the
+    machine's copy is used instead.
     """
 
     __slots__ = ("_about", "_leased", "_local", "_row", "_session", "_settings", "_version", "place")
 
     def __init__(self, local: FileDocument, settings: Settings, name: str) -> None:
-        """The document of that name; nothing is opened yet."""
+        """Set the name of the document's row; nothing is opened yet."""
         self.place, self._local, self._settings = local.place, local, settings
         self._row = f"document:{name}"
         self._about = {"document": self._row}
@@ -446,7 +448,7 @@ class SharedDocument(Sensitive):
         self._version, self._leased = 0, False
 
     def read(self) -> dict[str, Any]:
-        """The object; empty where there is none that could be read."""
+        """Return the object; empty if there is none or it cannot be read."""
         if not self._leased:
             try:
                 with self._fleet.connect(PROMPT) as session:
@@ -456,10 +458,11 @@ class SharedDocument(Sensitive):
         return self._local.read()
 
     def write(self, content: dict[str, Any]) -> None:
-        """Replace it, under the lock.
+        """Replace the object, under the lock.
 
         Raises:
-            OSError: the lease is over, or the store did not answer; what was there before still is.
+            OSError: the lease is over, or the store did not answer, and the machine's copy is unchanged; or that copy
+                could not be written.
 
         """
         if self._session:
@@ -473,7 +476,7 @@ class SharedDocument(Sensitive):
 
     @contextmanager
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """Hold its lock inside the block, over all machines; yields False where it was not acquired in time."""
+        """Hold the document's lock inside the block, for all machines; yield False if it was not acquired in time."""
         end = time.monotonic() + wait
         with self._local.lock(wait=wait, give_up=give_up) as held:
             self._leased = held
@@ -525,7 +528,7 @@ class SharedDocument(Sensitive):
 
 
 def make_follower(settings: Settings, *own: Market) -> Follower:
-    """What keeps the files of all keys of the settings, and of a program's own, as the fleet has them."""
+    """Return a follower for all keys in the settings and for a program's own."""
     from tokencore.stores.fleet import Fleet, row_of
     from tokencore.stores.follower import Follower
 
@@ -541,7 +544,7 @@ def _store_of(*markets: Market) -> SharedStore:
 
 
 def _attempts(state: State) -> dict[int, Attempt]:
-    """The row's record by its fences, as this machine dates it; what cannot be read is skipped."""
+    """Return the row's record by fence, dated by this machine's clock; what cannot be read is skipped."""
     from tokencore.stores import record
 
     read = {fence: (record.parse(what), at, host) for fence, (at, host, what) in state.attempts.items()}
@@ -549,7 +552,7 @@ def _attempts(state: State) -> dict[int, Attempt]:
 
 
 def _line(attempt: Attempt, ahead: timedelta) -> tuple[datetime, str]:
-    """The attempt as it lies in the store, dated by the server's clock, than which this machine's is `ahead`."""
+    """Return the attempt as the store keeps it, dated by the server's clock; this machine's is `ahead` of that."""
     from tokencore.stores import record
 
     return attempt.at - ahead, record.render([attempt]).strip()
@@ -560,7 +563,7 @@ def _name_of(token: Token | None) -> str:
 
 
 def _beats(ours: Token | None, theirs: Token | None) -> bool:
-    """Whether the fleet should have our token instead of its own: it lives, and longer, or is known to be dead."""
+    """Whether our token should replace the fleet's: it lives longer, or it is the same one, now known to be dead."""
     if ours is None:
         return False
     if theirs is None:
@@ -571,7 +574,7 @@ def _beats(ours: Token | None, theirs: Token | None) -> bool:
 
 
 def _warn(trouble: object, rest: str) -> None:
-    import logging  # only for trouble
+    import logging  # only when something is wrong
 
-    # Without "Nothing was issued", which is no news here, or not true: something was, or was saved.
+    # Leave out "Nothing was issued": here that is no news, or untrue, because something was issued or saved.
     logging.getLogger("tokencore").warning("%s %s", str(trouble).partition(" Nothing was")[0], rest)
