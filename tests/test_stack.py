@@ -216,11 +216,15 @@ def test_a_killed_worker_comes_back_and_ends_what_died_or_was_missed(up: Up, ref
     assert {one for one in known if "Canary" in one or "ENCRYPTION_KEY" in one} == set()
     up.api("PATCH", "work_pools/tokens", {"is_paused": True})  # the worker that is killed starts none of them
     checks, warm_ups = overdue(up, CHECK, 2, 1), overdue(up, "warm-up/KRX", 48, 24)
+    other = up.api("POST", "flow_runs/", {"flow_id": up.look(run)["flow_id"], "state": {"type": "RUNNING"}}).json()[
+        "id"
+    ]
     for number in (worker, process):
         os.kill(number, signal.SIGKILL)
     until(lambda: up.processes().get("worker", worker) != worker, SLOW)
     until(lambda: up.state(run) == ("CRASHED", "Crashed"), SLOW)
     until(lambda: {up.state(one) for one in (*checks, warm_ups[0])} == {SKIPPED}, SLOW)
+    assert up.state(other)[0] == "RUNNING"  # another program's, of no pool
     up.api("PATCH", "work_pools/tokens", {"is_paused": False})
     until(lambda: up.state(warm_ups[1])[0] == "COMPLETED", SLOW)
     assert [bool(up.look(one)["infrastructure_pid"]) for one in (*checks, *warm_ups)] == [False] * 3 + [True]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
-from running import until
+from running import folder, until
 from servers import Wire
 from stacks import KEYS, SLOW, Place, free_port, in_proc
 from test_settings import dotenv
@@ -207,6 +207,16 @@ def test_a_server_that_looks_after_nothing_is_told_once_and_its_return_too(
     prefect.answer(*checked(timedelta(minutes=5)))
     assert [watchdog.watch(patience=0) for _ in range(2)] == [0, 0]
     assert slack.headlines == [TITLE, TITLE.replace(": ", ": solved: ", 1)]
+
+
+def test_a_dead_server_is_told_although_what_was_reported_cannot_be_read(prefect: Wire, slack: SlackEndpoint) -> None:
+    """A file of incidents that others may write, which `watch` refuses, delays no alert."""
+    prefect.answer(500, None)
+    incidents = folder() / "incidents.json"
+    incidents.parent.mkdir(mode=0o700, exist_ok=True)
+    incidents.touch()
+    incidents.chmod(0o666)
+    assert (watchdog.watch(patience=0), slack.headlines) == (1, [TITLE])
 
 
 def test_a_restart_is_no_death(prefect: Wire, slack: SlackEndpoint) -> None:

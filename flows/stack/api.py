@@ -76,10 +76,9 @@ class Api:
             time.sleep(0.5)
 
     def runs(self, **conditions: object) -> list[dict[str, Any]]:
-        """The runs with these conditions of Prefect's filter, in the order in which they are due."""
-        found: list[dict[str, Any]] = self.ask(
-            "POST", "flow_runs/filter", {"flow_runs": conditions, "sort": "EXPECTED_START_TIME_ASC"}
-        )
+        """The runs of our pool with these conditions of Prefect's filter, in the order in which they are due."""
+        asked = {"flow_runs": conditions, "work_pools": {"name": {"any_": [POOL]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        found: list[dict[str, Any]] = self.ask("POST", "flow_runs/filter", asked)
         return found
 
     def deployment(self, name: str) -> dict[str, Any]:
