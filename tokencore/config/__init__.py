@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @sealed
 def read_market(name: str) -> Market:
-    """The market `name` from this process's settings, without validating the others.
+    """Return the market `name` from this process's settings, without validating those that it does not need.
 
     Raises:
         ConfigurationError: it is not configured, or a setting cannot be used.
@@ -27,10 +27,11 @@ def read_market(name: str) -> Market:
 
 @sealed
 def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
-    """The market `name`, configured or not, with the key and the address that a program gives itself.
+    """Return the market `name`, configured or not, with the key and the address that a program supplies itself.
 
     Raises:
-        ConfigurationError: one of them or a setting cannot be used, or `.env` or a secrets folder says where it goes.
+        ConfigurationError: one of them or a setting cannot be used, or `.env` or a secrets folder says where the
+            secret or its tokens go.
 
     """
     found = gather()
@@ -46,7 +47,7 @@ def _read(name: str, found: Found) -> Market:
     try:
         return Market(name, found, _load)
     except (AttributeError, KeyError, TypeError, ValueError):
-        return _load().market(name)  # which says what is wrong
+        return _load().market(name)  # its error says what is wrong
 
 
 def _load() -> Settings:

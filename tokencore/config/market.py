@@ -38,7 +38,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Market(Sensitive):
-    """One market's settings. What a cached token needs is read at once; the rest when it is first asked for."""
+    """One market's settings. What a cached token needs is read at once, the rest when first needed."""
 
     __slots__ = (
         "_app_secret", "_in_keyring", "_load", "_settings",
@@ -46,7 +46,7 @@ class Market(Sensitive):
     )  # fmt: skip
 
     def __init__(self, name: str, found: Found, load: Callable[[], Settings]) -> None:
-        """Take the values of the market `name` from the merged settings; `load` gives the validated ones.
+        """Take the values of the market `name` from the merged settings; `load` returns the validated ones.
 
         Raises:
             ConfigurationError: the market is not configured, or its address is the other environment's. Other errors
@@ -79,18 +79,18 @@ class Market(Sensitive):
 
     @property
     def settings(self) -> Settings:
-        """The validated settings, read when first asked for; ConfigurationError if one of them cannot be used."""
+        """The validated settings, read when first needed; ConfigurationError if one of them cannot be used."""
         self._settings = self._settings or self._load()
         return self._settings
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that name the key at its address without showing it; of an empty key when none is set."""
+        """16 hex digits that identify the key at its address without revealing it; of an empty key if none is set."""
         return fingerprint(self.app_key or "", self.base_url)
 
     @property
     def exchanges(self) -> tuple[str, ...]:
-        """What the market trades, by order code."""
+        """The exchanges on which the market trades, by order code."""
         own = self.settings.markets.get(self.name)
         return DEFAULT_EXCHANGES.get(self.name, ()) if not own or own.exchanges is None else tuple(own.exchanges)
 
@@ -101,7 +101,7 @@ class Market(Sensitive):
         return tuple(own.exports) if own else ()
 
     def identified(self) -> str:
-        """The app key, where a secret is set too or the keyring may have one.
+        """Return the app key if a secret is set too, or the keyring may have one.
 
         Raises:
             ConfigurationError: one of them is not set; the message names the variable.
@@ -114,13 +114,13 @@ class Market(Sensitive):
         return self.app_key
 
     def credentials(self) -> tuple[str, str]:
-        """The app key and app secret.
+        """Return the app key and app secret.
 
         Raises:
-            ConfigurationError: one of them is not set, or cannot be had from the keyring; the message says what to set.
+            ConfigurationError: one is not set, or cannot be read from the keyring; the message says what to set.
 
         """
-        self.identified()  # no local name: nothing secret is in a traceback's frames
+        self.identified()  # not assigned to a name, so that no traceback's frame has it
         if self._in_keyring:
             self._app_secret = self.settings.in_keyring(self._in_keyring) or self._app_secret
             if not self._app_secret:
@@ -130,7 +130,7 @@ class Market(Sensitive):
         return str(self.app_key), str(self._app_secret)
 
     def given(self, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
-        """This market, with the program's own key and address.
+        """Change this market to the program's own key and address, and return it.
 
         Raises:
             ConfigurationError: one of them cannot be used; the message names it and does not repeat it.
@@ -153,26 +153,26 @@ class Market(Sensitive):
 
 
 def digest(*parts: str, length: int) -> str:
-    """So many hex digits that change with any of the parts and show none of them."""
+    """Return `length` hex digits that depend on all of the parts and reveal none of them."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:length]
 
 
 def fingerprint(app_key: str, base_url: str) -> str:
-    """16 hex digits that name a key at an address without showing the key."""
+    """Return 16 hex digits that identify a key at an address without revealing the key."""
     return digest("tokencore", base_url, app_key, length=16)
 
 
 def named(name: str) -> str:
-    """`name` in lower case; ValueError if files and variables cannot have it."""
+    """Return `name` in lower case; ValueError if it cannot be part of the names of files and variables."""
     lower = str(name).lower()
     if not lower or len(lower) > LONGEST_NAME or not _NAME_CHARACTERS.issuperset(lower):
-        shown = short(lower)  # a key, perhaps, in the wrong place
+        shown = short(lower)  # it may be a key in the wrong place
         raise ValueError(f"{shown!r} is not a market's name: use letters, digits, - and _")
     return lower
 
 
 def credential(value: object) -> str | None:
-    """An app key or secret without the white space around it, None for nothing; ValueError does not repeat it."""
+    """Return an app key or secret without the white space around it, None if empty; ValueError does not repeat it."""
     found = value.strip() if isinstance(value, str) else "" if value is None else "no text"
     if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
         raise ValueError("must not have quotes around it")
@@ -182,7 +182,7 @@ def credential(value: object) -> str | None:
 
 
 def address(value: str) -> str:
-    """A base URL without a trailing slash; ValueError unless it is plain https, or http on loopback."""
+    """Return a base URL without a trailing slash; ValueError unless it is plain https, or http on loopback."""
     url = value.rstrip("/")
     scheme, host, port = _parts(url)
     plain = url.isascii() and url.isprintable() and len(url) <= LONGEST and not set(url) & set(" \\@?#")
@@ -194,7 +194,7 @@ def address(value: str) -> str:
 
 
 def _parts(url: str) -> tuple[str, str, str]:
-    """Scheme and host in lower case, and the port, 443 without one; urllib would be a tenth of a cached `get`."""
+    """Return scheme and host in lower case, and the port (or 443); urllib would cost a tenth of a cached `get`."""
     scheme, _, rest = url.lower().partition("://")
     host = rest.partition("/")[0]
     port = "443" if ":" not in host.rpartition("]")[2] else host.rpartition(":")[2]
@@ -202,7 +202,7 @@ def _parts(url: str) -> tuple[str, str, str]:
 
 
 def folder(value: str) -> str:
-    """The path, absolute or from a `~` that resolves; ValueError if it would be another one in each folder."""
+    """Return the absolute path; ValueError if it is relative or too long, or if its `~` does not resolve."""
     path = os.path.expanduser(value)
     if not os.path.isabs(path) or "\0" in path:
         raise ValueError("set it to an absolute path, or to one in a home (~) that this machine knows")
@@ -212,7 +212,7 @@ def folder(value: str) -> str:
 
 
 def number(value: Any, lowest: float, highest: float, *, whole: bool = False) -> float:  # noqa: ANN401 - text or number
-    """`value` as a number between two others; ValueError names both."""
+    """Return `value` as a number; ValueError if it is not between `lowest` and `highest`, naming both."""
     try:
         found = float("nan" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
@@ -223,7 +223,7 @@ def number(value: Any, lowest: float, highest: float, *, whole: bool = False) ->
 
 
 def known(name: str, found: Found) -> str:
-    """`name` in lower case; ConfigurationError if no such market is configured."""
+    """Return `name` in lower case; ConfigurationError if no such market is configured."""
     try:
         lower = named(name)
     except ValueError as error:
@@ -237,5 +237,5 @@ def known(name: str, found: Found) -> str:
 
 
 def market_names(found: Found) -> list[str]:
-    """The configured markets in a stable order: `us`, `kr`, then the user's own by name."""
+    """Return the configured markets in a stable order: `us`, `kr`, then the user's own by name."""
     return [*DEFAULT_EXCHANGES, *sorted(found.markets - set(DEFAULT_EXCHANGES))]

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 CLIENTS = ("mojito2", "python-kis", "kis-auth")
 _REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전", "실전투자")
 PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
-_OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # what `get --format env` sets is no mistake
-_ALIKE = 0.85  # of two names: a letter or two are wrong
+_OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # set by `get --format env`, so not a mistake
+_ALIKE = 0.85  # similarity of two names: a letter or two are wrong
 
 
 def _items(value: object) -> object:
-    """The items of `A, B` or `["A", "B"]` as text; what is no list stays for the validator."""
+    """Return the items of `A, B` or `["A", "B"]` as text; anything else is left to the validator."""
     if isinstance(value, str):
         value = value.strip().strip("[]").replace('"', "").split(",")
     return [str(item).strip() for item in value if str(item).strip()] if isinstance(value, list) else value
@@ -49,7 +49,7 @@ def _export(text: str) -> str:
     client, _, folder = (part.strip() for part in text.partition(":"))
     if client not in CLIENTS:
         raise ValueError(f"must be one of the clients {', '.join(CLIENTS)}, or CLIENT:FOLDER")
-    if folder or client != "mojito2":  # whose file is beside the tokens; the others' own folders are in the home
+    if folder or client != "mojito2":  # its file is next to the tokens; the others' folders are in the home
         values.folder(folder or "~")
     return text
 
@@ -89,7 +89,7 @@ Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
 
 
 class MarketSettings(Sensitive, BaseModel):
-    """What one market has of its own."""
+    """One market's own settings, where they differ from the common ones."""
 
     app_key: Credential = None
     app_secret: Credential = None
@@ -100,7 +100,7 @@ class MarketSettings(Sensitive, BaseModel):
 
 
 class ExchangeSettings(BaseModel):
-    """What the user knows better than the calendar: closed days, other hours, extended hours."""
+    """What the user sets about an exchange's calendar: closed days, other hours, extended hours."""
 
     closed: Annotated[list[date], Listed] = []
     hours: dict[date, Hours] = {}
@@ -109,7 +109,7 @@ class ExchangeSettings(BaseModel):
 
 @sealed_class()
 class Settings(Sensitive, BaseSettings):
-    """All settings of this process; `KIS_` variables with other names are other programs'."""
+    """All settings of this process; `KIS_` variables with other names belong to other programs."""
 
     model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True, arbitrary_types_allowed=True)
 
@@ -139,18 +139,18 @@ class Settings(Sensitive, BaseSettings):
     prefect_ui_url: str | None = None
     _markets: dict[str, Market] = {}
     if not TYPE_CHECKING:
-        __init__ = sealed(BaseSettings.__init__)  # whose frames have all values
+        __init__ = sealed(BaseSettings.__init__)  # its frames have all values
 
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """One source, as the fast reader has: precedence and trust are decided in one place."""
+        """Return one source, the same as the fast reader's, so that precedence and trust are decided in one place."""
         return (InitSettingsSource(settings_cls, _nested(gather())),)
 
     @classmethod
     def load(cls) -> Self:
-        """The validated settings of this process.
+        """Return the validated settings of this process.
 
         Raises:
             ConfigurationError: a value is malformed or a source unreadable; cached tokens stay usable.
@@ -169,11 +169,11 @@ class Settings(Sensitive, BaseSettings):
         return loaded
 
     def model_post_init(self, _: Any, /) -> None:  # noqa: ANN401 - as inherited
-        """Make the markets."""
+        """Create the markets."""
         self._markets = {name: Market(name, self.found, lambda: self) for name in values.market_names(self.found)}
 
     def market(self, name: str) -> Market:
-        """The market of that name, in any case.
+        """Return the market of that name, in upper or lower case.
 
         Raises:
             ConfigurationError: it is not configured; the message names those that are.
@@ -182,11 +182,11 @@ class Settings(Sensitive, BaseSettings):
         return self._markets[values.known(name, self.found)]
 
     def all_markets(self) -> list[Market]:
-        """The configured markets: `us`, `kr`, then the user's own by name."""
+        """Return the configured markets: `us`, `kr`, then the user's own by name."""
         return list(self._markets.values())
 
     def able_markets(self) -> list[Market]:
-        """The markets that have an app key.
+        """Return the markets that have an app key.
 
         Raises:
             ConfigurationError: none has; the message says what to set.
@@ -198,42 +198,42 @@ class Settings(Sensitive, BaseSettings):
         raise ConfigurationError(f"No market has an app key; {how}.")
 
     def sharing(self, market: Market) -> list[Market]:
-        """The markets with the key of `market`, which may be a program's own: they share one token and one issuance."""
+        """Return the configured markets with the key of `market`, and so one token; `market` may be a program's own."""
         own = market.fingerprint, market.environment
         return [one for one in self.all_markets() if one.app_key and (one.fingerprint, one.environment) == own]
 
     @property
     def overrides(self) -> dict[str, Override]:
-        """What the user says about exchanges, by order code."""
+        """What the user sets about exchanges' calendars, by order code."""
         known = self.exchanges.items()
         return {code: Override(frozenset(own.closed), own.hours, own.extended) for code, own in known}
 
     @property
     def origins(self) -> dict[str, str]:
-        """The source of each setting: `environment`, a file or folder, or the keyring, which is asked for secrets."""
+        """The source of each setting: `environment`, a file or folder, or the keyring, which this asks for secrets."""
         wanted = {name for market in ("", *self.found.markets) for name in self.found.in_keyring(market)}
         kept = [name for name in wanted if self.in_keyring([name])]
         return self.found.origins | dict.fromkeys(kept, f"keyring {self.keyring}")
 
     def misspelt(self) -> dict[str, str]:
-        """The `KIS_` names that are no settings, each with the one it resembles, or nothing: another program's."""
+        """Return the unknown `KIS_` names, each with the setting it resembles, or "" if it is another program's."""
         return {name: meant for name, meant in _unknown(self.found).items() if name.startswith("KIS_")}
 
     def in_keyring(self, names: Iterable[str]) -> str | None:
-        """What the keyring keeps for the first of the variables `names` that it knows; it is slow, or asks a person.
+        """Return what the keyring has for the first of `names` that it knows; this may be slow, or prompt a person.
 
         Raises:
             ConfigurationError: there is no keyring, or it is locked; cached tokens are served without it.
 
         """
         try:
-            import keyring  # an extra, and slow to load
+            import keyring  # an optional extra, and slow to import
 
             kept = (values.credential(keyring.get_password(str(self.keyring), name)) for name in names)
             return next(filter(None, kept), None)
         except ModuleNotFoundError:
             why = "the package is not installed: run `pip install 'keyring>=25'`"
-        except Exception as error:  # noqa: BLE001 - a backend's own, whose text may contain anything
+        except Exception as error:  # noqa: BLE001 - a backend's own error, whose text may contain anything
             why = f"it failed ({type(error).__name__}): unlock it, set the secret again, or run `keyring diagnose`"
         raise ConfigurationError(
             f"The app secret should come from the system's keyring (KIS_KEYRING={short(str(self.keyring))}), but {why}"
@@ -261,11 +261,11 @@ def _message(error: ErrorDetails) -> str:
 
 
 def _unknown(found: Found) -> dict[str, str]:
-    """The names that are no settings, each with the one it resembles, or nothing."""
+    """Return the names that are not settings, each with the one it resembles, or an empty text."""
     unknown = {}
     for name in found.values:
         steps = name.split("__")
-        free, steps[1::2] = steps[1::2], ["*"] * len(steps[1::2])  # a market or an exchange, and a day
+        free, steps[1::2] = steps[1::2], ["*"] * len(steps[1::2])  # names of markets or exchanges, and days
         pattern = "__".join(steps)
         if pattern not in _KNOWN:
             alike = "".join(difflib.get_close_matches(pattern, _KNOWN, 1, _ALIKE))
@@ -274,7 +274,7 @@ def _unknown(found: Found) -> dict[str, str]:
 
 
 def _nested(found: Found) -> dict[str, Any]:
-    """The settings as pydantic takes them; other names are refused where they can only be ours."""
+    """Return the settings as pydantic takes them; unknown names are refused where they can only be meant for us."""
     tree: dict[str, Any] = {"found": found}
     unknown = _unknown(found)
     for name, meant in unknown.items():

@@ -1,8 +1,8 @@
 """Where settings come from: the environment, `.env`, a secrets folder, `~/.tokencore/config.toml`; the first one wins.
 
-A `.env` counts only where nobody else can have written it. Even then it may not say where a secret of another source
-is sent: the `.env` of a cloned repository is the user's own file. Every cached `get` passes through here, so parsers
-are imported only where there is something to parse.
+A `.env` counts only if nobody else can have written it. Even then it may not say where a secret of another source is
+sent, because a cloned repository's `.env` is owned by the user too. Every cached `get` passes through here, so parsers
+are imported only if there is something to parse.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ DOTENV_FILE = ".env"
 ENVIRONMENT = "environment"
 TRUSTED = (ENVIRONMENT, CONFIG_FILE)  # may give an address for any secret
 SECRETS_DIR = "KIS_SECRETS_DIR"
-FILE_LIMIT = 65_536  # bytes of a file of settings
+FILE_LIMIT = 65_536  # bytes; larger files of settings are refused
 PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
-_warned: set[str] = set()  # messages; once a process is enough
-_left: list[str] = []  # the `.env` that was found last: a program that changes its folder keeps it
+_warned: set[str] = set()  # messages that were logged; once per process is enough
+_left: list[str] = []  # the path of the last `.env` found: a program that changes its folder keeps it
 
 
 class Found(Sensitive):
-    """The merged settings by variable name in upper case: text, of config.toml also its types, and their sources."""
+    """The merged settings by variable name in upper case, and their sources; values are text or config.toml's types."""
 
     __slots__ = ("markets", "origins", "values")
 
@@ -45,7 +45,7 @@ class Found(Sensitive):
         self.markets: set[str] = set()  # those that have a setting of their own
 
     def add(self, origin: str, values: Mapping[str, Any]) -> None:
-        """Take what no earlier source gave; blank text counts as not given, other programs' names do not count."""
+        """Add what no earlier source gave; blank text counts as not given, and other programs' names are ignored."""
         for given, value in values.items():
             name = given.upper()
             if name in self.values or not name.startswith(_PREFIXES) or (isinstance(value, str) and not value.strip()):
@@ -58,25 +58,25 @@ class Found(Sensitive):
                 self.values[name] = "paper"
 
     def variable(self, market: str, field: str) -> str:
-        """The variable that gives a field of the market: its own where that is set, else the one for all."""
+        """Return the variable that gives a field of the market: its own if that is set, else the common one."""
         own = f"KIS_MARKETS__{market.upper()}__{field}"
         return own if own in self.values else f"KIS_{field}"
 
     def address_variable(self, market: str) -> str:
-        """The variable that says where the market is asked; the one for all serves only its own environment."""
+        """Return the variable of the market's base URL; the common one serves only markets of its own environment."""
         name, common = self.variable(market, "BASE_URL"), self.values.get("KIS_ENVIRONMENT", "real")
         if name == "KIS_BASE_URL" and self.values.get(self.variable(market, "ENVIRONMENT"), common) != common:
             return f"KIS_MARKETS__{market.upper()}__BASE_URL"
         return name
 
     def destinations(self, market: str) -> list[str]:
-        """What says where other machines and, unless they look at home, programs find the market's token or secret."""
+        """Return the variables that say where tokens and secrets go: the store, and exports if not all in the home."""
         name = f"KIS_MARKETS__{market.upper()}__EXPORTS"
         wanted = str(self.values.get(name, ""))
         return ["KIS_STORE", name] if ":" in wanted or "mojito2" in wanted else ["KIS_STORE"]
 
     def in_keyring(self, market: str) -> list[str]:
-        """Which variables to ask the keyring for, in this order: only those that no other source gives."""
+        """Return the variables to ask the keyring for, in this order: only those that no other source gives."""
         own = f"KIS_MARKETS__{market.upper()}__"
         if "KIS_KEYRING" not in self.values or f"{own}APP_SECRET" in self.values:
             return []
@@ -86,7 +86,7 @@ class Found(Sensitive):
 
 @sealed
 def gather() -> Found:
-    """All settings of this process.
+    """Return all settings of this process.
 
     Raises:
         ConfigurationError: a source exists but cannot be read, or gives an address for a secret of another source.
@@ -111,17 +111,17 @@ def gather() -> Found:
 
 @sealed
 def trusted_dotenv() -> dict[str, str]:
-    """What `.env` adds to this process's environment, for whoever hands both on; ConfigurationError as `gather`."""
+    """Return what `.env` adds to this process's environment, for callers that pass both on; raise as `gather` does."""
     gather()
     known = {name.upper() for name, value in os.environ.items() if value}
     return {name.upper(): value for name, value in _dotenv().items() if value and name.upper() not in known}
 
 
 def _check_addresses(found: Found) -> None:
-    """Refuse an address or a folder for copies whose users have their secret, or beside `.env` their key, elsewhere."""
+    """Refuse addresses and export folders of another source than the secret that goes there or, in `.env`, the key."""
     origins = found.origins
     check_address("KIS_STORE", found, "store keys", origins.get("KIS_STORE_KEYS", "another source"))
-    for market in ("", *sorted(found.markets)):  # without a name: all that have nothing of their own
+    for market in ("", *sorted(found.markets)):  # the empty name: all that have no settings of their own
         secret = "the keyring" if found.in_keyring(market) else origins.get(found.variable(market, "APP_SECRET"), "")
         for name in (found.address_variable(market), *found.destinations(market)):
             check_address(name, found, "app secret", secret)
@@ -130,7 +130,7 @@ def _check_addresses(found: Found) -> None:
 
 
 def check_address(name: str, found: Found, what: str, giver: str) -> None:
-    """Return where the address in the variable `name` may get `what`, which `giver` gives.
+    """Return if the address in the variable `name` may receive `what`, which the source `giver` gives.
 
     Raises:
         ConfigurationError: neither that source nor a trusted one gives the address; nothing was sent.
@@ -147,23 +147,23 @@ def check_address(name: str, found: Found, what: str, giver: str) -> None:
 
 
 def place_of(origin: str) -> str:
-    """A source as messages call it."""
+    """Return the name of a source for messages."""
     if origin == DOTENV_FILE:
         return printable(_path_of(origin))
     return "the environment" if origin == ENVIRONMENT else short(origin, " _/")
 
 
 def warn(message: str) -> None:
-    """Log `message` as a warning, once a process."""
+    """Log `message` as a warning, once per process."""
     if message not in _warned:
-        import logging  # only for a mistake
+        import logging  # only when something is wrong
 
         _warned.add(message)
         logging.getLogger("tokencore").warning(message)
 
 
 def _dotenv() -> dict[str, str]:
-    """The pairs of `.env`, the last one of each name; none where others can have written it."""
+    """Return the pairs of `.env`, the last one of each name; none if others can have written it."""
     if os.path.exists(DOTENV_FILE):
         _left[:] = [os.path.abspath(DOTENV_FILE)]
     if not _left or not os.path.exists(_left[0]) or os.path.isdir(_left[0]):  # a folder of this name is a virtualenv
@@ -184,7 +184,7 @@ def _dotenv() -> dict[str, str]:
 
 
 def _written_by_others(path: str) -> str:
-    """Why the file may be somebody else's; empty where it, its folder and its links are safe."""
+    """Return why others may have written the file; empty if it, its folder and its links are safe."""
     while True:
         folder = os.path.realpath(os.path.dirname(path))
         fault = permissions.stranger(folder, os.stat(folder))
@@ -205,7 +205,7 @@ def _secrets(folder: str) -> dict[str, str]:
 
 def _config() -> dict[str, Any]:
     path = os.path.expanduser(CONFIG_FILE)
-    if not os.path.isabs(path) or not os.path.exists(path):  # without a home there is none, least of all in `./~`
+    if not os.path.isabs(path) or not os.path.exists(path):  # without a home there is none, and none in `./~`
         return {}
     import tomllib
 
@@ -220,7 +220,7 @@ def _config() -> dict[str, Any]:
 
 
 def _leaves(tree: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
-    """Tables flattened into the names of variables."""
+    """Yield the values of all tables, by the names of variables."""
     for key, value in tree.items():
         name = f"{above}__{key}".upper() if above else key.upper()
         if not above and not name.startswith(_PREFIXES):

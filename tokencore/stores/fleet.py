@@ -90,7 +90,7 @@ class Fleet(Sensitive):
         return session
 
     def look(self, name: str) -> State | None:
-        """Return the row, at most a second old, read with all of the settings; None if the store is not reached."""
+        """Return the row, up to a second old, read with all rows of the settings; None if the store is not reached."""
         now = time.monotonic()
         if now >= self._away_until and (now - self._read_at >= FRESH or name not in self._rows):
             names = list({name, *self.rows()})
