@@ -28,7 +28,7 @@ CLIENTS = ("mojito2", "python-kis", "kis-auth")
 _REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전", "실전투자")
 PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
 _OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # set by `get --format env`, so not a mistake
-_ALIKE = 0.85  # similarity of two names: a letter or two are wrong
+_ALIKE = 0.85  # similarity of names that differ in a letter or two
 
 
 def _items(value: object) -> object:
@@ -49,7 +49,7 @@ def _export(text: str) -> str:
     client, _, folder = (part.strip() for part in text.partition(":"))
     if client not in CLIENTS:
         raise ValueError(f"must be one of the clients {', '.join(CLIENTS)}, or CLIENT:FOLDER")
-    if folder or client != "mojito2":  # its file is next to the tokens; the others' folders are in the home
+    if folder or client != "mojito2":  # mojito2's file is next to the tokens, the others' own folders are in the home
         values.folder(folder or "~")
     return text
 
@@ -100,7 +100,7 @@ class MarketSettings(Sensitive, BaseModel):
 
 
 class ExchangeSettings(BaseModel):
-    """What the user sets about an exchange's calendar: closed days, other hours, extended hours."""
+    """The user's corrections of an exchange's calendar: closed days, other hours, extended hours."""
 
     closed: Annotated[list[date], Listed] = []
     hours: dict[date, Hours] = {}
@@ -204,7 +204,7 @@ class Settings(Sensitive, BaseSettings):
 
     @property
     def overrides(self) -> dict[str, Override]:
-        """What the user sets about exchanges' calendars, by order code."""
+        """The user's corrections of the calendars, by order code of the exchange."""
         known = self.exchanges.items()
         return {code: Override(frozenset(own.closed), own.hours, own.extended) for code, own in known}
 

@@ -130,7 +130,7 @@ def _check_addresses(found: Found) -> None:
 
 
 def check_address(name: str, found: Found, what: str, giver: str) -> None:
-    """Return if the address in the variable `name` may receive `what`, which the source `giver` gives.
+    """Check that the address in the variable `name` may receive `what`, which the source `giver` gives.
 
     Raises:
         ConfigurationError: neither that source nor a trusted one gives the address; nothing was sent.

@@ -62,8 +62,8 @@ def private_folder(path: str) -> None:
     """Create a token directory and the folder `path` in it, both for this user only; other programs keep files there.
 
     Raises:
-        TokenStoreError: it cannot be created; or another user owns, or can write to, it, a file in it or a folder
-            above it.
+        TokenStoreError: a folder cannot be created; or another user owns or can write to one of them, a folder above
+            or a file in `path`.
 
     """
     from tokencore.stores import file_store, permissions

@@ -100,7 +100,8 @@ class Store(Protocol):
     def lock(self, *, wait: float, give_up: Callable[[], bool] = ...) -> AbstractContextManager[bool]:
         """Hold the key's lock inside the block; yields False if it was not acquired within `wait` seconds.
 
-        `give_up` is called while another process holds the lock; returning True ends the wait, as when the token came.
+        `give_up` is called while another process holds the lock; the wait ends when it returns True, for instance
+        because the token has come.
 
         Raises:
             TokenStoreError: the lock cannot be used; nothing was changed.

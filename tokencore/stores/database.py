@@ -102,7 +102,7 @@ class State(NamedTuple):
     Attributes:
         version: 0 if there is no row.
         sealed: the encrypted content.
-        attempts: by fence, oldest first: the time by this machine's clock, the other machine's name, the record's line.
+        attempts: by fence, oldest first: the time by this machine's clock, the host ("" for this one), the line.
         ahead: how far this machine's clock is ahead of the server's.
 
     """

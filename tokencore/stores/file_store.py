@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 FOREIGN = "of another key or environment"
 POLL = 0.02  # seconds between two tries for the lock
-PROMPT = timedelta(seconds=1)  # a request that leaves later than this updates the time of its line in the record
+PROMPT = timedelta(seconds=1)  # if a request leaves later than this after it was recorded, its line gets the new time
 VIEW, MARK = "api_token.json", "token_issued_at.dat"
 OURS = ("key-", VIEW, MARK, "incidents.", "_krs_token.dat", "config.toml", "prefect", ".gitignore")
-_owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # by path, the key it is of: no other key parses it
+_owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # by path, whose file it is: other keys do not parse it
 _unsaved: dict[str, Token] = {}  # by the path of the key's file: what could not be saved, for this process only
 
 
@@ -62,7 +62,7 @@ class FileStore(Sensitive):
         return f"FileStore({self.folder!r}, {self.fingerprint!r})"
 
     def read(self) -> tuple[Token | None, str]:
-        """Return the key's living token, else the last one known, and why there is none; parse changed files only.
+        """Return the key's living token, else the last one known, and why there is none; only changed files are parsed.
 
         Raises:
             TokenStoreError: the folder or a file belongs to another user or is writable by others; or this user has no
@@ -152,7 +152,7 @@ class FileStore(Sensitive):
         path = self.place if os.path.lexists(self.place) or not os.path.lexists(self._key_path) else self._key_path
         try:
             mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}"
-        except OSError:  # there is none, or none any more
+        except OSError:  # there is no such file
             mode = None
         return {"file": path, "permissions": mode, "cache_exists": mode is not None}
 
@@ -219,7 +219,7 @@ class FileStore(Sensitive):
         return list(dict.fromkeys([self.place, *(self._path(f"{name}_{VIEW}") for name in self._siblings())]))
 
     def _views(self) -> list[str]:
-        """Return all views in the folder, this market's first; so markets that only a subclass names are found too."""
+        """Return every view in the folder, whatever its key, own first: markets named only by a subclass count too."""
         try:
             with os.scandir(self.folder) as entries:
                 found = [entry.path for entry in entries if entry.name.endswith(f"_{VIEW}")]
@@ -303,7 +303,7 @@ class FileStore(Sensitive):
         return seen is not None and seen == files.signature(view) and os.path.exists(own_file)
 
     def _marked(self) -> list[Attempt]:
-        """Return the last issue by the `.dat` files; a file next to another key's view belongs to that key."""
+        """Return the last issue as the `.dat` files give it; a file next to another key's view belongs to that key."""
         from tokencore.attempts import Attempt, Outcome
 
         marks = []

@@ -39,7 +39,7 @@ def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, truste
 
     Raises:
         ValueError: something is there, but no readable file of at most `limit` bytes.
-        TokenStoreError: it has to be `trusted`, but belongs to another user or can be written by others.
+        TokenStoreError: the file has to be `trusted`, but belongs to another user or can be written by others.
 
     """
     try:

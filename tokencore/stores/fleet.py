@@ -27,7 +27,7 @@ FRESH = 1.0  # seconds for which a row that was read without the lock counts as 
 REST = 3.0  # seconds for which no process of the machine tries again after one could not reach the store
 LOOK = 3.0  # seconds to connect for a look, which writes nothing, not even that it failed
 AWAY = 15.0  # seconds for which a process that only looks does not try again after a failure
-SHALLOW, DEEP = 32, 1024  # attempts that a look reads: for each key at least, and for all together about
+SHALLOW, DEEP = 32, 1024  # attempts that a look reads: the least for each key, and roughly the total
 _fleets: dict[str, Fleet] = {}
 
 
@@ -51,7 +51,7 @@ class Fleet(Sensitive):
         """
         self._settings, self.folder = settings, settings.token_dir
         self.seal = Seal(key.get_secret_value() for key in settings.store_keys)
-        self._host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # as process numbers collide
+        self._host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # process numbers alone collide
         self._rows: dict[str, State] = {}
         self._read_at, self._away_until, self._warned = -FRESH, 0.0, False
 
@@ -65,7 +65,7 @@ class Fleet(Sensitive):
         return _fleets[name]
 
     def connect(self, patience: float = PATIENCE) -> Database:
-        """Return an open connection, to be closed by `with`; it is tried for `patience` seconds.
+        """Return an open connection, to be closed by `with`, retrying for `patience` seconds.
 
         Raises:
             TokenError: there is no connection in time, or another process has just failed to get one.

@@ -31,12 +31,12 @@ def stranger(path: str, found: os.stat_result | None = None, *, lenient: bool = 
 
 
 def open_to_others(found: os.stat_result) -> bool:
-    """Whether others than the owner and the owner's private group can write to the file or folder."""
+    """Whether anyone but the owner and the owner's private group can write to the file or folder."""
     return sys.platform != "win32" and bool(found.st_mode & _others(found))
 
 
 def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
-    """Return if `stranger` finds nothing.
+    """Check `path` with `stranger`, and raise an error if that finds a fault.
 
     Raises:
         TokenStoreError: another user owns or can write to it or one of the folders above it; or this user may not look
@@ -59,7 +59,7 @@ def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
 
 
 def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
-    """Check in the same way all files of `folder` with one of `parts` in their name.
+    """Check all files in `folder` with one of `parts` in their name, as `refuse_strangers` does.
 
     Raises:
         TokenStoreError: another user owns or can write to one of them, or the folder cannot be read.
@@ -105,7 +105,7 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
 
 
 def unusable(path: str, error: OSError) -> TokenStoreError:
-    """Return the error for a `path` in the token directory that the system refuses to use."""
+    """Return the error for a `path` in the token directory to which the system refuses access."""
     return TokenStoreError(
         f"The token directory cannot be used: {path}: {error.strerror or type(error).__name__}. Nothing was issued; "
         "fix its permissions or free space, or point KIS_TOKEN_DIR elsewhere.",
@@ -144,7 +144,7 @@ def _stat(path: str, *, follow: bool = True) -> os.stat_result | None:
 
 
 def _make_folders(folder: str) -> None:
-    """Do what `os.makedirs` does, but make the parents private too, which that leaves to the umask."""
+    """Like `os.makedirs`, but create the parents private too; `os.makedirs` leaves their modes to the umask."""
     if os.path.isdir(folder):
         return
     if (parent := os.path.dirname(folder)) != folder:

@@ -1,4 +1,4 @@
-"""The issuance record: one JSON object per line, which other programs read too. It never has a token or a key."""
+"""The issuance record: one JSON object per line, which other programs read too. It never contains a token or key."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tokencore.tokens import sane
 if TYPE_CHECKING:
     from tokencore.stores.files import Signature
 
-LENGTHS = {"code": 12, "reason": REASON_LENGTH, "credentials": 8, "by": BY_LENGTH, "host": 64}  # characters read
+LENGTHS = {"code": 12, "reason": REASON_LENGTH, "credentials": 8, "by": BY_LENGTH, "host": 64}  # characters kept
 KEEP = 1024  # attempts: years of daily renewals, or days of KIS being down
-# An access time of the lock file that no clock gives: its modification time is then that of the last attempt, which
-# could not be written to the record. Each second after the first stands for one issue that the record lacks.
+# If the record cannot be written, the lock file gets the time of the last attempt as its modification time, marked by
+# an access time that no clock gives. Each second of that after the first stands for one issue that the record lacks.
 UNRECORDED, MANY = 1, 50
 _WORDS = frozenset(Outcome)
 _log = logging.getLogger("tokencore")
@@ -111,7 +111,7 @@ def _parse(line: str) -> Attempt | None:
         texts = {name: str(found.get(name) or "")[:length] for name, length in LENGTHS.items()}
         return Attempt(
             at=_aware(found["at"]),
-            # An outcome that only a later version knows says no more than that an attempt was made.
+            # A later version's outcome that this one does not know still shows that an attempt was made.
             outcome=Outcome(found["outcome"]) if found["outcome"] in _WORDS else Outcome.SENT,
             expires_at=_aware(found["expires_at"]) if found.get("expires_at") else None,
             pid=int(found.get("pid", 0)),

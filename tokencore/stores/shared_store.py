@@ -143,7 +143,7 @@ class SharedStore(Sensitive):
         return list(_attempts(state).values()) if state else self._local.attempts()
 
     def begin(self, attempt: Attempt) -> Fence | None:
-        """Record the attempt in the store, then on this machine; None if another machine has changed the row since.
+        """Record the attempt in the store, then on this machine; None if another machine changed the row first.
 
         Raises:
             TokenStoreError: the store is not reached, or the key's row in it cannot be used.
@@ -397,7 +397,7 @@ class SharedStore(Sensitive):
         return bool(lost)
 
     def _put(self, token: Token | None) -> bool:
-        """Replace the fleet's token on a person's request, even a changed row; return whether there was anything."""
+        """Replace the fleet's token on a person's request, whatever it is by now; return whether there was anything."""
         session = self._connected()
         for _ in range(TRIES):
             state, before = session.read([self.name], 0)[self.name], "what no key opens"
