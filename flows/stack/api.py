@@ -57,7 +57,7 @@ class Api:
             return answer.json() if answer.content else None
         except requests.RequestException as error:
             raise StackError(
-                f"Prefect's server at {self.url} gave no answer to {method} {path}: {type(error).__name__}."
+                f"Prefect's server at {self.url} gave no useful answer to {method} {path}: {type(error).__name__}."
             ) from None
 
     def answers(self, path: str) -> bool:
