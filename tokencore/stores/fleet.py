@@ -90,7 +90,7 @@ class Fleet(Sensitive):
         return session
 
     def look(self, name: str) -> State | None:
-        """Return the row, up to a second old, read with all rows of the settings; None if the store is not reached."""
+        """Return the row, up to a second old, read with all of the settings; None if the store cannot be reached."""
         now = time.monotonic()
         if now >= self._away_until and (now - self._read_at >= FRESH or name not in self._rows):
             names = list({name, *self.rows()})
@@ -131,7 +131,7 @@ def rotate(settings: Settings) -> list[str]:
     """Encrypt every row again with the newest key, and return the names of the rows that no key decrypts.
 
     Raises:
-        TokenError: the store is not reached, or takes no changes.
+        TokenError: the store cannot be reached, or accepts no changes.
 
     """
     fleet, failed = Fleet.of(settings), []

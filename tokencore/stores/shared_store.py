@@ -97,7 +97,7 @@ class SharedStore(Sensitive):
         return self._local.saved(token)
 
     def save(self, token: Token) -> None:
-        """Write the token to the files and to the store; if the store is not reached, the fleet gets it later."""
+        """Write the token to the files and to the store; if the store cannot be reached, the fleet gets it later."""
         self._local.save(token)
         try:
             self._put(token)
@@ -108,7 +108,7 @@ class SharedStore(Sensitive):
         """Remove this market's token on this machine, and the fleet's with that of its last market.
 
         Raises:
-            TokenStoreError: the store is not reached; nothing was removed.
+            TokenStoreError: the store cannot be reached; nothing was removed.
 
         """
         self._reread()
@@ -121,7 +121,7 @@ class SharedStore(Sensitive):
         """Remove the key's token for all markets and machines; the record stays.
 
         Raises:
-            TokenStoreError: the store is not reached; nothing was removed.
+            TokenStoreError: the store cannot be reached; nothing was removed.
 
         """
         self._put(None)
@@ -132,7 +132,7 @@ class SharedStore(Sensitive):
         return self._local.details()
 
     def attempts(self) -> list[Attempt]:
-        """Return the fleet's record, dated by this machine's clock; the machine's own if the store is not reached."""
+        """Return the fleet's record, by this machine's clock, or the machine's own if the store cannot be reached."""
         self._asked, state = True, None
         if self._holds():
             with suppress(TokenError):
@@ -146,7 +146,7 @@ class SharedStore(Sensitive):
         """Record the attempt in the store, then on this machine; None if another machine changed the row first.
 
         Raises:
-            TokenStoreError: the store is not reached, or the key's row in it cannot be used.
+            TokenStoreError: the store cannot be reached, or the key's row in it cannot be used.
 
         """
         if self._trouble:
@@ -415,7 +415,7 @@ class SharedStore(Sensitive):
         return bool(before)
 
     def _publish(self, session: Database | None, fence: Fence, attempt: Attempt, token: Token | None) -> None:
-        """Publish the token and the outcome; if the store is not reached, the next exchange does both."""
+        """Publish the token and the outcome; if the store cannot be reached, the next exchange does both."""
         number, ahead, _ = fence
         try:
             with session or self._fleet.connect() as reached:
@@ -433,7 +433,7 @@ class SharedStore(Sensitive):
 class SharedDocument(Sensitive):
     """A small JSON object in a row of the store, copied to this machine's file when its lock is taken.
 
-    The lock is a lease of a minute, in which nobody else can change the row. If the store is not reached, the
+    The lock is a lease of a minute, in which nobody else can change the row. If the store cannot be reached, the
     machine's copy is used instead.
     """
 
