@@ -160,9 +160,9 @@ def failures(results: Mapping[Key, object]) -> str:
 
 def views(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> list[View]:
     """Every key as a run leaves it, read anew only where no step has."""
-    found, done = [], {key.fingerprint: result for key, result in results.items()}
+    found, done = [], {key.label: result for key, result in results.items()}
     for key in keys:
-        result = done.get(key.fingerprint)
+        result = done.get(key.label)
         if isinstance(result, Done):
             found.append(View(key, result.state, result.trouble))
             continue

@@ -33,7 +33,8 @@ def update(views: Sequence[View]) -> None:
     with harmless("The next renewals could not be scheduled"):
         for key, state, _ in views:
             if state:
-                keep(key.label, f"key {key.fingerprint}", state.next_attempt)
+                paper = " (paper)" * (key.market.environment == "paper")  # a fingerprint is of real and paper alike
+                keep(key.label, f"key {key.fingerprint}{paper}", state.next_attempt)
 
 
 def keep(label: str, tag: str, at: datetime | None) -> None:

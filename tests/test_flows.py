@@ -432,6 +432,17 @@ class TestRuns:
             upcoming.keep("us+kr", f"key {tag}", at)
             assert sorted(planned_runs().get("us+kr", []), key=str) == planned
 
+    def test_real_and_paper_of_one_app_key_never_meet(self, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At one address they have one fingerprint; each has its own state and its own planned renewal."""
+        for name, value in {"ENVIRONMENT": "paper", "BASE_URL": gateway.url}.items():
+            monkeypatch.setenv(f"KIS_MARKETS__KR__{name}", value)
+        keys = Key.load(Settings.load())
+        with keys[1].store.lock(wait=1):
+            keys[1].store.save(make_token())
+        artifacts.update(keys, {key: Done(key.state(now()), renewed=False) for key in keys})
+        assert table() == {"us": "NO_TOKEN", "kr": "VALID"}
+        assert sorted(planned_runs()) == ["kr (paper)", "us"]
+
     @gateway_only
     def test_a_locked_keyring_hides_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nobody knows when that key is renewed: the table has it, and the other key's plan is there."""
