@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -124,7 +126,7 @@ def test_a_server_that_cannot_start_is_shown_with_its_log(make_place: MakePlace)
     url = f"postgresql+asyncpg://prefect:CanaryPassword@127.0.0.1:{free_port()}/prefect"
     place = make_place(PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
     code, output = place.run("up")
-    assert (code, "server: exited with code" in output) == (1, True)
+    assert (code, "server: exited. The end of its log:" in output) == (1, True)
     kept = [path.read_bytes() for path in place.home.rglob("*") if path.is_file()]
     assert not any(b"CanaryPassword" in one for one in (output.encode(), *kept))
 
@@ -159,6 +161,16 @@ def test_a_start_that_cannot_be_is_one_sentence(
             assert (ended, said.count("\n")) == (code, 1), output
             assert re.match(sentence, said)
             assert "비밀" not in output
+
+
+def test_a_start_on_a_full_disk_is_one_sentence(make_place: MakePlace) -> None:
+    """Exit 7 where not even the reason could be written; it was an empty line and exit 120."""
+    place = make_place()
+    command = ["sh", "-c", 'ulimit -f 0; exec "$0" -m flows.stack up', sys.executable]
+    done = subprocess.run(
+        command, env=place.environment, cwd=place.work, capture_output=True, text=True, timeout=SLOW, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n"), "Free space" in done.stderr) == (7, 1, True), done.stderr
 
 
 def test_what_another_user_can_have_planted_starts_and_stops_nothing(make_place: MakePlace) -> None:

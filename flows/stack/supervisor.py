@@ -23,7 +23,7 @@ from xmlrpc.client import ServerProxy
 
 from flows.stack import deployments, environment, worker
 from flows.stack.api import CHECK, PATIENCE, REFRESH, StackError
-from tokencore import ConfigurationError, Key, Settings, private_folder
+from tokencore import ConfigurationError, Key, Settings, TokenStoreError, private_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -187,12 +187,17 @@ def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
         if process.poll() is not None:
-            raise StackError((home / "supervisor.log").read_text(errors="replace").strip(), process.returncode)
+            said = (home / "supervisor.log").read_text(errors="replace").strip()
+            if not said:
+                raise TokenStoreError(
+                    f"Nothing was started, nor could the reason be written into {home}. Free space there."
+                )
+            raise StackError(said, process.returncode)
         with contextlib.suppress(*NO_ANSWER):  # it does not answer yet
             for part in _supervisord(home, "getAllProcessInfo"):
-                ended, name = part["statename"] == "EXITED", part["name"]
-                if part["statename"] in ("BACKOFF", "FATAL") or (ended and part["exitstatus"]):
-                    raise StackError(_failure(home, name, f"exited with code {part['exitstatus']}"))
+                ended, name, code = part["statename"] == "EXITED", part["name"], part["exitstatus"]
+                if part["statename"] in ("BACKOFF", "FATAL") or (ended and code):  # of the first two it knows no code
+                    raise StackError(_failure(home, name, f"exited with code {code}" if ended else "exited"))
                 if ended and name == "deploy":
                     return
         time.sleep(0.2)
