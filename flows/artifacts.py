@@ -9,7 +9,6 @@ others end with their key's fingerprint, such as `tokens-1a2b3c4d`, so that neit
 from __future__ import annotations
 
 import base64
-import contextlib
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -22,14 +21,7 @@ from flows.alerts.causes import cause_of
 from flows.alerts.incidents import NEAR
 from flows.alerts.messages import LANGUAGES
 from flows.runs import KST, borne, clock, harmless
-from tokencore import (
-    ConfigurationError,
-    CredentialsError,
-    IssuanceLimitError,
-    IssuerUnavailableError,
-    Key,
-    draw_plans,
-)
+from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, Key, draw_plans
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -150,7 +142,7 @@ def described(views: Sequence[View]) -> str:
     """The plans as Markdown: the picture, inline so that no other server is needed, and a table for each key."""
     plans: dict[Key, Plan] = {}
     for view in views:
-        with contextlib.suppress(ConfigurationError):  # the keyring with the secret is locked, as the table says
+        with harmless(f"{view.key.label} has no plan"):  # where the keyring with its secret is locked
             plans |= {view.key: view.state.plan()} if view.state else {}
     picture = base64.b64encode(draw_plans(list(plans.values())).encode()).decode()
     parts = [f"![Sessions, needs, token life and renewals of the coming days](data:image/svg+xml;base64,{picture})"]
