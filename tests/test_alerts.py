@@ -377,6 +377,19 @@ def test_a_silent_slack_delays_no_run_for_long(slack: SlackEndpoint, caplog: pyt
     assert slack.messages == []
 
 
+def test_what_slack_took_before_an_error_is_noted(slack: SlackEndpoint) -> None:
+    """Work that fails midway keeps what it has changed so far: what was sent is not sent again."""
+
+    def fail_midway(known: list[Incident]) -> None:
+        known.clear()
+        raise RuntimeError
+
+    report()
+    alerts._hold(Settings.load(), fail_midway)  # noqa: SLF001 - where an error cannot be brought about otherwise
+    report()
+    assert len(slack.messages) == 2, "the incident was forgotten, so it is new"
+
+
 def story(cause: Cause, need: datetime | None, looks: list[datetime]) -> list[tuple[datetime, Notification]]:
     """The messages about an incident by runs that look then; a need that has begun is followed by one a day later."""
     known: list[Incident] = []

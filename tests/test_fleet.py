@@ -234,7 +234,7 @@ def test_a_machine_follows_what_the_others_do(field: Field) -> None:
         until((listening.folder / f"key-{other.store.fingerprint}.json").exists)
         successor.kill()
         said = successor.communicate()[1]
-    assert (said.count("cannot be decrypted"), said.count("goes on trying")) == (1, 0), said
+    assert (said.count("cannot be decrypted"), said.count("keeps trying")) == (1, 0), said
     assert listening.has == "rejected"
 
 
@@ -340,10 +340,10 @@ BAD = {  # the address of the store, a setting and its text, or a change in it; 
     "no tables": (ADMIN + "template1", 7, "fleet init"),
     "no rights": ("postgresql://poor:CanaryPassword@{host}/postgres", 7, "may not use the tables"),
     "certificate": (ADMIN + "postgres?sslmode=verify-ca&sslrootcert={roots}", 7, "its certificate cannot be verified"),
-    "a standby": (ADMIN + "postgres?options=-cdefault_transaction_read_only%3Don", 7, "takes no changes"),
+    "a standby": (ADMIN + "postgres?options=-cdefault_transaction_read_only%3Don", 7, "it is read-only"),
     "another version": ("update tokencore_key set sealed = '2' where key = 'layout'", 7, "another version"),
     "cut short": ("update tokencore_key set sealed = left(sealed, 200) where key <> 'layout'", 7, "decrypted"),
-    "exchanged": ("update tokencore_key set sealed = '{other}' where key <> 'layout'", 7, "rows were exchanged"),
+    "exchanged": ("update tokencore_key set sealed = '{other}' where key <> 'layout'", 7, "rows were swapped"),
 }
 
 
@@ -417,7 +417,7 @@ def test_the_printed_role_is_enough_and_may_no_more(field: Field, command: Comma
     assert ("in use" in again.out, "KIS_STORE_KEYS=" in again.out) == (True, False)
     os.environ["KIS_STORE"] = lesser.url
     lacking = command("fleet", "init")
-    assert (lacking.code, "tables cannot be made" in one_line(lacking)) == (7, True)
+    assert (lacking.code, "tables cannot be created" in one_line(lacking)) == (7, True)
     for wish in ("delete from", "truncate", "drop table"):
         with pytest.raises(TokenStoreError, match="may not use"), database.Database(lesser.url, "x") as session:
             session.execute(f"{wish} tokencore_key")

@@ -633,7 +633,7 @@ def test_a_keyring_that_does_not_serve_is_one_sentence(kept: Kept, content: obje
 def test_missing_credentials_are_named_with_both_ways_to_set_them(kept: Kept) -> None:
     """A key is not looked for in the keyring; without the switch nothing is."""
     os.environ["KIS_APP_KEY"] = ""
-    assert "keyring keeps its secret only" in refusal(us().identified)
+    assert "keyring holds only its secret" in refusal(us().identified)
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}
     assert "set KIS_APP_SECRET (or KIS_MARKETS__KR__APP_SECRET)" in refusal(read_market("kr").credentials)
     assert kept({}) == []

@@ -21,7 +21,7 @@ class Sensitive:
     __slots__ = ()
 
     def __reduce__(self) -> str:
-        raise TypeError(f"{type(self).__name__} knows secrets and is not pickled; make it anew where it is needed")
+        raise TypeError(f"{type(self).__name__} holds secrets and cannot be pickled; create it where it is needed")
 
 
 def sealed_class(*, but: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:

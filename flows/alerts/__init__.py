@@ -254,9 +254,11 @@ def _hold(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
                     return
                 known = incidents.parse(document.read())
                 before = incidents.dumped(known)
-                work(known)
-                if (after := incidents.dumped(known)) != before:
-                    document.write(after)
+                try:
+                    work(known)
+                finally:  # what was sent before an error is not sent again
+                    if (after := incidents.dumped(known)) != before:
+                        document.write(after)
         except (OSError, TokenError):
             if known is None:  # nobody knows what was reported: better twice than never
                 work([])

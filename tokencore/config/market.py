@@ -108,7 +108,7 @@ class Market(Sensitive):
 
         """
         if not self.app_key:
-            raise self._missing("APP_KEY", "; the keyring keeps its secret only" if self._in_keyring else "")
+            raise self._missing("APP_KEY", "; the keyring holds only its secret" if self._in_keyring else "")
         if not self._app_secret and not self._in_keyring:
             raise self._missing("APP_SECRET")
         return self.app_key
@@ -141,7 +141,7 @@ class Market(Sensitive):
             self.app_key, self._app_secret = map(credential, given)
             self.base_url, self._in_keyring = address(base_url), []
         except ValueError as error:
-            what = f"What get_app_credentials or get_api_url of {self.name!r} gives {error}."
+            what = f"The value of get_app_credentials or get_api_url of {self.name!r} {error}."
             raise ConfigurationError(what) from None
         return self
 
@@ -177,7 +177,7 @@ def credential(value: object) -> str | None:
     if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
         raise ValueError("must not have quotes around it")
     if not found.isascii() or not found.isprintable() or " " in found or len(found) > LONGEST:
-        raise ValueError("must be one word of letters, digits and signs, as KIS shows it")
+        raise ValueError("must be one word of letters, digits and symbols, as KIS shows it")
     return found or None
 
 
@@ -205,7 +205,7 @@ def folder(value: str) -> str:
     """Return the absolute path; ValueError if it is relative or too long, or if its `~` does not resolve."""
     path = os.path.expanduser(value)
     if not os.path.isabs(path) or "\0" in path:
-        raise ValueError("set it to an absolute path, or to one in a home (~) that this machine knows")
+        raise ValueError("set it to an absolute path, or to one that begins with a ~ that resolves")
     if len(path) > LONGEST:
         raise ValueError("is too long for a path")
     return os.path.abspath(path)

@@ -162,8 +162,8 @@ class Settings(Sensitive, BaseSettings):
             raise ConfigurationError(_message(error.errors(include_input=False, include_url=False)[0])) from None
         if loaded.store_keys and not loaded.store:
             raise ConfigurationError(
-                "KIS_STORE_KEYS is set without KIS_STORE: this machine would issue beside its fleet. Nothing was "
-                "issued; valid tokens on this machine are served anyway. Set KIS_STORE too, or remove KIS_STORE_KEYS."
+                "KIS_STORE_KEYS is set without KIS_STORE: this machine would issue independently of its fleet. Nothing "
+                "was issued; valid tokens on this machine are served. Set KIS_STORE too, or remove KIS_STORE_KEYS."
             )
         _warn(loaded)
         return loaded

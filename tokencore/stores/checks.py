@@ -28,9 +28,9 @@ def checks(settings: Settings) -> list[Check]:
     fleet = Fleet.of(settings)
     with fleet.connect() as session:
         lines = [
-            ("store", "reached; its tables are of this version", ""),
+            ("store", "reachable; its tables match this version", ""),
             ("store encryption", *_either(not session.encrypted, "the connection is encrypted", *OPEN)),
-            ("store role", *_either(session.execute(f"select {DESTROYS}")[0][0], "it can delete nothing", *MIGHTY)),
+            ("store role", *_either(session.execute(f"select {DESTROYS}")[0][0], "it cannot delete rows", *MIGHTY)),
             *_rows(fleet, session),
         ]
     with hold(fleet.follower_lock(fleet.rows()), 0, lambda: True) as alone:
@@ -40,9 +40,9 @@ def checks(settings: Settings) -> list[Check]:
 
 OPEN = (
     "the connection is not encrypted",
-    "set sslmode=verify-full and sslrootcert in KIS_STORE, unless it is this host's",
+    "set sslmode=verify-full and sslrootcert in KIS_STORE, unless the server runs on this host",
 )
-MIGHTY = "it can delete the tables' rows", "use the role that `tokencore fleet init` prints"
+MIGHTY = "it can delete rows", "use the role that `tokencore fleet init` prints"
 ALONE = "no process of this machine follows the fleet", "run `tokencore follow` where programs use commands only"
 
 
@@ -53,8 +53,11 @@ def _either(bad: object, well: str, trouble: str, fix: str) -> tuple[str, str]:
 def _rows(fleet: Fleet, session: Database) -> Iterator[tuple[str, str, str]]:
     states = session.read(["layout", *session.names()], 0)
     ahead = states.pop("layout").ahead.total_seconds()
-    wrong = f"this machine's is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
-    yield "store clock", *_either(ahead, "this machine's is the server's", wrong, "set both by NTP")
+    wrong = f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
+    yield (
+        "store clock",
+        *_either(ahead, "this machine's clock agrees with the server's", wrong, "synchronize both by NTP"),
+    )
     opened = [fleet.seal.opened_by(state.sealed) for state in states.values()]
     foreign, old = opened.count(None), len([one for one in opened if one])
     fix = "add the key that sealed them to KIS_STORE_KEYS" if foreign else "run `tokencore fleet rotate`"

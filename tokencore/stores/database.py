@@ -80,19 +80,19 @@ FAULTS = {  # by a word in the error's name or text: what failed, what to do, an
     "password": ("it refuses the role or its password", "correct KIS_STORE or the password file", False),
     "certificate": ("its certificate cannot be verified", "correct sslrootcert or the host in KIS_STORE", False),
     "pg_hba.conf": ("it does not admit this role from this machine", "add it to the server's pg_hba.conf", False),
-    "closed": ("it has closed the connection", "look into its log", True),
-    "ssl": ("it does not agree on encryption", "correct sslmode in KIS_STORE, or the server", False),
+    "closed": ("it has closed the connection", "check its log", True),
+    "ssl": ("it and this machine do not agree on encryption", "correct sslmode in KIS_STORE, or the server", False),
     "undefinedtable": ("it has no tables of tokencore", "run `tokencore fleet init` as the tables' owner", False),
     "undefinedcolumn": ("its tables are of another version", "run the same tokencore on all machines", False),
     "insufficientprivilege": ("its role may not use the tables", "run the SQL of `tokencore fleet init`", False),
     "does not exist": ("there is no such database", "correct KIS_STORE", False),
     "too many": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
     "connection slots": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
-    "read-only": ("it takes no changes", "name the primary in KIS_STORE, or make it writable", True),
-    "timeout": ("it does not answer", "look for its host, and for what hangs there", True),
-    "resolve": ("its host's name cannot be found", "correct KIS_STORE, or the name server", True),
+    "read-only": ("it is read-only", "name the primary in KIS_STORE, or make it writable", True),
+    "timeout": ("it does not answer", "check that its host is up, and what blocks it", True),
+    "resolve": ("its host's name cannot be resolved", "correct KIS_STORE, or the DNS", True),
     "refused": ("it refuses connections", "start it, or correct KIS_STORE", True),
-    "": ("the connection failed", "look into its log", True),
+    "": ("the connection failed", "check its log", True),
 }
 
 
@@ -264,8 +264,8 @@ def make_tables(address: str) -> bool:
             return bool(connection.execute(_NAMES).fetchall())
     except psycopg.errors.InsufficientPrivilege:
         raise TokenStoreError(
-            "The fleet's tables cannot be made: the role in KIS_STORE may not. Nothing was changed. To do: run this "
-            "once as the owner of the database and of the tables; the machines use the role whose SQL it prints."
+            "The fleet's tables cannot be created: the role in KIS_STORE lacks the right. Nothing was changed. To do: "
+            "run this as the owner of the database and of the tables; the machines use the role whose SQL it prints."
         ) from None
     except psycopg.Error as error:
         raise _explained(error)[0] from None

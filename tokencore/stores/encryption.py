@@ -64,7 +64,7 @@ class Seal(Sensitive):
         else:
             if content.items() >= about.items():
                 return content
-            why = "is about something else: rows were exchanged"
+            why = "belongs to another row: rows were swapped"
         raise SealError(
             f"The fleet's entry of {' '.join(about.values())} {why}; if it is damaged, `tokencore delete MARKET` makes "
             "room for a new one. Nothing was issued or overwritten; a valid token on this machine is served anyway."

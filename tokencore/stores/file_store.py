@@ -294,7 +294,7 @@ class FileStore(Sensitive):
         problem = self._on_file(path)[1]
         if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
             files.set_aside(path)
-            _warn(f"{path} was no token of this key ({problem}); it is kept as {path}.aside.")
+            _warn(f"{path} did not contain a token of this key ({problem}); it is kept as {path}.aside.")
 
     def _kept_elsewhere(self, view: str) -> bool:
         """Whether the other key of this folder that wrote `view` has its token in its own file."""

@@ -119,7 +119,7 @@ class Fleet(Sensitive):
         """Log `error` as a warning, once per process."""
         if not self._warned:
             self._warned = True
-            logging.getLogger("tokencore").warning("%s Meanwhile this machine goes by its own files.", error)
+            logging.getLogger("tokencore").warning("%s Meanwhile this machine uses its own files.", error)
 
 
 def row_of(market: Market) -> str:

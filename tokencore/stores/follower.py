@@ -52,7 +52,7 @@ class Follower:
                     with self._fleet.connect() as session:
                         self._follow(session)
                 except TokenError as error:
-                    _log.log(logging.DEBUG if self._lost else logging.WARNING, "%s The follower goes on trying.", error)
+                    _log.log(logging.DEBUG if self._lost else logging.WARNING, "%s The follower keeps trying.", error)
                     self._lost = True
                 time.sleep(PAUSE)
 
@@ -66,7 +66,7 @@ class Follower:
                 known = now
             due = {name for name in due if not self._stores[name].mirror(session)}
             if self._lost:
-                _log.warning("The fleet's store is reached again, and this machine follows it.")
+                _log.warning("The fleet's store can be reached again, and this machine follows it.")
                 self._lost = False
             if hears:
                 due |= session.heard(POLL if due else QUIET / 4) & self._stores.keys()

@@ -53,8 +53,8 @@ def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
     if fault := stranger(path, found):
         why, command = fault
         raise TokenStoreError(
-            f"{why}, so what is there may be planted: it is not used, and nothing was issued. Find out why, then run "
-            f"`{command}`, or point KIS_TOKEN_DIR to a folder of your own."
+            f"{why}, so its content may have been planted: it is not used, and nothing was issued. Find out why, then "
+            f"run `{command}`, or point KIS_TOKEN_DIR to a folder of your own."
         )
 
 

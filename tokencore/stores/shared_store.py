@@ -102,7 +102,7 @@ class SharedStore(Sensitive):
         try:
             self._put(token)
         except TokenError as error:
-            _warn(error, "The other machines get this token when the store is reached again.")
+            _warn(error, "The other machines get this token when the store can be reached again.")
 
     def delete(self) -> bool:
         """Remove this market's token on this machine, and the fleet's with that of its last market.
@@ -295,7 +295,7 @@ class SharedStore(Sensitive):
         try:
             return self._fleet.look(self.name)
         except TokenError as error:  # the settings of the store are wrong
-            _warn(error, "Meanwhile this machine goes by its own files.")
+            _warn(error, "Meanwhile this machine uses its own files.")
             return None
 
     def _or_fleets(self, token: Token | None) -> Token | None:
@@ -375,7 +375,7 @@ class SharedStore(Sensitive):
             if state.version and not better:
                 return state
             session.put(self.name, state.version, self._sealed(better, removed))
-        raise TokenStoreError("The fleet's store changes too fast. Nothing was issued; try again.")
+        raise TokenStoreError("Other machines change the fleet's store too often. Nothing was issued; try again.")
 
     def _restored(self, session: Database, state: State) -> bool:
         """Push what only the machine's record has; return whether there was anything.
@@ -425,7 +425,7 @@ class SharedStore(Sensitive):
                 finally:
                     reached.finish(self.name, number, *_line(attempt, ahead))
         except TokenError as error:
-            _warn(error, "The other machines get what KIS answered when the store is reached again.")
+            _warn(error, "The other machines get what KIS answered when the store can be reached again.")
         self._fleet.forget()
 
 
