@@ -1,9 +1,9 @@
-"""Keeps one KIS (Korea Investment & Securities) access token per app key, for every process of the machine.
+"""Keeps one KIS (Korea Investment & Securities) access token per app key, shared by every process on the machine.
 
     from tokencore import USTokenManager
     token = USTokenManager().get_valid_token()
 
-The names below are the whole public surface, each loaded when it is first used: a cached token costs no other import.
+The names in `__all__` are the whole public API, each loaded on first use: a cached token costs no other import.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def __getattr__(name: str) -> object:
     """Load a public name from its module."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module  # the package itself stays free of imports
+    from importlib import import_module  # so that importing the package imports nothing else
 
     if name == "sessions":
         return import_module("tokencore.calendars.sessions")
@@ -80,5 +80,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """The public names, loaded or not."""
+    """List the module's names, including the public ones that are not loaded yet."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""An issue request as a value: what became of it, who asked, and what a list of them says. Never a token or a key."""
+"""Issue requests as values: the outcome, who asked, and what a list of them says. They never hold a token or a key."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"  # no run of visible ASCII as
 
 
 class Outcome(StrEnum):
-    """What became of an attempt."""
+    """The outcome of an attempt."""
 
-    SENT = "sent"  # recorded before the request; it stays when the process died in between
+    SENT = "sent"  # recorded before the request; it remains if the process dies before the outcome is known
     ISSUED = "issued"
-    SAME = "same"  # KIS returned the token that it had issued before: its six hours
-    IMPORTED = "imported"  # issued elsewhere and taken over: no request of ours
+    SAME = "same"  # KIS returned the token it had issued before, as it does for six hours
+    IMPORTED = "imported"  # issued elsewhere and adopted here, without a request of ours
     LIMIT = "limit"
     BAD_KEY = "bad_key"
     BAD_SECRET = "bad_secret"  # noqa: S105 - a word, no secret
     DENIED = "denied"
     SERVER_ERROR = "server_error"
-    REFUSED = "refused"  # no known code
+    REFUSED = "refused"  # with no code that we know
     BAD_ANSWER = "bad_answer"
-    NO_ANSWER = "no_answer"  # it may have reached KIS
-    UNREACHABLE = "unreachable"  # it cannot have reached KIS
+    NO_ANSWER = "no_answer"  # the request may have reached KIS
+    UNREACHABLE = "unreachable"  # the request cannot have reached KIS
 
 
 GRANTED = frozenset({Outcome.ISSUED, Outcome.SAME, Outcome.IMPORTED})
-FAILED = {  # for people, where the outcome's own word says too little
+FAILED = {  # wording for people, where the outcome's own name says too little
     Outcome.SENT: "its process died",
     Outcome.SAME: "KIS returned the same token",
     Outcome.LIMIT: "KIS allows one request a minute",
@@ -54,13 +54,13 @@ class Attempt(NamedTuple):
     """One issue request, as recorded; times are aware UTC.
 
     Attributes:
-        at: when the request left, or its outcome was known.
-        outcome: what became of it.
-        code: KIS's code of a refusal.
-        expires_at: of the token that it brought.
+        at: when the request was sent; once the outcome is known, when that was.
+        outcome: how it ended.
+        code: KIS's code, if KIS refused.
+        expires_at: the expiry of the token it brought.
         reason: why it was made.
         credentials: eight hex digits that change with the key or the secret.
-        pid, host: the process that made it; no host where only one machine is known.
+        pid, host: the process that made it; `host` is empty if only one machine uses the store.
         by: the person who asked; empty for a program.
 
     """
@@ -77,15 +77,15 @@ class Attempt(NamedTuple):
 
     @property
     def counts(self) -> bool:
-        """Whether KIS may have seen it, so that the cool-down starts from it."""
+        """Whether KIS may have seen the request, so that the cool-down starts from it."""
         return self.outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)
 
 
 def note(reason: str, by: str) -> tuple[str, str]:
-    """Why an issue is asked for, and by which person, as the record keeps them: clean, cut, and nothing like a key.
+    """Return the reason for an issue and the person asking as the record keeps them: cleaned, and cut to length.
 
     Raises:
-        ConfigurationError: a word is as long as an app key; nothing was asked of KIS.
+        ConfigurationError: one of them holds a word as long as an app key; no request was sent to KIS.
 
     """
     reason, by = clean(reason), clean(by)
@@ -99,17 +99,17 @@ def note(reason: str, by: str) -> tuple[str, str]:
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:
-    """The attempts that brought a new token in the day around `now`; ahead of it too, as clocks are set back."""
+    """Return the attempts within 24 hours before or after `now` (clocks are set back) that brought a new token."""
     return [one for one in attempts if one.outcome is Outcome.ISSUED and abs(now - one.at) < DAY]
 
 
 def latest(attempts: Sequence[Attempt]) -> Attempt | None:
-    """The last attempt that KIS may have seen, from which the cool-down starts."""
+    """Return the last attempt that KIS may have seen, from which the cool-down starts."""
     return next((one for one in reversed(attempts) if one.counts), None)
 
 
 def failure(attempts: Sequence[Attempt]) -> tuple[datetime, str] | None:
-    """When the last attempt was (aware UTC), and in a word or two why it brought no token; None where it did."""
+    """Return when the last attempt was (aware UTC) and, in a few words, why it brought no new token; None if it did."""
     last = attempts[-1] if attempts else None
     if last is None or last.outcome in GRANTED - {Outcome.SAME}:
         return None
@@ -117,5 +117,5 @@ def failure(attempts: Sequence[Attempt]) -> tuple[datetime, str] | None:
 
 
 def failures(attempts: Sequence[Attempt]) -> int:
-    """How many attempts have failed since the last one that brought a token."""
+    """Count the attempts that have failed since the last one that brought a token."""
     return next((n for n, one in enumerate(reversed(attempts)) if one.outcome in GRANTED), len(attempts))

@@ -1,6 +1,6 @@
-"""The `tokencore` command and the table of its commands; a cached `get` is answered at once.
+"""The `tokencore` program and the table of its commands; a cached `get` is answered without building a parser.
 
-One outer `except` turns every error into one sentence on standard error and the contract's exit code.
+One outer `except` turns every error into one sentence on standard error and a documented exit code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
 
-COMMANDS = {  # by module, whose function `add` makes their parsers; a command loads the imports of its own module only
+COMMANDS = {  # commands by module; the module's `add` makes their parsers, so a command imports only its own module
     "tokencore.commands.tokens": ("get", "exec", "reject", "delete"),
     "tokencore.commands.monitoring": ("check", "doctor", "metrics"),
     "tokencore.commands.renewals": ("refresh", "plan", "history", "tick"),
@@ -25,15 +25,15 @@ COMMANDS = {  # by module, whose function `add` makes their parsers; a command l
     "tokencore.sandbox": ("sandbox",),
     "tokencore.commands": ("completion",),
 }
-INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
+INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
 
 
 class _Output:
-    """Standard output, whose failures are told from those of files and connections."""
+    """Standard output, which remembers its errors so that they can be told from those of files and connections."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.error: BaseException | None = None  # with which it failed last
+        self.error: BaseException | None = None  # its last failure
 
     def write(self, text: str) -> int:
         with self:
@@ -53,7 +53,7 @@ class _Output:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: this process's) and return its exit code."""
+    """Run the command line `argv` (by default that of this process) and return its exit code."""
     _prepare_streams()
     stream = sys.stdout
     output = sys.stdout = _Output(stream)
@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("Interrupted.", INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - so that no traceback shows a secret
+    except Exception as error:  # noqa: BLE001 - a traceback could show a secret
         if error is not output.error:
             return _fail(_unexpected(error), 1)
-        if isinstance(error, BrokenPipeError):  # `head` has what it wanted
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wanted
             _discard(stream.fileno())
             return 0
         why = f"Standard output cannot be written ({getattr(error, 'strerror', error)})"
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(arguments: list[str]) -> int:
     if len(arguments) == 2 and arguments[0] == "get" and not arguments[1].startswith("-"):  # noqa: PLR2004
-        from tokencore.manager import TokenManager  # the parser costs more than the whole answer
+        from tokencore.manager import TokenManager  # building the parser would cost more than the whole answer
 
         sys.stdout.write(TokenManager(arguments[1]).get_valid_token() + "\n")
         return 0
@@ -89,9 +89,9 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _prepare_streams() -> None:
-    """Let what is printed leave in one piece; a closed output fails when it is written, odd signs become `?`."""
+    """Buffer standard output whole, let a closed one fail on writing, and print `?` for what it cannot encode."""
     if sys.stdout is None:
-        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115 - for the process's life
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - the same
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -102,26 +102,26 @@ def _prepare_streams() -> None:
 
 def _fail(message: str, code: int) -> int:
     try:
-        sys.stdout.flush()  # what was printed before comes first
+        sys.stdout.flush()  # so that what was printed earlier appears before the error
     except OSError:
         _discard(sys.stdout.fileno())
-    from tokencore.redaction import clean  # not for an answer
+    from tokencore.redaction import clean  # only an error needs it
 
     try:
         sys.stderr.write(f"tokencore: {clean(message)}\n")
-    except OSError:  # it is full: the exit code says it
+    except OSError:  # standard error is full or closed; the exit code still tells
         _discard(2)
     return code
 
 
 def _discard(descriptor: int) -> None:
-    """Let nothing be left that the interpreter would fail to write at its end."""
+    """Point the descriptor at the null device, so that the interpreter's last flush at exit cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _unexpected(error: Exception) -> str:
-    """Where it happened, not what it said: an unknown error's text may hold anything."""
-    import traceback  # only for a bug
+    """Say where the error happened, not what it said: the text of an unknown error may contain a secret."""
+    import traceback  # needed only when there is a bug
 
     where = traceback.extract_tb(error.__traceback__)[-1]
     number = error.errno if isinstance(error, OSError) else None

@@ -1,6 +1,6 @@
-"""May this key ask KIS for a token now? The rules of KIS and of caution, judged from the record and the present token.
+"""Whether this key may ask KIS for a token now, by KIS's own rules and our more cautious ones.
 
-Pure: the record's attempts, the token and `now` go in, an error that says why not comes out.
+Pure functions of the record's attempts, the present token and `now`; they raise an error that says why not.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from tokencore.config.market import Market
     from tokencore.tokens import Token
 
-SELDOM = 1000  # failures, as it were: enough for the longest wait
-CLOCK_ERROR = timedelta(days=2)  # an attempt further ahead of now was recorded by a clock that was wrong
-_NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # what brought a token that was not there before
+SELDOM = 1000  # a pretended number of failures, large enough for the longest wait
+CLOCK_ERROR = timedelta(days=2)  # an attempt further in the future than this was recorded by a wrong clock
+_NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # outcomes that brought a token that was not there before
 
 
 class Intent(Enum):
-    """Why someone wants to issue: the more it is a person's will, the fewer rules forbid it."""
+    """Why an issue is wanted; the more a person insists on it, the fewer rules forbid it."""
 
     REQUIRED = "required"  # there is no token that serves
     DUE = "due"  # the renewal rule says so
-    AHEAD = "ahead"  # the present token is about to expire, and still serves
+    AHEAD = "ahead"  # the present token still serves but is about to expire
     REFRESH = "refresh"  # a person asked
-    FORCE = "force"  # a person insisted: only the minute is left
+    FORCE = "force"  # a person insisted: only the limit of one request a minute applies
 
 
 class Standing(NamedTuple):
-    """What the rules are judged on; `waited_out` is when the attempt was whose cool-down the caller has waited out."""
+    """What the rules are judged on; `waited_out` is when the attempt was made whose cool-down the caller waited out."""
 
     now: datetime
     attempts: Sequence[Attempt]
@@ -48,7 +48,7 @@ class Standing(NamedTuple):
 
 
 def check(intent: Intent, standing: Standing, market: Market) -> None:
-    """Return where a request is allowed now.
+    """Return if a request is allowed now.
 
     Raises:
         CredentialsError: KIS refused these very credentials before; a person has to act.
@@ -57,15 +57,15 @@ def check(intent: Intent, standing: Standing, market: Market) -> None:
 
     """
     check_credentials(intent, standing, market)
-    if intent is not Intent.FORCE:  # first what lasts for hours: nobody waits a minute to learn of it
+    if intent is not Intent.FORCE:  # the limits that last for hours come first: nobody waits a minute to learn of them
         _check_same_token(standing, market)
         _check_ceiling(standing, market)
     _check_pauses(intent, standing, market)
 
 
 def allowed_from(standing: Standing, market: Market) -> datetime | None:
-    """When a renewal that is due at `standing.now` is allowed; None where refused credentials forbid it."""
-    while True:  # each turn a later one of a few limits; they all end
+    """Return when a renewal that is due at `standing.now` is allowed; None if refused credentials forbid it."""
+    while True:  # each turn moves past one of a few limits, and all of them end
         try:
             check(Intent.DUE, standing, market)
         except IssuanceLimitError as limit:
@@ -77,11 +77,11 @@ def allowed_from(standing: Standing, market: Market) -> datetime | None:
 
 
 def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -> datetime | None:
-    """When the next request of the key is allowed; None when it is now.
+    """Return when the key's next request is allowed; None if it is allowed now.
 
-    An attempt that seems to lie ahead (the clock was set back) counts as one of this moment, for `CLOCK_ERROR` at
-    most. One without an outcome, whose process died or still waits, may have left later than recorded, by as
-    long as a connection takes: it is given the pause after a failure and KIS_TIMEOUT.
+    An attempt that seems to lie in the future, because the clock was set back, counts as made now; one more than
+    `CLOCK_ERROR` ahead does not count. The request of an attempt without an outcome, whose process died or still waits,
+    may have left later than recorded, while it was connecting: KIS_TIMEOUT and the pause after a failure cover that.
     """
     last = record.latest(attempts)
     if last is None or last.at > now + CLOCK_ERROR:
@@ -94,20 +94,20 @@ def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -
 
 
 def same_token_until(token: Token | None, now: datetime) -> datetime | None:
-    """Until when KIS would return this token rather than issue one; None when it would issue one now."""
+    """Return until when KIS would return this token instead of issuing another; None if it would issue one now."""
     until = token.same_until() if token else None
     if token is None or until is None or not now < until < token.expires_at:
         return None
-    return min(until, now + SAME_TOKEN)  # an issue that seems to lie ahead is a clock's that was set back
+    return min(until, now + SAME_TOKEN)  # an issue that seems to lie in the future means that the clock was set back
 
 
 def format_time(at: datetime) -> str:
-    """A time for people, in KST, which is the time of KIS's own notices."""
+    """Format a time for people, in KST as in KIS's own notices."""
     return at.astimezone(KST).strftime("%Y-%m-%d %H:%M:%S KST")
 
 
 def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
-    """The sentence that says what still works, and until when."""
+    """Return the sentence that says what still works, and until when."""
     if token is None:
         return "There is no token."
     until = format_time(token.expires_at - timedelta(seconds=buffer))
@@ -120,13 +120,13 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
 
 
 def check_credentials(intent: Intent, standing: Standing, market: Market) -> None:
-    """Return where KIS has not refused these very credentials with the last attempt.
+    """Return unless KIS refused these very credentials at the last attempt.
 
-    A key whose token is about to expire was right until lately (KIS answers so to a locked key too), so AHEAD tries
-    again, a few times; otherwise nobody but a person does.
+    A key whose token is about to expire worked until recently, and KIS gives the same answer to a locked key, so AHEAD
+    tries again a few times; otherwise only a person does.
 
     Raises:
-        CredentialsError: it has; a person has to act.
+        CredentialsError: KIS refused them; a person has to act.
 
     """
     last = record.latest(standing.attempts)
@@ -148,7 +148,7 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
     serves = what_serves(standing.token, now, market.buffer)
     until = cooldown_until(attempts, now, market)
     if last and until and standing.waited_out != last.at:
-        failed = record.failure([last])  # what the person has to know first
+        failed = record.failure([last])  # the first thing that the person has to know
         fault = f"KIS gave no new token at {format_time(last.at)}: {failed[1]}. " if failed else ""
         raise IssuanceLimitError(
             f"{fault}KIS allows one request a minute, and the last one of this key was at {format_time(last.at)}. "
@@ -156,7 +156,7 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
             retry_at=until,
             cause="minute",
         )
-    final = attempts[-1]  # also one that never left: an issuer that cannot be reached is left alone as long
+    final = attempts[-1]  # even one that was never sent: an unreachable issuer is left alone for as long
     if intent not in (Intent.DUE, Intent.AHEAD) or final.outcome in _NEW or final.at > now + CLOCK_ERROR:
         return
     seldom = final.outcome is Outcome.SAME or (last and last.outcome in CREDENTIALS)
@@ -177,7 +177,7 @@ def _check_same_token(standing: Standing, market: Market) -> None:
     if until is None:
         return
     force = ""
-    # Who has just been given the dead token again is told no more to ask.
+    # After KIS has just returned the dead token once more, there is no point in suggesting --force again.
     if token and token.rejected_at and standing.attempts and standing.attempts[-1].outcome is not Outcome.SAME:
         force = f" If KIS has withdrawn it sooner, `tokencore refresh {market.name} --force` asks now."
     raise IssuanceLimitError(

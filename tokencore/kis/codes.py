@@ -1,4 +1,4 @@
-"""KIS's codes: what each means for the record, for people and for `except`, and where an answer has one."""
+"""KIS's codes: the outcome, the message and the exception each stands for, and how to find one in an answer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
-DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # rejected or expired, on a business call
-DEAD_START = b"EGW0012"  # of both: most answers need not be parsed for them
-ANSWER_LIMIT = 65_536  # bytes; KIS's refusals have about 100, its tokens 700
+DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # the token was rejected or has expired, on a business call
+DEAD_START = b"EGW0012"  # how both begin: answers without it, most of them, need not be parsed
+ANSWER_LIMIT = 65_536  # bytes; KIS's refusals take about 100, its answers with a token 700
 OK, SERVER_FAULT = 200, 500
-KEY_LENGTH, SECRET_LENGTH = 36, 180  # characters of what KIS gives out
+KEY_LENGTH, SECRET_LENGTH = 36, 180  # characters of the keys and secrets that KIS gives out
 AGAIN = "the next call or check tries again"
 WAIT_LONGER = "wait: the request may have counted, so the next attempt comes after the cool-down"
 THEN = "then run `tokencore refresh`"
@@ -35,7 +35,7 @@ class Refusal(NamedTuple):
     fix: str
 
     def as_error(self, serves: str, retry_at: datetime) -> TokenError:
-        """The error to raise; `serves` says what still works, `retry_at` when the minute of a limit is over."""
+        """Return the error to raise; `serves` says what still works, `retry_at` when the minute limit ends."""
         text = f"{self.what}. {serves} To do: {self.fix}."
         if self.outcome is Outcome.LIMIT:
             return IssuanceLimitError(text, retry_at=retry_at, cause="minute")
@@ -46,7 +46,7 @@ FOREIGN = (
     "another program issues with this key: let it use tokencore too, and wait a minute; KIS's 24-hour limit of one "
     "token a day counts what it issues as well"
 )
-KNOWN = {  # KIS's codes on /oauth2, as its portal lists them, and what to do; a new one is a line here
+KNOWN = {  # KIS's codes on /oauth2 as listed on its portal, and what to do; to add one, add a line
     "EGW00133": (Outcome.LIMIT, "KIS refused to issue: one request a minute per app key", FOREIGN),
     "EGW00102": (Outcome.BAD_KEY, "KIS found no app key in the request", f"set KIS_APP_KEY; {THEN}"),
     "EGW00103": (Outcome.BAD_KEY, "KIS does not know the app key", f"{WHICH}; {THEN}"),
@@ -60,7 +60,7 @@ KNOWN = {  # KIS's codes on /oauth2, as its portal lists them, and what to do; a
     "EGW00001": (Outcome.SERVER_ERROR, "KIS reported a temporary fault of its own", f"wait: {AGAIN}"),
     "EGW00002": (Outcome.SERVER_ERROR, "KIS reported a fault of its own", f"wait: {AGAIN}"),
 }
-SILENT = {  # without any word of KIS
+SILENT = {  # outcomes without any words of KIS's own
     Outcome.UNREACHABLE: ("KIS cannot be reached", f"check the network and KIS_BASE_URL; {AGAIN}"),
     Outcome.NO_ANSWER: ("KIS gave no whole answer", WAIT_LONGER),
     Outcome.BAD_ANSWER: ("KIS gave no usable answer", WAIT_LONGER),
@@ -68,15 +68,16 @@ SILENT = {  # without any word of KIS
 
 
 def silent(outcome: Outcome, why: str) -> Refusal:
-    """No answer, or success without anything usable: one of the outcomes in `SILENT`."""
+    """Return the refusal for no answer, or for a success with nothing usable: one of the outcomes in `SILENT`."""
     what, fix = SILENT[outcome]
     return Refusal(outcome, None, f"{what}: {why}", fix)
 
 
 def refused(status: int, code: str, detail: str, lengths: tuple[int, int]) -> Refusal:
-    """What an answer without a token means, by its code, and by its HTTP `status` where the code is unknown.
+    """Return what an answer without a token means, judged by its code or, if that is unknown, its HTTP `status`.
 
-    `detail` is the answer for people, without anything secret; `lengths`, of key and secret, show a swap or a cut.
+    `detail` is the answer for people, without secrets. `lengths` of the key and the secret show if they were swapped
+    or cut off.
     """
     if code in KNOWN:
         outcome, what, fix = KNOWN[code]
@@ -102,13 +103,13 @@ def _hint(key: int, secret: int) -> str:
 
 
 def code_of(body: Mapping[str, Any]) -> str:
-    """KIS's code in an answer, in whichever of its two shapes; empty where there is none."""
+    """Return KIS's code from an answer of either of its two shapes; empty if it has none."""
     code = body.get("error_code") or body.get("msg_cd")
     return code if isinstance(code, str) else ""
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """The JSON object in an answer, whatever it calls itself; empty where there is none."""
+    """Return the JSON object in an answer, whatever its content type; empty if it is none."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
@@ -117,5 +118,5 @@ def parse(content: bytes) -> dict[str, Any]:
 
 
 def is_dead(content: bytes) -> bool:
-    """Whether this answer says that KIS takes the token no longer; its HTTP status and content type do not matter."""
+    """Whether this answer says that KIS no longer accepts the token, whatever its HTTP status and content type."""
     return DEAD_START in content and len(content) <= ANSWER_LIMIT and code_of(parse(content)) in DEAD_TOKEN

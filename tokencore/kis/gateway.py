@@ -1,6 +1,7 @@
-"""KIS's gateway over HTTP: issue, approve, revoke and quote, each one request within bounds of size and time.
+"""KIS's gateway over HTTP: issue, approve, revoke and quote, each one request with bounded size and time.
 
-Nothing here follows a redirect or repeats a request that may have reached KIS. KIS's words are kept for people, masked.
+Nothing here follows a redirect or repeats a request that may have reached KIS. KIS's own words are kept for people,
+with secrets masked.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from tokencore.tokens import Token, from_answer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-TRIES = 4  # the first and three more, only while the request cannot have reached KIS
-FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, give or take a half
+TRIES = 4  # the first and three more, as long as the request cannot have reached KIS
+FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, plus or minus half of it
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
 _HEADERS = {"Content-Type": "application/json; charset=UTF-8"}
 _SAMSUNG = {"FID_COND_MRKT_DIV_CODE": "J", "FID_INPUT_ISCD": "005930"}
@@ -34,12 +35,12 @@ _APPROVAL_KEY = re.compile(r"[!-~]{1,512}")  # one word of visible ASCII; KIS's 
 
 
 class Evidence(NamedTuple):
-    """What a quote call said about a token."""
+    """What a quote call showed about a token."""
 
-    accepted: bool | None  # whether KIS accepts the token; None when the call says nothing about it
-    detail: str  # KIS's words, or the fault, without anything secret
-    status: int | None = None  # of HTTP; None without an answer
-    msg_cd: str = ""  # KIS's code, empty where it gave none
+    accepted: bool | None  # whether KIS accepts the token; None if the call does not tell
+    detail: str  # KIS's words, or the fault, without secrets
+    status: int | None = None  # the HTTP status; None without an answer
+    msg_cd: str = ""  # KIS's code; empty if it gave none
 
 
 class Gateway(Sensitive):
@@ -48,15 +49,16 @@ class Gateway(Sensitive):
     __slots__ = ("_app_key", "_app_secret", "_base_url", "_timeout")
 
     def __init__(self, base_url: str, credentials: tuple[str, str], *, timeout: float) -> None:
-        """Keep what a request needs; `timeout` in seconds, to connect and for each wait, twice that for an answer."""
+        """Take what requests need; `timeout` (seconds) bounds connecting and each wait, and twice that the answer."""
         self._base_url = base_url
         self._app_key, self._app_secret = credentials
         self._timeout = timeout
 
     def issue(self, depart: Callable[[], bool] = lambda: True) -> Token | Refusal:
-        """One request to tokenP; only what cannot have reached KIS is sent again, three times at most.
+        """Request a token from tokenP; resend, three times at most, only if the request cannot have reached KIS.
 
-        `depart` is asked right before each try, which can be a minute after the first; no: nothing is sent.
+        `depart` is called right before each try, which can be a minute after the first; if it returns False, nothing
+        is sent.
         """
         answer = self._granted("/oauth2/tokenP", "appsecret", depart)
         if isinstance(answer, Refusal):
@@ -71,7 +73,7 @@ class Gateway(Sensitive):
         return token
 
     def approve(self) -> str | Refusal:
-        """One request for the websocket's approval key, with the same care."""
+        """Request the websocket's approval key, resending under the same condition as `issue`."""
         answer = self._granted("/oauth2/Approval", "secretkey")
         if isinstance(answer, Refusal):
             return answer
@@ -79,7 +81,7 @@ class Gateway(Sensitive):
         return key if _APPROVAL_KEY.fullmatch(key) else codes.silent(Outcome.BAD_ANSWER, "it holds no approval_key")
 
     def revoke(self, access_token: str) -> None:
-        """Make KIS forget the token; every program that uses it is then without one.
+        """Revoke the token at KIS; every program that uses it is then without one.
 
         Raises:
             IssuerUnavailableError: KIS could not be asked or declined; the token stays valid.
@@ -93,9 +95,10 @@ class Gateway(Sensitive):
             raise IssuerUnavailableError(f"KIS did not revoke the token ({self._detail(answer)}); it stays valid.")
 
     def quote(self, access_token: str, exchanges: Sequence[str]) -> Evidence:
-        """What the quote call that fits these exchanges says about the token; never raises.
+        """Make the quote call that fits these exchanges and return what it shows about the token; never raises.
 
-        Judged on the status and KIS's codes, never on rows: Korea's where one is Korean or none is named.
+        The domestic call is used if any exchange is Korean or none is given. The answer is judged by its status and
+        KIS's codes, never by the quotes in it.
         """
         there = [exchange(code) for code in exchanges]
         path, tr_id, params = "/uapi/domestic-stock/v1/quotations/inquire-price", "FHKST01010100", _SAMSUNG
@@ -133,7 +136,7 @@ class Gateway(Sensitive):
         return self._send("POST", path, json.dumps({"appkey": self._app_key, **fields}).encode())
 
     def _send(self, method: str, path: str, content: bytes | None = None, **fields: Any) -> Answer | Refusal:  # noqa: ANN401 - requests' own keywords
-        """One request and its whole answer, or why there is none: `UNREACHABLE` while it cannot have left."""
+        """Send one request; return its whole answer, or why there is none: `UNREACHABLE` if it cannot have left."""
         headers = _HEADERS | fields.pop("headers", {})
         try:
             answer = send(method, self._base_url + path, content, timeout=self._timeout, headers=headers, **fields)
@@ -142,7 +145,7 @@ class Gateway(Sensitive):
         return codes.silent(Outcome.NO_ANSWER, answer.trouble) if answer.trouble else answer
 
     def _detail(self, answer: Answer) -> str:
-        """The status and KIS's own words, on one line, without anything secret."""
+        """Return the status and KIS's own words on one line, without secrets."""
         words = [answer.body.get(key) for key in ("error_code", "msg_cd", "error_description", "msg1")]
         said = redact(" ".join(str(word) for word in words if word) or answer.text, self._app_secret, self._app_key)
         return f"HTTP {answer.status}: {said[:TEXT_LIMIT]}" if said else f"HTTP {answer.status}"

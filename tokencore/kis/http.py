@@ -1,4 +1,4 @@
-"""One HTTP request within bounds of size and time: no redirect is followed, and nothing is sent twice."""
+"""One HTTP request with bounded size and time: no redirect is followed, and nothing is sent twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-FAULTS = {  # by a sign in an error's name or text: what failed; the first that fits
+FAULTS = {  # what failed, by a word in the error's name or text; the first match counts
     "proxyerror": "the proxy cannot be reached (HTTPS_PROXY, NO_PROXY)",
     "certificate": "the certificate of {host} cannot be verified (clock, REQUESTS_CA_BUNDLE){reason}",
     "sslerror": "the encrypted connection to {host} failed{reason}",
@@ -31,9 +31,9 @@ _REASON = re.compile(r"\[SSL: \w+\] (?:certificate verify failed: )?([^(:]*\w)")
 
 
 class Answer(NamedTuple):
-    """An HTTP answer: status, headers, the JSON body (empty when it is none), its text without tags.
+    """An HTTP answer: status, headers, JSON body (empty if it is not a JSON object), and the text without HTML tags.
 
-    `trouble` says why the body is not whole: it came too slowly, or is larger than `ANSWER_LIMIT`.
+    `trouble` says why the body is incomplete: it came too slowly, or is larger than `ANSWER_LIMIT`.
     """
 
     status: int
@@ -43,20 +43,20 @@ class Answer(NamedTuple):
     trouble: str
 
 
-class NoAnswer(Exception):  # noqa: N818 - what happened
-    """Nobody answered: why, without the address's path and headers, which the libraries' own texts repeat.
+class NoAnswer(Exception):  # noqa: N818 - named after what happened
+    """No answer came; the message says why, without the path and headers that the libraries' own messages repeat.
 
     `left` tells whether the request may have reached the server.
     """
 
     def __init__(self, why: str, *, left: bool) -> None:
-        """Keep both."""
+        """Keep the reason and whether the request may have left."""
         super().__init__(why)
         self.left = left
 
 
 class _Body(io.BytesIO):
-    """A request's body that knows whether it `left`: it is read when the connection stands and the header is sent."""
+    """A request body that notes when it `left`: it is first read once the connection is up and the headers are sent."""
 
     left = False
 
@@ -66,19 +66,19 @@ class _Body(io.BytesIO):
 
 
 def send(method: str, url: str, content: bytes | None = None, *, timeout: float, **fields: Any) -> Answer:  # noqa: ANN401 - requests' own keywords
-    """Send one request; `timeout` in seconds, to connect and for each wait for data, twice that for the whole.
+    """Send one request; `timeout` (seconds) bounds connecting and each wait for data, and twice that the whole.
 
     Raises:
-        NoAnswer: nobody answered.
+        NoAnswer: no answer came.
 
     """
     host, deadline = str(urlsplit(url).hostname), time.monotonic() + 2 * timeout
     body = None if content is None else _Body(content)
-    fields["auth"] = fields.get("auth") or (lambda request: request)  # else requests looks into `.netrc`
+    fields["auth"] = fields.get("auth") or (lambda request: request)  # otherwise requests reads `.netrc`
     fields |= {"data": body, "timeout": timeout, "stream": True, "allow_redirects": False}
     try:
         with requests.Session() as session:
-            session.trust_env = host not in LOOPBACK  # no proxy stands before the sandbox
+            session.trust_env = host not in LOOPBACK  # the sandbox is not behind a proxy
             session.hooks["response"].append(_go_nowhere)
             with session.request(method, url, **fields) as response:
                 return _read(response, deadline)
@@ -90,12 +90,12 @@ def send(method: str, url: str, content: bytes | None = None, *, timeout: float,
 
 
 def _go_nowhere(response: requests.Response, **_: object) -> None:
-    """Requests would read a redirect's body whole, without bounds of size or time, before it is asked for it."""
+    """Hide a redirect from requests, which would read its whole body at once, without bounds of size or time."""
     response.headers.pop("location", None)
 
 
 def _read(response: requests.Response, deadline: float) -> Answer:
-    """Read until the limit or until `deadline` of the monotonic clock, whichever comes first."""
+    """Read the answer up to `ANSWER_LIMIT` or until `deadline` (monotonic seconds), whichever comes first."""
     content, trouble = b"", ""
     while not trouble and (piece := response.raw.read1(ANSWER_LIMIT, decode_content=True)):
         content += piece
@@ -104,5 +104,5 @@ def _read(response: requests.Response, deadline: float) -> Answer:
         elif time.monotonic() > deadline:
             trouble = "the answer came too slowly"
     body, text = parse(content), re.sub(r"<[^<>]*>", " ", content.decode("utf-8", errors="replace"))
-    # A process that was stopped meanwhile finds a whole body, which was there in time.
+    # A process that was suspended meanwhile is past the deadline but may have a whole body, which came in time.
     return Answer(response.status_code, response.headers, body, text, "" if body else trouble)
