@@ -1,4 +1,4 @@
-"""Values for tests: tokens, JWTs, answers and markets, with secrets that are easy to find."""
+"""Test values: tokens, JWTs, answers and markets, with secrets that are easy to find in any output."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 KEY = "PSCanaryKey" + "k" * 25
 SECRET = "CanarySecret/" + "s" * 160 + "+Canary="
-CANARIES = ("Canary", "eyJ")  # what no message, repr or record may contain: of the credentials, of a JWT
+CANARIES = ("Canary", "eyJ")  # parts of the credentials and of every JWT, which no message, repr or record may contain
 DAY = timedelta(hours=24)
-NOW = datetime(2026, 11, 23, 8, 15, tzinfo=UTC)  # for what takes `now`; a Monday, 17:15 KST
+NOW = datetime(2026, 11, 23, 8, 15, tzinfo=UTC)  # a Monday, 17:15 KST, for functions that take `now`
 
 
 def forms(text: str) -> set[bytes]:
-    """The text as bytes, as it is and in every dress in which a log, file or database may have it.
+    """Return the text as bytes, as it is and in every encoding in which a log, file or database may hold it.
 
-    In base64 it looks different at each of three places; of these only what its neighbours do not change.
+    Base64 encodes it differently at each of three offsets; each form is cut to what its neighbours cannot change.
     """
     raw = text.encode()
     dresses = {raw, text.encode("utf-16-le"), raw.hex().encode(), quote(text).encode(), quote_plus(text).encode()}
@@ -43,7 +43,7 @@ def forms(text: str) -> set[bytes]:
 
 
 def make_jwt(key: str = KEY, *, life: float = 86_400, issued: datetime | None = None, **claims: object) -> str:
-    """A three-part JWT of `key` as KIS makes them, issued now for `life` seconds; a claim of None is left out."""
+    """Return a JWT of `key` as KIS makes them, valid `life` seconds from `issued` (now); a None claim is left out."""
     iat = int((issued or datetime.now(UTC)).timestamp())
     body = {"iss": "unogw", "iat": iat, "exp": iat + int(life), "jti": key, **claims}
     present = {name: value for name, value in body.items() if value is not None}
@@ -59,7 +59,7 @@ def make_token(
     text: str | None = None,
     rejected: bool = False,
 ) -> Token:
-    """A token that was issued `age` seconds before `now` (the present) to live `life` seconds."""
+    """Return a token issued `age` seconds before `now` (default: the present) and valid for `life` seconds."""
     now = now or datetime.now(UTC)
     issued = now - timedelta(seconds=age)
     text = text or make_jwt(life=life, issued=issued)
@@ -67,7 +67,7 @@ def make_token(
 
 
 def make_answer(life: float = 86_400, *, now: datetime | None = None) -> dict[str, object]:
-    """What tokenP answers at `now` (the present): a token of `life` seconds, its expiry told three times."""
+    """Return tokenP's answer at `now` (default: the present): a token of `life` seconds, its expiry in three forms."""
     now = (now or datetime.now(UTC)).replace(microsecond=0)
     expiry = now + timedelta(seconds=life, hours=9)
     return {
@@ -79,7 +79,7 @@ def make_answer(life: float = 86_400, *, now: datetime | None = None) -> dict[st
 
 
 def make_market(name: str = "us", /, **numbers: object) -> Market:
-    """A market of the key `KEY` in the real environment; `numbers` are fields of the settings, such as `buffer`."""
+    """Return a market with the key `KEY` in the real environment; `numbers` are settings fields, such as `buffer`."""
     found = Found()
     found.add("environment", {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET})
     found.add("environment", {f"KIS_{field.upper()}": str(value) for field, value in numbers.items()})
@@ -97,13 +97,13 @@ def in_child(work: Callable[[], object]) -> int:
         return child
     try:
         work()
-    except BaseException:  # noqa: BLE001 - the child must not run the parent's tests on
+    except BaseException:  # noqa: BLE001 - the child must not go on with the parent's tests
         os._exit(1)
     os._exit(0)
 
 
 def ended(child: int) -> int:
-    """Wait for a process of `in_child`; its exit code, or the negative number of the signal that killed it."""
+    """Wait for a process of `in_child` and return its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -114,7 +114,7 @@ def killed(child: int) -> None:
 
 
 def fill_disk(room: int = 0) -> None:
-    """From here on this child can write no file of more than `room` bytes, as on a full disk; -1 ends it."""
+    """Keep this child from writing files of more than `room` bytes, as on a full disk; -1 lifts the limit."""
     import resource  # not on every platform
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

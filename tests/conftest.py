@@ -1,4 +1,4 @@
-"""What every test stands on: a home and a folder of its own, no settings from outside, and KIS's gateway."""
+"""Fixtures for all tests: a home and a working directory of their own, no outside settings, and KIS's gateway."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = ("KIS_", "SLACK_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE")
-ISSUE_INTERVAL = 0.5  # seconds: KIS's minute, on the gateway and in the settings
+ISSUE_INTERVAL = 0.5  # seconds that stand for KIS's minute, on the gateway and in the settings
 LATENCY = 0.3  # seconds that a slow gateway takes to issue
 
-os.umask(0o022)  # whatever the machine's is: a `.env` that its group may write is ignored
-set_hypothesis_home_dir(ROOT / ".hypothesis")  # its tables, as every test works in a folder of its own
-# A busy machine is no failure, and a commit is as green for everybody: `make torture` looks for new examples.
+os.umask(0o022)  # whatever this machine's umask is: a `.env` that its group may write would be ignored
+set_hypothesis_home_dir(ROOT / ".hypothesis")  # one place for its tables, as each test has its own working directory
+# A busy machine must not fail a test, and everybody gets the same examples; `make torture` looks for new ones.
 hypothesis.settings.register_profile("house", deadline=None, derandomize="TORTURE" not in os.environ)
 hypothesis.settings.load_profile("house")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--at 2026-11-24T02:00Z` moves the clock of what runs in the tests' own process; see `make hours`."""
+    """Add `--at 2026-11-24T02:00Z`, which moves the clock of the tests' own process; see `make hours`."""
     parser.addoption("--at", type=datetime.fromisoformat, help="a moment, ISO 8601, at which the tests are run")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What stands on a running system takes longest, and begins; with a clock that is moved it is left out."""
+    """Start with the tests that need a running system, as they take longest; with `--at`, leave them out."""
     if config.getoption("--at"):
         running = {"prefect_home", "pythons"}
         items[:] = [
@@ -59,14 +59,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:  # noqa: ANN401 - xdist's
-    """Two processes share the work, a file at a time; all files of one running system stay in one process."""
+    """Give each process a file at a time; files that share a running system all go to one process."""
     scheduling = LoadFileScheduling(config, log)
     scheduling._split_scope = _place  # noqa: SLF001 - xdist 3.8 cannot rename the tests of pytest 9.2 for --dist=loadgroup
     return scheduling
 
 
 def _place(nodeid: str) -> str:
-    """The file of a test; in the order of these names they begin."""
+    """Return the group of a test, usually its file; groups start in the order of these names."""
     name = Path(nodeid.partition("::")[0]).stem
     if name.startswith("test_stack"):
         return f"0 {name}"
@@ -75,7 +75,7 @@ def _place(nodeid: str) -> str:
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A fresh home and working directory, and an environment without settings, which ends with the test."""
+    """Give the test a fresh home and working directory, and an environment without settings, until it ends."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.upper().startswith(FOREIGN)]:
         monkeypatch.delenv(name)
@@ -85,7 +85,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, value in {"HOME": home, "USERPROFILE": home, "PYTHONPATH": ROOT}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(folder)
-    sources._left.clear()  # noqa: SLF001 - of a test before
+    sources._left.clear()  # noqa: SLF001 - left by an earlier test
     yield home
     os.environ.clear()
     os.environ.update(before)
@@ -93,7 +93,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def moved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The moment of `--at`; what needs a process of its own, which has the machine's clock, is skipped there."""
+    """Run the test at the moment of `--at`, and skip it if it starts a process, which has the machine's clock."""
     at = request.config.getoption("--at")
     if at is None:
         yield
@@ -118,7 +118,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL server for all tests of this process that share one."""
+    """A PostgreSQL server shared by all tests of this process that need one."""
     from postgres import Postgres  # most tests need none
 
     with Postgres() as server:
@@ -127,15 +127,15 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture
 def fleet(postgres: Postgres) -> Fleet:
-    """A fleet's store with nothing in it."""
-    from fleets import Fleet  # the same
+    """A fleet whose store is empty."""
+    from fleets import Fleet  # most tests need none
 
     return Fleet.made(postgres)
 
 
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
-    """KIS's gateway with a minute of half a second; the settings of this process and its children point there."""
+    """KIS's gateway with a half-second cool-down; the settings of this process and its children point to it."""
     with Sandbox(issue_interval=ISSUE_INTERVAL) as running:
         monkeypatch.setenv("KIS_BASE_URL", running.url)
         monkeypatch.setenv("KIS_APP_KEY", APP_KEY)
@@ -146,7 +146,7 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Prefect server for all tests of this process that need one; the folder with its database."""
+    """A Prefect server shared by all tests of this process that need one; yields the folder with its database."""
     from httpx import TransportError
     from prefect import settings  # most tests need no Prefect
     from prefect.testing.utilities import prefect_test_harness
@@ -157,22 +157,22 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         stack.enter_context(settings.temporary_settings(own))
         try:
             stack.enter_context(prefect_test_harness(server_startup_timeout=120))
-        except TransportError:  # before it listened, a server of another test was given the port that it had chosen
+        except TransportError:  # another test's server took the chosen port before this one listened
             stack.enter_context(prefect_test_harness(server_startup_timeout=120))
         stack.enter_context(settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
         yield home
 
 
 @pytest.fixture
-def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], str]:  # noqa: ARG001 - its settings
-    """Make an exchange open so long from now, for an hour, and be all that the markets trade; its code."""
+def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], str]:  # noqa: ARG001 - for its settings
+    """Return a function that lets the only traded exchange open `ahead` from now for an hour; it returns its code."""
 
     def arrange(ahead: timedelta) -> str:
         now = datetime.now(UTC)
-        for code in ("KRX", "NASD"):  # never both are near midnight
+        for code in ("KRX", "NASD"):  # at most one of them is near midnight
             zone = ZoneInfo(sessions.exchange(code).zone)
             first, last = (now + ahead).astimezone(zone), (now + ahead + timedelta(hours=1)).astimezone(zone)
-            if first.date() == last.date() == (now - timedelta(hours=2)).astimezone(zone).date():  # runs are late too
+            if first.date() == last.date() == (now - timedelta(hours=2)).astimezone(zone).date():  # a late run, too
                 break
         monkeypatch.setenv(f"KIS_EXCHANGES__{code}__HOURS__{first:%Y-%m-%d}", f"{first:%H:%M:%S}-{last:%H:%M:%S}")
         for market in ("US", "KR"):
@@ -184,7 +184,7 @@ def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timede
 
 @pytest.fixture
 def slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlackEndpoint]:
-    """Slack behind a webhook, where the settings say so."""
+    """A stand-in for Slack, whose webhook the settings name."""
     with SlackEndpoint() as running:
         monkeypatch.setenv("SLACK_WEBHOOK_URL", running.url + HOOK)
         yield running
@@ -192,7 +192,7 @@ def slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlackEndpoint]:
 
 @pytest.fixture
 def quick(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """The gateway with a minute of a tenth of a second, and little patience for one that hangs."""
+    """The gateway with a cool-down of a tenth of a second, and a short time-out for when it hangs."""
     gateway.set_rules(issue_interval=0.1)
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0.1")
     monkeypatch.setenv("KIS_TIMEOUT", "0.3")
@@ -201,7 +201,7 @@ def quick(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 @pytest.fixture
 def nowhere(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """The gateway for a user without exchanges, whose renewals no session forbids, whatever the time of the test is."""
+    """The gateway for a user who trades no exchange, so that no session forbids a renewal at any time of day."""
     for market in ("US", "KR"):
         monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "[]")
     return gateway
@@ -209,7 +209,7 @@ def nowhere(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 @pytest.fixture
 def slow(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """The gateway with KIS's own minute, which takes its time to issue; the settings say the same."""
+    """The gateway with KIS's own minute, in the settings too, and a delay before each issue."""
     gateway.set_rules(issue_interval=60, latency=LATENCY)
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     return gateway
@@ -217,7 +217,7 @@ def slow(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
-    """Run one command line in this process, with settings of its own: its exit code and what it wrote."""
+    """Return a function that runs a command line in this process, with more settings, and returns what it left."""
     from tokencore.cli import main
 
     def run(*arguments: str, **settings: str) -> Ran:

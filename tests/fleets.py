@@ -1,4 +1,4 @@
-"""A fleet's store on a PostgreSQL server of the tests, and machines that share it: folders with their own tokens."""
+"""A fleet's store on the tests' PostgreSQL server, and machines that share it, each with its own token directory."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
     from tokencore.tokens import Token
 
-MINUTE, TIMEOUT = 0.5, 1.0  # seconds: KIS's minute, and KIS_TIMEOUT; what was sent and never answered is over after 2.5
+MINUTE, TIMEOUT = 0.5, 1.0  # seconds: KIS's minute, KIS_TIMEOUT; an unanswered request holds the others back for 2.5
 
 
 class Fleet(NamedTuple):
-    """Its server, its address for the machines' role, and its Fernet key."""
+    """A fleet's store: its server, its address for the machines' role, and its Fernet key."""
 
     server: Postgres
     url: str
@@ -38,32 +38,32 @@ class Fleet(NamedTuple):
 
     @classmethod
     def made(cls, server: Postgres) -> Fleet:
-        """Empty tables, of the superuser."""
+        """Make the tables, empty and owned by the superuser."""
         server.sql("drop table if exists tokencore_key, tokencore_attempt")
         database.make_tables(server.url())
         return cls(server, f"{server.url()}?sslmode=disable", Fernet.generate_key().decode())
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """The settings of a machine with that token directory."""
+        """Return the environment variables of a machine with that token directory."""
         return {"KIS_STORE": self.url, "KIS_STORE_KEYS": self.key, "KIS_TOKEN_DIR": str(folder)}
 
     def numbers(self, folder: Path) -> dict[str, Any]:
-        """The same for `make_market`."""
+        """Return the same settings as arguments for `make_market`."""
         return {"store": SecretStr(self.url), "store_keys": [SecretStr(self.key)], "token_dir": str(folder)}
 
     def behind(self, relay: Relay) -> Fleet:
-        """The same store, reached through the relay."""
+        """Return the same store, reached through the relay."""
         return self._replace(url=self.url.replace(f":{self.server.port}/", f":{relay.port}/"))
 
 
-POINTS = {"begun": "begin", "departed": "depart", "answered": "finish"}  # of a renewal, and the store's part in it
+POINTS = {"begun": "begin", "departed": "depart", "answered": "finish"}  # points of a renewal: the store's methods
 
 
 class Machine:
-    """A machine of the fleet: its own folder, the same key as the others."""
+    """A machine of the fleet, with a folder of its own and the same key as the others."""
 
     def __init__(self, fleet: Fleet, folder: Path, gateway: Sandbox, *, key: str = KEY, **numbers: Any) -> None:  # noqa: ANN401 - fields of the settings
-        """Nothing is opened yet; `numbers` as of `make_market`."""
+        """Make the folder without connecting to the store yet; `numbers` are those of `make_market`."""
         folder.mkdir(parents=True, mode=0o700)
         self.folder = folder
         numbers = {"issue_interval": MINUTE, "timeout": TIMEOUT, **fleet.numbers(folder), **numbers}
@@ -73,7 +73,7 @@ class Machine:
         self.environment = own | fleet.environment(folder)
 
     def get(self) -> str:
-        """What a program on it gets."""
+        """Return the token that a program on this machine gets."""
         token = self.store.read()[0]
         if token is None or not token.serves(datetime.now(UTC), 0):
             renewer = Renewer([self.market], self.store)
@@ -81,13 +81,13 @@ class Machine:
         return token.access_token
 
     def start(self, at: str = "", fault: int = 0) -> int:
-        """The same in a process of its own, which sends itself a signal at that point; its token is in `got` then."""
+        """Do the same in a child process, which sends itself the signal `fault` at that point; `got` has its token."""
 
         def program() -> None:
             if at:
                 self._stop(at, fault)
             (self.folder / "got").write_text(self.get())
-            for thread in threading.enumerate():  # as at the end of a program
+            for thread in threading.enumerate():  # as the interpreter does at its end
                 if not thread.daemon and thread is not threading.current_thread():
                     thread.join()
 
@@ -96,7 +96,7 @@ class Machine:
     def _stop(self, at: str, fault: int) -> None:
         work = getattr(self.store, POINTS[at])
 
-        def stopped(*given: Any) -> Any:  # noqa: ANN401 - as it is there
+        def stopped(*given: Any) -> Any:  # noqa: ANN401 - as the store's method has it
             done = None if at == "answered" else work(*given)
             os.kill(os.getpid(), fault)
             return work(*given) if at == "answered" else done
@@ -105,37 +105,37 @@ class Machine:
 
     @property
     def got(self) -> str:
-        """What the process got; empty where nothing."""
+        """The token that the process got, or an empty string."""
         path = self.folder / "got"
         return path.read_text() if path.exists() else ""
 
     @property
     def has(self) -> str:
-        """The token in its files; `rejected` for one that KIS has rejected."""
+        """The token in its files: empty if there is none, `rejected` if KIS has rejected it."""
         token = FileStore(self.market, tuple).read()[0]
         return "" if token is None else "rejected" if token.rejected_at else token.access_token
 
     def look(self) -> str:
-        """The same, once it has looked into the store."""
+        """Look into the store, then return `has`."""
         with self.store.lock(wait=5):
             return self.has
 
     def save(self, token: Token) -> str:
-        """Save it, for all machines; its text."""
+        """Save the token for all machines and return its text."""
         with self.store.lock(wait=5):
             self.store.save(token)
         return token.access_token
 
 
 class Relay:
-    """A way to the server on a port of its own that stands still while `open` is not set.
+    """A proxy to the server on a port of its own, which passes nothing on while `open` is not set.
 
-    Where the next statement has the words `lose`, its connection is cut before its answer; without `notifies` LISTEN
-    hears nothing, as behind poolers.
+    The next statement that contains `lose` loses its connection before the answer; without `notifies`, LISTEN hears
+    nothing, as behind a pooler.
     """
 
     def __init__(self, port: int, *, notifies: bool = True) -> None:
-        """Lead to `port`."""
+        """Forward to `port` on loopback."""
         self._target, self._notifies = port, notifies
         self.open, self.lose = threading.Event(), b""
         self._socket = socket.create_server(("127.0.0.1", 0))

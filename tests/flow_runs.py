@@ -1,4 +1,4 @@
-"""Keys as they are at some moment, and flow runs on a real Prefect server: run to their end in this process."""
+"""Key states at a given moment, and flow runs on a real Prefect server, run to their end in this process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def run(flow: Flow[..., State], name: str | None = None, tags: Sequence[str] = (), **parameters: object) -> State:
-    """The final state of a run that is due now."""
+    """Run the flow as due now and return the run's final state."""
     due: State[Any] = Scheduled(scheduled_time=datetime.now(UTC))
     with get_client(sync_client=True) as client:
         made = client.create_flow_run(flow, name=name, tags=tags, parameters=parameters, state=due)
@@ -39,60 +39,60 @@ def run(flow: Flow[..., State], name: str | None = None, tags: Sequence[str] = (
 
 
 def only_key() -> Key:
-    """The key of all markets."""
+    """Return the key that all markets share."""
     (key,) = Key.load(Settings.load())
     return key
 
 
 def attempted(text: str, now: datetime) -> list[Attempt]:
-    """Attempts as `issued 60, limit 0`: their outcome, and minutes before `now`."""
+    """Parse attempts such as `issued 60, limit 0`: each outcome, and its minutes before `now`."""
     words = [one.split() for one in text.split(", ") if one]
     return [Attempt(now - timedelta(minutes=float(ago)), Outcome(outcome), "EGW0") for outcome, ago in words]
 
 
 def state_of(now: datetime, token: Token | None = None, past: str | Sequence[Attempt] = ()) -> KeyState:
-    """The state of the settings' only key with this token and record."""
+    """Return the state of the only key with this token and this record of attempts."""
     key = only_key()
-    key.market.settings.issue_interval = 60  # whatever this process's gateway has
+    key.market.settings.issue_interval = 60  # whatever the gateway of this process has
     known = attempted(past, now) if isinstance(past, str) else past
     own = [one._replace(credentials=key.renewer.credentials) for one in known]
     return KeyState(key, now, token, "", own)
 
 
 def end_of(state: State) -> tuple[str, str]:
-    """Type and name."""
+    """Return the state's type and name."""
     return state.type.value, str(state.name)
 
 
-def refreshed(market: str = "us", **given: Any) -> State:  # noqa: ANN401 - what the form has
-    """The final state of a refresh that nobody has to confirm."""
+def refreshed(market: str = "us", **given: Any) -> State:  # noqa: ANN401 - the form's fields
+    """Run a refresh that nobody has to confirm, and return its final state."""
     return run(refresh_token, market=market, **given)
 
 
 class Waiting(NamedTuple):
-    """A refresh that waits for a person: the run, what the page asks, and its end to come."""
+    """A refresh that waits for a person: the run, the question on its page, and its end as a future."""
 
     run: UUID
     question: str
     end: Future[State]
 
     def answer(self, decision: str) -> State:
-        """What the page's Resume does with a person's decision; the final state."""
+        """Resume the run with a person's decision, as the page does, and return its final state."""
         with get_client(sync_client=True) as client:
             client.resume_flow_run(self.run, run_input={"decision": decision})
         return self.end.result()
 
 
 @contextlib.contextmanager
-def paused(**given: Any) -> Iterator[Waiting]:  # noqa: ANN401 - what the form has
-    """A refresh that has come to the point where a person is asked."""
+def paused(**given: Any) -> Iterator[Waiting]:  # noqa: ANN401 - the form's fields
+    """Start a refresh, and yield it once it has paused to ask a person."""
     with ThreadPoolExecutor(1) as pool, get_client(sync_client=True) as client:
         end = pool.submit(contextvars.copy_context().run, functools.partial(refreshed, **given))
         found: list[tuple[UUID, str]] = []
         while not found:
             assert not end.done(), f"no run waits for a person: {end.result()}"
             time.sleep(0.1)
-            with contextlib.suppress(PrefectHTTPStatusError):  # the question follows a moment later
+            with contextlib.suppress(PrefectHTTPStatusError):  # the question is stored a moment after the pause
                 found = [
                     (one.id, client.request("GET", f"/flow_runs/{one.id}/input/{keys['description']}").json())  # type: ignore[arg-type]
                     for one in client.read_flow_runs()
@@ -102,7 +102,7 @@ def paused(**given: Any) -> Iterator[Waiting]:  # noqa: ANN401 - what the form h
 
 
 def planned_runs() -> dict[str, list[datetime | None]]:
-    """The moments of the scheduled renewals by key."""
+    """Return the times of the scheduled renewals by the key's label."""
     found: dict[str, list[datetime | None]] = {}
     with get_client(sync_client=True) as client:
         for one in client.read_flow_runs():

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own on loopback, for tests: made, started, killed and started again."""
+"""A PostgreSQL server of the tests' own on loopback, which can be started, killed and started again."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ needs_postgres = pytest.mark.skipif(PROGRAMS is None, reason="no PostgreSQL serv
 
 
 class Postgres:
-    """The server while a `with` block lasts, with SCRAM passwords, TLS and a superuser `admin`, on `port`."""
+    """A server on `port` for the length of a `with` block, with SCRAM passwords, TLS and a superuser `admin`."""
 
     def __init__(self, *options: str) -> None:
-        """Take more settings, such as `max_connections=10`; `fsync` is on as usual only where they say so."""
+        """Take further settings, such as `max_connections=10`; `fsync` is off unless they turn it on."""
         self.folder, self.port = Path(tempfile.mkdtemp(prefix="tokencore-postgres-")), free_port()
         self.options = [f"-c{one}" for one in ("listen_addresses=127.0.0.1", "ssl=on", "fsync=off", *options)]
-        self.certificate = self.folder / "data" / "server.crt"  # of `localhost`, signed by itself
+        self.certificate = self.folder / "data" / "server.crt"  # self-signed, for `localhost`
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -49,7 +49,7 @@ class Postgres:
         shutil.rmtree(self.folder)
 
     def start(self) -> None:
-        """Start it, or start it again; returns when it takes connections."""
+        """Start the server, also after `stop`, and wait until it accepts connections."""
         where = ["-D", str(self.folder / "data"), "-k", str(self.folder), "-p", str(self.port)]
         with (self.folder / "log").open("wb") as log:
             command = [f"{PROGRAMS}/postgres", *where, *self.options]
@@ -57,39 +57,39 @@ class Postgres:
         until(lambda: b"ready to accept connections" in (self.folder / "log").read_bytes(), 60)
 
     def stop(self, how: int = signal.SIGINT) -> None:
-        """End it, and its connections: SIGINT in order, SIGQUIT at once, as a crash does."""
+        """Stop the server and its connections: in order with SIGINT, at once with SIGQUIT, as in a crash."""
         if self.process:
             self.process.send_signal(how)
             self.process.wait(60)
             self.process = None
 
     def send(self, number: int) -> None:
-        """SIGSTOP to all its processes, as on a host that hangs, or SIGCONT; each has a session of its own."""
+        """Send SIGSTOP (as if the host hung) or SIGCONT to each of its processes, as each has a session of its own."""
         main = self.process.pid if self.process else 0
-        os.kill(main, signal.SIGSTOP)  # the list of its children is whole while it stands still
+        os.kill(main, signal.SIGSTOP)  # its list of children cannot change while it is stopped
         for child in (*Path(f"/proc/{main}/task/{main}/children").read_text().split(), str(main)):
             with suppress(ProcessLookupError):  # it has ended meanwhile
                 os.kill(int(child), number)
 
     def url(self, database: str = "postgres", role: str = "admin", scheme: str = "postgresql") -> str:
-        """The address of a database for a role."""
+        """Return the address of a database for a role."""
         return f"{scheme}://{role}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
 
     def sql(self, *statements: str, database: str = "postgres") -> str:
-        """What the statements, each in a transaction of its own, print: a row a line, columns apart by `|`."""
+        """Run each statement in its own transaction; return the rows, one a line, with columns separated by `|`."""
         commands = [part for one in statements for part in ("-c", one)]
         return run("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", *commands, self.url(database)).strip()
 
 
 def run(name: str, *arguments: str) -> str:
-    """What PostgreSQL's program of that name prints."""
+    """Run the PostgreSQL program of that name and return its output."""
     return subprocess.run(
         [f"{PROGRAMS}/{name}", *arguments], user=USER, cwd="/", check=True, capture_output=True, text=True
     ).stdout
 
 
 def own(*paths: Path) -> None:
-    """Give the files to the server."""
+    """Make the server's user the owner of the files."""
     for path in paths:
         if USER:
             shutil.chown(path, USER)

@@ -1,4 +1,4 @@
-"""The real command, real processes and real token files, and what they leave behind."""
+"""Helpers for the real command, real processes and real token files: run them and read what they leave behind."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Ran(NamedTuple):
 
 
 def tokencore(*arguments: str, **settings: str) -> Ran:
-    """Run `python -m tokencore` to its end, with environment variables beside the present ones."""
+    """Run `python -m tokencore` to its end, with `settings` added to the environment."""
     command = [sys.executable, "-m", "tokencore", *arguments]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
 def start(program: str, *arguments: str, **settings: str) -> subprocess.Popen[str]:
-    """Start a Python program, given as text, with pipes to its standard input and output."""
+    """Start a Python program, given as text, with pipes to its standard input, output and error."""
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([sys.executable, "-c", program, *arguments], text=True, env=os.environ | settings, **pipes)
 
 
 def forked(count: int, work: Callable[[int], object]) -> list[Any]:
-    """What `work` returns, or its error as text, in each of so many processes that are forked and begin at once."""
+    """Run `work` at once in `count` forked processes, and return what each returned, or its error as text."""
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(count), context.SimpleQueue()
 
@@ -57,7 +57,7 @@ def forked(count: int, work: Callable[[int], object]) -> list[Any]:
         barrier.wait()
         try:
             results.put(work(number))
-        except Exception as error:  # noqa: BLE001 - the test compares
+        except Exception as error:  # noqa: BLE001 - the test compares it
             results.put(repr(error))
 
     processes = [context.Process(target=run, args=(number,)) for number in range(count)]
@@ -70,7 +70,7 @@ def forked(count: int, work: Callable[[int], object]) -> list[Any]:
 
 
 def until(happened: Callable[[], bool], within: float = 30) -> float:
-    """Wait for something to happen; how many seconds it took."""
+    """Wait for something to happen, and return how many seconds it took."""
     began = time.monotonic()
     while not happened():
         assert time.monotonic() - began < within, "it did not happen"
@@ -79,64 +79,64 @@ def until(happened: Callable[[], bool], within: float = 30) -> float:
 
 
 def asked(gateway: Sandbox) -> int:
-    """How many requests have reached tokenP."""
+    """Return how many requests have reached tokenP."""
     count: int = gateway.stats()["token_requests"]
     return count
 
 
 def on_disk(market: str = "us") -> Token:
-    """The token in the market's file."""
+    """Return the market's token as it is on disk."""
     token = TokenManager(market).load_token()
     assert token is not None
     return token
 
 
 def cached(left: float = DAY, age: float | None = None) -> Token:
-    """A token in the files of us and kr that has `left` seconds to live; it was issued `age` seconds ago."""
+    """Save a token for us and kr that has `left` seconds to live and was issued `age` seconds ago; return it."""
     age = DAY - left if age is None else age
     TokenManager("us").save_token(make_token(age + left, age=age))
     return on_disk()
 
 
 def one_line(ran: Ran) -> str:
-    """The sentence on standard error: one line, without a traceback; nothing on standard output."""
+    """Return the sentence on standard error, which must be one line without a traceback, with no other output."""
     assert ran.out == ""
     assert re.fullmatch(r"tokencore: [^\n]+[.!]\n", ran.err), ran.err
     return ran.err
 
 
 def issue_of(token: Token) -> datetime:
-    """When the token was issued."""
+    """Return when the token was issued."""
     assert token.issued_at is not None
     return token.issued_at
 
 
 def outcomes() -> list[str]:
-    """What the issuance record says of every attempt."""
+    """Return the outcomes of all attempts in the issuance record of us."""
     return [attempt.outcome.value for attempt in TokenManager("us").history()]
 
 
 def folder() -> Path:
-    """The token directory."""
+    """Return the path of the token directory."""
     return Path.home() / ".tokencore"
 
 
 def raised(work: Callable[[], object]) -> TokenError:
-    """The package's error that `work` ends with."""
+    """Return the `TokenError` that `work` must raise."""
     with pytest.raises(TokenError) as caught:
         work()
     return caught.value
 
 
 def limited(work: Callable[[], object]) -> tuple[str | None, datetime | None]:
-    """The limit that `work` meets, and until when."""
+    """Return which limit `work` runs into, and when it ends."""
     error = raised(work)
     assert isinstance(error, IssuanceLimitError), error
     return error.cause, error.retry_at
 
 
 def record(*attempts: Attempt) -> None:
-    """Put attempts into the record of the first key."""
+    """Add attempts to the first key's record."""
     store = Key.load(Settings.load())[0].store
     with store.lock(wait=5):
         for attempt in attempts:
@@ -144,6 +144,6 @@ def record(*attempts: Attempt) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Everything under a folder that a write would change."""
+    """Return everything about a folder and its contents that a write would change."""
     found = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
     return {str(path): (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_mode) for path, s in found.items()}

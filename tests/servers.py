@@ -1,4 +1,4 @@
-"""Stand-ins: servers on loopback for what no gateway does, Slack among them, and a keyring in a file."""
+"""Stand-ins for tests: loopback servers, such as Slack and a KIS with a script, and a keyring in a file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
 
 HOOK = "/services/T000/B000/canary-of-the-webhook"
-CHANNEL = "C0TOKENS"  # its number, which Slack's API answers with whatever the channel is called
+CHANNEL = "C0TOKENS"  # the channel's id, with which Slack's API answers whatever name it was given
 DRIP = 0.02  # seconds between two bytes of an answer that never ends
 
 
 class Wire(ThreadingTCPServer):
-    """Answers every connection with `reply`, whatever it is, in clear or encrypted, and keeps what it was sent."""
+    """Answers every connection with `reply`, in clear or encrypted, and keeps the requests."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -38,9 +38,9 @@ class Wire(ThreadingTCPServer):
         """Open a port."""
         super().__init__((host, 0), StreamRequestHandler)
         self.reply = reply
-        self.drip = b""  # sent by the byte before it
+        self.drip = b""  # sent before the reply, byte by byte
         self.requests: list[bytes] = []
-        self.raw = False  # whether the reply is sent past the encryption: no TLS record begins like that
+        self.raw = False  # whether the reply bypasses the encryption, so that the client reads no TLS record
         self._context = context
         self.url = f"{'https' if context else 'http'}://{host}:{self.server_address[1]}"
 
@@ -53,21 +53,21 @@ class Wire(ThreadingTCPServer):
         self.server_close()
 
     def answer(self, status: int, body: object, **headers: str) -> None:
-        """Answer from now on with this status and JSON, or bytes as they are."""
+        """Answer from now on with this status and a body: JSON, or bytes as they are."""
         self.reply = _answer(status, body, headers)
 
     def finish_request(self, request: Any, client_address: object) -> None:  # noqa: ANN401, ARG002 - as the base has it
         """Answer one connection."""
         with self._context.wrap_socket(request, server_side=True) if self._context else request as connection:
             reply = self._reply_to(_received(connection))
-            for at in range(len(self.drip)):  # not to its end within a test
+            for at in range(len(self.drip)):  # too long for a test to see its end
                 connection.sendall(self.drip[at : at + 1])
                 time.sleep(DRIP)
             with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
                 (bare if self.raw else connection).sendall(reply)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Let those be who hang up."""
+        """Ignore clients that hang up."""
 
     def _reply_to(self, request: bytes) -> bytes:
         self.requests.append(request)
@@ -82,14 +82,14 @@ def _answer(status: int, body: object, headers: Mapping[str, str]) -> bytes:
 
 
 def _parsed(request: bytes) -> tuple[str, dict[str, str], bytes]:
-    """The path of a request, its headers by names in small letters, and its body."""
+    """Return a request's path, its headers by lower-case name, and its body."""
     head, _, body = request.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     return first.split()[1], {name.lower(): value for name, _, value in (one.partition(": ") for one in lines)}, body
 
 
 def _received(connection: socket.socket) -> bytes:
-    """A whole request, its body out of the chunks where it came in some."""
+    """Read a whole request, joining the chunks of a chunked body."""
     with connection.makefile("rb") as stream:
         head = b"".join(takewhile(b"\r\n".__ne__, iter(stream.readline, b""))) + b"\r\n"
         if b"transfer-encoding: chunked" in head.lower():
@@ -102,10 +102,10 @@ def _received(connection: socket.socket) -> bytes:
 
 
 class Scripted(Wire):
-    """A KIS that issues like the sandbox behind it and gives its other answers in order, the last one for ever."""
+    """A KIS that issues as the sandbox behind it does; its other answers follow a script, whose last one repeats."""
 
     class Answer(NamedTuple):
-        """Status, code, where in the body that stands, what the body is said to be, and where a redirect leads."""
+        """An answer: status, KIS's code and the body's field for it, content type, and where a redirect leads."""
 
         status: int = 200
         code: str = "MCA00000"
@@ -114,7 +114,7 @@ class Scripted(Wire):
         location: str = ""
 
     def __init__(self, gateway: Sandbox, *answers: Answer) -> None:
-        """Answer as given; requests for a token go to `gateway`."""
+        """Answer with `answers` in order; requests for a token go to `gateway`."""
         super().__init__()
         self.seen: list[tuple[dict[str, str], bytes]] = []
         self.script = list(answers or [self.Answer()])
@@ -134,7 +134,7 @@ class Scripted(Wire):
 
 
 class Answers(Wire):
-    """A server that answers each path with a status and JSON, 404 where it knows none, with the headers of the test."""
+    """A server that answers each path with its status and JSON, or 404, and with the headers that a test sets."""
 
     def __init__(self) -> None:
         """Answer 404 to everything."""
@@ -150,16 +150,16 @@ class Answers(Wire):
 
 
 class SlackEndpoint(Wire):
-    """Slack, by webhooks and chat.postMessage, which records what it is sent."""
+    """A Slack that takes webhook calls and chat.postMessage, and records what it is sent."""
 
     def __init__(self) -> None:
         """Record nothing yet."""
         super().__init__()
-        self.messages: list[dict[str, Any]] = []  # those that it took
+        self.messages: list[dict[str, Any]] = []  # those that it accepted
         self.asked: list[tuple[str, str]] = []  # path and authorization of all requests
-        # Statuses of the next answers, or pairs of one and the webhook's word: 200 once there is none, 0 means silence.
+        # Statuses of the next answers, or pairs of a status and the webhook's word; 0 is silence. Without any: 200.
         self.answers: list[int | tuple[int, str]] = []
-        self.bot_answers: list[dict[str, Any]] = []  # what the API says next; it posts once there is none
+        self.bot_answers: list[dict[str, Any]] = []  # the API's next answers; without any it accepts the message
         self.retry_after = 1  # seconds that a refusal asks for
         self._closing = threading.Event()
 
@@ -169,7 +169,7 @@ class SlackEndpoint(Wire):
 
     @property
     def headlines(self) -> list[str]:
-        """The headers of the messages that it took, without the icon."""
+        """The headers of the accepted messages, without the icon."""
         return [message["blocks"][0]["text"]["text"].partition(": ")[2] for message in self.messages]
 
     def _reply_to(self, request: bytes) -> bytes:
@@ -190,12 +190,12 @@ class SlackEndpoint(Wire):
 
 
 class Keyring(KeyringBackend):
-    """Answers from `keyring.json` of the home, or with the error that it names; locked without it. Notes questions."""
+    """Answers from the home's `keyring.json` or raises the error named there; locked without it. Logs each question."""
 
     priority = 1
 
     def get_password(self, service: str, username: str) -> str | None:
-        """The secret of `username` in `service`."""
+        """Return the secret of `username` in `service`."""
         with (Path.home() / "keyring.log").open("a") as log:
             log.write(f"{service} {username}\n")
         try:
@@ -208,5 +208,5 @@ class Keyring(KeyringBackend):
         return found
 
     def set_password(self, service: str, username: str, password: str) -> None:
-        """Not by us."""
+        """Refuse, as tokencore never writes to the keyring."""
         raise NotImplementedError

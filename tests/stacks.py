@@ -1,4 +1,4 @@
-"""The running system on folders and ports of its own, for tests: started, asked, and looked for in /proc."""
+"""A running stack on folders and ports of its own, for tests: start it, ask it, and find its processes in /proc."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tokencore.sandbox import APP_KEY, APP_SECRET
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET}
-MARK = "PYTHON_TEST_MARK"  # in the environment of all that a test starts, at whatever remove
-SLOW = 90  # seconds for what takes a few on two idle cores
+MARK = "PYTHON_TEST_MARK"  # in the environment of every process that a test starts, directly or not
+SLOW = 90  # seconds to allow for what takes a few on two idle cores
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
 
 class Place(NamedTuple):
-    """A machine's worth of folders for one system, and the environment that leads there."""
+    """The folders of one machine, and the environment that makes programs use them."""
 
     home: Path
     work: Path
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
     @classmethod
     def made(cls, folder: Path, **settings: str) -> Place:
-        """Folders below `folder`, and a port, with more environment variables."""
+        """Make the folders below `folder`, and choose a port; `settings` are further environment variables."""
         known = {k: v for k, v in os.environ.items() if not k.startswith(("KIS_", "SLACK_", "PREFECT_"))}
         place = cls(folder / "home", folder / "work", folder / "tmp", known)
         for one in place[:3]:
@@ -49,23 +49,23 @@ class Place(NamedTuple):
         return place
 
     def dotenv(self, **settings: str) -> None:
-        """Write `.env`."""
+        """Write these settings to the `.env` of the working directory."""
         (self.work / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start `python -m flows.stack`, its output and errors in one pipe."""
+        """Start `python -m flows.stack` with its output and errors in one pipe."""
         command = [sys.executable, "-m", "flows.stack", *arguments]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, env=self.environment, cwd=self.work, **pipes)
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """Run it to its end; exit code and output."""
+        """Run `python -m flows.stack` to its end, and return exit code and output."""
         started = self.start(*arguments)
         output = started.communicate(timeout=3 * SLOW)[0]
         return started.returncode, output
 
     def up(self) -> Up:
-        """Start it in the background; it has no password but its own."""
+        """Start the stack in the background, with the password that it generates for itself."""
         code, output = self.run("up")
         assert code == 0, output
         lines = (self.work / ".env").read_text().splitlines()
@@ -74,7 +74,7 @@ class Place(NamedTuple):
         return Up(self, output, folder, url, (folder / "password").read_text().strip())
 
     def living(self) -> dict[int, str]:
-        """The command lines of all processes that come from here, by number."""
+        """Return the command lines of all processes that were started from here, by process id."""
         mark = f"{MARK}={self.environment[MARK]}"
         numbers = [int(process.name) for process in Path("/proc").glob("[0-9]*")]
         mine = [number for number in numbers if mark in environment_of(number)]
@@ -82,7 +82,7 @@ class Place(NamedTuple):
 
 
 class Up(NamedTuple):
-    """A stack in the background: where, what `up` printed, its folder, its server's address and password."""
+    """A stack in the background: its place, what `up` printed, its folder, its server's address and password."""
 
     place: Place
     output: str
@@ -91,40 +91,40 @@ class Up(NamedTuple):
     password: str
 
     def processes(self) -> dict[str, int]:
-        """Its parts that live, by name."""
+        """Return the process ids of its running parts, by name."""
         return supervisor.running(self.folder)
 
     def control(self, *command: str) -> str:
-        """What supervisorctl says."""
+        """Run a supervisorctl command and return its output."""
         program = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(self.folder / "supervisord.conf")]
         return subprocess.run([*program, *command], capture_output=True, text=True, check=True).stdout.strip()
 
     def api(self, method: str, path: str, content: object = None, **headers: str) -> requests.Response:
-        """What the server answers to one who knows the password."""
+        """Send a request to Prefect's API with the password, and return the answer."""
         with requests.Session() as session:
             session.mount("http://", HTTPAdapter(max_retries=BUSY))
-            session.auth = tuple(self.password.split(":", 1))  # type: ignore[assignment] # two, by its form
+            session.auth = tuple(self.password.split(":", 1))  # type: ignore[assignment] # user and password
             session.headers.update({"Connection": "close", **headers})  # the server hangs up after a 503
             return session.request(method, f"{self.url}/api/{path}", json=content, timeout=60)
 
     def create(self, deployment: str, **content: object) -> str:
-        """A new run of the deployment; its id."""
+        """Create a run of the deployment and return its id."""
         found = self.api("GET", f"deployments/name/{deployment}").json()["id"]
         return str(self.api("POST", f"deployments/{found}/create_flow_run", content).json()["id"])
 
     def look(self, run: str) -> dict[str, Any]:
-        """The run as the server has it."""
+        """Return the run as the server shows it."""
         found: dict[str, Any] = self.api("GET", f"flow_runs/{run}").json()
         return found
 
     def state(self, run: str) -> tuple[str, str]:
-        """Type and name of its state."""
+        """Return the type and name of the run's state."""
         state = self.look(run)["state"]
         return state["type"], state["name"]
 
 
 def environment_of(process: int) -> set[str]:
-    """The environment of a process, as `NAME=value`; empty where it has ended, or is another user's."""
+    """Return a process's environment as `NAME=value`; empty if it has ended or is another user's."""
     try:
         return {one.decode(errors="replace") for one in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")}
     except OSError:
@@ -132,7 +132,7 @@ def environment_of(process: int) -> set[str]:
 
 
 def always_open(*exchanges: str) -> dict[str, str]:
-    """Settings by which these exchanges have a session now that ends within the hour, whatever day it is."""
+    """Return settings that give these exchanges a session that runs now and ends within the hour, on any day."""
     found = {}
     for code in exchanges:
         now = datetime.now(ZoneInfo(sessions.exchange(code).zone))
@@ -142,7 +142,7 @@ def always_open(*exchanges: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has."""
+    """Return a free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,9 +1,9 @@
-"""Commands in real processes that stop before every file and network call, so that a test decides how each goes on.
+"""Commands in real processes that stop before every file and network call, where a test decides how each goes on.
 
-The processes, files, locks, sockets and deaths are real; KIS is the sandbox with KIS's own rules. Time is given at the
-stops, so that a minute's cool-down costs nothing and a clock can be set between any two calls. A renewal ahead, which
-runs in a thread beside its caller, is run inside `Thread.start`: each of its calls is then a stop like the others, and
-a process that ends before its thread is one that is killed at one of them.
+The processes, files, locks, sockets and deaths are real; KIS is the sandbox with KIS's own rules. Each stop tells the
+process the time, so that a minute's cool-down costs nothing and a clock can be set between any two calls. A renewal
+ahead, normally a thread of its caller, runs inside `Thread.start`: each of its calls is then a stop like the others,
+and killing the process at one of them shows what happens if it ends before the thread does.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ if TYPE_CHECKING:
 
     from tokencore.sandbox.rules import Answer, Request
 
-FULL = "TORTURE" in os.environ  # every case; otherwise a part of them that changes with each kind of fault
+FULL = "TORTURE" in os.environ  # try every case; otherwise a part, which differs between the kinds of fault
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0
 MARKETS = ("us", "kr")
 START = datetime(2026, 11, 24, 4, tzinfo=UTC).timestamp()
-NAP = 1.0  # seconds that every sleep takes at least: a minute of short looks would be thousands of stops
+NAP = 1.0  # seconds that every sleep takes at least: polling for a minute would be thousands of stops
 TICK = 0.001  # seconds that every call takes
 ON_PATHS = "stat lstat open mkdir unlink remove rename replace link chmod utime listdir scandir readlink"
 ON_DESCRIPTORS = "read write fstat fsync fchmod lseek close"
 WATCHED = {fcntl: "flock", os: f"{ON_PATHS} {ON_DESCRIPTORS}", socket.socket: "connect sendall recv_into close"}
-HOLDERS = (".json", ".aside")  # of names of files that may hold a token
-ENDS = (".json", "_token_issued_at.dat", ".lock", ".jsonl", ".aside", ".gitignore")  # of names that may stay
-_utime = os.utime  # before a process watches it
+HOLDERS = (".json", ".aside")  # endings of the files that may hold a token
+ENDS = (".json", "_token_issued_at.dat", ".lock", ".jsonl", ".aside", ".gitignore")  # of all files that may stay
+_utime = os.utime  # the real one, before a process replaces it
 _keys = itertools.count(1)
 
 
 @dataclass
 class Clock:
-    """The true time in epoch seconds, by which KIS goes, and what this machine makes of it."""
+    """The true time in epoch seconds, which KIS uses, and how the machine's clocks differ from it."""
 
     true: float = START
     wrong: float = 0.0  # seconds that the machine's clock is ahead
-    slept: float = 0.0  # seconds in which the machine slept, which no monotonic clock counts
+    slept: float = 0.0  # seconds that the machine has slept, which its monotonic clock does not count
 
     @property
     def shown(self) -> float:
@@ -88,7 +88,7 @@ class Clock:
 
 
 class Asked(NamedTuple):
-    """A request that reached tokenP, when, and what it brought."""
+    """A request that reached tokenP: when, its outcome, and the token in the answer."""
 
     at: float
     outcome: str
@@ -96,10 +96,10 @@ class Asked(NamedTuple):
 
 
 class Kis(Sandbox):
-    """The gateway by the clock of the test, which remembers what each key asked for."""
+    """The sandbox gateway on the test's clock; it remembers each key's requests."""
 
     def __init__(self) -> None:
-        """Keep KIS's own rules: a day, six hours, a minute."""
+        """Use KIS's own rules: a day, six hours, a minute."""
         super().__init__()
         self.clock = Clock()
         self.asked: dict[str, list[Asked]] = {}
@@ -110,26 +110,26 @@ class Kis(Sandbox):
         return self
 
     def down(self) -> None:
-        """Let the port be closed."""
+        """Close the port."""
         self.__exit__()
 
     def well(self) -> None:
-        """Behave again."""
+        """End all faults and open the port again."""
         self.clear()
         self.rules = RULES
         if self.closing.is_set():
             self.__enter__()
 
     def forget(self, key: str) -> None:
-        """Let KIS issue a new token with the next request of the key, whatever the age of the last one."""
+        """Let the key's next request get a new token, however young the last one is."""
         self._customers[key].token = None
 
     def expiry(self, token: str) -> float:
-        """When a token expires, in epoch seconds."""
+        """Return when a token expires, in epoch seconds."""
         return self._tokens[token].expires
 
     def respond(self, request: Request, now: float) -> Answer:
-        """As the gateway, at the time of the test's clock."""
+        """Answer as the gateway does, at the time of the test's clock."""
         now = self.clock.true
         answer = super().respond(request, now)
         if request.path == TOKEN:
@@ -139,16 +139,16 @@ class Kis(Sandbox):
 
 
 class _InOnePiece(_Handler):
-    wbufsize = -1  # how often a process reads must not be chance
+    wbufsize = -1  # so that a process always needs the same number of reads
 
 
 class Stepped:
-    """A process that stands before its next call, named by `at`; None once it has ended."""
+    """A process that is stopped before its next call, named by `at`, which is None once the process has ended."""
 
-    ran: Ran  # what it left behind
+    ran: Ran  # its exit code and output
 
     def __init__(self, work: Callable[[], int], folder: Path, clock: Clock, settings: dict[str, str]) -> None:
-        """Start `work`, whose result is the exit code, and stop it before its first call in `folder`."""
+        """Start `work`, which returns the exit code, and stop it before its first call in `folder`."""
         self._clock = clock
         self._pipe, theirs = Pipe()
         self.pid = os.fork()
@@ -158,26 +158,26 @@ class Stepped:
         self.at = self._arrived()
 
     def go(self, error: int = 0, *, torn: bool = False) -> None:
-        """Make the call, or let it fail with `error`, or write only half; the next call is where it stops then."""
+        """Let the call succeed, fail with `error` or, if `torn`, write only half; then stop before the next call."""
         assert self.at is not None
         self._clock.true += max(NAP, float(self.at.removeprefix("sleep "))) if self.at.startswith("sleep ") else TICK
         self._pipe.send((self._clock.shown, self._clock.true - self._clock.slept, error, torn))
         self.at = self._arrived()
 
     def advance(self, calls: int) -> None:
-        """Make so many calls, or as many as there are."""
+        """Let it make that many calls, or all that are left."""
         while calls > 0 and self.at is not None:
             self.go()
             calls -= 1
 
     def kill(self) -> None:
-        """End it where it stands, as `kill -9` does, if it has not ended."""
+        """Kill it where it has stopped, as `kill -9` does, unless it has ended."""
         if self.at is not None:
             os.kill(self.pid, signal.SIGKILL)
             self.at = self._arrived()
 
     def finish(self, error: int = 0) -> Ran:
-        """Let it run to its end, without any space where an `error` says so."""
+        """Let it run to its end; with an `error`, every call that needs disk space fails with it."""
         while self.at is not None:
             self.go(error if needs_space(self.at) else 0)
         return self.ran
@@ -185,7 +185,7 @@ class Stepped:
     def _arrived(self) -> str | None:
         try:
             said: str | Ran | None = self._pipe.recv()
-        except EOFError:  # it was killed, or broke
+        except EOFError:  # it was killed or crashed
             said = None
         if isinstance(said, str):
             return said
@@ -196,10 +196,10 @@ class Stepped:
 
 
 class Desk:
-    """One key of its own in a folder of its own, for two markets, and what KIS saw of it."""
+    """A new key for two markets, in a folder of its own, and what KIS saw of it."""
 
     def __init__(self, kis: Kis, base: Path) -> None:
-        """Take a new key and name the folder; the product makes it."""
+        """Choose a new key and a path for its folder, which the product is to make."""
         self.key = f"PSfault{next(_keys):029d}"
         self.folder = base / f"desk-{self.key[-5:]}" / "tokens"
         self.record = self.folder / f"key-{fingerprint(self.key, kis.url)}.jsonl"
@@ -215,7 +215,7 @@ class Desk:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for process in self._started:
             process.kill()
-        said = [process.ran.err for process in self._started]  # a token is for standard output, alone
+        said = [process.ran.err for process in self._started]  # only standard output may hold a token
         said += [process.ran.out for process in self._started if not process.ran.out.startswith("eyJ")]
         assert kind or not [text for text in said if self._finds_secret(text.encode())]
 
@@ -223,7 +223,7 @@ class Desk:
         return any(form in content for form in self._secrets)
 
     def start(self, *arguments: str, work: Callable[[], int] | None = None, **variables: str) -> Stepped:
-        """A command, or other `work`, in a process before its first call; `variables` go beside its settings."""
+        """Start a command, or other `work`, and stop it before its first call; `variables` are further settings."""
         settings = {"KIS_TOKEN_DIR": str(self.folder), "KIS_BASE_URL": self.kis.url, "KIS_APP_KEY": self.key}
         settings |= {f"KIS_MARKETS__{market.upper()}__EXCHANGES": "[]" for market in MARKETS}  # none forbids a swap
         settings |= {"KIS_APP_SECRET": APP_SECRET, **variables}
@@ -232,11 +232,11 @@ class Desk:
         return process
 
     def run(self, *arguments: str, work: Callable[[], int] | None = None, **variables: str) -> Ran:
-        """A command, run to its end in a process of its own."""
+        """Run a command to its end in a process of its own."""
         return self.start(*arguments, work=work, **variables).finish()
 
     def content(self, name: str) -> dict[str, str] | None:
-        """A token file's fields; None where it is missing or damaged."""
+        """Return a token file's fields, or None if it is missing or damaged."""
         try:
             content = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -244,12 +244,12 @@ class Desk:
         return content if isinstance(content, dict) else None
 
     def tokens(self) -> dict[str, str | None]:
-        """What stands in the key's file and in the markets', by name; None for a file that is missing or damaged."""
+        """Return the tokens in the key's and the markets' files by file name; None for a missing or damaged file."""
         names = [*(f"{market}_api_token.json" for market in MARKETS), self.key_file.name]
         return {name: (self.content(name) or {}).get("access_token") for name in names}
 
     def saved(self) -> Callable[[], None]:
-        """How folder, key and clock are now; the call brings that back."""
+        """Remember folder, key and clock as they are now, and return a function that restores them."""
         kept, true, asked = self.folder.with_name("kept"), self.clock.true, [*self.asked]
         customers = self.kis._customers  # noqa: SLF001 - what KIS knows of the key
         customer = copy.copy(customers.get(self.key))
@@ -270,7 +270,7 @@ class Desk:
 
     @property
     def asked(self) -> list[Asked]:
-        """Every request of the key that reached tokenP."""
+        """All requests of the key that reached tokenP."""
         return self.kis.asked.get(self.key, [])
 
     @property
@@ -279,18 +279,18 @@ class Desk:
         return [asked.token for asked in self.asked if asked.outcome == "new" and asked.token]
 
     def hurried(self) -> list[float]:
-        """The seconds between two requests, where that is less than KIS's minute."""
+        """Return the seconds between successive requests where they are less than KIS's minute."""
         gaps = [later.at - earlier.at for earlier, later in itertools.pairwise(self.asked)]
         return [gap for gap in gaps if gap < MINUTE]
 
     def served(self) -> set[str]:
-        """The tokens that a fresh process gets for the markets, all of them from KIS."""
+        """Return the tokens that a fresh process gets for the markets."""
         ran = self.run(work=lambda: max(cli.main(("get", market)) for market in MARKETS))
         assert ran.code == 0, ran
         return set(ran.out.split())
 
     def untidy(self) -> Iterator[str]:
-        """What is wrong after the next day's renewal, when only private files of the contract stand in the folder."""
+        """Yield what is wrong after the next day's renewal; only private files of the contract may be left."""
         self.clock.true += 1.1 * DAY
         if self.served() != {self.granted[-1]}:
             yield "the next day's processes did not get one new token"
@@ -304,37 +304,37 @@ class Desk:
 
 
 def needs_space(call: str) -> bool:
-    """Whether a full disk refuses the call: what exists can be opened, read, renamed and deleted."""
+    """Return whether a full disk refuses the call; existing files can still be opened, read, renamed and deleted."""
     return call.startswith(("write", "mkdir", "fsync")) or (
         call.endswith(".tmp") and not call.startswith(("unlink", "lstat", "close"))
     )
 
 
 def desks() -> Iterator[Callable[[], Desk]]:
-    """A gateway and a place for folders, from which a test makes as many desks as it likes.
+    """Yield a function that makes desks, which share a gateway and a temporary folder.
 
-    All that a command may import is imported before, so that every process starts with it.
+    Everything that a command may import is imported here first, so that no import is a stop.
     """
     rooms = [room.name for room in pkgutil.walk_packages(tokencore.__path__, "tokencore.")]
     late = ("filelock", "binascii", "_strptime", "encodings.ascii", "encodings.idna", "holidays")
     for name in (*(room for room in rooms if not room.endswith("__main__")), *late):
         importlib.import_module(name)
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a disk's own fsync proves nothing here
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a real disk would only be slower
     with tempfile.TemporaryDirectory(dir=memory) as base, Kis() as kis:
         yield lambda: Desk(kis, Path(base))
 
 
 def _live(work: Callable[[], int], parent: _Parent, settings: dict[str, str]) -> None:
-    """The life of the process: its calls watched, its end told to the parent, without the parent's clean-up."""
+    """Run `work` in the child with its calls watched, and send its end to the parent; skip the parent's clean-up."""
     code = 99
-    gc.disable()  # a collection would copy all that the parent has in memory
+    gc.disable()  # a collection would copy the parent's memory pages
     try:
         sys.stdout, sys.stderr = said = io.StringIO(), io.StringIO()
         os.environ.update(settings)
         time.tzset()
-        logging.root.handlers.clear()  # those of pytest: warnings go to standard error, as in a program of its own
-        random.seed(0)  # how long one waits must not be chance
-        file_store._unsaved.clear()  # noqa: SLF001 - a new process has kept nothing
+        logging.root.handlers.clear()  # those of pytest; warnings are to go to standard error, as in a program
+        random.seed(0)  # waits with jitter must be the same in every run
+        file_store._unsaved.clear()  # noqa: SLF001 - a new process has none in memory
         parent.watch()
         code = work()
         parent.pipe.send(Ran(code, *(one.getvalue() for one in said)))
@@ -343,16 +343,16 @@ def _live(work: Callable[[], int], parent: _Parent, settings: dict[str, str]) ->
 
 
 class _Parent:
-    """The test, which is asked before each call on the folder or a socket."""
+    """The child's link to the test, which is asked before each call on the folder or a socket."""
 
     def __init__(self, folder: str, pipe: Connection) -> None:
         self.pipe, self._folder = pipe, folder
         self._wall = time_machine.travel(START, tick=False).start()
         self._monotonic = START
-        self._names: dict[int, str] = {}  # of open descriptors
+        self._names: dict[int, str] = {}  # of open descriptors' files
 
     def watch(self) -> None:
-        """Replace what the process calls; the first stop tells it the time."""
+        """Replace the functions that the process calls; the first stop tells it the time."""
         self._stop("start")
         for owner, names in WATCHED.items():
             for name in names.split():
@@ -363,14 +363,14 @@ class _Parent:
         threading.Thread.join = lambda *_: None  # type: ignore[method-assign]
 
     def _stop(self, what: str) -> tuple[int, bool]:
-        """Wait for the order: at what time it goes on, and with which fault, if any."""
+        """Stop before the call, take the time from the test, and return the fault: its error number, whether torn."""
         self.pipe.send(what)
         wall, self._monotonic, error, torn = self.pipe.recv()
         self._wall.move_to(wall)
         return error, torn
 
     def _name(self, called: Any) -> str | None:  # noqa: ANN401 - as the system's
-        """What is called; None for what is not in the folder, as the folders above it."""
+        """Return a name for the call's object, or None for a path outside the folder, such as a parent."""
         if isinstance(called, socket.socket):
             return "socket"
         if isinstance(called, int):
@@ -384,7 +384,7 @@ class _Parent:
             place = self._name(called)
             if place is None:
                 return real(called, *args, **kwargs)
-            if name == "recv_into":  # the stop comes when KIS has answered, so that its clock stands still meanwhile
+            if name == "recv_into":  # stop only once KIS has answered, so that the clock does not move meanwhile
                 select.select([called], [], [], 1)
             error, torn = self._stop(f"{name} {place}")
             if error and name != "close":
@@ -392,13 +392,13 @@ class _Parent:
             if torn:
                 args = (args[0][: len(args[0]) // 2],)
             result = real(called, *args, **kwargs)
-            if name in ("write", "fsync"):  # the system's own clock, which also truncating takes, is not the test's
+            if name in ("write", "fsync"):  # replace the system's time stamp, as the test has its own clock
                 _utime(called, (time.time(), time.time()))
             if name == "open":
                 self._names[result] = place
             if name == "close":
                 self._names.pop(called, None)
-                if error:  # a failed close has closed anyway
+                if error:  # even a close that fails closes the descriptor
                     raise OSError(error, os.strerror(error))
             return result
 
