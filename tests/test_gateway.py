@@ -1,4 +1,4 @@
-"""KIS over HTTP: every answer and refusal told apart, nothing followed, nothing repeated, nothing given away."""
+"""KIS over HTTP: answers and refusals are told apart, redirects are not followed, and no secret is given away."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Reply = str | tuple[int, object]
 
 LIMITED, REFUSED, DOWN = IssuanceLimitError, CredentialsError, IssuerUnavailableError
-# A failure of the sandbox or an answer; the error, the record's outcome and code, what has happened and is to be done.
+# A failure of the sandbox or an answer; the error, the record's outcome and code, and words of the message and advice.
 ANSWERS: dict[str, tuple[Reply, type[TokenError], str, str | None, str]] = {
     "the minute is not over": ("limit", LIMITED, "limit", "EGW00133", "one request a minute.*24-hour limit"),
     "it is not over, in the other shape": ((200, {"msg_cd": "EGW00133"}), LIMITED, "limit", "EGW00133", "a minute"),
@@ -63,25 +63,25 @@ ANSWERS: dict[str, tuple[Reply, type[TokenError], str, str | None, str]] = {
 
 @pytest.fixture
 def wire() -> Iterator[Wire]:
-    """A server that says what a test wants."""
+    """A server that gives the answers that a test sets."""
     with Wire() as running:
         yield running
 
 
 @pytest.fixture
 def closed() -> str:
-    """An address where nobody listens."""
+    """The address of a port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def kis(url: str, credentials: tuple[str, str] = (KEY, SECRET), *, timeout: float = 2.0) -> Gateway:
-    """KIS's gateway at this address, with credentials that are easy to find; loopback answers in milliseconds."""
+    """A gateway for this address, with credentials that are easy to search for; loopback answers in milliseconds."""
     return Gateway(url, credentials, timeout=timeout)
 
 
 def refused(answer: Token | Refusal | str) -> Refusal:
-    """The refusal, which shows nothing secret and stays on one line."""
+    """Return the refusal, after checking that it shows no secret and fits on one short line."""
     assert isinstance(answer, Refusal)
     shown = f"{answer!r} {answer.as_error('', datetime.now(UTC))}"
     assert not any(canary in shown for canary in CANARIES)
@@ -92,7 +92,7 @@ def refused(answer: Token | Refusal | str) -> Refusal:
 
 @pytest.fixture
 def encrypted(tmp_path: Path) -> Iterator[Wire]:
-    """A server with a self-signed certificate, at an address where the settings for proxies and certificates count."""
+    """A server with a self-signed certificate, at an address to which the proxy and certificate settings apply."""
     openssl, path = shutil.which("openssl") or pytest.skip("no openssl here"), tmp_path / "loopback.pem"
     order = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=loopback -addext subjectAltName=IP:127.0.0.2"
     made = subprocess.run([openssl, *order.split(), "-keyout", path], capture_output=True, check=True)
@@ -105,7 +105,7 @@ def encrypted(tmp_path: Path) -> Iterator[Wire]:
 
 
 def test_request_is_the_one_kis_documents() -> None:
-    """One POST of three texts as JSON with its length, and neither bearer, tr_id, cookie nor a password of `.netrc`."""
+    """It is one POST of three strings as JSON, with its length but no bearer, tr_id, cookie or password of `.netrc`."""
     (Path.home() / ".netrc").write_text("machine 127.0.0.2 login me password hidden\n", encoding="utf-8")
     with Wire(host="127.0.0.2") as wire:
         wire.answer(200, make_answer())
@@ -123,7 +123,7 @@ def test_request_is_the_one_kis_documents() -> None:
 def test_answer_has_its_error_outcome_code_and_advice(
     gateway: Sandbox, wire: Wire, answer: Reply, error: type[TokenError], outcome: str, code: str | None, said: str
 ) -> None:
-    """By its code, in either shape and at any status, else by its status; after one request, which counts."""
+    """The code decides, in either shape and at any status, and without one the status; the one request counts."""
     if isinstance(answer, str):
         gateway.fail(answer)
     else:
@@ -138,7 +138,7 @@ def test_answer_has_its_error_outcome_code_and_advice(
 
 
 def test_credentials_of_another_length_are_named_when_kis_refuses_them(gateway: Sandbox) -> None:
-    """A key and a secret that were swapped, or a secret without its last sign, are found by their lengths."""
+    """The lengths reveal a key and a secret that were swapped, or a secret that lacks its last character."""
     for mode, pair, words in (
         ("bad-key", (SECRET[:180], KEY), "these 180 and 36 (they look swapped);"),
         ("bad-secret", (KEY, SECRET[:179]), "secrets 180, these 36 and 179;"),
@@ -158,7 +158,7 @@ ECHOES = (
 
 @pytest.mark.parametrize("echo", ECHOES, ids=("request", "two lines", "tokens", "escapes", "controls"))
 def test_kis_own_words_are_kept_for_people_but_nothing_secret(wire: Wire, echo: str) -> None:
-    """Whatever is echoed, the sentence is short, printable and free of credentials."""
+    """Whatever KIS echoes, the sentence is short, printable and free of credentials."""
     for body in (echo.encode(), {"error_code": "EGW09999", "error_description": f"점검 {echo}"}):
         wire.answer(403, body)
         assert ("점검" in refused(kis(wire.url).issue()).what) == isinstance(body, dict)
@@ -168,7 +168,7 @@ def test_kis_own_words_are_kept_for_people_but_nothing_secret(wire: Wire, echo: 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirect_is_never_followed_with_credentials(wire: Wire, status: int) -> None:
-    """Whatever its status, nobody is sent the credentials again, and its body has the bounds of every other."""
+    """Whatever its status, the credentials go nowhere else, and its body is bounded like that of any other answer."""
     with Wire() as elsewhere:
         wire.answer(status, b" " * 70_000, Location=f"{elsewhere.url}/oauth2/tokenP")
         assert "larger than" in refused(kis(wire.url).issue()).what
@@ -179,9 +179,9 @@ def test_redirect_is_never_followed_with_credentials(wire: Wire, status: int) ->
 
 
 def test_refused_connection_is_tried_four_times_with_growing_pauses(closed: str) -> None:
-    """What cannot have reached KIS is tried three times more, later each time, and starts no cool-down.
+    """A request that cannot have reached KIS is tried three more times, with growing pauses, and starts no cool-down.
 
-    A restart of the gateway costs a moment, not the token; nothing leaves that the record does not take.
+    A restart of the gateway costs a moment, not the token; nothing is sent that cannot be recorded.
     """
     tries: list[float] = []
     found = refused(kis(closed).issue(lambda: not tries.append(time.monotonic())))  # type: ignore[func-returns-value]
@@ -201,9 +201,9 @@ def test_refused_connection_is_tried_four_times_with_growing_pauses(closed: str)
 def test_fault_before_the_request_leaves_is_no_attempt(
     encrypted: Wire, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host that is none, certificates that are unreadable or not trusted, a proxy that refuses: `unreachable`.
+    """An impossible host name, an unreadable or untrusted certificate and a refusing proxy are all `unreachable`.
 
-    Proxies do not come between tokencore and the sandbox.
+    A proxy is not used for the sandbox.
     """
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
@@ -234,7 +234,7 @@ def test_fault_before_the_request_leaves_is_no_attempt(
     ],
 )
 def test_quote_call_is_of_korea_where_an_exchange_is(wire: Wire, codes: list[str], path: str, tr_id: str) -> None:
-    """Elsewhere it has the exchange's quote code; the headers are those of a business call of a person."""
+    """Otherwise it names the exchange by its quote code; the headers are those of a person's business call."""
     kis(wire.url).quote(make_jwt(), codes)
     head = wire.requests[0].decode()
     assert head.startswith(f"GET /uapi/{path}")
@@ -262,7 +262,7 @@ def test_quote_proves_a_token_or_its_death_by_code_and_status_never_by_rows(
 
 
 def test_token_that_kis_did_not_revoke_is_said_to_stay_valid(wire: Wire, closed: str) -> None:
-    """Only KIS's own word counts as revoked, and no connection is no proof of anything; nothing is tried again."""
+    """Only KIS's own answer counts as revoked, a missing connection proves nothing, and nothing is tried again."""
     for status, code in ((403, 200), (200, 500), (200, None)):
         wire.answer(status, {"code": code})
         with pytest.raises(DOWN, match="stays valid") as caught:

@@ -28,7 +28,7 @@ FAILED = [outcome for outcome in Outcome if outcome not in GRANTED | CREDENTIALS
 
 
 def tried(outcome: Outcome, age: timedelta, credentials: str = "right") -> Attempt:
-    """An attempt that is so old."""
+    """An attempt of this age."""
     return Attempt(NOW - age, outcome, code="EGW00103", credentials=credentials)
 
 
@@ -39,7 +39,7 @@ def verdict(
     waited_out: datetime | None = None,
     **settings: float,
 ) -> TokenError | None:
-    """What forbids a request at NOW."""
+    """The error that forbids a request at NOW, or None."""
     try:
         limits.check(intent, Standing(NOW, attempts, token, "right", waited_out), make_market(**settings))
     except TokenError as error:
@@ -48,7 +48,7 @@ def verdict(
 
 
 def limit(found: TokenError | None) -> tuple[str, timedelta | None] | None:
-    """The rule that forbids it, and for how long."""
+    """The limit that forbids the request, and for how long."""
     if isinstance(found, IssuanceLimitError):
         return found.cause, found.retry_at - NOW if found.retry_at else None
     return ("credentials", None) if isinstance(found, CredentialsError) else None
@@ -57,9 +57,9 @@ def limit(found: TokenError | None) -> tuple[str, timedelta | None] | None:
 @pytest.mark.parametrize("intent", Intent)
 @pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome not in CREDENTIALS])
 def test_the_minute_holds_after_every_attempt_that_kis_may_have_seen(intent: Intent, outcome: Outcome) -> None:
-    """Whoever asks and whatever became of it, 59.9 s later a request waits; 65 s and KIS_TIMEOUT after an unknown end.
+    """Whoever asks, a request still waits 59.9 s after any attempt, or 65 s plus KIS_TIMEOUT if its end is unknown.
 
-    One that never left starts no minute, nor does a token that was imported.
+    A request that never left starts no minute, and neither does an imported token.
     """
     length = UNKNOWN * SECOND if outcome is Outcome.SENT else MINUTE
     attempts = [tried(outcome, length - SECOND / 10)]
@@ -70,7 +70,7 @@ def test_the_minute_holds_after_every_attempt_that_kis_may_have_seen(intent: Int
 
 
 def aged(age: timedelta) -> dict[str, Any]:
-    """A token that was issued so long ago."""
+    """A token that was issued this long ago."""
     return {"token": make_token(age=age.total_seconds(), now=NOW)}
 
 
@@ -112,9 +112,9 @@ TABLE: dict[str, tuple[Sequence[Intent], list[Attempt], dict[str, Any], tuple[st
 
 @pytest.mark.parametrize("case", TABLE)
 def test_verdicts(case: str) -> None:
-    """The lengths, what a clock set back changes, the six hours and the ceiling, which only force passes.
+    """Each limit has its length, also after the clock was set back; only force passes the six hours and the ceiling.
 
-    Refused credentials are tried again by nobody but a person, however late.
+    Only a person can have refused credentials tried again, however much time has passed.
     """
     intents, attempts, beside, expected = TABLE[case]
     for intent in intents:
@@ -124,13 +124,13 @@ def test_verdicts(case: str) -> None:
 @pytest.mark.parametrize("intent", [DUE, AHEAD])
 @pytest.mark.parametrize("outcome", FAILED)
 def test_ahead_of_need_failures_are_followed_by_longer_pauses(intent: Intent, outcome: Outcome) -> None:
-    """While the present token serves: 65 s after each of three failures in a row, then five minutes."""
+    """While the present token serves, the pause is 65 s after each of the first three failures, then five minutes."""
     for count, pause in ((1, 65), (3, 65), (4, 300), (50, 300)):
         for early in (0, 0.1):
             attempts = [tried(Outcome.ISSUED, 20 * HOUR)]
             attempts += [tried(outcome, timedelta(seconds=pause - early)) for _ in range(count)]
             expected = ("backoff", timedelta(seconds=early)) if early else None
-            if outcome is Outcome.SENT and pause < UNKNOWN:  # it may have left that much later
+            if outcome is Outcome.SENT and pause < UNKNOWN:  # the request may have left that much later
                 expected = ("minute", timedelta(seconds=UNKNOWN - pause + early))
             assert limit(verdict(intent, attempts, LATE)) == expected
 
@@ -146,21 +146,21 @@ TOKENS = st.builds(
 
 @given(ATTEMPTS, st.none() | TOKENS)
 def test_what_a_person_wills_is_never_forbidden_by_more(attempts: list[Attempt], token: Token | None) -> None:
-    """Whatever forbids force forbids a refresh too, and every limit names the moment, soon enough, that ends it."""
+    """Whatever forbids a forced refresh forbids a plain one too, and every limit names its end, at most 3 days away."""
     found = {intent: verdict(intent, attempts, token) for intent in Intent}
     assert found[FORCE] is None or found[REFRESH]
     for error in found.values():
         if isinstance(error, IssuanceLimitError):
             assert error.retry_at
             assert NOW < error.retry_at <= NOW + 3 * DAY
-            assert vars(copy.copy(error)) == vars(error)  # as pickle does it, when it goes from process to process
+            assert vars(copy.copy(error)) == vars(error)  # as pickle copies it from process to process
             assert limits.format_time(error.retry_at) in str(error)
         if error and token:
             assert limits.what_serves(token, NOW, 300) in str(error)
 
 
 def test_every_refusal_says_what_still_works_until_when() -> None:
-    """It says, in KST, until when the present token serves or since when none does; the ceiling's, what to do too."""
+    """It says, in KST, until when the present token serves or when the last one ended; some say what to do as well."""
 
     def said(token: Token | None) -> str:
         return str(verdict(REFRESH, [tried(Outcome.LIMIT, SECOND)], token))
@@ -173,5 +173,5 @@ def test_every_refusal_says_what_still_works_until_when() -> None:
     assert "There is no token." in said(None)
     assert "`tokencore refresh us --force`" in str(verdict(REQUIRED, [tried(Outcome.ISSUED, HOUR)] * 2))
     assert "`tokencore refresh us` when" in str(verdict(DUE, [tried(Outcome.DENIED, HOUR)]))
-    for outcome, advised in ((Outcome.ISSUED, True), (Outcome.SAME, False)):  # who forced in vain is told no more to
+    for outcome, advised in ((Outcome.ISSUED, True), (Outcome.SAME, False)):  # not advised again after it was in vain
         assert ("--force" in str(verdict(REFRESH, [tried(outcome, HOUR)], dead))) == advised

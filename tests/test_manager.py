@@ -1,4 +1,4 @@
-"""The managers against a real gateway: which token is served, until when, to how many, and how it is renewed."""
+"""The managers against the sandbox: which token they serve, until when and to how many, and how they renew it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LAST_MINUTES = 25 * 60.0  # seconds left: inside the proactive window, before th
 
 
 def test_first_call_issues_once_and_every_manager_of_the_key_then_serves_the_same_token(gateway: Sandbox) -> None:
-    """One request serves every market of the key; a market with another key issues for itself, inside that minute."""
+    """One request serves every market of the key; a market with another key issues its own, even inside that minute."""
     token = USTokenManager().get_valid_token()
     assert {one.get_valid_token() for one in (USTokenManager(), KRTokenManager(), TokenManager("kr"))} == {token}
     assert (asked(gateway), outcomes()) == (1, ["issued"])
@@ -68,7 +68,7 @@ def test_valid_token_is_served_when_nothing_else_is_left(gateway: Sandbox) -> No
 
 @pytest.mark.usefixtures("gateway")
 def test_a_look_at_an_unchanged_file_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once a second the token costs a `stat` and no more; when it ends, and whether it was rejected, is minded too."""
+    """A look, once a second, costs one `stat`; the approaching expiry and a rejection are noticed all the same."""
     monkeypatch.setattr("tokencore.manager.FRESH", 0.0)
     manager = USTokenManager()
     token = manager.get_valid_token()  # from KIS,
@@ -85,7 +85,7 @@ def test_a_look_at_an_unchanged_file_reads_nothing(monkeypatch: pytest.MonkeyPat
 
 
 ENDS: dict[str, tuple[float, float | None, int, tuple[type[TokenError], str] | None]] = {
-    # hours that the token has, hours for which one is asked, requests, error
+    # hours that the token has left, hours for which a token is asked, requests, error
     "in the past": (7, -1, 0, None),
     "before the buffer": (7, 7 - 310 / HOUR, 0, None),
     "inside the buffer": (7, 7 - 299 / HOUR, 1, None),
@@ -98,7 +98,7 @@ ENDS: dict[str, tuple[float, float | None, int, tuple[type[TokenError], str] | N
 
 @pytest.mark.parametrize("case", ENDS)
 def test_valid_until_renews_only_what_does_not_last(gateway: Sandbox, case: str) -> None:
-    """A token that lasts to then, buffer aside, is served as it is; what none can reach costs one request at most."""
+    """A token that lasts until then, less the buffer, is served as it is; an end out of reach costs one request."""
     left, ahead, issues, error = ENDS[case]
     token, now = cached(left * HOUR) if left else None, datetime.now(UTC)
     wanted = now.replace(tzinfo=None) if ahead is None else now + timedelta(hours=ahead)
@@ -113,7 +113,7 @@ def test_valid_until_renews_only_what_does_not_last(gateway: Sandbox, case: str)
 
 
 class _Own(BaseTokenManager):
-    """A manager whose address, credentials and prefix are its own; two of them may write one key differently."""
+    """A manager with its own address, credentials and prefix; two of them may spell the same key differently."""
 
     def __init__(self, prefix: str = "own_", more: str = "", url: str = "") -> None:
         self.prefix, self.more, self.url = prefix, more, url or os.environ["KIS_BASE_URL"]
@@ -132,7 +132,7 @@ class _Own(BaseTokenManager):
 def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
     """Three methods make a manager with its own key, files and limits; two with one key share the token.
 
-    Neither does its key go to a plain address beyond loopback.
+    Its key goes to no plain http address except loopback.
     """
     token = _Own().get_valid_token()
     assert json.loads((folder() / "own_api_token.json").read_text())["access_token"] == token
@@ -145,7 +145,7 @@ def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
 
 
 def in_threads(count: int, work: Callable[[int], object]) -> list[object]:
-    """What `work` returns in each of so many threads that begin at once."""
+    """Return what `work` returns in each of `count` threads that begin at the same moment."""
     barrier = threading.Barrier(count)
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(lambda number: (barrier.wait(), work(number))[1], range(count)))
@@ -161,9 +161,9 @@ def test_a_crowd_makes_one_request_and_nobody_sits_out_the_minute(
     crowd: Callable[..., list[tuple[str, str]]],
     left: float,
 ) -> None:
-    """Half for us and half for kr, some with one manager: all get the new token, or the old one that still serves.
+    """Callers for us and for kr, some sharing a manager, all get the new token, or the old one while it serves.
 
-    Nobody warns. How soon they have it is measured by `benchmarks/stampede.py`.
+    Nothing is logged. `benchmarks/stampede.py` measures how soon they have the token.
     """
     monkeypatch.setattr("tokencore.manager.PATIENCE", 30)  # a child ends without waiting for its thread
     known, began = {cached(left).access_token} if left else set(), time.monotonic()
@@ -175,7 +175,7 @@ def test_a_crowd_makes_one_request_and_nobody_sits_out_the_minute(
 
 
 def test_processes_that_start_inside_a_foreign_minute_wait_it_out_and_ask_once_more(gateway: Sandbox) -> None:
-    """Another program issued just before their start: one refusal, then one request for all, a cool-down later."""
+    """Another program has just issued: one request is refused, and one more, a cool-down later, serves them all."""
     gateway.set_rules(issue_interval=60)
     os.environ["KIS_ISSUE_INTERVAL"] = "1"
     body = {"grant_type": "client_credentials", "appkey": APP_KEY, "appsecret": APP_SECRET}
@@ -214,7 +214,7 @@ def test_concurrent_ticks_make_one_request_and_none_of_them_reports_trouble(slow
 
 @pytest.mark.usefixtures("gateway")
 def test_a_token_that_was_lost_is_fetched_at_once_while_kis_returns_it() -> None:
-    """The record knows its issue of an hour ago, although its file is gone."""
+    """The record still shows that it was issued an hour ago, although its file is gone."""
     now = datetime.now(UTC)
     record(Attempt(now - timedelta(hours=20), Outcome.SAME), Attempt(now - timedelta(hours=1), Outcome.ISSUED))
     planned = Key.load(Settings.load())[0].state(now).outlook.next
@@ -223,7 +223,7 @@ def test_a_token_that_was_lost_is_fetched_at_once_while_kis_returns_it() -> None
 
 
 def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: Sandbox) -> None:
-    """Of threads that want a token at once one tries to connect; the others hear of it instead of trying in turn."""
+    """Of several threads that want a token, one tries to connect; the others share its error and do not try in turn."""
     managers = [USTokenManager() for _ in range(4)]
     gateway.__exit__()
     with ThreadPoolExecutor(len(managers)) as pool:
@@ -235,7 +235,7 @@ def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: 
 def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newer_one_in_a_view(
     gateway: Sandbox,
 ) -> None:
-    """Also where the market that reports it has no file, and where an earlier version wrote the newer view alone."""
+    """This also holds where the reporting market has no file, or where an earlier version wrote only the newer view."""
     new, view = cached(17 * HOUR), folder() / "us_api_token.json"
     content = view.read_bytes()
     old = cached(16 * HOUR)
@@ -249,7 +249,7 @@ def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newe
 
 
 def test_token_that_kis_did_not_revoke_is_served_on(gateway: Sandbox) -> None:
-    """Nothing is deleted before KIS has said yes."""
+    """Nothing is deleted until KIS has confirmed that it revoked the token."""
     token = cached()
     gateway.__exit__()
     assert isinstance(raised(USTokenManager().revoke), IssuerUnavailableError)
@@ -257,7 +257,7 @@ def test_token_that_kis_did_not_revoke_is_served_on(gateway: Sandbox) -> None:
 
 
 def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox) -> None:
-    """The process that alone has a token saves it within a minute, so that no other one issues for want of it."""
+    """The only process that has the token saves it within a minute, so that no other process has to issue one."""
 
     def hold_it_until_there_is_room() -> None:
         fill_disk()
@@ -274,7 +274,7 @@ def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox)
 
 
 def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> None:
-    """On a full disk its successor is fetched in its last half hour, and not only when it is over."""
+    """On a full disk, its successor is fetched in its last half hour, and not only after it has expired."""
 
     def hold_it() -> None:
         os.environ["KIS_ISSUE_INTERVAL"] = "60"
@@ -292,10 +292,10 @@ def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> N
 def test_session_that_the_present_token_serves_to_its_end_is_free_of_swaps(
     nowhere: Sandbox, minutes: int, issues: int
 ) -> None:
-    """With 25 minutes left a renewal waits for the end of a need that is over before; a longer one wants it now."""
+    """With 25 minutes left, a renewal waits for the end of a need that the token covers, and not for a longer one."""
     now = datetime.now(UTC)
     local = {code: now.astimezone(ZoneInfo(sessions.exchange(code).zone)) for code in ("KRX", "NASD")}
-    code = next(code for code in local if 3 <= local[code].hour < 23)  # at any time of the day one of them is
+    code = next(code for code in local if 3 <= local[code].hour < 23)  # true of one of them at any time of day
     close = local[code] + timedelta(minutes=minutes) - sessions.exchange(code).pad
     hours = f"{close - timedelta(hours=1):%H:%M}-{close:%H:%M}"
     os.environ["KIS_MARKETS__US__EXCHANGES"] = code
@@ -306,7 +306,7 @@ def test_session_that_the_present_token_serves_to_its_end_is_free_of_swaps(
 
 
 def test_renewal_ahead_keeps_nobody_waiting_for_kis(nowhere: Sandbox) -> None:
-    """While KIS thinks, eight threads go on with the old token, and one of them asks; then all have the new one."""
+    """While KIS is slow to answer one request, eight threads go on with the old token; then they get the new one."""
     nowhere.set_rules(latency=2)
     token, shared = cached(LAST_MINUTES), USTokenManager()
     with ThreadPoolExecutor(8) as pool:
@@ -320,7 +320,7 @@ ONE_SHOT = "from tokencore import cli, manager as it; it.PATIENCE, it.BEGIN = 0,
 
 
 def test_a_command_that_ends_before_its_renewal_has_begun_lets_it_ask(nowhere: Sandbox) -> None:
-    """It prints the present token, then gives the thread beside it time to send its request, not to get the answer."""
+    """It prints the present token, then gives its background thread time to send the request, not to get the answer."""
     nowhere.set_rules(latency=30)
     token = cached(LAST_MINUTES)
     with start(ONE_SHOT) as process:
@@ -333,7 +333,7 @@ def test_a_command_that_ends_before_its_renewal_has_begun_lets_it_ask(nowhere: S
 def test_what_forbids_a_renewal_ahead_is_told_once_and_the_token_served_on(
     nowhere: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: str
 ) -> None:
-    """A misspelt setting, or a lock that cannot be had: one warning in a cool-down, not one at every call."""
+    """A misspelt setting or a lock that cannot be taken draws one warning in a cool-down, not one at every call."""
     monkeypatch.setattr("tokencore.manager.FRESH", 0.0)
     monkeypatch.setattr("tokencore.manager.AHEAD_PAUSE", 0.0)
     os.environ["KIS_ISSUE_INTERVAL"] = "60"

@@ -1,4 +1,4 @@
-"""`tokencore metrics`: what Prometheus reads, over HTTP, from a file and from standard output."""
+"""`tokencore metrics`: what Prometheus reads over HTTP, from a file and from standard output."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def samples(text: str) -> dict[str, dict[str, float]]:
 
 @pytest.fixture
 def url(gateway: Sandbox) -> Iterator[str]:  # noqa: ARG001 - for its settings
-    """Where the exporter answers, on a free port."""
+    """The URL of an exporter on a free port."""
     with listening(Watch(Key.load), LOOPBACK, 0) as running:
         yield running
 
 
 def get(url: str) -> requests.Response:
-    """What it answers."""
+    """Return the answer to a GET request."""
     return requests.get(url, timeout=5)
 
 
 @pytest.mark.usefixtures("gateway")
 def test_standard_output_has_what_is_known_of_every_market(command: Command) -> None:
-    """Without a token no expiry, rather than 1970; with one, its times; all outcomes are there from the start."""
+    """Without a token there is no expiry, rather than 1970; with one there are its times, and always all outcomes."""
     found, day = samples(command("metrics").out), 86_400.0
     assert found["kis_token_valid"] == {"us": 0, "kr": 0}
     edges = [found[f"kis_token_need_{edge}_timestamp_seconds"]["us"] for edge in ("start", "end")]
@@ -76,7 +76,7 @@ def test_standard_output_has_what_is_known_of_every_market(command: Command) -> 
 
 
 def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, command: Command, tmp_path: Path) -> None:
-    """Mode 0644 under any umask, no draft left, nothing issued or written elsewhere; exit 2 where it cannot be."""
+    """It has mode 0644 under any umask and leaves no draft; nothing is issued, and a bad path gets one sentence."""
     cached()
     (tmp_path / "node").mkdir()
     before, target = snapshot(folder()), tmp_path / "node" / "kis.prom"
@@ -88,13 +88,13 @@ def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, co
     assert (snapshot(folder()), asked(gateway)) == (before, 0)
     target.unlink()
     target.mkdir()
-    for place in ("", str(target)):  # a shell's unset variable is no wish for standard output
+    for place in ("", str(target)):  # an unset shell variable does not ask for standard output
         assert f"{place} cannot be written" in one_line(command("metrics", "--textfile", place))
     assert [path.name for path in target.parent.iterdir()] == ["kis.prom"]
 
 
 def test_every_scrape_reads_anew(url: str) -> None:
-    """Another process's renewal and a new market show in the next one; broken settings leave the last good ones."""
+    """The next scrape shows another process's renewal and a new market; broken settings leave the last good ones."""
     plain = get(f"{url}/metrics?name[]=kis_token_valid")
     assert plain.headers["Content-Type"].startswith("text/plain; version=")
     assert samples(plain.text)["kis_token_valid"]["us"] == 0
@@ -113,7 +113,7 @@ def test_every_scrape_reads_anew(url: str) -> None:
 
 @pytest.mark.parametrize("span", ["00:00-23:59", "00:00-00:01"], ids=["open", "closed"])
 def test_ready_is_whoever_has_a_token_for_the_session_that_runs(gateway: Sandbox, span: str) -> None:
-    """503 with the reason only for a market whose session runs without a token that lasts; alive it is in any case."""
+    """`/readyz` is 503, with the reason, only while a session runs without a token that lasts; `/livez` never is."""
     zone, code = ZoneInfo("Asia/Tokyo"), "TKSE"
     if not 2 <= datetime.now(zone).hour < 22:  # around midnight one session follows the other
         zone, code = ZoneInfo("America/New_York"), "NYSE"
@@ -137,7 +137,7 @@ def test_ready_is_whoever_has_a_token_for_the_session_that_runs(gateway: Sandbox
 
 
 def test_one_broken_key_hides_no_other(gateway: Sandbox) -> None:
-    """What cannot be read is 0 in one metric and absent in the others; nothing secret is told, issued or written."""
+    """An unreadable key is 0 in one metric and absent from the others; no secret shows, and nothing is written."""
     gateway.set_rules(issue_interval=0)
     os.environ |= {"KIS_MARKETS__KR__APP_KEY": KEY, "KIS_MARKETS__KR__APP_SECRET": SECRET}
     for market in ("us", "kr"):
@@ -155,7 +155,7 @@ def test_one_broken_key_hides_no_other(gateway: Sandbox) -> None:
 
 @pytest.mark.usefixtures("gateway")
 def test_the_command_serves_until_sigterm_and_a_taken_port_is_exit_2(command: Command) -> None:
-    """It ends with 0 and without a word on standard error; a second one on its port gets one sentence."""
+    """It ends with 0 and writes nothing to standard error; a second one on its port ends with one sentence."""
     program = [sys.executable, "-m", "tokencore", "metrics", "--listen", "0"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -167,7 +167,7 @@ def test_the_command_serves_until_sigterm_and_a_taken_port_is_exit_2(command: Co
 
 
 def test_other_hosts_are_only_where_they_are_named(command: Command) -> None:
-    """A port alone is loopback's, every interface has to be asked for, and what is no address is a usage error."""
+    """A port alone means loopback, any other interface has to be named, and a malformed address is a usage error."""
     assert address("9479") == address(":9479") == ("127.0.0.1", 9479)
     assert (address("192.0.2.1:9479"), address("[::1]:9479")) == (("192.0.2.1", 9479), ("::1", 9479))
     assert {command("metrics", "--listen", text).code for text in ("", "localhost", "127.0.0.1:65536")} == {2}
@@ -175,7 +175,7 @@ def test_other_hosts_are_only_where_they_are_named(command: Command) -> None:
 
 @pytest.mark.usefixtures("gateway")
 def test_the_alert_rules_and_the_dashboard_ask_for_the_metrics_and_outcomes_that_exist() -> None:
-    """For all of them, so that nothing is exported that nobody looks at."""
+    """Together they use every metric, so that nothing is exported that nobody looks at."""
     known = {f"{one.name}_total" if one.type == "counter" else one.name for one in Watch(Key.load).collect()}
     docs = Path(__file__).resolve().parent.parent / "docs"
     text = "".join((docs / name).read_text(encoding="utf-8") for name in ("alerts.rules.yml", "grafana.json"))

@@ -1,6 +1,7 @@
-"""The renewal as a protocol: processes of two markets step, die, fail and wait in any order, and what always holds.
+"""The renewal as a protocol: what always holds while processes of two markets step, die, fail and wait in any order.
 
-Each is the real command on real files and locks, KIS the sandbox with KIS's own rules; Hypothesis decides what befalls.
+Each is the real command on real files and locks, and KIS is the sandbox with KIS's own rules; Hypothesis chooses the
+steps.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
 EXAMPLES, STEPS = (400, 40) if FULL else (12, 25)
-SEARCH = 800  # examples in which a planted bug has to show itself
-AT_ONCE = 3  # processes
-ROOM = 14.0  # seconds after its connection in which a request may leave whose outcome nobody learns
-BUFFER, PROACTIVE = 300.0, 1800.0  # seconds before the expiry in which a token is renewed; the settings' defaults
+SEARCH = 800  # examples within which a planted bug has to show itself
+AT_ONCE = 3  # processes that run at the same time
+ROOM = 14.0  # seconds after connecting within which a request may leave; later, a death hides when it left
+BUFFER, PROACTIVE = 300.0, 1800.0  # seconds before the expiry, the defaults: no longer served, and renewed ahead
 TROUBLES = ("crash", "fail", "fill", "jump")
 WRONG = (0.0, HOUR, 25 * HOUR)  # seconds by which the machine's clock may be ahead or behind
 FILES = ("open", "write", "fsync", "replace", "mkdir", "read", "close key", "close .")
@@ -36,38 +37,38 @@ turns = st.integers(0, AT_ONCE - 1)
 
 
 class Renewals(RuleBasedStateMachine):
-    """Up to three processes at once; a subclass says where desks come from."""
+    """Up to three processes at once; a subclass provides `make_desk`."""
 
     make_desk: Callable[[], Desk]
 
     @initialize(troubles=st.sets(st.sampled_from(TROUBLES)), side=st.sampled_from([1, -1]))
     def begin(self, troubles: set[str], side: int) -> None:
-        """A key without anything; some troubles come in this example, which leaves more of it for the others.
+        """Start with a key that has nothing yet; each example has only some of the troubles, and so more of each.
 
-        Its clock is wrong to one side: a record that is two days ahead of it would be taken for damage.
+        The clock is wrong to one side only: a record that is two days ahead of it would be taken for damage.
         """
-        # A disk that takes no line and a clock that is set back at once are more than the record can bear.
+        # A disk that takes no line together with a clock that is set back is more than the record can bear.
         self.troubles, self.side = troubles - {"fail", "fill"} if "jump" in troubles else troubles, side
         self.desk = type(self).make_desk()
         self.running: list[Stepped] = []
         self.earliest: dict[int, float] = {}  # the earliest time that the machine's clock showed to each process
         self.misled: set[int] = set()  # processes in whose life the clock was set
-        self.ahead: list[tuple[float, list[int]]] = []  # when it was set ahead, and who ran
-        self.useless: set[str] = set()  # tokens that expired, by the machine's clock, while who asked had them in hand
+        self.ahead: list[tuple[float, list[int]]] = []  # when it was set ahead, and which processes ran
+        self.useless: set[str] = set()  # tokens that expired, by the machine's clock, before they were handed on
         self.departed: dict[int, float] = {}  # when each process was about to connect
-        self.stood: set[int] = set()  # those that stood still from then on for longer than there is room
-        self.killed: set[int] = set()  # processes
+        self.stood: set[int] = set()  # processes that stood still from then on for longer than ROOM
+        self.killed: set[int] = set()  # processes that were killed
         self.handed: set[str] = set()  # tokens that stood in a file or went to a caller
-        self.failed: set[int] = set()  # processes whose call failed: once each
-        self.full: set[int] = set()  # processes that find no more space
+        self.failed: set[int] = set()  # processes that have met a failing file call, once each
+        self.full: set[int] = set()  # processes that find the disk full
         self.seen: dict[str, str] = {}  # the last token in each file
-        self.askers: list[int] = []  # of each request that reached KIS
-        self.holding = 0.0  # until when a token that any file has need not be renewed
+        self.askers: list[int] = []  # the process behind each request that reached KIS
+        self.holding = 0.0  # until when a token in some file needs no renewal
 
     @precondition(lambda self: len(self.running) < AT_ONCE)
     @rule(market=st.sampled_from(MARKETS))
     def start(self, market: str) -> None:
-        """Another process wants the token."""
+        """Start another process that wants the token."""
         process = self.desk.start("get", market)
         self.running.append(process)
         self.earliest[process.pid] = self.desk.clock.shown
@@ -75,7 +76,7 @@ class Renewals(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(turn=turns, calls=st.sampled_from([1, 3, 10, 30, 90]))
     def step(self, turn: int, calls: int) -> None:
-        """One of them makes some calls; while it sleeps, time passes."""
+        """Let one process make some calls; while it sleeps, time passes."""
         process = self.running[turn % len(self.running)]
         for _ in range(calls):
             if process.at is not None:
@@ -83,7 +84,7 @@ class Renewals(RuleBasedStateMachine):
         self.bury(process)
 
     def go(self, process: Stepped) -> None:
-        """Its next call, and what holds after it."""
+        """Let a process make its next call, and check what holds after it."""
         assert process.at
         if process.at.startswith(("connect", "sendall")):
             left = self.departed.get(process.pid, self.desk.clock.true)
@@ -98,7 +99,7 @@ class Renewals(RuleBasedStateMachine):
     @precondition(lambda self: self.running and "crash" in self.troubles)
     @rule(turn=turns, torn=st.booleans())
     def crash(self, turn: int, torn: bool) -> None:  # noqa: FBT001 - Hypothesis passes it by name
-        """One of them is killed, perhaps amid a write."""
+        """Kill one process, perhaps in the middle of a write."""
         process = self.running[turn % len(self.running)]
         if process.at and torn and process.at.startswith("write"):
             process.go(torn=True)
@@ -110,7 +111,7 @@ class Renewals(RuleBasedStateMachine):
     @precondition(lambda self: self.running and "fail" in self.troubles)
     @rule(turn=turns, error=st.sampled_from([errno.EIO, errno.ENOSPC, errno.EACCES]), skip=st.integers(0, 60))
     def fail(self, turn: int, error: int, skip: int) -> None:
-        """One of them goes on to a file call that fails; each meets that once at most."""
+        """Let one process go on to a file call that fails, which each process meets once at most."""
         process = self.running[turn % len(self.running)]
         while process.at and (skip > 0 or not process.at.startswith(FILES)):
             self.go(process)
@@ -123,7 +124,7 @@ class Renewals(RuleBasedStateMachine):
     @precondition(lambda self: self.running and "fill" in self.troubles)
     @rule(turn=turns)
     def fill(self, turn: int) -> None:
-        """The disk is full from now on for one of them that has met no other fault."""
+        """Make the disk full from now on for one process that has met no other fault."""
         pid = self.running[turn % len(self.running)].pid
         if pid not in self.failed:
             self.failed.add(pid)
@@ -131,7 +132,7 @@ class Renewals(RuleBasedStateMachine):
 
     @rule(hours=st.sampled_from([0.005, 1.0, 7.0, 23.6, 24.5]), asleep=st.booleans())
     def wait(self, hours: float, asleep: bool) -> None:  # noqa: FBT001 - Hypothesis passes it by name
-        """Time passes while nobody does anything, or while the machine sleeps."""
+        """Let time pass while nobody does anything, or while the machine sleeps."""
         if asleep:
             self.desk.clock.sleep(hours * HOUR)
         else:
@@ -140,7 +141,7 @@ class Renewals(RuleBasedStateMachine):
     @precondition(lambda self: "jump" in self.troubles)
     @rule(by=st.sampled_from(WRONG))
     def jump(self, by: float) -> None:
-        """Someone sets the machine's clock, wrong or right."""
+        """Set the machine's clock, wrong or right."""
         clock, pids, wrong = self.desk.clock, [process.pid for process in self.running], self.side * by
         if wrong > clock.wrong:
             self.ahead.append((clock.true, pids))
@@ -151,10 +152,10 @@ class Renewals(RuleBasedStateMachine):
 
     @invariant()
     def look(self, pid: int = 0) -> None:
-        """What holds at every step: one request a minute and none in vain, no valid token lost, no torn file.
+        """Check what holds at every step: one request a minute and none in vain, no valid token lost, no torn file.
 
-        Nothing tells a machine whose clock is set ahead that KIS's minute goes on. Nor does anything tell when the
-        request left of a process that stood still with its connection to KIS, and died before its answer.
+        A machine whose clock is set ahead cannot know that KIS's minute goes on. Nor can anyone know when the request
+        left if its process stood still while connected to KIS and died before the answer.
         """
         if not hasattr(self, "desk"):
             return
@@ -174,7 +175,7 @@ class Renewals(RuleBasedStateMachine):
         self.holding = reach if reach > now else 0.0
 
     def expiry_in(self, name: str) -> float:
-        """When the token in a file expires as the file gives it, in epoch seconds; 0 where it has never had one."""
+        """Return the expiry that a token file gives, in epoch seconds; 0 if it has never held a token."""
         content, before = self.desk.content(name), self.seen.get(name)
         assert content or not before, "a token file is gone, or torn"
         if not content:
@@ -186,7 +187,7 @@ class Renewals(RuleBasedStateMachine):
         return datetime.fromisoformat(content["expires_at"]).timestamp()
 
     def bury(self, process: Stepped) -> None:
-        """What holds at the end of a process: a token that served since its start, or a sentence."""
+        """Check how a process ended: with a token that had not expired when it started, or with a documented code."""
         if process.at is not None:
             return
         self.running.remove(process)
@@ -198,7 +199,7 @@ class Renewals(RuleBasedStateMachine):
             self.handed.add(token)
 
     def teardown(self) -> None:
-        """At last all run to their ends, the clock is right, and fresh processes get one token for both markets."""
+        """Let all processes end and set the clock right; fresh processes then get a valid token for both markets."""
         if not hasattr(self, "desk"):
             return
         with self.desk:
@@ -206,7 +207,7 @@ class Renewals(RuleBasedStateMachine):
                 if not self.running:
                     break
                 self.step(turn % AT_ONCE, 90)
-            # Tokens that no disk took are handed out, and count: beyond the ceiling nothing is asked for a day.
+            # Tokens that a full disk did not take are handed out and count: past the ceiling, no request for a day.
             self.desk.clock.true += DAY if self.full and len(self.desk.granted) > 1 else 2 * MINUTE
             self.desk.clock.wrong = 0.0
             for token in self.desk.served():
@@ -217,7 +218,7 @@ class Renewals(RuleBasedStateMachine):
 
 
 def test_the_protocol_holds(make_desk: Callable[[], Desk]) -> None:
-    """Whoever's turn it is, and whoever is killed, fails or waits: every invariant holds at each step."""
+    """Whichever process takes a turn, is killed, fails or waits, every invariant holds at each step."""
 
     class Machine(Renewals):
         pass

@@ -1,4 +1,4 @@
-"""What is installed: the wheel's files, the pins, a reason beside every bound, and the example settings."""
+"""What is installed: the wheel's files, the pins, the bounds with their reasons, and the example settings."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ REQUIREMENTS = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dep
 PINS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
 PINNED = {str(canonicalize_name(name)): version for name, _, version in (pin.partition("==") for pin in PINS)}
 BUILD = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
-UNBOUNDED = {"tzdata"}  # the zones of the world: the newest is the right one
+UNBOUNDED = {"tzdata"}  # the world's time zones: the newest version is the right one
 
 
 def test_the_wheel_has_the_library_and_nothing_else(tmp_path: Path) -> None:
-    """Each module of tokencore, whatever an earlier version has left in build/; the flows stay in the checkout."""
+    """It has each module of tokencore, whatever an earlier version left in build/; the flows stay in the checkout."""
     (tmp_path / "build" / "lib" / "flows").mkdir(parents=True)
     (tmp_path / "build" / "lib" / "flows" / "earlier.py").touch()
     for name in ("tokencore", "flows"):
@@ -42,9 +42,9 @@ def test_the_wheel_has_the_library_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_every_dependency_has_a_bound_a_reason_and_a_pin() -> None:
-    """Nothing comes in whatever version, or without a reason; all that is needed is pinned, by name and version only.
+    """Every dependency has a bounded version and a reason, and is pinned by name and version only.
 
-    What a dependency brings is pinned like the dependency, so that the pins are the whole list to audit.
+    The dependencies of dependencies are pinned too, so that the pins are the whole list to audit.
     """
     for requirement in REQUIREMENTS:
         wanted = Requirement(requirement)
@@ -63,7 +63,7 @@ def test_every_dependency_has_a_bound_a_reason_and_a_pin() -> None:
 
 
 def test_the_example_has_every_setting() -> None:
-    """Each setting of KIS and Slack is in .env.example, and with all of them switched on it loads: none is misspelt."""
+    """.env.example has each setting of KIS and Slack, and loads with all of them switched on: none is misspelt."""
     example = (ROOT / ".env.example").read_text(encoding="utf-8")
     lines = re.findall(r"^#?((?:KIS|SLACK|PREFECT_UI)_\w[\w-]*)=(.*)$", example, re.MULTILINE)
     Path(".env").write_text("\n".join(f"{name}={value or 'https://example.com'}" for name, value in lines), "utf-8")

@@ -62,15 +62,15 @@ anchors = st.none() | st.times().map(lambda at: at.replace(microsecond=0))
 def decide(
     now: datetime, needs: Sequence[Span], issued: datetime | None, anchor: time | None = None, *, lost: bool = False
 ) -> Renewal | None:
-    """The rule's answer, where the last issue brought a token of 24 hours that may be lost."""
+    """Return the rule's answer where the last issue brought a token of 24 hours, which may be lost."""
     expires = issued.astimezone(UTC) + DAY if issued and not lost else None
     return next_renewal(now, needs, issued_at=issued, expires_at=expires, anchor=anchor)
 
 
 def run(needs: list[Span], anchor: time | None = None, faulty: Sequence[Span] = ()) -> list[Renewal]:
-    """A program that starts two hours before the first need, issues when due and backs off after failures.
+    """Return the issues of a program that starts two hours before the first need and backs off after failures.
 
-    A plan holds until it is due: asked again before, the rule gives the same moment.
+    A plan holds until it is due: asked again earlier, the rule gives the same moment.
     """
     now, issued, failures = needs[0][0] - 2 * HOUR, None, 0
     done: list[Renewal] = []
@@ -88,7 +88,7 @@ def run(needs: list[Span], anchor: time | None = None, faulty: Sequence[Span] = 
 
 
 def judge(needs: list[Span], done: list[Renewal]) -> dict[str, list[Span] | list[datetime]]:
-    """What a run did wrong, held against the promises without any of the rule's own arithmetic: needs, or issues."""
+    """Return the needs or issues with which a run broke a promise, found without the rule's own arithmetic."""
     issues = [one.at for one in done]
     pairs = list(zip([datetime(1, 1, 3, tzinfo=UTC), *issues], done, strict=False))
     return {
@@ -115,9 +115,9 @@ def _covered(start: datetime, end: datetime, issues: list[datetime]) -> bool:
 def test_needs_are_covered_undisturbed_and_outages_lead_to_no_issue_too_many(
     needs: list[Span], anchor: time | None, steps: Steps
 ) -> None:
-    """A token is there throughout, changed inside only if none from before could last; six hours lie between issues.
+    """A token serves each need throughout, and changes inside one only if none from before could last.
 
-    Also after outages; a day or an exception lies between them, and without one no need is going on and it is served.
+    Six hours lie between issues, also after outages; less than a day, or an issue inside a need, is an exception.
     """
     assert not any(judge(needs, run(needs, anchor)).values())
     done = run(needs, anchor, spans(needs[0][0] - DAY, steps))
@@ -136,7 +136,7 @@ def test_needs_are_covered_undisturbed_and_outages_lead_to_no_issue_too_many(
 def test_a_decision_lies_ahead_and_leaves_served_needs_alone(
     needs: list[Span], anchor: time | None, offset: timedelta, age: timedelta | None, left: timedelta
 ) -> None:
-    """Whatever the token's age and life, even unknown or odd: never in the past nor inside a served need."""
+    """Whatever the token's age and life, even unknown or odd, it lies neither in the past nor inside a served need."""
     now = needs[0][0] + offset
     issued = None if age is None else now - age
     if planned := next_renewal(now, needs, issued_at=issued, expires_at=now + left, anchor=anchor):
@@ -147,7 +147,7 @@ def test_a_decision_lies_ahead_and_leaves_served_needs_alone(
 @steady
 @given(calm_needs, st.lists(st.tuples(minutes(720, 4000), minutes(1, 54)), max_size=12), st.data())
 def test_an_outage_before_the_need_leaves_no_hole(needs: list[Span], steps: Steps, data: st.DataObject) -> None:
-    """One retry before the need is enough after any outage, and the lead after all of up to 54 minutes."""
+    """After any outage one try before the need is enough, and outages of up to 54 minutes always leave time for one."""
     done = run(needs)
     number = data.draw(st.integers(0, len(done) - 1))
     counted = done[number - 1].at + COUNTS if number else needs[0][0]
@@ -173,7 +173,7 @@ ZONES = [ZoneInfo(name) for name in ("Asia/Seoul", "America/New_York", "Europe/L
 def test_the_zone_of_the_inputs_changes_nothing(
     needs: list[Span], anchor: time | None, zones: list[ZoneInfo], offset: timedelta, age: timedelta
 ) -> None:
-    """Around changes to and from summer time the same instants give the same decision, in any zones."""
+    """Around changes to and from summer time, the same instants give the same decision in any zone."""
     now = needs[0][0] + offset
     elsewhere = [(start.astimezone(zones[0]), end.astimezone(zones[1])) for start, end in needs]
     planned = decide(now.astimezone(zones[2]), elsewhere, (now - age).astimezone(zones[3]), anchor)
@@ -185,7 +185,7 @@ def test_the_zone_of_the_inputs_changes_nothing(
 @steady
 @given(wild_needs)
 def test_the_anchor_begins_the_longest_common_quiet(needs: list[Span]) -> None:
-    """Counting every minute of the day gives the same anchor, or as well that there is none."""
+    """Counting every minute of the day finds the same anchor, or likewise that there is none."""
     busy: set[time] = set()
     for start, end in needs:
         minute = start.astimezone(KST).replace(second=0, microsecond=0)
@@ -204,7 +204,7 @@ def test_the_anchor_begins_the_longest_common_quiet(needs: list[Span]) -> None:
 WEEKDAYS = [(kst(f"06-{day:02} 08:30"), kst(f"06-{day:02} 16:30")) for day in (1, 2, 3, 4, 5, 8, 9)]
 LATE = "after the last issue, because 24 h would be too late for the need"
 DAILY = "renews daily at 16:35 KST"
-DECISIONS = {  # now, the last issue, when, why, and what is special; after `lost` the token is
+DECISIONS = {  # now, the last issue, when to renew, the reason, the exception; in cases named `lost` it is
     "no token: at the anchor, so that it lasts": ("05-31 12:00", None, "05-31 16:35", DAILY, ""),
     "no token and the anchor is past": ("05-31 22:00", None, "05-31 22:00", DAILY, ""),
     "no token half an hour before a need": ("06-01 08:00", None, "06-01 08:00", "at once", ""),
@@ -226,7 +226,7 @@ DECISIONS = {  # now, the last issue, when, why, and what is special; after `los
 
 @pytest.mark.parametrize("case", DECISIONS)
 def test_decisions(case: str) -> None:
-    """With a need from 08:30 to 16:30 on weekdays, each decision can be checked against the rule's text."""
+    """With a need from 08:30 to 16:30 on weekdays, each decision is the one that the rule's text gives."""
     now, issued, at, reason, exception = DECISIONS[case]
     planned = decide(kst(now), WEEKDAYS, kst(issued) if issued else None, lost=case.startswith("lost"))
     assert planned == Renewal(kst(at), ANY, ANY if exception else None)
@@ -235,7 +235,7 @@ def test_decisions(case: str) -> None:
 
 
 def test_the_quiet_before_a_need_is_preferred() -> None:
-    """No hurry inside a served need: half of the three quiet minutes after it will do; an anchor near a need waits."""
+    """A renewal moves out of a served need into the quiet after it, and ahead of an anchor that is near a need."""
     needs = spans(kst("06-01 17:00"), [(5 * HOUR, 7 * HOUR), (3 * MINUTE, 1 * HOUR), (147 * MINUTE, 8 * HOUR)])
     now, end = kst("06-01 23:00"), kst("06-02 12:00")
     planned = next_renewal(now, needs, issued_at=None, expires_at=end, anchor=time(16, 35))
@@ -244,7 +244,7 @@ def test_the_quiet_before_a_need_is_preferred() -> None:
 
 
 def test_nothing_to_renew_for() -> None:
-    """Without a need, or with a token that serves them all, there is no renewal, no anchor and no quiet time."""
+    """Without a need, or with a token that serves them all, nothing is due; without a quiet gap there is no anchor."""
     now = kst("06-01 12:00")
     assert decide(now, [], None) is next_renewal(now, WEEKDAYS, issued_at=now, expires_at=kst("07-01 12:00")) is None
     assert (daily_anchor([]), quiet_time([]), quiet_time([(now, now + DAY)])) == (None, None, None)
@@ -252,14 +252,14 @@ def test_nothing_to_renew_for() -> None:
 
 
 def test_a_need_longer_than_a_token_is_chained_and_says_so() -> None:
-    """56 hours take three tokens, each an hour before the last one ends; all three are exceptions."""
+    """56 hours take three tokens, each issued an hour before the last one ends; all three are exceptions."""
     done = run([(kst("06-01 08:30"), kst("06-03 16:30"))])
     assert [one.at for one in done] == [kst("06-01 07:30"), kst("06-02 06:30"), kst("06-03 05:30")]
     assert all("the need lasts 56 h, longer than one token" in str(one.exception) for one in done)
 
 
 def test_a_longer_buffer_moves_the_anchor() -> None:
-    """With a buffer of ten minutes the anchor comes later by as much, and no day needs an exception."""
+    """With a buffer of ten minutes instead of five the anchor comes five later, and no day needs an exception."""
     plan = partial(renewals, kst("05-31 12:00"), WEEKDAYS, issued_at=None, expires_at=None, buffer=10 * MINUTE)
     assert daily_anchor(WEEKDAYS, buffer=10 * MINUTE) == time(16, 40)
     done = plan(until=kst("06-09 12:00"))
@@ -280,7 +280,7 @@ WEEKS = {
 
 @pytest.mark.parametrize(("codes", "first", "days", "expected"), WEEKS.values(), ids=WEEKS)
 def test_real_weeks(codes: list[str], first: str, days: int, expected: str) -> None:
-    """One issue at the anchor before each need, none while everything rests; a change of hours makes no exception."""
+    """There is one issue at the anchor before each need and none in holidays; a change of hours makes no exception."""
     now, issued, done = kst(f"{first} 12:00"), None, list[Renewal]()
     until = now + days * DAY
     while planned := decide(now, sessions.needs(codes, now - DAY, now + 14 * DAY), issued):
@@ -296,7 +296,7 @@ def test_real_weeks(codes: list[str], first: str, days: int, expected: str) -> N
 
 
 def test_anchors_of_real_exchanges() -> None:
-    """The anchor lies in the afternoon gap of Korea; to 20:00, in the evening of winter or the morning of summer."""
+    """It lies in Korea's afternoon gap; with Korea open to 20:00, in the evening in winter, the morning in summer."""
 
     def anchor(codes: list[str], first: str, *, extended: bool = False) -> str:
         start, known = kst(f"{first} 00:00"), {"KRX": sessions.Override(extended=extended)}

@@ -1,4 +1,4 @@
-"""README and the pages in docs/ are true in both languages: code runs, settings load, commands exist, links lead on."""
+"""README and the pages in docs/ are true in both languages: code runs, settings load, and commands and links exist."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ENGLISH = [name for name in PAGES if not name.endswith(".ko.md")]
 BLOCK = re.compile(r"^```([\w -]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = {name: BLOCK.findall(text) for name, text in TEXTS.items()}
 MAKEFILE, EXAMPLE = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".env.example"))
-# Not for .env: set for a program by `exec`, a folder of its own, and beginnings of names.
+# Not in .env.example: what `exec` sets for a program, what .env cannot give, and the beginnings of names.
 OUTSIDE = {"KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT", "KIS_SECRETS_DIR", "KIS_MARKETS__"}
-RUN = {"sh", "python"}  # languages whose blocks are run; "console" shows what needs more than one machine can give
-# make's targets are proved by the tests of what they start; a warm-up is what `make up` begins with before a session.
+RUN = {"sh", "python"}  # languages whose blocks are run; "console" blocks need more than one machine has
+# make's targets are proved by the tests of what they start; here `make up` only issues, as a warm-up does.
 NEWCOMER = """\
 make() {
     command make --dry-run --directory "$ROOT" "$@" > /dev/null
@@ -46,11 +46,11 @@ EARLY = {"need", "needs", "anchor", "cool-down", "ceiling"}  # words that the RE
 
 @pytest.mark.parametrize("page", [name for name in ENGLISH if RUN & {language for language, _ in BLOCKS[name]}])
 def test_a_newcomer_follows_the_page(page: str, gateway: Sandbox) -> None:
-    """Its shell and Python blocks, in their order in one home, run to their ends on one issue."""
+    """Its shell and Python blocks, run in order in one home, all succeed and cost at most one issue."""
     Path(".venv").symlink_to(sys.prefix)
     mine = {"KIS_HTS_ID": "me", "ROOT": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     known = {**os.environ, **mine}
-    if page == "README.md":  # which begins without any
+    if page == "README.md":  # the reader starts without credentials
         known = {name: value for name, value in known.items() if not name.startswith("KIS_APP_")}
     for language, code in BLOCKS[page]:
         for placeholder, value in KEYS.items():
@@ -64,7 +64,7 @@ def test_a_newcomer_follows_the_page(page: str, gateway: Sandbox) -> None:
 
 @pytest.mark.parametrize("page", ENGLISH)
 def test_settings_that_a_page_shows_load(page: str, isolated: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As config.toml or environment they are read without a complaint."""
+    """Settings are read from a page's TOML and environment blocks without a warning."""
     (isolated / ".tokencore").mkdir(mode=0o700)
     before = dict(os.environ)
     for language, code in BLOCKS[page]:
@@ -80,7 +80,7 @@ def test_settings_that_a_page_shows_load(page: str, isolated: Path, caplog: pyte
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_options_targets_and_settings_exist(page: str) -> None:
-    """What a page calls a command, an option, a target of make or a setting is one."""
+    """Every command, option, make target and setting that a page names exists."""
     options = {name: set(one._option_string_actions) for name, one in parsers(COMMANDS)[1].items()}  # noqa: SLF001 - argparse has no other way
     for name, rest in re.findall(r"(?<![\w/.-])tokencore ([a-z]+)\b([^\n`|]*)", _code(TEXTS[page])):
         assert name in options, name
@@ -93,7 +93,7 @@ def test_commands_options_targets_and_settings_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    """Every file and every heading that a page links to is there."""
+    """Every file and every heading that a page links to exists."""
     for target in re.findall(r"\]\((?!\w+://)([^)\s]+)\)", TEXTS[page]):
         name, _, heading = target.partition("#")
         found = PAGES[page].parent / name if name else PAGES[page]
@@ -110,7 +110,7 @@ def test_both_languages_say_the_same(page: str) -> None:
 
 
 def test_pages_keep_their_size() -> None:
-    """The README is read in five minutes and uses no word of the rule; all pages are read in an hour."""
+    """The README has at most 900 words and none of the rule's terms; the English pages have at most 7,000 words."""
     words = TEXTS["README.md"].lower().split()
     assert len(words) <= 900
     assert not {word.strip(".,;:()") for word in words} & EARLY
@@ -118,25 +118,25 @@ def test_pages_keep_their_size() -> None:
 
 
 def test_samples_of_alerts_are_current() -> None:
-    """What the pages show of alerts is what the code says today; `make docs` brings them up to date."""
+    """The alerts that the pages show are those that the code writes today; `make docs` brings them up to date."""
     made = runpy.run_path(str(DOCS / "alerts.py"))
     texts = [path.read_text(encoding="utf-8") for path in made["PAGES"]]
     assert texts == [made["current"](text) for text in texts], "run `make docs`"
 
 
 def _settings(text: str) -> set[str]:
-    """The settings that it names, those of one market as `hk`'s."""
+    """Return the settings that a text names; those of any one market count as `hk`'s."""
     return set(re.findall(r"\b(?:KIS|SLACK)_\w+", re.sub(r"(?<=KIS_MARKETS__)[A-Z]+(?=__)", "HK", text)))
 
 
 def _code(text: str) -> str:
-    """Its blocks and what stands in backticks, without comments."""
+    """Return a text's code blocks and inline code, without comments."""
     inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", BLOCK.sub("", text))
     return re.sub(r"(?<=\s)# .*", "", "\n".join([*(code for _, code in BLOCK.findall(text)), *inline]))
 
 
 def _facts(text: str) -> dict[str, object]:
-    """What is the same in every language: comments and alerts are not."""
+    """Return what a page has in common with its translation: everything but prose, comments and alerts."""
     rest = BLOCK.sub("", text)
     links = re.findall(r"\]\(([^)\s#]+)", rest)
     return {
