@@ -43,10 +43,10 @@ def key(gateway: Sandbox) -> Key:  # noqa: ARG001 - for its settings
     return Key.load(Settings.load())[0]
 
 
-def save(key: Key, life: float = 24 * HOUR, age: float = 0, *, now: datetime = DUE) -> None:
+def save(key: Key, life: float = 24 * HOUR, age: float = 0, *, now: datetime = DUE, rejected: bool = False) -> None:
     """Save a token of the key that was issued `age` seconds before `now`."""
     with key.store.lock(wait=5):
-        key.store.save(make_token(life, age=age, now=now))
+        key.store.save(make_token(life, age=age, now=now, rejected=rejected))
 
 
 @pytest.fixture
@@ -208,11 +208,15 @@ def test_a_state_says_all_that_is_known_at_one_moment(key: Key) -> None:
 
 
 def test_exchanges_that_are_closed_for_weeks_want_no_renewal(key: Key) -> None:
-    """With a month of holidays in the settings nobody needs a token, which is not the same as having no exchange."""
+    """With a month of holidays in the settings nobody needs a token, nor another for one that KIS has rejected."""
     month = [f"{DUE + timedelta(days=day):%Y-%m-%d}" for day in range(-3, 30)]
     os.environ |= {f"KIS_EXCHANGES__{code}__CLOSED": json.dumps(month) for code in key.exchanges}
     (closed,) = Key.load(Settings.load())
-    assert (closed.state(DUE).outlook.needs, closed.state(DUE).outlook.next) == ([], None)
+    for rejected, covered in ((None, False), (True, False), (False, True)):
+        if rejected is not None:
+            save(closed, rejected=rejected)
+        state = closed.state(DUE)
+        assert (state.outlook.needs, state.outlook.next, state.covered) == ([], None, covered)
 
 
 def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:

@@ -80,6 +80,7 @@ def test_a_saved_token_is_read_by_every_market_of_the_key_and_shows_no_secret(op
     assert not store.unchanged(token)
     assert text_of(store) == newer.access_token
     assert (set(store.details()), store.details()["cache_exists"]) == ({"file", "permissions", "cache_exists"}, True)
+    assert opened("hk").details()["cache_exists"], "the key's file, while the market has no view of it"
     shown = repr(store) + str(store.details()) + store.place + store.fingerprint + repr(vars(store))
     assert not any(canary in shown for canary in CANARIES)
 
