@@ -6,6 +6,7 @@ the one that runs the tests; `make clients` starts more processes. The official 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -113,6 +114,16 @@ def test_export_prints_the_paths_and_says_which_file_holds_the_secret(command: C
         assert (ran.code, ran.err.partition(" too")[0]) == (0, told)
         there = Path(f"for-{client}").resolve().glob("[!.]*")
         assert sorted(ran.out.split()) == sorted(map(str, there))
+
+
+@pytest.mark.usefixtures("gateway")
+def test_export_from_a_folder_that_is_gone_asks_for_an_absolute_path(command: Callable[..., Ran]) -> None:
+    """A folder's name leads nowhere where the current folder was removed: a sentence and 2, not an unexpected error."""
+    (gone := Path("gone").absolute()).mkdir()
+    with contextlib.chdir(gone):
+        gone.rmdir()
+        ran = command("export", "us", "--to", "kis-auth", "there")
+    assert (ran.code, ran.out, "there is relative" in ran.err, "absolute path" in ran.err) == (2, "", True, True)
 
 
 @pytest.mark.usefixtures("gateway")

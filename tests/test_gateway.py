@@ -261,6 +261,11 @@ def test_quote_proves_a_token_or_its_death_by_code_and_status_never_by_rows(
     assert (found.accepted, found.status, bool(found.detail)) == (accepted, status, True)
 
 
+def test_quote_that_reached_nobody_says_so(closed: str) -> None:
+    """Whoever reads why a token could not be proven looks at the network, not for half an answer of KIS."""
+    assert kis(closed).quote(make_jwt(), ["KRX"]).detail == "KIS cannot be reached: 127.0.0.1 refuses the connection"
+
+
 def test_token_that_kis_did_not_revoke_is_said_to_stay_valid(wire: Wire, closed: str) -> None:
     """Only KIS's own answer counts as revoked, a missing connection proves nothing, and nothing is tried again."""
     for status, code in ((403, 200), (200, 500), (200, None)):

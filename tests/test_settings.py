@@ -186,6 +186,15 @@ def test_a_source_that_cannot_be_read_is_named_in_one_sentence_at_once(
     tracemalloc.stop()
 
 
+def test_a_secrets_folder_beside_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    """A program whose folder was removed gets the setting's sentence, not the system's bare error."""
+    os.environ |= {**PAIR, "KIS_SECRETS_DIR": "secrets"}
+    (gone := tmp_path / "gone").mkdir()
+    with contextlib.chdir(gone):
+        gone.rmdir()
+        assert "secrets cannot be read (No such file or directory); point KIS_SECRETS_DIR" in refusal(us)
+
+
 # --- whom they trust
 
 
@@ -482,9 +491,11 @@ def test_a_market_has_values_of_its_own(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.parametrize("name", ["jp", "", "../us", "us/", "u s", "us\n", "서울", KEY, "x" * 200])
 def test_an_unknown_market_is_refused(name: str) -> None:
-    """A name that is not configured, or that no file should have, is an error with what is known or allowed."""
+    """A name that is not configured, or that no file should have, is an error, which repeats no key in its place."""
     for read in (read_market, Settings.load().market):
-        assert re.search(r"not configured \(known: us, kr\)|not a market's name", refusal(partial(read, name)))
+        message = refusal(partial(read, name))
+        assert re.search(r"not configured \(known: us, kr\)|not a market's name", message)
+        assert name != KEY or name.lower() not in message.lower()
 
 
 @pytest.mark.parametrize(("address", "environment"), [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real")])

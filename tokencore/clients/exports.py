@@ -214,7 +214,11 @@ def _target(text: str, market: Market) -> Target:
     if client not in CLIENTS:
         raise ConfigurationError(f"There is no export for {client!r}; choose one of {', '.join(CLIENTS)}.")
     if folder := folder or CLIENTS[client].folder:
-        return Target(client, os.path.abspath(os.path.expanduser(folder)))
+        try:
+            return Target(client, os.path.abspath(os.path.expanduser(folder)))
+        except FileNotFoundError:
+            why = "is relative to the current folder, which is gone; give an absolute path. Nothing was written."
+            raise ConfigurationError(f"{folder} {why}") from None
     return Target(client, market.token_dir, f"{market.name}_krs_token.dat")
 
 

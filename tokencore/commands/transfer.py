@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -39,7 +38,7 @@ def _export(options: argparse.Namespace) -> int:
     if not options.folder:
         raise ConfigurationError("DIR is empty: name the folder where that client looks. Nothing was written.")
     manager = TokenManager(options.market)
-    paths = manager.export(options.to, os.path.abspath(os.path.expanduser(options.folder)))
+    paths = manager.export(options.to, options.folder)
     print("\n".join(paths))
     if CLIENTS[options.to].holds_secret:
         print("tokencore: that file holds the app secret too, as this client asks for it.", file=sys.stderr)

@@ -230,8 +230,8 @@ def known(name: str, found: Found) -> str:
         raise ConfigurationError(f"{error}.") from None
     if lower not in (names := market_names(found)):
         raise ConfigurationError(
-            f"The market {lower!r} is not configured (known: {', '.join(names)}); "
-            f"set KIS_MARKETS__{lower.upper()}__EXCHANGES to the exchanges it trades, such as SEHK."
+            f"The market {short(lower)!r} is not configured (known: {', '.join(names)}); "
+            f"set KIS_MARKETS__{short(lower).upper()}__EXCHANGES to the exchanges it trades, such as SEHK."
         )
     return lower
 

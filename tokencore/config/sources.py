@@ -28,6 +28,7 @@ TRUSTED = (ENVIRONMENT, CONFIG_FILE)  # may give an address for any secret
 SECRETS_DIR = "KIS_SECRETS_DIR"
 FILE_LIMIT = 65_536  # bytes; larger files of settings are refused
 PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
+_DIR_FIX = f"point {SECRETS_DIR} at a folder with a file per variable"
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
 _warned: set[str] = set()  # messages that were logged; once per process is enough
 _left: list[str] = []  # the path of the last `.env` found: a program that changes its folder keeps it
@@ -102,7 +103,7 @@ def gather() -> Found:
         )
     config = _config()
     if folder := str(found.values.get(SECRETS_DIR) or config.get(SECRETS_DIR, "")):
-        folder = os.path.abspath(os.path.expanduser(folder))
+        folder = _readable(str, folder, _DIR_FIX)  # absolute
         found.add(folder, _secrets(folder))
     found.add(CONFIG_FILE, config)
     _check_addresses(found)
@@ -197,10 +198,9 @@ def _written_by_others(path: str) -> str:
 
 
 def _secrets(folder: str) -> dict[str, str]:
-    fix = f"point {SECRETS_DIR} at a folder with a file per variable"
-    ours = [name for name in sorted(_readable(os.listdir, folder, fix)) if name.upper().startswith(_PREFIXES)]
+    ours = [name for name in sorted(_readable(os.listdir, folder, _DIR_FIX)) if name.upper().startswith(_PREFIXES)]
     paths = {name: os.path.join(folder, name) for name in ours}
-    return {name: _readable(_text, path, fix).strip() for name, path in paths.items() if not os.path.isdir(path)}
+    return {name: _readable(_text, path, _DIR_FIX).strip() for name, path in paths.items() if not os.path.isdir(path)}
 
 
 def _config() -> dict[str, Any]:

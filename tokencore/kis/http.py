@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 class NoAnswer(Exception):  # noqa: N818 - named after what happened
     """No answer came; the message says why, without the path and headers that the libraries' own messages repeat.
 
-    `left` tells whether the request may have reached the server.
+    `left` tells whether the request's content may have reached the server; one without content asks for nothing.
     """
 
     def __init__(self, why: str, *, left: bool) -> None:
@@ -86,7 +86,7 @@ def send(method: str, url: str, content: bytes | None = None, *, timeout: float,
         said = f"{type(error).__name__} {error}".lower()
         reason = "".join(f": {why}" for why in _REASON.findall(str(error)))
     why = next(FAULTS[sign] for sign in FAULTS if sign in said)
-    raise NoAnswer(why.format(host=host, timeout=timeout, reason=reason), left=body is None or body.left)
+    raise NoAnswer(why.format(host=host, timeout=timeout, reason=reason), left=bool(body and body.left))
 
 
 def _go_nowhere(response: requests.Response, **_: object) -> None:
