@@ -1,4 +1,4 @@
-"""A key: one app key in one environment, with all its markets. KIS's limits belong to it, not to a market."""
+"""A key: one app key in one environment, with all its markets. KIS's limits apply to the key, not to a market."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
     Horizons = dict[tuple[str, ...], tuple[datetime, Outlook]]
 
-HORIZON_AGE = timedelta(minutes=10)  # for which what the calendars say is not asked again
+HORIZON_AGE = timedelta(minutes=10)  # how long an answer of the calendars is kept before they are asked again
 
 
 @sealed_class()
 class Key(Sensitive):
-    """One app key in one environment: its `markets`, the `store` of its token, and how that is renewed.
+    """One app key in one environment: its `markets`, the `store` of its token, and how the token is renewed.
 
-    `market` is the first of them and has the numbers of the rules, `label` what people call the key, such as `us+kr` or
-    `hk (paper)`, and `exchanges` what its markets trade, by order code.
+    `market` is the first market, whose settings (buffer, intervals, limits) apply to the key; `label` is the key's name
+    for people, such as `us+kr` or `hk (paper)`; `exchanges` are the order codes that its markets trade.
     """
 
     __slots__ = ("__dict__", "__weakref__")
 
     def __init__(self, markets: Sequence[Market], store: Store | None = None, horizons: Horizons | None = None) -> None:
-        """Serve the key of `markets`; keys of the same settings may share `horizons`. Nothing is opened yet."""
+        """Serve the key that `markets` share; keys of the same settings may share `horizons`. Nothing is read yet."""
         self.markets = list(markets)
         self.market = markets[0]
         self.name = self.market.name
@@ -61,7 +61,7 @@ class Key(Sensitive):
 
     @classmethod
     def load(cls, settings: Settings, markets: Iterable[Market] = ()) -> list[Key]:
-        """Every key of the settings, or of these of their markets, in the order of its first market.
+        """Return every key of the settings, or only those of `markets`, ordered by each key's first market.
 
         Raises:
             ConfigurationError: no market has credentials, or one of `markets` has none; the message says what to set.
@@ -76,7 +76,7 @@ class Key(Sensitive):
 
     @classmethod
     def trading(cls, settings: Settings, exchange: str) -> list[Key]:
-        """Every key with a market that trades `exchange` (order code or alias).
+        """Return every key with a market that trades `exchange` (order code or alias).
 
         Raises:
             ConfigurationError: the exchange is unknown, or no market with credentials trades it.
@@ -93,7 +93,7 @@ class Key(Sensitive):
 
     @property
     def renewer(self) -> Renewer:
-        """How its token is renewed.
+        """The object that renews the key's token, made on first use.
 
         Raises:
             ConfigurationError: the secret is missing.
@@ -104,26 +104,26 @@ class Key(Sensitive):
         return self._renewer
 
     def store_of(self, market: Market) -> Store:
-        """The key's store as this one of its markets sees it."""
+        """Return the key's store as seen by `market`, one of its markets."""
         return open_store(market, lambda: [one.name for one in self.markets])
 
     def state(self, now: datetime, *, shared: bool = True) -> KeyState:
-        """All that is known of the key at `now` (aware), read once: token and record.
+        """Read the key's token and record once, and return all that is known of the key at `now` (aware).
 
-        A token that could not be saved, which no other process can use, is left out unless `shared` is False.
+        A token that could not be saved, and so is of no use to other processes, is left out unless `shared` is False.
 
         Raises:
             TokenStoreError: the store cannot be used.
 
         """
-        attempts = self.store.attempts()  # first: a fleet's store is then asked for the token too
+        attempts = self.store.attempts()  # read first: a fleet's store is then asked for the token too
         token, problem = self.store.read()
         if token and shared and not self.store.saved(token):
             token = self.store.newest(shared=True)
         return KeyState(self, now, token, problem, attempts)
 
     def horizon(self, codes: Sequence[str], now: datetime) -> Outlook:
-        """When these exchanges need a token around `now`."""
+        """Return when these exchanges need a token around `now`, from the cache if that is recent."""
         known = self._horizons.get(tuple(codes))
         if known is None or not timedelta(0) <= now - known[0] < HORIZON_AGE:
             known = now, outlook.horizon(codes, self.overrides, self.market.buffer, now)
@@ -131,18 +131,18 @@ class Key(Sensitive):
         return known[1]
 
     def running(self, now: datetime) -> dict[str, datetime]:
-        """The exchanges that need a token now, and until when."""
+        """Return the exchanges that need a token now, each with the end of its need."""
         soon = now + timedelta(seconds=1)
         needs = {code: sessions.needs([code], now, soon, self.overrides) for code in self.exchanges}
         return {code: found[0][1] for code, found in needs.items() if found and found[0][0] <= now}
 
     def in_served_session(self, token: Token, now: datetime) -> bool:
-        """Whether an exchange needs a token now and this one serves to the end: no time for a swap."""
+        """Whether some exchange needs a token now and `token` serves to the end, so that no swap should happen now."""
         running = self.running(now)
         return bool(running) and token.serves(max(running.values()) - CLOCK_SLACK, self.market.buffer)
 
     def tick(self, state: KeyState) -> Decision:
-        """Follow the renewal rule at `state`: renew if it is due and the limits allow it; calls too many do no harm."""
+        """Apply the renewal rule to `state`: renew if that is due and the limits allow it; extra calls do no harm."""
         planned, renewed, trouble = state.outlook.next, False, None
         if planned is None or planned.at > state.now:
             return Decision(renewed, trouble, state)
@@ -153,10 +153,10 @@ class Key(Sensitive):
         return Decision(renewed, trouble, self.state(state.now))
 
     def obtain(self, until: datetime, now: datetime) -> bool:
-        """Have a saved token that lasts to `until` (aware), give or take `CLOCK_SLACK`; whether this call issued it.
+        """Ensure a saved token that lasts to `until` (aware) less `CLOCK_SLACK`; return whether this call issued it.
 
         Raises:
-            TokenError: no such token can be had; a present one is untouched.
+            TokenError: there is no such token and none could be issued; a present one is untouched.
 
         """
         until, buffer, issued = until - CLOCK_SLACK, self.market.buffer, False
@@ -167,14 +167,14 @@ class Key(Sensitive):
         return issued
 
     def refresh(self, *, force: bool, reason: str, by: str) -> bool:
-        """Renew now; True for a new token, False where KIS returned the present one; see `BaseTokenManager.refresh`."""
+        """Renew now; return False if KIS returned the present token again. See `BaseTokenManager.refresh`."""
         reason, by = note(reason, by)
         return self.renewer.refresh(force=force, reason=reason, by=by)
 
     note = staticmethod(note)
 
     def prove(self, token: Token) -> Evidence:
-        """What one quote call tells of `token`; never raises because of KIS."""
+        """Make one quote call and return what it shows about `token`; whatever KIS does raises nothing."""
         return self.renewer.gateway.quote(token.access_token, self.exchanges)
 
     def reject(self, token: Token, now: datetime) -> None:
@@ -188,23 +188,23 @@ class Key(Sensitive):
 
 @sealed_class()
 class KeyState(Sensitive):
-    """A key at one moment; times are aware UTC.
+    """The state of a key at one moment; times are aware UTC.
 
     Attributes:
-        key: whose state it is.
-        now: when it was read.
+        key: the key.
+        now: the moment of the state.
         token: the present token, valid or not; None without one.
-        problem: why there is none, where something is stored that cannot be used.
+        problem: why there is no token although something is stored; empty otherwise.
         attempts: the issuance record, oldest first.
         status: `VALID`, `EXPIRING_SOON`, `EXPIRED`, `NO_TOKEN`, `REJECTED` or `UNREADABLE`.
-        serves_until: until when the token serves: its expiry less the buffer; None where none serves now.
-        cooldown_until: until when no request for a token is allowed; None when one is.
+        serves_until: the token's expiry less the buffer; None if no token serves now.
+        cooldown_until: until when no request for a token is allowed; None if one is allowed now.
         issues_last_24h: how many tokens the key has issued in the last 24 hours.
 
     """
 
     def __init__(self, key: Key, now: datetime, token: Token | None, problem: str, attempts: list[Attempt]) -> None:
-        """Take what was read; what lies ahead is computed when it is asked for."""
+        """Take what was read from the store; the outlook is computed on first use."""
         self.key = key
         self.now = now
         self.token = token
@@ -218,7 +218,7 @@ class KeyState(Sensitive):
 
     @cached_property
     def outlook(self) -> Outlook:
-        """What lies ahead: needs, anchor, next renewal.
+        """What lies ahead of the key: its needs, the anchor and the next renewal.
 
         Raises:
             ConfigurationError: an exchange is unknown.
@@ -228,30 +228,30 @@ class KeyState(Sensitive):
         return outlook.look(self.token, self.attempts, ahead, self.key.market, self.now)
 
     def without_token(self, problem: str) -> KeyState:
-        """The same of a market whose own file is why there is no token."""
+        """Return the same state without a token, for a market whose own file has a `problem`."""
         return KeyState(self.key, self.now, None, problem, self.attempts)
 
     @property
     def served(self) -> str:
-        """Whose token serves until when, for people; without a full stop."""
+        """The key's label and until when its token serves, for people; without a full stop."""
         until = self.serves_until
         said = f"the token serves until {format_time(until)[:-7]} KST" if until else "no valid token"
         return f"{self.key.label}: {said}"
 
     @property
     def covered(self) -> bool:
-        """Whether the token serves the present or coming need; without any exchange, whether it serves now."""
+        """Whether the token serves the present or next need; without exchanges, whether it serves now."""
         if self.outlook.needs:
             return self.outlook.unserved != self.outlook.needs[0]
         return self.serves_until is not None
 
     def lasts(self, until: datetime) -> bool:
-        """Whether the token serves until then; our clock and KIS's may differ by a little."""
+        """Whether the token serves until `until`, allowing for a small difference between our clock and KIS's."""
         return self.token is not None and self.token.serves(until - CLOCK_SLACK, self.key.market.buffer)
 
     @property
     def refusal(self) -> CredentialsError | None:
-        """Why only a person can bring about a renewal: KIS refused these credentials; None where it did not."""
+        """The error if KIS refused these credentials, so that only a person can get a renewal; None otherwise."""
         try:
             limits.check_credentials(Intent.DUE, self._standing, self.key.market)
         except CredentialsError as error:
@@ -262,8 +262,8 @@ class KeyState(Sensitive):
     def next_attempt(self) -> datetime | None:
         """When a renewal is tried next; None if none is needed, or a person has to act first.
 
-        That is the plan's moment or, where it is due, when limits and pauses allow it, a minute from now at the
-        soonest.
+        That is when it is planned. If it is due already, it is when limits and pauses allow it or, if they allow it
+        now, one issue interval from now.
         """
         planned, market = self.outlook.next, self.key.market
         try:
@@ -278,15 +278,16 @@ class KeyState(Sensitive):
 
     @property
     def failed(self) -> tuple[datetime, str] | None:
-        """When the last attempt was (aware UTC) and why it brought no token, where a renewal is due; else None."""
+        """When the last attempt was (aware UTC) and why it failed; None if it did not, or if no renewal is due."""
         planned = self.outlook.next
         return failure(self.attempts) if planned and planned.at <= self.now else None
 
     @property
     def foreign_issue(self) -> datetime | None:
-        """When another program issued the present token, aware UTC; None where it is our own, or there is none.
+        """When another program issued the present token, aware UTC; None if we issued it, or there is none.
 
-        KIS returned it to us, the record knows no issue of it, and no request of ours from about that time.
+        It was another program if KIS returned the token to us, and the record has neither its issue nor any request of
+        ours from about that time.
         """
         if self.token is None or self.token.issued_at is None:
             return None
@@ -298,16 +299,16 @@ class KeyState(Sensitive):
         return None if ours else issued_at
 
     def warnings(self) -> list[RefreshWarning]:
-        """What a refresh now would bring about, for the person who asks for it; empty where it harms nothing."""
+        """Return what a person should know before a refresh now; empty if it would do no harm."""
         return outlook.preview_refresh(self.now, self.token, self.attempts, self.key.running(self.now), self.key.market)
 
     def need_of(self, market: Market) -> Need | None:
-        """The present or coming need of one of the key's markets; None without exchanges."""
+        """Return the present or next need of `market`, one of the key's markets; None without exchanges."""
         ahead = self.key.horizon(market.exchanges, self.now)
         return next((need for need in ahead.needs if need[1] > self.now), None)
 
     def plan(self, days: int = PLAN_DAYS) -> Plan:
-        """The coming `days` of KST, if every renewal succeeds."""
+        """Plan the coming `days` in KST, today included, assuming that every renewal succeeds."""
         key, ahead, buffer, refused = self.key, self.outlook, self.key.market.buffer, self.refusal is not None
         start = datetime.combine(self.now.astimezone(KST).date(), time(), KST).astimezone(UTC)
         until = start + timedelta(days=days)
@@ -343,7 +344,7 @@ def _status(token: Token | None, problem: str, market: Market, now: datetime) ->
 
 
 class Decision(NamedTuple):
-    """What a tick did: whether it issued a token, why a renewal that was due failed, and how the key is now."""
+    """What a tick did: whether it brought a new token, why a due renewal failed, and the key's state afterwards."""
 
     renewed: bool
     trouble: TokenError | None

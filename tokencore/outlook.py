@@ -1,4 +1,4 @@
-"""What lies ahead of a key: its needs, the next renewal, the coming days, what a refresh would bring about. Pure."""
+"""What lies ahead of a key: needs, next renewal, the coming days, the effects of a refresh. Pure functions."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     Need = tuple[datetime, datetime]
 
 VALID = ("VALID", "EXPIRING_SOON")  # the statuses of a token that serves
-PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # of the needs that are looked at: the anchor wants two weeks
-PLAN_DAYS = 7  # unless asked otherwise
-AFTER = FUTURE - timedelta(days=PLAN_DAYS)  # a plan's end, of the needs that its last renewals may be for
-RAN_BEFORE = timedelta(hours=36)  # before now: the session that runs, and the one the token was issued for
+PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # which needs are considered; the anchor requires two weeks
+PLAN_DAYS = 7  # the default length of a plan
+AFTER = FUTURE - timedelta(days=PLAN_DAYS)  # how far past a plan's end needs are considered, for its last renewals
+RAN_BEFORE = timedelta(hours=36)  # how far back: the running session, and the one that the token was issued for
 
 
 class Outlook(NamedTuple):
     """What lies ahead of a set of exchanges, and of a key that trades them; times are aware UTC.
 
     Attributes:
-        needs: merged needs; of a key from the present one on.
-        quiet: the time of day, from and to in KST, that is quiet on all days; None without one.
+        needs: merged needs; for a key, from the present one on.
+        quiet: start and end (KST) of the time of day that is quiet on all days; None if there is none.
         anchor: the KST minute of the daily renewal; None without a common quiet time.
-        unserved: the first need that the present token does not serve; None when it serves all.
-        next: the next renewal; its `at` is `now` where it is due.
+        unserved: the first need that the present token does not serve; None if it serves all.
+        next: the next renewal, with `at` equal to `now` if it is due; None if none is needed.
 
     """
 
@@ -49,14 +49,14 @@ class Outlook(NamedTuple):
 
 
 class RefreshWarning(NamedTuple):
-    """One thing that a refresh would bring about, which a person should know before."""
+    """One effect of a refresh that a person should know of beforehand."""
 
     kind: Literal["same token", "another issue", "inside a session"]
     message: str
 
 
 class Row(NamedTuple):
-    """One exchange's sessions and needs in a plan's time; `certain_until` is the last day known for certain."""
+    """One exchange's sessions and needs within a plan; `certain_until` is the last day whose closures are certain."""
 
     code: str
     zone: str
@@ -68,8 +68,8 @@ class Row(NamedTuple):
 class Plan(NamedTuple):
     """The coming days of a key; times are aware UTC, the anchor is KST.
 
-    `token` is the present one, valid or not. `renewals` are the coming ones, if each succeeds and brings a token of 24
-    hours; none where KIS `refused` the credentials. `buffer`: seconds before an expiry in which no token counts.
+    `token` is the present one, valid or not. `renewals` are the coming ones, assuming that each succeeds and brings a
+    token of 24 hours; empty if KIS `refused` the credentials. `buffer` is in seconds.
     """
 
     markets: list[str]
@@ -99,9 +99,9 @@ class Plan(NamedTuple):
 
 
 def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, now: datetime) -> Outlook:
-    """When the exchanges `codes` need a token from two days before `now` (aware) to three weeks after it.
+    """Return when the exchanges `codes` need a token, from two days before `now` (aware) to three weeks after it.
 
-    `known` is what the user's settings say of them, `buffer` in seconds.
+    `known` has the user's overrides by exchange; `buffer` is in seconds.
 
     Raises:
         ConfigurationError: an exchange is unknown.
@@ -114,7 +114,7 @@ def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, 
 def look(
     token: Token | None, attempts: Sequence[Attempt], ahead: Outlook | None, market: Market, now: datetime
 ) -> Outlook:
-    """What lies ahead of a key with `token` and this issuance record, whose exchanges, if any, have this horizon."""
+    """Return what lies ahead of a key with this token and record; `ahead` is its horizon, None without exchanges."""
     issued = (one.at for one in reversed(attempts) if one.outcome is Outcome.ISSUED)
     issued_at = token.issued_at if token else next(issued, None)
     buffer = timedelta(seconds=market.buffer)
@@ -129,7 +129,7 @@ def look(
     if planned and token is None and issued_at and now < issued_at + SAME_TOKEN:
         planned = Renewal(now, "the token is lost, and KIS still returns the same one", None)
     needs = [need for need in ahead.needs if need[1] > now]
-    if token and token.rejected_at:  # there is nothing to wait for but KIS, where a session is near
+    if token and token.rejected_at:  # with a session near, renew as soon as KIS gives another token
         same = token.same_until()
         at = max(now, same + CLOCK_SLACK) if same else now
         if any(start < at + DAY and end > at for start, end in needs):
@@ -142,9 +142,10 @@ def look(
 def preview_refresh(
     now: datetime, token: Token | None, attempts: Sequence[Attempt], running: Mapping[str, datetime], market: Market
 ) -> list[RefreshWarning]:
-    """What a refresh at `now` would bring about; empty where it harms nothing. It forbids nothing: `limits` does that.
+    """Return the effects of a refresh at `now` worth a warning; it forbids nothing, which is the task of `limits`.
 
-    `running` are the exchanges that need a token at `now`, and until when. Where no token serves, none can be lost.
+    `running` maps the exchanges that need a token at `now` to the ends of their needs. If no token serves, a refresh
+    can do no harm.
     """
     if token is None or not token.serves(now, market.buffer):
         return []
@@ -156,7 +157,7 @@ def preview_refresh(
         return [RefreshWarning("same token", nothing + limits.what_serves(token, now, market.buffer))]
     found = []
     known = {attempt.expires_at: attempt.at for attempt in issued_within(attempts, now)}
-    if token.issued_at and now - DAY < token.issued_at <= now:  # the record need not know of the present one
+    if token.issued_at and now - DAY < token.issued_at <= now:  # its issue may be missing from the record
         known.setdefault(token.expires_at, token.issued_at)
     if issues := sorted(known.values()):
         most = market.settings.max_issues_per_day
@@ -178,7 +179,7 @@ def preview_refresh(
 
 
 def make_rows(codes: Sequence[str], start: datetime, until: datetime, known: Mapping[str, Override]) -> list[Row]:
-    """Sessions and needs of each exchange between two moments."""
+    """Return the sessions and needs of each exchange between `start` and `until`."""
     rows = []
     for place in dict.fromkeys(map(sessions.exchange, codes)):
         days = sessions.days(place.code, start, until, known)
@@ -189,7 +190,7 @@ def make_rows(codes: Sequence[str], start: datetime, until: datetime, known: Map
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for programs: times as ISO 8601 in UTC, the anchor and the quiet time as KST `HH:MM`."""
+    """Return the plan for programs: times as ISO 8601 in UTC, the anchor and the quiet time as KST `HH:MM`."""
     token, ahead = plan.token, plan.outlook
     return {
         "markets": plan.markets,

@@ -1,9 +1,9 @@
 """When to renew a key's token: once a day, in the quiet time of its exchanges.
 
-The rule as pure functions, so that anyone can simulate it: no clock, no files, no network. All
-datetimes that go in must be aware, in any zone; those that come out are aware UTC. A need is a
-time in which a token must be valid. `needs` is a sorted sequence of merged (start, end) pairs,
-from the present one, or earlier, to 14 days ahead or more; the time outside them is quiet.
+The rule is written as pure functions, without clock, files or network, so that anyone can simulate
+it. Datetimes that go in must be aware, in any zone; those that come out are aware UTC. A need is a
+time in which a token must be valid. `needs` is a sorted sequence of merged (start, end) pairs that
+begins with the present need or earlier and reaches at least 14 days ahead; all other time is quiet.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     Needs = Sequence[tuple[datetime, datetime]]
 
-BUFFER = timedelta(seconds=300)  # before its expiry a token no longer counts as valid
-LIFE = timedelta(hours=24)  # of a token still to be issued; of the present one its own expiry counts
-LEAD = timedelta(minutes=60)  # before a need or an expiry: time for an outage of KIS to pass
-ONE_A_DAY = LIFE + timedelta(seconds=2)  # between issues; two more, as KIS cuts times to the second
-SETTLE = timedelta(minutes=5)  # after a need; the buffer's length, so that the next day is served whole
-MINUTE = 60.0  # seconds: KIS refuses a second request for a token within it
-CLOCK_SLACK = timedelta(seconds=30)  # of two clocks: an issue so little ahead of now is believed, a need's pad hides it
+BUFFER = timedelta(seconds=300)  # how long before its expiry a token no longer counts as valid
+LIFE = timedelta(hours=24)  # the life of a token yet to be issued; for the present one its own expiry counts
+LEAD = timedelta(minutes=60)  # time before a need or an expiry for an outage of KIS to pass
+ONE_A_DAY = LIFE + timedelta(seconds=2)  # between issues; two extra seconds because KIS truncates times to seconds
+SETTLE = timedelta(minutes=5)  # wait after a need; as long as the buffer, so that the next day is fully served
+MINUTE = 60.0  # seconds after a token request in which KIS refuses another
+CLOCK_SLACK = timedelta(seconds=30)  # tolerated between two clocks: an issue this far ahead of now is believed
 
 _DAY, _MINUTE, _MINUTES_A_DAY = timedelta(days=1), timedelta(minutes=1), 1440
 _EPOCH = datetime(1970, 1, 1, tzinfo=KST)
@@ -38,10 +38,10 @@ class Renewal(NamedTuple):
     """One issue that is planned or due.
 
     Attributes:
-        at: when, aware UTC; not before the `now` that was asked about, and equal to it when due.
-        reason: for people, one line: by which clause of the rule, and when the token is needed next.
-        exception: what is different, and why, in a line; None if `at` is 24 hours or more after the last issue and
-            outside all needs, and the new token lasts through the next one.
+        at: when, aware UTC; never before the given `now`, and equal to it if the renewal is due.
+        reason: one line for people: the clause of the rule, and when the token is needed next.
+        exception: one line on what is exceptional, and why; None if `at` is 24 hours or more after the last issue and
+            outside all needs, and the new token lasts through the next need.
 
     """
 
@@ -51,9 +51,9 @@ class Renewal(NamedTuple):
 
 
 def daily_anchor(needs: Needs, *, buffer: timedelta = BUFFER) -> time | None:
-    """The minute of the day, in KST, at which a renewal disturbs no need on any day of the horizon.
+    """Return the minute of the day (KST) at which a renewal disturbs no need on any day of the horizon.
 
-    It lies five minutes (or the buffer, if that is longer) after the start of the longest time of
+    It is five minutes (or the buffer, if that is longer) after the start of the longest time of
     day that is quiet on all days. None if there is no such time, or no need at all.
     """
     delay = -(-max(SETTLE, buffer) // _MINUTE)
@@ -62,15 +62,15 @@ def daily_anchor(needs: Needs, *, buffer: timedelta = BUFFER) -> time | None:
 
 
 def quiet_time(needs: Needs) -> tuple[time, time] | None:
-    """The longest time of day, from and to in KST, that is quiet on all days; None if there is none, or no need."""
+    """Return start and end (KST) of the longest time of day that is quiet on all days; None without one, or needs."""
     length, begins = _longest_gap(needs)
     return (_of_day(begins), _of_day(begins + length)) if length else None
 
 
 def retry_delay(failures: int, interval: float = MINUTE) -> timedelta:
-    """How long to leave KIS alone after so many failures in a row: 65 s three times, then 5 min.
+    """Return how long to leave KIS alone after this many failures in a row: 65 s three times, then 5 min.
 
-    The waits stretch and shrink with the issue interval (seconds), of which KIS's is 60.
+    The waits scale with the issue `interval` in seconds; KIS's own is 60.
     """
     return timedelta(seconds=65 if failures <= 3 else 300) * (interval / MINUTE)  # noqa: PLR2004 - three times
 
@@ -84,18 +84,18 @@ def next_renewal(
     anchor: time | None = None,
     buffer: timedelta = BUFFER,
 ) -> Renewal | None:
-    """The next issue for a key; None if the present token serves every need that is known.
+    """Return the next issue for a key; None if the present token serves every known need.
 
     Args:
         now: the moment of the decision.
         needs: when a token must be valid.
         issued_at: the key's last issue, even if its token is lost; None if unknown.
-        expires_at: the end of the present token; None without a usable one.
-        anchor: from `daily_anchor`, for callers that keep it; None derives it.
+        expires_at: the present token's expiry; None without a usable token.
+        anchor: the result of `daily_anchor`, for callers that keep it; None derives it.
         buffer: time before the expiry in which the token no longer counts, less than an hour.
 
     Raises:
-        TypeError: a datetime without a zone met one of `needs`.
+        TypeError: a datetime without a time zone was compared with one of `needs`.
 
     """
     if anchor is None:
@@ -105,7 +105,7 @@ def next_renewal(
     for index in range(bisect_right(needs, served, key=_end), len(needs)):
         window = _Window.of(needs, index, buffer)
         at, why = _moment(past, window, needs[:index], anchor)
-        if at < window.end:  # else the six hours last longer than this need: it is lost
+        if at < window.end:  # otherwise the six hours end after this need, which no new token can serve
             return _renewal(at, why, past, window)
     return None
 
@@ -120,7 +120,7 @@ def renewals(
     anchor: time | None = None,
     buffer: timedelta = BUFFER,
 ) -> list[Renewal]:
-    """All renewals to `until`, provided that each succeeds at its moment and brings 24 hours."""
+    """Return all renewals up to `until`, assuming that each succeeds on time and its token lives for 24 hours."""
     found: list[Renewal] = []
     while planned := next_renewal(now, needs, issued_at=issued_at, expires_at=expires_at, anchor=anchor, buffer=buffer):
         if planned.at > until:
@@ -132,7 +132,7 @@ def renewals(
 
 
 class _Past(NamedTuple):
-    """The present and the last issue, in UTC; KIS gives another token from `allowed` on, the rule from `regular`."""
+    """Now and the last issue, in UTC; KIS issues another token from `allowed` on, the rule asks from `regular` on."""
 
     now: datetime
     issued: datetime | None
@@ -144,7 +144,7 @@ class _Past(NamedTuple):
     def of(cls, now: datetime, issued: datetime | None, expires: datetime | None) -> _Past:
         now = now.astimezone(UTC)
         expires = expires and expires.astimezone(UTC)
-        # An issue in the future comes from a wrong clock: believing it could stop all renewals for long.
+        # An issue in the future comes from a wrong clock; believing it could stop all renewals for a long time.
         if issued is None or issued > now + CLOCK_SLACK:
             return cls(now, None, expires, _LONG_AGO, _LONG_AGO)
         issued = issued.astimezone(UTC)
@@ -152,10 +152,11 @@ class _Past(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """One need, in UTC; a token issued before `earliest` does not last through it, after `latest` a fault may not pass.
+    """One need, in UTC. A token issued before `earliest` does not last through it.
 
-    Where `latest` cannot wait for the 24 hours, the issue comes at `early`: a bit sooner than it must, so that the days
-    after, each some seconds later, need no exception.
+    After `latest` there is too little time left for an outage of KIS to pass. If `latest` is less than 24 hours after
+    the last issue, the issue comes at `early`, a bit sooner than necessary, so that the following days, each some
+    seconds later, need no exception.
     """
 
     start: datetime
@@ -164,7 +165,7 @@ class _Window(NamedTuple):
     earliest: datetime
     latest: datetime
     early: datetime
-    too_long: bool  # for one token
+    too_long: bool  # no single token lasts through it
 
     @classmethod
     def of(cls, needs: Needs, index: int, buffer: timedelta) -> _Window:
@@ -178,14 +179,14 @@ class _Window(NamedTuple):
 
 
 def _moment(past: _Past, window: _Window, earlier: Needs, anchor: time | None) -> tuple[datetime, str]:
-    """When to issue for the first need that the present token does not serve, and by which clause."""
+    """Return when to issue for the first need that the present token does not serve, and the clause that says so."""
     at_once = past.now, "renews at once"
     allowed = past.allowed, "renews as soon as KIS gives a new token, 6 h after the last issue"
     if window.too_long and past.expires and past.expires - LEAD > window.latest:
         return max((past.expires - LEAD, "renews an hour before the token expires"), allowed, at_once)
     regular = past.regular, f"renews daily at {past.regular.astimezone(KST):%H:%M} KST, 24 h after the last issue"
     at, why = max(_ideal(window, anchor), regular)
-    at = max(at, past.now)  # a daily renewal that is due stays one: only what is late in earnest says so
+    at = max(at, past.now)  # a daily renewal that is due still says "daily"; only one past `latest` says otherwise
     if (quiet := _quiet(at, earlier, window)) != at:
         at, why = quiet, "renews after the session"
     if at > window.latest:
@@ -194,7 +195,7 @@ def _moment(past: _Past, window: _Window, earlier: Needs, anchor: time | None) -
 
 
 def _ideal(window: _Window, anchor: time | None) -> tuple[datetime, str]:
-    """The moment if no issue had come before: the anchor, if its token lasts, or the quiet's start."""
+    """Return when to issue if no issue had come before: at the anchor if its token lasts, else early in the quiet."""
     if anchor is not None:
         at = datetime.combine(window.latest.astimezone(KST), anchor, KST).astimezone(UTC)
         if at > window.latest:
@@ -205,7 +206,7 @@ def _ideal(window: _Window, anchor: time | None) -> tuple[datetime, str]:
 
 
 def _quiet(at: datetime, earlier: Needs, window: _Window) -> datetime:
-    """The moment itself, or the quiet after the earlier need that an issue would disturb."""
+    """Return `at`, or the quiet moment after it if an issue at `at` would disturb one of the `earlier` needs."""
     index = bisect_right(earlier, at, key=_end)
     if index == len(earlier) or at < earlier[index][0]:
         return at
@@ -238,9 +239,9 @@ def _of_day(minute: int) -> time:
 
 
 def _longest_gap(needs: Needs) -> tuple[int, int]:
-    """(length, begin) in minutes of the KST day, of the longest time of day that no need ever touches; or zeros."""
+    """Return the longest time of day that no need touches, as (length, begin) in minutes of the KST day; or zeros."""
     spans = {((start - _EPOCH) // _MINUTE, -((_EPOCH - end) // _MINUTE)) for start, end in needs}
-    # From midnight in KST; an end goes on past the day's last minute instead of wrapping.
+    # Minutes since midnight KST; an end after midnight counts on past the day's last minute instead of wrapping.
     busy = sorted({(begin % _MINUTES_A_DAY, begin % _MINUTES_A_DAY + end - begin) for begin, end in spans})
     if not busy:
         return 0, 0
