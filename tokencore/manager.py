@@ -1,7 +1,7 @@
-"""Token managers: one market's token for programs, from memory, then its file, then renewal under the key's lock.
+"""Token managers: one market's token for programs, from memory, then its file, then a renewal under the key's lock.
 
-A cached token costs an attribute and a look at the clock, and once a second a `stat`. What is heavy (HTTP, locking,
-validation of settings) is imported when a renewal is due.
+A cached token costs an attribute access and a clock reading, and once a second a `stat`. Heavy modules (HTTP, locking,
+validation of settings) are imported only when a renewal is due.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
     from tokencore.stores.base import Store
     from tokencore.tokens import Token
 
-FRESH = 0.9  # seconds for which the token in memory is served without a look at its file
-AHEAD_PAUSE = 1.0  # seconds between two looks at whether a renewal ahead is due; the record decides
+FRESH = 0.9  # seconds for which the token in memory is served without checking its file
+AHEAD_PAUSE = 1.0  # seconds between two attempts to renew ahead of the expiry; the record decides whether one asks KIS
 PATIENCE = 0.8  # seconds that a caller with a valid token waits for its successor
-BEGIN, LEAVE = 1.0, 0.2  # seconds that a program's end waits for a renewal to begin, and for its request to leave
+BEGIN, LEAVE = 1.0, 0.2  # seconds that an exiting program waits for a renewal to begin, and for its request to leave
 
 
 @sealed_class(but=("get_valid_token",))
 class BaseTokenManager(Sensitive):
-    """Serves one market's token; thread-safe, fork-safe, and at one with every other process of the machine.
+    """Serves one market's token; thread-safe, fork-safe, and coordinated with every other process on the machine.
 
-    A subclass states what is its own: `get_api_url`, `get_app_credentials` and `get_token_file_prefix`; everything
-    else comes from the settings.
+    A subclass defines `get_api_url`, `get_app_credentials` and `get_token_file_prefix`; everything else comes from the
+    settings.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_text", "_token")  # what `vars` shows has no secret
+    __slots__ = ("__dict__", "__weakref__", "_text", "_token")  # so that `vars` shows no secret
 
     def __init__(self) -> None:
         """Read the settings; neither the store nor KIS is touched yet.
@@ -56,33 +56,33 @@ class BaseTokenManager(Sensitive):
         """
         self.market = self._read_market()
         self._text = ""
-        self._token: Token | None = None  # whose text that is
+        self._token: Token | None = None  # the token that has this text
         self._fresh_until = 0.0  # monotonic seconds
-        self._calm_until = 0.0  # epoch seconds: no renewal is due before it
+        self._calm_until = 0.0  # epoch seconds; no renewal is due before
         self._next_try = 0.0  # monotonic seconds
-        self._next_save = 0.0  # the same; a full disk shall not keep a successor from being asked for
+        self._next_save = 0.0  # monotonic seconds; apart, so that a full disk does not hold up the next renewal
 
     def __repr__(self) -> str:
-        market = getattr(self, "market", None)  # none yet where an error's traceback shows what was being made
+        market = getattr(self, "market", None)  # missing if a traceback shows the object half made
         return f"{type(self).__name__}({market.name!r}, {market.environment!r})" if market else type(self).__name__
 
     def get_api_url(self) -> str:
-        """Where KIS is asked: a base URL without a trailing slash."""
+        """Return KIS's base URL, without a trailing slash."""
         raise NotImplementedError(_WHAT_TO_GIVE)
 
     def get_app_credentials(self) -> tuple[str, str]:
-        """The app key and the app secret."""
+        """Return the app key and the app secret."""
         raise NotImplementedError(_WHAT_TO_GIVE)
 
     def get_token_file_prefix(self) -> str:
-        """What the names of the market's files begin with, such as `us_`."""
+        """Return the prefix of the names of the market's files, such as `us_`."""
         raise NotImplementedError(_WHAT_TO_GIVE)
 
     def get_valid_token(self, valid_until: datetime | None = None) -> str:
-        """A token that is valid now, and until `valid_until` (aware) if that is given; renewed if it must be.
+        """Return a token that is valid now, and until `valid_until` (aware) if given, renewing it only if necessary.
 
-        While the present token is valid it is served whatever fails, and nobody waits for KIS longer than a second.
-        Without one, the call waits for KIS and, inside the cool-down of an earlier request, for its turn.
+        As long as the present token is valid it is served whatever fails, and no call waits longer than a second for
+        KIS. Without one, the call waits for KIS and, during the cool-down after an earlier request, for its turn.
 
         Raises:
             IssuanceLimitError: a limit forbids a request until its `retry_at`.
@@ -91,7 +91,7 @@ class BaseTokenManager(Sensitive):
             TokenUnavailableError: no token that KIS would issue now lasts to `valid_until`.
             TokenStoreError: the token directory cannot be used.
             ConfigurationError: the settings are incomplete, or `valid_until` has no time zone.
-                Whatever is raised, a token that is still valid stays where it is.
+                Whatever is raised, a token that is still valid stays stored.
 
         """
         if valid_until is None and (time.monotonic() < self._fresh_until or self._unchanged()):
@@ -99,7 +99,7 @@ class BaseTokenManager(Sensitive):
         return self._serving(valid_until).access_token
 
     def token_at_hand(self) -> str | None:
-        """The valid token where it is cached and no renewal is due; None where `get_valid_token` might wait."""
+        """Return the cached token if it is valid and no renewal is due; None if `get_valid_token` might wait."""
         if time.monotonic() < self._fresh_until or self._unchanged():
             return self._text
         now, token = datetime.now(UTC), self.load_token()
@@ -109,7 +109,7 @@ class BaseTokenManager(Sensitive):
         return token.access_token
 
     def load_token(self) -> Token | None:
-        """The token of the market's key, valid or not; None where there is none."""
+        """Return the token of the market's key, valid or not; None if there is none."""
         return self._store.read()[0]
 
     def save_token(self, token: Token) -> None:
@@ -123,10 +123,12 @@ class BaseTokenManager(Sensitive):
             self._store.save(token)
 
     def delete_token(self) -> bool:
-        """Remove the market's token file, and the key's with its last market; whether there was one. The record stays.
+        """Remove the market's token file, and with the last market the key's; the record stays.
+
+        Return whether there was a file.
 
         Raises:
-            TokenStoreError: it cannot be removed.
+            TokenStoreError: the file cannot be removed.
 
         """
         with self._changing():
@@ -138,40 +140,40 @@ class BaseTokenManager(Sensitive):
         return token is None or not token.serves(datetime.now(UTC), self.market.buffer)
 
     def get_token_status(self) -> MarketStatus:
-        """What is known of the market's token, as `tokencore check --json` prints it; read-only."""
+        """Return what is known of the market's token, as `tokencore check --json` prints it; read-only."""
         from tokencore.reports.status import look  # not on the path of a cached token
 
         return look(self._key().state(datetime.now(UTC), shared=False), self.market).status
 
     def get_token_info(self) -> str:
-        """The same for people: a few aligned lines, times in KST and in this machine's zone."""
+        """Return the token's status for people: a few aligned lines, times in KST and in this machine's zone."""
         from tokencore.reports.tables import info_text
 
         return info_text(self.get_token_status())
 
     def refresh(self, *, force: bool = False, reason: str = "", by: str = "") -> bool:
-        """Renew now; True for a new token, False where KIS returned the present one.
+        """Renew now; return True for a new token, False if KIS returned the present one again.
 
-        Without `force` it declines while KIS would return the same token or the ceiling is reached. `reason` (80
-        characters) and `by` whom (40) go into the issuance record.
+        Without `force`, decline while KIS would return the same token or the ceiling is reached. `reason` (up to 80
+        characters) and `by`, the person asking (up to 40), go into the issuance record.
 
         Raises:
-            ConfigurationError: one of these looks like a key; nothing was asked.
-            IssuanceLimitError: declined; `retry_at` tells until when. The minute limit holds for `force` too.
-            CredentialsError, IssuerUnavailableError, TokenStoreError: what the request met; the present token stays.
+            ConfigurationError: `reason` or `by` looks like a key; no request was made.
+            IssuanceLimitError: declined until `retry_at`. The minute limit holds for `force` too.
+            CredentialsError, IssuerUnavailableError, TokenStoreError: the renewal failed; the present token stays.
 
         """
         self._reload()
         return self._key().refresh(force=force, reason=reason or "refresh", by=by)
 
     def report_rejected(self, token: str) -> str:
-        """Report that KIS rejected `token` on a business call (EGW00121, EGW00123); the token to use instead.
+        """Report that KIS rejected `token` on a business call (EGW00121, EGW00123); return the token to use instead.
 
-        Where another process has renewed already, that is its token. Otherwise `token` is marked dead for all
-        processes and renewed.
+        If another process has renewed already, that is its token. Otherwise `token` is marked dead for all processes
+        and renewed.
 
         Raises:
-            IssuanceLimitError: it is younger than six hours, in which KIS returns the dead token, until `retry_at`.
+            IssuanceLimitError: it is less than six hours old, so KIS would return the dead token until `retry_at`.
             TokenError: the renewal failed; see `get_valid_token`.
 
         """
@@ -182,9 +184,9 @@ class BaseTokenManager(Sensitive):
         return self._serving(None).access_token
 
     def get_approval_key(self, rejected: str = "") -> str:
-        """The key for KIS's websocket, one for all processes and markets of the app key; it lives for 24 hours.
+        """Return the approval key for KIS's websocket, shared by all processes and markets of the app key for 24 hours.
 
-        With the one that KIS has `rejected`, another one; where another process has replaced it already, that.
+        Pass the key that KIS has `rejected` to get another one: the one that another process already got, if any.
 
         Raises:
             TokenError: there is none, and none could be issued; see `ApprovalKeys.obtain`.
@@ -197,10 +199,10 @@ class BaseTokenManager(Sensitive):
         return ApprovalKeys(self.market, self._store, self._renewer).obtain(rejected)
 
     def revoke(self) -> bool:
-        """Make KIS forget the present token and remove it for every market of the key; whether there was one.
+        """Revoke the present token at KIS and remove it for every market of the key; return whether there was one.
 
         Raises:
-            IssuerUnavailableError: KIS did not revoke it; it stays valid.
+            IssuerUnavailableError: KIS did not revoke the token; it stays valid.
 
         """
         token = self._store.newest()
@@ -212,7 +214,9 @@ class BaseTokenManager(Sensitive):
         return True
 
     def probe(self, token: Token | None = None) -> tuple[bool | None, str]:
-        """Whether KIS accepts the token, the cached one by default, on a quote call (None: it did not say), and why.
+        """Make a quote call with `token` (default: the cached one); return whether KIS accepts it, and why.
+
+        The first is None if the call does not tell.
 
         Raises:
             TokenUnavailableError: there is no token to try.
@@ -225,11 +229,11 @@ class BaseTokenManager(Sensitive):
         return evidence.accepted, evidence.detail
 
     def export(self, client: str, folder: str) -> list[str]:
-        """Write the token for another client (`mojito2`, `python-kis`, `kis-auth`) into `folder`; the files' paths.
+        """Write the token for another client (`mojito2`, `python-kis`, `kis-auth`) into `folder`; return the paths.
 
         Raises:
-            ConfigurationError: the place is another key's or environment's, or KIS_HTS_ID is missing.
-            TokenError: there is no token and none could be issued, or the system refuses; the token is untouched.
+            ConfigurationError: a file there is not this key's, KIS_HTS_ID is missing, or there is no such client.
+            TokenError: there is no token and none could be issued, or writing failed; the token is untouched.
 
         """
         exports = self._renewer.copies
@@ -239,11 +243,11 @@ class BaseTokenManager(Sensitive):
             return exports.write(client, folder, token)
 
     def adopt(self, token: Token, *, force: bool = False, proven: bool = False) -> bool:
-        """Save a token that was issued elsewhere for all markets of the key; False where it was known already.
+        """Save a token that was issued elsewhere for all markets of the key; return False if it was known already.
 
         Raises:
             ConfigurationError: the present token lasts longer, and `force` is not given.
-            TokenUnavailableError: KIS has rejected it, and it is not `proven` to work again.
+            TokenUnavailableError: KIS has rejected this token, and it is not `proven` to work again.
             TokenStoreError: it could not be written; what was there before still is.
 
         """
@@ -251,7 +255,7 @@ class BaseTokenManager(Sensitive):
         return self._renewer.adopt(token, force=force, proven=proven)
 
     def history(self) -> list[Attempt]:
-        """The key's issuance record, oldest attempt first; reading changes nothing."""
+        """Return the key's issuance record, oldest attempt first; read-only."""
         return self._store.attempts()
 
     # Inside
@@ -265,7 +269,7 @@ class BaseTokenManager(Sensitive):
         if valid_until is not None and getattr(valid_until, "tzinfo", None) is None:
             raise ConfigurationError("valid_until must be a datetime with a time zone. Nothing was issued; pass one.")
 
-        def until() -> datetime:  # anew at each look: a clock that is set back meanwhile costs no token
+        def until() -> datetime:  # computed at each check, so that setting the clock back meanwhile costs no token
             now = datetime.now(UTC)
             return now if valid_until is None else max(now, valid_until)
 
@@ -284,7 +288,7 @@ class BaseTokenManager(Sensitive):
         return self._token or token
 
     def _unchanged(self) -> bool:
-        """Whether one `stat` shows that the token remembered still stands; it is then fresh for as long again."""
+        """Whether one `stat` shows that the remembered token is still current; if so, it is fresh for `FRESH` again."""
         token = self._token
         if token is None or time.time() >= self._calm_until or not self._store.unchanged(token):
             return False
@@ -298,7 +302,7 @@ class BaseTokenManager(Sensitive):
         self._fresh_until = time.monotonic() + min(FRESH, left)
 
     def _renew_beside(self, token: Token) -> None:
-        """Try for a successor in a thread; the caller, whose token serves, waits less than a second for it."""
+        """Try to renew in a thread; the caller, who has a valid token, waits less than a second for it."""
         if time.monotonic() < self._next_try:
             return
         self._next_try = time.monotonic() + AHEAD_PAUSE
@@ -308,11 +312,11 @@ class BaseTokenManager(Sensitive):
         thread = Thread(target=self._renew_ahead, args=(token, begun), name="tokencore renewal", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # the system gives no thread: the present token serves, and the next call tries
+        except RuntimeError as error:  # no thread can be started: the present token serves, and a later call tries
             _warn(error)
             return
         thread.join(PATIENCE)
-        if thread.is_alive():  # at the program's end, on a busy machine, let it ask KIS; nobody waits for the answer
+        if thread.is_alive():  # if the program exits now, let the request leave; nobody waits for the answer
             import atexit
 
             atexit.register(lambda: thread.join(LEAVE) if begun.wait(BEGIN) else None)
@@ -337,12 +341,12 @@ class BaseTokenManager(Sensitive):
             begun.set()
 
     def _read_market(self) -> Market:
-        """The market that the file prefix names, with the key and address that the subclass gives."""
+        """Return the market named by the file prefix, with the credentials and address from the subclass."""
         name = self.get_token_file_prefix().rstrip("_")
         return market_of_program(name, self.get_app_credentials, self.get_api_url().rstrip("/"))
 
     def _reload(self) -> None:
-        """A key that was replaced in the settings while the program runs is seen with the next renewal."""
+        """Read the settings again, so that a key replaced while the program runs is used at the next renewal."""
         self._fresh_until = 0.0
         before, market = self.market, self._read_market()
         if (market.fingerprint, market.token_dir, market.store) != (before.fingerprint, before.token_dir, before.store):
@@ -351,13 +355,13 @@ class BaseTokenManager(Sensitive):
         self.market = market
 
     def _sharing(self) -> Sequence[Market]:
-        """The configured markets with this key, this one first."""
+        """Return the configured markets with this key, this market first."""
         known = self.market.settings.sharing(self.market)
         return [self.market, *(one for one in known if one.name != self.market.name)]
 
     @cached_property
     def _store(self) -> Store:
-        self.market.identified()  # a missing key or secret is reported now, not by a renewal at night
+        self.market.identified()  # reports a missing key or secret now, not during a renewal at night
         return open_store(self.market, lambda: [one.name for one in self._sharing()])
 
     @cached_property
@@ -367,14 +371,14 @@ class BaseTokenManager(Sensitive):
         return Renewer(self._sharing(), self._store)
 
     def _key(self) -> Key:
-        from tokencore.keys import Key  # calendars, which a cached token needs not
+        from tokencore.keys import Key  # imports the calendars, which a cached token does not need
 
         return Key(self._sharing(), self._store)
 
 
 @sealed_class()
 class TokenManager(BaseTokenManager):
-    """The token of a configured market, by its name: `us`, `kr`, or one of the user's own."""
+    """Serves the token of a configured market, given by name: `us`, `kr`, or one of the user's own."""
 
     def __init__(self, market: str) -> None:
         """Read the settings of `market`; KIS is not asked yet.
@@ -385,16 +389,16 @@ class TokenManager(BaseTokenManager):
         """
         self._name = market
         super().__init__()
-        with suppress(TokenError):  # whoever asks for the token learns why
+        with suppress(TokenError):  # the call that asks for the token raises it
             if self.market.app_key and self.is_token_expired():
                 _import_ahead()
 
     def get_api_url(self) -> str:
-        """The market's base URL, or its environment's."""
+        """Return the market's base URL, by default that of its environment."""
         return self.market.base_url
 
     def get_app_credentials(self) -> tuple[str, str]:
-        """The market's own credentials, or those for all markets.
+        """Return the market's own credentials, or those for all markets.
 
         Raises:
             ConfigurationError: one of them is not set.
@@ -403,11 +407,11 @@ class TokenManager(BaseTokenManager):
         return self.market.credentials()
 
     def get_token_file_prefix(self) -> str:
-        """The market's name and an underscore."""
+        """Return the market's name and an underscore."""
         return f"{self.market.name}_"
 
     def _read_market(self) -> Market:
-        """The settings' market; a subclass that gives a key or an address of its own is asked for them."""
+        """Return the market from the settings, with the subclass's credentials and address if it overrides them."""
         self.market = read_market(self._name)
         own = type(self)
         if (own.get_app_credentials, own.get_api_url) == (TokenManager.get_app_credentials, TokenManager.get_api_url):
@@ -417,19 +421,19 @@ class TokenManager(BaseTokenManager):
 
 @sealed_class()
 class USTokenManager(TokenManager):
-    """The token for the US exchanges."""
+    """Serves the token for the US exchanges."""
 
     def __init__(self) -> None:
-        """Read the settings of `us`, see `TokenManager`."""
+        """Read the settings of `us`; see `TokenManager`."""
         super().__init__("us")
 
 
 @sealed_class()
 class KRTokenManager(TokenManager):
-    """The token for the Korean exchanges."""
+    """Serves the token for the Korean exchanges."""
 
     def __init__(self) -> None:
-        """Read the settings of `kr`, see `TokenManager`."""
+        """Read the settings of `kr`; see `TokenManager`."""
         super().__init__("kr")
 
 
@@ -440,7 +444,7 @@ _WHAT_TO_GIVE = (
 
 
 def _import_ahead() -> None:
-    """What a renewal that is due at once imports, before anyone waits for the token."""
+    """Import what a renewal needs, before anyone waits for the token."""
     from importlib import import_module
 
     for name in ("filelock", "tokencore.kis.gateway", "tokencore.renewer", "tokencore.config.settings"):
@@ -448,7 +452,7 @@ def _import_ahead() -> None:
 
 
 def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer: float) -> None:
-    """Spend no issuance on a token that, living as long as the last one, would not serve either."""
+    """Raise if a new token, living as long as the present one, would not serve until `until` either."""
     if token is None or token.issued_at is None or not token.serves(now, buffer):
         return
     reach = now + (token.expires_at - token.issued_at) - timedelta(seconds=buffer)
@@ -463,5 +467,5 @@ def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer
 def _warn(error: Exception) -> None:
     import logging  # not on the path of a cached token
 
-    detail = error if isinstance(error, TokenError) else type(error).__name__  # another error's text may hold anything
+    detail = error if isinstance(error, TokenError) else type(error).__name__  # other texts may hold secrets
     logging.getLogger("tokencore").warning("The renewal ahead failed; the present token still serves. %s", detail)
