@@ -1,7 +1,8 @@
 """Renewing one key's token: check, lock, check again, ask the limits, record, request, save.
 
-Of all threads, processes and machines that want the token at once one sends a request; the others get its token. The
-old token is never given up before its successor is stored, and no refusal is answered by another request at once.
+When threads, processes and machines want the token at the same time, one of them sends a request and the others get its
+token. The old token is never given up before its successor is stored, and a refusal never leads to an immediate second
+request.
 """
 
 from __future__ import annotations
@@ -41,24 +42,25 @@ if TYPE_CHECKING:
     Serves = Callable[[Token], bool]
 
 _log = logging.getLogger("tokencore")
-ADOPTED = "issued by another client"  # what the record says of a token that another client's file brought
-LOCK_WAIT = 8  # time-outs: a holder that tries to connect four times and then waits for an answer is done by then
-FOREIGN_AGE = timedelta(minutes=10)  # a token this old at its arrival was not issued for our request
-POLL = 0.1  # seconds between two looks for the token of whoever was first
-ROUNDS, REQUESTS = 4, 2  # cool-downs that a caller without a token waits out, and requests it makes, at most
-SPREAD = 0.1  # of a cool-down by which waiters start apart, so that not all ask in the same second
+ADOPTED = "issued by another client"  # the recorded reason for a token found in another client's file
+LOCK_WAIT = 8  # in time-outs: enough for a holder that tries to connect four times and then waits for an answer
+FOREIGN_AGE = timedelta(minutes=10)  # a token this old when it arrives was not issued for our request
+POLL = 0.1  # seconds between two checks for the winner's token
+ROUNDS, REQUESTS = 4, 2  # how many cool-downs a caller without a token waits out, and requests it makes, at most
+SPREAD = 0.1  # the part of a cool-down over which waiters spread, so that they do not all ask in the same second
 
 
 class Renewer(Sensitive):
-    """Renews the token of one key in its store; any number of them, in any process, act as one.
+    """Renews the token of one key in its store; any number of renewers, in any process, act as one.
 
-    What a limit forbids, KIS refuses or the store cannot do is a `TokenError`; the present token stays.
+    If a limit forbids a renewal, KIS refuses it or the store fails, a `TokenError` is raised and the present token
+    stays.
     """
 
-    __slots__ = ("__dict__", "_secrets")  # what `vars` shows has no secret
+    __slots__ = ("__dict__", "_secrets")  # so that `vars` shows no secret
 
     def __init__(self, markets: Sequence[Market], store: Store) -> None:
-        """Serve the key of `store`, which `markets` share; the first gives the numbers of the rules.
+        """Serve the key of `store`, which `markets` share; the settings of the first one apply to the key.
 
         Raises:
             ConfigurationError: the settings are malformed, or the secret is missing.
@@ -69,27 +71,27 @@ class Renewer(Sensitive):
         self._secrets = self._market.credentials()
         self.credentials = digest(*self._secrets, length=8)
         self.copies = Exports(markets, store)
-        self.lock_wait = LOCK_WAIT * self._market.settings.timeout  # seconds, while its holder asks KIS
-        self.departing: Callable[[], object] = lambda: None  # called as a request leaves
+        self.lock_wait = LOCK_WAIT * self._market.settings.timeout  # seconds to wait for a holder that is asking KIS
+        self.departing: Callable[[], object] = lambda: None  # called right before a request is sent
 
     def __repr__(self) -> str:
         return f"Renewer({self._store.fingerprint!r})"
 
     @functools.cached_property
     def gateway(self) -> Gateway:
-        """Made when KIS is asked: its imports cost more than all the rest."""
+        """KIS's gateway, made only when KIS is asked because its imports cost more than everything else here."""
         from tokencore.kis.gateway import Gateway
 
         return Gateway(self._market.base_url, self._secrets, timeout=self._market.settings.timeout)
 
     def obtain(self, serves: Serves, reason: str) -> tuple[Token, bool]:
-        """A token that `serves`, renewed if it must be, and whether it is new and was issued here.
+        """Return a token that `serves`, renewed if necessary, and whether it is new and was issued here.
 
-        Inside a cool-down it waits for another's token or its turn.
+        During a cool-down, wait for another caller's token or for a turn to ask.
 
         Raises:
-            TokenError: a limit forbids it after the wait too, the request failed, or KIS's token would not serve; what
-                is stored stays.
+            TokenError: a limit forbids it even after the wait, the request failed, or KIS's token would not serve; the
+                stored token stays.
 
         """
         waited_out: datetime | None = None
@@ -109,10 +111,12 @@ class Renewer(Sensitive):
             waited_out = last.at if last else None
 
     def renew_ahead(self, present: Token, reason: str, unwanted: Callable[[], bool]) -> Token | None:
-        """Try to get a successor while `present` still serves; None where another process renews or it is unwanted.
+        """Try to get a successor while `present` still serves.
+
+        Return None if a limit forbids it, another process is renewing, or it is `unwanted`.
 
         Raises:
-            TokenError: a limit forbids it, or the request failed; `present` goes on serving.
+            TokenError: the request failed, or KIS refused this process's last one; `present` goes on serving.
 
         """
         try:
@@ -125,7 +129,7 @@ class Renewer(Sensitive):
         return None
 
     def renew_due(self, present: Token | None, reason: str) -> bool:
-        """Have a saved successor of `present`, without waiting for a cool-down; False where another was quicker.
+        """Get a saved successor of `present` without waiting for a cool-down; False if another process was quicker.
 
         Raises:
             TokenError: a limit forbids it, the request failed, or the token could not be saved; `present` is untouched.
@@ -136,7 +140,7 @@ class Renewer(Sensitive):
         return outcome is not None and newer(token, present)
 
     def refresh(self, *, force: bool, reason: str, by: str) -> bool:
-        """Renew now and have it saved; True for a new token, False where KIS returned the present one.
+        """Renew now and require that the token is saved; True if it is new, False if KIS returned the present one.
 
         Raises:
             TokenError: a limit forbids it, the request failed, or the token could not be saved; the present one stays.
@@ -149,14 +153,14 @@ class Renewer(Sensitive):
         return before is None or token.access_token != before.access_token
 
     def adopt(self, token: Token, *, force: bool, proven: bool) -> bool:
-        """Store a token that was issued elsewhere; False where it was known already.
+        """Store a token that was issued elsewhere; return False if it was known already.
 
-        Its issue, which the token tells, starts KIS's six hours and the day of the renewal rule; as no request of
-        ours it moves neither the cool-down nor the ceiling.
+        KIS's six hours and the renewal rule's 24 hours count from the issue time that the token states. As it was no
+        request of ours, it affects neither the cool-down nor the ceiling.
 
         Raises:
-            TokenError: the present token is better, this one is known to be dead, or it could not be saved; the present
-                one stays.
+            TokenError: the present token lasts longer, this one is known to be dead, or it could not be saved; the
+                present one stays.
 
         """
         with self.changing():
@@ -172,10 +176,10 @@ class Renewer(Sensitive):
             return True
 
     def reject(self, access_token: str, now: datetime) -> None:
-        """Note that KIS rejected this token, so that no process serves it again; another token is left alone.
+        """Mark this token as rejected by KIS, so that no process serves it again; any other token is left alone.
 
         Raises:
-            TokenStoreError: it could not be noted; other processes may serve it still.
+            TokenStoreError: the mark could not be saved; other processes may still serve the token.
 
         """
         with self.changing():
@@ -188,7 +192,7 @@ class Renewer(Sensitive):
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """The lock for a change of what is stored; what the system refuses becomes one error.
+        """Hold the lock for a change of the store; an `OSError` inside becomes a `TokenStoreError`.
 
         Raises:
             TokenStoreError: another process holds the lock for too long, or the store cannot be written.
@@ -203,10 +207,10 @@ class Renewer(Sensitive):
                 raise self._unwritable(error) from None
 
     def require_saved(self, token: Token) -> None:
-        """Return where the token is stored for others too.
+        """Return if the token is stored, so that others can use it.
 
         Raises:
-            TokenStoreError: only this process has it.
+            TokenStoreError: only this process has the token.
 
         """
         if not self._store.saved(token):
@@ -216,9 +220,9 @@ class Renewer(Sensitive):
             )
 
     def sync_copies(self) -> None:
-        """Adopt a token that lasts longer from another client's file, and bring all the files up to date; never raises.
+        """Adopt a longer-lasting token from another client's file, and update the files of all clients; never raises.
 
-        A token that could not be saved before is saved now. Where another process holds the lock, it does so.
+        A token that could not be saved before is saved now. If another process holds the lock, it does all this.
         """
         try:
             with self._locked(0) as held:
@@ -249,7 +253,7 @@ class Renewer(Sensitive):
         wait: float | None = None,
         unwanted: Callable[[], bool] = lambda: False,
     ) -> tuple[Token, Outcome | None]:
-        """A token that `serves`, and the outcome of the request; None where a quicker process had it."""
+        """Return a token that `serves` and the request's outcome, which is None if no request was needed."""
         wait = self.lock_wait if wait is None else wait
         began = datetime.now(UTC)
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
@@ -272,7 +276,7 @@ class Renewer(Sensitive):
                 text = "Another machine is asking KIS for this key's token, or the attempt could not be recorded"
                 raise IssuanceLimitError(f"{text}. Nothing was sent; try again.", retry_at=None, cause="minute")
         token, outcome = issued
-        if token.rejected_at is not None:  # KIS returned the dead one: now only the six hours matter
+        if token.rejected_at is not None:  # KIS returned the dead token, so raise for the six hours, which alone matter
             limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()), self._market)
         if intent is Intent.REQUIRED and not serves(token):
             raise TokenUnavailableError(self._useless(token))
@@ -283,7 +287,7 @@ class Renewer(Sensitive):
         return token if token and serves(token) else None
 
     def _adopted(self, serves: Serves) -> Token | None:
-        """A token of this key that another client has issued by itself since: it is the newest one, for no issue."""
+        """Return the token that another client has issued with this key, if it `serves`: it saves us an issue."""
         token = self.copies.found(datetime.now(UTC))
         if token is None or not serves(token):
             return None
@@ -293,7 +297,7 @@ class Renewer(Sensitive):
         return token
 
     def _keep(self, token: Token) -> None:
-        """The key's file gets what only a market's view, another client's file or this process has."""
+        """Save in the key's file a token that only a market's view, another client's file or this process has."""
         if self._store.read()[0] is not token or not self._store.saved(token):
             with contextlib.suppress(OSError):
                 self._store.save(token)
@@ -302,9 +306,9 @@ class Renewer(Sensitive):
         return Attempt(datetime.now(UTC), outcome, None, expires_at, reason, self.credentials, os.getpid(), by)
 
     def _issue(self, reason: str, by: str, standing: Standing) -> tuple[Token, Outcome] | None:
-        """One request: recorded before it is sent and completed after it, and its token saved.
+        """Make one request: record it before it is sent, add its outcome after it, and save its token.
 
-        None where another machine was quicker: nothing was sent.
+        Return None if another machine was quicker; nothing was sent then.
         """
         gateway = self.gateway
         attempt = self._attempt(Outcome.SENT, reason, by)
@@ -335,7 +339,7 @@ class Renewer(Sensitive):
         raise answer.as_error(serves, now + timedelta(seconds=self._market.settings.issue_interval))
 
     def _finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
-        """A token that was issued reaches its caller even where it cannot be saved."""
+        """Save outcome and token; only log a failure, so that an issued token reaches its caller even if unsaved."""
         try:
             self._store.finish(fence, attempt, token)
         except (OSError, TokenStoreError) as error:
@@ -345,7 +349,7 @@ class Renewer(Sensitive):
             _log.critical("%s at %s (%s). %s", what, self._store.place, why, todo)
 
     def _share_failure(self, standing: Standing, began: datetime) -> None:
-        """Who waited for the lock while its holder could not reach KIS need not find that out again."""
+        """Raise if KIS was found unreachable while this caller waited for the lock; it need not find that out again."""
         last = standing.attempts[-1] if standing.attempts else None
         if last and last.outcome is Outcome.UNREACHABLE and last.at >= began:
             serves = limits.what_serves(standing.token, standing.now, self._market.buffer)
@@ -355,7 +359,7 @@ class Renewer(Sensitive):
             )
 
     def _await(self, serves: Serves) -> Token | None:
-        """Poll for the winner's token until the cool-down is over, by the monotonic clock."""
+        """Poll for the winner's token until the cool-down is over by the monotonic clock, plus up to `SPREAD` of it."""
         now = datetime.now(UTC)
         until = limits.cooldown_until(self._store.attempts(), now, self._market)
         left = (until - now).total_seconds() if until else 0.0
@@ -390,35 +394,35 @@ class Renewer(Sensitive):
 
 
 def newer(token: Token, before: Token | None) -> bool:
-    """Whether `token` is a living successor of `before`."""
+    """Whether `token` is not rejected and lasts longer than `before`, if there is one."""
     return token.rejected_at is None and (before is None or token.expires_at > before.expires_at)
 
 
 def _is_own_refusal(last: Attempt | None) -> bool:
-    """Whether KIS refused the last request, and this process sent it."""
+    """Whether KIS refused the last request by the minute limit, and this process sent it."""
     return last is not None and last.outcome is Outcome.LIMIT and (last.pid, last.host) == (os.getpid(), "")
 
 
 def _returned(answer: Token, standing: Standing) -> bool:
-    """Whether KIS returned an earlier token: its expiry is known, or it was issued before, by us or someone else.
+    """Whether KIS returned an earlier token, issued by us or someone else, as its expiry or its age shows.
 
-    What else is known of it holds for the answer then.
+    What is known of that token, its issue time and a rejection, is set on `answer`.
     """
     present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
-    # The record also knows a token whose file was deleted.
+    # The record still has a token whose file was deleted.
     earlier = [one.at for one in standing.attempts if one.expires_at == answer.expires_at]
     if present:
         answer.rejected_at = present.rejected_at
     issues = [answer.issued_at, present and present.issued_at, *earlier]
     answer.issued_at = issued_at = min((at for at in issues if at), default=standing.now)
     age = standing.now - issued_at
-    # Of an issue that a full disk kept out of the record only the time is known; its token is nearer to it than to now.
+    # If a full disk kept an issue out of the record, only its time is known; its token is nearer to that than to now.
     unsaved = [one.at for one in standing.attempts if one.outcome is Outcome.ISSUED and one.expires_at is None]
     return bool(present or earlier) or age > FOREIGN_AGE or any(abs(issued_at - at) < age for at in unsaved)
 
 
 def _check_better(token: Token, present: Token, *, proven: bool) -> None:
-    """Return where `token` may take the place of the `present` one."""
+    """Return if `token` may replace the `present` one, and raise otherwise."""
     if present.access_token == token.access_token:
         if present.rejected_at is not None and not proven:
             raise TokenUnavailableError(
