@@ -1,4 +1,4 @@
-"""A person's refresh: what is asked first, what becomes of it, and who hears of it."""
+"""A person's refresh: when it asks for confirmation, how it ends, and who hears of it."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ LASTING = 17 * 3600.0  # seconds left of a token that KIS would replace
 
 
 def renewed(*, force: bool = False, reason: str = "a test", operator: str = "Kim") -> State:
-    """The end of a refresh without a Prefect run: nobody can be asked there."""
+    """Return the end of a refresh outside a Prefect run, where nobody can be asked."""
     return refresh_token.renew(only_key(), Request("us", force, reason, operator), datetime.now(UTC))[0]
 
 
 @pytest.fixture
 def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that waits for a person looks for the answer often, and not for long."""
+    """Have a run that waits for a person look for the answer often, and not for long."""
     monkeypatch.setattr("flows.refresh_token.POLL", 0.2)
     monkeypatch.setattr("flows.refresh_token.CONFIRM_WITHIN", timedelta(seconds=20))  # a test that fails is not to hang
 
 
 def test_a_first_token_needs_no_confirmation_although_prefect_is_away(gateway: Sandbox, slack: SlackEndpoint) -> None:
-    """Where no valid token can be lost nobody is asked; the record and Slack know by whom and why.
+    """Where no valid token can be lost nobody is asked; the record keeps who asked and why, and Slack is told.
 
-    A table that cannot be published, as Prefect's server does not answer, changes nothing.
+    It makes no difference that the table cannot be published because Prefect's server does not answer.
     """
     asked_for = Request("us", force=False, reason="a first\ttoken \x1b[2J", operator="Kim \u202eMinji")
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
@@ -65,7 +65,7 @@ def test_a_first_token_needs_no_confirmation_although_prefect_is_away(gateway: S
 
 
 def test_without_a_token_nobody_is_asked_shortly_before_an_open(gateway: Sandbox, opens: Opens) -> None:
-    """Also where the last one was issued today and died: the danger is to have none."""
+    """This holds even if the last token was issued today and rejected: the danger is to have none."""
     opens(timedelta(minutes=43))
     only_key().reject(cached(left=LASTING), datetime.now(UTC))
     assert end_of(renewed()) == ("COMPLETED", "Renewed")
@@ -73,7 +73,7 @@ def test_without_a_token_nobody_is_asked_shortly_before_an_open(gateway: Sandbox
 
 
 def test_a_forced_refresh_says_what_became_of_it(nowhere: Sandbox, slack: SlackEndpoint) -> None:
-    """Failed with the reason and what serves while KIS is down, and reported with who asked; then Renewed."""
+    """While KIS is down it is Failed, says why and what serves, and Slack names who asked; afterwards it is Renewed."""
     cached(left=LASTING)
     nowhere.fail("down")
     failed = renewed(force=True)
@@ -90,9 +90,9 @@ def test_a_forced_refresh_says_what_became_of_it(nowhere: Sandbox, slack: SlackE
 def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
     nowhere: Sandbox, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The token lasts and the plan renews in time: Declined, one note that names the person, nothing at risk.
+    """While the token lasts and the plan renews in time it is Declined, with one note that names the person.
 
-    Not even force passes KIS's minute then; the message begins with why the request before brought nothing.
+    Even with force the next one waits for KIS's minute, and its message begins with why the last request failed.
     """
     cached(left=LASTING)
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
@@ -109,7 +109,7 @@ def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
 def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
     gateway: Sandbox, slack: SlackEndpoint, opens: Opens
 ) -> None:
-    """There is nothing to go on with: Failed, and one message: the alert, which names the person too."""
+    """Without a token to go on with it is Failed, and the only message is the alert, which names the person too."""
     exchange = opens(timedelta(minutes=40))
     gateway.fail("limit", 1)
     assert end_of(renewed()) == ("FAILED", "Failed")
@@ -121,7 +121,7 @@ def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
 @pytest.mark.parametrize("field", ["reason", "operator"])
 @pytest.mark.parametrize("text", [KEY, make_jwt(), make_jwt()[:36], SECRET], ids=["key", "token", "its part", "secret"])
 def test_a_secret_in_the_form_is_declined(gateway: Sandbox, slack: SlackEndpoint, field: str, text: str) -> None:
-    """Also where the form's own check was switched off: a sentence that repeats nothing, and no request."""
+    """Even with the form's own check switched off, it gets a sentence that does not repeat it, and no request."""
     given: dict[str, Any] = {"reason": "", "operator": "", field: f"see {text}"}
     state = refresh_token.refresh(Settings.load(), Request("us", force=True, **given), datetime.now(UTC))
     assert end_of(state) == ("COMPLETED", "Declined")
@@ -131,7 +131,7 @@ def test_a_secret_in_the_form_is_declined(gateway: Sandbox, slack: SlackEndpoint
 
 
 def test_the_form_checks_its_texts_as_tokencore_does() -> None:
-    """The same rule, and lengths that lose nothing; all but the market is optional."""
+    """The form has the same rule and the same lengths, and all its fields but the market are optional."""
     form = refresh_token.refresh_token.parameters
     lengths = [form.properties[name]["maxLength"] for name in ("reason", "operator")]
     assert (form.required, lengths) == (["market"], [attempts.REASON_LENGTH, attempts.BY_LENGTH])
@@ -148,7 +148,7 @@ ABLE = {"KIS_MARKETS__HK__APP_KEY": APP_KEY, "KIS_MARKETS__HK__APP_SECRET": APP_
     ids=["those with credentials", "without any, those that the settings name", "malformed settings: the two"],
 )
 def test_the_form_lists_the_configured_markets(settings: dict[str, str], listed: str) -> None:
-    """As the settings are when the flow's module is imported, which is where deployments are made."""
+    """It lists those of the settings at the time when the flow's module is imported, as it is for a deployment."""
     program = "from flows.refresh_token import refresh_token as r; print(*r.parameters.properties['market']['enum'])"
     command, known = [sys.executable, "-c", program], {**os.environ, **settings}
     assert subprocess.run(command, env=known, capture_output=True, text=True, check=True).stdout.strip() == listed
@@ -156,12 +156,12 @@ def test_the_form_lists_the_configured_markets(settings: dict[str, str], listed:
 
 @pytest.mark.usefixtures("prefect_home", "attentive")
 class TestQuestions:
-    """Runs on a Prefect server that wait for a person."""
+    """Runs on a Prefect server that wait for a person's answer."""
 
     def test_the_same_token_again_is_asked_for_only_where_a_person_confirms(self, gateway: Sandbox) -> None:
-        """Within six hours the run waits with the sentence; no means Declined, yes means KIS is asked.
+        """Within six hours the run waits with the question; no means Declined, yes means that KIS is asked.
 
-        A second forced refresh within an hour waits too: a scheduler that misfires six times costs one request.
+        A second forced refresh within an hour waits too, so that a scheduler that misfires costs one request.
         """
         cached(left=23 * 3600)
         for force, decision, end in (False, LEAVE, "Declined"), (False, RENEW, "Renewed"), (True, LEAVE, "Declined"):
@@ -173,7 +173,7 @@ class TestQuestions:
     def test_a_second_token_inside_a_session_is_confirmed_with_both_consequences(
         self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens
     ) -> None:
-        """The person reads what serves, of the second issuance and of the session, and Slack of the result."""
+        """The question names what serves, the second issuance and the running session, and Slack hears the result."""
         exchange = opens(timedelta(minutes=-5))
         cached(left=LASTING)
         with paused(reason="점검 뒤") as waiting:
@@ -188,7 +188,7 @@ class TestQuestions:
         assert (slack.headlines, asked(gateway)) == (["us+kr: refreshed manually"], 1)
 
     def test_without_an_answer_a_refresh_is_declined(self, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A question that nobody answers in time ends as Declined, and nothing was asked of KIS."""
+        """A run whose question nobody answers in time ends as Declined and sends KIS no request."""
         monkeypatch.setattr("flows.refresh_token.CONFIRM_WITHIN", timedelta(seconds=0.5))
         cached(left=23 * 3600)
         state = refreshed()
@@ -198,8 +198,8 @@ class TestQuestions:
         assert asked(gateway) == 0
 
     def test_what_changed_while_a_refresh_waited_is_seen(self, gateway: Sandbox, opens: Opens) -> None:
-        """A session that began makes it Declined, with its name; a token that came meanwhile AlreadyValid."""
-        exchange = opens(timedelta(minutes=30, seconds=5))  # a token is needed from half an hour before on
+        """If a session has begun meanwhile it is Declined and names it; if a token has come it is AlreadyValid."""
+        exchange = opens(timedelta(minutes=30, seconds=5))  # a token is needed from half an hour before the open
         cached(left=LASTING)
         with paused() as waiting:
             assert exchange not in waiting.question

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 SUMMER = datetime(2026, 7, 1, 3, 20, tzinfo=UTC)  # a Wednesday, 12:20 in Korea; the US are closed on Friday, 3 July
 SVG = "{http://www.w3.org/2000/svg}"
-HOUR, DUE = 3600.0, datetime(2024, 11, 19, 8, 15, tzinfo=UTC)  # a Tuesday, 17:15 KST: after us' and kr's anchor
+HOUR, DUE = 3600.0, datetime(2024, 11, 19, 8, 15, tzinfo=UTC)  # a Tuesday, 17:15 KST: after the anchor of us and kr
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d"
 
 
 @pytest.fixture
 def key(gateway: Sandbox) -> Key:  # noqa: ARG001 - for its settings
-    """The key of us and kr, as a run of a flow loads it."""
+    """The key of us and kr, loaded as a flow run loads it."""
     return Key.load(Settings.load())[0]
 
 
@@ -51,7 +51,7 @@ def save(key: Key, life: float = 24 * HOUR, age: float = 0, *, now: datetime = D
 
 @pytest.fixture
 def on_a_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run a command on a terminal that knows colours."""
+    """Run a command on a terminal that shows colours."""
 
     def run(*arguments: str, **settings: str) -> Ran:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -61,13 +61,13 @@ def on_a_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 
 def plain(ran: Ran) -> list[str]:
-    """The lines without their colours."""
+    """The lines of the output, without colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", ran.out).splitlines()
 
 
 @pytest.mark.usefixtures("gateway")
 def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(on_a_terminal: Command) -> None:
-    """Status in colour, and when it stops to serve; what a narrow terminal has no room for stands below."""
+    """It shows the status in colour and until when the token serves; what a narrow terminal cannot fit is below."""
     token = make_token(50_000)
     USTokenManager().save_token(token)
     TokenManager("kr").delete_token()
@@ -88,7 +88,7 @@ def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(on_a_terminal
 
 @pytest.mark.usefixtures("gateway")
 def test_check_says_mode_length_and_when_it_was_cached(command: Command) -> None:
-    """As the old check script did; a file that others may read is said to be so, with the command that closes it."""
+    """It does so as the old check script did, and shows the command that closes a file that others may read."""
     path, length = folder() / "us_api_token.json", len(cached(20_000).access_token)
     said = rf"^us: {path}, mode 0600, cached {TIME} KST, {length} characters$"
     assert re.search(said, command("check").out, re.MULTILINE)
@@ -98,14 +98,14 @@ def test_check_says_mode_length_and_when_it_was_cached(command: Command) -> None
 
 @pytest.mark.usefixtures("gateway")
 def test_any_reason_can_be_shown_on_any_terminal() -> None:
-    """Markup, escape sequences and bytes of another encoding are text; what an encoding lacks costs that character."""
+    """Markup, escape sequences and foreign bytes are shown as text; a character that the encoding lacks becomes `?`."""
     reasons = ["[/red] [bold]", r"back\[slash]", "줄\n바꿈", "\x1b[31mred", "\udcff", "길" * 200, "수동 refresh"]
     record(*(Attempt(datetime.now(UTC), Outcome.LIMIT, reason=reason) for reason in reasons))
     for encoding, shown in (("utf-8", "수동 refresh"), ("ascii", "?? refresh")):
         ran = tokencore("history", PYTHONIOENCODING=encoding, TZ="UTC+25")
         assert (ran.code, ran.err, "\x1b" in ran.out) == (0, "", False)
         assert all(part in ran.out for part in (shown, *reasons[:2]))
-    assert "local (UTC)" in tokencore("check", TZ="UTC+25").out  # a zone that cannot be is no reason to fail
+    assert "local (UTC)" in tokencore("check", TZ="UTC+25").out  # an impossible zone is no reason to fail
     assert json.loads(tokencore("history", "--json", PYTHONIOENCODING="ascii").out)[-1]["reason"] == reasons[-1]
 
 
@@ -118,7 +118,7 @@ STATES: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("state", STATES)
 def test_every_report_says_the_same(state: str, key: Key, command: Command) -> None:
-    """In every state `check`, a manager's own status and the key's state agree, fact by fact."""
+    """In every state, `check`, a manager's own status and the key's state agree in each field."""
     STATES[state]()
     listed, now = json.loads(command("check", "--json").out), datetime.now(UTC)
     seen = key.state(now)
@@ -134,13 +134,13 @@ def test_every_report_says_the_same(state: str, key: Key, command: Command) -> N
 
 @pytest.fixture
 def week(key: Key) -> Plan:
-    """The plan of a week in summer, with a token of the last anchor."""
+    """The plan of a week in summer, with a token issued at the last anchor."""
     save(key, age=(SUMMER - datetime(2026, 6, 30, 7, 35, tzinfo=UTC)).total_seconds(), now=SUMMER)
     return key.state(SUMMER).plan()
 
 
 def test_a_summer_week(week: Plan) -> None:
-    """US and KR renew at 16:35 KST on each day with a session ahead, not before a closed Friday night and Saturday."""
+    """The key renews at 16:35 KST on each day with a session ahead, so not on a closed Friday night and Saturday."""
     plan = json.loads(json.dumps(plan_as_json(week)))
     assert (plan["markets"], plan["anchor_kst"]) == (["us", "kr"], "16:35")
     days = [f"2026-07-0{day}T07:35" for day in (1, 2, 5, 6, 7)]
@@ -153,7 +153,7 @@ def test_the_picture_is_well_formed_and_complete(week: Plan) -> None:
     """The SVG has a bar for each session, need and token, a mark for each renewal, the buffer's tip, and no secret."""
     text = draw_plans([week, week])
     root = ET.fromstring(text)  # noqa: S314 - our own text
-    fills = [bar.get("fill") for bar in root.iter(f"{SVG}rect")]  # behind the bars the legends, one entry each
+    fills = [bar.get("fill") for bar in root.iter(f"{SVG}rect")]  # after the bars come the legends, with one entry each
     assert fills.count("var(--session)") == 2 * (sum(len(row.sessions) for row in week.rows) + 1)
     assert fills.count("var(--need)") == 2 * (sum(len(row.needs) for row in week.rows) + 1)
     assert (fills.count("var(--token)"), fills.count("var(--buffer)"), fills.count("none")) == (4, 4, 10)
@@ -163,7 +163,7 @@ def test_the_picture_is_well_formed_and_complete(week: Plan) -> None:
 
 
 def test_the_lines_for_a_terminal_show_sessions_over_needs(week: Plan, capfd: pytest.CaptureFixture[str]) -> None:
-    """A need begins before its session and ends after it; the token's line has the present one, those planned, now."""
+    """A need begins before its session and ends after it; the token's line shows its life, the renewals and now."""
     print_plan(week)
     lines = {line[:LABEL].strip(): line[LABEL:] for line in capfd.readouterr().out.splitlines()}
     assert re.fullmatch(r"(·+▒?█{5,6}▒){3}·+(▒?█{5,6}▒·+){2}", lines["KRX"]), lines["KRX"]
@@ -173,7 +173,7 @@ def test_the_lines_for_a_terminal_show_sessions_over_needs(week: Plan, capfd: py
 
 @pytest.mark.usefixtures("gateway")
 def test_the_command_prints_and_writes(command: Command, tmp_path: Path) -> None:
-    """`plan` shows anchor and exchanges, and `--svg` writes a picture."""
+    """`plan` shows the anchor and the exchanges, and `plan --svg` writes a picture."""
     picture, shown = tmp_path / "plan.svg", command("plan", "--days", "3").out
     assert re.search(r"renewed at 1[67]:35 KST[^\0]*NASD", shown)  # later while Korea's entrance exam is ahead
     assert command("plan", "--svg", str(picture)) == Ran(0, "", "")
@@ -182,7 +182,7 @@ def test_the_command_prints_and_writes(command: Command, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("gateway")
 def test_markets_with_one_key_are_one_key() -> None:
-    """They share label and exchanges, by any of whose names it is found; what nobody trades is a setting to add."""
+    """They share label and exchanges, and any name of an exchange finds them; an untraded one is named with advice."""
     os.environ |= {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_MARKETS__JP__APP_KEY": "another-key"}
     os.environ["KIS_MARKETS__TRIAL__ENVIRONMENT"] = "paper"
     keys = {key.label: key.exchanges for key in Key.load(Settings.load())}
@@ -195,7 +195,7 @@ def test_markets_with_one_key_are_one_key() -> None:
 
 
 def test_a_state_says_all_that_is_known_at_one_moment(key: Key) -> None:
-    """Without a token a renewal is due now; one that lasts covers the coming need until the next daily renewal."""
+    """Without a token a renewal is due now; a new token covers the coming need until the next daily renewal."""
     state = key.state(DUE)
     assert (state.serves_until, state.covered, state.served) == (None, False, "us+kr: no valid token")
     assert (state.outlook.next and state.outlook.next.at) == DUE
@@ -208,7 +208,7 @@ def test_a_state_says_all_that_is_known_at_one_moment(key: Key) -> None:
 
 
 def test_exchanges_that_are_closed_for_weeks_want_no_renewal(key: Key) -> None:
-    """With a month of holidays in the settings nobody needs a token, nor another for one that KIS has rejected."""
+    """With a month of holidays in the settings nobody needs a token, not even to replace one that KIS has rejected."""
     month = [f"{DUE + timedelta(days=day):%Y-%m-%d}" for day in range(-3, 30)]
     os.environ |= {f"KIS_EXCHANGES__{code}__CLOSED": json.dumps(month) for code in key.exchanges}
     (closed,) = Key.load(Settings.load())
@@ -220,7 +220,7 @@ def test_exchanges_that_are_closed_for_weeks_want_no_renewal(key: Key) -> None:
 
 
 def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
-    """KIS returned it to us although no request of ours is from its time; our own, or an imported one, is none."""
+    """It is one that KIS returned although no request of ours is from its time; our own or an imported one is not."""
     save(key, age=2 * HOUR)
     found = [key.state(DUE).foreign_issue]
     record(Attempt(DUE, Outcome.SAME, expires_at=DUE + timedelta(hours=22)))
@@ -230,7 +230,7 @@ def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
 
 
 def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be_lost(key: Key) -> None:
-    """The same token within six hours, a second issue in 24 hours, a swap inside a session; nothing without a token."""
+    """They are the same token within six hours, a second issue in 24 h, a swap in a session; without a token, none."""
     inside = datetime(2024, 11, 19, 2, 0, tzinfo=UTC)  # 11:00 KST, KRX is open
     assert key.state(inside).warnings() == []
     for hours, kinds in ((1, ["same token"]), (12, ["another issue", "inside a session"]), (25, [])):

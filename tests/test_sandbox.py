@@ -1,4 +1,4 @@
-"""The sandbox gateway: KIS's rules by a clock that is passed in, and the rest over real HTTP, as a client asks KIS."""
+"""The sandbox gateway: KIS's rules with a clock that is passed in, the rest over real HTTP, as a client asks KIS."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DOMESTIC = next(iter(QUOTES))
-OTHER = "요청하신 오류입니다."  # KIS's words for codes that have none here
+OTHER = "요청하신 오류입니다."  # the sandbox's words for codes whose text it does not know
 HOUR = 3600
 GRANT: dict[str, Any] = {"grant_type": "client_credentials", "appkey": KEY, "appsecret": SECRET}
 
 
 @pytest.fixture
 def kis() -> Iterator[Sandbox]:
-    """A gateway with KIS's own lengths."""
+    """A gateway with KIS's own intervals."""
     with Sandbox() as running:
         yield running
 
 
 def headers(token: str) -> dict[str, str]:
-    """Those of a right business call."""
+    """The headers of a correct business call."""
     return {"authorization": f"Bearer {token}", "appkey": KEY, "appsecret": SECRET, "tr_id": QUOTES[DOMESTIC]}
 
 
 def asked(gateway: Gateway, now: float, path: str = TOKEN, **changes: str) -> Answer:
-    """The answer at a time to tokenP's body, with changes."""
+    """The answer at a given time to a tokenP request, with changes to its body."""
     return gateway.respond(Request("POST", path, {**GRANT, **changes}), now)
 
 
 def called(gateway: Gateway, now: float, token: str, **changes: str) -> Answer:
-    """The answer to a business call at a time, with changes of its headers."""
+    """The answer at a given time to a business call, with changes to its headers."""
     return gateway.respond(Request("GET", DOMESTIC, headers={**headers(token), **changes}), now)
 
 
 def issued(gateway: Gateway, now: float) -> str:
-    """The token that tokenP answers at a time."""
+    """The token that tokenP returns at a given time."""
     content: Any = asked(gateway, now).content
     return str(content["access_token"])
 
 
 def post(kis: Sandbox, path: str, body: object, timeout: float = 5) -> requests.Response:
-    """The answer to a JSON body."""
+    """The answer to a POST of a JSON body."""
     return requests.post(kis.url + path, json=body, timeout=timeout)
 
 
 def quote(kis: Sandbox, token: str) -> requests.Response:
-    """The answer of a business call."""
+    """The answer to a business call over HTTP."""
     return requests.get(kis.url + DOMESTIC, headers=headers(token), timeout=5)
 
 
@@ -83,7 +83,7 @@ def test_the_minute_rolls_from_the_last_grant_and_the_six_hours_from_the_issue()
 
 
 def test_a_token_is_the_same_to_the_letter_for_six_hours_and_refused_after_its_day() -> None:
-    """A JWT with `exp`, in KST beside it, and the app key as `jti`; later its `expires_in` is overstated, as at KIS."""
+    """It is a JWT with the app key as `jti`; when it is handed out again, `expires_in` is overstated, as at KIS."""
     gateway = Gateway()
     first: Any = asked(gateway, 0).content
     token, claims = first["access_token"], jwt_claims(first["access_token"])
@@ -96,7 +96,7 @@ def test_a_token_is_the_same_to_the_letter_for_six_hours_and_refused_after_its_d
 
 
 def test_a_dead_token_is_refused_and_handed_out_again() -> None:
-    """Revoked, by its own key only, or killed by maintenance, it is refused, yet tokenP returns it for six hours."""
+    """A token revoked by its own key, or killed by maintenance, is refused, yet tokenP returns it for six hours."""
     gateway = Gateway()
     token = issued(gateway, 0)
     for change, code in (({"appkey": "x"}, "EGW00121"), ({"appsecret": "y"}, "EGW00105"), ({}, "ok"), ({}, "EGW00121")):
@@ -114,7 +114,7 @@ HEADERS += [("EGW00121", "authorization", "Bearer a.b.c"), ("EGW00103", "appkey"
 
 
 def test_a_wrong_field_or_header_is_refused_in_kiss_shape_and_words() -> None:
-    """A refusal of tokenP has another shape and status than one of a business call."""
+    """A refusal by tokenP differs in shape and status from one of a business call."""
     gateway = Gateway()
     token = issued(gateway, 0)
     for code, field, text in [*BODIES, ("EGW00105", "appsecret", "not the first one of this key")]:
@@ -126,7 +126,7 @@ def test_a_wrong_field_or_header_is_refused_in_kiss_shape_and_words() -> None:
 
 
 def test_any_answer_can_be_scripted_for_a_path(kis: Sandbox) -> None:
-    """A path answers just what a test wants, as often as wanted; of paths that begin alike the longest counts."""
+    """A path gives a scripted answer as often as wanted; of prefixes that match a path the longest counts."""
     token = issued(kis, time.time())
     kis.answer("/uapi/", {"rt_cd": "1", "msg_cd": "EGW00201"}, 500)
     assert post(kis, "/sandbox/answer", {"path": DOMESTIC, "content": "<p>", "status": 503, "count": 1}).ok
@@ -138,7 +138,7 @@ def test_any_answer_can_be_scripted_for_a_path(kis: Sandbox) -> None:
 
 
 def test_it_is_driven_over_http(kis: Sandbox) -> None:
-    """Another process asks for failures, which leave the minute alone, kills tokens, changes a rule and reads stats."""
+    """Another process can order failures, which start no minute, kill tokens, change rules and read the statistics."""
     post(kis, "/sandbox/fail", {"mode": "limit", "count": 2})
     refused, again, granted = (post(kis, TOKEN, GRANT) for _ in range(3))
     assert (refused.json()["error_code"], again.status_code, granted.status_code) == ("EGW00133", 403, 200)
@@ -157,7 +157,7 @@ def test_it_is_driven_over_http(kis: Sandbox) -> None:
 
 
 def test_stats_and_log_hold_no_secret(kis: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
-    """After every kind of request, and a client that turns away, the statistics show no secret; nothing is printed."""
+    """After broken requests and a client that disconnects, the statistics show no secret, and nothing is printed."""
     token = issued(kis, time.time())
     requests.get(kis.url + TOKEN, params=GRANT, timeout=5)
     for body in (b"{not json", b"\xff\xfe", b"[" * 50_000, b"[1]"):
@@ -173,7 +173,7 @@ def test_stats_and_log_hold_no_secret(kis: Sandbox, capfd: pytest.CaptureFixture
 
 
 def test_leaving_ends_port_answers_and_threads() -> None:
-    """When the block ends the gateway is gone, even for clients that are still connected or waiting."""
+    """When the block ends, the gateway and its threads are gone, even if clients are still connected or waiting."""
     before = set(threading.enumerate())
     with requests.Session() as session, ThreadPoolExecutor(1) as pool:
         with Sandbox() as gateway:
@@ -189,7 +189,7 @@ def test_leaving_ends_port_answers_and_threads() -> None:
 
 
 def test_it_listens_on_loopback_alone_and_says_when_it_cannot(kis: Sandbox) -> None:
-    """It has no password, so no other address answers; a port in use is a ConfigurationError."""
+    """As it has no password, it answers on no other address; a port in use is a ConfigurationError."""
     taken = int(kis.url.rpartition(":")[2])
     with pytest.raises(OSError, match=r"refused|reach|timed out|assign"):
         socket.create_connection(("127.0.0.2", taken), timeout=2)  # answers if something listens everywhere

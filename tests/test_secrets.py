@@ -1,7 +1,7 @@
 """No log, output, repr, pickle, file or traceback has a key, a secret or a token, whatever happens.
 
-Every public function, method and property is looked at, as the front door names them, so that a new one is covered
-from its first day; a new parameter needs a value in `ARGUMENTS`.
+The tests call every function, method and property of `tokencore.__all__`, so that a new one is covered from its first
+day; a new parameter needs a value in `ARGUMENTS`.
 """
 
 from __future__ import annotations
@@ -51,30 +51,30 @@ if TYPE_CHECKING:
     Place = Callable[[str], dict[str, str]]
 
 Call = Callable[[], object]
-# A JWT's beginning is packed in too many ways by chance; its first words are not.
+# The packed forms of "eyJ" also occur by chance; those of a JWT's first 16 characters do not.
 FORMS = {"Canary": forms("Canary"), "eyJ": forms(make_jwt()[:16])}
 MODES = [mode for mode in FAILURES if mode not in ("huge", "drip")]
 PROCESSES = 16
 PAUSE = 0.11  # seconds: the gateway's minute is over
-LIBRARIES = (httpx, httpcore, asyncio, threading, concurrent.futures)  # through which the caller's own request goes
+LIBRARIES = (httpx, httpcore, asyncio, threading, concurrent.futures)  # whose frames belong to the caller's own request
 CALLER = (os.path.dirname(__file__), *(str(library.__file__).removesuffix("__init__.py") for library in LIBRARIES))
 
 
 @pytest.fixture
 def canaries(quick: Sandbox) -> Sandbox:
-    """The gateway, asked with credentials that are easy to find."""
+    """The gateway, with settings whose credentials are easy to search for."""
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
     return quick
 
 
 def leaks(text: str) -> list[str]:
-    """The canaries in a text, also packed, quoted or escaped."""
+    """The canaries that a text contains, also in encoded, quoted or escaped form."""
     raw = text.encode(errors="surrogateescape")
     return [canary for canary in CANARIES if canary in text or any(form in raw for form in FORMS[canary])]
 
 
 def state() -> tokencore.KeyState:
-    """How the first key is."""
+    """The present state of the first key."""
     return Key.load(Settings.load())[0].state(datetime.now(UTC))
 
 
@@ -86,7 +86,7 @@ ARGUMENTS |= {"folder": "copies", "plans": [], "token_dir": "/proc/nothing"}
 
 
 class _Own(BaseTokenManager):
-    """A manager of the user's own, whose credentials come from anywhere."""
+    """A user's own manager, whose credentials come from the user's own code."""
 
     def get_api_url(self) -> str:
         return str(Settings.load().base_url)
@@ -108,14 +108,14 @@ MAKERS: dict[str, Call] = {
 
 
 def public_names(cls: type) -> list[str]:
-    """What a program may use of a class: methods and properties of this package."""
+    """The names that a program may use of a class: methods and properties that this package defines."""
     known = {name: getattr(one, "fget", getattr(one, "__func__", one)) for name, one in inspect.getmembers_static(cls)}
     ours = {name for name, one in known.items() if inspect.isfunction(one) and "tokencore" in one.__module__}
     return [name for name in ours if not name.startswith("_")]
 
 
 def used(work: Any) -> object:  # noqa: ANN401 - a property's value is done already
-    """Call it, with a value for every parameter that needs one or is known."""
+    """Call `work` with a value for every parameter that is required or has one in `ARGUMENTS`."""
     if not inspect.isroutine(work):
         return work
     known = ARGUMENTS | {"settings": Settings.load(), "state": state()}
@@ -126,7 +126,7 @@ def used(work: Any) -> object:  # noqa: ANN401 - a property's value is done alre
 
 
 def signed(auth: type[KISAuth | KISHttpxAuth]) -> object:
-    """A request that is signed; those of httpx go to their end."""
+    """Return a signed request, or for httpx, whose signer works while sending, the answer to one."""
     url, signer = f"{Settings.load().base_url}/uapi/x", auth("us")
     if isinstance(signer, KISAuth):
         return signer(requests.Request("GET", url).prepare())
@@ -134,14 +134,14 @@ def signed(auth: type[KISAuth | KISHttpxAuth]) -> object:
 
 
 async def signed_on_a_loop() -> None:
-    """The same on an event loop."""
+    """Send a request that is signed on an event loop."""
     url, signer = f"{Settings.load().base_url}/uapi/x", KISHttpxAuth("us")
     async with httpx.AsyncClient(auth=signer, trust_env=False) as client:
         await client.get(url)
 
 
 def everything() -> dict[str, Call]:
-    """Every use that a program can make of the front door."""
+    """Return every use that a program can make of the public names, by name."""
     found: dict[str, Call] = {
         **{name: partial(signed, getattr(tokencore, name)) for name in ("KISAuth", "KISHttpxAuth")},
         "KISHttpxAuth on a loop": lambda: asyncio.run(signed_on_a_loop()),
@@ -158,12 +158,12 @@ def everything() -> dict[str, Call]:
 
 
 def uses(name: str, cls: type) -> dict[str, Call]:
-    """Every method and property of an object of this class, which is made for each."""
+    """Return the use of each method and property of a class, each on an object of its own."""
     return {f"{name}.{one}": lambda one=one: used(getattr(MAKERS[name](), one)) for one in public_names(cls)}  # type: ignore[misc]
 
 
 def carried(error: BaseException, seen: frozenset[int] = frozenset()) -> Iterator[str]:
-    """What an error tracker finds: the variables of all frames but the caller's, of the errors behind it as well."""
+    """Yield what an error tracker finds: variables of all frames except the caller's, also of the chained errors."""
     step = error.__traceback__
     while step:
         if not step.tb_frame.f_code.co_filename.startswith(CALLER):
@@ -178,12 +178,12 @@ def carried(error: BaseException, seen: frozenset[int] = frozenset()) -> Iterato
 
 
 def leaking(error: BaseException) -> list[str]:
-    """The variables and words that have a canary."""
+    """The variables and messages of an error that contain a canary."""
     return [shown for shown in (*carried(error), str(error)) if any(canary in shown for canary in CANARIES)]
 
 
 def outcome(call: Call) -> object:
-    """What the call returns, or the error that it ends with."""
+    """Return what the call returns, or the error that it raises."""
     try:
         return call()
     except Exception as error:  # noqa: BLE001 - whatever it is
@@ -191,7 +191,7 @@ def outcome(call: Call) -> object:
 
 
 def test_the_search_finds_a_secret_in_every_dress() -> None:
-    """In base64 at any place, in a URL, as hex and as UTF-16: else the other tests prove nothing."""
+    """It is found in base64 at any offset, in a URL, as hex and as UTF-16; otherwise the other tests prove nothing."""
     for text in (f"{before}{SECRET} and more" for before in ("", "x", "xy")):
         raw = text.encode()
         dressed = [base64.b64encode(raw), base64.urlsafe_b64encode(raw), raw.hex().encode(), text.encode("utf-16")]
@@ -202,7 +202,7 @@ def test_the_search_finds_a_secret_in_every_dress() -> None:
 def test_logs_tracebacks_files_and_objects_hold_no_secret_whatever_happens(
     canaries: Sandbox, isolated: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every public name and failures of KIS, with all loggers at DEBUG; of errors the tracebacks, of objects all."""
+    """This holds for every public name and KIS's failures, with all loggers at DEBUG."""
     caplog.set_level(logging.DEBUG)
     calls, met = everything(), list[object]()
     for mode in MODES if FULL else MODES[::3]:
@@ -235,7 +235,7 @@ def test_logs_tracebacks_files_and_objects_hold_no_secret_whatever_happens(
 
 
 def keep_their_secrets(roots: list[object]) -> None:
-    """No object of ours that the roots lead to tells one as text or pickle; every public class is among them."""
+    """Check that no object of ours that the roots lead to, of every public class, shows a secret as text or pickle."""
     found, waiting = {}, list(roots)
     while waiting:
         one = waiting.pop()
@@ -255,7 +255,7 @@ def keep_their_secrets(roots: list[object]) -> None:
 
 
 def test_commands_tell_no_secret_but_the_token_that_get_prints(canaries: Sandbox, command: Callable[..., Ran]) -> None:
-    """No command but `get` tells a token, and none a key or secret, whatever it met."""
+    """Whatever a command meets, it shows no key or secret, and only `get` shows a token."""
     told = [command("refresh", "us")]
     for mode in ("bad-key", "garbage", "html", "half"):
         canaries.fail(mode, 1)
@@ -281,7 +281,7 @@ TROUBLES = ("KIS refuses", "KIS is unreachable", "unusable directory", "missing 
 
 @pytest.fixture
 def meet(quick: Sandbox) -> Iterator[dict[str, dict[str, str]]]:
-    """What is set where a call is to meet each failure."""
+    """The settings with which a call meets each failure."""
     with Wire() as closed:
         pass
     with Wire() as refusing:
@@ -298,12 +298,12 @@ def meet(quick: Sandbox) -> Iterator[dict[str, dict[str, str]]]:
 def test_no_error_of_a_public_name_carries_a_secret(
     failure: str, fails_too: set[str], meet: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    """Whatever fails, no frame of tokencore and of the libraries it uses has a secret in it, and no error behind it.
+    """Whatever fails, neither a frame of tokencore or its libraries nor a chained error holds a secret.
 
-    Some processes share the work, as they wait for KIS; each use has a directory of its own.
+    Several processes share the work because most of it is waiting for KIS; each use has its own directory.
     """
     settings, calls = meet[failure], everything()
-    state()  # what is imported and computed once is known to every process
+    state()  # imports and computes once what every process then inherits
 
     def work(names: list[str]) -> None:
         for name in names:
@@ -327,16 +327,16 @@ def test_no_error_of_a_public_name_carries_a_secret(
 
 @pytest.mark.parametrize("name", ["get_valid_token", "revoke", "probe", "get_approval_key"])
 def test_an_interrupt_amid_a_request_carries_no_secret(name: str, canaries: Sandbox) -> None:
-    """Ctrl-C while KIS is thinking passes the frames of requests and urllib3, which hold body and headers."""
+    """Ctrl-C before KIS has answered passes through frames of requests and urllib3, which hold body and headers."""
     assert canaries.url
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
     with socket.create_server(("127.0.0.1", 0)) as silent:
 
         def interrupt() -> None:
             with silent.accept()[0] as asked:
                 asked.recv(1)
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                time.sleep(0.3)  # as KIS thinks
+                time.sleep(0.3)  # KIS has not yet answered
 
         os.environ |= {"KIS_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "KIS_TIMEOUT": "10"}
         manager = USTokenManager()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DAY = timedelta(days=1)
-FIRST, LAST = date(2016, 1, 4), date(2026, 11, 20)  # fixed: an answer about the past must not change with today
+FIRST, LAST = date(2016, 1, 4), date(2026, 11, 20)  # fixed: answers about the past must not depend on today
 
 
 def utc(text: str) -> datetime:
@@ -31,13 +31,13 @@ def days(first: date, last: date) -> Iterator[date]:
 
 
 def local_hours(code: str, day: date, override: Override = Override()) -> str:  # noqa: B008 - immutable
-    """The session's hours as people at the exchange would write them; `closed` on a closed day."""
+    """The session's hours in the exchange's own time, such as `09:30-16:00`; `closed` on a closed day."""
     found = session(code, day, {code: override})
     zone = ZoneInfo(exchange(code).zone)
     return "-".join(f"{edge.astimezone(zone):%H:%M}" for edge in found) if found else "closed"
 
 
-HOURS = {  # the exchange's own hours on days of which `exchange_calendars`, below, knows nothing or something else
+HOURS = {  # the exchange's own hours on days that `exchange_calendars`, used below, does not cover or has otherwise
     "KRX": "2016-07-29 09:00-15:00, 2016-08-01 09:00-15:30, 2026-01-02 10:00-15:30,"
     "2026-12-31 closed, 2027-01-04 10:00-15:30, 2027-11-18 10:00-16:30,"
     "2028-11-16 09:00-16:30",  # a guessed CSAT day covers both hours
@@ -49,7 +49,7 @@ HOURS = {  # the exchange's own hours on days of which `exchange_calendars`, bel
     "TKSE": "2024-11-01 09:00-15:00, 2024-11-05 09:00-15:30",
     "VNSE": "2025-01-27 closed, 2025-05-02 closed, 2026-02-16 closed, 2026-11-20 09:00-15:00",
     "HASE": "2026-08-31 closed, 2026-09-02 closed, 2026-11-20 09:00-15:00",
-    # Where the settings ask for extended hours: half days, none in Hong Kong.
+    # Where the settings ask for extended hours, with half days; Hong Kong has none.
     "KRX extended": "2026-09-11 09:00-15:30, 2026-09-14 09:00-20:00, 2026-11-19 10:00-20:00",
     "NASD extended": "2026-11-25 04:00-20:00, 2026-11-27 04:00-17:00",
     "SEHK extended": "2026-11-25 09:30-16:00",
@@ -58,7 +58,7 @@ HOURS = {  # the exchange's own hours on days of which `exchange_calendars`, bel
 
 @pytest.mark.parametrize("key", HOURS)
 def test_hours_of_known_days(key: str) -> None:
-    """A session has the hours that the exchange really kept on that day, and none on its closed days."""
+    """A session has the hours that the exchange really kept on that day, and a closed day has no session."""
     (code, *extended), known = key.split(), dict(row.split() for row in HOURS[key].split(","))
     override = Override(extended=bool(extended))
     assert {day: local_hours(code, date.fromisoformat(day), override) for day in known} == known
@@ -74,7 +74,7 @@ def test_a_need_reaches_from_before_the_open_to_the_pad() -> None:
 
 
 def test_the_known_horizon_is_the_last_year_that_was_announced() -> None:
-    """After it China's weekdays all count as open until its next notice; what the law of others says still counts."""
+    """After it China's weekdays all count as open until its next notice; holidays set by law elsewhere still count."""
     end = sessions.certain_until()
     assert date(2026, 12, 31) <= end <= date(datetime.now(UTC).year + 1, 12, 31)
     assert closure("SHAA", date(end.year, 10, 2))
@@ -84,7 +84,7 @@ def test_the_known_horizon_is_the_last_year_that_was_announced() -> None:
 
 
 def test_overrides_close_and_open_days_of_their_exchange() -> None:
-    """A day that the settings close is closed there alone; hours from the settings open even a day closed twice."""
+    """A day closed by the settings is closed for that exchange alone; hours in the settings open even a closed day."""
     thursday, sunday = date(2026, 11, 19), date(2026, 11, 22)
     overrides = {"SEHK": Override(closed=frozenset({thursday}))}
     assert closure("HKS", thursday, overrides) == "closed by your settings"
@@ -98,7 +98,7 @@ def test_overrides_close_and_open_days_of_their_exchange() -> None:
 
 
 def test_needs_merge_where_they_overlap_or_touch() -> None:
-    """Needs without a second between them become one; those apart stay apart."""
+    """Needs that overlap or touch become one; those with a gap between them stay apart."""
     start, end = utc("2026-11-19T20:00"), utc("2026-11-20T20:00")
     touching = {"TKSE": Override(hours={date(2026, 11, 20): (time(17), time(18))})}  # its need starts as KRX's ends
     asian, american = ("19T23:30", "20T09:00"), [("19T14:00", "19T21:00"), ("20T14:00", "20T21:00")]
@@ -107,7 +107,7 @@ def test_needs_merge_where_they_overlap_or_touch() -> None:
 
 
 def test_the_range_of_needs_is_half_open_and_reaches_over_midnight() -> None:
-    """A need that ends at its start or starts at its end is outside; lead and pad on another day than it are found."""
+    """A need that ends at the range's start or starts at its end is outside; lead and pad may be on another day."""
     begins, ends, second = utc("2026-11-19T23:30"), utc("2026-11-20T07:30"), timedelta(seconds=1)
     assert needs(["KRX"], ends, ends + 3 * second) == needs(["KRX"], begins - second, begins) == []
     assert needs(["KRX"], ends - second, ends) == needs(["KRX"], begins, begins + second) == [(begins, ends)]
@@ -118,7 +118,7 @@ def test_the_range_of_needs_is_half_open_and_reaches_over_midnight() -> None:
 
 
 def test_exchanges_answer_to_all_their_names() -> None:
-    """Order code, quote code, MIC and alias mean the same exchange in any case of letters; others list the codes."""
+    """Order code, quote code, MIC and alias name the same exchange in any case; an unknown name lists the codes."""
     names = "KRX krx XKRX, NXT nxt, NASD NAS XNAS NASDAQ Nasdaq, NYSE NYS XNYS, AMEX AMS XASE, SEHK HKS XHKG, "
     names += "SHAA SHS XSHG, SZAA SZS XSHE, TKSE TSE XTKS, VNSE HSX XSTC, HASE HNX XHNX"
     rows = [row.split() for row in names.split(",")]
@@ -128,12 +128,12 @@ def test_exchanges_answer_to_all_their_names() -> None:
         exchange("LSE")
 
 
-# Vietnam and Nextrade are missing in `exchange_calendars`; Nasdaq, NYSE American and Shenzhen keep a neighbour's days.
+# `exchange_calendars` lacks Vietnam and Nextrade; Nasdaq, NYSE American and Shenzhen keep the days of a neighbour.
 THEIR_NAMES = {"KRX": "XKRX", "NASD": "XNYS", "NYSE": "XNYS", "AMEX": "XNYS"}
 THEIR_NAMES |= {"SEHK": "XHKG", "SHAA": "XSHG", "SZAA": "XSHG", "TKSE": "XTKS"}
-SINCE = {"KRX": date(2016, 8, 1), "TKSE": date(2024, 11, 5)}  # their present closes
+SINCE = {"KRX": date(2016, 8, 1), "TKSE": date(2024, 11, 5)}  # since then they close at the present time
 DIFFERENCES = {  # exchange and day: our hours, theirs
-    # They have no CSAT days after 2020; KRX traded from 10:00 to 16:30.
+    # `exchange_calendars` has no CSAT days after 2020; KRX traded from 10:00 to 16:30.
     **{("KRX", day.isoformat()): ("10:00-16:30", "09:00-15:30") for day in CSAT_DAYS if date(2021, 1, 1) < day < LAST},
     ("KRX", "2026-06-03"): ("closed", "09:00-15:30"),  # local elections
     ("KRX", "2026-07-17"): ("closed", "09:00-15:30"),  # Constitution Day, a holiday again since 2026
@@ -142,10 +142,10 @@ DIFFERENCES = {  # exchange and day: our hours, theirs
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pandas, about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pandas warns about itself
 def test_every_difference_from_a_second_opinion_is_listed_with_its_reason() -> None:
-    """In their present hours the exchanges keep the days of `exchange_calendars`, except those that are listed."""
-    import exchange_calendars  # takes seconds, for this test alone
+    """Since they have their present hours, the exchanges keep the days of `exchange_calendars`, except those listed."""
+    import exchange_calendars  # takes seconds, and only this test needs it
 
     found = {}
     calendars = {name: exchange_calendars.get_calendar(name, start=FIRST, end=LAST) for name in THEIR_NAMES.values()}
