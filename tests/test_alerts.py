@@ -1,4 +1,4 @@
-"""Alerts: why there is trouble, what people read of it, how often, and that no run waits or fails for Slack."""
+"""Alerts: the cause they name, what people read and how often, and that no run waits long or fails because of Slack."""
 
 from __future__ import annotations
 
@@ -53,40 +53,40 @@ pytestmark = pytest.mark.usefixtures("gateway")
 
 
 def limit(cause: str = "minute", wait: float = 0) -> errors.IssuanceLimitError:
-    """The error of that rule, with a token in so many minutes."""
+    """Return the limit error of that cause, with `retry_at` in `wait` minutes, if any."""
     retry_at = MONDAY + wait * MINUTE if wait else None
     return errors.IssuanceLimitError("KIS refused (EGW00133). There is no token.", retry_at=retry_at, cause=cause)
 
 
 def report(error: Exception | None = None, at: datetime = MONDAY, past: str = "limit 0.1", **own: Any) -> None:  # noqa: ANN401 - settings, and the token
-    """Report KIS's refusal out of the blue, or another error, of the only key as it is at that time."""
+    """Report an error of the only key at that time: by default, KIS's refusal without a recent request of ours."""
     state = state_of(at, own.pop("token", None), past)
     alerts.report(Settings.load().model_copy(update={"issue_interval": 60, **own}), state, error or limit(), at)
 
 
 def resolve(at: datetime = MONDAY, past: Sequence[Attempt] = (), token: Token | None = None, **own: Any) -> None:  # noqa: ANN401 - as above
-    """Report that the only key is well at that time."""
+    """Report that the only key is in order at that time."""
     alerts.resolved(Settings.load().model_copy(update=own), state_of(at, token, past), at)
 
 
 def answers(message: dict[str, Any]) -> dict[str, str]:
-    """The questions of a message with their answers."""
+    """Return a message's labelled lines: each label with its text."""
     lines = message["blocks"][2]["text"]["text"].replace("\n•", " •").splitlines()
     return {name.lstrip("*"): text for name, _, text in (line.partition(":* ") for line in lines)}
 
 
 def seen(message: object) -> str:
-    """All that Slack got, as it got it."""
+    """Return everything that Slack received, as text."""
     return json.dumps(message, ensure_ascii=False)
 
 
 def english(text: str) -> list[str]:
-    """The English sentences in a Korean text: three words in a row that are no command, link, fact or name of a run."""
+    """Return English sentences in a Korean text: three English words in a row outside code, links, icons and fields."""
     return re.findall(r"[A-Za-z']+(?: [A-Za-z']+){2,}", re.sub(r"`[^`]*`|<[^>]*>|:[a-z_]+:|\{\w+\}|\*", "|", text))
 
 
 def test_the_texts_of_all_languages_say_the_same() -> None:
-    """Korean has English's keys with the same facts; each title fits Slack's header, and names a 24-hour limit."""
+    """English and Korean have the same keys and facts; titles fit Slack's header, and limits name the 24-hour one."""
     english, korean = (
         {k: {one[1] for one in Formatter().parse(text)} - {None} for k, text in texts.items() if "happened." not in k}
         for texts in (ENGLISH, KOREAN)
@@ -103,7 +103,7 @@ def test_the_texts_of_all_languages_say_the_same() -> None:
 
 DEAD, LIVING = (make_token(age=2 * 3600, now=MONDAY, rejected=rejected) for rejected in (True, False))
 OLD, OLDER = (make_token(age=hours * 3600, now=MONDAY) for hours in (20, 23))
-# The error, the record, the token; the cause.
+# The error, the record and the token; then the expected cause.
 CAUSES: dict[str, tuple[Exception, str, Token | None, str]] = {
     "KIS's refusal a minute after our request": (limit(), "issued 1, limit 0", None, "limit"),
     "KIS's refusal out of the blue": (limit(), "limit 0", None, "foreign-limit"),
@@ -136,7 +136,7 @@ CAUSES: dict[str, tuple[Exception, str, Token | None, str]] = {
 
 @pytest.mark.parametrize("case", CAUSES)
 def test_the_cause_is_what_the_error_comes_from(case: str) -> None:
-    """A pause after a failure is no cause of its own, and only KIS giving no token is worth another try by Prefect."""
+    """A pause after a failure has the failure's cause; Prefect retries only when KIS is down or restricts the key."""
     error, past, token, expected = CAUSES[case]
     cause = causes.cause_of(error, attempted(past, MONDAY), token)
     tried_again = isinstance(causes.as_met(error, cause), errors.IssuerUnavailableError)
@@ -144,7 +144,7 @@ def test_the_cause_is_what_the_error_comes_from(case: str) -> None:
 
 
 NOBODY = "none automatically: a person has to act first"
-# By the first words: at which time of KST, in which case of the table above; the next attempt, a part of what to do.
+# Preview of the message: the time (KST) and the case above that lead to it; the next attempt, part of what to do.
 PAGES: dict[str, tuple[str, str, str, str]] = {
     "no token · NASD opens in 9 min": ("23:21", "KIS being down", "23:22", "otherwise hold back the orders"),
     "no token · NASD open until 06:00 KST": ("23:40", "the minute after KIS was down", "23:41", "KIS's notices"),
@@ -160,7 +160,7 @@ PAGES: dict[str, tuple[str, str, str, str]] = {
 
 @pytest.mark.parametrize("preview", PAGES)
 def test_a_page_is_true_in_its_first_words_and_in_every_line(slack: SlackEndpoint, preview: str) -> None:
-    """Preview, title, what works, what is next and what to do follow from the key's state, the error and the time."""
+    """Preview, title, what still works, the next attempt and what to do fit the key's state, the error and the time."""
     clock, case, following, fix = PAGES[preview]
     error, past, token, cause = CAUSES[case]
     report(error, datetime.fromisoformat(f"2026-11-23T{clock}+09:00").astimezone(UTC), past, token=token)
@@ -172,16 +172,16 @@ def test_a_page_is_true_in_its_first_words_and_in_every_line(slack: SlackEndpoin
     serves = f"the present token, until 2026-11-23 {preview[12:17]} KST"
     assert said["Still works"] == (serves if preview.startswith("token") else "nothing: there is no valid token")
     assert said["Next attempt"].startswith(following if following is NOBODY else f"about 2026-11-23 {following}")
-    assert (fix in said["To do"], len(sent["blocks"])) == (True, 3)  # without a run, no link to one
+    assert (fix in said["To do"], len(sent["blocks"])) == (True, 3)  # no link, as there is no run
 
 
 def test_no_korean_alert_has_an_english_sentence(slack: SlackEndpoint) -> None:
-    """Whatever the cause and KIS's answer, of a key or a run without one, of Prefect itself; nor has any other text."""
+    """No Korean text is in English, be it for any cause or answer of KIS, with or without a key, or about Prefect."""
     for error, past, token, _ in CAUSES.values():
         report(error, MONDAY, past, token=token, slack_language="ko")
         Path("~/.tokencore/incidents.json").expanduser().unlink(missing_ok=True)
     alerts.report(Settings.load().model_copy(update={"slack_language": "ko"}), "KRX", SETTING, MONDAY)
-    named = [one for one in causes.CAUSES if one is not causes.FOREIGN_TOKEN]  # whose text has a time instead
+    named = [one for one in causes.CAUSES if one is not causes.FOREIGN_TOKEN]  # whose text takes a time instead
     texts = [seen(slack.messages), *KOREAN.values()]
     assert [one.name for one in named if KOREAN[f"cause.{one.name}.title"] not in texts[0]] == []
     texts += [messages.happened(KOREAN, cause, "It is so.", (one, "EGW0")) for one in Outcome for cause in named]
@@ -191,10 +191,10 @@ def test_no_korean_alert_has_an_english_sentence(slack: SlackEndpoint) -> None:
 
 
 class TestMessages:
-    """What is reported over time."""
+    """The messages about trouble as it develops."""
 
     def test_a_korean_alert_has_all_facts(self, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-        """KIS's code, the sessions at risk, the nearest first, with the exchange's own time, spans, the setting."""
+        """It has KIS's code, the sessions at risk (nearest first, with local times), durations, setting and link."""
         monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "0a1b")
         monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__NAME", "warm-up KRX")
         with temporary_settings({PREFECT_UI_URL: "https://prefect.example.com/"}):
@@ -212,7 +212,7 @@ class TestMessages:
         assert "<https://prefect.example.com/runs/flow-run/0a1b|warm-up KRX>" in seen(slack.messages[0]["blocks"][3])
 
     def test_one_incident_is_one_message(self, slack: SlackEndpoint, caplog: pytest.LogCaptureFixture) -> None:
-        """Met again, by ten runs at once, it is not reported again; its end is, once, with its length when it ended."""
+        """Ten runs that meet an incident at once report it once; its end is reported once, with how long it lasted."""
         caplog.set_level(logging.INFO)
         resolve()
         runs = [threading.Thread(target=report) for _ in range(10)]
@@ -231,7 +231,7 @@ class TestMessages:
         assert (["solved" in line for line in logged], len(slack.messages)) == ([False, True], 2)
 
     def test_one_recovery_is_one_message_whatever_happened_before(self, slack: SlackEndpoint) -> None:
-        """KIS's limit, then KIS down, then a full disk: two alarms, as the disk takes a person, and one end."""
+        """KIS's limit, then KIS down, then a full disk are two alerts, as only the disk needs a person, and one end."""
         for minutes, error in enumerate((limit(), DOWN, STORE)):
             report(error, MONDAY + minutes * MINUTE)
         state = state_of(MONDAY + HOUR, make_token(now=MONDAY + HOUR))
@@ -244,7 +244,7 @@ class TestMessages:
         assert "Kim asked for it, 2026-11-23 09:20 KST." in seen(slack.messages[2])
 
     def test_a_token_that_someone_else_issued_is_reported_once_and_ends_their_limit(self, slack: SlackEndpoint) -> None:
-        """One message instead of two, no reminder, and its end with our own next token."""
+        """The foreign token replaces the limit in one message, without reminders; our own next token ends it."""
         report()
         token = make_token(age=3600, now=MONDAY)
         for hours in (0, 1, 2):
@@ -254,14 +254,14 @@ class TestMessages:
         assert "issued at 2026-11-23 07:20 KST" in seen(slack.messages[1])
 
     def test_refused_credentials_are_not_over_while_the_token_serves(self, slack: SlackEndpoint) -> None:
-        """A check that finds the present token in order does not call them solved; the next answer of KIS does."""
+        """A check that finds the present token in order does not report the refusal solved; KIS's next issue does."""
         report(REFUSED, past="bad_key 5", token=LIVING)
         for past, sent in (("bad_key 5", 1), ("issued 0", 2)):
             resolve(MONDAY, attempted(past, MONDAY), LIVING)
             assert len(slack.messages) == sent
 
     def test_a_page_calls_who_is_named(self, slack: SlackEndpoint) -> None:
-        """SLACK_MENTION stands in what cannot wait, and nowhere else; the preview begins with the fact anyway."""
+        """SLACK_MENTION is only in messages that cannot wait, and the preview still begins with the fact."""
         mention: dict[str, Any] = {"slack_mention": "<!channel> <@U024BE7LH>"}
         for at in (EVENING, MONDAY):
             report(at=at, **mention)
@@ -275,7 +275,7 @@ class TestMessages:
         assert "• KRX: 2026-11-23 09:00 KST, in 1 h 00 min" in seen(slack.messages[4])
 
     def test_trouble_that_came_to_no_key_denies_no_token(self, slack: SlackEndpoint) -> None:
-        """Nobody has looked at the tokens of what is reported there: they serve until they expire, before and after."""
+        """Where no token was looked at, the alert and its end say that cached tokens serve until they expire."""
         alerts.report(Settings.load(), "KRX", SETTING, MONDAY)
         alerts.resolved(Settings.load(), "KRX", MONDAY + 5 * MINUTE)
         before, after = map(answers, slack.messages)
@@ -283,7 +283,7 @@ class TestMessages:
         assert slack.messages[0]["text"].startswith("KRX opens in 40 min · KRX: A setting is missing or wrong.")
 
     def test_a_broken_folder(self, slack: SlackEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where not even the incident can be kept, it is reported anyway, and where those that are kept are damaged."""
+        """An incident is reported even if it cannot be stored, and also if the stored incidents are damaged."""
         (home := Path("~/.tokencore").expanduser()).mkdir(mode=0o700)
         (home / "incidents.json").write_text('{"incidents": [3, {"subject": "us"}]}')
         report(STORE)
@@ -294,7 +294,7 @@ class TestMessages:
         assert slack.headlines == [BROKEN, BROKEN]
 
     def test_foreign_words_act_on_nothing(self, slack: SlackEndpoint, caplog: pytest.LogCaptureFixture) -> None:
-        """Slack's signs are escaped, what turns text around or clears a terminal is gone, what is long is cut off."""
+        """Slack's markup is escaped, characters that reverse text or clear a terminal are removed, long text is cut."""
         report(errors.TokenUnavailableError("<!channel> R&D <http://x|y> \x1b[2J\u202edcba" + "&" * 5000))
         sent = seen(slack.messages[0])
         assert ("&lt;!channel&gt; R&amp;D" in sent, "<!channel>" in sent) == (True, False)
@@ -302,7 +302,7 @@ class TestMessages:
         assert len(slack.messages[0]["blocks"][1]["text"]["text"]) < 3000
 
 
-# What Slack answers, or an address of the webhook at which nobody does; what the log says to do about it.
+# Slack's status and word, or 0 and a webhook address where nobody answers; what the log says to do about it.
 REFUSALS: dict[str, tuple[int, str, str]] = {
     "channel_is_archived": (410, "channel_is_archived", "unarchive it"),
     "invalid_blocks": (400, "invalid_blocks", "fault of tokencore's"),
@@ -316,15 +316,15 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
 def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(
     slack: SlackEndpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What follows answers the opening; only what calls people or the thread refuses shows in it."""
+    """Later messages are replies; only those that call people, or that the thread refuses, show in the channel."""
     monkeypatch.setattr(alerts.slack, "API", slack.url)
     monkeypatch.setenv("SLACK_BOT_TOKEN", BOT)
     monkeypatch.setenv("SLACK_CHANNEL", "#tokens")
     caplog.set_level(logging.DEBUG)
     for hours, refused in (0, ""), (1, "thread_not_found"), (4.75, ""), (8.7, ""), (8.8, ""):
         slack.bot_answers = [{"ok": False, "error": refused}] * bool(refused)
-        report(at=EVENING + hours * HOUR)  # from the evening before: KRX's need starts at 08:30
-    slack.bot_answers = [{"ok": False, "error": "is_archived"}] * 2  # in the thread, and beside it
+        report(at=EVENING + hours * HOUR)  # on the evening before; KRX's need starts at 08:30
+    slack.bot_answers = [{"ok": False, "error": "is_archived"}] * 2  # in the thread and in the channel
     for hours in (9, 10):
         resolve(EVENING + hours * HOUR)
     assert "Slack did not accept the message (is_archived): the channel is archived" in caplog.text
@@ -334,13 +334,13 @@ def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(
         *[("#tokens", None, None)] * 2,
         *((CHANNEL, "2.0", broadcast) for broadcast in (False, True, False)),
     ]
-    assert set(slack.asked) == {("/chat.postMessage", f"Bearer {BOT}")}  # no webhook, which is set too
+    assert set(slack.asked) == {("/chat.postMessage", f"Bearer {BOT}")}  # not the webhook, although it is set
     assert BOT not in caplog.text
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_busy_slack_is_asked_once_more(slack: SlackEndpoint, status: int) -> None:
-    """A rate limit (after its Retry-After) or a fault of Slack's own is retried by slack_sdk."""
+    """A rate limit (after its Retry-After) or a server error of Slack's is retried once."""
     slack.answers, slack.retry_after = [status], 0
     report()
     assert (len(slack.asked), len(slack.messages)) == (2, 1)
@@ -350,7 +350,7 @@ def test_a_busy_slack_is_asked_once_more(slack: SlackEndpoint, status: int) -> N
 def test_what_the_webhook_refuses_is_named_with_what_to_do(
     slack: SlackEndpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
-    """Slack's own word, HTTP's status or the fault is in the log, never the address; the next run sends the alert."""
+    """The log has Slack's word, the HTTP status or the error, never the address; the next run sends the alert."""
     caplog.set_level(logging.DEBUG)
     status, word, fix = REFUSALS[named]
     with monkeypatch.context() as own:
@@ -367,7 +367,7 @@ def test_what_the_webhook_refuses_is_named_with_what_to_do(
 
 
 def test_a_silent_slack_delays_no_run_for_long(slack: SlackEndpoint, caplog: pytest.LogCaptureFixture) -> None:
-    """A Slack that takes the request and never answers; a second alert waits no longer for the first."""
+    """A Slack that never answers costs an alert a few seconds, and a second alert no more than that."""
     slack.answers = [0, 0, 0, 0]
     for _ in range(2):
         begun = time.monotonic()
@@ -378,7 +378,7 @@ def test_a_silent_slack_delays_no_run_for_long(slack: SlackEndpoint, caplog: pyt
 
 
 def test_what_slack_took_before_an_error_is_noted(slack: SlackEndpoint) -> None:
-    """Work that fails midway keeps what it has changed so far: what was sent is not sent again."""
+    """If the work on incidents fails midway, its changes so far are stored, so that no sent message is sent again."""
 
     def fail_midway(known: list[Incident]) -> None:
         known.clear()
@@ -391,7 +391,7 @@ def test_what_slack_took_before_an_error_is_noted(slack: SlackEndpoint) -> None:
 
 
 def story(cause: Cause, need: datetime | None, looks: list[datetime]) -> list[tuple[datetime, Notification]]:
-    """The messages about an incident by runs that look then; a need that has begun is followed by one a day later."""
+    """Return the messages of an incident that runs meet at `looks`; after `need` has begun, it is the next day's."""
     known: list[Incident] = []
     found = []
     for now, later in zip(looks, [*looks[1:], looks[-1] + HOUR], strict=True):
@@ -404,7 +404,7 @@ def story(cause: Cause, need: datetime | None, looks: list[datetime]) -> list[tu
     return found
 
 
-# The cause, the need's start, for how many hours it lasts; each message's hour, kind and stage, `!` where it calls.
+# Cause, start of the need, hours that it lasts; each message's hour, kind and stage, with `!` if it calls people.
 STORIES: dict[str, tuple[Cause, datetime | None, int, str]] = {
     "half of the lead of six hours, the last look before half an hour, and the next day's need anew": (
         *(causes.CREDENTIALS, NEED, 20),
@@ -428,7 +428,7 @@ STORIES: dict[str, tuple[Cause, datetime | None, int, str]] = {
 
 @pytest.mark.parametrize(("cause", "need", "hours", "expected"), STORIES.values(), ids=list(STORIES))
 def test_people_hear_of_an_incident(cause: Cause, need: datetime | None, hours: int, expected: str) -> None:
-    """As the hourly check meets it."""
+    """An incident that the hourly check keeps meeting is opened, repeated and escalated at the table's hours."""
     found = story(cause, need, [ANCHOR + n * HOUR for n in range(hours)])
     said = [f"{(at - ANCHOR) // HOUR} {one.kind} {one.stage}{'!' * one.page}" for at, one in found]
     assert ", ".join(said) == expected
@@ -440,7 +440,7 @@ def test_people_hear_of_an_incident(cause: Cause, need: datetime | None, hours: 
     cause=st.sampled_from(causes.CAUSES),
 )
 def test_whatever_the_times_nothing_is_reported_twice(lead: int, pauses: list[int], cause: Cause) -> None:
-    """One opening, each stage once and upwards, reminders never closer than they may be."""
+    """There is one opening, each stage comes once and in order, and reminders keep their least distance."""
     need = ANCHOR + lead * MINUTE
     looks = [at for n in range(len(pauses) + 1) if (at := ANCHOR + sum(pauses[:n]) * MINUTE) < need]
     found = story(cause, need, looks)
@@ -453,7 +453,7 @@ def test_whatever_the_times_nothing_is_reported_twice(lead: int, pauses: list[in
         assert next(at for at, sent in found if sent.stage == LAST_CALL) <= max(need - ACT, ANCHOR)
 
 
-# Hours after the first; whose, the trouble or `over`; what people hear, or which incident has ended.
+# Hours after the start; the subject, the trouble or `over`; the message, or the incident that has ended.
 OUTAGE = """
 0 us limit opened, 0 kr kis-down -, 0.3 kr over -, 0.5 us kis-down -, 0.5 us cool-down -, 0.5 us restricted -,
 0.5 us credentials opened, 0.6 us over credentials, 0.7 us credentials -, 0.8 us over credentials, 0.9 us kis-down -,
@@ -462,7 +462,7 @@ OUTAGE = """
 
 
 def test_one_outage_is_one_incident_whatever_kis_answers() -> None:
-    """Another cause is news only where it takes a person; what returns never ended; after a week it is new."""
+    """A new cause is reported only if it needs a person; trouble that returns never ended; after a week it is new."""
     known: list[Incident] = []
     for hours, subject, what, expected in (one.split() for one in OUTAGE.split(",")):
         now = ANCHOR + float(hours) * HOUR

@@ -1,4 +1,4 @@
-"""Signed calls by KISAuth and KISHttpxAuth, and the websocket's approval key: one issue for all, no secret astray."""
+"""Calls signed by KISAuth and KISHttpxAuth, and the websocket's approval key: one issue for all, no secret leaks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Send = Callable[..., list[str]]
 
-# ruff: noqa: ANN401 - the signers, keywords and answers of either library
+# ruff: noqa: ANN401 - the signers, keywords and answers of both libraries
 HOUR, OK = 3600.0, "MCA00000"
 PRICE = "/uapi/domestic-stock/v1/quotations/inquire-price"
 TR_ID = {"tr_id": "FHKST01010100"}
@@ -44,24 +44,24 @@ Answer = Scripted.Answer
 
 
 def codes(answer: Any) -> list[str]:
-    """KIS's codes: of the answer that the caller has in the end, and of those before."""
+    """Return KIS's codes in the caller's final answer and in the answers before it."""
     return [one.json().get("msg_cd") or one.json()["error_code"] for one in (answer, *answer.history)]
 
 
 def by_requests(url: str, auth: Any = None, body: Any = None, **headers: str) -> list[str]:
-    """By requests."""
+    """Send with requests and return KIS's codes."""
     ask = requests.post if body else requests.get
     return codes(ask(url, auth=auth or KISAuth("us"), data=body, headers=headers, timeout=5))
 
 
 def by_httpx(url: str, auth: Any = None, body: Any = None, **headers: str) -> list[str]:
-    """By httpx, from a thread."""
+    """Send with httpx's client and return KIS's codes."""
     with httpx.Client(auth=auth or KISHttpxAuth("us"), **CLIENT) as client:
         return codes(client.request("POST" if body else "GET", url, content=body, headers=headers))
 
 
 def by_loop(url: str, auth: Any = None, body: Any = None, **headers: str) -> list[str]:
-    """By httpx, from an event loop."""
+    """Send with httpx's asynchronous client and return KIS's codes."""
 
     async def drawn() -> Any:
         yield b"".join(body)
@@ -92,12 +92,12 @@ def kis(gateway: Sandbox) -> Iterator[Scripted]:
 
 
 def bearer(server: Scripted) -> list[str]:
-    """The tokens that the requests had."""
+    """Return the tokens that the requests carried."""
     return [headers["authorization"].removeprefix("Bearer ") for headers, _ in server.seen]
 
 
 def test_request_carries_token_key_secret_and_customer_type(kis: Scripted, send: Send) -> None:
-    """The four headers of KIS's business API; a customer type that the caller set himself is left as it is."""
+    """A signed request has the four headers of KIS's business API; the caller's own customer type is kept."""
     send(kis.url)
     send(kis.url, custtype="B", appkey="mine")
     assert bearer(kis) == [USTokenManager().get_valid_token()] * 2
@@ -106,7 +106,7 @@ def test_request_carries_token_key_secret_and_customer_type(kis: Scripted, send:
 
 
 def test_signer_goes_on_for_days(gateway: Sandbox, kis: Scripted, send: Send) -> None:
-    """A renewal elsewhere is seen; another key of the settings goes with its own token, and to its own address only."""
+    """A signer sees another process's renewal, and sends a changed key with its own token to its own address only."""
     dead = Answer(500, "EGW00121")
     kis.script = [Answer(), Answer(), dead, Answer(), dead]
     auth, tokens = SIGNERS[send]("us"), [cached(17 * HOUR).access_token]
@@ -127,7 +127,7 @@ def test_signer_goes_on_for_days(gateway: Sandbox, kis: Scripted, send: Send) ->
 
 
 def test_default_port_of_an_address_may_be_left_out() -> None:
-    """Httpx leaves it out wherever it is given, requests nowhere: both ways are KIS's own address."""
+    """A base URL is the same with or without the default port, which httpx drops from each request, unlike requests."""
     for own in ("https://gw.example:443", "https://gw.example"):
         os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": own}
         TokenManager("us").save_token(make_token())
@@ -151,7 +151,7 @@ CALLS: dict[str, tuple[Answer, list[str]]] = {
 def test_dead_token_is_seen_by_its_code_alone_and_the_request_sent_once_more(
     gateway: Sandbox, kis: Scripted, send: Send, answer: Answer, expected: list[str]
 ) -> None:
-    """Wherever the code stands: body and all go out again with the successor."""
+    """The code decides, whatever the status and content type; the whole request is sent again with the new token."""
     kis.script = [answer, Answer()]
     old = cached(17 * HOUR).access_token
     assert send(kis.url, body=b'{"order": 1}') == expected
@@ -162,7 +162,7 @@ def test_dead_token_is_seen_by_its_code_alone_and_the_request_sent_once_more(
 
 
 def test_request_is_sent_no_third_time_and_a_stream_no_second(gateway: Sandbox, kis: Scripted, send: Send) -> None:
-    """KIS's second refusal is the caller's; a generator is used up by the first try, but the token is reported."""
+    """KIS's second refusal goes to the caller; a used-up generator cannot be sent again, but the token is reported."""
     kis.script = [Answer(500, "EGW00123")]
     cached(17 * HOUR)
     assert send(kis.url, body=iter([b'{"order":', b" 1}"])) == ["EGW00123"]
@@ -172,7 +172,7 @@ def test_request_is_sent_no_third_time_and_a_stream_no_second(gateway: Sandbox, 
 
 
 def test_young_rejected_token_has_no_successor_and_kiss_answer_is_handed_out(gateway: Sandbox, send: Send) -> None:
-    """Within six hours KIS would repeat the dead token: no request for one, no second try, and it is served no more."""
+    """Within six hours KIS would repeat the dead token: there is no issue and no second try, and it is not served."""
     assert send(gateway.url + PRICE, **TR_ID) == [OK]
     gateway.kill_tokens()
     assert send(gateway.url + PRICE, **TR_ID) == ["EGW00121"]
@@ -181,7 +181,7 @@ def test_young_rejected_token_has_no_successor_and_kiss_answer_is_handed_out(gat
 
 
 def test_redirect_takes_no_secret_with_it(gateway: Sandbox, kis: Scripted, send: Send) -> None:
-    """KIS never redirects; where it leads neither token, key nor secret arrives, at the first try or the second."""
+    """A redirect, which KIS never sends, carries no token, key or secret to its target, at the first or second try."""
     with Scripted(gateway) as elsewhere:
         kis.script = [there := Answer(302, location=elsewhere.url), Answer(500, "EGW00121"), there]
         cached(17 * HOUR)
@@ -199,26 +199,26 @@ def test_redirect_takes_no_secret_with_it(gateway: Sandbox, kis: Scripted, send:
     ],
 )
 def test_credentials_do_not_go_to_another_address(gateway: Sandbox, send: Send, address: str) -> None:
-    """Another host, port or scheme than the base URL's: a sentence that names both, and nothing is sent or issued."""
+    """A host, port or scheme other than the base URL's is an error that names both; nothing is sent or issued."""
     with pytest.raises(errors.ConfigurationError, match=gateway.url):
         send(address.format(port=gateway.url.rpartition(":")[2]))
     assert asked(gateway) == 0
 
 
 def test_what_httpx_shows_of_a_signed_request_has_no_secret(gateway: Sandbox) -> None:
-    """No repr, mapping or pickle: only what is sent has it. A misspelt market fails at once."""
+    """A request's repr, headers and pickle hold no secret, only what is sent does. An unknown market fails at once."""
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
     request = httpx.get(gateway.url + PRICE, auth=KISHttpxAuth("us"), headers=TR_ID, trust_env=False).request
     shown = f"{request!r} {request.headers!r} {dict(request.headers)} {pickle.dumps(request)!r}"
     assert not any(canary in shown for canary in CANARIES)
-    assert pickle.loads(pickle.dumps(request)).headers["tr_id"] == TR_ID["tr_id"]  # noqa: S301 - our own
+    assert pickle.loads(pickle.dumps(request)).headers["tr_id"] == TR_ID["tr_id"]  # noqa: S301 - pickled here
     assert KEY.encode() in dict(request.headers.raw)[b"appkey"]
     assert isinstance(raised(lambda: KISHttpxAuth("hk")), errors.ConfigurationError)
 
 
 @pytest.mark.parametrize("present", [None, 17 * HOUR], ids=["without a token", "with one that KIS rejects"])
 def test_loop_goes_on_while_a_renewal_waits_for_kis(gateway: Sandbox, present: float | None) -> None:
-    """One call is given up, fifty wait for the same issue, and everything else on the loop goes on."""
+    """One call can be cancelled and fifty can wait for the same issue while everything else on the loop goes on."""
     if present:
         cached(present)
     gateway.set_rules(latency=1)
@@ -238,20 +238,20 @@ def test_loop_goes_on_while_a_renewal_waits_for_kis(gateway: Sandbox, present: f
 
 
 def test_without_httpx_the_name_says_what_to_install() -> None:
-    """Who has no httpx gets a sentence instead of a missing module, and everything else works."""
+    """Without httpx, using `KISHttpxAuth` says what to install, and everything else works."""
     program = "import sys, tokencore; sys.modules['httpx'] = None; tokencore.KISAuth; tokencore.KISHttpxAuth"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "ImportError: KISHttpxAuth needs httpx: pip install 'httpx>=0.28' 'anyio>=4.1'\n" in ran.stderr
 
 
 def key_file() -> Path:
-    """The approval key's file."""
+    """Return the approval key's file."""
     return next(folder().glob("key-*-approval.json"))
 
 
 def test_many_processes_ask_for_one_approval_key_and_for_one_more_when_it_is_rejected(gateway: Sandbox) -> None:
-    """Half for us and half for kr, which have one app key: all of them get the same approval key, and no token."""
-    os.environ["KIS_ISSUE_INTERVAL"] = "0"  # no minute keeps the others from asking
+    """Processes for us and kr, which share an app key, all get one approval key, and one more if it is rejected."""
+    os.environ["KIS_ISSUE_INTERVAL"] = "0"  # so that no cool-down stops the others from asking
     dead: list[str] = [""]
     for count in (1, 2):
         keys = forked(6, lambda number: TokenManager(("us", "kr")[number % 2]).get_approval_key(dead[-1]))
@@ -260,7 +260,7 @@ def test_many_processes_ask_for_one_approval_key_and_for_one_more_when_it_is_rej
 
 
 def test_approval_key_has_a_private_file_and_a_day_and_follows_its_app_key(gateway: Sandbox) -> None:
-    """Nothing else is written. A manager that was made before the settings got another key asks with that one."""
+    """Its private file lasts a day and is all that is written; an existing manager uses a newly set app key."""
     (store,) = [key.store for key in Key.load(Settings.load())]
     assert approval_expiry(store) is None
     old = (us := USTokenManager()).get_approval_key()
@@ -277,7 +277,7 @@ def test_approval_key_has_a_private_file_and_a_day_and_follows_its_app_key(gatew
 def test_approval_key_is_replaced_in_its_last_minutes_and_a_failure_costs_no_other(
     gateway: Sandbox, caplog: pytest.LogCaptureFixture, hours: float
 ) -> None:
-    """In them it goes on serving, with a warning; later there is the error. The next request comes after a minute."""
+    """If its replacement fails, it still serves with a warning until it expires; the next request waits a minute."""
     (us := USTokenManager()).get_approval_key()
     issued = datetime.now(UTC) - timedelta(hours=hours)
     key_file().write_text(json.dumps({"approval_key": "an-older-one", "issued_at": issued.isoformat()}))
@@ -294,7 +294,7 @@ def test_approval_key_is_replaced_in_its_last_minutes_and_a_failure_costs_no_oth
 
 
 def test_credentials_that_kis_refused_are_not_tried_for_an_approval_key(gateway: Sandbox) -> None:
-    """A wrong secret is one request, for the token and the approval key together."""
+    """A wrong app secret costs one request for token and approval key together."""
     gateway.fail("bad-secret", 1)
     for work in (USTokenManager().get_valid_token, USTokenManager().get_approval_key):
         assert isinstance(raised(work), errors.CredentialsError)
@@ -302,7 +302,7 @@ def test_credentials_that_kis_refused_are_not_tried_for_an_approval_key(gateway:
 
 
 def test_damaged_file_of_an_approval_key_costs_one_request(gateway: Sandbox) -> None:
-    """What cannot be read is a miss; where the document takes no record nothing is asked, and the error says so."""
+    """A damaged file is a miss; where no attempt can be recorded, nothing is requested, and the error says so."""
     USTokenManager().get_approval_key()
     no_text = json.dumps({"approval_key": ["x"], "issued_at": datetime.now(UTC).isoformat()})
     damages = ("", "[]", '{"approval_key": "x", "issued_at": "soon"}', '{"attempt": [null, {}]}', no_text)

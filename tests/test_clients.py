@@ -1,7 +1,7 @@
-"""Other clients: the copies that they read, and they themselves with the code of docs/bots.md.
+"""Other clients: the copies of the token that they read, and the clients themselves with the code of docs/bots.md.
 
-mojito2 and python-kis are the real packages, from exact pins, each in a virtual environment that is built once beside
-the one that runs the tests; `make clients` starts more processes. The official sample is published without a package.
+mojito2 and python-kis are the real packages with exact pins, each in its own virtual environment, built once inside
+the one that runs the tests; `make clients` starts more processes. The official sample is not published as a package.
 """
 
 from __future__ import annotations
@@ -44,44 +44,44 @@ TWO_DAYS = 2 * 86_400
 
 
 def name_of(client: str) -> str:
-    """What the client's file is called today."""
+    """Return today's name, or a pattern, of the client's file."""
     today = f"KIS{datetime.now().astimezone():%Y%m%d}"
     return {"mojito2": "token.dat", "python-kis": "token_*.json", "kis-auth": today}[client]
 
 
 def held(folder: Path) -> str:
-    """The one token in all the files of a folder, without looking into their forms."""
+    """Return the one token that all files of a folder hold, whatever their format."""
     contents = [path.read_bytes() for path in folder.iterdir()]
     text: bytes = min((text for content in contents for text in re.findall(rb"eyJ[\w.-]+", content)), key=len)
-    assert all(text in content for content in contents)  # behind it a pickle goes on
+    assert all(text in content for content in contents)  # in a pickle, more word characters follow
     return text.decode()
 
 
 def pickled(text: str, protocol: int = 4) -> bytes:
-    """What mojito2 writes by itself for a token."""
+    """Return what mojito2 itself writes for a token."""
     return pickle.dumps({"access_token": text, "api_key": APP_KEY, "api_secret": APP_SECRET}, protocol)
 
 
 def longer(key: str = APP_KEY) -> str:
-    """A token that another program has just been issued with the key, and which lasts longer than ours."""
+    """Return a token of the key that another program has just been issued, and that lasts longer than ours."""
     return make_jwt(key, life=TWO_DAYS)
 
 
 def exports() -> Exports:
-    """The exports of the key."""
+    """Return the exports of the only key."""
     (key,) = Key.load(Settings.load())
     return Exports(key.markets, key.store)
 
 
 def found() -> str:
-    """The token of the key that another client has, and that outlasts ours."""
+    """Return the key's token that another client has, if it outlasts ours, or an empty string."""
     token = exports().found(datetime.now(UTC))
     return token.access_token if token else ""
 
 
 @pytest.fixture
 def copies(tmp_path: Path, nowhere: Sandbox) -> Path:
-    """A folder that us copies its token to, for all three clients; KIS hands no token out twice."""
+    """A folder to which us copies its token for all three clients; KIS issues a new token each time."""
     nowhere.set_rules(same_token=0, issue_interval=0)
     (made := tmp_path / "copies").mkdir()
     wanted = ",".join(f"{client}:{made}" for client in ("mojito2", "python-kis", "kis-auth"))
@@ -90,9 +90,9 @@ def copies(tmp_path: Path, nowhere: Sandbox) -> Path:
 
 
 def test_mojito2s_file_is_plain_data_and_off_by_default(nowhere: Sandbox) -> None:
-    """With the secret in it, it stands beside the tokens only where the market's setting names mojito2.
+    """The file holds the app secret, so it is written only if the market's setting names mojito2; its pickle is data.
 
-    An unknown client, and python-kis without the HTS id in its file's name: a sentence, and nothing is issued.
+    An unknown client, or python-kis without the HTS id for its file's name, is an error, and nothing is issued.
     """
     export, krs = (us := TokenManager("us")).export, Path.home() / ".tokencore" / "us_krs_token.dat"
     assert "KIS_HTS_ID" in str(raised(lambda: export("python-kis", "there")))
@@ -108,7 +108,7 @@ def test_mojito2s_file_is_plain_data_and_off_by_default(nowhere: Sandbox) -> Non
 
 @pytest.mark.usefixtures("gateway")
 def test_export_prints_the_paths_and_says_which_file_holds_the_secret(command: Callable[..., Ran]) -> None:
-    """The paths alone are on standard output; of mojito2's file people hear on the other that the secret is in it."""
+    """Standard output has the paths only; standard error says that mojito2's file also holds the app secret."""
     for client, told in (("mojito2", "tokencore: that file holds the app secret"), ("kis-auth", "")):
         ran = command("export", "us", "--to", client, f"for-{client}")
         assert (ran.code, ran.err.partition(" too")[0]) == (0, told)
@@ -129,7 +129,7 @@ def test_export_from_a_folder_that_is_gone_asks_for_an_absolute_path(command: Ca
 @pytest.mark.usefixtures("gateway")
 @pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
 def test_samples_files_speak_the_readers_time(zone: str) -> None:
-    """The names are today's and tomorrow's, and the expiry a time, in the zone of the machine, wherever it stands."""
+    """The sample's files are named for today and tomorrow and give the expiry, all in the machine's time zone."""
     cached(left=80_000)
     before = datetime.now(ZoneInfo(zone))
     program = "from tokencore import TokenManager; TokenManager('us').export('kis-auth', 'there')"
@@ -143,7 +143,7 @@ def test_samples_files_speak_the_readers_time(zone: str) -> None:
 
 @pytest.mark.parametrize("death", ["deleted", "rejected", "revoked"])
 def test_copies_die_with_the_token(death: str, copies: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A token that is deleted, rejected by KIS or revoked is out of the other clients' hands, and the log says so."""
+    """Once a token is deleted, rejected or revoked, its copies are removed from all clients, and the log says so."""
     text = (us := TokenManager("us")).get_valid_token()
     next(Path.home().glob(".tokencore/key-*-exports.json")).unlink()
     exports().sync(on_disk())
@@ -153,7 +153,7 @@ def test_copies_die_with_the_token(death: str, copies: Path, caplog: pytest.LogC
         raised(lambda: us.report_rejected(text))
     else:
         us.delete_token()
-        assert held(copies) == text  # kr has the key's token: it lives
+        assert held(copies) == text  # the key's token still lives, as kr has it
         TokenManager("kr").delete_token()
     assert list(copies.iterdir()) == []
     assert sum("Removed the copy" in message for message in caplog.messages) == 4
@@ -162,7 +162,7 @@ def test_copies_die_with_the_token(death: str, copies: Path, caplog: pytest.LogC
 def test_what_fails_harms_neither_the_token_nor_the_other_copies(
     copies: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A missing folder and a file that is none of ours are logged and kept for the doctor; the rest goes on."""
+    """A missing folder or a foreign file is logged and kept for the doctor; the token and other copies are written."""
     foreign, missing = copies / "token.dat", copies.with_name("missing")
     foreign.write_text("somebody's notes")
     os.environ["KIS_MARKETS__US__EXPORTS"] = f"kis-auth:{missing},mojito2:{copies},kis-auth:{copies}"
@@ -176,7 +176,7 @@ def test_what_fails_harms_neither_the_token_nor_the_other_copies(
     missing.mkdir()
     exports().sync(on_disk())
     assert (exports().failures(), held(copies), held(missing)) == ({}, text, text)
-    for number in range(2):  # also one that lasts as long as the one before
+    for number in range(2):  # the second lasts as long as the first
         TokenManager("us").save_token(from_text(make_jwt(APP_KEY, exp=2**32, number=number))[0])
         assert held(copies) == on_disk().access_token
 
@@ -198,7 +198,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
 def test_file_that_holds_no_token_of_the_key_is_never_touched(
     nowhere: Sandbox, tmp_path: Path, put: Callable[[Path], object], client: str
 ) -> None:
-    """Another key's token, notes, damage, what is no file: left as it is, with a sentence that says so."""
+    """Another key's token, notes, a damaged file or anything but a file is left as it is, and an error says so."""
     put(path := tmp_path / name_of(client))
     before = snapshot(path)
     error = raised(lambda: TokenManager("us").export(client, str(tmp_path)))
@@ -218,7 +218,7 @@ WRITTEN: dict[str, Callable[[str], bytes]] = {
 def test_newer_token_of_another_client_is_adopted_instead_of_written_over(
     nowhere: Sandbox, copies: Path, client: str, *, hourly: bool
 ) -> None:
-    """A client renewed by itself: its token stays, becomes the key's, and goes into every copy; nothing is issued."""
+    """If a client has renewed by itself, its token becomes the key's and goes into every copy; nothing is issued."""
     cached(17 * 3_600)
     (path := next(copies.glob(name_of(client)))).write_bytes(WRITTEN[client](theirs := longer()))
     exports().sync(on_disk())
@@ -236,7 +236,7 @@ def test_newer_token_of_another_client_is_adopted_instead_of_written_over(
 
 
 def test_our_own_copy_of_an_earlier_token_is_no_other_clients(copies: Path) -> None:
-    """A shorter token that a person imports by force replaces a longer one in the copies too, and stays."""
+    """A shorter token imported by force also replaces the longer one in our copies, and is not replaced by it again."""
     TokenManager("us").get_valid_token()
     shorter = make_token(80_000, text=make_jwt(APP_KEY, life=80_000))
     assert TokenManager("us").adopt(shorter, force=True, proven=True)
@@ -257,9 +257,9 @@ NOT_ADOPTED: dict[str, tuple[int, Callable[[str], str]]] = {
 def test_token_is_not_adopted_where_it_is_dead_ours_or_another_keys(
     copies: Path, protocol: int, passed: Callable[[str], str]
 ) -> None:
-    """It makes room for ours if it is the key's; a longer one behind it is found, until KIS rejects that.
+    """A useless token of the key is overwritten; a longer one in the same file is found, until KIS rejects it.
 
-    Nothing acts by being unpickled, and an empty file makes room too.
+    Nothing is unpickled, and an empty file is overwritten, too.
     """
     other, theirs = passed(ours := TokenManager("us").get_valid_token()), longer()
     (copies / "token.dat").write_bytes(pickled(other, protocol))
@@ -282,7 +282,7 @@ PINS = Path(__file__).with_name("clients")
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "bots.md"
 THOROUGH = "TOKENCORE_CLIENTS" in os.environ  # `make clients`
 PROCESSES = 32 if THOROUGH else 2
-# The libraries know KIS's hosts only, so each is pointed to the gateway where it keeps them.
+# The libraries have KIS's hosts built in, so these lines replace them with the gateway's address.
 POINTED = {
     "mojito2": "import mojito\n"
     "mojito.KoreaInvestment.set_base_url = lambda self, mock: setattr(self, 'base_url', os.environ['KIS_BASE_URL'])\n",
@@ -291,12 +291,12 @@ POINTED = {
 
 
 def blocks(language: str) -> list[str]:
-    """The code of the document's blocks of a language."""
+    """Return the code of the document's blocks in that language."""
     return re.findall(rf"```(?:\w+ )?{language}\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
 
 
 def interpreter_with(client: str) -> Path | None:
-    """The Python of an environment with `client`, built if need be; None where its packages cannot be had."""
+    """Return the Python of an environment with `client`, built if needed, or None if that cannot be installed."""
     pins = PINS / f"{client}.txt"
     home = Path(sys.prefix, "clients", f"{client}-{hashlib.sha256(pins.read_bytes()).hexdigest()[:12]}")
     python, complete = home / "bin" / "python", home / "complete"
@@ -313,7 +313,7 @@ def interpreter_with(client: str) -> Path | None:
 
 
 def bots(client: str, python: Path, count: int) -> list[subprocess.Popen[str]]:
-    """So many processes that run the document's first block, and its second after each line; KIS's hosts are shut."""
+    """Start `count` processes that run the document's first block, then its second per line; KIS is blocked."""
     first, later = (f"{code}\nprint('quoted', flush=True)\n" for code in blocks(client))
     program = f"import os, sys\n{POINTED[client]}{first}\nfor _ in sys.stdin:\n    exec({later!r})\n"
     env = {**os.environ, "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
@@ -322,13 +322,13 @@ def bots(client: str, python: Path, count: int) -> list[subprocess.Popen[str]]:
 
 
 def quoted(started: list[subprocess.Popen[str]]) -> bool:
-    """Whether all of them have got their quotes."""
+    """Return whether each process has got its quote."""
     return all(one.stdout and one.stdout.readline() == "quoted\n" for one in started)
 
 
 @pytest.mark.parametrize("client", POINTED)
 def test_client_and_tokencore_use_each_others_token(client: str, nowhere: Sandbox) -> None:
-    """A client without a copy issues, and its token is the key's; with one it issues none, at its start and later."""
+    """A client without a copy issues, and we adopt its token; with a copy it never issues, at its start or later."""
     if not (python := interpreter_with(client)):
         assert not THOROUGH
         pytest.skip(f"{client} cannot be installed here; `make clients` says why")
@@ -361,7 +361,7 @@ def test_client_and_tokencore_use_each_others_token(client: str, nowhere: Sandbo
     ids=lambda one: Path(one[0]).name,
 )
 def test_code_that_needs_no_client_runs(program: list[str], gateway: Sandbox, tmp_path: Path) -> None:
-    """The document's code for plain requests gets its quote, and its commands run; Node's where there is Node."""
+    """The document's code for plain requests gets its quote, and its commands run; so does Node's where Node exists."""
     if not shutil.which(program[0]):
         pytest.skip(f"there is no {program[0]} here")
     command = tmp_path / "bin" / "tokencore"
