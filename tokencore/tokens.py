@@ -1,4 +1,4 @@
-"""The access token as a value, and every form in which one is found: KIS's answer, caches of many tools, a JWT."""
+"""The access token as a value, read from every form it is found in: KIS's answer, caches of many tools, a JWT."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ if TYPE_CHECKING:
     from typing import Any
 
 KST = timezone(timedelta(hours=9), "KST")  # Korea has no daylight saving time
-SAME_TOKEN = timedelta(hours=6)  # KIS answers a request this soon after an issue with the same token
-MAX_LENGTH = 4096  # characters; KIS promises at most 350, the rest is room for a change of format
-FIRST_YEAR, LAST_YEAR = 2000, 2199  # KIS began after the one and this program ends before the other
+SAME_TOKEN = timedelta(hours=6)  # how long after an issue KIS answers requests with the same token
+MAX_LENGTH = 4096  # characters; KIS promises at most 350, and the rest leaves room for a change of format
+FIRST_YEAR, LAST_YEAR = 2000, 2199  # KIS's API is younger than the first, and this program will not outlive the second
 
-# What other tools call the token and its expiry, in lower case with `_` for `-`. A naive time is KST where KIS's own
-# name is used, this machine's where a tool is known to write that, and otherwise the earlier of both.
+# Other tools' names for the token and its expiry, in lower case with `_` for `-`. A naive time is KST under KIS's own
+# names, this machine's zone under names of tools known to write that, and otherwise the earlier of the two.
 TOKEN_NAMES = ("access_token", "token", "kis_access_token", "authorization", "accesstoken")
 KST_NAMES = ("access_token_token_expired", "expired_at", "token_expired")
 LOCAL_NAMES = ("expires_at", "valid_date", "expires_datetime")
 OTHER_NAMES = ("expiration", "expires", "expire", "expiry", "timestamp", "kis_token_expires_at", "expires_on")
-ISSUE_NAMES = ("issued_at", "created_at", "cached_at")  # the first one that is there counts
+ISSUE_NAMES = ("issued_at", "created_at", "cached_at")  # the first one present counts
 
 
 class Token(Sensitive):
-    """An access token with its life; its text is shown by no repr and goes into no pickle.
+    """An access token with its times; no repr shows its text, and no pickle contains it.
 
-    It contains the app key: treat it like one. The times are aware UTC: `expires_at` the earliest of all that KIS said,
-    `cached_at` when its file was written, `rejected_at` when KIS was found to reject it; None where nothing tells.
+    The text contains the app key, so treat it like the key. The times are aware UTC: `expires_at` is the earliest
+    expiry that KIS gave, `cached_at` when its file was written, `rejected_at` when KIS was found to reject it. All but
+    `expires_at` may be None, for unknown.
     """
 
     __slots__ = ("access_token", "cached_at", "expires_at", "issued_at", "rejected_at", "token_type")
@@ -45,10 +46,10 @@ class Token(Sensitive):
         cached_at: datetime | None = None,
         rejected_at: datetime | None = None,
     ) -> None:
-        """Take the text as it is and the times as aware UTC.
+        """Take the text unchanged, and the times as aware UTC.
 
         Raises:
-            ValueError: the text is not one word of visible ASCII, or the expiry is no aware time.
+            ValueError: the text is not one word of visible ASCII, or the expiry is not an aware time.
 
         """
         if not 0 < len(access_token) <= MAX_LENGTH or not (access_token.isascii() and access_token.isprintable()):
@@ -66,14 +67,14 @@ class Token(Sensitive):
         return f"Token(expires_at={self.expires_at.isoformat()})"
 
     def serves(self, until: datetime, buffer: float) -> bool:
-        """Whether it still counts as valid at `until`: not rejected, and `buffer` seconds before expiry not reached."""
+        """Whether the token counts as valid at `until`: it is not rejected, and expires over `buffer` seconds later."""
         return self.rejected_at is None and until < self.expires_at - timedelta(seconds=buffer)
 
     def same_until(self) -> datetime | None:
-        """Until when KIS would return this very token: six hours after its issue.
+        """Return until when KIS would return this same token: six hours after its issue.
 
-        A token that lives less than a day, such as the sandbox's on a fast clock, has a quarter of its life
-        instead; for KIS's 24 hours that is the same.
+        For a token that lives less than a day, such as the sandbox's on a fast clock, it is a quarter of its life,
+        which for KIS's 24 hours is the same. None if the issue time is unknown.
         """
         if self.issued_at is None:
             return None
@@ -81,15 +82,15 @@ class Token(Sensitive):
 
 
 def longest(found: Iterable[Token | None]) -> Token | None:
-    """Of these tokens the one that lasts longest; a rejected one comes last."""
+    """Return the token that lasts longest, preferring any that is not rejected; None if there is none."""
     known = (token for token in found if token is not None)
     return max(known, key=lambda token: (token.rejected_at is None, token.expires_at), default=None)
 
 
 def from_answer(answer: Mapping[str, Any], received_at: datetime) -> Token:
-    """The token in tokenP's answer; the earliest of its three ways to give the expiry wins.
+    """Return the token in tokenP's answer, with the earliest of the three expiries that the answer may give.
 
-    A returned token's `expires_in` overstates its life, and nobody promises the token's format (the JWT's `exp`).
+    When KIS returns an earlier token, `expires_in` overstates its life; the JWT's `exp` is not documented.
 
     Raises:
         ValueError: there is no usable token or no expiry in the answer; the message says which.
@@ -109,19 +110,19 @@ def from_answer(answer: Mapping[str, Any], received_at: datetime) -> Token:
 
 
 def from_text(text: str) -> tuple[Token, dict[str, Any]]:
-    """The token in a file or on standard input, in any form that this or another tool writes, and its fields.
+    """Return the token in the text of a file or of standard input, and all fields found there.
 
-    Ours and tokenP's JSON, JSON with other usual names, the official sample's YAML, lines for a shell or for
-    docker, an `Authorization` header, or a bare token whose JWT gives its expiry. The earliest expiry wins.
+    The text may be our own or tokenP's JSON, JSON with other usual names, the official sample's YAML, lines for a
+    shell or for Docker, an `Authorization` header, or a bare JWT. The earliest expiry wins.
 
     Raises:
-        ValueError: there is no token with an expiry in it.
+        ValueError: the text holds no token with an expiry.
 
     """
     content = _fields(text.removeprefix("\ufeff").strip())
     access_token = next((content[name] for name in TOKEN_NAMES if isinstance(content.get(name), str)), None)
     if not isinstance(access_token, str):
-        raise ValueError("no access_token")  # noqa: TRY004 - one error for all that is wrong with a file
+        raise ValueError("no access_token")  # noqa: TRY004 - one type of error for everything wrong with a file
     access_token = access_token.removeprefix("Bearer ").strip()
     claims = jwt_claims(access_token)
     issued = next((content[name] for name in ISSUE_NAMES if content.get(name)), None)
@@ -140,7 +141,7 @@ def from_text(text: str) -> tuple[Token, dict[str, Any]]:
 
 
 def to_cache(token: Token, *, now: datetime, environment: str, key_fingerprint: str) -> str:
-    """The content of a token file: the contract's fields, times as ISO 8601 with offset."""
+    """Return the content of a token file: its documented fields, with times as ISO 8601 with offset."""
     content = {
         "access_token": token.access_token,
         "expires_at": token.expires_at.isoformat(),
@@ -156,7 +157,7 @@ def to_cache(token: Token, *, now: datetime, environment: str, key_fingerprint: 
 
 
 def as_answer(token: Token, now: datetime) -> dict[str, object]:
-    """What tokenP would answer for this token at `now`: its expiry in KST, its remaining life in seconds."""
+    """Return what tokenP would answer for this token at `now`: its expiry in KST, its remaining life in seconds."""
     return {
         "access_token": token.access_token,
         "access_token_token_expired": f"{token.expires_at.astimezone(KST):%Y-%m-%d %H:%M:%S}",
@@ -166,11 +167,11 @@ def as_answer(token: Token, now: datetime) -> dict[str, object]:
 
 
 def jwt_claims(text: str) -> dict[str, Any]:
-    """The claims of a three-part JWT, unverified (KIS keeps the key); empty when it is none.
+    """Return the claims of a three-part JWT, unverified, as only KIS has the signing key; empty if it is not one.
 
-    KIS's tokens carry `iat`, `exp` and, as `jti`, the app key.
+    KIS's tokens have `iat`, `exp` and the app key as `jti`.
     """
-    from binascii import a2b_base64  # a plain token need not load it
+    from binascii import a2b_base64  # loaded only when needed
 
     parts = text.split(".")
     if len(parts) != 3:  # noqa: PLR2004 - header, claims, signature
@@ -184,12 +185,12 @@ def jwt_claims(text: str) -> dict[str, Any]:
 
 
 def sane(at: datetime) -> bool:
-    """Whether arithmetic with it cannot overflow: anything else is damage, not a time."""
+    """Whether `at` is in a plausible year, so that arithmetic cannot overflow; any other time comes from damage."""
     return FIRST_YEAR <= at.year <= LAST_YEAR
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """The fields of a JSON object, of lines such as `name: value` or `export NAME=value`, or of a bare token."""
+    """Return the fields of a JSON object, of lines such as `name: value` or `export NAME=value`, or a bare token."""
     if text.startswith("{"):
         content = json.loads(text)
         return {str(name).lower().replace("-", "_"): value for name, value in content.items()}
@@ -211,7 +212,7 @@ def _expiries(content: Mapping[str, Any]) -> Iterator[datetime]:
 
 
 def _time(value: object, zone: timezone | None = None) -> Iterator[datetime]:
-    """ISO 8601, where a missing offset means `zone` (None: this machine's), or epoch seconds as number or digits."""
+    """Yield the time in `value`: ISO 8601, in `zone` (None: this machine's) if it has no offset, or epoch seconds."""
     try:
         if isinstance(value, str) and value.replace(".", "", 1).isdecimal():
             value = float(value)
@@ -229,7 +230,7 @@ def _time(value: object, zone: timezone | None = None) -> Iterator[datetime]:
 
 
 def _lifetime(value: object, received_at: datetime) -> Iterator[datetime]:
-    """When a token ends that lives for `expires_in` seconds, a number or digits in text."""
+    """Yield the end of a life of `value` seconds, a number or its digits as text, that began at `received_at`."""
     try:
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             yield from _time((received_at + timedelta(seconds=float(value))).timestamp())

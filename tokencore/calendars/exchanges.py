@@ -1,6 +1,6 @@
-"""The exchanges that KIS trades and their hours, in the exchange's own zone: one row of a table each.
+"""The exchanges on which KIS trades and their hours in their own zones: a table with one row per exchange.
 
-Closures are not here: they change every year and come from the `holidays` package, by way of `sessions`.
+Closures change every year, so they are not in the table: `sessions` takes them from the `holidays` package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEAD = timedelta(minutes=30)
 _CSAT = """
 2016-11-17 2017-11-16 2017-11-23 2018-11-15 2019-11-14 2020-12-03 2021-11-18 2022-11-17 2023-11-16 2024-11-14
 2025-11-13 2026-11-19 2027-11-18
-"""  # that of 2017 was postponed by a week the evening before; KRX kept the announced hours on both days
+"""  # the test of 2017 was postponed by a week the evening before; KRX kept the announced hours on both days
 CSAT_DAYS = frozenset(map(date.fromisoformat, _CSAT.split()))
 """Days on which Korea's markets start an hour late for the college entrance test (수능)."""
 
@@ -24,13 +24,13 @@ _EVENING_PAD = timedelta(minutes=10)  # after Korea's evening sessions, for the 
 
 
 class Extended(NamedTuple):
-    """Trading around the regular session, which counts only where the settings ask for it."""
+    """Trading around the regular session, which counts only if the settings ask for it."""
 
-    since: date  # the first day of it
-    open: time  # its first minute; one after the regular open leaves the session's open alone
+    since: date  # its first day
+    open: time  # its first minute; if that is after the regular open, the session's open stays the same
     close: time
-    half_close: time | None = None  # its close on a half day; None where there are none
-    pad: timedelta = timedelta(0)  # instead of the exchange's own
+    half_close: time | None = None  # its close on a half day; None if there are no half days
+    pad: timedelta = timedelta(0)  # used instead of the exchange's own
 
 
 class Exchange(NamedTuple):
@@ -38,18 +38,18 @@ class Exchange(NamedTuple):
 
     code: str  # KIS's order code, the key of settings and overrides
     quote_code: str | None  # KIS's code for overseas prices; None in Korea
-    mic: str | None  # ISO 10383 code; None where KIS users know none
-    zone: str  # IANA name of the zone in which its days and times are written
+    mic: str | None  # ISO 10383 code; None if KIS users know none
+    zone: str  # IANA name of the zone of its days and times
     open: time
     close: time
     calendar: str  # the `holidays` package's name for its closures: a market, or a country of two letters
     by_notice: bool = False  # a year's closures are guesses until the government announces them
-    aliases: tuple[str, ...] = ()  # further names that users write
-    symbol: str = ""  # a security that will be traded for long, whose price proves a token; none in Korea
+    aliases: tuple[str, ...] = ()  # other names that users write
+    symbol: str = ""  # a security sure to stay listed, whose price proves a token; empty in Korea
     pad: timedelta = timedelta(0)  # how long after the close a token must still be valid
-    half_close: time | None = None  # close on half days; None where there are none
+    half_close: time | None = None  # close on half days; None if there are none
     csat: tuple[time, time] | None = None  # open and close on a CSAT day; None outside Korea
-    first_open: time | None = None  # open on the year's first trading day, where that is a late one
+    first_open: time | None = None  # open on the year's first trading day, if later than usual
     earlier_close: tuple[date, time] | None = None  # the first day of the present close, and the close before that day
     extended: Extended | None = None  # hours around the session that users may switch on
     since: date = date.min  # the first day of trading, where that matters
@@ -64,7 +64,7 @@ _NYSE = Exchange(  # Nasdaq and NYSE American keep the days of XNYS too
 _SHAA = Exchange(  # closed on the weekends that China makes working days
     *("SHAA", "SHS", "XSHG", "Asia/Shanghai", time(9, 30), time(15), "XSHG"), symbol="600519", by_notice=True
 )
-_VNSE = Exchange(  # Ho Chi Minh City; the calendar is the country's: nobody keeps one for its exchanges
+_VNSE = Exchange(  # Ho Chi Minh City; it uses the country's calendar because nobody keeps one for its exchanges
     *("VNSE", "HSX", "XSTC", "Asia/Ho_Chi_Minh", time(9), time(15), "VN"), aliases=("HOSE",), symbol="VNM"
 )
 _ROWS = (
@@ -112,7 +112,7 @@ _BY_NAME = {name: row for row in _ROWS for name in (row.code, row.quote_code, ro
 
 
 def exchange(name: str) -> Exchange:
-    """The exchange of an order code, quote code, MIC or alias, in any case of letters.
+    """Return the exchange of an order code, quote code, MIC or alias, in upper or lower case.
 
     Raises:
         ConfigurationError: no exchange has that name; the message lists the codes.

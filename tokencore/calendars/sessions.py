@@ -1,8 +1,8 @@
 """When exchanges trade, and when a token must therefore be valid.
 
-Hours come from the table of exchanges, closures and half days from the `holidays` package, and the user's overrides
-beat both. A weekday that nobody knows to be closed is open: a needless check is harmless, a missed session is not.
-Days are dates in the exchange's zone; datetimes that come out are aware UTC, and those that go in must be aware.
+Hours come from the table of exchanges, closures and half days from the `holidays` package; the user's overrides take
+precedence over both. A weekday not known to be closed counts as open: a needless check is harmless, a missed session is
+not. Days are dates in the exchange's zone; datetimes that come out are aware UTC, and those that go in must be aware.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ += ["need", "needs", "session"]
 
 _DAY = timedelta(days=1)
 _THURSDAY, _SATURDAY = 3, 5
-_COUNTRY = 2  # letters; the names of markets have four
+_COUNTRY = 2  # letters in the name of a country's calendar; those of markets have four
 
 
 class Session(NamedTuple):
@@ -33,7 +33,7 @@ class Session(NamedTuple):
 
 
 class Day(NamedTuple):
-    """An exchange's day with a session, and when a token must be valid for it; aware UTC."""
+    """An exchange's session of one day, and the time in which a token must be valid for it; aware UTC."""
 
     session: Session
     need: tuple[datetime, datetime]
@@ -43,15 +43,15 @@ class Override(NamedTuple):
     """What the user's settings say about one exchange."""
 
     closed: frozenset[date] = frozenset()  # days without a session
-    hours: Mapping[date, tuple[time, time]] = {}  # of single days in the exchange's zone, open whatever else is said
-    extended: bool = False  # whether trading around the regular session counts, where the table knows any
+    hours: Mapping[date, tuple[time, time]] = {}  # for single days, in the exchange's zone; they overrule any closure
+    extended: bool = False  # whether trading around the regular session counts, if the table has any
 
 
 _NONE = Override()
 
 
 def closure(code: str, day: date, overrides: Mapping[str, Override] = {}) -> str | None:
-    """Why the exchange is closed on that day, in words such as `Chung Yeung Festival`; else None."""
+    """Return why the exchange is closed on that day, such as `Chung Yeung Festival`; None if it is open."""
     place = exchange(code)
     override = overrides.get(place.code, _NONE)
     if day in override.hours:
@@ -60,13 +60,13 @@ def closure(code: str, day: date, overrides: Mapping[str, Override] = {}) -> str
 
 
 def session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> Session | None:
-    """The exchange's session of that day, aware UTC; None on a closed day."""
+    """Return the exchange's session on that day, aware UTC; None if it is closed."""
     found = _day(exchange(code), day, overrides)
     return found and found.session
 
 
 def need(code: str, day: date, overrides: Mapping[str, Override] = {}) -> tuple[datetime, datetime] | None:
-    """From 30 minutes before the open of that day to the close and its pad, aware UTC; None on a closed day."""
+    """Return that day's need, from 30 minutes before the open to the close plus the pad, aware UTC; None if closed."""
     found = _day(exchange(code), day, overrides)
     return found and found.need
 
@@ -74,9 +74,9 @@ def need(code: str, day: date, overrides: Mapping[str, Override] = {}) -> tuple[
 def needs(
     codes: Iterable[str], start: datetime, end: datetime, overrides: Mapping[str, Override] = {}
 ) -> list[tuple[datetime, datetime]]:
-    """All needs of these exchanges that overlap [start, end), sorted, aware UTC; those that touch become one.
+    """Return the needs of these exchanges that overlap [start, end), sorted, aware UTC; those that touch are merged.
 
-    They are not cut at `start` and `end`.
+    They are not cut off at `start` and `end`.
     """
     merged: list[tuple[datetime, datetime]] = []
     for begins, ends in sorted([one.need for code in codes for one in days(code, start, end, overrides)]):
@@ -88,21 +88,21 @@ def needs(
 
 
 def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Override] = {}) -> list[Day]:
-    """The exchange's days with a session whose needs overlap [start, end), in order."""
+    """Return the exchange's days whose needs overlap [start, end), in order."""
     place = exchange(code)
     zone, known = ZoneInfo(place.zone), place.code in overrides
     first, last = start.astimezone(zone).date(), end.astimezone(zone).date()
-    # A need may begin the day before its session's and end the day after, by lead and pad.
+    # Because of lead and pad, a need may begin the day before its session or end the day after.
     dates = [first + n * _DAY for n in range(-1, (last - first).days + 2)]
     found = [_day(place, day, overrides) if known else _by_calendar(place.code, day) for day in dates]
     return [one for one in found if one and one.need[0] < end and one.need[1] > start]
 
 
 def certain_until() -> date:
-    """The last day of the last year whose official notices have reached the installed `holidays` package.
+    """Return the last day of the last year whose official notices are in the installed `holidays` package.
 
-    After it, China's weekdays all count as open, and other closures are computed from the law. A holiday that is
-    declared at a few weeks' notice, as Korea does, costs one needless check until the package or your settings name it.
+    After that day all of China's weekdays count as open, and other closures are computed from the law. A holiday
+    declared at a few weeks' notice, as in Korea, costs one needless check until the package or your settings have it.
     """
     return date(_last_announced_year(), 12, 31)
 
@@ -110,11 +110,11 @@ def certain_until() -> date:
 def _day(place: Exchange, day: date, overrides: Mapping[str, Override]) -> Day | None:
     override = overrides.get(place.code, _NONE)
     if day in override.hours:
-        return _made(place, day, override.hours[day], place.pad)  # meant as they are
+        return _made(place, day, override.hours[day], place.pad)  # the user's hours are taken as given
     return None if day in override.closed else _by_calendar(place.code, day, extended=override.extended)
 
 
-@lru_cache(maxsize=16_384)  # days; every run asks for the same weeks again and again
+@lru_cache(maxsize=16_384)  # days; each run asks for the same weeks many times
 def _by_calendar(code: str, day: date, *, extended: bool = False) -> Day | None:
     place = EXCHANGES[code]
     longer = place.extended if extended and place.extended and day >= place.extended.since else None
@@ -140,9 +140,9 @@ def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time,
     year = _year(place.calendar, day.year, by_notice=place.by_notice)
     if place.earlier_close and day < place.earlier_close[0]:
         closes = place.earlier_close[1]
-    # A test after the table's end: all since 2016 were on the Thursday from the 13th, except two that were postponed.
+    # CSAT days after the table's end: since 2016 all were on the Thursday from the 13th on, except two postponed ones.
     thursday = day.weekday() == _THURSDAY and (11, 13) <= (day.month, day.day) <= (11, 19) and day > max(CSAT_DAYS)
-    if place.csat and (day in CSAT_DAYS or thursday):  # which covers both hours
+    if place.csat and (day in CSAT_DAYS or thursday):  # a guessed day keeps the usual open, to cover both cases
         opens, closes = place.csat[0] if day in CSAT_DAYS else opens, place.csat[1]
     elif place.first_open and day == year.first_session:
         opens = place.first_open
@@ -153,21 +153,21 @@ def _hours(place: Exchange, day: date, extended: Extended | None) -> tuple[time,
 
 
 class _Year(NamedTuple):
-    closures: Mapping[date, str] = {}  # with their names
+    closures: Mapping[date, str] = {}  # the names of the holidays by day
     half_days: frozenset[date] = frozenset()
     first_session: date = date.min
 
 
 @cache
 def _year(calendar: str, year: int, *, by_notice: bool) -> _Year:
-    """That year of the calendar; empty where it would be a guess."""
+    """Return one year of a calendar; empty if it would only be a guess."""
     if by_notice and year > _last_announced_year():
         return _Year()
-    from holidays import country_holidays, financial_holidays  # 0.05 s, off the path of a cached token
+    from holidays import country_holidays, financial_holidays  # 0.05 s that a cached token does not pay
 
     load = country_holidays if len(calendar) == _COUNTRY else financial_holidays
     known = load(calendar)
-    # The English of the place, if there is one: Hong Kong says Chung Yeung, not Double Ninth.
+    # Prefer the local English name, if there is one: Hong Kong says Chung Yeung, not Double Ninth.
     language = min((name for name in known.supported_languages if name.startswith("en")), default=None)
     closures = dict(load(calendar, years=year, language=language).items())
     kept = "half_day" in known.supported_categories
@@ -180,7 +180,7 @@ def _year(calendar: str, year: int, *, by_notice: bool) -> _Year:
 
 @cache
 def _last_announced_year() -> int:
-    """China's: its notice for a year comes in the November before, later than others', with days off by no rule."""
+    """Return the last year of China's notices, which come last of all, in the November before, and follow no rule."""
     from holidays import financial_holidays
 
     return max(getattr(financial_holidays("XSHG"), "special_public_holidays", ()), default=MINYEAR)
