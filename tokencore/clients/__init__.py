@@ -1,1 +1,1 @@
-"""What uses a token: requests and httpx, the websocket's approval key, and the files of other KIS clients."""
+"""Ways to use a token: with requests and httpx, for the websocket's approval key, in the files of other KIS clients."""

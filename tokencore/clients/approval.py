@@ -1,7 +1,7 @@
-"""The approval key of KIS's websocket: asked for once a day and shared by all processes, as the token is.
+"""The approval key of KIS's websocket, requested once a day and shared by all processes, like the token.
 
-KIS documents 24 hours of life and no limit on requests. They are paced like the token's anyway, in a document and
-under a lock of their own: neither waits for the other.
+KIS documents a life of 24 hours and no limit on requests. Requests are paced like the token's anyway, with a document
+and a lock of their own, so that neither waits for the other.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ if TYPE_CHECKING:
     from tokencore.stores.base import Store
 
 _log = logging.getLogger("tokencore")
-LIFE = timedelta(hours=24)  # by KIS's documentation; its answer does not say
+LIFE = timedelta(hours=24)  # as KIS documents; its answer does not say
 
 
 @sealed_class()
 class ApprovalKeys(Sensitive):
-    """The approval key of one app key; its document has the present one, and the last request with its outcome."""
+    """The approval key of one app key; its document holds the present key, and the last request with its outcome."""
 
     __slots__ = ("_document", "_market", "_renewer", "_store")
 
     def __init__(self, market: Market, store: Store, renewer: Renewer) -> None:
-        """Serve the app key of `store`; `market` gives the numbers of the rules, and `renewer` knows how to ask KIS."""
+        """Serve the app key of `store`, with the limits of `market`'s settings and the gateway of `renewer`."""
         self._market = market
         self._store = store
         self._renewer = renewer
         self._document = store.document("approval")
 
     def obtain(self, rejected: str = "") -> str:
-        """A key that lives and is not the `rejected` one; the present one goes on serving whatever fails.
+        """Return a living key other than the `rejected` one; the present one goes on serving whatever fails.
 
         Raises:
-            IssuanceLimitError: the last request was less than KIS_ISSUE_INTERVAL ago; `retry_at` says when the next
-                may be made.
-            CredentialsError, IssuerUnavailableError: what the request met.
+            IssuanceLimitError: the last request was less than KIS_ISSUE_INTERVAL ago; the next is allowed at
+                `retry_at`.
+            CredentialsError, IssuerUnavailableError: the request failed.
             TokenUnavailableError: another process holds the lock for too long.
-            TokenStoreError: the token directory cannot be used; nothing was asked.
+            TokenStoreError: the token directory cannot be used; no request was made.
 
         """
         try:
@@ -66,7 +66,7 @@ class ApprovalKeys(Sensitive):
             return last.access_token
 
     def serving(self, rejected: str, buffer: float) -> Token | None:
-        """The present key, where it lives for more than `buffer` seconds and is not the `rejected` one."""
+        """Return the present key if it lives for more than `buffer` seconds and is not the `rejected` one."""
         found = approval_key(self._store)
         return found if found and found.access_token != rejected and found.serves(datetime.now(UTC), buffer) else None
 
@@ -84,9 +84,9 @@ class ApprovalKeys(Sensitive):
             return self._issued()
 
     def _check(self, began: datetime, now: datetime) -> None:
-        """Return where the last request lets another one be made now."""
+        """Return if another request may be made now, judged by the last one; raise otherwise."""
         asked = record.parse(str(self._document.read().get("attempt")))
-        both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # refused for both alike
+        both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # KIS refuses both alike
         standing = limits.Standing(now, both, self._store.newest(), self._renewer.credentials)
         limits.check_credentials(limits.Intent.REQUIRED, standing, self._market)
         if until := limits.cooldown_until(asked, now, self._market):
@@ -102,7 +102,7 @@ class ApprovalKeys(Sensitive):
             )
 
     def _issued(self) -> Token:
-        """One request, recorded before it is sent; a key that was issued reaches its caller, saved or not."""
+        """Make one request, recorded before it is sent; an issued key reaches its caller even if it cannot be saved."""
         gateway, before = self._renewer.gateway, approval_key(self._store)
         attempt = Attempt(datetime.now(UTC), Outcome.SENT, credentials=self._renewer.credentials, pid=os.getpid())
         try:
@@ -134,13 +134,13 @@ class ApprovalKeys(Sensitive):
                 "approval_key": key.access_token,
                 "issued_at": key.issued_at.isoformat(),
                 "expires_at": key.expires_at.isoformat(),
-                "key_fingerprint": self._store.fingerprint,  # version 0.1 looks for it
+                "key_fingerprint": self._store.fingerprint,  # read by version 0.1
             }
         self._document.write(content)
 
 
 def approval_key(store: Store) -> Token | None:
-    """The last approval key of this app key, as a token of `LIFE`; None where none was ever asked for."""
+    """Return the app key's last approval key, as a token that lives for `LIFE`; None without a readable one."""
     content = store.document("approval").read()
     try:
         issued_at = datetime.fromisoformat(content["issued_at"]).astimezone(UTC)
@@ -150,6 +150,6 @@ def approval_key(store: Store) -> Token | None:
 
 
 def approval_expiry(store: Store) -> datetime | None:
-    """When the last approval key of this app key expires, aware UTC; None where none was ever asked for."""
+    """Return when the app key's last approval key expires, aware UTC; None without a readable one."""
     found = approval_key(store)
     return found.expires_at if found else None

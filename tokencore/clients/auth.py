@@ -1,7 +1,7 @@
-"""`KISAuth`, for requests: signs calls of KIS's business API, with the token renewed behind the caller's back.
+"""`KISAuth`, for requests: signs calls to KIS's business API and renews the token without the caller's help.
 
-`Signer` is what it shares with `KISHttpxAuth`: the secret headers, for KIS's own address only, and what to do when an
-answer says that the token is dead. KIS's call rate (EGW00201) is the caller's affair.
+`Signer` is the part shared with `KISHttpxAuth`: it makes the secret headers, only for KIS's own address, and handles
+answers that say that the token is dead. Staying within KIS's call rate (EGW00201) is up to the caller.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from requests import PreparedRequest, Response
 
 _log = logging.getLogger("tokencore")
-PORTS = {"https": ":443", "http": ":80"}  # which httpx, unlike requests, leaves out of an address
+PORTS = {"https": ":443", "http": ":80"}  # default ports, which httpx, unlike requests, drops from an address
 SECRET_HEADERS = ("authorization", "appkey", "appsecret")
 
 
 class Signature(Sensitive):
-    """The secret headers of one token, which no repr shows."""
+    """The secret headers for one token, which no repr shows."""
 
     __slots__ = ("headers", "token")
 
     def __init__(self, token: str, credentials: tuple[str, str]) -> None:
-        """Spell them once: a token serves many thousand requests."""
+        """Build the headers once, as a token serves many thousands of requests."""
         self.token = token
         self.headers = dict(zip(SECRET_HEADERS, (f"Bearer {token}", *credentials), strict=True))
 
 
 class Signer(Sensitive):
-    """Signs for one market, from any thread."""
+    """Signs requests for one market, from any thread."""
 
     __slots__ = ("_addresses", "_manager", "_present", "custtype", "market")
 
     def __init__(self, market: str, custtype: str) -> None:
-        """Sign for the configured `market`; credentials and token are asked for with the first request."""
+        """Sign for the configured `market`; credentials and token are read at the first request."""
         self._manager = TokenManager(market)
         self._present: Signature | None = None
         self._point()
@@ -66,10 +66,10 @@ class Signer(Sensitive):
         )
 
     def signature(self, url: str) -> Signature:
-        """The headers with a valid token, which is renewed if it must be; `url` as requests and httpx spell it.
+        """Return the headers with a valid token, renewed if necessary; `url` is as requests or httpx spells it.
 
         Raises:
-            ConfigurationError: that is not KIS's own address; nothing was sent.
+            ConfigurationError: `url` is not at KIS's own address; nothing was sent.
             TokenError: there is no valid token and none can be had; nothing was sent.
 
         """
@@ -79,11 +79,11 @@ class Signer(Sensitive):
         return present if present and present.token == self._manager.get_valid_token() else self._signed(url)
 
     def signature_at_hand(self, url: str) -> Signature | None:
-        """The same where credentials and token are there and no renewal is due; None where `signature` may wait."""
+        """Return the same headers if nothing has to be waited for; None if `signature` might wait for a renewal."""
         return self.signature(url) if self._present and self._manager.token_at_hand() else None
 
     def successor(self, rejected: Signature, url: str) -> Signature | None:
-        """Report that KIS rejected a token; a signature with its successor, None where there is none for `url` yet."""
+        """Report that KIS rejected a token; return a signature with its successor, None if `url` has none yet."""
         try:
             self._manager.report_rejected(rejected.token)
             return self._signed(url)
@@ -93,8 +93,8 @@ class Signer(Sensitive):
 
     @sealed
     def _signed(self, url: str) -> Signature:
-        """With a new token the credentials are read again, after it: its key, and the address, may be other ones."""
-        ask = self._manager  # neither answer becomes a variable, which an error's traceback would show
+        """Sign with the current token, reading the credentials after it: with a new one, key and address may differ."""
+        ask = self._manager  # neither answer is kept in a variable, where a traceback could show it
         self._present = signature = Signature(ask.get_valid_token(), ask.get_app_credentials())
         self._point()
         if not url.startswith(self._addresses):
@@ -106,14 +106,14 @@ class Signer(Sensitive):
 class KISAuth(Sensitive, AuthBase):
     """`requests` authentication for a market: `requests.get(url, auth=KISAuth("us"))`.
 
-    A token that KIS rejects is reported, and the request is sent once more with its successor. Where there is none
-    yet, or the body was a stream, which cannot be sent again, the caller gets KIS's own answer. A session whose retries
-    name a status (`Retry(status_forcelist=[500])`) hides KIS's answer, so a rejected token goes unnoticed there. No
-    redirect is followed. One object serves any number of threads and sessions.
+    A token that KIS rejects is reported, and the request is sent once more with its successor. If there is none yet,
+    or the body was a stream, which cannot be sent again, the caller gets KIS's own answer. A session that retries on
+    statuses (`Retry(status_forcelist=[500])`) hides KIS's answer, so a rejected token goes unnoticed there. Redirects
+    are not followed. One object can be used by any number of threads and sessions.
     """
 
     def __init__(self, market: str, *, custtype: str = "P") -> None:
-        """Sign for the configured `market`; `custtype` is `P` for a person, `B` for a firm.
+        """Sign for the configured `market`; `custtype` is `P` for a person or `B` for a firm.
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
@@ -125,7 +125,7 @@ class KISAuth(Sensitive, AuthBase):
         return f"KISAuth({self._signer.market!r})"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
-        """Put the headers on `request`.
+        """Add the headers to `request`.
 
         Raises:
             ConfigurationError: the request does not go to the market's base URL; nothing was sent.
@@ -133,7 +133,7 @@ class KISAuth(Sensitive, AuthBase):
 
         """
         headers, signature = request.headers, self._signer.signature(request.url or "")
-        for name, value in signature.headers.items():  # `update` takes a tenth longer
+        for name, value in signature.headers.items():  # a tenth faster than `update`
             headers[name] = value
         headers.setdefault("custtype", self._signer.custtype)
         request.hooks["response"].append(partial(self._answered, signature))
@@ -141,7 +141,7 @@ class KISAuth(Sensitive, AuthBase):
 
     @sealed
     def _answered(self, used: Signature, response: Response, **sending: Any) -> Response:  # noqa: ANN401 - requests' own keywords
-        response.headers.pop("location", None)  # KIS never redirects: whoever does shall not see the secret as well
+        response.headers.pop("location", None)  # KIS never redirects, and whoever does must not get the secret
         request = response.request
         if not is_dead(response.content):
             return response

@@ -1,4 +1,4 @@
-"""`KISHttpxAuth`, for httpx: the twin of `KISAuth`, from threads with `Client` and from a loop with `AsyncClient`."""
+"""`KISHttpxAuth`, the counterpart of `KISAuth` for httpx, with `Client` from threads or `AsyncClient` from a loop."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _SECRET = frozenset(name.encode() for name in SECRET_HEADERS)
 
 
 class KISHttpxAuth(Sensitive, httpx.Auth):
-    """`httpx` authentication for a market: `httpx.Client(auth=KISHttpxAuth("us"))`, and `AsyncClient` alike.
+    """`httpx` authentication for a market: `httpx.Client(auth=KISHttpxAuth("us"))`, and likewise `AsyncClient`.
 
-    A token that KIS rejects is reported, and the request is sent once more with its successor. Where there is none
-    yet, or the body was a stream, which cannot be sent again, the caller gets KIS's own answer. On an event loop
-    nothing blocks: a renewal waits in a thread, and a cached token needs none. The signature goes on the wire only;
-    neither `request.headers` shows it, nor does a redirect take it along.
+    A token that KIS rejects is reported, and the request is sent once more with its successor. If there is none yet,
+    or the body was a stream, which cannot be sent again, the caller gets KIS's own answer. The event loop is never
+    blocked: a renewal waits in a thread, and a cached token needs none. The signature appears only on the wire:
+    `request.headers` does not show it, and a redirect does not carry it along.
     """
 
     @sealed
     def __init__(self, market: str, *, custtype: str = "P") -> None:
-        """Sign for the configured `market`; `custtype` is `P` for a person, `B` for a firm.
+        """Sign for the configured `market`; `custtype` is `P` for a person or `B` for a firm.
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
@@ -49,7 +49,7 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
         return f"KISHttpxAuth({self._signer.market!r})"
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Sign and send; report a rejected token, and send once more.
+        """Sign and send `request`; if KIS rejects the token, report that and send once more.
 
         Raises:
             ConfigurationError: the request does not go to the market's base URL; nothing was sent.
@@ -65,7 +65,7 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
                 yield self._signed(request, successor)
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        """The same on an event loop, which goes on while KIS is asked for a token."""
+        """Do the same on an event loop, which keeps running while KIS is asked for a token."""
         url = _spelt(request.url)
         signature = self._signer.signature_at_hand(url)
         if signature is None:
@@ -77,7 +77,7 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
                 yield self._signed(request, successor)
 
     async def _aside(self, work: Callable[..., _T], *arguments: Any) -> _T:  # noqa: ANN401 - as the work takes them
-        """Wait in a thread: one at a time, so that a long wait for KIS leaves the loop's other threads free."""
+        """Run `work` in a thread, one call at a time, so that waits for KIS leave the loop's other threads free."""
         turn = self._turn.get(None) or CapacityLimiter(1)
         self._turn.set(turn)
         return await to_thread.run_sync(work, *arguments, limiter=turn, abandon_on_cancel=True)
@@ -95,9 +95,9 @@ def _spelt(url: httpx.URL) -> str:
 
 
 class _Signed(httpx.Headers):
-    """A request's headers and its signature, which only `raw` has: what a transport sends.
+    """A request's headers, with the signature only in `raw`, which is what a transport sends.
 
-    httpx copies all headers but `authorization` to where a redirect leads, and shows them in a repr.
+    This is because httpx shows headers in a repr, and on a redirect copies all but `authorization`.
     """
 
     signature: Signature
@@ -107,6 +107,6 @@ class _Signed(httpx.Headers):
 
     @property
     def raw(self) -> list[tuple[bytes, bytes]]:
-        """What is sent: the signature in the place of whatever the caller gave under its names."""
+        """The headers that are sent: the signature replaces headers of the same names from the caller."""
         own = [(name, value) for name, value in super().raw if name.lower() not in _SECRET]
         return own + [(name.encode(), value.encode()) for name, value in self.signature.headers.items()]

@@ -1,9 +1,9 @@
-"""The token's copies in the files of other KIS clients, so that one issue serves them all.
+"""Copies of the token in the files of other KIS clients, so that one issue serves them all.
 
-The file in another client's folder is (a) ours, known by the digest of what was written there, (b) that client's own
+A file in another client's folder is (a) ours, recognised by the digest of what was written there, (b) the client's own,
 with a token of this key, or (c) anything else. (c) is never touched. (b) with a token that lasts longer than ours is
-left for `found`, as it is the key's newest. Every other file is written, whole and private, as that client reads it. A
-copy is removed only when the key has no living token. Nothing is ever unpickled.
+left for `found`, because that token is the key's newest. Any other file is replaced as a whole, private and in the
+client's own format. A copy is removed only when the key has no living token. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokencore")
 DAY = timedelta(days=1)
-FILE_LIMIT = 1 << 16  # bytes; what is larger is no client's file
-PICKLE_PROTOCOL = 2  # read by every Python that the clients run on
+FILE_LIMIT = 1 << 16  # bytes; no client's file is larger
+PICKLE_PROTOCOL = 2  # readable by every Python that the clients run on
 _PICKLED = b"\x80"
-_JWT = re.compile(r"(?<![\w-])[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)  # possessive: linear, whatever stands there
+_JWT = re.compile(r"(?<![\w-])[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)  # possessive, so linear in time for any input
 
 
 class Client(NamedTuple):
-    """How a client wants the token: the names of its files, their content, and the folder it looks in by itself."""
+    """How a client wants the token: the names of its files, their content, and its default folder."""
 
     names: Callable[[Market, datetime], list[str]]
     content: Callable[[Market, Token, datetime], bytes]
@@ -49,7 +49,7 @@ class Client(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A client, its absolute folder, and the file's name where the client leaves it free."""
+    """A client, its absolute folder, and the file's name if the client does not fix it."""
 
     client: str
     folder: str
@@ -57,11 +57,11 @@ class Target(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As the settings name it."""
+        """The target as it is written in the settings, with its folder."""
         return f"{self.client}:{self.folder}"
 
     def paths(self, market: Market, now: datetime) -> list[str]:
-        """The files that the client reads; ConfigurationError where a setting for their name is missing."""
+        """Return the files that the client reads; ConfigurationError if a setting for their names is missing."""
         names = [self.name] if self.name else CLIENTS[self.client].names(market, now)
         return [os.path.join(self.folder, name) for name in names]
 
@@ -71,13 +71,13 @@ class Found(NamedTuple):
 
     path: str
     content: bytes = b""
-    replaceable: bool = False  # it may be written over
+    replaceable: bool = False  # whether it may be overwritten
     longer: Token | None = None  # the client's own token of this key, if it outlasts ours
 
 
 @sealed_class()
 class Exports(Sensitive):
-    """The copies of one key's token; what writes is called under the key's lock."""
+    """The copies of one key's token; methods that write are called under the key's lock."""
 
     __slots__ = ("_failed", "_market", "_markets", "_store", "_written")
 
@@ -85,61 +85,61 @@ class Exports(Sensitive):
         """Serve the `markets` of one key, whose token is in `store`."""
         self._markets, self._market = markets, markets[0]
         self._store = store
-        self._written = store.document("exports")  # by path, the digest of what was written there
+        self._written = store.document("exports")  # the digest of what was written, by path
         self._failed = store.document("export-failures")
 
     def found(self, now: datetime) -> Token | None:
-        """The living token of this key that another client has put into one of its files, if it outlasts ours."""
+        """Return the living token of this key that another client has saved in its files, if it outlasts ours."""
         if not (targets := self._targets()):
             return None
         ours, theirs = self._store.newest(), []
         for target in targets:
-            with contextlib.suppress(Exception):  # another program's files are no reason to fail, and `sync` reports
+            with contextlib.suppress(Exception):  # another program's files must not cause a failure; `sync` reports it
                 paths = target.paths(self._market, now - DAY) + target.paths(self._market, now)
                 theirs += [one.longer for one in self._look(target, paths, ours, now)]
         return longest(theirs)
 
     def sync(self, token: Token | None) -> None:
-        """Write what the settings ask for, or remove all copies where the key has no living token; never raises."""
+        """Write the copies that the settings ask for, or remove all if there is no living token; never raises."""
         failed = {}
         for target in self._targets():
             try:
                 if token:
                     self._copy(target, token)
-            except Exception as error:  # noqa: BLE001 - the next copy gets its turn whatever happened to this one
-                # Another error's text may hold anything.
+            except Exception as error:  # noqa: BLE001 - the other copies are written whatever happens to this one
+                # The text of any other error may contain a secret.
                 failed[target.label] = str(error) if isinstance(error, TokenError) else type(error).__name__
                 _log.error("The token's copy %s is not up to date: %s", target.label, failed[target.label])
-        with contextlib.suppress(Exception):  # the next time does it
+        with contextlib.suppress(Exception):  # the next call tries again
             if not token:
                 self._remove()
             if failed != self.failures():
                 self._failed.write(failed)
 
     def write(self, client: str, folder: str, token: Token) -> list[str]:
-        """Write the files of `client` into `folder`, made if need be; their paths.
+        """Write the files of `client` into `folder`, created if needed, and return their paths.
 
         Raises:
             ConfigurationError: no such client, a file there is not this key's, or KIS_HTS_ID is missing; nothing was
                 written.
-            TokenStoreError: the system refuses; each file is as before or whole.
+            TokenStoreError: writing failed; each file is either unchanged or complete.
 
         """
         return self._copy(_target(f"{client}:{folder}", self._market), token, make=True)
 
     def check(self, client: str, folder: str) -> None:
-        """Return where nothing but the token may be missing for `write`.
+        """Return if `write` needs nothing more than a token, so that none is issued in vain.
 
         Raises:
             ConfigurationError: no such client, a file there is not this key's, or KIS_HTS_ID is missing.
-            TokenStoreError: others can exchange the folder.
+            TokenStoreError: other users could replace the folder.
 
         """
         now, target = datetime.now(UTC), _target(f"{client}:{folder}", self._market)
         _refuse_foreign(self._look(target, target.paths(self._market, now), None, now))
 
     def failures(self) -> dict[str, str]:
-        """The copies that the settings ask for and that could not be brought up to date last time, and why."""
+        """Return the copies asked for by the settings that could not be updated last time, and why."""
         wanted = {target.label for target in self._targets()}
         return {name: str(why) for name, why in self._failed.read().items() if name in wanted}
 
@@ -166,28 +166,28 @@ class Exports(Sensitive):
                 raise _unwritable(target, f"{why}; make the folder, fix its permissions or free space") from None
             _log.info("Copied the token for %s: %s", target.client, ", ".join(paths))
             present = [Found(path, content) for path in paths]
-        self._note(present)  # also what another wrote: with the token it goes
+        self._note(present)  # files already up to date too, so that they are removed with the token
         return paths
 
     def _look(self, target: Target, paths: list[str], ours: Token | None, now: datetime) -> list[Found]:
-        """Each file by the rule: replaceable are empty ones, ours and those with a token of this key alone."""
-        if fault := permissions.stranger(target.folder, lenient=True):  # the secret goes into that folder
+        """Judge each file; empty ones, ours, and those with tokens of this key only are replaceable."""
+        if fault := permissions.stranger(target.folder, lenient=True):  # a secret is written into that folder
             raise _unwritable(target, f"{fault[0]}; find out why, then run `{fault[1]}`")
         written, app_key, looked = self._written.read(), str(self._market.app_key), []
         for path in dict.fromkeys(paths):
             try:
                 content = files.read_bytes(path, FILE_LIMIT, trusted=False) or b""
-            except ValueError:  # something is there, but no readable file
+            except ValueError:  # something exists there, but it is not a readable file
                 looked.append(Found(path))
                 continue
             mine = not content.strip() or _digest(content) in str(written.get(path))
-            # What we wrote is no news: our own copy of an earlier token is written over, however long that lasts.
+            # What we wrote tells us nothing new: our copy of an earlier token is overwritten, however long that lasts.
             jwts = [] if mine else _jwts(content)
             keys = {jwt: key for jwt in jwts if isinstance(key := jwt_claims(jwt).get("jti"), str)}
             theirs = set(keys.values()) == {app_key}
             longer = longest([_longer(jwt, ours, now) for jwt, key in keys.items() if key == app_key])
             with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
-                if longer and permissions.stranger(path, os.lstat(path), lenient=True):  # planted, perhaps
+                if longer and permissions.stranger(path, os.lstat(path), lenient=True):  # someone may have planted it
                     longer = None
             looked.append(Found(path, content, theirs or mine, longer))
         return looked
@@ -197,7 +197,7 @@ class Exports(Sensitive):
         after = {path: digest for path, digest in before.items() if os.path.lexists(path)}
         after |= {copy.path: _digest(copy.content) for copy in copies}
         if after != before:
-            with contextlib.suppress(OSError):  # no copy waits for it
+            with contextlib.suppress(OSError):  # the copies are in place all the same
                 self._written.write(after)
 
     def _remove(self) -> None:
@@ -254,16 +254,16 @@ def _python_kis_names(market: Market, _: datetime) -> list[str]:
 
 
 def _kis_auth_names(_: Market, now: datetime) -> list[str]:
-    # Today's and tomorrow's, in the zone of the machine that reads them.
+    # Names for today and tomorrow, in the zone of this machine, where they are read.
     return [f"KIS{day.astimezone():%Y%m%d}" for day in (now, now + DAY)]
 
 
 def _kis_auth(_: Market, token: Token, __: datetime) -> bytes:
-    # Its expiry is compared with the clock of the machine that reads it.
+    # The client compares the expiry with the local time of the machine that it runs on.
     return f"token: {token.access_token}\nvalid-date: {token.expires_at.astimezone():%Y-%m-%d %H:%M:%S}\n".encode()
 
 
-# A new client is two functions and a line here.
+# To support another client, write two functions and add a line here.
 CLIENTS = {
     "mojito2": Client(lambda *_: ["token.dat"], _mojito2, holds_secret=True),
     "python-kis": Client(_python_kis_names, lambda _, *held: json.dumps(as_answer(*held)).encode(), "~/.pykis/cache"),
@@ -272,16 +272,16 @@ CLIENTS = {
 
 
 def _jwts(content: bytes) -> list[str]:
-    """The JWTs in a file of any client; a pickle's parts are listed, not loaded."""
+    """Return the JWTs in a file of any client; a pickle's parts are listed, not loaded."""
     if not content.startswith(_PICKLED):
         return _JWT.findall(content.decode("utf-8", errors="replace"))
-    with contextlib.suppress(Exception):  # pickletools raises whatever damage leads to
+    with contextlib.suppress(Exception):  # on damaged input pickletools may raise anything
         return [part for _, part, _ in pickletools.genops(content) if isinstance(part, str) and _JWT.fullmatch(part)]
     return []
 
 
 def _longer(jwt: str, ours: Token | None, now: datetime) -> Token | None:
-    """The token, if it lives, tells its expiry, and lasts longer than `ours`."""
+    """Return the token if it is alive, states its expiry, and lasts longer than `ours`; otherwise None."""
     with contextlib.suppress(ValueError):
         token, _ = from_text(jwt)
         if token.expires_at > now and (not ours or (token.expires_at > ours.expires_at and jwt != ours.access_token)):
