@@ -118,7 +118,7 @@ def test_export_prints_the_paths_and_says_which_file_holds_the_secret(command: C
 
 @pytest.mark.usefixtures("gateway")
 def test_export_from_a_folder_that_is_gone_asks_for_an_absolute_path(command: Callable[..., Ran]) -> None:
-    """A folder's name leads nowhere where the current folder was removed: a sentence and 2, not an unexpected error."""
+    """If the current folder has been removed, a relative folder is a sentence and exit 2, not an unexpected error."""
     (gone := Path("gone").absolute()).mkdir()
     with contextlib.chdir(gone):
         gone.rmdir()

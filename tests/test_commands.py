@@ -1,4 +1,4 @@
-"""The commands: what they print and import, what they leave alone, their exit codes, and outputs that break."""
+"""The commands: what they print, import and leave untouched, their exit codes, and outputs that cannot be written."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ WITH_A_TOKEN = dict.fromkeys(("expires_at", "issued_at", "cached_at", "permissio
 
 
 def test_refresh_renews_or_declines_with_4(quick: Sandbox, command: Command) -> None:
-    """A young token, or the ceiling: 4, and when or how it is possible. Else renewed, with reason and login recorded.
+    """Refresh exits 4 for a young token or at the ceiling and says when or how; else it records reason and operator.
 
-    With --force it is asked again; KIS's same token is told as such, and nobody to ask is 2.
+    With --force KIS is asked again, and a repeated token is reported as such; without a terminal and --yes it exits 2.
     """
     cached(86_000)
     assert re.search(r"from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d KST", one_line(command("refresh", "us")))
@@ -85,7 +85,7 @@ def test_refresh_renews_or_declines_with_4(quick: Sandbox, command: Command) -> 
 
 
 def at_a_terminal(answer: str, *arguments: str) -> Ran:
-    """Run a command that a person answers at a real terminal."""
+    """Run a command at a real terminal, with a person's answer to its question."""
     ours, theirs = os.openpty()
     os.write(ours, answer.encode())
     program = [sys.executable, "-m", "tokencore", *arguments]
@@ -96,7 +96,7 @@ def at_a_terminal(answer: str, *arguments: str) -> Ran:
 
 
 def test_a_second_forced_refresh_asks_on_a_terminal(quick: Sandbox, command: Command) -> None:
-    """It names who had the key renewed and when; what programs renewed by themselves is no reason to ask."""
+    """The question says who had the key renewed and when; renewals by programs are no reason to ask."""
     quick.set_rules(same_token=0)
     assert command("get", "us").code == 0
     for by, answer, code in (("김민지", "", 0), ("Kim", "no\n", 2), ("Kim", "y\n", 0)):
@@ -106,7 +106,7 @@ def test_a_second_forced_refresh_asks_on_a_terminal(quick: Sandbox, command: Com
 
 
 def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: Sandbox, command: Command) -> None:
-    """The record and the issue mark stay; the other market goes on; the last one takes the key's token with it."""
+    """The record and the issue time stay, and the other market keeps its token until it is the last one deleted."""
     command("get", "us")
     record = next(folder().glob("key-*.jsonl")).read_bytes()
     assert command("delete", "us") == Ran(0, "Deleted.\n", "")
@@ -120,9 +120,9 @@ def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: San
 
 
 def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Command) -> None:
-    """The question names the key's markets, and from when KIS issues another token; anything but yes changes nothing.
+    """The question names the key's other markets and when KIS issues a new token; any answer but yes changes nothing.
 
-    The other market of the key is without the dead token too.
+    Revoking also takes the dead token from the key's other market.
     """
     assert "no token to revoke" in at_a_terminal("", "delete", "us", "--revoke").out
     token = command("get", "us").out
@@ -139,7 +139,7 @@ def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Co
 
 
 def test_history_tells_every_attempt_of_every_key(quick: Sandbox, command: Command) -> None:
-    """A table for people, JSON for programs, also of nothing; attempts of one key appear once, with all its markets."""
+    """History is a table or JSON, even if it is empty; each attempt appears once, with all markets of its key."""
     assert command("history").out == "No attempt has been recorded.\n"
     assert json.loads(command("history", "us", "--json").out) == []
     quick.fail("limit", 1)
@@ -156,9 +156,9 @@ def test_history_tells_every_attempt_of_every_key(quick: Sandbox, command: Comma
 
 @pytest.mark.usefixtures("slow")
 def test_check_json_has_exactly_the_contracts_fields_and_tells_facts(command: Command) -> None:
-    """One object for every market, in the settings' order; each field has its type, with a token or without.
+    """There is one object per market, in the settings' order, and each field has its type, with and without a token.
 
-    Times are ISO 8601 with offset, file and mode are real, cool-down and count come from the record.
+    Times are ISO 8601 with offset; file and mode are the real ones; cool-down and count come from the record.
     """
     empty = json.loads(command("check", "--json").out)
     command("get", "us")
@@ -184,14 +184,14 @@ def test_check_json_has_exactly_the_contracts_fields_and_tells_facts(command: Co
 
 
 def broken(_: Sandbox) -> None:
-    """A file of us that is no token."""
+    """Write a file for us that holds no token."""
     folder().mkdir(0o700)
     (folder() / "us_api_token.json").write_text("{")
     (folder() / "us_api_token.json").chmod(0o600)
 
 
 def refused(gateway: Sandbox) -> None:
-    """No token: KIS has just refused the secret."""
+    """Let KIS refuse the app secret, so that there is no token."""
     gateway.fail("bad-secret", 1)
     assert raised(TokenManager("us").get_valid_token).exit_code == 5
 
@@ -210,7 +210,7 @@ STATUSES: dict[str, tuple[Callable[[Sandbox], object], dict[str, str], str]] = {
 
 @pytest.mark.parametrize("case", STATUSES)
 def test_check_words_and_exit_codes(gateway: Sandbox, command: Command, case: str) -> None:
-    """Exit 0 only while every asked market is valid; what remains is never negative; why there is none is said."""
+    """It exits 0 only if every asked market is valid, gives no negative time, and says why a token is missing."""
     make, settings, words = STATUSES[case]
     make(gateway)
     ran = command("check", "us", "--json", **settings)
@@ -225,8 +225,8 @@ def test_check_words_and_exit_codes(gateway: Sandbox, command: Command, case: st
 
 @pytest.mark.parametrize("line", ["check", "check --json", "check --probe", "history", "tick", "plan", "metrics"])
 def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Command, line: str) -> None:
-    """Neither contents, nor times, nor modes of any file change, no directory is made, and KIS issues nothing."""
-    if line != "tick":  # which renews
+    """No file's content, time or mode changes, no directory is made, and KIS issues nothing."""
+    if line != "tick":  # without a token, it would renew
         assert command(*line.split()).code == 3 * line.startswith("check")
         assert not folder().exists()
     command("get", "us")
@@ -237,7 +237,7 @@ def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Comma
 
 
 def test_probe_proves_each_valid_token_with_one_call(gateway: Sandbox, command: Command) -> None:
-    """Accepted: 0. Dead at KIS: 3. KIS gone: 6. Markets share a call; nothing is issued, no expired one is tried."""
+    """It exits 0 if KIS accepts the token, 3 if not, 6 without KIS; it issues nothing and tries no expired token."""
     cached(100)
     assert (command("check", "--probe").code, gateway.stats()["quotes_refused"]) == (3, {})
     command("get", "us")
@@ -258,7 +258,7 @@ def test_probe_proves_each_valid_token_with_one_call(gateway: Sandbox, command: 
 def test_tick_says_why_it_cannot_renew_and_gives_every_key_its_turn(
     gateway: Sandbox, command: Command, mode: str, code: int, then: int
 ) -> None:
-    """A due renewal that fails is told with its market and code; the next tick leaves KIS alone and says why."""
+    """A tick reports a failed renewal with its market and exit code; the next one leaves KIS alone and says why."""
     gateway.fail(mode, 1)
     ran = command("tick", **TWO_KEYS)
     assert (ran.code, "us: due, but not renewed; " in ran.out, "kr: renewed; next " in ran.out) == (code, True, True)
@@ -268,7 +268,7 @@ def test_tick_says_why_it_cannot_renew_and_gives_every_key_its_turn(
 
 
 def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, command: Command) -> None:
-    """The plan, as lines and as data, and a tick say that a person has to act, not when the next renewal would be."""
+    """After refused credentials, plan and tick say that a person has to act instead of giving the next renewal."""
     cached(23 * 3600)
     assert json.loads(command("plan", "--json").out)[0]["renewals"]
     quick.fail("bad-key", 1)
@@ -282,7 +282,7 @@ def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, com
 
 
 def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandbox) -> None:
-    """Token and expiry are in its environment, its arguments are its own, and its code is the command's."""
+    """The program has token and expiry in its environment, gets its own arguments, and sets the command's exit code."""
     program = "import os, sys; print(os.environ['KIS_ACCESS_TOKEN'], os.environ['KIS_TOKEN_EXPIRES_AT'], *sys.argv[1:])"
     ran = tokencore("exec", "us", "--", sys.executable, "-c", f"{program}; sys.exit(7)", "--", "-x")
     token = on_disk()
@@ -293,7 +293,7 @@ def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandb
 
 @pytest.fixture
 def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Give:
-    """Run a command with a text on standard input."""
+    """Return a function that runs a command with a text on standard input; its output must not hold a secret."""
 
     def run(text: str, *arguments: str) -> Ran:
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
@@ -305,10 +305,10 @@ def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Give:
 
 
 def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sandbox, give: Give) -> None:
-    """Reported in any form, it is renewed where the six hours are over; a latecomer's report asks nothing.
+    """A rejected token older than six hours is renewed, whatever form it is given in; a second report asks nothing.
 
-    Within them: 4 with the time and the way out, and no process serves it any more; what force brings is the dead one
-    again. Nothing on standard input: 2.
+    A younger one is no longer served: exit 4 says when a new one is possible and how to force it, which may bring the
+    dead one again. Empty input is exit 2.
     """
     old = cached(50_000)
     quick.fail("dead-token")
@@ -325,7 +325,7 @@ def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sa
 
 
 def test_reject_replaces_an_approval_key(quick: Sandbox, give: Give, command: Command) -> None:
-    """The rejected one is not served again; `check --json` says when the present one expires, once there is any."""
+    """A rejected approval key is not served again; `check --json` says when the present one, if any, expires."""
     assert "approval_key_expires_at" not in command("check", "us", "--json").out
     first = command("get", "us", "--approval-key").out
     time.sleep(0.1)
@@ -337,7 +337,7 @@ def test_reject_replaces_an_approval_key(quick: Sandbox, give: Give, command: Co
 
 @pytest.fixture
 def elsewhere(gateway: Sandbox, tmp_path: Path, command: Command) -> str:
-    """What `get us --json` prints on another machine with the same key."""
+    """The output of `get us --json` on another machine with the same key."""
     gateway.set_rules(issue_interval=0)
     return command("get", "us", "--json", KIS_TOKEN_DIR=str(tmp_path / "elsewhere")).out
 
@@ -345,9 +345,9 @@ def elsewhere(gateway: Sandbox, tmp_path: Path, command: Command) -> str:
 def test_a_token_moves_to_another_machine_without_an_issue(
     elsewhere: str, gateway: Sandbox, give: Give, command: Command
 ) -> None:
-    """It is proven by one quote call, serves all markets of the key, and starts the six hours but not our limits.
+    """An imported token is proven by one quote call, serves all the key's markets, and counts for the six hours only.
 
-    Once it is known to be dead, it comes back only when KIS accepts it again.
+    Once rejected, it can be imported again only if KIS accepts it.
     """
     assert give(elsewhere, "import", "us").code == 0
     assert TokenManager("kr").get_valid_token() == json.loads(elsewhere)["access_token"]
@@ -366,7 +366,7 @@ def test_a_token_moves_to_another_machine_without_an_issue(
 
 
 def test_a_token_is_taken_offline_as_a_shell_sets_it_but_over_no_better_one(give: Give, gateway: Sandbox) -> None:
-    """Its own `exp` decides where it is earlier than what stands beside it; one that lasts longer stays, or --force."""
+    """The earlier of the JWT's `exp` and the given expiry counts; a longer present token stays, except with --force."""
     longer, shorter = make_jwt(APP_KEY, life=7200), make_jwt(APP_KEY, life=3900)
     text = f"export KIS_ACCESS_TOKEN='{longer}'\nexport KIS_TOKEN_EXPIRES_AT=2099-01-01T00:00:00Z"
     assert give(text, "import", "us", "--offline").code == 0
@@ -378,7 +378,7 @@ def test_a_token_is_taken_offline_as_a_shell_sets_it_but_over_no_better_one(give
 
 
 def late(**fields: object) -> str:
-    """JSON with a token of the key that lives, and other fields."""
+    """Return JSON with a living token of the key, and other fields."""
     return json.dumps({"access_token": make_jwt(APP_KEY), "expires_at": "2099-01-01T00:00Z", **fields})
 
 
@@ -399,7 +399,7 @@ REFUSED_INPUT: dict[str, tuple[Callable[[], str], int, str]] = {
 @pytest.mark.usefixtures("gateway")
 @pytest.mark.parametrize("case", REFUSED_INPUT)
 def test_what_is_no_token_of_the_key_is_refused(case: str, give: Give) -> None:
-    """A sentence says what is wrong, nothing is saved, and no output repeats the token."""
+    """Import says in a sentence what is wrong with the input, saves nothing and does not repeat the token."""
     text, code, words = REFUSED_INPUT[case]
     ran = give(text(), "import", "us", "--offline")
     assert (ran.code, words in one_line(ran)) == (code, True), ran.err
@@ -407,7 +407,7 @@ def test_what_is_no_token_of_the_key_is_refused(case: str, give: Give) -> None:
 
 
 def test_a_token_that_kis_refuses_is_not_saved(gateway: Sandbox, give: Give) -> None:
-    """The probe's refusal has KIS's code; where KIS cannot be asked, --offline is offered."""
+    """Import gives KIS's code if KIS rejects the token, and offers --offline if KIS cannot be reached."""
     for code, words in ((3, "EGW00121"), (6, "--offline")):
         ran = give(make_jwt(APP_KEY), "import", "us")
         assert (ran.code, words in one_line(ran)) == (code, True)
@@ -418,7 +418,7 @@ def test_a_token_that_kis_refuses_is_not_saved(gateway: Sandbox, give: Give) -> 
 
 @pytest.mark.usefixtures("gateway")
 def test_completion_knows_commands_options_and_the_settings_markets(command: Command) -> None:
-    """The script for bash, asked by bash itself; those for zsh and fish have the markets too."""
+    """In a real bash, completion offers commands, markets and clients; zsh's and fish's scripts know the markets."""
     own = {"KIS_MARKETS__HK__EXCHANGES": "SEHK"}
     Path("script").write_text(command("completion", "bash", **own).out)
     for line, offered in {"ge": {"get"}, "get ": {"us", "kr", "hk"}, "export kr --to ": {*CLIENTS}}.items():
@@ -430,7 +430,7 @@ def test_completion_knows_commands_options_and_the_settings_markets(command: Com
     assert all("us kr hk" in command("completion", shell, **own).out for shell in ("zsh", "fish"))
 
 
-# --- the front door: `get`, wrong usage, outputs that break
+# --- the front door: `get`, wrong usage, outputs that cannot be written
 
 HEAVY = ("requests", "urllib3", "pydantic", "pydantic_settings", "filelock", "prefect", "argparse", "holidays")
 SLOW = ("typing", "pathlib", "logging", "tomllib", "dotenv")  # a millisecond each
@@ -444,7 +444,7 @@ GET = """if True:
 
 
 def test_get_prints_the_token_and_nothing_else_and_imports_nothing_heavy_for_it(gateway: Sandbox) -> None:
-    """The token and a newline, exit 0; the second call asks nothing, and loads neither HTTP, validation nor locking."""
+    """Get prints the token and a newline; a cached one costs no request and loads no HTTP, validation or locking."""
     first, second = tokencore("get", "us"), tokencore("get", "kr")
     assert (first.code, first.err, first.out.count("\n")) == (0, "", 1)
     assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", first.out)
@@ -456,7 +456,7 @@ def test_get_prints_the_token_and_nothing_else_and_imports_nothing_heavy_for_it(
 
 
 def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
-    """Only what is cached: the token while it is valid, even late in its life; exit 3 and a sentence without one."""
+    """With --no-renew, get prints the cached token as long as it is valid, and otherwise exits 3 with a sentence."""
     ran = command("get", "us", "--no-renew")
     assert (ran.code, "NO_TOKEN" in one_line(ran)) == (3, True)
     token = cached(1_000)
@@ -469,7 +469,7 @@ def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
 
 @pytest.mark.usefixtures("gateway")
 def test_get_for_a_shells_eval_sets_variables_that_children_see(command: Command) -> None:
-    """Whatever signs a token has: the shell takes them as they are, and runs none of them."""
+    """A token's special characters reach the variable unchanged, and the shell runs none of them."""
     odd = "$(>ran)`>ran`;>ran;\\'\"&*"
     USTokenManager().save_token(make_token(text=odd))
     lines = command("get", "us", "--format", "env").out
@@ -481,9 +481,9 @@ def test_get_for_a_shells_eval_sets_variables_that_children_see(command: Command
 
 @pytest.mark.usefixtures("gateway")
 def test_get_as_other_programs_read_it(command: Command) -> None:
-    """JSON with times in UTC, `credential_process` as AWS's tools have it, tokenP's own answer with its expiry in KST.
+    """Get prints JSON with times in UTC, the `credential_process` form of AWS, and tokenP's answer with a KST expiry.
 
-    And what `curl -H` takes, and docker's `--env-file`, without quotes.
+    It also prints a header for `curl -H` and unquoted lines for Docker's `--env-file`.
     """
     token = cached(20_000)
 
@@ -518,7 +518,7 @@ WRONG = [line.split() for line in (
 @pytest.mark.parametrize("arguments", [*WRONG, ["get", ""], ["get", "\udcff"]], ids=" ".join)
 @pytest.mark.usefixtures("gateway")
 def test_wrong_usage_is_one_sentence_and_exit_2(command: Command, arguments: list[str]) -> None:
-    """No usage text, no traceback: a sentence that says what was wrong."""
+    """Wrong usage is exit 2 and a sentence that says what was wrong, without usage text or traceback."""
     ran = command(*arguments)
     assert (ran.code, bool(one_line(ran))) == (2, True)
 
@@ -528,7 +528,7 @@ def test_wrong_usage_is_one_sentence_and_exit_2(command: Command, arguments: lis
 def test_unexpected_error_is_one_line_without_its_text(
     command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """A bug ends with 1 and its place, says nothing that could be a secret, and is not blamed on the output."""
+    """A bug is exit 1 with its place but without its text, which may hold a secret; the output is not blamed."""
 
     def bug(_: TokenManager) -> str:
         raise error
@@ -548,7 +548,7 @@ OUTPUTS = ["get us", "check", "--help", "plan --svg -"]
 @pytest.mark.parametrize("line", OUTPUTS)
 @pytest.mark.usefixtures("gateway")
 def test_output_that_cannot_be_written_is_one_line_and_1(line: str, redirect: str) -> None:
-    """Full or closed: exit 1, one sentence, nothing at the interpreter's end; a reader that has gone is no error."""
+    """A full or closed output is exit 1 and one sentence, also at the interpreter's end; a closed pipe is no error."""
     cached(20_000)
     program = f"({sys.executable} -m tokencore {line}; echo $? >code) {redirect}"
     ran = subprocess.run(["/bin/sh", "-c", program], stderr=subprocess.PIPE, text=True, check=False, timeout=60)
@@ -560,9 +560,9 @@ def test_output_that_cannot_be_written_is_one_line_and_1(line: str, redirect: st
 
 
 def test_interrupted_command_ends_at_once_with_one_line(gateway: Sandbox) -> None:
-    """Ctrl-C while KIS is asked: one line, no traceback; the attempt stays recorded."""
+    """Ctrl-C during a request ends with one line and no traceback, and the attempt stays recorded."""
     gateway.fail("hang")
-    listening = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background, too
+    listening = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # even in the background
     running = start(f"{listening}; from tokencore.cli import main; sys.exit(main(['get', 'us']))")
     until(lambda: asked(gateway) == 1)
     running.send_signal(signal.SIGINT)
@@ -571,7 +571,7 @@ def test_interrupted_command_ends_at_once_with_one_line(gateway: Sandbox) -> Non
 
 
 def test_command_alone_prints_the_help_and_says_what_is_missing(command: Command) -> None:
-    """Every command and exit code on standard output, one sentence on standard error, exit 2; 0 for `--help`."""
+    """Without a command, help with all commands and exit codes goes to standard output, and the exit code is 2."""
     ran = command()
     assert (ran.code, ran.out.startswith("usage: tokencore")) == (2, True)
     assert re.fullmatch(r"tokencore: No command was given[^\n]+\n", ran.err)

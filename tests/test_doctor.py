@@ -1,4 +1,4 @@
-"""`tokencore doctor`: what it finds, healthy and broken, and that it changes, issues and tells nothing."""
+"""`tokencore doctor`: what it finds in healthy and broken set-ups, without a change, an issue or a shown secret."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ ACCEPTED = "token accepted us+kr"
 
 @pytest.fixture
 def warm(gateway: Sandbox) -> Sandbox:
-    """KIS, which has issued a valid token for us and kr."""
+    """The gateway after it has issued a valid token for us and kr."""
     TokenManager("us").get_valid_token()
     return gateway
 
 
 @pytest.fixture
 def kis_at(gateway: Sandbox) -> Move:
-    """Look for KIS at another address, where OPEN is the gateway's port, with a token of there in the cache."""
+    """Return a function that sets KIS's address, with OPEN for the gateway's port, and caches a token for it."""
 
     def move(url: str) -> None:
         os.environ["KIS_BASE_URL"] = url.replace("OPEN", gateway.url.rpartition(":")[2])
@@ -53,13 +53,13 @@ def kis_at(gateway: Sandbox) -> Move:
 
 @pytest.fixture(autouse=True)
 def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No Prefect server of this machine answers a test."""
+    """Keep tests from asking a Prefect server of this machine."""
     monkeypatch.setenv("PREFECT_API_URL", "")
     monkeypatch.setenv("PREFECT_SERVER_API_PORT", "1")
 
 
 def found(command: Command, code: int, **settings: str) -> dict[str, dict[str, str]]:
-    """What a look finds that ends with `code`, by name."""
+    """Run the doctor, which must exit with `code`, and return its findings by name."""
     ran = command("doctor", "--json", **settings)
     assert (ran.code, ran.err) == (code, ""), ran.out
     listed = json.loads(ran.out)
@@ -68,7 +68,7 @@ def found(command: Command, code: int, **settings: str) -> dict[str, dict[str, s
 
 
 def test_a_healthy_set_up_is_exit_0_with_evidence(warm: Sandbox, command: Command) -> None:
-    """No failure, a line for everything that a set-up needs, and the token is proven by a quote call."""
+    """There is no failure and a line for everything that a set-up needs, and a quote call proves the token."""
     seen = found(command, 0)
     assert {one["state"] for one in seen.values()} <= {"ok", "skipped"}
     needed = ("settings", "token directory", "file modes", "disk", "lock", "clock", "kis", "slack", "prefect", ACCEPTED)
@@ -77,7 +77,7 @@ def test_a_healthy_set_up_is_exit_0_with_evidence(warm: Sandbox, command: Comman
 
 
 def test_looking_issues_and_writes_nothing_and_tells_no_secret(gateway: Sandbox, command: Command) -> None:
-    """With and without a token, as JSON and as text of 79 columns: no request, no file touched, nothing secret."""
+    """With or without a token, as JSON or as text of 79 columns, the doctor issues nothing and shows no secret."""
     own = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL_": "https://user:Canary@host"}
     own |= {"SLACK_WEBHOOK_URL": "http://127.0.0.1:1/services/Canary", "KIS_HTS_ID": "CanaryId"}
     os.environ |= {**own, "PREFECT_API_URL": "http://user:Canary@127.0.0.1:1/api"}
@@ -90,12 +90,12 @@ def test_looking_issues_and_writes_nothing_and_tells_no_secret(gateway: Sandbox,
     assert [path for path in before | after if after.get(path) != before.get(path)] == [str(folder())], "its time alone"
     assert asked(gateway) == 0
     assert [canary for canary in CANARIES if any(canary in ran.out + ran.err for ran in said)] == []
-    assert text.out.startswith("fail: ")  # in order of their fixes, but what is wrong is named before
+    assert text.out.startswith("fail: ")  # findings are in the order to fix them, but a summary of failures is first
     assert (max(map(len, text.out.splitlines()[1:])) < 80, "\x1b" in text.out) == (True, False)
 
 
 def test_settings_are_told_with_their_origin(command: Command) -> None:
-    """Each is shown, or masked to its length, with where it came from; odd lengths are told, misspelt names too."""
+    """Each setting is shown with its origin, a secret as its length; odd lengths and misspelt names are reported."""
     Path(".env").write_text("KIS_APP_KEY=PSshort\nKIS_BUFER=5\nKIS_OTHERS=1\n")
     Path(".env").chmod(0o644)
     own = {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": "http://127.0.0.1:1"}
@@ -108,7 +108,7 @@ def test_settings_are_told_with_their_origin(command: Command) -> None:
 
 
 def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(warm: Sandbox, command: Command) -> None:
-    """The sentence names the variable; what depends on it is skipped, and nobody is told to delete the key's record."""
+    """A sentence names the variable, checks that need it are skipped, and the key's record is not called a leftover."""
     seen = found(command, 2, KIS_TIMEOUT="soon")
     assert ("KIS_TIMEOUT" in seen["settings"]["detail"], seen["leftover files"]["detail"]) == (True, "none")
     assert [seen[one]["state"] for one in ("tokens", "kis", "slack", "duplicates")] == ["skipped"] * 4
@@ -116,7 +116,7 @@ def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(warm: San
 
 
 def a_file_as_folder(*_: object) -> None:
-    """Where the token directory should be."""
+    """Put a file where the token directory should be."""
     shutil.rmtree(folder())
     folder().write_text("")
 
@@ -145,7 +145,7 @@ TROUBLES: dict[str, tuple[Callable[[Sandbox, Move], object], int, str, str, str]
 def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
     warm: Sandbox, kis_at: Move, command: Command, case: str
 ) -> None:
-    """The finding is a failure that says what is wrong and what to do; without KIS nothing else is blamed on it."""
+    """Trouble is a failure that says what is wrong and what to do; without KIS, checks that ask KIS are skipped."""
     arrange, code, name, detail, fix = TROUBLES[case]
     arrange(warm, kis_at)
     seen = found(command, code)
@@ -156,7 +156,7 @@ def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
 
 @pytest.mark.usefixtures("gateway")
 def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
-    """Drafts, files set aside and those of other keys and markets are named; a failure's exit code comes first."""
+    """Drafts, files set aside and files of other keys or markets are named; a failure still sets the exit code."""
     cached()
     folder().chmod(0o755)
     names = [".us_api_token.json.x.tmp", "us_api_token.json.aside", "key-0123456789abcdef.jsonl", "old_api_token.json"]
@@ -164,7 +164,7 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
         (folder() / name).touch(0o644)
     seen = found(command, 3)  # the sandbox does not know the token
     assert re.search(r"key-0123456789abcdef\.jsonl, .* and 1 more$", seen["file modes"]["detail"])
-    fixes = f"chmod 700 {folder()}", f"chmod go= {folder()}/*"  # 600 would lock Prefect's folder in there
+    fixes = f"chmod 700 {folder()}", f"chmod go= {folder()}/*"  # 600 would make Prefect's folder there unusable
     assert (seen["token directory"]["cure"], seen["file modes"]["cure"]) == fixes
     assert [one.rpartition(": ")[2] for one in seen["leftover files"]["detail"].split("; ")] == names
 
@@ -172,7 +172,7 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who holds a lock")
 @pytest.mark.usefixtures("warm")
 def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that holds the key's lock is named, and not disturbed; without one it is free."""
+    """The doctor names the process that holds the key's lock without disturbing it, or says that the lock is free."""
     assert found(command, 0)["lock"]["detail"] == "free"
     program = (
         "import sys; from filelock import FileLock\n"
@@ -187,7 +187,7 @@ def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.Monke
 
 
 def test_the_clock_is_compared_with_kis(command: Command, kis_at: Move) -> None:
-    """Seconds are nothing, and more is a warning; answers that say nothing about the token are one too."""
+    """A clock that is off by more than seconds is a warning; so is an answer that says nothing about the token."""
     with Answers() as answers:
         kis_at(answers.url)
         for ahead, state, said in ((0, "ok", "agrees"), (12, "warn", "ahead of"), (-300, "warn", "behind")):
@@ -217,7 +217,7 @@ SERVERS: dict[str, tuple[dict[str, str], tuple[str, str], tuple[int, object], in
 def test_slack_and_prefect_are_asked_without_posting(
     command: Command, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """A webhook by its host alone, as its path is a secret and would post; the others with their password."""
+    """A webhook is only tried by its host, as its path is secret and would post; bot and Prefect by their password."""
     settings, asked, answer, code, said = SERVERS[case]
     with Answers() as answers:
         monkeypatch.setattr(doctor, "SLACK_API", f"{answers.url}/api/")
@@ -228,10 +228,10 @@ def test_slack_and_prefect_are_asked_without_posting(
 
 @pytest.mark.usefixtures("warm")
 def test_caches_of_other_clients_are_found_without_unpickling(isolated: Path, command: Command) -> None:
-    """By the key in clear or by the token's `jti`; one with the same token is fed by us, another key's is no matter."""
+    """A cache with the app key, in clear or as a token's `jti`, is reported unless it holds our token."""
     pickled, sample = Path("token.dat").resolve(), isolated / "KIS" / "config" / "KIS20261121"
     sample.parent.mkdir(parents=True)
-    pickled.write_text(f"cos\nsystem\n(S'touch exploded'\ntR.{APP_KEY}")  # what unpickling would execute
+    pickled.write_text(f"cos\nsystem\n(S'touch exploded'\ntR.{APP_KEY}")  # unpickling would run this
     for token, warned in ((make_jwt(APP_KEY), True), (on_disk().access_token, False), (make_jwt("PSother"), False)):
         sample.write_text(f"token: {token}\n")
         detail = found(command, 1)["duplicates"]["detail"]
