@@ -126,8 +126,15 @@ def address(environment: Mapping[str, str]) -> str:
 
 
 def page(environment: Mapping[str, str]) -> str:
-    """Where people reach the page: the version whose links lead through its login to where they point."""
+    """Where people reach the page: the version whose links lead through its login to where they point.
+
+    Raises:
+        ConfigurationError: PREFECT_UI_URL is not an address that a browser can open.
+
+    """
     given = (environment.get("PREFECT_UI_URL") or address(environment)).rstrip("/")
+    if not re.fullmatch(r"(?i)https?://(\[[\da-f:.]+\]|[^\[\]@\s/?#:]+)(:\d+)?(/\S*)?", given):
+        raise ConfigurationError("PREFECT_UI_URL is not the address of a page; set http://host:port or https://host.")
     return given if given.endswith("/v2") else f"{given}/v2"
 
 
