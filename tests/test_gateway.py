@@ -262,7 +262,7 @@ def test_quote_proves_a_token_or_its_death_by_code_and_status_never_by_rows(
 
 
 def test_quote_that_reached_nobody_says_so(closed: str) -> None:
-    """Whoever reads why a token could not be proven looks at the network, not for half an answer of KIS."""
+    """Its detail names the network as the reason why the token could not be proven, not half an answer of KIS."""
     assert kis(closed).quote(make_jwt(), ["KRX"]).detail == "KIS cannot be reached: 127.0.0.1 refuses the connection"
 
 

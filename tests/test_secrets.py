@@ -235,7 +235,7 @@ def test_logs_tracebacks_files_and_objects_hold_no_secret_whatever_happens(
 
 
 def keep_their_secrets(roots: list[object]) -> None:
-    """Check that no object of ours that the roots lead to, of every public class, shows a secret as text or pickle."""
+    """Check that no object of ours that the roots lead to shows a secret; every public class must be among them."""
     found, waiting = {}, list(roots)
     while waiting:
         one = waiting.pop()

@@ -1,6 +1,6 @@
-"""Where settings come from, whom they trust, what they may be, and what a market makes of them.
+"""Where settings come from, which sources are trusted, which values are valid, and what a market makes of them.
 
-The fast reader and `Settings` agree, and a wrong setting is one sentence.
+The fast reader and `Settings` agree, and a wrong setting gets one sentence.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
 TRUSTED = ("environment", "config.toml")
 SPARSE = 48 * 1024 * 1024  # bytes
-NAMELESS = 54_321  # a user id that no system gives a name
+NAMELESS = 54_321  # a user id without a name on any system
 as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
 us = partial(read_market, "us")  # the market `us` as a cached `get` reads it
 
 
 @pytest.fixture(autouse=True)
 def unwarned() -> None:
-    """Each test hears each warning once."""
-    sources._warned.clear()  # noqa: SLF001 - by an earlier test
+    """Let each test get each warning, although a process warns of the same thing only once."""
+    sources._warned.clear()  # noqa: SLF001 - what earlier tests were warned of
 
 
 def config(text: str = "", **values: str) -> Path:
-    """`~/.tokencore/config.toml` with this text, or these variables."""
+    """Write `~/.tokencore/config.toml` with this text or these variables, and return its path."""
     path = Path.home() / ".tokencore" / "config.toml"
     path.parent.mkdir(mode=0o700, exist_ok=True)
     lines = [f"{name.lower().removeprefix('kis_').replace('__', '.')} = {json.dumps(values[name])}" for name in values]
@@ -68,14 +68,14 @@ def config(text: str = "", **values: str) -> Path:
 
 
 def dotenv(text: str = "", **values: str) -> Path:
-    """`.env` in the working directory with this text, or these variables."""
+    """Write `.env` in the working directory with this text or these variables, and return its path."""
     path = Path(".env").absolute()
     path.write_text(text + "".join(f"{name}={value}\n" for name, value in values.items()))
     return path
 
 
 def secrets(**values: str) -> str:
-    """The secrets folder with a file for each variable."""
+    """Write a secrets folder with a file for each variable, and return its path."""
     folder = Path("secrets").absolute()
     folder.mkdir(exist_ok=True)
     for name, value in values.items():
@@ -84,7 +84,7 @@ def secrets(**values: str) -> str:
 
 
 def give(source: str, values: Mapping[str, str]) -> None:
-    """Have the variables come from the source of that name."""
+    """Put the variables into the source of this name."""
     if source == "secrets folder":
         os.environ["KIS_SECRETS_DIR"] = secrets(**values)
     elif source != "environment":
@@ -94,7 +94,7 @@ def give(source: str, values: Mapping[str, str]) -> None:
 
 
 def refusal(work: Callable[[], object] = Settings.load) -> str:
-    """The one sentence of the refusal; no frame of ours on its way has a credential."""
+    """Return the one sentence of the refusal, after checking that no frame of ours on its way holds a credential."""
     with pytest.raises(ConfigurationError) as caught:
         work()
     message = str(caught.value)
@@ -109,9 +109,9 @@ def refusal(work: Callable[[], object] = Settings.load) -> str:
 
 
 def test_environment_beats_dotenv_beats_secrets_beats_config_file() -> None:
-    """With all four sources present the first one counts, then the next one when it is gone or says nothing.
+    """With all four sources present the first one counts; once it is gone or empty, the next one does.
 
-    Who hands `.env` on gets what it adds to the environment, in upper case.
+    Code that passes `.env` on to other programs gets what it adds to the environment, in upper case.
     """
     folder = secrets(kis_buffer="63")
     config(f"buffer = 64\nsecrets_dir = '{folder}'\n[markets.hk]\nenvironment = 'paper'\n")
@@ -127,9 +127,9 @@ def test_environment_beats_dotenv_beats_secrets_beats_config_file() -> None:
 
 
 def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) -> None:
-    """A byte order mark and a wrong line, which is reported but not repeated, harm no other; 64 KiB are read.
+    """A byte order mark and a wrong line, which is reported but not quoted, spoil no other line; 64 KiB are read.
 
-    Secrets are read as Kubernetes mounts them, behind links; folders and other programs' files are not opened.
+    Secrets are read through links, as Kubernetes mounts them; folders and other programs' files are not opened.
     """
     os.environ["KIS_SECRETS_DIR"] = mount = secrets(**{"tls.key": "Canary"})
     Path("secret").write_text(f"{SECRET}\n")
@@ -146,13 +146,13 @@ def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) 
 
 
 def sparse(path: Path) -> None:
-    """A file of 48 MB that takes no room."""
+    """Make a file of 48 MB that takes no space on disk."""
     path.touch()
     os.truncate(path, SPARSE)
 
 
 PLACES = (".env", "~/.tokencore/config.toml", "secrets/KIS_APP_KEY")
-BAD: dict[str, tuple[Callable[[Path], object], str]] = {  # what stands in place of a file, and what is said of it
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {  # what replaces a file; words of the message
     "pipe": (os.mkfifo, "not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     "48 MB": (sparse, "65536 bytes"),
@@ -173,7 +173,7 @@ UNREADABLE["secrets no folder"] = ("secrets", Path.touch, "Not a directory")
 def test_a_source_that_cannot_be_read_is_named_in_one_sentence_at_once(
     name: str, make: Callable[[Path], object], why: str
 ) -> None:
-    """Neither reader waits, takes memory or repeats the content, whatever stands in place of the file."""
+    """Whatever is in the file's place, neither reader waits, fills the memory or repeats the content."""
     os.environ |= {**PAIR, "KIS_SECRETS_DIR": "secrets" if "secrets" in name else ""}
     path = Path(name).expanduser().absolute()
     path.parent.mkdir(exist_ok=True)
@@ -206,7 +206,7 @@ GIVEN_AWAY = ("KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "K
 def test_a_cloned_repository_gets_no_secret_of_another_source(
     source: str, variable: str, command: Callable[..., Ran]
 ) -> None:
-    """A command in a folder whose `.env`, the user's own file, says where a secret goes: refused, nothing is sent."""
+    """Where a `.env`, though the user's own file, says where a secret goes, commands are refused and send nothing."""
     give(source, PAIR)
     (trap := Path("trap").absolute()).mkdir()
     if variable == "KIS_SECRETS_DIR":
@@ -214,7 +214,7 @@ def test_a_cloned_repository_gets_no_secret_of_another_source(
     with Wire() as thief:
         (trap / "KIS_BASE_URL").write_text(thief.url)
         value = {"KIS_SECRETS_DIR": str(trap), "KIS_MARKETS__US__EXPORTS": f"mojito2:{trap}"}.get(variable, thief.url)
-        keys = {"KIS_STORE_KEYS": SECRET} if variable == "KIS_STORE" else {}  # to its own keys no token goes either
+        keys = {"KIS_STORE_KEYS": SECRET} if variable == "KIS_STORE" else {}  # keys of its own get no token either
         path = dotenv(**{variable: value, **keys})
         (message,) = {refusal(work) for work in (us, Settings.load, Settings, trusted_dotenv)}
         assert message.startswith(f"{variable} in {path} is refused, because ")
@@ -224,7 +224,7 @@ def test_a_cloned_repository_gets_no_secret_of_another_source(
 
 
 def test_an_address_of_dotenv_takes_no_credential_of_a_program_with_it() -> None:
-    """A subclass that gives the credentials itself is as safe as a secret in config.toml."""
+    """Credentials that a subclass gives itself are as safe as a secret in config.toml."""
     bait = {"KIS_APP_KEY": "bait", "KIS_APP_SECRET": "bait"}
     for variable, value in (("KIS_MARKETS__US__EXPORTS", "mojito2"), ("KIS_STORE", EVIL), ("KIS_BASE_URL", EVIL)):
         dotenv(**bait, **{variable: value})
@@ -250,7 +250,7 @@ FROM_FOLDER = {"KIS_BASE_URL": "secrets folder", "KIS_APP_SECRET": "config.toml"
 )
 @hypothesis_settings(max_examples=300)
 def test_every_reader_keeps_the_rule_of_addresses(places: dict[str, str], hk: str) -> None:
-    """Wherever each variable comes from, both readers refuse an address where the rule says so, and else take it."""
+    """Wherever each variable comes from, both readers refuse an address if the rule says so, and otherwise use it."""
     placed = {name: (place, VALUES.get(name.rpartition("_")[2], "word")) for name, place in places.items()}
     with settings_in(placed):
         os.environ |= {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_MARKETS__HK__ENVIRONMENT": hk}
@@ -262,7 +262,7 @@ def test_every_reader_keeps_the_rule_of_addresses(places: dict[str, str], hk: st
 
 @contextlib.contextmanager
 def settings_in(placed: Mapping[str, tuple[str, str]]) -> Iterator[None]:
-    """For a while each variable has its value in its source, and nothing else is set."""
+    """Inside the block each variable has its value in its source, and nothing else is set."""
     before = dict(os.environ)
     shutil.rmtree("secrets", ignore_errors=True)
     for source in SOURCES:
@@ -275,7 +275,7 @@ def settings_in(placed: Mapping[str, tuple[str, str]]) -> Iterator[None]:
 
 
 def refuses(work: Callable[[], object]) -> bool:
-    """Whether it refuses an address."""
+    """Whether a reader refuses an address."""
     try:
         work()
     except ConfigurationError as error:
@@ -284,7 +284,7 @@ def refuses(work: Callable[[], object]) -> bool:
 
 
 def is_foreign(stem: str, places: Mapping[str, str], hk: str) -> bool:
-    """The rule in other words than the product's: for all markets (`KIS_`) or for hk."""
+    """The rule of addresses, written independently of the product: for all markets (`KIS_`) or for hk."""
     own_key = "KIS_MARKETS__HK__APP_KEY" in places and stem != "KIS_"
     secret = places.get("KIS_APP_SECRET")
     if f"{stem}APP_SECRET" in places:
@@ -298,12 +298,12 @@ def is_foreign(stem: str, places: Mapping[str, str], hk: str) -> bool:
 
 
 def give_away(path: Path) -> None:
-    """Have it belong to another user."""
+    """Give a file or folder to another user."""
     os.chown(path, NAMELESS, NAMELESS)
 
 
 def linked_into_an_open_folder() -> None:
-    """Have `.env` be a link to a file that others can exchange."""
+    """Make `.env` a link to a file that others can replace."""
     (shared := Path("shared").absolute()).mkdir()
     Path(".env").rename(shared / "env")
     Path(".env").symlink_to(shared / "env")
@@ -325,7 +325,7 @@ OPEN = {
 def test_dotenv_that_others_can_have_written_is_ignored(
     opened: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One warning names the file and why; nothing in it counts, not even for who hands it on."""
+    """One warning names the file and says why; nothing in it counts, not even for code that passes it on."""
     config(**PAIR)
     path = dotenv(KIS_APP_KEY="a", KIS_APP_SECRET="b", KIS_BASE_URL=EVIL)
     assert us().base_url == EVIL
@@ -335,7 +335,7 @@ def test_dotenv_that_others_can_have_written_is_ignored(
 
 
 def test_config_file_that_others_can_write_is_refused() -> None:
-    """It may give an address for any secret; a group of the owner's own, as the usual umasks leave it, may write it."""
+    """It may say where any secret goes, so only the owner and, as usual umasks leave it, their own group may write it."""
     path = config(**PAIR)
     for opened, wide, usual in ((path, 0o666, 0o664), (path.parent, 0o777, 0o775)):
         opened.chmod(wide)
@@ -347,7 +347,7 @@ def test_config_file_that_others_can_write_is_refused() -> None:
 
 @as_root
 def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
-    """A service's user reads what root wrote and no config.toml of a folder named `~`; its token folder must be set."""
+    """A service's user reads root's file and no config.toml in a folder named `~`, and has to set its token folder."""
 
     def as_nameless() -> None:
         os.setgid(NAMELESS)
@@ -362,12 +362,12 @@ def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
         Path("~/.tokencore").mkdir(parents=True)
         Path("~/.tokencore/config.toml").write_text("proactive_window = 8\n")
         dotenv(KIS_BUFFER="7", KIS_TOKEN_DIR="/nowhere")
-        assert Settings.load().buffer == 7  # what is imported late is known before the user changes
+        assert Settings.load().buffer == 7  # imports what is needed before the user changes
         assert ended(in_child(as_nameless)) == 0
 
 
 def test_program_that_changes_its_folder_keeps_its_dotenv() -> None:
-    """As those that run in the background do: it counts as before, as long as it can be trusted."""
+    """A program that goes to another folder, as background services do, keeps it as long as it can be trusted."""
     path = dotenv(KIS_BUFFER="7", KIS_BASE_URL=EVIL)
     assert us().buffer == 7
     with contextlib.chdir("/"):
@@ -419,26 +419,26 @@ ROWS = [(variable, value, why) for variable, (why, *wrong) in MALFORMED.items() 
 
 @pytest.mark.parametrize(("variable", "value", "why"), ROWS, ids=lambda value: ascii(value[:30]))
 def test_a_malformed_setting_gets_one_sentence_that_names_it(variable: str, value: str, why: str) -> None:
-    """Every mistake names its variable, says what would be right, and repeats no value that may be secret."""
+    """The sentence names the variable, says what would be right, and repeats no value that may be secret."""
     os.environ[variable] = value
     message = refusal()
     if variable in ("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_BASE_URL"):
         assert refusal(us) == message
     named = message.removeprefix("Unknown setting ").split()[0].rstrip(";")
-    assert f"{variable}__".startswith(f"{named}__")  # of a group, its name is enough
+    assert f"{variable}__".startswith(f"{named}__")  # the name of a setting's group is enough
     assert why in message
 
 
 @pytest.mark.parametrize("line", ["app_key = 12345", "base_url = 5", "environment = ['real']", "token_dir = 7"])
 def test_values_of_the_wrong_type_in_the_config_file_are_named(line: str) -> None:
-    """TOML's types are judged like text: both readers end in the same sentence."""
+    """TOML's types are judged like text, and both readers refuse them with the same sentence."""
     config(f"{line}\nbuffer = true")
     assert (message := refusal()) == refusal(us)
     assert message.startswith(f"KIS_{line.split(maxsplit=1)[0].upper()} cannot be used: ")
 
 
 def test_unknown_names_are_refused_only_where_they_can_be_ours(caplog: pytest.LogCaptureFixture) -> None:
-    """A misspelt name in our own file is an error, in the environment one warning; other programs' names are left."""
+    """A misspelt name is an error in our own file and one warning in the environment; other programs' names are not."""
     names = ("KIS_TIMOUT", "KIS_SECRET_DIR", "KIS_MARKET__HK__APP_KEY", "KIS_ACCOUNT_NO", "KIS_ACCESS_TOKEN")
     os.environ |= dict.fromkeys(names, "Canary")
     meant = ("KIS_TIMEOUT", "KIS_SECRETS_DIR", "KIS_MARKETS__HK__APP_KEY", "")
@@ -454,7 +454,7 @@ def test_unknown_names_are_refused_only_where_they_can_be_ours(caplog: pytest.Lo
 
 
 def test_the_defaults_are_the_contracts(isolated: Path) -> None:
-    """Without any setting, the values of the contract's table."""
+    """Without any setting, the values are those of the contract's table."""
     loaded = Settings.load()
     us, kr = loaded.all_markets()
     assert (us.exchanges, kr.exchanges, us.exports) == (("NASD", "NYSE", "AMEX"), ("KRX",), ())
@@ -466,9 +466,9 @@ def test_the_defaults_are_the_contracts(isolated: Path) -> None:
 
 
 def test_a_market_has_values_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    """What a market sets for itself holds for it alone; lists may be text or TOML's, and names in any case.
+    """What a market sets for itself holds for it alone; lists may be text or TOML lists, and names in any case.
 
-    White space around keys is removed, with one warning that names the variable only; nothing shows a credential.
+    White space around keys is removed, with one warning that names only the variable; nothing shows a credential.
     """
     config('[markets.hk]\napp_key = " OwnCanary "\nexchanges = ["sehk", "SHAA"]\nexports = ["mojito2:~/bot"]\n')
     os.environ |= {**PAIR, "KIS_MARKETS__US__EXCHANGES": ' nas, "nys" ', "KIS_MARKETS__HK__BASE_URL": "http://[::1]:80"}
@@ -491,7 +491,7 @@ def test_a_market_has_values_of_its_own(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.parametrize("name", ["jp", "", "../us", "us/", "u s", "us\n", "서울", KEY, "x" * 200])
 def test_an_unknown_market_is_refused(name: str) -> None:
-    """A name that is not configured, or that no file should have, is an error, which repeats no key in its place."""
+    """A name that is not configured or cannot name a file is an error, which repeats no key given in its place."""
     for read in (read_market, Settings.load().market):
         message = refusal(partial(read, name))
         assert re.search(r"not configured \(known: us, kr\)|not a market's name", message)
@@ -500,7 +500,7 @@ def test_an_unknown_market_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(("address", "environment"), [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real")])
 def test_the_other_environments_address_is_refused(address: str, environment: str) -> None:
-    """A key would be sent where it is not known: both readers say which of the two to set."""
+    """As the key would be sent to where it is unknown, both readers refuse, and say which environment to set."""
     os.environ |= {"KIS_BASE_URL": address, "KIS_ENVIRONMENT": environment}
     assert (message := refusal(us)) == refusal()
     assert f"set KIS_ENVIRONMENT={'paper' if environment == 'real' else 'real'}" in message
@@ -508,7 +508,7 @@ def test_the_other_environments_address_is_refused(address: str, environment: st
 
 OURS = ("virtual", "demo", "VPS", "mock", "모의")
 THEIRS = ("KIS_ENV=Virtual", "KIS_IS_PAPER=true", "KIS_ACCOUNT_TYPE=Virtual", "KIS_MODE=모의", "KIS_MODE=fast")
-WORDS = {  # what is set: what the environment is then, and the setting that is named
+WORDS = {  # what is set: the resulting environment, and the setting that the warning names
     **{f"KIS_ENVIRONMENT={word}": ("paper", "KIS_ENVIRONMENT=paper") for word in OURS},
     "KIS_MARKETS__US__ENVIRONMENT=demo": ("paper", "KIS_MARKETS__US__ENVIRONMENT=paper"),
     **dict.fromkeys(THEIRS, ("real", "KIS_ENVIRONMENT=real or KIS_ENVIRONMENT=paper")),
@@ -519,7 +519,7 @@ WORDS = {  # what is set: what the environment is then, and the setting that is 
 
 @pytest.mark.parametrize("given", WORDS)
 def test_other_tools_words_for_the_environment_draw_one_warning(given: str, caplog: pytest.LogCaptureFixture) -> None:
-    """With the right setting; a word for paper in our own setting counts, another tool's variable does not."""
+    """It names the right setting; a word for paper counts in our own setting, but another tool's variable does not."""
     os.environ |= dict(one.split("=") for one in given.split())
     expected, right = WORDS[given]
     assert [Settings.load().market("us").environment for _ in range(2)] == [expected] * 2
@@ -527,7 +527,7 @@ def test_other_tools_words_for_the_environment_draw_one_warning(given: str, capl
 
 
 def test_what_the_user_knows_of_exchanges() -> None:
-    """Closed days and hours are read from text and from TOML, under any alias of the exchange."""
+    """Closed days and hours are read from text and TOML, under any alias of the exchange."""
     os.environ["KIS_EXCHANGES__KRX__CLOSED"] = "2026-12-31, 2027-01-04"
     os.environ["KIS_EXCHANGES__KRX__HOURS__2026-12-30"] = "10:00-15:30"
     config('[exchanges.xhkg]\nextended = true\n[exchanges.XHKG.hours]\n2026-12-24 = "09:30 - 12:00"\n')
@@ -565,7 +565,7 @@ PLACED = st.fixed_dictionaries({}, optional={k: st.tuples(st.sampled_from(SOURCE
 @given(PLACED)
 @hypothesis_settings(max_examples=400)
 def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tuple[str, str]]) -> None:
-    """For any settings in any sources both accept the same ones and read the same values from them."""
+    """For any settings in any sources, both accept the same ones and read the same values from them."""
     with settings_in(placed):
         try:
             fast = [read_market(name) for name in ("us", "kr", *(gather().markets & {"hk"}))]
@@ -587,9 +587,9 @@ def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tupl
 
 @pytest.fixture(name="kept")
 def switched_on() -> Iterator[Kept]:
-    """A keyring, switched on by KIS_KEYRING, where only the key is set.
+    """A keyring, switched on by KIS_KEYRING, while only the app key is set.
 
-    Called with what it keeps from now on; what it has been asked since the last time.
+    Call it with what the keyring keeps from now on; it returns what the keyring was asked since the last call.
     """
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": "kis"}
     log = Path.home() / "keyring.log"
@@ -610,7 +610,7 @@ GIVEN = {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}
 
 
 def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(kept: Kept) -> None:
-    """Asked for when a request needs it, by the variable's name; a market with a key of its own has its own there."""
+    """It is asked for by the variable's name when a request needs it; a market with its own key has its own entry."""
     content = {"kis": {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"}}
     kept(content)
     us = read_market("us")
@@ -636,13 +636,13 @@ FAILING: dict[str, tuple[object, str]] = {
 
 @pytest.mark.parametrize(("content", "why"), FAILING.values(), ids=FAILING)
 def test_a_keyring_that_does_not_serve_is_one_sentence(kept: Kept, content: object, why: str) -> None:
-    """It says what is wrong and what to do; the backend's own words are not repeated."""
+    """The sentence says what is wrong and what to do, and does not repeat the backend's own words."""
     kept(content)
     assert why in refusal(us().credentials)
 
 
 def test_missing_credentials_are_named_with_both_ways_to_set_them(kept: Kept) -> None:
-    """A key is not looked for in the keyring; without the switch nothing is."""
+    """An app key is not looked for in the keyring, and without KIS_KEYRING neither is a secret."""
     os.environ["KIS_APP_KEY"] = ""
     assert "keyring holds only its secret" in refusal(us().identified)
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}

@@ -1,4 +1,4 @@
-"""What every store of tokens does, whichever medium it is on."""
+"""What every store of tokens does, whichever medium it uses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7
 
 @pytest.fixture(params=["files", pytest.param("fleet", marks=needs_postgres)])
 def numbers(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
-    """The settings that choose the kind of store."""
+    """The settings that select the kind of store."""
     if request.param == "files":
         return {"token_dir": str(folder), "store": ""}
     numbers: dict[str, Any] = request.getfixturevalue("fleet").numbers(folder)
@@ -41,19 +41,19 @@ def numbers(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def opened(numbers: dict[str, Any]) -> Open:
-    """Opens the store of a market, as a process of its own would."""
+    """Open the store of a market, as another process would."""
     return lambda market="us": open_store(make_market(market, **numbers), lambda: MARKETS)
 
 
 @pytest.fixture
 def elsewhere(numbers: dict[str, Any], tmp_path: Path) -> Open:
-    """The same on another machine, where machines share the store."""
+    """Open the same store from another machine, if machines share it."""
     numbers = {**numbers, "token_dir": str(tmp_path / "elsewhere")} if numbers["store"] else numbers
     return lambda market="us": open_store(make_market(market, **numbers), lambda: MARKETS)
 
 
 def save(store: Store, token: Token) -> Token:
-    """Save a token under the lock, and read it."""
+    """Save a token under the lock and return it as read back."""
     with store.lock(wait=5):
         store.save(token)
     found = store.read()[0]
@@ -63,17 +63,17 @@ def save(store: Store, token: Token) -> Token:
 
 
 def text_of(store: Store) -> str | None:
-    """The text of the token that the store gives."""
+    """The text of the token that the store holds, or None."""
     return token.access_token if (token := store.read()[0]) else None
 
 
 def test_a_saved_token_is_read_by_every_market_of_the_key_and_shows_no_secret(opened: Open) -> None:
-    """Also by one that was opened while it was empty, and by one that the settings got later; a renewal is seen."""
+    """That includes a store opened while it was empty and a market added later; a renewal is seen too."""
     store, before = opened(), opened("kr")
     found = (before.read(), before.newest(), before.attempts(), before.details()["cache_exists"])
     assert found == ((None, ""), None, [], False)
     token = save(store, given := make_token())
-    given.rejected_at = NOW  # what becomes of it later is not stored
+    given.rejected_at = NOW  # a later change of the object is not stored
     assert {text_of(one) for one in (before, opened("kr"), opened("hk"))} == {token.access_token}
     assert (opened().saved(token), store.unchanged(token)) == (True, True)
     newer = save(opened(), make_token(life=90_000))
@@ -86,7 +86,7 @@ def test_a_saved_token_is_read_by_every_market_of_the_key_and_shows_no_secret(op
 
 
 def test_deleting_ends_with_the_last_market_and_clearing_with_one_call(opened: Open, elsewhere: Open) -> None:
-    """`delete` of one market leaves the others the key's token, on every machine; the last one's ends it everywhere.
+    """Deleting one market leaves the key's token to the others, on every machine; deleting the last one removes it.
 
     The record stays.
     """
@@ -107,7 +107,7 @@ def test_deleting_ends_with_the_last_market_and_clearing_with_one_call(opened: O
 
 
 def test_an_attempt_is_recorded_before_its_outcome_and_completed_by_it(opened: Open) -> None:
-    """Whoever looks in between sees that a request was sent; then it is one attempt, with all that was said of it."""
+    """A reader in between sees that a request was sent; afterwards it is one attempt, with its outcome and details."""
     store = opened()
     with store.lock(wait=5):
         fence = store.begin(SENT)
@@ -123,7 +123,7 @@ def test_an_attempt_is_recorded_before_its_outcome_and_completed_by_it(opened: O
 
 
 def test_a_request_that_left_late_is_dated_anew(opened: Open) -> None:
-    """Connecting took a minute: if the process dies now, KIS's minute counts from when the request left."""
+    """If connecting took a minute and the process then dies, KIS's minute counts from when the request left."""
     store, noted_at = opened(), datetime.now(UTC) - timedelta(minutes=1)
     with store.lock(wait=5):
         assert store.depart(store.begin(SENT._replace(at=noted_at)))
@@ -132,9 +132,9 @@ def test_a_request_that_left_late_is_dated_anew(opened: Open) -> None:
 
 
 def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) -> None:
-    """Neither another thread nor another process gets it; it ends with its holder, also where that one is killed.
+    """Neither another thread nor another process gets it, and it ends with its holder, even if that one is killed.
 
-    Who finds meanwhile what he waits for gives up at once.
+    A process that finds what it waits for in the meantime gives up at once.
     """
 
     def try_it(**how: Any) -> bool:  # noqa: ANN401 - as `lock` takes it
@@ -158,7 +158,7 @@ def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) 
 
 
 def test_a_document_is_shared_whole(opened: Open, numbers: dict[str, Any]) -> None:
-    """What is written under its lock the next process reads, of one key or of them all; an empty one is an object."""
+    """The next process reads what was written under its lock, for one key or for all; an empty one is an object."""
     settings: Any = SimpleNamespace(**numbers)
     for again in (partial(opened("kr").document, "approval"), partial(open_document, settings, "incidents")):
         document: Document = again()
