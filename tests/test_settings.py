@@ -335,7 +335,7 @@ def test_dotenv_that_others_can_have_written_is_ignored(
 
 
 def test_config_file_that_others_can_write_is_refused() -> None:
-    """It may say where any secret goes, so only the owner and, as usual umasks leave it, their own group may write it."""
+    """It may say where any secret goes, so only its owner and, as usual umasks leave it, their own group may write."""
     path = config(**PAIR)
     for opened, wide, usual in ((path, 0o666, 0o664), (path.parent, 0o777, 0o775)):
         opened.chmod(wide)

@@ -1,4 +1,4 @@
-"""One life of the running system, in the tests' order: started, asked by strangers, hurt, started again and stopped."""
+"""One life of the running system, in the order of the tests: started, asked by strangers, hurt and stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = in_proc
-WEBHOOK = "CanaryWebhook"  # in the address of the Slack that the stack alerts
+WEBHOOK = "CanaryWebhook"  # a secret in the webhook's address
 NAMES = ["A run crashed", "A run is late", "A run shows no life", "No worker", "The hourly check is missing"]
 STRANGER = "http://stranger.example"
 SKIPPED = ("COMPLETED", "SkippedLate")
@@ -41,18 +41,18 @@ MINUTE = 60.0
 
 @pytest.fixture(scope="module")
 def outside() -> Iterator[tuple[Sandbox, SlackEndpoint]]:
-    """KIS, whose minute is short, and the Slack that the stack alerts."""
+    """KIS, with a short minute, and the Slack that the stack alerts."""
     with Sandbox(issue_interval=1) as gateway, SlackEndpoint() as slack:
         yield gateway, slack
 
 
 @pytest.fixture(scope="module")
 def up(outside: tuple[Sandbox, SlackEndpoint]) -> Iterator[Up]:
-    """A stack with credentials and a proxy in `.env` only, and another user's files and another Prefect in its way."""
+    """A running stack with credentials and a proxy only in `.env`, and foreign files and Prefect settings in its way."""
     for_all = {f"PREFECT_SERVER_{name}CORS_ALLOWED_ORIGINS": "*" for name in ("", "API_")}
     settings = {"KIS_TIMEOUT": "60", "KIS_ISSUE_INTERVAL": "1", "KIS_MARKETS__HK__EXCHANGES": "SEHK", **KEYS}
     settings |= {"KIS_BASE_URL": outside[0].url, "SLACK_WEBHOOK_URL": f"{outside[1].url}/services/{WEBHOOK}"}
-    with tempfile.TemporaryDirectory(prefix="tokencore-") as root:  # pytest's own path leaves no room for a socket's
+    with tempfile.TemporaryDirectory(prefix="tokencore-") as root:  # pytest's own path is too long for a socket's
         place = Place.made(Path(root) / "stack", AWS_SECRET_ACCESS_KEY="CanaryCloud", **for_all)
         folder = place.work / "tokens" / "prefect"
         for path in (folder.parent, folder):
@@ -60,26 +60,26 @@ def up(outside: tuple[Sandbox, SlackEndpoint]) -> Iterator[Up]:
         (folder / "password").touch(0o600)
         (place.temporary / "runner_storage").touch(0)  # not even root can make a folder of it
         settings |= {"HTTPS_PROXY": "http://CanaryProxy", "KIS_TOKEN_DIR": str(folder.parent)}
-        place.dotenv(**settings, **always_open("NASD", "KRX"))  # never both are near midnight
+        place.dotenv(**settings, **always_open("NASD", "KRX"))  # at most one of them is near midnight
         yield place.up()
         place.run("down")
 
 
 class Once(Api):
-    """Ends the watch with the check that it asks for."""
+    """An API that ends the watch when it asks for a check."""
 
     def create_run(self, deployment: str, **_: object) -> NoReturn:
-        """Stop."""
+        """Stop, naming the deployment."""
         raise EOFError(deployment)
 
 
 @pytest.fixture
 def refreshing(up: Up, outside: tuple[Sandbox, SlackEndpoint]) -> Iterator[tuple[str, int]]:
-    """A run that waits for KIS, and its process."""
+    """A run that waits for KIS, and the id of its process."""
     gateway = outside[0]
     gateway.set_rules(latency=MINUTE)
     before = asked(gateway)
-    for pattern in ("key-*.json*", "*_api_token.json", "*_token_issued_at.dat"):  # no token, and nobody who issued one
+    for pattern in ("key-*.json*", "*_api_token.json", "*_token_issued_at.dat"):  # no token, and no trace of an issue
         for file in up.folder.parent.glob(pattern):
             file.unlink()
     run = up.create(CHECK)
@@ -90,25 +90,25 @@ def refreshing(up: Up, outside: tuple[Sandbox, SlackEndpoint]) -> Iterator[tuple
 
 
 def lines(output: str) -> dict[str, str]:
-    """What `up` and `status` say, by the first words of the line."""
+    """What `up` and `status` print, by the first words of each line."""
     return dict(re.findall(r"^(last check|server says|\S+) +(.+)$", output, re.MULTILINE))
 
 
 def automations(up: Up) -> dict[str, dict[str, Any]]:
-    """The automations on the server, by name, without what only the server sets but their `id`."""
+    """The automations on the server, by name, with their `id` but without the times that the server sets."""
     found = up.api("POST", "automations/filter", {}).json()
     return {one["name"]: {k: v for k, v in one.items() if k not in ("created", "updated")} for one in found}
 
 
 def overdue(up: Up, deployment: str, *hours: int) -> list[str]:
-    """Runs that the schedule had made for so long ago; their ids."""
+    """Create runs as if the schedule had planned them this many hours ago, and return their ids."""
     due = [(datetime.now(UTC) - timedelta(hours=ago)).isoformat() for ago in hours]
     states = [{"type": "SCHEDULED", "state_details": {"scheduled_time": at}} for at in due]
     return [up.create(deployment, state=state, tags=["auto-scheduled"]) for state in states]
 
 
 def test_up_starts_what_the_settings_want_and_says_where_it_is(up: Up) -> None:
-    """All parts run, a check has renewed, links lead past the login; warm-ups and the form follow `.env`."""
+    """All parts run, a check has renewed, and the printed links, the warm-ups and the form follow the settings."""
     said = lines(up.output)
     assert sorted(up.processes()) == ["server", "supervisor", "worker"]
     assert said["tokens"].startswith(f"{up.url}/v2/artifacts/key/tokens ")
@@ -126,7 +126,7 @@ def test_up_starts_what_the_settings_want_and_says_where_it_is(up: Up) -> None:
 
 
 def test_a_second_start_is_refused_and_status_says_what_it_cannot_know(up: Up) -> None:
-    """`up` says that it runs, `run` refuses, nothing is touched; `status` is 3 where a server is silent or refuses."""
+    """`up` says that it runs and `run` refuses; `status` is 3 if the server is silent or refuses the password."""
     before = up.processes()
     code, output = up.place.run("up")
     assert (code, output.splitlines()[0]) == (0, "It runs already.")
@@ -142,7 +142,7 @@ def test_a_second_start_is_refused_and_status_says_what_it_cannot_know(up: Up) -
 
 
 def test_strangers_and_foreign_pages_get_nothing_and_our_own_page_asks_nobody_else(up: Up) -> None:
-    """No answer without the password, to a page of another origin or by another name; the page may ask only us."""
+    """No request without the password, from another origin or by another name is served; our page may ask only us."""
     assert requests.post(f"{up.url}/api/block_documents/filter", json={}, timeout=30).status_code == 401
     assert requests.get(f"{up.url}/api/health", timeout=30).ok
     preflight = {"Access-Control-Request-Method": "POST", "Origin": STRANGER}
@@ -155,9 +155,9 @@ def test_strangers_and_foreign_pages_get_nothing_and_our_own_page_asks_nobody_el
 
 
 def test_no_secret_is_stored_or_on_a_command_line(up: Up) -> None:
-    """Every file and the socket are the owner's alone; the password is in its file, and no other secret in any."""
+    """All files and the socket are the owner's alone, and the password, in its file, is the only secret in any."""
     assert stat.S_ISSOCK((up.folder / "sock").stat().st_mode)
-    page = up.folder / "page"  # public files, but beside Prefect only its first user could make them
+    page = up.folder / "page"  # public files, which in Prefect's own folder only its first user could make
     assert (page / "v2" / "index.html").exists()
     everything = [up.folder.parent, up.folder, *(path for path in up.folder.rglob("*") if page not in path.parents)]
     assert [path.name for path in everything if path.lstat().st_mode & 0o077] == []
@@ -168,7 +168,7 @@ def test_no_secret_is_stored_or_on_a_command_line(up: Up) -> None:
 
 
 def test_runs_that_crash_together_are_one_message_with_a_link(up: Up, outside: tuple[Sandbox, SlackEndpoint]) -> None:
-    """Slack has whose crash it is and its page, once; where Slack refuses, the log has the kind of the error alone."""
+    """Slack gets one message with a link to the run; if Slack refuses it, the log has only the kind of the error."""
     known, log, slack = automations(up), up.folder / "server.log", outside[1]
     assert sorted(known) == NAMES
 
@@ -181,12 +181,12 @@ def test_runs_that_crash_together_are_one_message_with_a_link(up: Up, outside: t
     def heard() -> list[str]:
         return [one["text"] for one in slack.messages if ":warning: A run crashed: " in one.get("text", "")]
 
-    until(lambda: bool(heard()) or crash(), MINUTE)  # Prefect keeps an event back that overtakes its forerunner
+    until(lambda: bool(heard()) or crash(), MINUTE)  # Prefect holds back an event that overtakes the one before it
     for _ in range(3):
         crash()
     assert [f"{up.url}/v2/runs/flow-run/" in text for text in heard()] == [True]
     one = known["A run crashed"]
-    one["trigger"]["within"] = 0  # the next one is reported too
+    one["trigger"]["within"] = 0  # so that the next crash is reported too
     up.api("PUT", f"automations/{one.pop('id')}", one)
     slack.answers.append(403)
     until(lambda: "HTTPStatusError" in log.read_text() or crash(), MINUTE)
@@ -195,7 +195,7 @@ def test_runs_that_crash_together_are_one_message_with_a_link(up: Up, outside: t
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium or Chrome is installed here")
 def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
-    """Who is not signed in answers one question, with what the password file holds, and is where the link led."""
+    """A person who is not signed in enters what the password file holds, once, and arrives where the link led."""
     (run,) = overdue(up, CHECK, -99)
     with sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=QUIET) as browser:
         page = browser.new_page(reduced_motion="reduce")
@@ -209,12 +209,12 @@ def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
 
 
 def test_a_killed_worker_comes_back_and_ends_what_died_or_was_missed(up: Up, refreshing: tuple[str, int]) -> None:
-    """Its run is Crashed, and knew no cloud key, key of the blocks or proxy; of missed warm-ups only the last runs."""
+    """Its run, which knew no cloud key, block key or proxy, is Crashed; of missed warm-ups only the last one runs."""
     run, process = refreshing
     worker = up.processes()["worker"]
     known = environment_of(process) | environment_of(worker)
     assert {one for one in known if "Canary" in one or "ENCRYPTION_KEY" in one} == set()
-    up.api("PATCH", "work_pools/tokens", {"is_paused": True})  # the worker that is killed starts none of them
+    up.api("PATCH", "work_pools/tokens", {"is_paused": True})  # so that none of them starts before the kill
     checks, warm_ups = overdue(up, CHECK, 2, 1), overdue(up, "warm-up/KRX", 48, 24)
     other = up.api("POST", "flow_runs/", {"flow_id": up.look(run)["flow_id"], "state": {"type": "RUNNING"}}).json()[
         "id"
@@ -224,14 +224,14 @@ def test_a_killed_worker_comes_back_and_ends_what_died_or_was_missed(up: Up, ref
     until(lambda: up.processes().get("worker", worker) != worker, SLOW)
     until(lambda: up.state(run) == ("CRASHED", "Crashed"), SLOW)
     until(lambda: {up.state(one) for one in (*checks, warm_ups[0])} == {SKIPPED}, SLOW)
-    assert up.state(other)[0] == "RUNNING"  # another program's, of no pool
+    assert up.state(other)[0] == "RUNNING"  # another program's run, in no work pool
     up.api("PATCH", "work_pools/tokens", {"is_paused": False})
     until(lambda: up.state(warm_ups[1])[0] == "COMPLETED", SLOW)
     assert [bool(up.look(one)["infrastructure_pid"]) for one in (*checks, *warm_ups)] == [False] * 3 + [True]
 
 
 def test_another_deploy_follows_the_settings_and_keeps_what_a_person_did(up: Up) -> None:
-    """An automation that was switched off or is another's stays, one of old goes, and so does an untraded exchange."""
+    """An automation that is switched off or a person's own stays; an obsolete one and an untraded exchange go."""
     before = automations(up)
     up.api("PATCH", f"automations/{before[NAMES[0]]['id']}", {"enabled": False})
     content = {key: value for key, value in before[NAMES[1]].items() if key != "id"}
@@ -249,7 +249,7 @@ def test_another_deploy_follows_the_settings_and_keeps_what_a_person_did(up: Up)
 
 
 def test_a_worker_that_is_stopped_cancels_its_run_and_is_missed(up: Up, refreshing: tuple[str, int]) -> None:
-    """The run's process is gone, its state says why, and `status` is 3."""
+    """The run's process is gone, its state says why, and `status` ends with 3."""
     run, process = refreshing
     assert up.control("stop", "worker") == "worker: stopped"
     assert (up.state(run), environment_of(process)) == (("CANCELLED", "Cancelled"), set())
@@ -259,7 +259,7 @@ def test_a_worker_that_is_stopped_cancels_its_run_and_is_missed(up: Up, refreshi
 
 
 def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
-    """All checks that were missed end without a process; nothing else starts them, the worker is still stopped."""
+    """The missed checks end without a process, and one new check is asked for, although the worker is still stopped."""
     checks = overdue(up, CHECK, 3, 2)
     with time_machine.travel(datetime.now(UTC)) as clock:
         threading.Timer(2, clock.shift, [worker.NAP + 9]).start()
@@ -270,7 +270,7 @@ def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
 
 
 def test_down_leaves_no_process(up: Up) -> None:
-    """Then there is nothing to stop, and `status` says so: 3."""
+    """After it nothing is left to stop, and `status` says so and ends with 3."""
     assert up.place.run("down") == (0, "Stopped.\n")
     assert up.place.living() == {}
     assert up.place.run("down") == (0, "Nothing was running.\n")

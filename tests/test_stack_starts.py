@@ -1,4 +1,4 @@
-"""The demo from start to end, starts that fail with one sentence and leave nothing, and the watchdog outside."""
+"""The demo from start to end, starts that fail with one sentence and leave nothing, and the outside watchdog."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TITLE = "Prefect: Prefect does not look after the tokens"
 
 @pytest.fixture
 def make_place() -> Iterator[MakePlace]:
-    """Make a place with these settings, its path short enough for a socket's; nothing of it may be left in the end."""
+    """Make places with given settings and paths short enough for a socket; no process or file may remain at the end."""
     with tempfile.TemporaryDirectory(prefix="s-") as folder:
         made: list[Place] = []
 
@@ -53,7 +53,7 @@ def make_place() -> Iterator[MakePlace]:
 
 
 def test_the_demo_comes_to_a_token_whatever_the_settings_and_leaves_nothing(make_place: MakePlace) -> None:
-    """Where every setting is a trap it warms up, renews once, checks, and shows that every token is valid.
+    """Although every setting is a trap, it warms up, renews once, checks, and shows that every token is valid.
 
     It says where the page is and how to sign in. After Ctrl-C no process and no file is left.
     """
@@ -79,7 +79,7 @@ def test_the_demo_comes_to_a_token_whatever_the_settings_and_leaves_nothing(make
 
 
 def test_the_demo_warms_an_exchange_that_is_not_over() -> None:
-    """At each hour of two years the session runs or is ahead on that day; otherwise there is none on it."""
+    """At each hour of two years, the chosen exchange's session that day runs or is still ahead, if there is one."""
     for hour in range(2 * 365 * 24):
         now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=hour, minutes=hour % 60)
         code = play.exchange(now)
@@ -98,11 +98,11 @@ EARLY = {
 def test_a_start_that_ends_early_leaves_nothing(
     victim: str, number: signal.Signals, answered: str | None, make_place: MakePlace
 ) -> None:
-    """Ctrl-C ends supervisord and its processes before the command says so, exit 130; killed, they end themselves."""
+    """Ctrl-C ends all processes before the command ends with 130; if supervisord is killed, they end by themselves."""
     place = make_place()
     running = place.start("up")
     server = Api(f"http://127.0.0.1:{place.environment['PREFECT_SERVER_API_PORT']}", None)
-    until(lambda: any(line.endswith(" worker ") for line in place.living().values()), SLOW)  # the last to be started
+    until(lambda: any(line.endswith(" worker ") for line in place.living().values()), SLOW)  # the last one to start
     until(lambda: answered is None or server.answers(answered), SLOW)
     (process,) = (one for one, line in place.living().items() if re.search(rf"{victim}( -c .*)? $", line))
     os.kill(process, number)
@@ -114,7 +114,7 @@ def test_a_start_that_ends_early_leaves_nothing(
 
 
 def test_no_question_to_supervisord_is_closed_by_a_destructor(tmp_path: Path) -> None:
-    """Each connection is closed before: a Ctrl-C that Python meets in a destructor is lost, and the start went on."""
+    """Each connection is closed before, because a Ctrl-C during a destructor is lost, and the start would go on."""
     with warnings.catch_warnings(record=True) as left:
         warnings.simplefilter("always", ResourceWarning)
         assert supervisor.running(tmp_path) == {}
@@ -122,7 +122,7 @@ def test_no_question_to_supervisord_is_closed_by_a_destructor(tmp_path: Path) ->
 
 
 def test_a_server_that_cannot_start_is_shown_with_its_log(make_place: MakePlace) -> None:
-    """Exit 1 with the end of the server's own words, without the database's password, and nothing is left running."""
+    """It ends with 1 and the end of the server's log, without the database's password, and leaves nothing running."""
     url = f"postgresql+asyncpg://prefect:CanaryPassword@127.0.0.1:{free_port()}/prefect"
     place = make_place(PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
     code, output = place.run("up")
@@ -150,13 +150,13 @@ REFUSED = {
 def test_a_start_that_cannot_be_is_one_sentence(
     settings: dict[str, str], code: int, sentence: str, make_place: MakePlace
 ) -> None:
-    """It names the setting, repeats no secret, has its documented exit code, and nothing runs."""
+    """The sentence names the setting and no secret, the exit code is the documented one, and nothing keeps running."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         given = {name: value.replace("TAKEN", str(other.getsockname()[1])) for name, value in settings.items()}
         text = given.pop(".env", "")
         place = make_place(**given)
         (place.work / ".env").write_text(text)
-        for command in ("up",) if "APP_" in sentence else ("up", "run"):  # a service starts before a person gives them
+        for command in ("up",) if "APP_" in sentence else ("up", "run"):  # a service starts without them
             ended, output = place.run(command)
             said = output.partition("(half a minute) ...\n")[2] or output
             assert (ended, said.count("\n")) == (code, 1), output
@@ -165,7 +165,7 @@ def test_a_start_that_cannot_be_is_one_sentence(
 
 
 def test_a_start_on_a_full_disk_is_one_sentence(make_place: MakePlace) -> None:
-    """Exit 7 where not even the reason could be written; it was an empty line and exit 120."""
+    """It ends with 7 even if not even the reason can be written to disk, and not with an empty line and 120."""
     place = make_place()
     command = ["sh", "-c", 'ulimit -f 0; exec "$0" -m flows.stack up', sys.executable]
     done = subprocess.run(
@@ -175,7 +175,7 @@ def test_a_start_on_a_full_disk_is_one_sentence(make_place: MakePlace) -> None:
 
 
 def test_what_another_user_can_have_planted_starts_and_stops_nothing(make_place: MakePlace) -> None:
-    """Who could exchange the password would know it, or choose what runs: exit 7 and the command that ends it."""
+    """As its planter would know the password or choose what runs, commands end with 7 and the line that fixes it."""
     place = make_place()
     folder = place.home / ".tokencore" / "prefect"
     folder.mkdir(parents=True)
@@ -189,14 +189,14 @@ def test_what_another_user_can_have_planted_starts_and_stops_nothing(make_place:
 
 @pytest.fixture
 def prefect() -> Iterator[Wire]:
-    """A port that answers as Prefect's server does, or not; the settings lead there."""
+    """A server in place of Prefect's, to which the settings lead; a test chooses whether and what it answers."""
     with Wire() as server:
         dotenv(**KEYS, PREFECT_SERVER_API_PORT=server.url.rpartition(":")[2])
         yield server
 
 
 def checked(ago: timedelta) -> tuple[int, list[dict[str, str]]]:
-    """What the server says of the newest check, which ended so long ago."""
+    """The server's answer about the newest check, if that ended this long ago."""
     return 200, [{"state_name": "AlreadyValid", "end_time": (datetime.now(UTC) - ago).isoformat()}]
 
 
@@ -211,7 +211,7 @@ NOT_WELL = {
 def test_a_server_that_looks_after_nothing_is_told_once_and_its_return_too(
     answer: tuple[int, object] | None, prefect: Wire, slack: SlackEndpoint, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 1 with a line for cron at each look, one message to Slack; then one that it is over, and silence."""
+    """Each look ends with 1 and a line for cron; Slack gets one message, and later one that it is over."""
     if answer:
         prefect.answer(*answer)
     for _ in range(2):
@@ -223,7 +223,7 @@ def test_a_server_that_looks_after_nothing_is_told_once_and_its_return_too(
 
 
 def test_a_dead_server_is_told_although_what_was_reported_cannot_be_read(prefect: Wire, slack: SlackEndpoint) -> None:
-    """A file of incidents that others may write, which `watch` refuses, delays no alert."""
+    """A file of incidents that is refused, because others may write it, does not hold up the alert."""
     prefect.answer(500, None)
     incidents = folder() / "incidents.json"
     incidents.parent.mkdir(mode=0o700, exist_ok=True)
@@ -233,7 +233,7 @@ def test_a_dead_server_is_told_although_what_was_reported_cannot_be_read(prefect
 
 
 def test_a_restart_is_no_death(prefect: Wire, slack: SlackEndpoint) -> None:
-    """A server that is well again within the watchdog's patience has been away for nobody."""
+    """A server that is well again within the watchdog's patience is not reported."""
     threading.Timer(0.2, prefect.answer, checked(timedelta(minutes=5))).start()
     assert watchdog.watch(patience=60) == 0
     assert (len(prefect.requests) > 1, slack.asked) == (True, [])
