@@ -48,7 +48,7 @@ def outside() -> Iterator[tuple[Sandbox, SlackEndpoint]]:
 
 @pytest.fixture(scope="module")
 def up(outside: tuple[Sandbox, SlackEndpoint]) -> Iterator[Up]:
-    """A running stack with credentials and a proxy only in `.env`, and foreign files and Prefect settings in its way."""
+    """A running stack with credentials and a proxy only in `.env`, with foreign files and settings in its way."""
     for_all = {f"PREFECT_SERVER_{name}CORS_ALLOWED_ORIGINS": "*" for name in ("", "API_")}
     settings = {"KIS_TIMEOUT": "60", "KIS_ISSUE_INTERVAL": "1", "KIS_MARKETS__HK__EXCHANGES": "SEHK", **KEYS}
     settings |= {"KIS_BASE_URL": outside[0].url, "SLACK_WEBHOOK_URL": f"{outside[1].url}/services/{WEBHOOK}"}
