@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-# A run works in a temporary folder. `.env` and its rules are those of the folder where the stack was started.
+# A run works in a temporary folder, but `.env` is the one of the folder where the stack was started.
 if _folder := os.environ.get("TOKENCORE_FOLDER"):
     with contextlib.suppress(OSError):
         os.chdir(_folder)

@@ -1,9 +1,9 @@
-"""What people see in the UI at a glance: the artifacts `tokens`, how every market is, and `plan`, the days ahead.
+"""The artifacts that people see in the UI: `tokens`, the status of every market, and `plan`, the days ahead.
 
-Both are Markdown, because Prefect's own tables cut off on a screen of 1280 pixels what stands in the fifth column.
+Both are Markdown, because Prefect's own tables cut off the fifth column on a screen that is 1280 pixels wide.
 
-Where two installations with different keys share one Prefect server, the first one has these names; those of the
-others end with their key's fingerprint, such as `tokens-1a2b3c4d`, so that neither overwrites the other's.
+If installations with different keys share one Prefect server, the first one uses these names; those of the others
+end with a key's fingerprint, such as `tokens-1a2b3c4d`, so that none overwrites another's.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ REFUSED = (
     "or runs refresh_token once KIS has restored them"
 )
 COLUMNS = ["market", "status", "until (KST)", "session covered", "next renewal or problem"]
-ON_RECORD = (IssuanceLimitError, IssuerUnavailableError, CredentialsError)  # the issuance record has more of them
+ON_RECORD = (IssuanceLimitError, IssuerUnavailableError, CredentialsError)  # the issuance record says more about these
 WORST_FIRST = ("UNREADABLE", "REJECTED", "NO_TOKEN", "EXPIRED", "EXPIRING_SOON", "VALID")
-ABANDONED = timedelta(hours=3)  # without an hourly check, an installation has left its names to others
-KEYS = "keys "  # before their fingerprints in the table's caption
+ABANDONED = timedelta(hours=3)  # after so long without a check, an installation's names are free for others
+KEYS = "keys "  # precedes the fingerprints in the table's caption
 SHORT = 8  # digits of a fingerprint: enough to distinguish a few keys
 
 
 def update(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> None:
-    """Show how a run leaves the keys, and their next renewals as scheduled runs."""
+    """Publish how a run leaves the keys, and schedule their next renewals."""
     views = runs.views(keys, results)
     publish(views)
     upcoming.update(views)
 
 
 def publish(views: Sequence[View]) -> None:
-    """Publish how the tokens are and what lies ahead; what fails here changes no run's end."""
+    """Publish the tokens' status and the plan; a failure here does not change how a run ends."""
     with harmless("The table of tokens and the plan could not be published"):
         views = worst_first(views)
         now, names = datetime.now(UTC), [view.key.fingerprint[:SHORT] for view in views]
@@ -63,7 +63,7 @@ def publish(views: Sequence[View]) -> None:
 
 
 def met(key: Key, error: Exception, again_in: float | None) -> Exception:
-    """`error`, published at once where its run goes on for long: the table would say until its end that all is well."""
+    """Return `error`; publish it now if the run retries, or the table would say until its end that all is well."""
     if again_in and isinstance(error, IssuerUnavailableError):
         with harmless("The table of tokens could not be published"):
             publish(runs.views(Key.load(key.market.settings), {key: error}))
@@ -71,12 +71,12 @@ def met(key: Key, error: Exception, again_in: float | None) -> Exception:
 
 
 def worst_first(views: Sequence[View]) -> list[View]:
-    """Those with a problem, then those without a token, then those where all is well."""
+    """Sort the views: first those with a problem, then those without a token, then those where all is well."""
     return sorted(views, key=lambda view: (not _problem(view), WORST_FIRST.index(view.status)))
 
 
 def caption(views: Sequence[View]) -> str:
-    """The markets by their status, with their problem, or until when the token serves."""
+    """Name the markets and the status of each key, with its problem or until when its token serves."""
     said = []
     for view in views:
         state, text = view.state, f": {_problem(view)}"
@@ -87,19 +87,19 @@ def caption(views: Sequence[View]) -> str:
 
 
 def table(views: Sequence[View]) -> str:
-    """What a person has to do, and the markets, a row each, as Markdown."""
+    """Return, as Markdown, what a person has to do, and a table with a row for each market."""
     fixes = [f"**To do ({view.key.label}):** {fix}" for view in views if (fix := to_do(view))]
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(row for view in views for row in rows_of(view))]
     return "\n\n".join([*(fixes or ["**To do:** nothing."]), "\n".join(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def rows_of(view: View) -> list[list[str]]:
-    """The key's markets for people, in `COLUMNS`: nothing secret, nothing that Markdown acts on."""
+    """Return a row of `COLUMNS` for each of the key's markets, without secrets and without Markdown syntax."""
     state, problem = view.state, _problem(view)
     if state is None:
         return [[market.name, view.status, "none", "no", problem] for market in view.key.markets]
     until, planned = _short(state.serves_until) if state.serves_until else "none", state.outlook.next
-    if planned and state.next_attempt:  # the plan has the reason: an old page cuts off what is long
+    if planned and state.next_attempt:  # without the reason, which `plan` has: the old UI cuts off long cells
         problem = problem or ", ".join(filter(None, [_short(state.next_attempt), planned.exception]))
     return [
         [market.name, view.status, until, _covered(view, state, state.need_of(market)), problem or "none needed"]
@@ -108,7 +108,7 @@ def rows_of(view: View) -> list[list[str]]:
 
 
 def to_do(view: View) -> str:
-    """What a person has to do about the key; empty where nothing is wrong with it."""
+    """Return what a person has to do about the key; empty if there is nothing to do."""
     state, error = view.state, view.trouble
     if state and error and borne(state, error):
         return ""
@@ -126,7 +126,7 @@ def to_do(view: View) -> str:
 
 
 def next_renewal(state: KeyState) -> str:
-    """When the key is renewed next and why then; where a renewal has failed, why, and when the next attempt is."""
+    """Say when the key is renewed next and why then; after a failure, why it failed and when the next attempt is."""
     planned, tried = state.outlook.next, state.next_attempt
     if planned is None:
         return "no renewal is needed"
@@ -139,10 +139,10 @@ def next_renewal(state: KeyState) -> str:
 
 
 def described(views: Sequence[View]) -> str:
-    """The plans as Markdown: the picture, inline so that no other server is needed, and a table for each key."""
+    """Return the plans as Markdown: the picture, inline so that it needs no other server, and a table for each key."""
     plans: dict[Key, Plan] = {}
     for view in views:
-        with harmless(f"{view.key.label} has no plan"):  # where the keyring with its secret is locked
+        with harmless(f"{view.key.label} has no plan"):  # for example if the keyring with its secret is locked
             plans |= {view.key: view.state.plan()} if view.state else {}
     picture = base64.b64encode(draw_plans(list(plans.values())).encode()).decode()
     parts = [f"![Sessions, needs, token life and renewals of the coming days](data:image/svg+xml;base64,{picture})"]
@@ -157,18 +157,18 @@ def described(views: Sequence[View]) -> str:
 
 
 def _problem(view: View) -> str:
-    """What keeps the key from being renewed; empty where nothing does."""
+    """Say what keeps the key from being renewed; empty if nothing does."""
     state, trouble = view.state, view.trouble
     if trouble and not isinstance(trouble, ON_RECORD):
         return _first_sentence(trouble)
     planned, tried = (state.outlook.next, state.next_attempt) if state else (None, None)
     if state is None or planned is None:
         return ""
-    if isinstance(trouble, CredentialsError) and tried:  # a quote call met it
+    if isinstance(trouble, CredentialsError) and tried:  # it comes from a quote call
         return _first_sentence(trouble)
     if state.failed or tried is None:
         return next_renewal(state).partition(": no renewal")[0]
-    if isinstance(trouble, IssuanceLimitError) and planned.at <= state.now:  # nothing was asked, so no record has it
+    if isinstance(trouble, IssuanceLimitError) and planned.at <= state.now:  # KIS was not asked: no record of it
         return f"{_first_sentence(trouble)}; next attempt {clock(tried)}"
     return f"KIS rejects the token; next attempt {clock(tried)}" if state.status == "REJECTED" else ""
 
@@ -185,7 +185,7 @@ def _covered(view: View, state: KeyState, need: tuple[datetime, datetime] | None
 
 
 def _suffix(names: Sequence[str], now: datetime) -> str:
-    """Nothing for the first installation on this server; a key's fingerprint where another one publishes too."""
+    """Return what ends the artifacts' names: nothing, or a key's fingerprint if another installation has the names."""
     wanted = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[TOKENS]))
     with get_client(sync_client=True) as client:
         there = next(iter(client.read_latest_artifacts(artifact_filter=wanted)), None)
@@ -200,6 +200,6 @@ def _short(at: datetime) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    """On one line, without the signs by which Markdown makes lists, headings and tables."""
+    """Return the error's first sentence on one line, without the characters of Markdown lists, headings and tables."""
     text = str(error).partition(". ")[0]
     return " ".join(text.split()).lstrip("-*+#> ").replace("|", "/").replace("`", "'")

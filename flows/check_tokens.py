@@ -1,6 +1,6 @@
-"""Every hour: every key follows the renewal rule, and everybody can see how the tokens are.
+"""Every hour: follow the renewal rule for every key, and publish the status of the tokens.
 
-Requires: credentials of one market at least (KIS_APP_KEY, KIS_APP_SECRET); for alerts SLACK_WEBHOOK_URL, or
+Requires: credentials of at least one market (KIS_APP_KEY, KIS_APP_SECRET); for alerts SLACK_WEBHOOK_URL, or
 SLACK_BOT_TOKEN and SLACK_CHANNEL.
 """
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from tokencore import KeyState, Settings
 
-ALL_KEYS = "check_tokens"  # whose incident it is where a run came to no key
+ALL_KEYS = "check_tokens"  # the subject of an incident in a run that reached no key
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
-TRY_FOR = timedelta(minutes=45)  # while KIS is down; then the next hourly run goes on
+TRY_FOR = timedelta(minutes=45)  # how long a run retries while KIS is down; then the next hourly run takes over
 
 
 def run_name() -> str:
-    """`check-tokens 2026-11-23 07:05 UTC`, when it was due; a planned renewal keeps the name that announced it."""
+    """Name a run by when it was due, `check-tokens 2026-11-23 07:05 UTC`; a planned renewal keeps its first name."""
     if upcoming.TAG in flow_run.tags:
         return str(flow_run.name)
     return f"check-tokens {flow_run.scheduled_start_time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
@@ -41,13 +41,13 @@ def check_tokens() -> State:
     """Follow the renewal rule for every key, and publish how the tokens are.
 
     See the artifacts [tokens](/artifacts/key/tokens), a row per market, and [plan](/artifacts/key/plan), the days
-    ahead: of each, open the newest entry.
+    ahead; open the newest entry of each.
 
     A key is renewed when the rule says so: once a day, in the time that is quiet on all its exchanges. On a day
     with a session one quote call proves that KIS accepts the token (`KIS_PROVE_TOKENS`); one that KIS rejects is
     renewed as soon as KIS issues another. One key's trouble does not stop the others. The next renewal of each key
-    stands as a scheduled run of this deployment at its moment. While KIS is down and the coming need is not covered,
-    the run goes on trying for most of its hour, never inside the cool-down.
+    is a scheduled run of this deployment. While KIS is down and the coming need is not covered, the run keeps trying
+    for most of its hour, never inside the cool-down.
 
     Ends as **Renewed**, **AlreadyValid**, **Completed** (no token, and none needed yet), **SkippedLate** (a
     later check is due and does it) or **Failed**: a renewal that was due did not happen, or KIS rejects the token
@@ -61,13 +61,13 @@ def check_tokens() -> State:
 
 
 def check(settings: Settings, due: datetime, now: datetime) -> State:
-    """What the run that was due then has to do now, and how it ended; times aware.
+    """Do what the run that was due at `due` has to do at `now`, and return its final state; times are aware.
 
     Raises:
         ConfigurationError: no market has credentials.
 
     """
-    if now - due >= HOUR:  # after a down-time the last one does it for all
+    if now - due >= HOUR:  # after a downtime, the last check makes up for all
         return Completed(name="SkippedLate", message="An hour late: a later check is due and does it all.")
     keys = Key.load(settings)
     results = runs.each_key(advance, keys, TRY_FOR)
@@ -78,9 +78,9 @@ def check(settings: Settings, due: datetime, now: datetime) -> State:
 
 @task(persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
 def advance(key: Key, again_in: float | None = None, now: datetime | None = None) -> Done:
-    """One decision of the renewal rule for the key; trouble is reported once it matters.
+    """Make one decision of the renewal rule for the key, and report trouble once it matters.
 
-    `again_in` is after how many seconds Prefect tries again while KIS is down; None if it does not.
+    `again_in` is the number of seconds after which Prefect retries while KIS is down; None if it does not.
 
     Raises:
         TokenError: a renewal that was due did not happen, or KIS rejects the token, and the coming need is not
@@ -109,14 +109,14 @@ def advance(key: Key, again_in: float | None = None, now: datetime | None = None
 
 
 def is_session_day(state: KeyState) -> bool:
-    """Whether a need runs or starts on this day of KST; a key without exchanges is wanted every day."""
+    """Whether a need runs or starts on this day in KST; every day counts for a key without exchanges."""
     day = state.now.astimezone(KST).date() + timedelta(days=1)
     needs = state.outlook.needs
     return not state.key.exchanges or bool(needs and needs[0][0] < datetime.combine(day, time(), KST))
 
 
 def rejected(state: KeyState) -> IssuanceLimitError | None:
-    """The trouble of a key whose token KIS rejects while it issues no other yet; None where that is not urgent."""
+    """Return the error if KIS rejects the key's token and issues no other yet; None if not so, or if not urgent."""
     token, needs = state.token, state.outlook.needs
     if not token or not token.rejected_at or (needs and needs[0][0] >= state.now + DAY):
         return None
@@ -133,7 +133,7 @@ def rejected(state: KeyState) -> IssuanceLimitError | None:
 
 
 def ended(results: Mapping[Key, Done | Exception]) -> State:
-    """The state of a run with these results by key."""
+    """Return the final state of a run with these results by key."""
     if failures := runs.failures(results):
         return Failed(message=failures)
     done = [result for result in results.values() if isinstance(result, Done)]
@@ -146,6 +146,6 @@ def ended(results: Mapping[Key, Done | Exception]) -> State:
 
 
 def progress(done: Done) -> str:
-    """How the key is and what comes next, without the last full stop."""
+    """Say how the key is and what comes next, without the final full stop."""
     said = done.state.served, str(done.trouble or ""), done.remark, artifacts.next_renewal(done.state)
     return "; ".join(part.rstrip(".") for part in said if part)

@@ -1,4 +1,4 @@
-"""A person renews a token, from the form in the UI.
+"""Renew a token when a person asks for it with the form in the UI.
 
 Requires: credentials of the market (KIS_APP_KEY, KIS_APP_SECRET, or its own); for alerts SLACK_WEBHOOK_URL, or
 SLACK_BOT_TOKEN and SLACK_CHANNEL.
@@ -31,33 +31,33 @@ if TYPE_CHECKING:
 
 CONFIRM_WITHIN = timedelta(minutes=15)
 MINUTE = timedelta(minutes=1)
-MARGIN = MINUTE  # after which Prefect itself fails a pause that nobody ended: a killed run's
-POLL = 2  # seconds between two looks at whether somebody has answered
-HOUR = timedelta(hours=1)  # in which a second forced refresh is confirmed too: it may be a scheduler's mistake
+MARGIN = MINUTE  # then Prefect itself fails a pause that nobody ended because its run was killed
+POLL = 2  # seconds between two checks for an answer
+HOUR = timedelta(hours=1)  # after an issue, in which a forced refresh needs an answer too: a scheduler may run amok
 RENEW = "renew now"
 SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"  # as tokencore checks them: no word is as long as an app key
 
 
 def configured() -> tuple[str, ...]:
-    """The markets of the form's drop-down: those with credentials; without any, those that the settings name."""
+    """Return the markets for the form's drop-down: those with credentials or, if none has any, all of the settings."""
     try:
         settings = Settings.load()
     except TokenError:
         return "us", "kr"
     able = [market.name for market in settings.all_markets() if market.app_key]
-    return tuple(able or [market.name for market in settings.all_markets()])  # where deployments are made
+    return tuple(able or [market.name for market in settings.all_markets()])  # to make deployments without any
 
 
 if TYPE_CHECKING:
     Market = str
 else:
-    # With one market pydantic says `const` alone, for which the form has no drop-down.
+    # With a single market, pydantic's schema has only `const`, for which the form shows no drop-down.
     Market = Annotated[
         Literal[configured()],
         Field(json_schema_extra={"enum": list(configured())}),
         BeforeValidator(lambda given: str(given).lower()),
     ]
-# The form checks these, and the flow does: a pydantic error would repeat in the run's state what was typed.
+# The form and the flow check these, not pydantic, whose error would repeat what was typed in the run's state.
 Operator = Annotated[str, Field(json_schema_extra={"maxLength": 40, "pattern": SHORT_WORDS})]
 Reason = Annotated[str, Field(json_schema_extra={"maxLength": 80, "pattern": SHORT_WORDS})]
 
@@ -69,7 +69,7 @@ class Confirmation(RunInput):
 
 
 def run_name() -> str:
-    """`refresh us`, or `refresh us (forced)`."""
+    """Name a run `refresh us`, or `refresh us (forced)`."""
     given = flow_run.parameters
     return f"refresh {given['market']}" + (" (forced)" if given.get("force") else "")
 
@@ -80,13 +80,13 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "", oper
     """Renew a market's token now. Every new token costs an issuance and a KakaoTalk message to the account's owner.
 
     Markets that share an app key share the token: all of them get the new one. Programs that use the present
-    token go on with it until they look again, within a second.
+    token keep it until they look again, within a second.
 
-    **Before anything is asked of KIS** the run looks at what would happen. If it would be a second token in 24 hours,
+    **Before KIS is asked for anything**, the run checks what would happen. If it would be a second token in 24 hours,
     change the token inside a session, or bring the same token back (within six hours of its issue), the run goes to
     **Paused** and waits 15 minutes for a person: **Resume** is in the menu (three dots) at the top right of the run's
-    page. Where no valid token can be lost, nobody is asked. `force` asks nobody, unless KIS has issued within the
-    last hour.
+    page. If there is no valid token to lose, nobody is asked. With `force`, nobody is asked unless KIS has issued
+    within the last hour.
 
     Ends as **Renewed**, **AlreadyValid** (KIS returned the same token, or another run was quicker), **Declined**
     (nobody confirmed, the answer was no, a limit forbids it, or a text in the form looks like a key; the message says
@@ -97,12 +97,12 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "", oper
     and `make up`, run it again. *KIS cannot be reached*, *a fault of its own*: run it again after a minute.
 
     Args:
-        market: Whose token. KIS is asked for a new one at once; markets with the same app key get it too. Only where it
-            would be a second one in 24 hours, change inside a session or come back the same, the run waits for your
-            answer first: press Resume on its page, within 15 minutes.
-        force: Renew without a confirmation, also while KIS would return the same token or when the 24-hour limit
-            is reached. Within an hour of an issue it waits for your answer too, and KIS's limit of one request a minute
-            holds anyway.
+        market: The market whose token to renew. KIS is asked for a new one at once; markets with the same app key get
+            it too. But if it would be a second one in 24 hours, change inside a session or come back the same, the run
+            waits for your answer first: press Resume on its page, within 15 minutes.
+        force: Renew without a confirmation, even while KIS would return the same token or when the 24-hour limit
+            is reached. Within an hour of an issue, the run waits for your answer anyway; KIS's limit of one request a
+            minute always applies.
         reason: Why, at most 80 characters, for the issuance record and Slack. It is stored in clear: no key, no token.
         operator: Your name, for the issuance record and Slack: Prefect knows no users. At most 40 characters.
 
@@ -112,7 +112,7 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "", oper
 
 
 class Request(NamedTuple):
-    """What a person asked for, as the form has it."""
+    """What a person asked for in the form."""
 
     market: str
     force: bool
@@ -121,7 +121,7 @@ class Request(NamedTuple):
 
 
 def refresh(settings: Settings, asked: Request, now: datetime) -> State:
-    """Renew the market's key, publish how the tokens are, and say what became of it.
+    """Renew the market's key, publish the status of the tokens, and return the run's final state.
 
     Raises:
         ConfigurationError: the market is not configured, or has no credentials.
@@ -141,7 +141,7 @@ def refresh(settings: Settings, asked: Request, now: datetime) -> State:
 
 
 def renew(key: Key, asked: Request, now: datetime) -> tuple[State, Exception | None]:
-    """Renew once, with a person's consent where that is needed; what became of it, and the error that it met."""
+    """Renew once, with a person's consent if it is needed; return the run's final state, and the error if it failed."""
     state, ahead = key.state(now), []
     if not asked.force or any(one.outcome == "issued" and now - one.at < HOUR for one in state.attempts):
         ahead = state.warnings()
@@ -162,7 +162,7 @@ def renew(key: Key, asked: Request, now: datetime) -> tuple[State, Exception | N
 
 
 def unconfirmed(before: KeyState, ahead: Sequence[RefreshWarning]) -> State | None:
-    """The end of a run that was to have these consequences, unless a person wants them, all of them and no others."""
+    """Ask a person to confirm the consequences `ahead`; return the final state unless exactly these are confirmed."""
     consequences = [f"- {before.served}.", *(f"- {one.message}" for one in ahead)]
     decision = ask(f"**Renew the token of {before.key.label} anyway?**\n\n" + "\n".join(consequences))
     after = before.key.state(datetime.now(UTC))
@@ -179,18 +179,18 @@ def unconfirmed(before: KeyState, ahead: Sequence[RefreshWarning]) -> State | No
 
 
 def ask(question: str) -> str | None:
-    """A person's answer to the paused run, which shows the question as Markdown; None without one."""
+    """Pause the run with the question, which is Markdown, and return a person's answer; None if nobody answers."""
     runs.logger().warning("%s", question.replace("*", ""))
     runs.logger().warning(
         "Press Resume in the menu at the top right of this page within %s minutes.", CONFIRM_WITHIN // MINUTE
     )
 
     async def answer() -> str:
-        # Prefect's own time-out would end the run as Failed, sooner or later than it raises here.
+        # Prefect's own time-out would end the run as Failed, before or after it raises here.
         async with asyncio.timeout(CONFIRM_WITHIN.total_seconds()):
             form = Confirmation.with_initial_data(description=question)
             timeout = round((CONFIRM_WITHIN + MARGIN).total_seconds())
-            # Prefect counts a run's pauses from one again after Retry, and would refuse the second one of that number.
+            # After a Retry, Prefect counts a run's pauses from one again, and would refuse a number it already knows.
             given = await apause_flow_run(form, timeout=timeout, poll_interval=POLL, key=uuid4().hex)
         return given.decision
 
@@ -201,10 +201,10 @@ def ask(question: str) -> str | None:
 
 
 def unrenewed(before: KeyState, error: Exception, asked: Request) -> State:
-    """Declined where a limit forbids it and the present token serves, else Failed.
+    """Return Declined if a limit forbids the renewal and the present token serves, else Failed.
 
-    A limit that endangers no session is a note to the person who asked: the plan renews in time. Where KIS was not
-    even asked, the state says it all.
+    A limit that endangers no session is only reported to the person who asked: the plan renews in time. If KIS was not
+    even asked because of a limit, the state says it all, and nothing is reported.
     """
     settings, state = before.key.market.settings, before.key.state(datetime.now(UTC))
     limited = isinstance(error, IssuanceLimitError)

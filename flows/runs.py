@@ -1,4 +1,4 @@
-"""What the flows share: which errors may leave a run, when Prefect tries again, one step per key, and times."""
+"""What the flows share: which errors may leave a run, when Prefect retries, one step per key, and times."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
 
 KST = ZoneInfo("Asia/Seoul")  # the time of KIS's own notices
 MARGIN = 5.0  # seconds after a cool-down before Prefect tries again
-QUICK, SLOW = 65 / 60, 5.0  # issue intervals between attempts: the first three, and those after
+QUICK, SLOW = 65 / 60, 5.0  # pauses between attempts, in issue intervals: the first three, and all later ones
 REFUSED_IN_QUOTES = {"EGW00103": "app key", "EGW00105": "app secret"}
-TRIES = 20  # of Prefect in one run; enough for 45 minutes of KIS being down
+TRIES = 20  # Prefect's retries in one run; enough for 45 minutes while KIS is down
 AnyFlow = TypeVar("AnyFlow", bound="Flow[..., Any]")
 
 
 class UnforeseenError(Exception):
-    """An error that nobody planned for: only its kind and place are said, as its own text may contain anything."""
+    """An unexpected error, reported by its type and place only, because its own text may contain anything."""
 
 
-SAFE = (TokenError, UnforeseenError)  # what `safe_errors` lets out
+SAFE = (TokenError, UnforeseenError)  # what `safe_errors` raises
 
 
 class Done(NamedTuple):
-    """What a step made of a key."""
+    """The result of a step for one key."""
 
-    state: KeyState  # how it is after the step
+    state: KeyState  # the key's state after the step
     renewed: bool  # whether the step issued a token
     remark: str = ""  # what else there is to say
-    trouble: TokenError | None = None  # why a renewal that was due failed, where the token serves on
+    trouble: TokenError | None = None  # why a renewal that was due failed, if the token still serves
 
 
 class View(NamedTuple):
-    """A key as a run leaves it: its state, None where it cannot be read, and the trouble that the run met."""
+    """A key as a run leaves it: its state (None if it cannot be read), and the error that the run met."""
 
     key: Key
     state: KeyState | None
@@ -59,13 +59,13 @@ class View(NamedTuple):
 
     @property
     def status(self) -> str:
-        """As `check` has it."""
+        """The status that `check` shows."""
         return self.state.status if self.state else "UNREADABLE"
 
 
 @contextlib.contextmanager
 def safe_errors() -> Iterator[None]:
-    """Let errors out only with texts that Prefect may store in clear, and without the errors behind them."""
+    """Raise errors only with texts that Prefect may store in clear, and without the errors behind them."""
     try:
         yield
     except TokenError as error:
@@ -78,7 +78,7 @@ def safe_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """Let nothing out that would change how a run ends; the log gets `what` and the error's kind, never its text."""
+    """Catch errors that would change how a run ends; log `what` and the error's type, never its text."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
@@ -86,19 +86,19 @@ def harmless(what: str) -> Iterator[None]:
 
 
 def described(made: AnyFlow) -> AnyFlow:
-    """The flow, its docstring as the page wants it: Markdown with a line a paragraph; the form shows the arguments."""
+    """Return the flow with its docstring as Markdown for the UI, a line per paragraph; the form shows the arguments."""
     text, _, _ = (made.description or "").partition("\n\nArgs:")
     made.description = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
     return made
 
 
 def local_date(exchange: str, at: datetime) -> date:
-    """The date in the exchange's zone."""
+    """Return the date in the exchange's zone."""
     return at.astimezone(ZoneInfo(sessions.exchange(exchange).zone)).date()
 
 
 def logger() -> logging.Logger | LoggingAdapter:
-    """The run's logger, whose lines show in the UI; outside of a run a plain one."""
+    """Return the run's logger, whose lines appear in the UI, or a plain one outside of a run."""
     try:
         return get_run_logger()
     except MissingContextError:
@@ -106,15 +106,15 @@ def logger() -> logging.Logger | LoggingAdapter:
 
 
 def clock(at: datetime) -> str:
-    """A time for people, in KST."""
+    """Format a time for people, in KST."""
     return at.astimezone(KST).strftime("%Y-%m-%d %H:%M KST")
 
 
 def retry_delays(interval: float, span: timedelta) -> list[float]:
-    """The pauses between Prefect's attempts, in seconds, as many as end within `span`.
+    """Return the pauses between Prefect's attempts in seconds, as many as fit into `span`.
 
-    They follow the renewal rule, 65 s three times and then 5 min, stretch with the issue `interval` (seconds, of
-    which KIS's is 60), and never end inside the cool-down of the attempt before.
+    They follow the renewal rule (65 s three times, then 5 min) with `MARGIN` added, stretch with the issue `interval`
+    (KIS's is 60 seconds), and never end inside the cool-down of the previous attempt.
     """
     quick, slow = QUICK * interval + MARGIN, SLOW * interval + MARGIN
     delays: list[float] = []
@@ -126,21 +126,21 @@ def retry_delays(interval: float, span: timedelta) -> list[float]:
 
 
 def kis_is_down(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Whether Prefect shall try again: only where KIS gave no token, never after a limit or a refusal."""
+    """Whether Prefect retries: only if KIS gave no token, never after a limit or a refusal."""
     return isinstance(state.data, IssuerUnavailableError)
 
 
 def borne(state: KeyState, error: Exception) -> bool:
-    """Whether the plan bears it: KIS gave no token, but the present one serves, and no renewal is due."""
+    """Whether the plan can bear the error: KIS gave no token, but the present one serves, and no renewal is due."""
     planned = state.outlook.next
     is_due = planned is not None and planned.at <= state.now
     return isinstance(error, IssuanceLimitError | IssuerUnavailableError) and bool(state.serves_until) and not is_due
 
 
 def each_key(step: Task[..., Any], keys: Sequence[Key], span: timedelta, *more: object) -> dict[Key, Any]:
-    """What a task made of each key, or the error it met; one key that waits for KIS keeps no other waiting.
+    """Run a task for all keys at once, so that none waits for another; return each key's result, or its error.
 
-    `span` is how long Prefect tries again; the task gets the key, `more`, and after how many seconds that is.
+    Prefect retries for `span`; the task gets the key, `more`, and the seconds until the first retry, None without one.
     """
     futures = {}
     for key in keys:
@@ -153,13 +153,13 @@ def each_key(step: Task[..., Any], keys: Sequence[Key], span: timedelta, *more: 
 
 
 def failures(results: Mapping[Key, object]) -> str:
-    """The sentences of the keys that failed, each with its key where there are several; empty when none did."""
+    """Return the sentences of the keys that failed, with the key's label if there are several; empty if none failed."""
     failed = {key.label: result for key, result in results.items() if isinstance(result, Exception)}
     return " ".join(f"{label}: {error}" if len(results) > 1 else str(error) for label, error in failed.items())
 
 
 def views(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> list[View]:
-    """Every key as a run leaves it, read anew only where no step has."""
+    """Return every key as a run leaves it; keys without a step's result are read now."""
     found, done = [], {key.label: result for key, result in results.items()}
     for key in keys:
         result = done.get(key.label)
@@ -174,10 +174,11 @@ def views(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> list[
 
 
 def proven(state: KeyState) -> tuple[KeyState, str, CredentialsError | None]:
-    """`state` after one quote call with its token (KIS_PROVE_TOKENS), what to say without an answer, and the trouble.
+    """Prove the token of `state` by a quote call (KIS_PROVE_TOKENS); return the state after it, a remark and an error.
 
-    A token that KIS rejects is marked dead for all processes. Where it refuses the key or its secret, the next renewal
-    is going to fail: the trouble. Nothing is asked where there is no token to prove.
+    A token that KIS rejects is marked dead for all processes. The remark says that KIS did not tell whether it accepts
+    the token; the error, that it refuses the key or its secret, so the next renewal will fail. Without a valid token,
+    KIS is not asked.
     """
     if not state.key.market.settings.prove_tokens or state.token is None or state.serves_until is None:
         return state, "", None
@@ -193,7 +194,7 @@ def proven(state: KeyState) -> tuple[KeyState, str, CredentialsError | None]:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """A failed step or run ends with its sentence in the log, not with where in Prefect and here it was raised."""
+    """Log only the sentence with which a step or run failed, not the traceback through Prefect and this code."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, (*SAFE, FailedRun)):
         record.msg, record.args, record.exc_info = str(error), (), None

@@ -1,9 +1,9 @@
-"""The planned renewals in the UI before they happen, as scheduled runs.
+"""Planned renewals, which the UI shows as scheduled runs before they happen.
 
-The hourly check alone would renew up to an hour late, and a day later another hour. So every flow leaves a run of
-`check_tokens` for the moment at which the rule has something to do next: the planned renewal or, after a failure, the
-next attempt. There is one such run per key; it moves when the plan moves and goes when there is nothing to do. Its
-tags name the key, so that installations with other keys on the same server leave it alone.
+The hourly check alone would renew up to an hour late, and the next day up to another hour later. So every flow
+schedules a run of `check_tokens` for the time at which the rule has something to do next: the planned renewal or,
+after a failure, the next attempt. There is one such run per key; it moves with the plan and is removed when there is
+nothing to do. Its tags name the key, so that installations with other keys on the same server leave it alone.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ DEPLOYMENT = "check-tokens/check_tokens"
 
 
 def update(views: Sequence[View]) -> None:
-    """Bring the scheduled renewals up to date with the keys; what fails here changes no run's end."""
+    """Bring the scheduled renewals up to date with the keys; a failure here does not change how a run ends."""
     with harmless("The next renewals could not be scheduled"):
         for key, state, _ in views:
             if state:
-                paper = " (paper)" * (key.market.environment == "paper")  # a fingerprint is of real and paper alike
+                paper = " (paper)" * (key.market.environment == "paper")  # their fingerprints may be the same
                 keep(key.label, f"key {key.fingerprint}{paper}", state.next_attempt)
 
 
 def keep(label: str, tag: str, at: datetime | None) -> None:
-    """Have exactly one scheduled run with the key's `tag`, at that moment (aware UTC), and none for None.
+    """Keep exactly one scheduled run with the key's `tag`, at that time (aware UTC), or none for None.
 
-    One that is about to start is not taken back: it finds out for itself what there is to do. Where `check_tokens` is
-    not deployed there is nobody to run it later, and nothing is done.
+    A run whose time has come is left alone: it finds out for itself what there is to do. If `check_tokens` is not
+    deployed, nothing could run it later, and nothing is scheduled.
     """
     waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
     own = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG, tag]), state=waiting)

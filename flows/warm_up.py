@@ -1,4 +1,4 @@
-"""Before an exchange opens: a token that lasts to the end of the session's need, or an alert in good time.
+"""Before an exchange opens: get a token that lasts to the end of the session's need, or alert people in good time.
 
 Requires: credentials of a market that trades the exchange (KIS_APP_KEY, KIS_APP_SECRET); for alerts
 SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL.
@@ -28,7 +28,7 @@ else:
 
 
 def order_code(given: object) -> object:
-    """The order code of a known alias such as NASDAQ, NAS or XNAS; anything else as it is, to be refused."""
+    """Return the order code of a known alias such as NASDAQ, NAS or XNAS; anything else unchanged, to be refused."""
     try:
         return sessions.exchange(str(given)).code
     except ConfigurationError:
@@ -36,7 +36,7 @@ def order_code(given: object) -> object:
 
 
 def run_name() -> str:
-    """`warm-up NASD 2026-11-23`, the day in the exchange's zone."""
+    """Name a run `warm-up NASD 2026-11-23`, by the date in the exchange's zone."""
     exchange = flow_run.parameters["exchange"]
     return f"warm-up {exchange} {runs.local_date(exchange, flow_run.scheduled_start_time)}"
 
@@ -44,11 +44,11 @@ def run_name() -> str:
 @runs.described
 @flow(flow_run_name=run_name, persist_result=False, log_prints=False)
 def warm_up(exchange: Annotated[Exchange, BeforeValidator(order_code)]) -> State:
-    """Have a token for an exchange's session: valid now and until the session's need ends.
+    """Make sure that an exchange's session has a token: valid now and until the session's need ends.
 
-    Where the present token lasts, one quote call proves that KIS accepts it (`KIS_PROVE_TOKENS`). Where it does not
-    last, or KIS rejects it, it is renewed under the key's lock: runs that start in the same minute for one key make
-    one request together. While KIS is down the run goes on trying until the open, never inside the cool-down.
+    If the present token lasts, one quote call proves that KIS accepts it (`KIS_PROVE_TOKENS`). If it does not last,
+    or KIS rejects it, it is renewed under the key's lock: runs that start in the same minute for the same key make
+    only one request. While KIS is down, the run keeps trying until the open, never inside the cool-down.
 
     Ends as **Warm**, **Renewed**, **MarketClosed** (no session that day), **SkippedLate** (a stale run: the
     session is over, or it is open and the token valid) or **Failed** with the reason.
@@ -68,7 +68,7 @@ def warm_up(exchange: Annotated[Exchange, BeforeValidator(order_code)]) -> State
 
 
 def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> State:
-    """What the run of `exchange` that was due then has to do now, and how it ended; times aware.
+    """Do what the run of `exchange` that was due at `due` has to do at `now`; return its final state. Times are aware.
 
     Raises:
         ConfigurationError: no market trades the exchange.
@@ -81,7 +81,7 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
     if session.close <= now:
         return Completed(name="SkippedLate", message=f"{exchange}'s session of {day} is over.")
     keys, until = Key.trading(settings, exchange), need[1]
-    alerts.resolved(settings, exchange, now)  # of what kept a run from coming to its keys
+    alerts.resolved(settings, exchange, now)  # ends an incident of a run that reached no key
     if due < session.open <= now and all(key.state(now).lasts(until) for key in keys):
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")
     results = runs.each_key(ensure, keys, session.open - now, until)
@@ -92,9 +92,9 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
 
 @task(persist_result=False, cache_policy=NO_CACHE, retry_condition_fn=kis_is_down)
 def ensure(key: Key, until: datetime, again_in: float | None = None) -> Done:
-    """Have a token of the key that lasts `until` then; trouble is reported at once, not after the last try.
+    """Make sure that the key has a token that lasts until `until`; report trouble at once, not after the last retry.
 
-    `again_in` is after how many seconds Prefect tries again while KIS is down; None if it does not.
+    `again_in` is the number of seconds after which Prefect retries while KIS is down; None if it does not.
 
     Raises:
         TokenError: there is no token that lasts; a present one is untouched.
@@ -120,7 +120,7 @@ def ensure(key: Key, until: datetime, again_in: float | None = None) -> Done:
 
 
 def ended(exchange: str, until: datetime, results: Mapping[Key, Done | Exception]) -> State:
-    """The state of a run with these results by key, whose exchange needs a token until then."""
+    """Return the final state of a run with these results by key; `exchange` needs a token until `until`."""
     if failures := runs.failures(results):
         return Failed(message=failures)
     done = [result for result in results.values() if isinstance(result, Done)]

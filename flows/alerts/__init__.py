@@ -1,7 +1,7 @@
-"""Trouble with a key, reported while it lasts and once when it is over: in the log, and in Slack.
+"""Report trouble with a key while it lasts, and once when it is over, in the log and in Slack.
 
-What happens here never changes how a run ends: nothing is raised, and a Slack that is down, slow or silent delays a
-run by `WAIT` at most. What it did not accept is sent by the next run.
+Nothing here changes how a run ends: no error is raised, and a Slack that is down, slow or silent delays a run by
+`WAIT` at most. An alert that Slack did not accept is reported by the next run.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
     from flows.alerts.incidents import Incident
     from flows.alerts.messages import Facts, Message, Notice, Texts
 
-    Who = Key | KeyState | str  # a key, or the exchange (or whatever else) of a run that came to no key
+    Who = Key | KeyState | str  # a key, or the exchange (or another name) of a run that reached no key
 
-WAIT = 3.0  # seconds a run waits for Slack, and for others that speak to it
+WAIT = 3.0  # seconds that a run waits for Slack, and for other runs that are sending
 FAILED = "An alert could not be made"
-CHECK_MINUTE = 5  # of each hour, when check_tokens runs: its cron in prefect.yaml
+CHECK_MINUTE = 5  # the minute of each hour at which check_tokens runs, as its cron in prefect.yaml says
 
 
 class Subject(NamedTuple):
-    """Who is in trouble, at which moment."""
+    """Who is in trouble, and at which time."""
 
     settings: Settings  # where messages go, and in which language
     now: datetime  # aware
-    name: str  # what its incidents are kept under
-    label: str  # what people call it
-    state: KeyState | None  # the key whose session is endangered first, as far as it could be read
-    exchanges: list[str]  # what it trades, where no key could be read
-    reached: bool  # whether it is a key, whose token was looked at
+    name: str  # identifies its incidents
+    label: str  # its name for people
+    state: KeyState | None  # the key whose session is endangered first; None if none could be read
+    exchanges: list[str]  # the exchanges concerned
+    reached: bool  # whether it is a key whose token was read
 
     @classmethod
     def of(cls, settings: Settings, who: Who, now: datetime) -> Subject:
-        """A key by its state, or read now; an exchange by its code; of anything else all keys are at risk."""
+        """Describe a key by its state, or read now, or an exchange; under any other name, all keys are at risk."""
         if isinstance(who, KeyState):
             return cls(settings, now, who.key.name, who.key.label, who, who.key.exchanges, reached=True)
         if isinstance(who, Key):
@@ -59,18 +59,18 @@ class Subject(NamedTuple):
         if who in sessions.EXCHANGES:
             return cls(settings, now, who, who, None, [who], reached=False)
         keys = []
-        with contextlib.suppress(TokenError):  # there is no key, which is what is reported
+        with contextlib.suppress(TokenError):  # there is no key: just that is being reported
             keys = Key.load(settings)
         return cls(settings, now, who, who, _first_endangered(keys, now), [], reached=False)
 
     @property
     def texts(self) -> Texts:
-        """The reader's language."""
+        """The texts in the reader's language."""
         return messages.LANGUAGES[self.settings.slack_language]
 
     @property
     def need(self) -> datetime | None:
-        """When the need that is endangered first starts; of an exchange whose keys were not reached, its next one."""
+        """When the first endangered need starts, or the exchange's next need if none of its keys was reached."""
         if self.state:
             return self.state.outlook.unserved[0] if self.state.outlook.unserved else None
         soon = self.now + timedelta(days=messages.DAYS_AHEAD)
@@ -78,7 +78,7 @@ class Subject(NamedTuple):
         return next((start for start, _ in needs if start > self.now), None)
 
     def facts(self, *, at_risk: bool) -> Facts:
-        """What a message says of it; the sessions too where they are at risk."""
+        """Return the facts for a message, with the sessions if they are at risk."""
         state = self.state
         until = state.serves_until if state else None
         codes = state.key.exchanges if state and state.outlook.unserved else self.exchanges
@@ -88,20 +88,20 @@ class Subject(NamedTuple):
         return messages.Facts(self.texts, self.label, self.now, until, self.reached, risks, run, mention)
 
     def diagnosis(self, error: Exception) -> tuple[Cause, str]:
-        """Why it is in trouble, and what happened in the reader's language."""
+        """Return why it is in trouble, and what happened, in the reader's language."""
         attempts, token = (self.state.attempts, self.state.token) if self.state and self.reached else ([], None)
         cause = causes.cause_of(error, attempts, token, self.settings.issue_interval)
         answer = (attempts[-1].outcome.value, attempts[-1].code) if attempts and cause in causes.BY_ANSWER else None
         return cause, messages.happened(self.texts, cause, str(error), answer)
 
     def over(self, known: list[Incident]) -> list[Incident]:
-        """Those of its incidents whose end is to be reported."""
+        """Close its incidents, and return those whose end is to be reported."""
         state = self.state if self.reached else None
         foreign, refused = bool(state and state.foreign_issue), bool(state and state.refusal)
         return incidents.over(known, self.name, self.now, foreign=foreign, lasting=refused)
 
     def attempt(self, cause: Cause, again_in: float | None, retry_at: datetime | None) -> tuple[str, datetime | None]:
-        """What is tried next by itself: the key of its text, and when; None where a person has to act first."""
+        """Return the next automatic attempt: the key of its text, and its time; None if a person has to act first."""
         retry_at = retry_at or self.now
         if cause in causes.NEEDS_PERSON:
             return "next.person", None
@@ -112,7 +112,7 @@ class Subject(NamedTuple):
 
 
 def guarded(who: str, work: Callable[[Settings, datetime], State]) -> State:
-    """The end of `work`; an error that came to no key becomes Failed with its sentence, and an alert about `who`."""
+    """Return the state of `work`; an error that belongs to no key becomes Failed with its sentence, and an alert."""
     now = datetime.now(UTC)
     settings: Settings | None = None
     try:
@@ -122,15 +122,15 @@ def guarded(who: str, work: Callable[[Settings, datetime], State]) -> State:
     except SAFE as error:
         if settings:
             report(settings, who, error, now)
-        else:  # nobody knows where Slack is
+        else:  # without settings, nobody knows where Slack is
             logger().error("%s: %s", who, error)
         return Failed(message=str(error))
 
 
 def report(settings: Settings, who: Who, error: Exception, now: datetime, again_in: float | None = None) -> Exception:
-    """Report trouble at `now` (aware), if a message is due; the error for the run, which is `error` in most cases.
+    """Report trouble at `now` (aware) if a message is due; return the error for the run, usually `error` itself.
 
-    After `again_in` seconds this very run tries again.
+    After `again_in` seconds, this run itself tries again.
     """
     cause = causes.UNFORESEEN
     with harmless(FAILED):
@@ -142,7 +142,7 @@ def report(settings: Settings, who: Who, error: Exception, now: datetime, again_
 
 
 def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
-    """Report the end of the trouble of a key, or of an exchange, if there was any; and a token that others issued."""
+    """Report the end of trouble with a key or an exchange, if there was any, and a token that someone else issued."""
     with harmless(FAILED):
         foreign = who.foreign_issue if isinstance(who, KeyState) else None
         name = who.key.name if isinstance(who, KeyState) else who
@@ -165,10 +165,10 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
 def announce(
     settings: Settings, state: KeyState, kind: Notice, *, by: str, why: str, error: Exception | None = None
 ) -> None:
-    """Report what became of a refresh that a person asked for, and which incidents it ended, as one message.
+    """Report the result of a refresh that a person asked for, and which incidents it ended, as one message.
 
-    `error` is why it failed: an incident, unless the plan bears it. Where the incident has a message due, that one
-    names the person, and there is no other. What Slack does not accept is in the log and in the issuance record.
+    `error` is why it failed: an incident, unless the plan can bear it. If a message about the incident is due, it names
+    the person and is the only one. What Slack does not accept is still in the log and in the issuance record.
     """
     with harmless(FAILED):
         subject = Subject.of(settings, state, state.now)
@@ -196,7 +196,7 @@ def _trouble(
     again_in: float | None = None,
     retry_at: datetime | None = None,
 ) -> bool:
-    """Send the message about trouble that lasts; whether one was due."""
+    """Send the message about trouble that goes on, and return whether one was due."""
     harmful = cause is not causes.FOREIGN_TOKEN  # a foreign token serves like one of ours
     now, following, attempt = subject.now, _next_check(subject.now), subject.attempt(cause, again_in, retry_at)
     look_again = min(attempt[1] or following, following)
@@ -214,7 +214,7 @@ def _trouble(
 def _end(
     known: list[Incident], subject: Subject, over: list[Incident], message: Message, *, broadcast: bool = False
 ) -> None:
-    """Send a message that ends these incidents, and forget them once Slack has it."""
+    """Send the message about the end of these incidents, and forget them once Slack has accepted it."""
     thread = next((one.thread for one in over if one.thread), None)
     if not _send(subject.settings, message, logging.INFO, thread, broadcast=broadcast).refusal:
         known[:] = [one for one in known if one not in over]
@@ -223,7 +223,7 @@ def _end(
 def _send(
     settings: Settings, message: Message, level: int, thread: slack.Thread | None, *, broadcast: bool
 ) -> slack.Receipt:
-    """Log a message and send it; the log also has why Slack did not accept it."""
+    """Log a message and send it; if Slack does not accept it, log why."""
     logger().log(level, message.plain)
     receipt = slack.send(settings, message, thread, broadcast=broadcast)
     if receipt.refusal:
@@ -232,9 +232,9 @@ def _send(
 
 
 def _deliver(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
-    """Do the `work` that sends messages and notes what Slack accepted, holding the incidents meanwhile.
+    """Do the `work` that sends messages and notes what Slack accepted, with the incidents locked meanwhile.
 
-    In a thread: not even a name server or an endless answer delays a run for longer.
+    It runs in a thread, so that not even a slow name server or an endless answer delays a run for longer.
     """
     thread = threading.Thread(target=contextvars.copy_context().run, args=(_hold, settings, work), daemon=True)
     thread.start()
@@ -265,15 +265,15 @@ def _hold(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
 
 
 def _first_endangered(keys: list[Key], now: datetime) -> KeyState | None:
-    """Of the keys that can be read the one whose need is endangered first, or any."""
+    """Return the state of the readable key whose need is endangered first, or of any; None if none is readable."""
     states = []
     for key in keys:
-        with contextlib.suppress(TokenError):  # its store cannot be used, which is what is reported
+        with contextlib.suppress(TokenError):  # its store cannot be used: just that is being reported
             states.append(key.state(now))
     return min(states, key=lambda one: one.outlook.unserved or (datetime.max.replace(tzinfo=UTC),), default=None)
 
 
 def _next_check(after: datetime) -> datetime:
-    """The first hourly check after that moment."""
+    """Return the time of the first hourly check after that moment."""
     at = after.replace(minute=CHECK_MINUTE, second=0, microsecond=0)
     return at if at > after else at + timedelta(hours=1)

@@ -1,6 +1,6 @@
 """Why a key is in trouble: the causes that distinguish incidents, read from the error and the issuance record.
 
-Pure. What people read of a cause, its title and what to do, is in texts.toml.
+The functions are pure. The texts about a cause, its title and what to do, are in texts.toml.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DAY = timedelta(days=1)
 class Cause(NamedTuple):
     """One kind of trouble."""
 
-    name: str  # by which incidents and texts are distinguished
+    name: str  # identifies its incidents and its texts
     at_once: bool = True  # whether it is reported even while the next need is far; otherwise once it is urgent
-    by_person: bool = False  # whether nothing but a person can end it within hours
+    by_person: bool = False  # whether only a person can end it within hours
 
 
 class SilenceError(Exception):
-    """Prefect shows no sign of life; the text says which is missing."""
+    """Prefect shows no sign of life; the text says which one is missing."""
 
 
 LIMIT = Cause("limit")
@@ -72,7 +72,7 @@ _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (TokenUnavailableError, UNSERVED),
     (SilenceError, SILENT),
 )
-_NEVER_SENT = ("unreachable", "imported")  # outcomes without a request of ours at KIS
+_NEVER_SENT = ("unreachable", "imported")  # outcomes without a request of ours that reached KIS
 _BY_OUTCOME = {  # what a pause after a failed attempt waits for
     **dict.fromkeys(("bad_key", "bad_secret", "denied"), CREDENTIALS),
     **dict.fromkeys(("server_error", "refused", "bad_answer", "no_answer", "unreachable"), DOWN),
@@ -83,9 +83,9 @@ _BY_OUTCOME = {  # what a pause after a failed attempt waits for
 def cause_of(
     error: Exception, attempts: Sequence[Attempt], token: Token | None = None, interval: float = MINUTE
 ) -> Cause:
-    """The cause behind `error`, for a key with this issuance record, present token and issue interval (seconds).
+    """Return the cause of `error`, for a key with this issuance record, present token and issue interval (seconds).
 
-    A pause after a failure is no cause of its own: the last attempt's outcome shows what it waits for.
+    A pause after a failure is not a cause of its own: the last attempt's outcome shows what it waits for.
     """
     last = attempts[-1].outcome if attempts else ""
     if token and token.rejected_at and last == "same" and isinstance(error, IssuanceLimitError | TokenUnavailableError):
@@ -99,7 +99,7 @@ def cause_of(
 
 
 def as_met(error: Exception, cause: Cause) -> Exception:
-    """The error for the run: the pause after KIS gave no token is KIS giving no token, and may be tried again."""
+    """Return the error for the run: a pause because KIS gave no token counts as KIS giving none, and may be retried."""
     down = cause in (DOWN, RESTRICTED) and not isinstance(error, IssuerUnavailableError)
     return IssuerUnavailableError(str(error)) if down else error
 
@@ -118,9 +118,9 @@ def _limited(error: IssuanceLimitError, attempts: Sequence[Attempt], token: Toke
 
 
 def _is_ours(attempts: Sequence[Attempt], interval: float) -> bool:
-    """Whether a request of our own came so shortly before the first of the last refusals that it may be their cause.
+    """Whether a request of our own came so shortly before the latest series of refusals that it may be their cause.
 
-    Twice the interval, because nobody knows whether KIS's minute begins with a request or with its answer.
+    The limit is twice the interval, because nobody knows whether KIS's minute begins with a request or its answer.
     """
     refused = len(attempts) - 1
     while refused and attempts[refused - 1].outcome == "limit":

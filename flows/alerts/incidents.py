@@ -1,8 +1,8 @@
 """The incidents of an installation: what people already know, so that all runs together report it once.
 
-One document, `incidents`, with names and times, never a message or a secret. It is held while a message is sent: what
-Slack did not accept, or a killed run had not noted, is sent by the next run. One key's outage is one incident,
-whatever KIS answers while it lasts; a token that someone else issued is another.
+They are kept in one document, `incidents`, with names and times, never a message or a secret. It is locked while a
+message is sent; what Slack did not accept, or a killed run had not noted, is sent by the next run. One key's outage
+is one incident, whatever KIS answers while it lasts; a token that someone else issued is another.
 
 An incident is opened; escalated when half of the lead to the endangered need is gone, and once more at the last call
 before that need; repeated at growing intervals while it lasts; and closed, which is reported once.
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from flows.alerts.causes import Cause
 
 CALM, HALF, LAST_CALL = 0, 1, 2  # stages of escalation
-ACT = timedelta(minutes=30)  # before the need: what a person takes to notice, understand and act
-NEAR = timedelta(hours=4)  # before the need: who is called then has a reason to get up
-# The flows look hourly, so nothing shorter could be kept; each is about twice the one before, as news turns into a
-# known state; a day is the longest, because every day has sessions of its own and people of its own on duty.
+ACT = timedelta(minutes=30)  # before the need: the time that a person takes to notice, understand and act
+NEAR = timedelta(hours=4)  # before the need: close enough to get people out of bed
+# The flows run hourly, so a shorter interval could not be kept. Each is about twice the previous one, as news turns
+# into a known state; the longest is a day, because every day has its own sessions and its own people on duty.
 REMINDERS = tuple(timedelta(hours=hours) for hours in (1, 3, 6, 12, 24))
-PUNCTUALITY = timedelta(minutes=5)  # hourly runs are not on the second; a reminder must not wait for the one after
-FORGOTTEN = timedelta(days=7)  # unseen for longer, trouble that comes back is new: nobody looked in between
+PUNCTUALITY = timedelta(minutes=5)  # hourly runs do not start on the second; a reminder must not wait for the next one
+FORGOTTEN = timedelta(days=7)  # trouble that comes back after longer is new: nobody looked in between
 
 
 class Notification(NamedTuple):
@@ -47,29 +47,29 @@ class Incident(BaseModel):
     subject: str  # the key's first market, or the exchange of a run that came to no key
     cause: str  # the name of its present cause
     opened_at: AwareDatetime
-    seen_at: AwareDatetime  # when it was last met
-    notified_at: AwareDatetime | None = None  # when Slack last accepted a message of it
+    seen_at: AwareDatetime  # when a run last met it
+    notified_at: AwareDatetime | None = None  # when Slack last accepted a message about it
     stage: int = CALM  # how far it was escalated with that message
     reminders: int = 0
-    need: AwareDatetime | None = None  # when the need that it endangers starts, where one is known
+    need: AwareDatetime | None = None  # when the need that it endangers starts, if one is known
     need_since: AwareDatetime  # since when it has endangered that need
-    thread: tuple[str, str] | None = None  # Slack's channel and the first message's time stamp, where a bot sent it
-    closed_at: AwareDatetime | None = None  # when it was over, where that is still to be reported
+    thread: tuple[str, str] | None = None  # Slack's channel and the first message's time stamp, if a bot sent it
+    closed_at: AwareDatetime | None = None  # when it ended, if that is still to be reported
 
     @property
     def kind(self) -> Cause:
-        """Its present cause; one of a later version is as good as unknown."""
+        """Its present cause; the name of a cause from a later version counts as unforeseen."""
         return BY_NAME.get(self.cause, UNFORESEEN)
 
     def notified(self, sent: Notification, now: datetime, thread: tuple[str, str] | None) -> None:
-        """Slack accepted this message at `now`; the next ones go into its thread."""
+        """Note that Slack accepted this message at `now`; the next ones go into its thread."""
         self.notified_at, self.thread = now, thread or self.thread
         self.stage = max(self.stage, sent.stage)
         self.reminders += sent.kind == "reminded"
 
 
 def parse(content: dict[str, Any]) -> list[Incident]:
-    """What a document says; a damaged entry says nothing, and what is still wrong is reported again."""
+    """Return the incidents in a document, without damaged entries; what is still wrong is then reported again."""
     known = []
     found = content.get("incidents")
     for one in found if isinstance(found, list) else []:
@@ -79,17 +79,17 @@ def parse(content: dict[str, Any]) -> list[Incident]:
 
 
 def dumped(known: list[Incident]) -> dict[str, Any]:
-    """The document that says this."""
+    """Return the document with these incidents."""
     return {"incidents": [one.model_dump(mode="json") for one in known]}
 
 
 def met(
     known: list[Incident], subject: str, cause: Cause, need: datetime | None, now: datetime, look_again: datetime
 ) -> tuple[Incident, Notification | None]:
-    """Note that the trouble exists and endangers the need that starts then; the message that is due.
+    """Note that the trouble exists and endangers the need that starts at `need`; return the incident and its message.
 
-    `look_again` is when anybody meets it next, by plan. A new cause of a known incident is reported where it now takes
-    a person.
+    The message is None if none is due. `look_again` is when a run will next meet the trouble, by plan. A new cause of
+    a known incident is reported if only a person can end it, unlike the old one.
     """
     known[:] = [one for one in known if one.closed_at or now - one.seen_at < FORGOTTEN]
     one = next(
@@ -109,10 +109,10 @@ def met(
 
 
 def over(known: list[Incident], subject: str, now: datetime, *, foreign: bool, lasting: bool) -> list[Incident]:
-    """Close the subject's incidents; those whose end is to be reported. One that was never reported is forgotten.
+    """Close the subject's incidents, and return those whose end is to be reported; forget any that was never reported.
 
-    With `foreign` someone else's token is still there, and is what remains of a limit that it caused; with `lasting`
-    everything else is not over either.
+    With `foreign`, someone else's token is still there: its incident goes on, and replaces that of a limit that it
+    caused. With `lasting`, all other incidents go on too.
     """
     ended = []
     for one in [one for one in known if one.subject == subject]:
@@ -128,11 +128,11 @@ def over(known: list[Incident], subject: str, now: datetime, *, foreign: bool, l
 
 
 def due(one: Incident, cause: Cause, now: datetime, look_again: datetime) -> Notification | None:
-    """The message of an incident that is due at `now`; the next time that anybody looks is `look_again`."""
+    """Return the message about an incident that is due at `now`, if any; `look_again` is when a run will next look."""
     stage, near = CALM, False
     if one.need:
         near = one.need - now <= NEAR
-        if max(now, look_again) > one.need - ACT:  # with the last look before it would be too late
+        if max(now, look_again) > one.need - ACT:  # the next look would be too late
             stage = LAST_CALL
         elif now - one.need_since >= one.need - now:
             stage = HALF
@@ -149,5 +149,5 @@ def due(one: Incident, cause: Cause, now: datetime, look_again: datetime) -> Not
 
 
 def new(subject: str, cause: Cause, need: datetime | None, now: datetime) -> Incident:
-    """An incident that begins at `now`."""
+    """Return an incident that begins at `now`."""
     return Incident(subject=subject, cause=cause.name, opened_at=now, seen_at=now, need=need, need_since=now)

@@ -1,7 +1,7 @@
-"""What people read: a message rendered from facts, in the reader's language, as plain text and as Block Kit.
+"""Messages for people, rendered from facts in the reader's language, as plain text and as Block Kit.
 
-Written for a phone: a headline, what there is and what comes next, a sentence, then one line a question. Times are
-KST, with the exchange's own beside them where it is elsewhere. The texts are in texts.toml.
+They are written for a phone: a headline, the present state and what comes next, a sentence, then one line for each
+question. Times are in KST, with the exchange's local time where it differs. The texts are in texts.toml.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     Notice = Literal["renewed", "forced", "same", "failed"]
 
 HEADLINE, SENTENCE = 150, 600  # characters: Slack's limit of a header, and what a phone shows of a paragraph
-DAYS_AHEAD = 5  # in which a session counts as at risk: over the longest of usual weekends
-CLOCKS = timedelta(seconds=30)  # KIS's clock is not ours, and a need ends with a pad, long after the close
-MOMENT = timedelta(minutes=1)  # for which trouble has not lasted yet
+DAYS_AHEAD = 5  # how far ahead a session counts as at risk: beyond the longest usual weekend
+CLOCKS = timedelta(seconds=30)  # KIS's clock and ours may differ, and a need ends with a pad, long after the close
+MOMENT = timedelta(minutes=1)  # a message does not say how long trouble has lasted before it has lasted this long
 HOUR = 60  # minutes
 ICONS = {"opened": ":warning:", "escalated": ":rotating_light:", "reminded": ":hourglass_flowing_sand:"}
-NAMES = re.compile(r"\b(?:[A-Z]+_[A-Z_\d]+|\w+Error|\w+\.py:\d+)\b")  # of an error's text: the same in any language
+NAMES = re.compile(r"\b(?:[A-Z]+_[A-Z_\d]+|\w+Error|\w+\.py:\d+)\b")  # in an error's text; the same in any language
 
 
 class Texts(dict[str, str]):
     """The texts of one language, by dotted key."""
 
     def __call__(self, key: str, **facts: object) -> str:
-        """The text of that key, with the facts that it names filled in."""
+        """Return the text of that key, with the facts that it names filled in."""
         return self[key].format(**facts)
 
     def lasted(self, span: timedelta) -> str:
-        """A time span in hours and minutes, a minute at least."""
+        """Format a time span in hours and minutes, as one minute at least."""
         hours, minutes = divmod(max(1, round(span.total_seconds() / 60)), HOUR)
         key = "span.minutes" if not hours else "span.hours" if minutes else "span.whole"
         return self(key, hours=hours, minutes=minutes)
@@ -60,7 +60,7 @@ LANGUAGES = {
 
 
 class Risk(NamedTuple):
-    """A session through which no token lasts: of which exchanges, when, and in which zone."""
+    """A session through which no token lasts, with its exchanges and their time zone."""
 
     session: sessions.Session
     exchanges: tuple[str, ...]
@@ -68,28 +68,28 @@ class Risk(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of a key, or of a run that came to no key; times are aware UTC."""
+    """What is known of a key, or of a run that reached no key; times are aware UTC."""
 
     texts: Texts  # the reader's language
-    label: str  # what people call it
+    label: str  # its name for people
     now: datetime
     until: datetime | None = None  # until when its present token serves
-    reached: bool = False  # whether the key's token was looked at; otherwise `until` says nothing
+    reached: bool = False  # whether the key's token was read; if not, `until` means nothing
     risks: Sequence[Risk] = ()  # the sessions at risk, the most urgent first
-    run: tuple[str, str | None] = "", None  # the name and the page of the run that reports; an empty name without one
-    mention: str = ""  # whom a page calls, as Slack writes it
+    run: tuple[str, str | None] = "", None  # the name and the URL of the run that reports; an empty name without one
+    mention: str = ""  # who is called when people are paged, in Slack's syntax
 
 
 class Message(NamedTuple):
     """One message."""
 
     icon: str  # Slack's name of an emoji
-    headline: str  # whose trouble, and which
-    preview: str  # what there is and what comes next, in a few words; the first that a phone shows
+    headline: str  # who is in trouble, and what the trouble is
+    preview: str  # the present state and what comes next, in a few words; the first thing that a phone shows
     happened: str  # a sentence or two
     answers: Sequence[tuple[str, str]]  # an operator's questions with their answers
-    run: tuple[str, str, str | None]  # the label, the name and the page of the run that reports
-    mention: str = ""  # whom it calls
+    run: tuple[str, str, str | None]  # the label, the name and the URL of the run that reports
+    mention: str = ""  # who is called
 
     @property
     def plain(self) -> str:
@@ -99,7 +99,7 @@ class Message(NamedTuple):
 
     @property
     def fallback(self) -> str:
-        """What a phone's notification shows, in Slack's escaping."""
+        """The text of a phone's notification, with Slack's escaping."""
         parts = [self.preview, f"{self.headline}. {self.happened}"]
         return f"{escape(' · '.join(filter(None, parts)))} {self.mention}".rstrip()
 
@@ -122,10 +122,10 @@ class Message(NamedTuple):
 
 
 def happened(texts: Texts, cause: Cause, error: str, answer: tuple[str, str | None] | None = None) -> str:
-    """What happened, as a sentence or two: English has the error's own, other languages say it from the facts.
+    """Say what happened in a sentence or two: in English the error's own, in other languages a text with the facts.
 
-    `answer` is the outcome and KIS's code of the last attempt, where the error is about that one. Of a foreign token
-    `error` is when it was issued.
+    `answer` is the outcome and KIS's code of the last attempt, if the error is about that one. For a foreign token,
+    `error` is the time of its issue.
     """
     keys = [f"happened.{name}" for name in (answer[0] if answer else "", cause.name, "error")]
     key = next(key for key in keys if key in texts)
@@ -136,7 +136,7 @@ def happened(texts: Texts, cause: Cause, error: str, answer: tuple[str, str | No
 def trouble(
     facts: Facts, incident: Incident, due: Notification, happened: str, attempt: tuple[str, datetime | None]
 ) -> Message:
-    """An incident that lasts; `attempt` is what is tried next by itself: the key of its text, and when."""
+    """Render an incident that goes on; `attempt` is the next automatic attempt: the key of its text, and its time."""
     texts = facts.texts
     key, at = attempt
     cause = f"cause.{incident.kind.name}"
@@ -158,7 +158,7 @@ def trouble(
 
 
 def solved(facts: Facts, ended: Sequence[Incident]) -> Message:
-    """Incidents of one key that are over, as one message, and what works now."""
+    """Render the end of one key's incidents as one message, with what works now."""
     titles, length, since = _ended(facts, ended)
     said = facts.texts("said.solved", gone=length, since=clock(since))
     title = facts.texts("head.solved", title=titles)
@@ -166,7 +166,7 @@ def solved(facts: Facts, ended: Sequence[Incident]) -> Message:
 
 
 def notice(facts: Facts, kind: Notice, happened: str, why: str, ended: Sequence[Incident]) -> Message:
-    """What a person had done, what came of it where that is bad, and which incidents it ended."""
+    """Render the result of a refresh that a person asked for, with the incidents that it ended."""
     answers = [("why", why or facts.texts["notice.unreasoned"]), ("works_now", works(facts))]
     if ended:
         titles, length, _ = _ended(facts, ended)
@@ -176,20 +176,20 @@ def notice(facts: Facts, kind: Notice, happened: str, why: str, ended: Sequence[
 
 
 def test(texts: Texts, mention: str, now: datetime) -> Message:
-    """Nothing but a sign of life; it shows whom a page calls without calling them."""
+    """Render a test message, which shows who would be called without calling them."""
     called = texts("test.mention", mention=mention) if mention else texts["test.nobody"]
     return _message(Facts(texts, "", now), ":wave:", texts["test.head"], texts["test.said"], [("mention", called)])
 
 
 def works(facts: Facts) -> str:
-    """What still serves, and until when."""
+    """Say what still serves, and until when."""
     if not facts.reached:
         return facts.texts["works.cached"]
     return facts.texts("works.token", until=clock(facts.until)) if facts.until else facts.texts["works.nothing"]
 
 
 def risks(codes: Iterable[str], until: datetime | None, now: datetime, known: Overrides) -> list[Risk]:
-    """The next session of each exchange through which no token lasts that serves `until` then, the nearest first."""
+    """Return each exchange's next session that a token serving until `until` does not cover, the nearest first."""
     found: dict[tuple[sessions.Session, str], list[str]] = {}
     for code in codes:
         place = sessions.exchange(code)
@@ -201,13 +201,13 @@ def risks(codes: Iterable[str], until: datetime | None, now: datetime, known: Ov
 
 
 def escape(text: str) -> str:
-    """Slack's three characters, so that no foreign text becomes a link or calls a channel, and nothing unprintable."""
+    """Escape Slack's three characters, so that no foreign text becomes a link or calls a channel; `clean` each line."""
     lines = [clean(line) for line in text.splitlines()]
     return "\n".join(lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def clean(text: str) -> str:
-    """On one line, without what a terminal or Slack would act on: control, escape and direction characters."""
+    """Put the text on one line, without what a terminal or Slack acts on: control, escape and direction characters."""
     shown = text if text.isprintable() else "".join([sign if sign.isprintable() else " " for sign in text])
     return " ".join(shown.split())
 
@@ -219,7 +219,7 @@ def _message(facts: Facts, icon: str, title: str, happened: str, answers: Sequen
 
 
 def _preview(facts: Facts) -> str:
-    """`no token · NASD opens in 9 min`: of the sessions at risk only the first, of its exchanges as well."""
+    """Say `no token · NASD opens in 9 min`, with only the first session at risk and the first of its exchanges."""
     found, texts = [], facts.texts
     if facts.reached and facts.until:
         until, now = facts.until.astimezone(KST), facts.now.astimezone(KST)
@@ -253,7 +253,7 @@ def _at_risk(facts: Facts) -> str:
 
 
 def _ended(facts: Facts, ended: Sequence[Incident]) -> tuple[str, str, datetime]:
-    """Their titles, how long the first lasted, and since when."""
+    """Return the incidents' titles, how long the first one lasted, and since when."""
     first = min(ended, key=lambda one: one.opened_at)
     titles = "; ".join(dict.fromkeys(facts.texts[f"cause.{one.kind.name}.title"] for one in ended))
     return titles, facts.texts.lasted((first.closed_at or facts.now) - first.opened_at), first.opened_at

@@ -1,6 +1,6 @@
-"""Messages to Slack through slack_sdk: a bot with a channel, which can answer in threads, or a webhook.
+"""Send messages to Slack with slack_sdk, by a bot in a channel, which can reply in threads, or by a webhook.
 
-The webhook's address and the bot's token are secrets: slack_sdk's own log lines and errors repeat the first, so
+The webhook's address and the bot's token are secrets. The log lines and errors of slack_sdk repeat the address, so
 neither leaves this module.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Thread = tuple[str, str]
 
-API = "https://slack.com/api/"  # where a bot speaks; a webhook is an address of its own
+API = "https://slack.com/api/"  # for a bot; a webhook has its own address
 TIMEOUT = 3  # seconds for each step of a request
 OK = 200
 REINSTALL = "install the bot again, and set its new SLACK_BOT_TOKEN"
@@ -49,10 +49,10 @@ _silent.setLevel(logging.CRITICAL + 1)
 
 
 class Receipt(NamedTuple):
-    """What became of a message."""
+    """The result of sending a message."""
 
-    refusal: str = ""  # Slack's word, HTTP's status or the fault where Slack did not accept it
-    thread: Thread | None = None  # the channel and the time stamp under which a bot's message is to be answered
+    refusal: str = ""  # Slack's word, the HTTP status or the exception, if Slack did not accept it
+    thread: Thread | None = None  # the channel and the time stamp with which to reply to a bot's message
 
     @property
     def fix(self) -> str:
@@ -66,15 +66,15 @@ def is_configured(settings: Settings) -> bool:
 
 
 def send(settings: Settings, message: Message, thread: Thread | None = None, *, broadcast: bool = False) -> Receipt:
-    """Send a message the way the settings say; never raises, and without a way there is nothing to refuse.
+    """Send a message as the settings say; never raises. Without settings for Slack, nothing is sent or refused.
 
-    A bot answers in `thread`; with `broadcast` its channel sees the answer too. A webhook has no threads.
+    A bot replies in `thread`; with `broadcast`, its channel sees the reply too. A webhook has no threads.
     """
     try:
         if settings.slack_bot_token and settings.slack_channel:
             token, channel = settings.slack_bot_token.get_secret_value(), (settings.slack_channel, None)
             receipt = _by_bot(token, message, thread or channel, broadcast=broadcast)
-            if receipt.refusal and thread:  # it is gone, or the bot has left its channel
+            if receipt.refusal and thread:  # the thread is gone, or the bot has left its channel
                 receipt = _by_bot(token, message, channel, broadcast=broadcast)
             return receipt
         if settings.slack_webhook_url:
@@ -85,7 +85,7 @@ def send(settings: Settings, message: Message, thread: Thread | None = None, *, 
 
 
 def _by_webhook(url: str, message: Message) -> Receipt:
-    from slack_sdk.webhook import WebhookClient  # loaded when there is something to send
+    from slack_sdk.webhook import WebhookClient  # imported when there is something to send
 
     client = WebhookClient(url, TIMEOUT, logger=_silent, retry_handlers=_retries())
     answer = client.send(text=message.fallback, blocks=message.blocks)
@@ -113,12 +113,12 @@ def _by_bot(token: str, message: Message, place: tuple[str, str | None], *, broa
 
 
 def _word(said: str, status: int) -> str:
-    """Slack's own word, such as `channel_is_archived`; HTTP's status where it says anything else."""
+    """Return Slack's own word, such as `channel_is_archived`, or the HTTP status if it says anything else."""
     return said if re.fullmatch(r"[a-z]+(_[a-z]+)+", said) else f"HTTP {status}"
 
 
 def _retries() -> list[RetryHandler]:
-    """slack_sdk's own: another try after a lost connection, a fault of Slack's, and its Retry-After."""
+    """Return slack_sdk's own handlers: they retry after a lost connection, a server error, or as Retry-After says."""
     from slack_sdk.http_retry import builtin_handlers as own
 
     return [own.ConnectionErrorRetryHandler(), own.RateLimitErrorRetryHandler(), own.ServerErrorRetryHandler()]

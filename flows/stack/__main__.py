@@ -30,13 +30,13 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the command of this process's arguments; its exit code. Failures are a sentence, no traceback."""
+    """Run the command that the arguments name, and return its exit code; failures are printed without a traceback."""
     parser = argparse.ArgumentParser(prog="python -m flows.stack", description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--once", action="store_true", help="let the demo end by itself")
     options = parser.parse_args()
-    # One way to be interrupted. A signal that a shell ignores for its background jobs is no longer ignored in a program
-    # that this process becomes or starts: Prefect's worker could then not be stopped.
+    # Handle all three like Ctrl-C. A signal that a shell ignores for background jobs would stay ignored in programs
+    # that this process becomes or starts, and Prefect's worker could then not be stopped.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     os.umask(0o077)
@@ -44,7 +44,7 @@ def main() -> int:
         return demo.demo(once=True) if options.once else COMMANDS[options.command]()
     except (TokenError, StackError) as error:
         return _failed(error)
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

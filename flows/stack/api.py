@@ -1,4 +1,4 @@
-"""Prefect's REST API, for what must be quick or must go on where Prefect does not: nothing of Prefect is imported."""
+"""A client of Prefect's REST API, for what must be quick or work where Prefect does not: it does not import Prefect."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from urllib3.util import Retry
 
 POOL = "tokens"  # as prefect.yaml names it
 CHECK, REFRESH = "check-tokens/check_tokens", "refresh-token/refresh_token"
-CHECKED = ("Completed", "AlreadyValid", "Renewed", "Failed")  # the names of a check's states where it did its work
+CHECKED = ("Completed", "AlreadyValid", "Renewed", "Failed")  # the final states of checks that did their work
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 PATIENCE = 300.0  # seconds for a start, or a run: two idle cores take 14 for the first start of the server alone
-# SQLite under load:
+# With SQLite under load, the server answers 503:
 BUSY = Retry(5, connect=0, read=0, status_forcelist=[503], allowed_methods=None, backoff_factor=0.2)
 
 
@@ -25,27 +25,27 @@ class StackError(Exception):
     """Something of the stack failed; the message says what, and what to do. The command ends with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
-        """Take both."""
+        """Take the message and the exit code."""
         super().__init__(message)
         self.exit_code = exit_code
 
 
 class Api:
-    """The API of the server at `url`. All but `answers` raise StackError where the server gives no answer of use."""
+    """The API of the server at `url`; all methods but `answers` raise StackError if there is no usable answer."""
 
     def __init__(self, url: str, password: str | None, timeout: float = 30) -> None:
-        """Ask nothing yet; `password` is `user:password`, `timeout` the seconds for each answer."""
+        """Send nothing yet; `password` is `user:password`, `timeout` the seconds for each answer."""
         self.url = url
         self._timeout = timeout
         self._http = requests.Session()
         self._http.mount("http://", HTTPAdapter(max_retries=BUSY))
-        self._http.headers["Connection"] = "close"  # the server hangs up after a 503; the next try must not meet that
+        self._http.headers["Connection"] = "close"  # the server hangs up after a 503: a retry needs a new connection
         self._http.trust_env = False  # no proxy stands between this machine and itself
         if password:
             self._http.headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
 
     def ask(self, method: str, path: str, content: object = None) -> Any:  # noqa: ANN401 - as JSON is
-        """What the server answers."""
+        """Send a request and return the content of the server's JSON answer."""
         try:
             answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=self._timeout)
             if answer.status_code == codes.unauthorized:
@@ -61,7 +61,7 @@ class Api:
             ) from None
 
     def answers(self, path: str) -> bool:
-        """Whether the server says yes, within a few seconds."""
+        """Whether the server answers successfully within a few seconds."""
         try:
             return self._http.get(f"{self.url}/api/{path}", timeout=5).ok
         except requests.RequestException:
@@ -76,26 +76,26 @@ class Api:
             time.sleep(0.5)
 
     def runs(self, **conditions: object) -> list[dict[str, Any]]:
-        """The runs of our pool with these conditions of Prefect's filter, in the order in which they are due."""
+        """Return the runs of our pool that meet these conditions of Prefect's filter, in the order they are due."""
         asked = {"flow_runs": conditions, "work_pools": {"name": {"any_": [POOL]}}, "sort": "EXPECTED_START_TIME_ASC"}
         found: list[dict[str, Any]] = self.ask("POST", "flow_runs/filter", asked)
         return found
 
     def deployment(self, name: str) -> dict[str, Any]:
-        """The deployment named `flow/deployment`."""
+        """Return the deployment named `flow/deployment`."""
         found: dict[str, Any] = self.ask("GET", f"deployments/name/{name}")
         return found
 
     def create_run(self, deployment: str, **parameters: object) -> str:
-        """A new run of the deployment, due now; its id."""
+        """Create a run of the deployment, due now, and return its id."""
         flow, _, _ = deployment.partition("/")
-        name = f"{flow} {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"  # until it starts; Prefect's own would be random
+        name = f"{flow} {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"  # until it starts; Prefect would choose a random one
         asked = {"parameters": parameters, "name": name}
         made: str = self.ask("POST", f"deployments/{self.deployment(deployment)['id']}/create_flow_run", asked)["id"]
         return made
 
     def run_to_end(self, deployment: str, **parameters: object) -> dict[str, Any]:
-        """Run a deployment, named `flow/deployment`, to its end; the final state with `type`, `name` and `message`."""
+        """Run the deployment `flow/deployment` to its end; return the final state with `type`, `name` and `message`."""
         run, give_up = self.create_run(deployment, **parameters), time.monotonic() + PATIENCE
         while time.monotonic() < give_up:
             state: dict[str, Any] = self.ask("GET", f"flow_runs/{run}")["state"] or {}
@@ -105,12 +105,12 @@ class Api:
         raise StackError(f"The run of {deployment} did not end within {PATIENCE:.0f} s.")
 
     def set_state(self, run: str, kind: str, name: str, message: str) -> None:
-        """Put a run into a state, whatever Prefect thinks of it."""
+        """Put a run into a state, even if Prefect's rules would not allow it."""
         state = {"type": kind, "name": name, "message": message}
         self.ask("POST", f"flow_runs/{run}/set_state", {"state": state, "force": True})
 
     def last_check(self) -> tuple[str, datetime] | None:
-        """How the newest check that did its work ended, and when (aware); None before there was one."""
+        """Return how and when (aware) the newest check that did its work ended; None before there was one."""
         asked = {
             "flows": {"name": {"any_": [CHECK.partition("/")[0]]}},
             "flow_runs": {"state": {"name": {"any_": [*CHECKED]}}},

@@ -1,6 +1,6 @@
-"""Everything at once, with nothing to configure: a sandbox instead of KIS, a stack of its own in a temporary folder.
+"""The whole system with nothing to configure: a sandbox instead of KIS, and a stack of its own in a temporary folder.
 
-It knows nothing of this machine's settings: no credentials, no `.env`, no other Prefect. Nothing outlives it.
+It ignores this machine's settings, with its credentials, `.env` and other Prefect, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Ctrl-C stops everything and leaves nothing behind.
 
 
 def demo(*, once: bool = False) -> int:
-    """Start all, warm a token up and show it; then stay until SIGINT or SIGTERM, unless it is for `once`."""
+    """Start everything, warm up a token and show it; then, unless `once`, go on until SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="tokencore-demo-") as folder, sandbox(Path(folder)) as known:
         _say("sandbox", "a server on this machine answers instead of KIS")
         _say("Prefect", "starting its server, a worker and the deployments (half a minute) ...")
@@ -64,7 +64,7 @@ def demo(*, once: bool = False) -> int:
 
 
 def exchange(now: datetime) -> str:
-    """The exchange whose session runs at `now` (aware) or is next on its own day; one that is closed, where none is."""
+    """Return the exchange whose session runs at `now` (aware) or is next on its own day; without one, a closed one."""
     ahead, closed = {}, ""
     for code in ("KRX", "NASD"):
         day = sessions.session(code, now.astimezone(ZoneInfo(sessions.exchange(code).zone)).date())
@@ -76,7 +76,7 @@ def exchange(now: datetime) -> str:
 
 
 def _play(api: Api, known: Mapping[str, str]) -> None:
-    """A warm-up after the check that each start makes, and what they did to the tokens."""
+    """Show the check that each start makes, run a warm-up after it, and show the tokens."""
     if last := api.last_check():
         _say("check-tokens", last[0])
     code = exchange(datetime.now(UTC))
@@ -91,7 +91,7 @@ def _play(api: Api, known: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def sandbox(folder: Path) -> Iterator[dict[str, str]]:
-    """A sandbox while the block lasts; the environment of a machine that knows nothing but it."""
+    """Run a sandbox while the block lasts; yield the environment of a machine whose settings know only the sandbox."""
     alien = ("KIS_", "SLACK_", "PREFECT_", "TOKENCORE_")
     known = {name: value for name, value in os.environ.items() if not name.upper().startswith(alien)}
     known |= {
@@ -122,7 +122,7 @@ def _complete(api: Api, deployment: str, **parameters: object) -> None:
 
 
 def _check(known: Mapping[str, str], *markets: str, output: int | None = None) -> int:
-    """Run `tokencore check` where no `.env` is; its exit code."""
+    """Run `tokencore check` in a folder without `.env`, and return its exit code."""
     command = [sys.executable, "-m", "tokencore", "check", *markets]
     return subprocess.run(command, env=known, cwd=known["HOME"], stdout=output, check=False).returncode  # noqa: S603 - as above
 

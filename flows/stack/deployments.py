@@ -1,4 +1,4 @@
-"""What runs when, and what is reported when it does not run: prefect.yaml and automations.yaml, by the settings."""
+"""Apply prefect.yaml and automations.yaml as the settings require: what runs when, and who hears if it does not run."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ TRIES = 3  # SQLite under load makes the server answer 503; Prefect's own client
 
 
 def apply(api: Api, folder: Path) -> None:
-    """Bring deployments and automations up to date on the server of this process's settings; again, nothing changes.
+    """Bring deployments and automations up to date on the server of this process's settings; repeating it is harmless.
 
     Raises:
-        StackError: Prefect could not be made to.
+        StackError: Prefect did not accept the deployments, or gave no answer.
 
     """
     settings = Settings.load()
     traded = {sessions.exchange(code).code for key in Key.load(settings) for code in key.exchanges}
     table = by_settings(yaml.safe_load(PREFECT_FILE.read_text("utf-8")), traded)
-    os.chdir(folder)  # Prefect reads `.env` and `prefect.toml` of the folder that it is loaded in
+    os.chdir(folder)  # Prefect reads `.env` and `prefect.toml` in the folder where it is loaded
     file = folder / "prefect.yaml"
     file.write_text(yaml.safe_dump(table), "utf-8")
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
@@ -49,7 +49,7 @@ def apply(api: Api, folder: Path) -> None:
 
 
 def by_settings(table: dict[str, Any], traded: Collection[str]) -> dict[str, Any]:
-    """The table of deployments without the warm-ups of exchanges that nobody trades, and with the others on."""
+    """Return the deployments without the warm-ups of exchanges that nobody trades, and with the others switched on."""
     kept = [one for one in table["deployments"] if one.get("parameters", {}).get("exchange") in (None, *traded)]
     for one in kept:
         one["tags"] = [tag for tag in one["tags"] if tag != "off"]
@@ -58,7 +58,7 @@ def by_settings(table: dict[str, Any], traded: Collection[str]) -> dict[str, Any
 
 
 def _remove_others(api: Api, wanted: Collection[str]) -> None:
-    """An exchange that is traded no more would go on having warm-ups, which fail."""
+    """Remove the warm-ups of exchanges that are no longer traded: they would go on, and fail."""
     warm_ups = {"flows": {"name": {"any_": ["warm-up"]}}, "work_pools": {"name": {"any_": [POOL]}}}
     for one in api.ask("POST", "deployments/filter", warm_ups):
         if one["name"] not in wanted and one["name"] in sessions.EXCHANGES:
@@ -66,7 +66,7 @@ def _remove_others(api: Api, wanted: Collection[str]) -> None:
 
 
 def _apply_automations(settings: Settings) -> None:
-    """Ours are known by name and tag: one that is no more goes, one that a person switched off stays off."""
+    """Update our automations, known by name and tag; delete obsolete ones, keep off what people switched off."""
     from prefect.client.orchestration import get_client
 
     wanted = automations(settings.slack_language, _slack_block(settings))
@@ -77,7 +77,7 @@ def _apply_automations(settings: Settings) -> None:
         for name, made in wanted.items():
             if known := ours.get(name):
                 made.enabled = known.enabled
-                # The client leaves out whatever was not given, and the server then misses it; the owner it refuses.
+                # The client leaves out fields that were not set, but the server needs them; the owner it refuses.
                 full = type(made).model_validate(made.model_dump(exclude={"owner_resource"}))
                 client.update_automation(known.id, full)
             else:
@@ -85,7 +85,7 @@ def _apply_automations(settings: Settings) -> None:
 
 
 def automations(language: str, block: UUID | None) -> dict[str, Any]:
-    """The automations of automations.yaml by name, their messages through that block; without one nobody hears."""
+    """Return the automations of automations.yaml by name; they send messages with `block`, or none without one."""
     from prefect.events.schemas.automations import AutomationCore
 
     found = {}
@@ -102,7 +102,7 @@ def automations(language: str, block: UUID | None) -> dict[str, Any]:
 
 
 def _slack_block(settings: Settings) -> UUID | None:
-    """Have the settings' way to Slack on the server, its secrets encrypted; the block's id, None without a way."""
+    """Save the settings for Slack on the server, secrets encrypted; return the block's id, or None without settings."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
@@ -124,4 +124,4 @@ def _slack_block(settings: Settings) -> UUID | None:
             client.delete_block_document(client.read_block_document_by_name(BLOCK, kind).id)
         return None
     block = CustomWebhookNotificationBlock.model_validate({"name": "Slack", "timeout": 10, **way})
-    return cast("UUID", block.save(BLOCK, overwrite=True))  # no coroutine: there is no event loop here
+    return cast("UUID", block.save(BLOCK, overwrite=True))  # not a coroutine: there is no event loop here

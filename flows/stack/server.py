@@ -1,7 +1,7 @@
-"""Prefect's server in a process of ours: `prefect server start` with two more doors closed.
+"""Prefect's server in a process of our own: `prefect server start` with two more restrictions.
 
-A request that calls the server by a foreign name, as a web page does that had its own name point to this machine, is
-refused. The page may reach nobody but the server: its second version asks an analytics host whatever the settings say.
+Requests for a foreign host name are refused: a web page sends them that made its own name point to this machine. The
+UI may contact only the server: its second version asks an analytics host whatever the settings say.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POLICY = "connect-src 'self'; frame-ancestors 'none'; form-action 'self'"
 
 
 def without_text(record: logging.LogRecord) -> bool:
-    """Leave of an exception its kind: where Slack refuses a message, the text has the webhook's address."""
+    """Reduce an exception to its type: if Slack refuses a message, the text contains the webhook's address."""
     if record.exc_info and record.exc_info[0]:
         record.msg, record.args = f"{record.getMessage()}: {record.exc_info[0].__name__}", None
         record.exc_info = record.exc_text = None
@@ -33,7 +33,7 @@ def main() -> None:
     threading.Thread(target=worker.end_with_parent, daemon=True).start()
     logging.getLogger("prefect.server.utilities.messaging.memory").addFilter(without_text)
     server = get_current_settings().server
-    # Around the application, not in it: the server asks itself, past this, under a name of its own.
+    # Around the application, not in it: the server also calls itself, past this check, by a name of its own.
     app = TrustedHostMiddleware(create_app(final=True), environment.hosts(os.environ), www_redirect=False)
     uvicorn.run(
         app,

@@ -1,6 +1,6 @@
-"""The stack under supervisord: Prefect's server, its worker and the deployments; started, stopped and looked at.
+"""Start, stop and inspect the stack under supervisord: Prefect's server, its worker and the deployments.
 
-Everything of it is in `prefect/` of the token directory. Supervisord listens on a socket there, and knows what runs;
+All its files are in `prefect/` of the token directory. Supervisord listens on a socket there, and knows what runs;
 supervisord.conf says what it starts.
 """
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 CONFIG = Path(__file__).with_name("supervisord.conf")
 PARTS = ("supervisor", "server", "worker")
 LAST_CHECK = "last check"
-FOLDER = "TOKENCORE_FOLDER"  # where the stack was started, see flows/__init__.py
-ANSWER = 20.0  # seconds for an answer of supervisord
+FOLDER = "TOKENCORE_FOLDER"  # where the stack was started; see flows/__init__.py
+ANSWER = 20.0  # seconds to wait for supervisord's answer
 NO_ANSWER = (OSError, HTTPException, XmlRpcError)
 LOG_TAIL = 15  # lines of a log that are shown with a failure
-SOCKET_LENGTH = 90  # bytes of its folder's path: 103 for the whole on some systems, and supervisord adds its number
+SOCKET_LENGTH = 90  # bytes of its folder's path: some systems allow 103 in all, and supervisord adds its process id
 UNWELL = 3  # the exit code of `status`
 
 
@@ -44,7 +44,7 @@ def run() -> NoReturn:
 
     Raises:
         ConfigurationError: a setting is missing or malformed; nothing was started.
-        StackError: it runs already.
+        StackError: the stack runs already.
 
     """
     home, given = environment.home(), environment.with_dotenv()
@@ -53,7 +53,7 @@ def run() -> NoReturn:
         raise StackError("It runs already; `make status` shows how it is.")
     _refuse(home, given)
     stack = environment.load(home, {**given, "KIS_TOKEN_DIR": str(home.parent), FOLDER: os.getcwd()})
-    stack[worker.SUPERVISOR] = str(os.getpid())  # which this process keeps as it becomes supervisord
+    stack[worker.SUPERVISOR] = str(os.getpid())  # it stays the same as this process becomes supervisord
     shutil.rmtree(home / "tmp", ignore_errors=True)
     (home / "tmp").mkdir()
     python, config = shlex.quote(sys.executable).replace("%", "%%"), home / CONFIG.name
@@ -62,8 +62,8 @@ def run() -> NoReturn:
 
 
 def up() -> int:
-    """Start it in the background, unless it runs, and show how it is."""
-    Key.load(Settings.load())  # a missing key or secret is said now, not by a run at night
+    """Start the stack in the background unless it runs, and show its status."""
+    Key.load(Settings.load())  # reports a missing key or secret now, not in a run at night
     home = environment.home()
     if running(home):
         print("It runs already.")
@@ -84,14 +84,14 @@ def down() -> int:
     worker.drain(environment.api(timeout=5))
     with contextlib.suppress(*NO_ANSWER):  # another `down` was quicker
         _supervisord(home, "shutdown")
-    while worker.is_alive(found["supervisor"]):  # it ends when all parts have ended, whom it gives 30 seconds each
+    while worker.is_alive(found["supervisor"]):  # it ends after all its parts, which get 30 seconds each
         time.sleep(0.1)
     print("Stopped.")
     return 0
 
 
 def status() -> int:
-    """Show what runs, and how the tokens are; 0 if all is well, otherwise 3."""
+    """Show what runs, and the tokens' status; return 0 if all is well, otherwise 3."""
     home = environment.home()
     found = running(home)
     shown = {part: f"process {found[part]}" if part in found else "NOT RUNNING" for part in PARTS}
@@ -106,10 +106,10 @@ def status() -> int:
 
 
 def start(home: Path, given: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:
-    """Start supervisord with the settings of that environment and folder; returns when the deployments can be run.
+    """Start supervisord with the settings of that environment and folder; return when the deployments can be run.
 
     Raises:
-        StackError: a part could not be started; nothing of it runs.
+        StackError: a part could not be started; all parts were stopped again.
 
     """
     private_folder(str(home))
@@ -134,7 +134,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def running(home: Path) -> dict[str, int]:
-    """The parts whose process lives, and its number; none where no supervisord answers."""
+    """Return the process ids of the parts that run; none if no supervisord answers."""
     try:
         parts = {one["name"]: one["pid"] for one in _supervisord(home, "getAllProcessInfo") if one["pid"]}
         return {"supervisor": _supervisord(home, "getPID"), **parts}
@@ -143,14 +143,14 @@ def running(home: Path) -> dict[str, int]:
 
 
 def become_server() -> NoReturn:
-    """Become Prefect's server, which gets no credentials of KIS and Slack."""
+    """Become Prefect's server, which gets no credentials for KIS and Slack."""
     os.chdir(os.environ["PREFECT_HOME"])
     own = {name: value for name, value in os.environ.items() if not name.startswith(("KIS_", "SLACK_", "TOKENCORE_"))}
     os.execve(sys.executable, [sys.executable, "-m", "flows.stack.server"], own)  # noqa: S606 - no shell is the point
 
 
 def deploy() -> int:
-    """Bring deployments and automations up to date, then check the tokens once: what was missed is made good."""
+    """Bring deployments and automations up to date, then check the tokens once, which makes up for missed runs."""
     threading.Thread(target=worker.end_with_parent, daemon=True).start()
     server = environment.api()
     server.wait()
@@ -161,7 +161,7 @@ def deploy() -> int:
 
 
 def _refuse(home: Path, given: Mapping[str, str]) -> None:
-    """Refuse what would make a part fail later, less clearly."""
+    """Refuse settings that would make a part fail later with a less clear message."""
     place, port = environment.host(given), environment.port(given)
     try:
         socket.create_server((place, port)).close()
@@ -175,10 +175,10 @@ def _refuse(home: Path, given: Mapping[str, str]) -> None:
 
 
 def _supervisord(home: Path, method: str) -> Any:  # noqa: ANN401 - whatever its XML-RPC interface has
-    """What supervisord answers. The connection is closed here: Ctrl-C in the midst of a destructor is lost."""
+    """Return supervisord's answer; the connection is closed here, because Ctrl-C during a destructor would be lost."""
     from supervisor.xmlrpc import SupervisorTransport
 
-    socket.setdefaulttimeout(ANSWER)  # its transport knows no other
+    socket.setdefaulttimeout(ANSWER)  # its transport has no other time-out
     with ServerProxy("http://localhost", SupervisorTransport(None, None, f"unix://{home}/sock")) as server:
         return getattr(server.supervisor, method)()
 
@@ -196,7 +196,7 @@ def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(*NO_ANSWER):  # it does not answer yet
             for part in _supervisord(home, "getAllProcessInfo"):
                 ended, name, code = part["statename"] == "EXITED", part["name"], part["exitstatus"]
-                if part["statename"] in ("BACKOFF", "FATAL") or (ended and code):  # of the first two it knows no code
+                if part["statename"] in ("BACKOFF", "FATAL") or (ended and code):  # the first two have no code
                     raise StackError(_failure(home, name, f"exited with code {code}" if ended else "exited"))
                 if ended and name == "deploy":
                     return
@@ -211,7 +211,7 @@ def _failure(home: Path, part: str, what: str) -> str:
 
 
 def _server_says(home: Path) -> dict[str, str]:
-    """Where its page is, and how the server is; all is well where it knows of a last check."""
+    """Say where the UI is and how the server is; all is well if there is a line on the last check."""
     given, server = environment.with_dotenv(), environment.api(timeout=5)
     page, password = environment.page(given), environment.PASSWORD
     shown = {"page": page, "password": password if given.get(password) else f"in {environment.password_file(home)}"}

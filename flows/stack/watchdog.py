@@ -1,6 +1,6 @@
 """The watchdog: a server cannot report its own death, so a timer outside of it asks whether it looks after the tokens.
 
-Quick and light while all is well: nothing of Prefect is loaded until there is something to report.
+It is quick and light while all is well: Prefect is not imported until there is something to report.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from tokencore import ConfigurationError, Settings, open_document
 if TYPE_CHECKING:
     from flows.stack.api import Api
 
-WHO = "Prefect"  # whose incident it is
-PATIENCE = 45.0  # seconds: a restart is no death
+WHO = "Prefect"  # the subject of the incident
+PATIENCE = 45.0  # seconds: a restart must not raise an alert
 PAUSE = 5.0  # seconds between two questions
-SILENCE = timedelta(minutes=90)  # without a check that ended: one was missed, and the next is late
+SILENCE = timedelta(minutes=90)  # for so long no check has ended: one was missed, and the next is late
 
 
 def watch(patience: float = PATIENCE) -> int:
-    """Ask the server and its newest check for a sign of life; alert Slack where there is none, and when there is again.
+    """Look for a sign of life of the server and its newest check; alert Slack if there is none, and when it is back.
 
     The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
     """
     settings, found = Settings.load(), silence(environment.api(), patience)
     if found is None and not _was_reported(settings):
         return 0
-    from flows import alerts  # all of Prefect
+    from flows import alerts  # imports all of Prefect
 
     now = datetime.now(UTC)
     if found is None:
@@ -43,13 +43,13 @@ def watch(patience: float = PATIENCE) -> int:
 
 
 def test_alert() -> int:
-    """Send one message the way alerts take, and say whether Slack accepted it; 1 where it did not.
+    """Send one message as alerts are sent, and print whether Slack accepted it; return 1 if it did not.
 
     Raises:
-        ConfigurationError: there is no way to Slack; nothing was sent.
+        ConfigurationError: the settings for Slack are missing; nothing was sent.
 
     """
-    from flows.alerts import messages, slack  # all of Prefect
+    from flows.alerts import messages, slack  # imports all of Prefect
 
     settings = Settings.load()
     if not slack.is_configured(settings):
@@ -66,7 +66,7 @@ def test_alert() -> int:
 
 
 def silence(api: Api, patience: float) -> str | None:
-    """What is wrong with the server of `api` for `patience` seconds; None once all is well."""
+    """Say what has been wrong with the server of `api` for `patience` seconds; None as soon as all is well."""
     give_up = time.monotonic() + patience
     while (found := _silence(api, datetime.now(UTC))) and time.monotonic() < give_up:
         time.sleep(PAUSE)

@@ -1,6 +1,6 @@
-"""Prefect's worker in a process of ours, which ends the runs that the worker itself never would.
+"""Prefect's worker in a process of our own, which also ends the runs that the worker itself never would.
 
-Prefect's worker leaves the runs that it stops, and those that die with it, in the state `Running` for ever; and it
+Prefect's worker leaves the runs that it stops, and those that die with it, in the state `Running` forever, and it
 starts every run that was missed, one by one.
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 
 from flows.stack.api import CHECK, POOL, Api, StackError
 
-SUPERVISOR = "STACK_SUPERVISOR"  # the number of supervisord's process, for all that it starts
-NAME = platform.node()  # of our worker: a restarted one takes the place of the one before
+SUPERVISOR = "STACK_SUPERVISOR"  # supervisord's process id, for the processes that it starts
+NAME = platform.node()  # our worker's name: a restarted worker takes the place of the previous one
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
 UNDERWAY = (*AT_WORK, "PAUSED")  # a paused run waits for a person, and its process for the run
 OVERDUE = timedelta(minutes=3)  # a run that starts within it is on time
-NAP = 60.0  # seconds between two looks at the clock that count as a sleep of the machine, or a stop of all processes
+NAP = 60.0  # seconds: a longer time between two looks at the clock means that the machine, or all processes, slept
 POLL = 0.5  # seconds
 TIME_TO_END = 30.0  # seconds, as supervisord gives
 GRACE = 10.0  # seconds that runs in flight get to end by themselves
@@ -35,12 +35,12 @@ SKIPPED = "Missed while nothing ran here; a later run does it all."
 
 
 def work() -> int:
-    """Be Prefect's worker until SIGTERM; first end what died with the one before, last what this one leaves behind.
+    """Run Prefect's worker until SIGTERM; before it, end the runs that died with the last one; after it, those left.
 
-    Neither it nor its runs know the database's address and the key of the blocks.
+    Neither the worker nor its runs get the database's address and the encryption key of the blocks.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_SERVER_")}
-    if own != dict(os.environ):  # a process keeps the environment that it was started with, for all to see who may
+    if own != dict(os.environ):  # what a process was started with stays visible in it, so start anew
         os.execve(sys.executable, [sys.executable, "-m", "flows.stack", "worker"], own)  # noqa: S606 - no shell
     threading.Thread(target=end_with_parent, daemon=True).start()
     server = Api(own["PREFECT_API_URL"].removesuffix("/api"), own["PREFECT_API_AUTH_STRING"])
@@ -53,7 +53,7 @@ def work() -> int:
     try:
         runpy.run_module("prefect", run_name="__main__")
     finally:
-        with contextlib.suppress(StackError):  # what is left Running is Crashed with the next start
+        with contextlib.suppress(StackError):  # what is left Running is marked Crashed at the next start
             for run in _orphans(server):
                 server.set_state(run["id"], "CANCELLED", "Cancelled", STOPPED)
     return 0
@@ -62,7 +62,7 @@ def work() -> int:
 def end_with_parent() -> None:
     """End this process, as supervisord would, once supervisord is gone: nobody else would stop or restart it.
 
-    It may be gone before this process first looks: then the parent that it finds is another.
+    If supervisord is gone before this process first looks, its parent is already another one.
     """
     supervisor = int(os.environ[SUPERVISOR])
     while os.getppid() == supervisor:
@@ -73,20 +73,20 @@ def end_with_parent() -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether there is a process of this number; one that waits to be reaped, as in many a container, is none."""
+    """Whether a process with this id is alive; a zombie, which nobody may reap in a container, is not."""
     try:
         os.kill(process, 0)
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except ProcessLookupError:
         return False
-    except OSError:  # another user's, or a system without /proc
+    except OSError:  # another user's process, or a system without /proc
         return True
 
 
 def watch_sleep(api: Api) -> None:
-    """Skip what each sleep of the machine made late, and check the tokens once instead; for ever.
+    """After each sleep of the machine, skip the runs that are late and check the tokens once instead; never returns.
 
-    The wall clock shows it: the monotonic one of Linux stands still meanwhile.
+    The wall clock shows a sleep: Linux's monotonic clock stands still meanwhile.
     """
     seen = time.time()
     while True:
@@ -100,13 +100,13 @@ def watch_sleep(api: Api) -> None:
 
 
 def mark_crashed(api: Api) -> None:
-    """Mark as Crashed the runs whose process is gone; while no worker lives, as one that it starts has none yet."""
+    """Mark as Crashed the runs whose process is gone; no worker may run, as a run that it starts has no process yet."""
     for run in _orphans(api):
         api.set_state(run["id"], "CRASHED", "Crashed", KILLED)
 
 
 def drain(api: Api) -> None:
-    """Wait until no process of this machine works on a run, at most ten seconds; without a server not at all."""
+    """Wait until no process of this machine works on a run, ten seconds at most; without a server, do not wait."""
     give_up = time.monotonic() + GRACE
     with contextlib.suppress(StackError):
         while time.monotonic() < give_up and any(_works(run) for run in _runs(api, *AT_WORK)):
@@ -114,9 +114,9 @@ def drain(api: Api) -> None:
 
 
 def skip_overdue(api: Api) -> None:
-    """Skip the runs that were missed: all checks, all but the last of each warm-up.
+    """Skip the runs that were missed: all checks, and all but the last of each warm-up.
 
-    To let a check run, which does for all of them, is up to the caller. What a person has asked for is left.
+    The caller has to start a check, which makes up for all of them. Other runs that a person asked for are left alone.
     """
     before = {"before_": (datetime.now(UTC) - OVERDUE).isoformat()}
     missed = api.runs(state={"type": {"any_": ["SCHEDULED"]}}, expected_start_time=before)
@@ -133,13 +133,13 @@ def _runs(api: Api, *states: str) -> list[dict[str, Any]]:
 
 
 def _orphans(api: Api) -> list[dict[str, Any]]:
-    """The runs underway without a process. Another machine's look the same: while it has a worker, none is named."""
+    """Return the runs underway without a process, or none while another machine, whose runs look so, has a worker."""
     found = [run for run in _runs(api, *UNDERWAY) if not _works(run)]
     workers = api.ask("POST", f"work_pools/{POOL}/workers/filter", {}) if found else []
     return [] if any(one["status"] == "ONLINE" and one["name"] != NAME for one in workers) else found
 
 
 def _works(run: dict[str, Any]) -> bool:
-    """Whether its process, by the number that the worker noted, is there."""
+    """Whether the run's process, by the id that the worker noted, is alive."""
     number = run["infrastructure_pid"] or ""
     return number.isdecimal() and is_alive(int(number))
