@@ -1,4 +1,4 @@
-"""Keeps one KIS (Korea Investment & Securities) access token per app key, shared by every process on the machine.
+"""Keeps one KIS (Korea Investment & Securities) access token per app key, for every process of the machine.
 
     from tokencore import USTokenManager
     token = USTokenManager().get_valid_token()

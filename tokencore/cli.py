@@ -29,7 +29,7 @@ INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
 
 
 class _Output:
-    """Standard output, which remembers its errors so that they can be told from those of files and connections."""
+    """Standard output, which remembers its errors, to distinguish them from those of files and connections."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -109,7 +109,7 @@ def _fail(message: str, code: int) -> int:
 
     try:
         sys.stderr.write(f"tokencore: {clean(message)}\n")
-    except OSError:  # standard error is full or closed; the exit code still tells
+    except OSError:  # standard error is full or closed; the exit code remains
         _discard(2)
     return code
 

@@ -174,7 +174,7 @@ class Key(Sensitive):
     note = staticmethod(note)
 
     def prove(self, token: Token) -> Evidence:
-        """Make one quote call and return what it shows about `token`; whatever KIS does raises nothing."""
+        """Make one quote call and return what it shows about `token`; no answer of KIS makes it raise."""
         return self.renewer.gateway.quote(token.access_token, self.exchanges)
 
     def reject(self, token: Token, now: datetime) -> None:

@@ -70,7 +70,7 @@ class Signer(Sensitive):
 
         Raises:
             ConfigurationError: `url` is not at KIS's own address; nothing was sent.
-            TokenError: there is no valid token and none can be had; nothing was sent.
+            TokenError: there is no valid token and none could be obtained; nothing was sent.
 
         """
         if not url.startswith(self._addresses):
@@ -129,7 +129,7 @@ class KISAuth(Sensitive, AuthBase):
 
         Raises:
             ConfigurationError: the request does not go to the market's base URL; nothing was sent.
-            TokenError: there is no valid token and none can be had; nothing was sent.
+            TokenError: there is no valid token and none could be obtained; nothing was sent.
 
         """
         headers, signature = request.headers, self._signer.signature(request.url or "")

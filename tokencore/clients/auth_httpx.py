@@ -53,7 +53,7 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
 
         Raises:
             ConfigurationError: the request does not go to the market's base URL; nothing was sent.
-            TokenError: there is no valid token and none can be had; nothing was sent.
+            TokenError: there is no valid token and none could be obtained; nothing was sent.
 
         """
         url = _spelt(request.url)
