@@ -1,4 +1,4 @@
-"""The token as a value: when it ends, whose file it came from, and that it shows itself to nobody."""
+"""The token as a value: when it ends, which formats it is read from, and what is refused as a token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IN_KST, IN_UTC = "2026-11-24 17:15:00", "2026-11-24T08:15:00Z"
 
 @pytest.fixture
 def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Sets this machine's zone for a test."""
+    """Return a function that sets this machine's time zone for a test."""
 
     def change(name: str) -> None:
         patch.setenv("TZ", name)
@@ -37,13 +37,13 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 
 def from_content(content: dict[str, Any]) -> Token:
-    """The token in a file with these fields."""
+    """The token read from a file with these fields."""
     return from_text(json.dumps(content, default=str))[0]
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(-100_000, 10_000_000)), min_size=3, max_size=3))
 def test_the_expiry_is_the_earliest_of_all_that_kis_says(told: list[int | None]) -> None:
-    """Text in KST, the JWT's `exp` and `expires_in` each win when they are earliest; a missing one is no matter."""
+    """Of the text in KST, the JWT's `exp` and `expires_in` the earliest counts, and any of them may be missing."""
     text, claim, lifetime = told
     answer: dict[str, object] = {"access_token": make_jwt(issued=NOW, exp=None), "token_type": "Bearer"}
     if text is not None:
@@ -66,7 +66,7 @@ def test_the_expiry_is_the_earliest_of_all_that_kis_says(told: list[int | None])
     ids=["usual", "repeated: its own issue and expiry", "three months, as of partner corporates"],
 )
 def test_the_answer_of_kis_is_read_whole(age: timedelta, life: timedelta) -> None:
-    """An answer gives the issue from `iat` and the expiry, aware UTC, though `expires_in` says a whole life again."""
+    """It gives issue and expiry in aware UTC, even if `expires_in` of a repeated token claims a whole life again."""
     token = from_answer(make_answer(life.total_seconds(), now=NOW - age), NOW + timedelta(seconds=3))
     assert (token.issued_at, token.expires_at, token.token_type) == (NOW - age, NOW - age + life, "Bearer")
     assert token.expires_at.tzinfo is UTC
@@ -78,7 +78,7 @@ TIMES = (None, "", "soon", True, math.nan, 1e400, 10**400, -1, "2026-13-01 00:00
 
 @pytest.mark.parametrize(("lifetime", "text"), list(zip(LIFETIMES, TIMES, strict=True)))
 def test_an_expiry_that_cannot_be_one_counts_for_nothing(lifetime: object, text: object) -> None:
-    """Neither a damaged lifetime nor a damaged time is taken for an expiry; a JWT's own `exp` suffices."""
+    """A damaged lifetime or time is not taken for an expiry; without another one the JWT's own `exp` suffices."""
     answer = {"access_token": PLAIN, "expires_in": lifetime, "access_token_token_expired": text}
     with pytest.raises(ValueError, match="no readable expiry"):
         from_answer(answer, NOW)
@@ -89,7 +89,7 @@ def test_an_expiry_that_cannot_be_one_counts_for_nothing(lifetime: object, text:
 
 @pytest.mark.parametrize("text", [None, "", 5, "two words", "line\nbreak", "토큰", "\x7f", "x" * 5000])
 def test_what_cannot_stand_in_a_header_is_no_token(text: object) -> None:
-    """A text that would break or forge a header never becomes a token, and is not repeated in the error."""
+    """Text that would break or forge a header never becomes a token, and the error does not repeat it."""
     with pytest.raises(ValueError, match="access_token") as caught:
         from_answer({**make_answer(now=NOW), "access_token": text}, NOW)
     assert not text or str(text) not in str(caught.value)
@@ -107,7 +107,7 @@ TEXTS = st.sampled_from([PLAIN, make_jwt(), *BROKEN])
 
 @given(st.dictionaries(st.sampled_from([*FIELDS, "access_token_token_expired"]), st.one_of(JSON, TEXTS)))
 def test_no_content_breaks_the_reading(content: dict[str, Any]) -> None:
-    """Whatever stands in a file or an answer, it is a token with aware times, or a `ValueError`."""
+    """Any content of a file or an answer gives a token with aware times, or a `ValueError`."""
     for from_file in (True, False):
         try:
             token = from_content(content) if from_file else from_answer(content, NOW)
@@ -120,7 +120,7 @@ def test_no_content_breaks_the_reading(content: dict[str, Any]) -> None:
 
 @given(st.timedeltas(-2000 * DAY, 20_000 * DAY), st.integers(1, 10**7), st.sampled_from([NOW, None]))
 def test_a_token_file_gives_back_what_was_saved(age: timedelta, life: int, rejected_at: datetime | None) -> None:
-    """Text, expiry, issue and rejection survive the file to the microsecond."""
+    """Text, expiry, issue and rejection come back from the file, to the microsecond."""
     saved = Token(PLAIN, NOW + age + timedelta(seconds=life), NOW + age, rejected_at=rejected_at)
     found, content = from_text(to_cache(saved, now=NOW, environment="paper", key_fingerprint="ab"))
     for field in ("access_token", "expires_at", "issued_at", "rejected_at", "token_type"):
@@ -132,7 +132,7 @@ def test_a_token_file_gives_back_what_was_saved(age: timedelta, life: int, rejec
 def test_times_of_earlier_tools_are_read_in_the_zone_they_were_written_in(
     machine: str, zone: Callable[[str], None]
 ) -> None:
-    """Naive times are this machine's, and epoch seconds need no zone; what is ambiguous is not believed too long."""
+    """Naive times are this machine's, epoch seconds need no zone, and of two readings the earlier expiry counts."""
     zone(machine)
     local, epoch = NOW.astimezone().replace(tzinfo=None), NOW.timestamp() + 0.25
     for content in (
@@ -143,9 +143,9 @@ def test_times_of_earlier_tools_are_read_in_the_zone_they_were_written_in(
         for at, expected in ((found.issued_at, NOW), (found.expires_at, NOW + DAY)):
             assert at is not None
             assert abs(at - expected) < timedelta(seconds=1)
-    elsewhere = (NOW + DAY + 9 * HOUR).replace(tzinfo=None)  # written in Seoul: its own `exp` bounds a JWT
+    elsewhere = (NOW + DAY + 9 * HOUR).replace(tzinfo=None)  # written in Seoul: the JWT's own `exp` bounds it
     assert from_content({"access_token": JWT, "expires_at": elsewhere.isoformat()}).expires_at == NOW + DAY
-    assert from_content({"token": PLAIN, "expire": IN_KST}).expires_at == NOW + DAY  # KST, or this machine's
+    assert from_content({"token": PLAIN, "expire": IN_KST}).expires_at == NOW + DAY  # KST or this machine's zone
 
 
 FORMS = {
@@ -169,7 +169,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_people_already_have_is_understood(form: str, zone: Callable[[str], None]) -> None:
-    """Every form in which a token and its expiry are found in the field is read, with the same expiry."""
+    """Every form in which people keep a token and its expiry is read, with the same expiry."""
     zone("Asia/Seoul")
     token = from_text(FORMS[form])[0]
     assert token.access_token in {PLAIN, JWT}
@@ -177,7 +177,7 @@ def test_what_people_already_have_is_understood(form: str, zone: Callable[[str],
 
 
 def test_a_token_serves_until_the_buffer_before_its_expiry() -> None:
-    """At expiry minus buffer it no longer counts, a microsecond before it does; a rejected one never; all in a zone."""
+    """It serves up to a microsecond before expiry minus buffer, and never if rejected; its times must have a zone."""
     token, end = make_token(now=NOW), NOW + DAY - timedelta(seconds=300)
     assert [token.serves(at, 300) for at in (end - timedelta(microseconds=1), end)] == [True, False]
     assert not make_token(now=NOW, rejected=True).serves(NOW, 0)
@@ -187,6 +187,6 @@ def test_a_token_serves_until_the_buffer_before_its_expiry() -> None:
 
 @pytest.mark.parametrize(("life", "seconds"), [(86_400, 21_600), (90 * 86_400, 21_600), (8, 2)])
 def test_the_same_token_comes_back_for_six_hours(life: float, seconds: float) -> None:
-    """Six hours after the issue KIS gives another one; on a fast clock it is a quarter of the life."""
+    """Six hours after the issue KIS gives another one; for a shorter-lived token it is a quarter of the life."""
     assert make_token(life, now=NOW).same_until() == NOW + timedelta(seconds=seconds)
     assert Token(PLAIN, NOW + DAY).same_until() is None

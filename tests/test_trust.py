@@ -1,6 +1,6 @@
-"""What another user of the machine, a cloned repository or a person's words can do to tokencore: nothing.
+"""Another user of the machine, a cloned repository or what a person types can do tokencore no harm.
 
-What another user can change is not used, and nothing that tokencore makes is open to one, whatever the umask.
+Files that another user can change are not used, and no file that tokencore makes is open to others under any umask.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ VIEW = "us_api_token.json"
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder outside of this user's private ones that other users may enter, but not write."""
+    """A folder outside this user's private ones, which other users may enter but not write."""
     folder = Path(tempfile.mkdtemp(prefix="tokencore-test-"))
     folder.chmod(0o755)
     yield folder
@@ -53,7 +53,7 @@ def public() -> Iterator[Path]:
 
 @pytest.fixture
 def place(gateway: Sandbox, public: Path, command: Command) -> Path:
-    """A token directory with a token, where other users come by; KIS has been asked once."""
+    """A token directory with a token, in a folder that other users may enter; KIS has been asked once."""
     folder = public / "mine" / "tokens"
     folder.parent.mkdir(0o755)
     os.environ["KIS_TOKEN_DIR"] = str(folder)
@@ -63,7 +63,7 @@ def place(gateway: Sandbox, public: Path, command: Command) -> Path:
 
 @pytest.fixture
 def copies(public: Path) -> Path:
-    """The folder of another client."""
+    """The folder of another client's files."""
     (public / "copies").mkdir(0o755)
     return public / "copies"
 
@@ -74,7 +74,7 @@ def key_file(folder: Path) -> Path:
 
 
 def plant(folder: Path) -> None:
-    """A stranger puts a token in the place of ours, through a directory that everybody may change for a while."""
+    """Have a stranger replace our token file, through a directory that is open to everybody for a while."""
     path = key_file(folder)
     program = f"rm {path.name}; umask 022; printf %s {shlex.quote(path.read_text())} > {path.name}"
     folder.chmod(0o777)
@@ -84,12 +84,12 @@ def plant(folder: Path) -> None:
 
 
 def mode(bits: int, of: Callable[[Path], Path] = Path) -> Door:
-    """Give the place, or what `of` finds from it, this mode."""
+    """Return a function that gives a folder, or what `of` finds from it, this mode."""
     return lambda path: of(path).chmod(bits)
 
 
 def rows(doors: Mapping[str, object]) -> list[Any]:
-    """The names as parameters; only root can have a file belong to another user."""
+    """The names as parameters; those about another user need root, who alone can give files away."""
     return [pytest.param(name, marks=as_root if "another user" in name else ()) for name in doors]
 
 
@@ -113,9 +113,9 @@ DOORS = {
 def test_what_another_user_can_change_is_refused_until_that_is_over(
     place: Path, door: str, gateway: Sandbox, command: Command
 ) -> None:
-    """Every command and the library: exit 7 and a sentence, no request; what it says to run makes it work again.
+    """Commands end with 7, the library with an error, and no request is sent; the command they show repairs it.
 
-    A textfile of metrics is written anyway. For a manager with the token in memory only another file is a change.
+    Metrics are still written. A manager with the token in memory goes on until the file itself is replaced.
     """
     manager = USTokenManager()
     token = manager.get_valid_token()
@@ -146,9 +146,9 @@ def test_what_another_user_can_change_is_refused_until_that_is_over(
 def test_no_change_builds_on_a_file_of_another_user(
     place: Path, name: str, open_door: Door, gateway: Sandbox, command: Command
 ) -> None:
-    """A cached token is served, but nothing is issued or deleted, and the doctor says which file it is.
+    """A cached token is served, but nothing is issued or deleted, and the doctor names the file.
 
-    No approval key is served from such a file. What is not read anyway harms nothing, nor does a token that others can
+    No approval key is served from such a file. Files that are never read do no harm, nor does a token that others can
     read, or a folder above that is open to the owner's own group.
     """
     place.parent.chmod(0o775)
@@ -169,7 +169,7 @@ def test_no_change_builds_on_a_file_of_another_user(
 
 @pytest.mark.usefixtures("gateway")
 def test_a_directory_that_cannot_be_looked_into_is_unusable_and_not_empty(tmp_path: Path, command: Command) -> None:
-    """Whatever only reads says so with 7; `metrics` has the markets as unreadable."""
+    """Even commands that only read say so and end with 7; `metrics` reports the markets as unreadable."""
     (tmp_path / "file").write_text("")
     os.environ["KIS_TOKEN_DIR"] = str(tmp_path / "file" / "tokens")
     for line in ("get us --no-renew", "check --json", "history", "plan", "tick", "delete us"):
@@ -183,9 +183,9 @@ def test_a_directory_that_cannot_be_looked_into_is_unusable_and_not_empty(tmp_pa
 
 
 def test_nothing_that_is_made_is_open_to_others(tmp_path: Path, gateway: Sandbox, command: Command) -> None:
-    """With umask 000: the directory, the missing ones above it, every file, the copies and their folders, incidents.
+    """This holds under umask 000 for the directory, new ones above it, all files, the copies and their folders.
 
-    New folders for tokens and copies hide themselves from git, in whoever's repository they are.
+    New folders for tokens and copies hide themselves from git, whatever repository they are in.
     """
     tmp_path.chmod(0o755)
     gateway.set_rules(issue_interval=0)
@@ -210,7 +210,7 @@ def test_nothing_that_is_made_is_open_to_others(tmp_path: Path, gateway: Sandbox
 
 # --- the folders of other clients
 
-FOLDERS: dict[str, tuple[Door, bool]] = {  # and whether they are refused
+FOLDERS: dict[str, tuple[Door, bool]] = {  # how each is opened, and whether it is refused
     "open to all": (mode(0o777), True),
     "of another user": (give_away, True),
     "open to its own group, as the usual umasks leave it": (mode(0o775), False),
@@ -223,7 +223,7 @@ FOLDERS: dict[str, tuple[Door, bool]] = {  # and whether they are refused
 def test_no_secret_goes_into_a_folder_that_another_user_can_exchange(
     door: str, copies: Path, gateway: Sandbox, command: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """mojito2's file holds the app secret: it is not written, by the command (which issues nothing) or a setting."""
+    """Neither the command, which issues nothing, nor a setting writes mojito2's file, as that holds the app secret."""
     open_door, refused = FOLDERS[door]
     open_door(copies)
     ran = command("export", "us", "--to", "mojito2", str(copies))
@@ -235,10 +235,10 @@ def test_no_secret_goes_into_a_folder_that_another_user_can_exchange(
 
 @pytest.mark.parametrize("door", rows(FOLDERS)[:3])
 def test_no_token_of_another_user_is_adopted(door: str, copies: Path, gateway: Sandbox, command: Command) -> None:
-    """A client's file that others than its own group can have written brings no token, however long it would last."""
+    """However long it lasts, a token is not used from a client's file that others than its group can have written."""
     open_door, refused = FOLDERS[door]
     text, now = make_jwt(APP_KEY, life=90_000), datetime.now().astimezone()
-    for day in (now, now + timedelta(days=1)):  # midnight may be now
+    for day in (now, now + timedelta(days=1)):  # in case midnight passes
         path = copies / f"KIS{day:%Y%m%d}"
         path.write_text(f"token: {text}\nvalid-date: 2099-01-01 00:00:00\n")
         open_door(path)
@@ -248,7 +248,7 @@ def test_no_token_of_another_user_is_adopted(door: str, copies: Path, gateway: S
 
 
 def test_the_doctor_sends_no_password_where_dotenv_says(command: Command) -> None:
-    """Neither the environment's password for Prefect, nor the one that `make up` has generated; its own one goes."""
+    """It sends there neither the environment's password nor the one `make up` generated, but only `.env`'s own."""
     password = Path.home() / ".tokencore" / "prefect" / "password"
     password.parent.mkdir(parents=True, mode=0o700)
     password.write_text("admin:Canary")
@@ -270,7 +270,7 @@ def test_the_doctor_sends_no_password_where_dotenv_says(command: Command) -> Non
 @example(reason=NASTY, by="word " * 100)
 @given(reason=st.text(max_size=300), by=st.text(max_size=300))
 def test_a_note_is_one_short_printable_line(reason: str, by: str) -> None:
-    """Whatever is typed: cut to its length, or refused where it looks like a key, whatever stands before that."""
+    """Whatever is typed is cut to its length, or refused if any part of it looks like a key."""
     for words in ((f"{reason} for {KEY}", by), (reason, f"{by} for {KEY}")):
         with pytest.raises(ConfigurationError):
             Key.note(*words)
@@ -285,7 +285,7 @@ def test_a_note_is_one_short_printable_line(reason: str, by: str) -> None:
 
 @pytest.mark.usefixtures("gateway")
 def test_a_command_keeps_and_repeats_nothing_raw(command: Command) -> None:
-    """The record has the clean words of `--reason` and `--by`, escape sequences gone whole; so have other answers."""
+    """The record and the messages have what is typed without escape sequences and control characters."""
     assert command("refresh", "us", "--reason", NASTY, "--by", f"김민지{NASTY}").code == 0
     attempt = TokenManager("us").history()[-1]
     assert (attempt.reason, attempt.by) == ("]0;x kcats next last", "김민지 ]0;x kcats next last")
