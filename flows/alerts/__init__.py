@@ -59,7 +59,7 @@ class Subject(NamedTuple):
         if who in sessions.EXCHANGES:
             return cls(settings, now, who, who, None, [who], reached=False)
         keys = []
-        with contextlib.suppress(TokenError):  # there is no key: just that is being reported
+        with contextlib.suppress(TokenError):  # that there is no key is what is being reported
             keys = Key.load(settings)
         return cls(settings, now, who, who, _first_endangered(keys, now), [], reached=False)
 
@@ -268,7 +268,7 @@ def _first_endangered(keys: list[Key], now: datetime) -> KeyState | None:
     """Return the state of the readable key whose need is endangered first, or of any; None if none is readable."""
     states = []
     for key in keys:
-        with contextlib.suppress(TokenError):  # its store cannot be used: just that is being reported
+        with contextlib.suppress(TokenError):  # that its store cannot be used is what is being reported
             states.append(key.state(now))
     return min(states, key=lambda one: one.outlook.unserved or (datetime.max.replace(tzinfo=UTC),), default=None)
 

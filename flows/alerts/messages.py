@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 HEADLINE, SENTENCE = 150, 600  # characters: Slack's limit of a header, and what a phone shows of a paragraph
 DAYS_AHEAD = 5  # how far ahead a session counts as at risk: beyond the longest usual weekend
 CLOCKS = timedelta(seconds=30)  # KIS's clock and ours may differ, and a need ends with a pad, long after the close
-MOMENT = timedelta(minutes=1)  # a message does not say how long trouble has lasted before it has lasted this long
+MOMENT = timedelta(minutes=1)  # trouble younger than this is reported without saying how long it has lasted
 HOUR = 60  # minutes
 ICONS = {"opened": ":warning:", "escalated": ":rotating_light:", "reminded": ":hourglass_flowing_sand:"}
 NAMES = re.compile(r"\b(?:[A-Z]+_[A-Z_\d]+|\w+Error|\w+\.py:\d+)\b")  # in an error's text; the same in any language

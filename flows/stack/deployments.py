@@ -58,7 +58,7 @@ def by_settings(table: dict[str, Any], traded: Collection[str]) -> dict[str, Any
 
 
 def _remove_others(api: Api, wanted: Collection[str]) -> None:
-    """Remove the warm-ups of exchanges that are no longer traded: they would go on, and fail."""
+    """Remove the warm-ups of exchanges that are no longer traded: they would keep running, and fail."""
     warm_ups = {"flows": {"name": {"any_": ["warm-up"]}}, "work_pools": {"name": {"any_": [POOL]}}}
     for one in api.ask("POST", "deployments/filter", warm_ups):
         if one["name"] not in wanted and one["name"] in sessions.EXCHANGES:

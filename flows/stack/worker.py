@@ -40,7 +40,7 @@ def work() -> int:
     Neither the worker nor its runs get the database's address and the encryption key of the blocks.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_SERVER_")}
-    if own != dict(os.environ):  # what a process was started with stays visible in it, so start anew
+    if own != dict(os.environ):  # a process's first environment stays visible to others
         os.execve(sys.executable, [sys.executable, "-m", "flows.stack", "worker"], own)  # noqa: S606 - no shell
     threading.Thread(target=end_with_parent, daemon=True).start()
     server = Api(own["PREFECT_API_URL"].removesuffix("/api"), own["PREFECT_API_AUTH_STRING"])
@@ -133,7 +133,7 @@ def _runs(api: Api, *states: str) -> list[dict[str, Any]]:
 
 
 def _orphans(api: Api) -> list[dict[str, Any]]:
-    """Return the runs underway without a process, or none while another machine, whose runs look so, has a worker."""
+    """Return the runs underway without a process; none if another machine has a worker, as its runs look the same."""
     found = [run for run in _runs(api, *UNDERWAY) if not _works(run)]
     workers = api.ask("POST", f"work_pools/{POOL}/workers/filter", {}) if found else []
     return [] if any(one["status"] == "ONLINE" and one["name"] != NAME for one in workers) else found
