@@ -89,7 +89,7 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _prepare_streams() -> None:
-    """Buffer standard output whole, let a closed one fail on writing, and print `?` for what it cannot encode."""
+    """Buffer standard output, let a closed one fail on writing, and print `?` for characters it cannot encode."""
     if sys.stdout is None:
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
     if sys.stderr is None:
@@ -109,7 +109,7 @@ def _fail(message: str, code: int) -> int:
 
     try:
         sys.stderr.write(f"tokencore: {clean(message)}\n")
-    except OSError:  # standard error is full or closed; the exit code remains
+    except OSError:  # standard error is full or closed; only the exit code can report
         _discard(2)
     return code
 

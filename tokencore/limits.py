@@ -48,7 +48,7 @@ class Standing(NamedTuple):
 
 
 def check(intent: Intent, standing: Standing, market: Market) -> None:
-    """Return if a request is allowed now.
+    """Check that a request is allowed now.
 
     Raises:
         CredentialsError: KIS refused these very credentials before; a person has to act.
@@ -120,7 +120,7 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
 
 
 def check_credentials(intent: Intent, standing: Standing, market: Market) -> None:
-    """Return unless KIS refused these very credentials at the last attempt.
+    """Check that KIS did not refuse these very credentials at the last attempt.
 
     A key whose token is about to expire worked until recently, and KIS gives the same answer to a locked key, so AHEAD
     tries again a few times; otherwise only a person does.

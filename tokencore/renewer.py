@@ -207,7 +207,7 @@ class Renewer(Sensitive):
                 raise self._unwritable(error) from None
 
     def require_saved(self, token: Token) -> None:
-        """Return if the token is stored, so that others can use it.
+        """Check that the token is stored, so that others can use it.
 
         Raises:
             TokenStoreError: only this process has the token.
@@ -422,7 +422,7 @@ def _returned(answer: Token, standing: Standing) -> bool:
 
 
 def _check_better(token: Token, present: Token, *, proven: bool) -> None:
-    """Return if `token` may replace the `present` one, and raise otherwise."""
+    """Check that `token` may replace the `present` one, and raise otherwise."""
     if present.access_token == token.access_token:
         if present.rejected_at is not None and not proven:
             raise TokenUnavailableError(

@@ -84,7 +84,7 @@ class ApprovalKeys(Sensitive):
             return self._issued()
 
     def _check(self, began: datetime, now: datetime) -> None:
-        """Return if another request may be made now, judged by the last one; raise otherwise."""
+        """Check that the last request allows another one now, and raise otherwise."""
         asked = record.parse(str(self._document.read().get("attempt")))
         both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # KIS refuses both alike
         standing = limits.Standing(now, both, self._store.newest(), self._renewer.credentials)

@@ -128,7 +128,7 @@ class Exports(Sensitive):
         return self._copy(_target(f"{client}:{folder}", self._market), token, make=True)
 
     def check(self, client: str, folder: str) -> None:
-        """Return if `write` needs nothing more than a token, so that none is issued in vain.
+        """Check that `write` needs nothing more than a token, so that none is issued in vain.
 
         Raises:
             ConfigurationError: no such client, a file there is not this key's, or KIS_HTS_ID is missing.
