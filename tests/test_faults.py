@@ -1,7 +1,7 @@
-"""A fault at any call: kills, errors, full disks, clocks, rivals, bad files, KIS; nothing is lost and nothing wasted.
+"""A fault at any call: kills, errors, full disks, clocks, rivals, bad files, KIS. No token is lost or wasted.
 
-Each case is the real command, stopped before every call; no list of calls is kept anywhere, a first run counts them.
-`make test` takes a part of the calls that differs from case to case, `make torture` all of them.
+Each case is the real command, stopped before every call; a first run finds out which calls it makes. `make test` tries
+part of the calls, which differs from case to case; `make torture` tries them all.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
     from stepping import Stepped
 
 make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
-CLEAR = (0, 3, 4, 6, 7)  # exit codes that say what is the matter
-LONGEST = 300.0  # seconds: a command waits out three cool-downs at most, by a clock that does not jump
-LATE, ROOM = 40.0, 14.0  # seconds that a connection may take, and that the rest of an attempt without outcome covers
+CLEAR = (0, 3, 4, 6, 7)  # exit codes that name the problem
+LONGEST = 300.0  # seconds: with a steady clock, a command waits out three cool-downs at most
+LATE, ROOM = 40.0, 14.0  # seconds: a slow connection, and what is left in the time of an attempt without outcome
 
 
 def later(desk: Desk, hours: float) -> None:
-    """A token was issued so many hours ago."""
+    """Get a token, and set the clock this many hours later."""
     assert desk.run("get", "us").code == 0
     desk.clock.true += hours * HOUR
 
 
-SPREAD = 8.0  # seconds by which whoever has waited may start late
-BACKOFF, SELDOM = 65.0, 300.0  # seconds between attempts while the old token serves: after a failure, where it may last
+SPREAD = 8.0  # seconds by which those who waited may start late
+BACKOFF, SELDOM = 65.0, 300.0  # seconds to the next attempt while the old token serves; SELDOM if it may last
 
 
 class Fault(NamedTuple):
-    """What KIS does, in one of the sandbox's modes, and what has to come of it; `test_gateway` has every answer."""
+    """A fault of KIS, as a mode of the sandbox, and its expected result; `test_gateway` covers every answer."""
 
     mode: str
-    code: int  # of the command's exit
-    outcome: str  # in the record
-    kis: str | None = None  # its code, in the record too
-    requests: int = 1  # that reach tokenP
-    again: float | None = MINUTE  # seconds to the next request without a token; None where a person has to ask
+    code: int  # the command's exit code
+    outcome: str  # as recorded
+    kis: str | None = None  # KIS's code, as recorded
+    requests: int = 1  # how many reach tokenP
+    again: float | None = MINUTE  # seconds to the next request without a token; None if a person has to ask for it
     ahead: float = BACKOFF  # the same while the old token serves
-    timeout: str = "10"  # KIS_TIMEOUT, shorter for what would otherwise be waited for in real time
+    timeout: str = "10"  # KIS_TIMEOUT; shorter where a command would really wait for it
 
     def met(self, desk: Desk) -> Ran:
-        """The command that meets it; its line in the record is looked at, and KIS is well again."""
+        """Run the command with this fault, check its line in the record, and end the fault."""
         if self.mode:
             desk.kis.fail(self.mode)
         else:
@@ -81,15 +81,15 @@ FAULTS = {
 
 
 class Scenario(NamedTuple):
-    """A token that was issued so many hours ago, what someone did to the files then, and a command."""
+    """The age of the token, a change of the files since then, and a command."""
 
-    hours: float | None  # none where there is no token yet
+    hours: float | None  # None if there is no token yet
     change: Callable[[Desk], object] = lambda _: None
     command: str = "get us"
-    keeps: bool = False  # whether the token that is there goes on serving
+    keeps: bool = False  # whether the present token goes on serving
 
     def start(self, desk: Desk) -> Stepped:
-        """The command, before its first call."""
+        """Start the command, stopped before its first call."""
         return desk.start(*self.command.split())
 
 
@@ -106,27 +106,27 @@ SCENARIOS = {
     "delete": Scenario(7, command="delete us", keeps=True),
     "inside the minute": Scenario(None, FAULTS["HTTP 500"].met),
 }
-ALL = tuple(name for name in SCENARIOS if name != "inside the minute")  # that one waits, with little left to break
+ALL = tuple(name for name in SCENARIOS if name != "inside the minute")  # which mostly waits, so that little can break
 RENEWALS = ("first token", "expired", "about to expire", "refresh")
 CONNECTED = ("first token", "expired")
 
 
 class Kind(NamedTuple):
-    """What happens before a call of which scenarios; every so many of these calls is tried by `make test`."""
+    """A fault that comes before a call, and its scenarios; `make test` tries one in `every` of their calls."""
 
     every: int
     scenarios: tuple[str, ...] = ALL
-    calls: tuple[str, ...] = ()  # how those begin that are tried; all without any
-    error: int = 0  # the call fails, and no other
-    full: int = 0  # from here on nothing can be written, as on a full or a read-only disk
-    torn: bool = False  # half of what was to be written stands on disk
-    late: bool = False  # it stands still until just before its request leaves
-    killed: bool = False  # nothing more is done
-    rival: str = ""  # a second one begins: both go on in turns, or one stops or dies meanwhile
-    wrong: float = 0.0  # hours by which someone sets the clock, until a while after the end
-    asleep: float = 0.0  # hours that the machine sleeps, of which the monotonic clock knows nothing
+    calls: tuple[str, ...] = ()  # how the calls to try begin; empty for all
+    error: int = 0  # this call alone fails
+    full: int = 0  # from now on nothing can be written, as on a full or a read-only disk
+    torn: bool = False  # only half of the data is written
+    late: bool = False  # the process pauses until just before its request leaves
+    killed: bool = False  # the process is killed here
+    rival: str = ""  # a second process starts: both go on in turns, or one stops or dies meanwhile
+    wrong: float = 0.0  # hours by which the clock is set wrong, until a while after the end
+    asleep: float = 0.0  # hours that the machine sleeps, which the monotonic clock does not count
     issues: int = 1  # tokens that KIS may issue
-    wasted: bool = False  # whether a token may be lost with its process
+    wasted: bool = False  # whether an issued token may be lost with its process
 
 
 FILES: tuple[str, ...] = (
@@ -134,7 +134,7 @@ FILES: tuple[str, ...] = (
     *("link", "fchmod", "chmod", "utime", "listdir", "lseek", "close .", "close key", "close us", "close kr"),
 )
 SPACE = ("write", "mkdir", "fsync")
-ERRORS = ("EACCES", "EINTR", "EIO", "EMFILE", "ENOSPC", "EROFS")  # `make test` tries two of them in each scenario
+ERRORS = ("EACCES", "EINTR", "EIO", "EMFILE", "ENOSPC", "EROFS")  # `make test` tries two of them per scenario
 RIVALS = (*RENEWALS, "damaged file", "lost record", "views alone")
 UNREADABLE = ("open key", "read key")
 KINDS = {
@@ -158,10 +158,10 @@ KINDS = {
 
 
 class Case:
-    """A scenario in which faults of one kind are tried one by one."""
+    """A scenario in which faults of one kind are tried, one at a time."""
 
     def __init__(self, desk: Desk, name: str, how: Kind) -> None:
-        """Bring it about, and note the calls of its command."""
+        """Set the scenario up, and run its command once to list its calls."""
         self.desk, self.scenario, self.how = desk, SCENARIOS[name], how
         if self.scenario.hours:
             later(desk, self.scenario.hours)
@@ -175,7 +175,7 @@ class Case:
         assert process.ran.code == 0, process.ran
 
     def tried(self, number: int) -> Iterator[str]:
-        """What went wrong where the fault came before the call of that number."""
+        """Try the fault before the call of that number, and yield what went wrong."""
         self._back()
         process = self.scenario.start(self.desk)
         process.advance(number)
@@ -186,7 +186,7 @@ class Case:
         yield from self._wrong(ends)
 
     def _happened(self, process: Stepped) -> list[Ran]:
-        """How those ended that were not killed."""
+        """Let the fault happen, and return how the processes ended that were not killed."""
         desk, how = self.desk, self.how
         desk.clock.wrong = how.wrong * HOUR
         desk.clock.sleep(how.asleep * HOUR)
@@ -211,7 +211,7 @@ class Case:
         return [one.ran for one in both if one.ran.code != -signal.SIGKILL]
 
     def _wrong(self, ends: list[Ran]) -> Iterator[str]:
-        """Looks at what was said, the files, the next processes and KIS."""
+        """Yield what is wrong with the output, the files, the tokens that others get, and the requests to KIS."""
         desk, how, now, bought = self.desk, self.how, self.desk.tokens(), set(self.desk.granted[self.issued :])
         for ran in ends:
             bought -= {ran.out.strip()} | (bought if ran.code == 7 and "only this process" in ran.err else set())
@@ -234,10 +234,10 @@ class Case:
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for kind, how in KINDS.items() for name in how.scenarios])
 def test_whatever_happens_before_any_call(name: str, kind: str, make_desk: Callable[[], Desk]) -> None:
-    """Each file is old or new, the next processes get one token, KIS was asked once a minute and nothing in vain.
+    """Every file is old or new, later processes get one token, and KIS is asked once a minute at most, never in vain.
 
-    What is said is one sentence with its exit code, and a bought token is in hand or on disk. A clock set ahead ends a
-    minute that KIS still counts: that is refused, and waited out.
+    Errors are one sentence with an exit code, and an issued token is on disk or was handed out. A clock that is set
+    ahead ends the cool-down before KIS's minute is over: KIS refuses, and the command waits.
     """
     how = KINDS[kind]
     with make_desk() as desk:
@@ -251,14 +251,14 @@ def test_whatever_happens_before_any_call(name: str, kind: str, make_desk: Calla
 
 @pytest.fixture
 def desk(make_desk: Callable[[], Desk]) -> Iterator[Desk]:
-    """A key of its own; KIS is well again afterwards."""
+    """A key of its own; faults of KIS end with the test."""
     with make_desk() as made:
         yield made
         made.kis.well()
 
 
 def test_without_threads_the_token_is_served(desk: Desk) -> None:
-    """As under `ulimit -u`: what serves goes on, and what never left is no attempt that the next process waits for."""
+    """If no thread can start (`ulimit -u`), the token still serves, and an unsent request makes nobody wait."""
     later(desk, 23.6)
 
     def refuse(*_: object) -> NoReturn:
@@ -280,7 +280,7 @@ def test_without_threads_the_token_is_served(desk: Desk) -> None:
     [("listdir .", 1), ("listdir .", 2), *((f"{call} key", 1) for call in ("fstat", "flock", "fchmod", "open"))],
 )
 def test_a_lock_that_the_system_refuses_is_exit_7_and_no_attempt(call: str, turn: int, desk: Desk) -> None:
-    """Nothing is asked and nothing recorded, so the next process asks at once; a folder that cannot be listed too."""
+    """No request or record is made, so the next process asks at once; the same if the folder cannot be listed."""
     process = desk.start("get", "us")
     while turn:
         process.go()
@@ -294,7 +294,7 @@ def test_a_lock_that_the_system_refuses_is_exit_7_and_no_attempt(call: str, turn
 
 
 def test_the_ceiling_holds_on_a_full_disk_and_the_refusal_says_why(desk: Desk) -> None:
-    """Six `get` that save nothing, three hours apart, where KIS would issue: two tokens, then exit 4 that says why."""
+    """Of six `get`s that cannot save, three hours apart, two get a new token from KIS; the rest exit 4 and say why."""
     later(desk, 0)
     for path in desk.folder.iterdir():
         path.unlink()
@@ -309,7 +309,7 @@ def test_the_ceiling_holds_on_a_full_disk_and_the_refusal_says_why(desk: Desk) -
 
 
 def test_a_token_that_kis_repeats_on_a_full_disk_is_no_other_issue(desk: Desk) -> None:
-    """A `get` a minute that saves nothing: each prints the one token, and the day's other issue is still to be had."""
+    """A `get` each minute that cannot save prints the same token, and the day's other issue is still possible."""
     later(desk, 0)
     for path in desk.folder.iterdir():
         path.unlink()
@@ -325,7 +325,7 @@ def test_a_token_that_kis_repeats_on_a_full_disk_is_no_other_issue(desk: Desk) -
 
 
 def test_a_token_that_another_program_issued_is_no_issue_of_ours(desk: Desk) -> None:
-    """What KIS issued an hour before our request is recorded as handed back, with its own time as the mark."""
+    """A token that KIS issued an hour before our request is recorded as the same one, with its own time of issue."""
     body = {"grant_type": "client_credentials", "appkey": desk.key, "appsecret": APP_SECRET}
     assert requests.post(f"{desk.kis.url}/oauth2/tokenP", json=body, timeout=5).status_code == 200
     issued_at = desk.clock.true
@@ -337,7 +337,7 @@ def test_a_token_that_another_program_issued_is_no_issue_of_ours(desk: Desk) -> 
 
 @pytest.mark.parametrize("hours", [1.0, 23.6, 25.0])
 def test_a_renewal_of_version_0_1_is_the_keys_token(hours: float, desk: Desk) -> None:
-    """It writes the views alone, beside a key's file with the token of before: that costs no request, at any age."""
+    """Version 0.1 writes the views only; whatever the age of the key's own file, adopting them costs no request."""
     later(desk, 0)
     before = desk.key_file.read_bytes()
     desk.clock.true += hours * HOUR
@@ -353,7 +353,7 @@ def test_a_renewal_of_version_0_1_is_the_keys_token(hours: float, desk: Desk) ->
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_without_a_token_each_fault_is_one_error_and_one_next_attempt(name: str, desk: Desk) -> None:
-    """One sentence and its exit code, counted requests, a line in the record; then the next command has the token."""
+    """A fault is one sentence, its exit code, counted requests and a record line; the next command gets the token."""
     fault = FAULTS[name]
     if FULL or [*FAULTS].index(name) % 2:
         later(desk, 24.5)
@@ -375,7 +375,7 @@ def test_without_a_token_each_fault_is_one_error_and_one_next_attempt(name: str,
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_with_a_token_that_serves_each_fault_is_a_warning(name: str, desk: Desk) -> None:
-    """The old token comes, the request is counted, recorded and said, and KIS is left alone for a while."""
+    """The old token is served with a warning, the request is recorded, and KIS is left alone for a while."""
     later(desk, 23.6)
     fault, (old,), began = FAULTS[name], desk.granted, desk.clock.true
     ran = fault.met(desk)

@@ -1,4 +1,4 @@
-"""The files of a key: its own one is the truth, the markets' are its views, the record outlives both; all are whole."""
+"""A key's files: its own is the truth, the markets' are views, the record outlives both, and none is ever torn."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ LOOPBACK = "http://127.0.0.1:1"
 
 
 def open_files(folder: Path, market: str = "us", *siblings: str, **settings: object) -> FileStore:
-    """The store of a market whose key these markets share."""
+    """Return the file store of a market whose key the `siblings` share."""
     store = open_store(make_market(market, token_dir=folder, **settings), lambda: siblings or (market,))
     assert isinstance(store, FileStore)
     return store
 
 
 def put(path: Path, content: bytes | Token, **fields: object) -> None:
-    """Write a private file as an earlier version or a person does."""
+    """Write a private file as an earlier version or a person would."""
     if not isinstance(content, bytes):
         known = {"access_token": content.access_token, "expires_at": content.expires_at.isoformat()}
         content = json.dumps({**known, **fields}).encode()
@@ -47,12 +47,12 @@ def put(path: Path, content: bytes | Token, **fields: object) -> None:
 
 
 def mode_of(path: Path) -> str:
-    """The permissions of a file or folder itself, in octal."""
+    """Return the permissions of a file or folder (not a link's target) in octal."""
     return f"{stat.S_IMODE(path.lstat().st_mode):o}"
 
 
 def test_files_have_the_contracts_names_and_modes(folder: Path) -> None:
-    """0600, in a folder of 0700 that hides itself from git; the key's fingerprint is that of version 0.1."""
+    """Files are 0600, in a folder of 0700 that git ignores; the key's fingerprint is that of version 0.1."""
     store = open_files(folder, "us", *MARKETS)
     with store.lock(wait=5):
         store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), make_token())
@@ -65,7 +65,7 @@ def test_files_have_the_contracts_names_and_modes(folder: Path) -> None:
     assert view == (folder / f"{key}.json").read_text(encoding="utf-8")
     fields = ["access_token", "expires_at", "cached_at", "issued_at", "token_type", "environment", "key_fingerprint"]
     assert list(json.loads(view)) == fields
-    assert store.fingerprint == "1ecf0a38badc0de1"  # so that both share lock and record
+    assert store.fingerprint == "1ecf0a38badc0de1"  # so that both versions share lock and record
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(store)
 
@@ -76,7 +76,7 @@ def test_files_have_the_contracts_names_and_modes(folder: Path) -> None:
     ids=["paper at the same address", "another key"],
 )
 def test_two_keys_of_one_market_have_each_its_own_token(folder: Path, others: dict[str, str]) -> None:
-    """Two bots write one view in turn: neither loses its token, and nothing is set aside; a delete takes one's own."""
+    """Two keys that write one view in turn keep their tokens and set nothing aside; delete removes only one's own."""
     one, other = (
         {market: open_files(folder, market, *MARKETS, **how) for market in MARKETS}
         for how in ({"base_url": LOOPBACK}, others)
@@ -85,7 +85,7 @@ def test_two_keys_of_one_market_have_each_its_own_token(folder: Path, others: di
     assert other["us"].read() == (None, "")
     theirs = save(other["us"], make_token(life=90_000)).access_token
     assert [text_of(store["us"]) for store in (one, other)] == [ours, theirs]
-    for market, left in (("us", ours), ("kr", None)):  # their views hide ours, and stay
+    for market, left in (("us", ours), ("kr", None)):  # the other key's views replaced ours, and stay
         with one["us"].lock(wait=5):
             assert [one[market].delete() for _ in range(2)] == [True, False]
         assert [text_of(store["kr"]) for store in (one, other)] == [left, theirs]
@@ -94,7 +94,7 @@ def test_two_keys_of_one_market_have_each_its_own_token(folder: Path, others: di
 
 SERVES, COPY, MISS = [True, True], [False, True], [False, False]
 VIEWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, str], list[bool]]] = {
-    # the key's own token, a view's, what else the view says, and whether it serves: a reader, the holder of the lock
+    # the key's own token, the view's token, its other fields, and whether it serves: a reader, the holder of the lock
     "without a file of the key": (None, {}, {}, SERVES),
     "beside an expired token": ({"life": 60, "age": 120}, {}, {}, SERVES),
     "beside a living one that ends earlier": ({}, {"life": 90_000}, {}, COPY),
@@ -107,7 +107,7 @@ VIEWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, str], li
 
 @pytest.mark.parametrize("case", VIEWS)
 def test_a_view_serves_where_the_key_has_no_living_token(folder: Path, case: str) -> None:
-    """Earlier versions and people write views only; beside a token of the key it is a copy, of another key a miss."""
+    """A view serves alone, as earlier versions write it; beside the key's token it is a copy, of another key a miss."""
     own, view, fields, serves = VIEWS[case]
     store, theirs = open_files(folder), make_token(**view)
     if own is not None:
@@ -128,12 +128,12 @@ DAMAGED |= {"garbage": b"\x00\xff\xfe", "deep": b"[" * 100_000, "large": b" " * 
 def test_a_damaged_file_is_a_miss_and_set_aside_with_a_word(
     folder: Path, damage: str, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing breaks the reading; the next save keeps what stood there, for its owner only, and says so once."""
+    """No damage breaks reading; the next save sets the content aside, readable by its owner only, with one warning."""
     store = open_files(folder)
     name = VIEW if place == "view" else f"key-{store.fingerprint}.json"
     put(folder / name, DAMAGED[damage])
     (folder / name).chmod(0o644)
-    (folder / f"{name}.aside").mkdir()  # which stays
+    (folder / f"{name}.aside").mkdir()  # which must stay
     token, problem = store.read()
     assert (token, bool(problem)) == (None, True)
     save(store, make_token())
@@ -143,7 +143,7 @@ def test_a_damaged_file_is_a_miss_and_set_aside_with_a_word(
 
 
 def test_what_is_set_aside_again_and_again_is_kept_once(folder: Path) -> None:
-    """Where no successor comes, as on a full disk, each try finds the same file, and none adds another one."""
+    """A file that each try finds again, as on a full disk without a successor, is set aside only once."""
     put(folder / VIEW, b"damaged")
     for _ in range(3):
         files.set_aside(str(folder / VIEW))
@@ -152,7 +152,7 @@ def test_what_is_set_aside_again_and_again_is_kept_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link", "dangling link"])
 def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp_path: Path) -> None:
-    """A FIFO, a folder or a link in the place of a view keeps nobody waiting; what a link points to stays as it is."""
+    """A FIFO, folder or link in place of a view makes nobody wait, and what a link points to is not changed."""
     path, victim, store = folder / VIEW, tmp_path / "victim", open_files(folder)
     put(victim, make_token())
     before = victim.read_bytes()
@@ -162,16 +162,16 @@ def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp
         os.mkfifo(path)
     else:
         path.symlink_to(victim if kind == "link" else "nowhere")
-    (folder / f".{VIEW}.{store.fingerprint}.tmp").symlink_to(victim)  # where the next draft is written
+    (folder / f".{VIEW}.{store.fingerprint}.tmp").symlink_to(victim)  # where the next draft goes
     assert store.read()[0] is None
     assert save(store, make_token()).access_token == text_of(open_files(folder, "kr"))
     assert (path.is_file(), path.is_symlink(), victim.read_bytes()) == (True, False, before)
 
 
 def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it(folder: Path) -> None:
-    """A power cut cannot leave an empty file under the right name: fsync, rename, fsync of the folder.
+    """A power cut cannot leave an empty file under the final name: there is fsync, rename, then fsync of the folder.
 
-    What cannot be replaced, as a single file that Docker mounts, is overwritten; nothing else is left.
+    A file that cannot be replaced, as when Docker mounts it alone, is overwritten, and no draft is left.
     """
 
     def work() -> None:
@@ -187,7 +187,7 @@ def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it
 
 
 def test_a_directory_that_holds_only_our_files_is_closed_to_others(folder: Path) -> None:
-    """One that others use keeps its mode: `KIS_TOKEN_DIR=/tmp` locks nobody out of /tmp."""
+    """A directory that others use keeps its mode, so that `KIS_TOKEN_DIR=/tmp` locks nobody out of /tmp."""
     for name in (*(f"us{part}" for part in OURS), "someone's file"):
         (folder / name).touch()
         folder.chmod(0o755)
@@ -202,9 +202,9 @@ ISSUED = {"at": "2026-11-20T07:35:00.123+00:00", "outcome": "issued", "code": No
 
 
 def test_a_record_of_version_0_1_is_read_and_continued(folder: Path) -> None:
-    """Its lines are padded to a disk sector, its first one may count what was cut; of one of megabytes the end is kept.
+    """Its padded lines and its count of cut lines are understood; of a record of megabytes, the end is kept.
 
-    What is no line is passed over; one with an unknown outcome is an attempt that was made.
+    Damaged lines are skipped; one with an unknown outcome counts as an attempt that was sent.
     """
     store = open_files(folder)
     odd: tuple[Any, ...] = (
@@ -224,7 +224,7 @@ def test_a_record_of_version_0_1_is_read_and_continued(folder: Path) -> None:
 
 
 def test_the_mark_speaks_where_the_record_is_lost(folder: Path) -> None:
-    """Epoch seconds as text, beside each view; it survives `delete`, and is silent beside another key's token."""
+    """The mark, epoch seconds as text, survives `delete` and a lost record; beside another key's view it is ignored."""
     store = open_files(folder)
     with store.lock(wait=5):
         store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), make_token(now=NOW))

@@ -1,6 +1,6 @@
-"""Machines that share a key through PostgreSQL: one request a day, whatever befalls them, the store and the network."""
+"""Machines that share a key through PostgreSQL: one request a day, whatever happens to them, store or network."""
 
-# ruff: noqa: S311 - draws of a game
+# ruff: noqa: S311 - random faults, not secrets
 
 from __future__ import annotations
 
@@ -43,47 +43,47 @@ if TYPE_CHECKING:
     Command = Callable[..., Ran]
 
 SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7)
-OTHER = KEY[::-1]  # another key
+OTHER = KEY[::-1]  # another app key
 
 pytestmark = needs_postgres
 
 
 class Field(NamedTuple):
-    """An empty fleet, KIS with a minute of half a second and a tenth of a second to issue, and a folder."""
+    """An empty fleet, a KIS with a half-second cool-down that takes a tenth of a second to issue, and a folder."""
 
     fleet: Fleet
     kis: Sandbox
     folder: Path
 
     def machine(self, name: str, fleet: Fleet | None = None, **numbers: Any) -> Machine:  # noqa: ANN401 - fields of the settings
-        """A machine with nothing on it; of another fleet, where one is given."""
+        """Return a machine without a token, in this fleet or the given one."""
         return Machine(fleet or self.fleet, self.folder / name, self.kis, **numbers)
 
     def machines(self, count: int, **numbers: Any) -> list[Machine]:  # noqa: ANN401 - the same
-        """So many of them."""
+        """Return that many machines."""
         return [self.machine(f"machine-{number}", **numbers) for number in range(count)]
 
     def sql(self, *statements: str) -> str:
-        """What the statements print."""
+        """Return what the statements print."""
         return self.fleet.server.sql(*statements)
 
 
 @pytest.fixture
 def field(fleet: Fleet, tmp_path: Path) -> Iterator[Field]:
-    """Where the tests play."""
+    """The fleet, KIS and folder of a test."""
     with Sandbox(issue_interval=MINUTE, latency=0.1) as kis:
         yield Field(fleet, kis, tmp_path)
 
 
 def clean(kis: Sandbox, requests: int) -> None:
-    """KIS was asked so often, refused nothing, and issued one token."""
+    """Assert that KIS got that many requests, refused none and issued one token."""
     stats = kis.stats()
     assert (stats["token_requests"], stats["granted_new"], stats["refused"]) == (requests, 1, {})
 
 
 @pytest.mark.parametrize("interval", [MINUTE, 0])
 def test_eight_cold_machines_make_one_request(field: Field, interval: float) -> None:
-    """Two processes on each; all get its token, each machine has it, also where no minute is kept between requests."""
+    """Two processes on each of eight machines get the token of one request, even if the cool-down is 0."""
     machines = field.machines(8, issue_interval=interval, timeout=10)
     field.kis.set_rules(issue_interval=60)
     assert [ended(child) for child in [machine.start() for machine in machines * 2]] == [0] * 16
@@ -92,7 +92,7 @@ def test_eight_cold_machines_make_one_request(field: Field, interval: float) -> 
 
 
 def test_of_two_that_have_looked_one_begins_and_the_last_that_began_may_send(field: Field) -> None:
-    """Whose look or attempt is older than another's attempt does not go on; a forked child harms no connection."""
+    """Another machine's attempt makes any earlier look or attempt void; a forked child harms no connection."""
     first, second, third = field.machines(3)
     with first.store.lock(wait=5), second.store.lock(wait=5):
         assert ended(in_child(lambda: (third.look(), first.store.attempts()))) == 0
@@ -106,18 +106,18 @@ def test_of_two_that_have_looked_one_begins_and_the_last_that_began_may_send(fie
         assert not first.store.depart(begun)
 
 
-REQUESTS = {signal.SIGKILL: (1, 1, 2), signal.SIGSTOP: (1, 0, 2), 0: (1, 2, 2)}  # by the point; 0 is not played
+REQUESTS = {signal.SIGKILL: (1, 1, 2), signal.SIGSTOP: (1, 0, 2), 0: (1, 2, 2)}  # by the fault's point; 0: not tried
 FATES = [(at, fault, one) for fault, counts in REQUESTS.items() for at, one in zip(POINTS, counts, strict=True) if one]
 
 
 def test_whatever_befalls_the_machine_that_renews_the_others_get_the_same_token(field: Field) -> None:
-    """Killed, stopped or cut off: a second request is made only where nobody can know of the first one's answer."""
+    """If it is killed, stopped or cut off, a second request is made only if nobody can know the first one's answer."""
     with ThreadPoolExecutor(len(FATES)) as pool:
         list(pool.map(lambda fate: outlive(field.fleet, field.folder / f"{fate[1]}-{fate[0]}", *fate), FATES))
 
 
 def outlive(fleet: Fleet, folder: Path, at: str, fault: int, requests: int) -> None:
-    """Three machines, one of which meets its fate; where it was stopped, it takes the others' token."""
+    """Let one of three machines meet the fault at that point; if it was only stopped, it takes the others' token."""
     with Sandbox(issue_interval=MINUTE) as kis, Relay(fleet.server.port) as relay:
         victim = Machine(fleet.behind(relay), folder / "victim", kis)
         others = [Machine(fleet, folder / name, kis) for name in ("one", "two")]
@@ -137,13 +137,13 @@ def outlive(fleet: Fleet, folder: Path, at: str, fault: int, requests: int) -> N
 
 
 def test_a_rejected_removed_or_imported_token_is_so_on_every_machine(field: Field) -> None:
-    """With the next look of each, at the latest; nobody brings back what a person took away."""
+    """Every machine sees it at its next look at the latest, and none brings back a token that a person removed."""
     first, second = field.machines(2)
     token = first.save(make_token())
     assert second.look() == token
     first.save(make_token(text=token, rejected=True))
     assert second.look() == "rejected"
-    assert second.save(make_token(text=token)) == first.look()  # proven to work again
+    assert second.save(make_token(text=token)) == first.look()  # it was proven to work again
     assert second.save(make_token(life=3600)) == first.look()  # shorter, but a person insists
     with first.store.lock(wait=5):
         assert first.store.delete()
@@ -151,7 +151,7 @@ def test_a_rejected_removed_or_imported_token_is_so_on_every_machine(field: Fiel
 
 
 def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(field: Field) -> None:
-    """A machine that joins brings its token and record; a server that takes over gets back what it has lost."""
+    """A joining machine brings its token and record, and a server restored to an older state gets back what it lost."""
     first, second = field.machines(2)
     alone = FileStore(first.market, lambda: ["us"])
     with alone.lock(wait=5):
@@ -173,7 +173,7 @@ def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(field: F
 
 @pytest.mark.parametrize("hours", [1, -1])
 def test_the_limits_go_by_the_servers_clock(field: Field, hours: int) -> None:
-    """A machine whose clock is an hour wrong knows how long ago another one's attempt was, and dates its own right."""
+    """A machine whose clock is an hour off knows the age of others' attempts, and records its own at the right time."""
     first, second = field.machines(2, issue_interval=60)
     moments = [datetime.now(UTC), datetime.now(UTC) + timedelta(hours=hours)]
     for machine, now in zip((first, second), moments, strict=True):
@@ -191,7 +191,7 @@ FOLLOW = "from tokencore.cli import main; main(['follow'])"
 
 
 def test_what_a_machine_had_before_its_fleet_is_offered_by_its_follower(field: Field) -> None:
-    """Nobody has to renew for it: the store has no row of the key, and the next machine issues nothing."""
+    """A follower puts its machine's token into a store without the key's row, and the next machine issues nothing."""
     first, second = field.machines(2)
     alone = FileStore(first.market, lambda: ["us"])
     with alone.lock(wait=5):
@@ -205,7 +205,7 @@ def test_what_a_machine_had_before_its_fleet_is_offered_by_its_follower(field: F
 
 
 def test_a_machine_follows_what_the_others_do(field: Field) -> None:
-    """Listening, polling where a pooler swallows notifications, or by a bot; what cannot be decrypted is left alone."""
+    """Changes reach a listener, a poller behind a pooler, and a bot; a row that cannot be decrypted is left alone."""
     with Relay(field.fleet.server.port, notifies=False) as relay, contextlib.ExitStack() as running:
         first, listening, bot = field.machines(3)
         polling = field.machine("polling", field.fleet.behind(relay))
@@ -239,9 +239,9 @@ def test_a_machine_follows_what_the_others_do(field: Field) -> None:
 
 
 def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: SlackEndpoint) -> None:
-    """Three at the same moment, twice, then that it is over; one that is cut off goes by what it knows itself.
+    """Three machines at once, twice, send one alert and one message of its end; one without the store sends its own.
 
-    A lock on it lasts a minute at most.
+    A lock on the incidents lasts a minute at most; then another machine can take it.
     """
     three, now = [], datetime.now(UTC)
     away = field.fleet._replace(url=field.fleet.url.replace(PASSWORD, "wrong"))
@@ -269,11 +269,11 @@ def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: Sla
     assert len(slack.messages) == 3
 
 
-LOST = {"fence + 1": 0, "at = clock": 0, "excluded.sealed": 1, "at = $1": 1}  # statements, and requests made
+LOST = {"fence + 1": 0, "at = clock": 0, "excluded.sealed": 1, "at = $1": 1}  # statements, and requests to KIS
 
 
 def test_an_answer_of_the_store_that_is_lost_counts_as_no(field: Field, caplog: pytest.LogCaptureFixture) -> None:
-    """Of `begin` and `depart`: nothing is sent. Of what follows the request: its token is handed out and offered."""
+    """Lost before the request, it prevents the request; lost after it, the token is handed out and offered again."""
     with ThreadPoolExecutor(len(LOST)) as pool:
         list(pool.map(lambda one: answer_lost(field.fleet, field.folder / one, one, LOST[one]), LOST))
     until(lambda: "other machines get what KIS answered" in caplog.text)
@@ -281,10 +281,10 @@ def test_an_answer_of_the_store_that_is_lost_counts_as_no(field: Field, caplog: 
 
 
 def answer_lost(fleet: Fleet, folder: Path, statement: str, requests: int) -> None:
-    """The connection breaks after the statement was carried out."""
+    """Break the connection after the statement was executed."""
     with Sandbox(issue_interval=MINUTE) as kis, Relay(fleet.server.port) as relay:
         first, second = Machine(fleet.behind(relay), folder / "first", kis), Machine(fleet, folder / "second", kis)
-        assert first.look() == ""  # the row is there
+        assert first.look() == ""  # this makes the row
         relay.lose, token = statement.encode(), ""
         with contextlib.suppress(TokenStoreError):
             token = first.get()
@@ -302,9 +302,9 @@ SERVED = (
 
 
 def test_a_store_that_is_frozen_stops_nobody_with_a_valid_token(field: Field) -> None:
-    """Neither the store nor its packages are needed then; else exit 7. A rejection reaches the others afterwards.
+    """A valid token needs neither the store nor its packages; without one it is exit 7. A rejection is passed on later.
 
-    `check` writes nothing. A removal would not last, and is refused.
+    `check` writes nothing. A removal is refused, as it would not last.
     """
     first, second, third, cold = field.machines(4)
     token = first.save(make_token())
@@ -327,7 +327,7 @@ def test_a_store_that_is_frozen_stops_nobody_with_a_valid_token(field: Field) ->
 
 
 ADMIN = "postgresql://admin:CanaryPassword@{host}/"
-BAD = {  # the address of the store, a setting and its text, or a change in it; the exit code, and what is said
+BAD = {  # the store's address, a setting with its value, or a change of the store; the exit code, a part of the error
     "no address": ("http://{host}/postgres", 2, "KIS_STORE"),
     "unknown option": (ADMIN + "postgres?ssl_mode=require", 2, "KIS_STORE"),
     "bad number": ("postgresql://admin:CanaryPassword@{host}x/postgres", 2, "KIS_STORE"),
@@ -351,9 +351,9 @@ BAD = {  # the address of the store, a setting and its text, or a change in it; 
 def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
     field: Field, command: Command, change: str, code: int, sign: str
 ) -> None:
-    """Whatever is wrong: the documented exit code, what to correct, no secret; nothing issued, nothing overwritten."""
+    """Each mistake gets its documented exit code and a cure, without a secret; nothing is issued or overwritten."""
     field.sql("drop role if exists poor", "create role poor login password 'CanaryPassword'")
-    field.machine("first").save(make_token(life=400, age=200))  # it serves nobody any more
+    field.machine("first").save(make_token(life=400, age=200))  # too close to its expiry to serve
     os.environ |= field.machine("second").environment
     other, host = Seal([field.fleet.key]).close({"key_fingerprint": "other"}), f"127.0.0.1:{field.fleet.server.port}"
     change = change.format(host=host, other=other, roots=certifi.where())
@@ -370,7 +370,7 @@ def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
 
 @pytest.mark.parametrize("package", ["psycopg", "cryptography"])
 def test_without_the_extra_a_cold_machine_says_what_to_install(field: Field, package: str) -> None:
-    """Exit 2 and the command that brings the package, and nothing is issued; the help does not need it."""
+    """It exits 2 with the command that installs the package, and issues nothing; the help does not need it."""
     program = f"import sys; sys.modules['{package}'] = None; from tokencore.cli import main; sys.exit(main())"
     cold = field.machine("cold").environment
     get, helped = start(program, "get", "us", **cold), start(program, "--help", **cold)
@@ -380,10 +380,10 @@ def test_without_the_extra_a_cold_machine_says_what_to_install(field: Field, pac
 
 
 def test_nothing_in_the_store_reveals_a_secret_and_the_keys_are_rotated(field: Field, command: Command) -> None:
-    """No form of one is in a dump; then the newest key opens all, for a machine that verifies the server."""
+    """No secret is in a dump in any form; after a rotation the newest key alone decrypts all, over verified TLS."""
     first, server, older = field.machine("first"), field.fleet.server, field.fleet.key
     token = first.get()
-    assert [one.outcome for one in first.store.attempts()] == ["issued"]  # it is published by then
+    assert [one.outcome for one in first.store.attempts()] == ["issued"]  # by now it is in the store
     os.environ |= first.environment
     with (document := open_document(Settings.load(), "incidents")).lock(wait=1):
         document.write({"operator": "CanaryName"})
@@ -401,9 +401,9 @@ def test_nothing_in_the_store_reveals_a_secret_and_the_keys_are_rotated(field: F
 
 
 def test_the_printed_role_is_enough_and_may_no_more(field: Field, command: Command) -> None:
-    """`fleet init` twice is once; its role renews, and can neither delete nor truncate nor run it.
+    """`fleet init` may run twice; its role can renew, but not delete, truncate or run `fleet init`.
 
-    Where tokens are sealed already it prints no other key.
+    Once the store holds tokens, it prints no new key.
     """
     role = f"app{os.getpid()}"
     os.environ["KIS_STORE"] = field.fleet.url
@@ -424,7 +424,7 @@ def test_the_printed_role_is_enough_and_may_no_more(field: Field, command: Comma
 
 
 def test_the_doctor_says_what_a_store_lacks(field: Field, command: Command) -> None:
-    """Reach, encryption, role, clock, keys and follower: a line each, with the fix; a store away is a failure."""
+    """Reach, encryption, role, clock, keys and follower get a line each, with a fix; no connection is a failure."""
     field.machine("first").get()
     os.environ |= field.machine("second").environment
     os.environ["KIS_STORE_KEYS"] = f"{Fernet.generate_key().decode()},{field.fleet.key}"
@@ -439,7 +439,7 @@ def test_the_doctor_says_what_a_store_lacks(field: Field, command: Command) -> N
 
 @pytest.mark.skipif(not FULL, reason="takes minutes: make torture")
 def test_whatever_chance_does_there_is_one_token_and_no_refusal(tmp_path: Path) -> None:
-    """Kills and stops at any time, a server that crashes, freezes or has no connection left; 200 rounds, 8 at once."""
+    """Kills and stops at random times, and a server that crashes, freezes or runs out of connections, in 200 rounds."""
     with Postgres("max_connections=16") as server:
         fleet = Fleet.made(server)
         for first in range(0, 200, 8):
@@ -451,7 +451,7 @@ def test_whatever_chance_does_there_is_one_token_and_no_refusal(tmp_path: Path) 
 
 
 def befall(server: Postgres, chance: random.Random) -> None:
-    """What befalls the server in a round: nothing, a crash, or standing still."""
+    """Do to the server what a round brings: nothing, a crash, or a freeze."""
     time.sleep(chance.uniform(0, 1.5))
     match chance.choice(("nothing", "crash", "freeze")):
         case "crash":
@@ -465,14 +465,14 @@ def befall(server: Postgres, chance: random.Random) -> None:
 
 
 def play(fleet: Fleet, folder: Path, chance: random.Random) -> None:
-    """A round: two programs on each of four machines want their first token; in the end all have the same."""
+    """Play a round: two programs on each of four machines want a first token, and in the end all have the same one."""
     with Sandbox(issue_interval=1, latency=chance.uniform(0, 0.4)) as kis:
-        key = f"{folder.name:X<36}"  # a later round may have the port of an earlier one
+        key = f"{folder.name:X<36}"  # a round's KIS may reuse an earlier one's port
         machines = [Machine(fleet, folder / str(number), kis, key=key, issue_interval=1) for number in range(4)]
         with ThreadPoolExecutor(8) as pool:
             seeds = [chance.random() for _ in range(8)]
             list(pool.map(lambda n: live(machines[n % 4], random.Random(seeds[n])), range(8)))
-        while {ended(machine.start()) for machine in machines} != {0}:  # where the store is away, each is refused
+        while {ended(machine.start()) for machine in machines} != {0}:  # while the store is down, they fail
             pass
         stats = kis.stats()
         assert len({machine.got for machine in machines}) == 1
@@ -480,7 +480,7 @@ def play(fleet: Fleet, folder: Path, chance: random.Random) -> None:
 
 
 def live(machine: Machine, chance: random.Random) -> None:
-    """A program on it, and what becomes of it: it stands still for a second at most, as it may have to send."""
+    """Run a program that may be killed or stopped, but for a second at most, as it may hold the right to send."""
     time.sleep(chance.uniform(0, 0.3))
     child = machine.start()
     if fate := chance.choice((0, 0, 0, signal.SIGKILL, signal.SIGSTOP)):

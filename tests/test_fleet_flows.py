@@ -1,6 +1,6 @@
-"""A fleet played on this machine, `make fleet`: bots, follower and worker on two machines, each with its own home.
+"""A fleet simulated on this machine (`make fleet`): two machines with bots, follower and worker, and their own homes.
 
-It takes minutes, and ends with a table. Its tests go in their order.
+It takes minutes and ends with a table. Its tests depend on their order.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 played = pytest.mark.skipif(not os.environ.get("TOKENCORE_FLEET"), reason="takes minutes: make fleet")
 pytestmark = [needs_postgres, played]
-NAMES, BOTS = ("first", "second"), 4  # so many bots on each machine
-OLD, LEFT = 7 * 3600, 3000  # seconds: a token so old that KIS issues another one, and too short for the session
-MINUTE, SIX_HOURS = 5, 21_600  # seconds: KIS's, the first one shortened
-IN_FLIGHT = 25  # seconds: 2.5 times KIS_TIMEOUT, in which a request without an outcome keeps all machines away
+NAMES, BOTS = ("first", "second"), 4  # bots on each machine
+OLD, LEFT = 7 * 3600, 3000  # seconds: an age at which KIS issues another token, and a rest too short for the session
+MINUTE, SIX_HOURS = 5, 21_600  # seconds: KIS's rules, with a shorter minute
+IN_FLIGHT = 25  # seconds, 2.5 times KIS_TIMEOUT, for which a request without an outcome stops all others
 BOT = """
 import hashlib, time
 from tokencore import TokenError, USTokenManager
@@ -61,7 +61,7 @@ USTokenManager().save_token(make_token({OLD + LEFT}, age={OLD}))
 
 
 class Machines(NamedTuple):
-    """Two machines: the first with Prefect's server and a worker, the second with a worker; bots on both."""
+    """Two machines with bots: the first also has Prefect's server and a worker, the second a worker."""
 
     up: Up
     second: Place
@@ -72,12 +72,12 @@ class Machines(NamedTuple):
     table: list[tuple[object, ...]]
 
     def delete(self) -> None:
-        """Take the token away from all machines."""
+        """Delete the token on all machines."""
         for market in ("us", "kr"):
             run(self.second, "-m", "tokencore", "delete", market)
 
     def begin(self, machine: str, deployment: str, **parameters: object) -> str:
-        """A run that this machine's worker has started, as the other's stands still; its id."""
+        """Create a run that this machine's worker starts, by stopping the other one meanwhile; return its id."""
         other = self.worker.pid if machine == "first" else self.up.processes()["worker"]
         os.kill(other, signal.SIGSTOP)
         try:
@@ -88,30 +88,30 @@ class Machines(NamedTuple):
         return made
 
     def end(self, made: str) -> str:
-        """Name of the state that a run ends in."""
+        """Wait for a run's end and return the name of its final state."""
         until(lambda: self.up.state(made)[0] in ("COMPLETED", "FAILED", "CRASHED"), 2 * SLOW)
         return self.up.state(made)[1]
 
     def seen(self) -> list[list[tuple[float, float, str]]]:
-        """What each bot had: since when, after how long a call, and the token's digest or the error's name."""
+        """Return what each bot got: when its call began, its duration, and the token's digest or the error's name."""
         lines = [[line.split() for line in bot.read_text().splitlines()] for bot in self.bots]
         return [[(float(at), float(took), what) for at, took, what in bot] for bot in lines]
 
     def note(self, what: str) -> None:
-        """Add to the table what happened, once all bots have the same, and how long after KIS's answer they had."""
+        """Once all bots have the same token, add a row: what happened, and how long after KIS's answer that was."""
         until(lambda: len({bot[-1][2] for bot in self.seen()}) == 1, 10)
         last, requests = max(bot[-1][0] + bot[-1][1] for bot in self.seen()), self.gateway.stats()["requests"]
         self.table.append((what, len(requests), f"{last - requests[-1]['at']:.1f} s", len(self.slack.messages)))
 
 
 def run(place: Place, *arguments: str) -> str:
-    """What a Python program prints on that machine."""
+    """Run a Python program on that machine and return what it prints."""
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=place.environment, cwd=place.work, check=True, stdout=-1, text=True).stdout
 
 
 def settings(postgres: Postgres, folder: Path) -> dict[str, str]:
-    """What all machines are told, with a store as docs/fleet.md has it made: the owner's tables, the role's rights."""
+    """Return the machines' common settings, with a store as in docs/fleet.md: the owner's tables, a role's rights."""
     postgres.sql("CREATE DATABASE tokencore", "CREATE DATABASE prefect")
     owner = Place.made(folder, KIS_STORE=postgres.url("tokencore"))
     rights = run(owner, "-m", "tokencore", "fleet", "init", "--role", "keeper")
@@ -132,7 +132,7 @@ def settings(postgres: Postgres, folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def machines(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    """Bots without a token first, then Prefect as docs/fleet.md has it."""
+    """Start bots without a token, then Prefect as in docs/fleet.md."""
     folder, started = tmp_path_factory.mktemp("fleet"), []
     told, places = (
         settings(postgres, folder / "owner"),
@@ -165,17 +165,17 @@ def machines(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> It
             assert places["first"].run("down") == (0, "Stopped.\n")
         finally:
             for one in started:
-                one.send_signal(signal.SIGCONT)  # a test that failed may have left it standing still
+                one.send_signal(signal.SIGCONT)  # a failed test may have left it stopped
                 one.terminate()
                 one.wait(SLOW)
         assert [place.living() for place in places.values()] == [{}, {}]
 
 
 def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(machines: Machines) -> None:
-    """KIS refuses the app secret, whoever asks first: one request, one alert; a refresh ends it, which is told once.
+    """If KIS refuses the app secret, both workers together make one request and one alert; a refresh ends it once.
 
-    Before that all bots have the token of one request: neither `make up` nor the second worker asked for another. The
-    database's password is in no file of the stack, on no command line, and not in the environment of a run.
+    Before that, one request served all bots: neither `make up` nor the second worker made another. The database's
+    password is in no file of the stack, on no command line, and not in a run's environment.
     """
     machines.note("eight bots start at once")
     assert asked(machines.gateway) == 1
@@ -207,9 +207,9 @@ def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(machi
 def test_a_renewal_whose_worker_is_killed_is_finished_by_the_other(
     machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One request more, once the lost one cannot be answered any more; meanwhile no bot waits or loses its token."""
+    """There is one more request, once the lost one can have no answer; meanwhile no bot waits or loses its token."""
     files = [place.work / "tokens" / "us_api_token.json" for place in (machines.up.place, machines.second)]
-    for bot in machines.bots.values():  # they are to know no other token than an old one, which does not last
+    for bot in machines.bots.values():  # so that they only ever see an old token, which does not last
         bot.send_signal(signal.SIGSTOP)
     machines.delete()
     run(machines.second, "-c", SEED)
