@@ -1,4 +1,4 @@
-"""The flows: how runs end, what they publish and leave for later; the sandbox is KIS, Prefect is real where it runs."""
+"""The flows: how runs end, what they publish and what they schedule, with the sandbox as KIS and a real Prefect."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ gateway_only = pytest.mark.usefixtures("gateway")
 
 
 def now() -> datetime:
-    """The present moment."""
+    """Return the present moment."""
     return datetime.now(UTC)
 
 
 def kept(until: datetime | None = None, again_in: float | None = None) -> Done:
-    """What a warm-up's step makes of the only key."""
+    """Run a warm-up's step for the only key."""
     return warm_up.ensure.fn(only_key(), until or now() + SOON + HOUR, again_in)
 
 
 def checked(at: datetime | None = None, again_in: float | None = None) -> Done:
-    """What a check's step makes of it."""
+    """Run a check's step for the only key."""
     return check_tokens.advance.fn(only_key(), again_in, at)
 
 
 def followed(at: datetime | None = None) -> State:
-    """The end of a check of the only key."""
+    """Check the only key and return the final state."""
     try:
         return check_tokens.ended({only_key(): checked(at)})
     except errors.TokenError as error:
@@ -79,18 +79,18 @@ def followed(at: datetime | None = None) -> State:
 
 
 def visited(exchange: str, due: datetime, at: datetime | None = None) -> State:
-    """The end of a warm-up that comes to no key."""
+    """Run a warm-up's visit outside Prefect and return the final state."""
     return alerts.guarded(exchange, lambda settings, _: warm_up.visit(settings, exchange, due, at or due))
 
 
 def quotes(gateway: Sandbox) -> int:
-    """How many quote calls KIS has seen."""
+    """Return how many quote calls KIS has got."""
     stats = gateway.stats()
     return int(stats["quotes"] + sum(stats["quotes_refused"].values()))
 
 
 def test_a_foreign_text_reaches_neither_prefect_nor_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """An unforeseen error is named by its kind and place, what is harmless by its kind; nothing behind them is seen."""
+    """An unforeseen error shows its type and place, a harmless one its type; their texts and causes never appear."""
     with (
         pytest.raises(UnforeseenError, match=r"^Unexpected LookupError at test_flows\.py:\d+; its") as caught,
         safe_errors(),
@@ -103,7 +103,7 @@ def test_a_foreign_text_reaches_neither_prefect_nor_the_log(caplog: pytest.LogCa
 
 
 def test_a_failed_runs_log_ends_with_its_sentence() -> None:
-    """Not with Prefect's traceback, which follows it, and names none of the user's files."""
+    """Prefect's traceback, which would follow that sentence and names no file of the user's, is left out."""
     for name, error in ("prefect.flow_runs", FailedRun("KIS is down.")), ("prefect.task_runs", BAD):
         line = logging.LogRecord(name, logging.ERROR, "", 1, "It ended: %r", (error,), (type(error), error, None))
         assert logging.getLogger(name).filter(line)
@@ -111,7 +111,7 @@ def test_a_failed_runs_log_ends_with_its_sentence() -> None:
 
 
 def test_prefect_never_tries_again_inside_the_cool_down() -> None:
-    """The pauses follow the rule and outlast the issue interval by 5 s; those that do not end in time are left out."""
+    """Pauses follow the rule plus 5 s, so that they outlast the cool-down; those that end too late are left out."""
     rule = [retry_delay(failed).total_seconds() + 5 for failed in range(1, 8)]
     assert retry_delays(60, timedelta(minutes=24)) == rule
     assert [retry_delays(60, timedelta(seconds=span)) for span in (-60, 69, 70)] == [[], [], [70]]
@@ -119,9 +119,9 @@ def test_prefect_never_tries_again_inside_the_cool_down() -> None:
 
 
 def test_a_run_that_has_nothing_to_do_says_why(gateway: Sandbox, opens: Opens) -> None:
-    """The scheduled day decides, in the exchange's zone, and the holiday is named; a session can be over."""
+    """It names the holiday of the scheduled day in the exchange's zone, or says that it came too late."""
     closed = visited("SEHK", datetime(2025, 10, 29, 0, 50, tzinfo=UTC))
-    friday = datetime(2026, 11, 26, 23, 20, tzinfo=UTC)  # of KRX
+    friday = datetime(2026, 11, 26, 23, 20, tzinfo=UTC)  # 08:20 in Seoul
     exchange = opens(timedelta(minutes=-5))
     kept()
     late = visited("KRX", friday, friday + 8 * HOUR), visited(exchange, now() - SOON, now())
@@ -132,7 +132,7 @@ def test_a_run_that_has_nothing_to_do_says_why(gateway: Sandbox, opens: Opens) -
 
 
 def test_a_wrong_setting_fails(slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exchange that nobody trades: Slack says to pause the deployment. Malformed ones do not say where Slack is."""
+    """For an untraded exchange, Slack says to pause the deployment; malformed settings fail without a way to Slack."""
     exchange = opens(SOON)
     for market in ("US", "KR"):
         monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "SEHK")
@@ -146,8 +146,8 @@ def test_a_wrong_setting_fails(slack: SlackEndpoint, opens: Opens, monkeypatch: 
 
 
 def test_a_token_that_kis_has_killed_is_renewed_or_an_alert(gateway: Sandbox, slack: SlackEndpoint) -> None:
-    """The quote call finds it dead, so nobody gets it any more; after six hours it is replaced in the same run."""
-    cached(left=23 * 3600)  # the sandbox refuses a token that it has not issued, as KIS does a dead one
+    """A token that a quote call finds dead is no longer served; after six hours it is replaced in the same run."""
+    cached(left=23 * 3600)  # the sandbox rejects it like a dead token, as it did not issue it
     with pytest.raises(errors.IssuanceLimitError, match="A new one can be issued from"):
         kept()
     assert (only_key().state(now()).status, slack.headlines, asked(gateway)) == ("REJECTED", [DEAD], 0)
@@ -157,9 +157,9 @@ def test_a_token_that_kis_has_killed_is_renewed_or_an_alert(gateway: Sandbox, sl
 
 
 def test_a_quote_that_says_nothing_changes_nothing_and_is_said(gateway: Sandbox, opens: Opens) -> None:
-    """Too many calls, or KIS being down, proves nothing about the token: it is warm, and the state says so."""
+    """An answer that proves nothing about the token ends the run as Warm, and the state's message says so."""
     exchange = opens(SOON)
-    cached()  # the sandbox knows no such token
+    cached()  # which the sandbox does not know
     gateway.answer(*BUSY)
     state = warm_up.ended(exchange, now(), {only_key(): kept()})
     assert (end_of(state), only_key().state(now()).status) == (("COMPLETED", "Warm"), "VALID")
@@ -170,12 +170,12 @@ def test_a_quote_that_says_nothing_changes_nothing_and_is_said(gateway: Sandbox,
 def test_a_refused_key_is_told_early(
     gateway: Sandbox, slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch, step: Step | None
 ) -> None:
-    """A quote call or a person's refresh meets it hours before the renewal would: one alert, and no run fails."""
+    """If a quote call or a person's refresh is refused hours before the renewal, one alert is sent and no run fails."""
     opens(SOON)
     kept()
     monkeypatch.setenv("KIS_APP_SECRET", "wrong" * 36)
     if step is None:
-        time.sleep(0.6)  # the gateway's minute
+        time.sleep(0.6)  # the gateway's cool-down
         with pytest.raises(errors.CredentialsError):
             only_key().refresh(force=True, reason="", by="")
         monkeypatch.setenv("KIS_PROVE_TOKENS", "false")
@@ -188,7 +188,7 @@ def test_a_refused_key_is_told_early(
 
 
 def test_a_check_brings_a_lost_copy_back(gateway: Sandbox, opens: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another client's file follows the token with every check, also where nothing is renewed."""
+    """Each check writes the token's missing copies for other clients, even if it renews nothing."""
     opens(SOON)
     monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", "mojito2")
     kept()
@@ -197,7 +197,7 @@ def test_a_check_brings_a_lost_copy_back(gateway: Sandbox, opens: Opens, monkeyp
 
 
 def test_a_token_is_proved_only_on_a_day_with_a_session(gateway: Sandbox) -> None:
-    """On the evening before a session nobody asks; from midnight in Korea every check does, once."""
+    """No quote call is made on the evening before a session; from midnight in Korea each check makes one."""
     with (key := only_key()).store.lock(wait=1):
         key.store.save(make_token(now=MONDAY - 14 * HOUR))  # Sunday 18:20
     gateway.answer(*BUSY)
@@ -209,7 +209,7 @@ def test_a_token_is_proved_only_on_a_day_with_a_session(gateway: Sandbox) -> Non
 @pytest.mark.usefixtures("prefect_home")
 @pytest.mark.parametrize("step", [kept, checked])
 def test_a_token_that_only_a_run_has_is_none(gateway: Sandbox, slack: SlackEndpoint, opens: Opens, step: Step) -> None:
-    """With a full disk the run fails; table and alert count on nothing, and the table has the cause and the fix."""
+    """With a full disk the run fails; table and alert say that there is no token, and the table has cause and fix."""
     opens(SOON)
 
     def work() -> None:
@@ -231,8 +231,8 @@ REACHED = "The 24-hour limit is reached: 2 of 2; next attempt 2026-11-23 17:20 K
 FAULT = "a fault of KIS's (EGW0) at 2026-11-23 08:19 KST; next attempt 2026-11-23 08:20 KST"
 UNPROVEN = "KIS rejects the token; next attempt 2026-11-23 12:20 KST"
 FORCE, CORRECT = "Run refresh_token with force", "Correct KIS_APP_KEY"
-# On Monday at 08:20 KST: the token, the record, what the run met; status, whether it covers NASD's session, problem or
-# next renewal, what to do.
+# On Monday at 08:20 KST: the token, the record, the run's error; the status, whether NASD's session is covered, the
+# problem or next renewal, what to do.
 TABLE: dict[str, tuple[Any, str, Exception | None, str, str, str, str]] = {
     "all is well": (NEW, "issued 5", None, "VALID", "yes", "11-24 07:25, 23 h 5 min after", "nothing"),
     "our limit: KIS was not asked": (None, "issued 900, issued 600", LIMIT, "NO_TOKEN", "no", REACHED, FORCE),
@@ -246,7 +246,7 @@ TABLE: dict[str, tuple[Any, str, Exception | None, str, str, str, str]] = {
 @pytest.mark.parametrize("case", TABLE)
 @gateway_only
 def test_the_table_says_how_a_market_is_and_what_to_do(case: str) -> None:
-    """Five columns, of which the last has the next renewal or the problem; the caption says the same."""
+    """The last of its five columns has the next renewal or the problem, and the caption says the same."""
     token, past, error, status, covered, coming, fix = TABLE[case]
     view = View(only_key(), state_of(MONDAY, token, past), error)
     us, kr = artifacts.rows_of(view)
@@ -259,7 +259,7 @@ def test_the_table_says_how_a_market_is_and_what_to_do(case: str) -> None:
 
 @gateway_only
 def test_what_cannot_be_read_comes_first_and_acts_on_nothing() -> None:
-    """Whatever is in an error, Markdown acts on none of it."""
+    """A key that cannot be read comes first, and Markdown in its error has no effect."""
     odd = errors.TokenStoreError("- It | cannot `be` used: no space. Fix it.")
     views = [View(only_key(), state_of(MONDAY)), View(only_key(), None, odd)]
     said = "us, kr UNREADABLE: It / cannot 'be' used: no space; us, kr NO_TOKEN: "
@@ -268,7 +268,7 @@ def test_what_cannot_be_read_comes_first_and_acts_on_nothing() -> None:
 
 @gateway_only
 def test_a_check_says_what_comes_next_and_promises_no_vain_renewal() -> None:
-    """Trouble while the need is covered fails none; after refused credentials message and plan say who has to act."""
+    """With the need covered no trouble fails a check; after refused credentials it says that a person has to act."""
     limited = Done(state_of(MONDAY, NEW), renewed=False, trouble=LIMIT)
     refused = Done(state_of(MONDAY, OLD, "bad_key 5"), renewed=False)
     states = [check_tokens.ended({only_key(): done}) for done in (limited, refused)]
@@ -280,7 +280,7 @@ def test_a_check_says_what_comes_next_and_promises_no_vain_renewal() -> None:
 
 
 KILL = "maintenance"
-# On a Wednesday night by KST's clock: what runs, how it ends, and when the rule has something to do next.
+# On a Wednesday night in KST: what runs, how it ends, and when the rule next has something to do.
 NIGHT = (
     *(("05 16:05", "check", "Renewed", "06 07:25:00"), ("05 16:35", "check", "AlreadyValid", "06 07:25:00")),
     *(("05 20:30", KILL, "", ""), ("05 21:05", "check", "Failed", "05 22:05:31")),
@@ -290,7 +290,7 @@ NIGHT = (
 
 
 def test_a_night_of_maintenance(gateway: Sandbox, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the open, and told: every run's end, the planned renewals, every request to KIS and every message."""
+    """A token killed in the night is replaced before the open with two requests and two messages, as planned."""
     monkeypatch.setenv("KIS_MARKETS__US__EXCHANGES", "NASD")
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     gateway.set_rules(issue_interval=60)
@@ -309,33 +309,33 @@ def test_a_night_of_maintenance(gateway: Sandbox, slack: SlackEndpoint, monkeypa
 
 
 def leak_places(database: Path, text: str) -> set[str]:
-    """The tables in which the text stands."""
+    """Return the database's tables that contain the text."""
     with sqlite3.connect(f"file:{database}?mode=ro", timeout=60, uri=True) as connection:
         return {line.split('"')[1] for line in connection.iterdump() if text in line and line.startswith("INSERT")}
 
 
 def contents(folder: Path) -> Iterator[bytes]:
-    """All files of a server that runs: some go while they are looked at."""
+    """Yield the contents of all files of a running server; some vanish meanwhile."""
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             yield path.read_bytes()
 
 
 def latest(key: str) -> str:
-    """What an artifact shows."""
+    """Return what an artifact shows."""
     found = cast("Artifact | None", Artifact.get(key))
     return str(found.data) if found else ""
 
 
 def table() -> dict[str, str]:
-    """Every market's status as published last: in the first installation's table on this server, or in our own."""
+    """Return each market's published status, from our own table or from the first installation's on this server."""
     own = min(key.fingerprint[:8] for key in Key.load(Settings.load()))
     shown = latest(f"tokens-{own}") or latest(artifacts.TOKENS)
     return dict(re.findall(r"^\| (\w+) \| ([A-Z_]+) \|", shown, re.MULTILINE))
 
 
 def counted(work: Callable[[], object]) -> Counter[str]:
-    """The calls into our packages, of all threads."""
+    """Count the calls into our packages, in all threads."""
     folders = tuple(str(Path(str(package.__file__)).parent) for package in (runs, sys.modules["tokencore"]))
     calls: Counter[str] = Counter()
 
@@ -355,7 +355,7 @@ def counted(work: Callable[[], object]) -> Counter[str]:
 
 @pytest.fixture
 def deployed() -> None:
-    """The deployment of check_tokens, without which nothing is left for later; nothing is planned yet."""
+    """The deployment of check_tokens, without which no renewal is scheduled, and no planned runs yet."""
     with get_client(sync_client=True) as client:
         for one in client.read_flow_runs():
             if upcoming.TAG in one.tags:
@@ -365,10 +365,10 @@ def deployed() -> None:
 
 @pytest.mark.usefixtures("prefect_home", "deployed")
 class TestRuns:
-    """Whole runs on a Prefect server."""
+    """Complete runs on a Prefect server."""
 
     def test_a_warm_up_renews_publishes_and_leaves_the_next_renewal(self, gateway: Sandbox, opens: Opens) -> None:
-        """Renewed, then Warm on the same token; the run is named after the exchange's own day."""
+        """The first run ends Renewed, the next Warm with the same token; a run's name has the exchange's own date."""
         exchange, states = opens(SOON), []
         calls = counted(lambda: states.append(run(warm_up.warm_up, exchange=exchange)))
         assert 0 < calls.total() <= 2500, calls.most_common(20)
@@ -386,7 +386,7 @@ class TestRuns:
         assert named.count(f"warm-up {exchange} {runs.local_date(exchange, now())}") == 2
 
     def test_kis_being_down_is_tried_again(self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens) -> None:
-        """Prefect tries again five seconds after the cool-down, and the run ends Renewed; Slack heard of both."""
+        """Prefect retries five seconds after the cool-down, and the run ends Renewed; Slack gets trouble and end."""
         exchange = opens(SOON)
         gateway.fail("server-error", 1)
         begun = time.monotonic()
@@ -397,7 +397,7 @@ class TestRuns:
 
     @pytest.mark.parametrize("step", [kept, checked])
     def test_the_table_has_the_trouble_while_its_run_goes_on(self, gateway: Sandbox, opens: Opens, step: Step) -> None:
-        """Until the end of a run, which tries for most of an hour, an older table would say that all is well."""
+        """A run can retry for most of an hour, so its trouble is in the table at once and not only at its end."""
         opens(SOON)
         gateway.fail("down")
         artifacts.publish([View(only_key(), None, errors.TokenStoreError("An older table."))])
@@ -408,7 +408,7 @@ class TestRuns:
     def test_one_keys_trouble_stops_no_other(
         self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A check with two keys fails for the one that is refused, renews the other and leaves its next renewal."""
+        """A check of two keys fails for the refused one, but renews the other and schedules its next renewal."""
         opens(SOON)
         monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", "another-key-" * 3)
         gateway.fail("bad-secret", 1)
@@ -422,7 +422,7 @@ class TestRuns:
         assert list(planned_runs()) == [other]
 
     def test_the_next_renewal_is_a_scheduled_run_that_moves_and_goes(self) -> None:
-        """One run per key stands at its moment: kept while the plan stays, moved with it, gone without it."""
+        """Each key has one scheduled run, which stays while the plan does, moves with it and goes without one."""
         soon, later, past = (now().replace(microsecond=0) + hours * HOUR for hours in (2, 3, -1))
         for tag, at, planned in (
             *(("1a", soon, [soon]), ("1a", soon, [soon]), ("2b", soon, [soon, soon])),
@@ -433,7 +433,7 @@ class TestRuns:
             assert sorted(planned_runs().get("us+kr", []), key=str) == planned
 
     def test_real_and_paper_of_one_app_key_never_meet(self, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-        """At one address they have one fingerprint; each has its own state and its own planned renewal."""
+        """At one address they share a fingerprint, but each has its own state and its own planned renewal."""
         for name, value in {"ENVIRONMENT": "paper", "BASE_URL": gateway.url}.items():
             monkeypatch.setenv(f"KIS_MARKETS__KR__{name}", value)
         keys = Key.load(Settings.load())
@@ -445,7 +445,7 @@ class TestRuns:
 
     @gateway_only
     def test_a_locked_keyring_hides_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Nobody knows when that key is renewed: the table has it, and the other key's plan is there."""
+        """The table still has all keys, and the plan has those whose secrets can be read."""
         for name, value in {"APP_KEY": "another-key-" * 3, "APP_SECRET": APP_SECRET}.items():
             monkeypatch.setenv(f"KIS_MARKETS__KR__{name}", value)
         monkeypatch.delenv("KIS_APP_SECRET")
@@ -457,7 +457,7 @@ class TestRuns:
 
     @gateway_only
     def test_two_installations_on_one_server_overwrite_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The first one has the names `tokens` and `plan`; another key's installation has its own, every time."""
+        """The first installation uses the names `tokens` and `plan`, one with another key always names of its own."""
         artifacts.publish(runs.views([only_key()], {}))
         first = latest(artifacts.TOKENS)
         monkeypatch.setenv("KIS_APP_KEY", "another-key-" * 3)
@@ -469,13 +469,13 @@ class TestRuns:
     def test_no_secret_gets_into_prefect(
         self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens, prefect_home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """After flows that renewed, were refused, waited, failed and met a bug, neither Prefect nor Slack has one."""
+        """After flows that renewed, were refused, waited, failed or met a bug, Prefect and Slack hold no secret."""
         monkeypatch.setattr("flows.refresh_token.POLL", 0.2)
         exchange = opens(SOON)
         for mode in ("bad-key", "garbage"):
             gateway.fail(mode, 1)
             refreshed("us", force=True)
-            time.sleep(0.6)  # the gateway's minute
+            time.sleep(0.6)  # the gateway's cool-down
         run(check_tokens.check_tokens)
         with paused() as waiting:
             waiting.answer("renew now")
@@ -486,7 +486,7 @@ class TestRuns:
         monkeypatch.setattr("flows.warm_up.local_date", lambda *_: dict[str, str]()[" ".join(secrets)])
         database = Path(str(PREFECT_SERVER_DATABASE_CONNECTION_URL.value()).partition("///")[2])
         wanted, give_up = {"flow_run_state", "log"}, time.monotonic() + 120
-        # Lines are written behind a run, and a busy server drops some: it fails until what it says is found.
+        # Logs are written in the background, and a busy server drops some: repeat the run until its line is found.
         while not leak_places(database, "Unexpected KeyError at test_flows.py:") >= wanted:
             assert time.monotonic() < give_up
             run(warm_up.warm_up, exchange=exchange)
