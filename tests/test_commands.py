@@ -37,6 +37,8 @@ from running import (
 from tokencore import TokenManager, USTokenManager
 from tokencore.cli import COMMANDS
 from tokencore.clients.exports import CLIENTS
+from tokencore.commands import parsers
+from tokencore.kis.codes import KNOWN
 from tokencore.reports.tables import REFUSED
 from tokencore.sandbox import APP_KEY
 from tokencore.tokens import KST
@@ -578,3 +580,10 @@ def test_command_alone_prints_the_help_and_says_what_is_missing(command: Command
     assert command("--help") == Ran(0, ran.out, "")
     words = [name for names in COMMANDS.values() for name in names] + ["7 store unusable"]
     assert [word for word in words if word not in ran.out] == []
+
+
+@pytest.mark.parametrize("text", sorted({REFUSED, *(fix for _, _, fix in KNOWN.values())}))
+def test_a_command_that_a_message_names_is_whole(text: str) -> None:
+    """Whoever types what a message says to run meets no error of usage."""
+    for named in re.findall("`tokencore ([^`]+)`", text):
+        parsers(COMMANDS)[0].parse_args(named.split())

@@ -118,7 +118,9 @@ def read_input() -> str:
         with suppress(UnicodeDecodeError):
             text = sys.stdin.read(INPUT_LIMIT + 1)
     if not text.strip() or len(text) > INPUT_LIMIT:
-        raise ConfigurationError("Standard input holds no token: give it alone, or what `tokencore get --json` prints.")
+        raise ConfigurationError(
+            "Standard input holds no token: give it, or what `tokencore get MARKET --json` prints."
+        )
     return text.removeprefix("\ufeff").strip()
 
 

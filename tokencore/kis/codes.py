@@ -20,7 +20,7 @@ OK, SERVER_FAULT = 200, 500
 KEY_LENGTH, SECRET_LENGTH = 36, 180  # characters of the keys and secrets that KIS gives out
 AGAIN = "the next call or check tries again"
 WAIT_LONGER = "wait: the request may have counted, so the next attempt comes after the cool-down"
-THEN = "then run `tokencore refresh`"
+THEN = "then run `tokencore refresh MARKET`"
 PORTAL = "on the KIS Developers portal"
 WHICH = "check KIS_APP_KEY and that KIS_ENVIRONMENT (real or paper) is the key's"
 REAL = "set KIS_ENVIRONMENT=real and the real account's key and secret"

@@ -282,7 +282,7 @@ def _key(key: Key) -> Iterator[Finding]:
     asked = f"last request {format_time(last.at)}: {last.outcome}; {counted}" if last else "no request is on record"
     if last and last.outcome in CREDENTIALS:
         known = codes.KNOWN.get(last.code or "")
-        fix = known[2] if known else "check the credentials; then run `tokencore refresh`"
+        fix = known[2] if known else "check the credentials; then run `tokencore refresh MARKET`"
         yield _fail(name, f"{asked}; nothing tries again automatically", fix, REFUSED)
     else:
         over = state.issues_last_24h >= allowed

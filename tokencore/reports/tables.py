@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COLOURS = {"VALID": "green", "EXPIRING_SOON": "yellow"}  # everything else is red
 ANSWERS = {True: "KIS accepts the token", False: "KIS rejects the token", None: "not known"}
 LABEL = 7  # characters before a plan's line: an order code and spaces
-REFUSED = "KIS refused the credentials: no renewal until you correct them, or run `tokencore refresh`"
+REFUSED = "KIS refused the credentials: no renewal until you correct them, or run `tokencore refresh MARKET`"
 PRIVATE = ("0600", "0400", None)  # modes that only the owner can use
 BROAD = 112  # characters: from this width on every column fits; below it, the least important one is left out
 
