@@ -349,7 +349,7 @@ class _Parent:
         self.pipe, self._folder = pipe, folder
         self._wall = time_machine.travel(START, tick=False).start()
         self._monotonic = START
-        self._names: dict[int, str] = {}  # of open descriptors' files
+        self._names: dict[int, str] = {}  # of files, by open descriptor
 
     def watch(self) -> None:
         """Replace the functions that the process calls; the first stop tells it the time."""

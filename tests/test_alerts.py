@@ -176,7 +176,7 @@ def test_a_page_is_true_in_its_first_words_and_in_every_line(slack: SlackEndpoin
 
 
 def test_no_korean_alert_has_an_english_sentence(slack: SlackEndpoint) -> None:
-    """No Korean text is in English, be it for any cause or answer of KIS, with or without a key, or about Prefect."""
+    """No Korean alert or text has an English sentence, whatever the cause, KIS's answer, and the key or run."""
     for error, past, token, _ in CAUSES.values():
         report(error, MONDAY, past, token=token, slack_language="ko")
         Path("~/.tokencore/incidents.json").expanduser().unlink(missing_ok=True)
@@ -244,7 +244,7 @@ class TestMessages:
         assert "Kim asked for it, 2026-11-23 09:20 KST." in seen(slack.messages[2])
 
     def test_a_token_that_someone_else_issued_is_reported_once_and_ends_their_limit(self, slack: SlackEndpoint) -> None:
-        """The foreign token replaces the limit in one message, without reminders; our own next token ends it."""
+        """One message reports a foreign token and ends the limit, without reminders; our own next token ends it."""
         report()
         token = make_token(age=3600, now=MONDAY)
         for hours in (0, 1, 2):
@@ -316,7 +316,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
 def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(
     slack: SlackEndpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Later messages are replies; only those that call people, or that the thread refuses, show in the channel."""
+    """A bot's later messages go to the thread; those that call people, or that it refuses, show in the channel."""
     monkeypatch.setattr(alerts.slack, "API", slack.url)
     monkeypatch.setenv("SLACK_BOT_TOKEN", BOT)
     monkeypatch.setenv("SLACK_CHANNEL", "#tokens")

@@ -127,7 +127,7 @@ def test_signer_goes_on_for_days(gateway: Sandbox, kis: Scripted, send: Send) ->
 
 
 def test_default_port_of_an_address_may_be_left_out() -> None:
-    """A base URL is the same with or without the default port, which httpx drops from each request, unlike requests."""
+    """A base URL with its default port is the same as without it: httpx drops the port, `requests` keeps it."""
     for own in ("https://gw.example:443", "https://gw.example"):
         os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL": own}
         TokenManager("us").save_token(make_token())
@@ -260,7 +260,7 @@ def test_many_processes_ask_for_one_approval_key_and_for_one_more_when_it_is_rej
 
 
 def test_approval_key_has_a_private_file_and_a_day_and_follows_its_app_key(gateway: Sandbox) -> None:
-    """Its private file lasts a day and is all that is written; an existing manager uses a newly set app key."""
+    """An approval key has a private file, lasts a day, and follows a change of the app key; no token is issued."""
     (store,) = [key.store for key in Key.load(Settings.load())]
     assert approval_expiry(store) is None
     old = (us := USTokenManager()).get_approval_key()
@@ -277,7 +277,7 @@ def test_approval_key_has_a_private_file_and_a_day_and_follows_its_app_key(gatew
 def test_approval_key_is_replaced_in_its_last_minutes_and_a_failure_costs_no_other(
     gateway: Sandbox, caplog: pytest.LogCaptureFixture, hours: float
 ) -> None:
-    """If its replacement fails, it still serves with a warning until it expires; the next request waits a minute."""
+    """If its replacement fails, an approval key serves with a warning until it expires; the next try waits a minute."""
     (us := USTokenManager()).get_approval_key()
     issued = datetime.now(UTC) - timedelta(hours=hours)
     key_file().write_text(json.dumps({"approval_key": "an-older-one", "issued_at": issued.isoformat()}))

@@ -90,7 +90,7 @@ def copies(tmp_path: Path, nowhere: Sandbox) -> Path:
 
 
 def test_mojito2s_file_is_plain_data_and_off_by_default(nowhere: Sandbox) -> None:
-    """The file holds the app secret, so it is written only if the market's setting names mojito2; its pickle is data.
+    """mojito2's file holds the app secret, so it is written only where the setting names mojito2; its pickle is data.
 
     An unknown client, or python-kis without the HTS id for its file's name, is an error, and nothing is issued.
     """
@@ -361,7 +361,7 @@ def test_client_and_tokencore_use_each_others_token(client: str, nowhere: Sandbo
     ids=lambda one: Path(one[0]).name,
 )
 def test_code_that_needs_no_client_runs(program: list[str], gateway: Sandbox, tmp_path: Path) -> None:
-    """The document's code for plain requests gets its quote, and its commands run; so does Node's where Node exists."""
+    """The document's code for plain requests gets its quote, and its commands run; so does Node's if Node is there."""
     if not shutil.which(program[0]):
         pytest.skip(f"there is no {program[0]} here")
     command = tmp_path / "bin" / "tokencore"

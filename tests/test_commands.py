@@ -212,7 +212,7 @@ STATUSES: dict[str, tuple[Callable[[Sandbox], object], dict[str, str], str]] = {
 
 @pytest.mark.parametrize("case", STATUSES)
 def test_check_words_and_exit_codes(gateway: Sandbox, command: Command, case: str) -> None:
-    """It exits 0 only if every asked market is valid, gives no negative time, and says why a token is missing."""
+    """`check` exits 0 only if every asked market is valid, shows no negative time, and says why a token is missing."""
     make, settings, words = STATUSES[case]
     make(gateway)
     ran = command("check", "us", "--json", **settings)
@@ -227,7 +227,7 @@ def test_check_words_and_exit_codes(gateway: Sandbox, command: Command, case: st
 
 @pytest.mark.parametrize("line", ["check", "check --json", "check --probe", "history", "tick", "plan", "metrics"])
 def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Command, line: str) -> None:
-    """No file's content, time or mode changes, no directory is made, and KIS issues nothing."""
+    """Commands that only read change no file's content, time or mode, make no directory and issue nothing."""
     if line != "tick":  # without a token, it would renew
         assert command(*line.split()).code == 3 * line.startswith("check")
         assert not folder().exists()
@@ -239,7 +239,7 @@ def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Comma
 
 
 def test_probe_proves_each_valid_token_with_one_call(gateway: Sandbox, command: Command) -> None:
-    """It exits 0 if KIS accepts the token, 3 if not, 6 without KIS; it issues nothing and tries no expired token."""
+    """`--probe` exits 0 if KIS accepts the token, 3 if not, 6 without KIS; markets share a call, nothing is issued."""
     cached(100)
     assert (command("check", "--probe").code, gateway.stats()["quotes_refused"]) == (3, {})
     command("get", "us")
@@ -550,7 +550,7 @@ OUTPUTS = ["get us", "check", "--help", "plan --svg -"]
 @pytest.mark.parametrize("line", OUTPUTS)
 @pytest.mark.usefixtures("gateway")
 def test_output_that_cannot_be_written_is_one_line_and_1(line: str, redirect: str) -> None:
-    """A full or closed output is exit 1 and one sentence, also at the interpreter's end; a closed pipe is no error."""
+    """A full or closed output is exit 1 and just one sentence; a pipe whose reader has gone is no error."""
     cached(20_000)
     program = f"({sys.executable} -m tokencore {line}; echo $? >code) {redirect}"
     ran = subprocess.run(["/bin/sh", "-c", program], stderr=subprocess.PIPE, text=True, check=False, timeout=60)

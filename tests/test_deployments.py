@@ -61,7 +61,7 @@ def dates(name: str, start: datetime, count: int) -> list[datetime]:
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_a_deployment_keeps_the_rules(name: str) -> None:
-    """It loads and gives all its flow's parameters; it has no template and no limit, whose slot a killed run keeps."""
+    """A deployment gives all its flow's parameters and has no template and no limit, whose slot a killed run keeps."""
     one, flow = DEPLOYMENTS[name], flow_of(name)
     typed = {"refresh_token": {"market": "US", "operator": "Kim"}, "NASD": {"exchange": "xnas"}}.get(name, {})
     parameters = flow.validate_parameters({**one.get("parameters", {}), **typed})
@@ -128,7 +128,7 @@ def test_every_automation_reports_in_each_language_or_acts(language: str, do: st
 
 @pytest.mark.parametrize("name", WARM_UPS)
 def test_a_warm_up_comes_40_minutes_before_the_open(name: str) -> None:
-    """This holds on each weekday, in winter and summer and across clock changes, in the exchange's time zone."""
+    """A warm-up is due 40 minutes before each weekday's open in the exchange's zone, also across clock changes."""
     place, (schedule,) = sessions.exchange(name), WARM_UPS[name]["schedules"]
     zone = ZoneInfo(place.zone)
     assert schedule["timezone"] == place.zone
@@ -140,7 +140,7 @@ def test_a_warm_up_comes_40_minutes_before_the_open(name: str) -> None:
 
 
 def test_the_check_comes_every_hour_of_the_year() -> None:
-    """It comes at the minute that alerts announce, also in the night when New York's clocks are set back."""
+    """The check comes each hour at the minute that alerts announce, also when New York's clocks are set back."""
     begin = datetime(2026, 10, 31, tzinfo=UTC)
     assert dates("check_tokens", begin, 48) == [begin + timedelta(hours=n, minutes=CHECK_MINUTE) for n in range(48)]
 
@@ -160,7 +160,7 @@ def test_every_command_of_a_service_is_there(file: Path) -> None:
 
 
 def test_services_of_compose_have_no_privileges_and_listen_on_loopback() -> None:
-    """Each service is given the secrets that it reads; runs send heartbeats as often as the automation expects."""
+    """Services have no privileges, listen on loopback and get the secrets they read; heartbeats suit the automation."""
     services = COMPOSE["services"]
     for one in services.values():
         read = re.findall(r"/run/secrets/(\w+)", f"{one.get('command')} {one.get('environment')}")

@@ -68,7 +68,7 @@ def found(command: Command, code: int, **settings: str) -> dict[str, dict[str, s
 
 
 def test_a_healthy_set_up_is_exit_0_with_evidence(warm: Sandbox, command: Command) -> None:
-    """There is no failure and a line for everything that a set-up needs, and a quote call proves the token."""
+    """A healthy set-up has no failure and a line for everything it needs, and a quote call proves its token."""
     seen = found(command, 0)
     assert {one["state"] for one in seen.values()} <= {"ok", "skipped"}
     needed = ("settings", "token directory", "file modes", "disk", "lock", "clock", "kis", "slack", "prefect", ACCEPTED)
@@ -77,7 +77,7 @@ def test_a_healthy_set_up_is_exit_0_with_evidence(warm: Sandbox, command: Comman
 
 
 def test_looking_issues_and_writes_nothing_and_tells_no_secret(gateway: Sandbox, command: Command) -> None:
-    """With or without a token, as JSON or as text of 79 columns, the doctor issues nothing and shows no secret."""
+    """With or without a token, as JSON or as text of 79 columns, the doctor issues, writes and reveals nothing."""
     own = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET, "KIS_BASE_URL_": "https://user:Canary@host"}
     own |= {"SLACK_WEBHOOK_URL": "http://127.0.0.1:1/services/Canary", "KIS_HTS_ID": "CanaryId"}
     os.environ |= {**own, "PREFECT_API_URL": "http://user:Canary@127.0.0.1:1/api"}
@@ -145,7 +145,7 @@ TROUBLES: dict[str, tuple[Callable[[Sandbox, Move], object], int, str, str, str]
 def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
     warm: Sandbox, kis_at: Move, command: Command, case: str
 ) -> None:
-    """Trouble is a failure that says what is wrong and what to do; without KIS, checks that ask KIS are skipped."""
+    """Each trouble is a failure that says what is wrong and what to do; without KIS, checks that ask it are skipped."""
     arrange, code, name, detail, fix = TROUBLES[case]
     arrange(warm, kis_at)
     seen = found(command, code)
@@ -156,7 +156,7 @@ def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
 
 @pytest.mark.usefixtures("gateway")
 def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
-    """Drafts, files set aside and files of other keys or markets are named; a failure still sets the exit code."""
+    """Wide modes, drafts, files set aside and other keys' files are warnings; a failure still sets the exit code."""
     cached()
     folder().chmod(0o755)
     names = [".us_api_token.json.x.tmp", "us_api_token.json.aside", "key-0123456789abcdef.jsonl", "old_api_token.json"]
@@ -217,7 +217,7 @@ SERVERS: dict[str, tuple[dict[str, str], tuple[str, str], tuple[int, object], in
 def test_slack_and_prefect_are_asked_without_posting(
     command: Command, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """A webhook is only tried by its host, as its path is secret and would post; bot and Prefect by their password."""
+    """Only a webhook's host is asked, as its path is secret and would post; bot and Prefect need their passwords."""
     settings, asked, answer, code, said = SERVERS[case]
     with Answers() as answers:
         monkeypatch.setattr(doctor, "SLACK_API", f"{answers.url}/api/")

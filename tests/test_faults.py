@@ -280,7 +280,7 @@ def test_without_threads_the_token_is_served(desk: Desk) -> None:
     [("listdir .", 1), ("listdir .", 2), *((f"{call} key", 1) for call in ("fstat", "flock", "fchmod", "open"))],
 )
 def test_a_lock_that_the_system_refuses_is_exit_7_and_no_attempt(call: str, turn: int, desk: Desk) -> None:
-    """No request or record is made, so the next process asks at once; the same if the folder cannot be listed."""
+    """If a lock or a listing of the folder is refused, nothing is asked or recorded; the next process asks at once."""
     process = desk.start("get", "us")
     while turn:
         process.go()
@@ -325,7 +325,7 @@ def test_a_token_that_kis_repeats_on_a_full_disk_is_no_other_issue(desk: Desk) -
 
 
 def test_a_token_that_another_program_issued_is_no_issue_of_ours(desk: Desk) -> None:
-    """A token that KIS issued an hour before our request is recorded as the same one, with its own time of issue."""
+    """A token that KIS issued an hour before our request is recorded as handed back, with its own time of issue."""
     body = {"grant_type": "client_credentials", "appkey": desk.key, "appsecret": APP_SECRET}
     assert requests.post(f"{desk.kis.url}/oauth2/tokenP", json=body, timeout=5).status_code == 200
     issued_at = desk.clock.true

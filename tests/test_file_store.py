@@ -107,7 +107,7 @@ VIEWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, str], li
 
 @pytest.mark.parametrize("case", VIEWS)
 def test_a_view_serves_where_the_key_has_no_living_token(folder: Path, case: str) -> None:
-    """A view serves alone, as earlier versions write it; beside the key's token it is a copy, of another key a miss."""
+    """A view serves alone, as 0.1 leaves it; beside a living token it is a copy, and another key's is a miss."""
     own, view, fields, serves = VIEWS[case]
     store, theirs = open_files(folder), make_token(**view)
     if own is not None:
@@ -202,7 +202,7 @@ ISSUED = {"at": "2026-11-20T07:35:00.123+00:00", "outcome": "issued", "code": No
 
 
 def test_a_record_of_version_0_1_is_read_and_continued(folder: Path) -> None:
-    """Its padded lines and its count of cut lines are understood; of a record of megabytes, the end is kept.
+    """The padded lines and the count of cut lines in old records are read; of a record of megabytes, the end is kept.
 
     Damaged lines are skipped; one with an unknown outcome counts as an attempt that was sent.
     """

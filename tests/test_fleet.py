@@ -111,7 +111,7 @@ FATES = [(at, fault, one) for fault, counts in REQUESTS.items() for at, one in z
 
 
 def test_whatever_befalls_the_machine_that_renews_the_others_get_the_same_token(field: Field) -> None:
-    """If it is killed, stopped or cut off, a second request is made only if nobody can know the first one's answer."""
+    """If the machine is killed, stopped or cut off, only an answer that nobody can know costs a second request."""
     with ThreadPoolExecutor(len(FATES)) as pool:
         list(pool.map(lambda fate: outlive(field.fleet, field.folder / f"{fate[1]}-{fate[0]}", *fate), FATES))
 
@@ -137,7 +137,7 @@ def outlive(fleet: Fleet, folder: Path, at: str, fault: int, requests: int) -> N
 
 
 def test_a_rejected_removed_or_imported_token_is_so_on_every_machine(field: Field) -> None:
-    """Every machine sees it at its next look at the latest, and none brings back a token that a person removed."""
+    """Each machine follows a rejection, removal or import at its next look at the latest; none undoes a removal."""
     first, second = field.machines(2)
     token = first.save(make_token())
     assert second.look() == token
@@ -273,7 +273,7 @@ LOST = {"fence + 1": 0, "at = clock": 0, "excluded.sealed": 1, "at = $1": 1}  # 
 
 
 def test_an_answer_of_the_store_that_is_lost_counts_as_no(field: Field, caplog: pytest.LogCaptureFixture) -> None:
-    """Lost before the request, it prevents the request; lost after it, the token is handed out and offered again."""
+    """If an answer is lost before the request, nothing is sent; later, the token is handed out and offered again."""
     with ThreadPoolExecutor(len(LOST)) as pool:
         list(pool.map(lambda one: answer_lost(field.fleet, field.folder / one, one, LOST[one]), LOST))
     until(lambda: "other machines get what KIS answered" in caplog.text)
@@ -302,7 +302,7 @@ SERVED = (
 
 
 def test_a_store_that_is_frozen_stops_nobody_with_a_valid_token(field: Field) -> None:
-    """A valid token needs neither the store nor its packages; without one it is exit 7. A rejection is passed on later.
+    """A valid token needs neither the store nor its packages; without one, exit is 7. A rejection is passed on later.
 
     `check` writes nothing. A removal is refused, as it would not last.
     """
@@ -370,7 +370,7 @@ def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
 
 @pytest.mark.parametrize("package", ["psycopg", "cryptography"])
 def test_without_the_extra_a_cold_machine_says_what_to_install(field: Field, package: str) -> None:
-    """It exits 2 with the command that installs the package, and issues nothing; the help does not need it."""
+    """Without the package, it exits 2 with the command that installs it, and issues nothing; the help still works."""
     program = f"import sys; sys.modules['{package}'] = None; from tokencore.cli import main; sys.exit(main())"
     cold = field.machine("cold").environment
     get, helped = start(program, "get", "us", **cold), start(program, "--help", **cold)
@@ -439,7 +439,7 @@ def test_the_doctor_says_what_a_store_lacks(field: Field, command: Command) -> N
 
 @pytest.mark.skipif(not FULL, reason="takes minutes: make torture")
 def test_whatever_chance_does_there_is_one_token_and_no_refusal(tmp_path: Path) -> None:
-    """Kills and stops at random times, and a server that crashes, freezes or runs out of connections, in 200 rounds."""
+    """Each of 200 rounds of random kills, stops, server crashes and freezes costs KIS one token without a refusal."""
     with Postgres("max_connections=16") as server:
         fleet = Fleet.made(server)
         for first in range(0, 200, 8):

@@ -172,7 +172,7 @@ def machines(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(machines: Machines) -> None:
-    """If KIS refuses the app secret, both workers together make one request and one alert; a refresh ends it once.
+    """If KIS refuses the app secret, both workers make one request and one alert; its end by a refresh is told once.
 
     Before that, one request served all bots: neither `make up` nor the second worker made another. The database's
     password is in no file of the stack, on no command line, and not in a run's environment.
@@ -207,7 +207,7 @@ def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(machi
 def test_a_renewal_whose_worker_is_killed_is_finished_by_the_other(
     machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There is one more request, once the lost one can have no answer; meanwhile no bot waits or loses its token."""
+    """A killed renewal costs one more request, once its own can have no answer; no bot waits or loses its token."""
     files = [place.work / "tokens" / "us_api_token.json" for place in (machines.up.place, machines.second)]
     for bot in machines.bots.values():  # so that they only ever see an old token, which does not last
         bot.send_signal(signal.SIGSTOP)

@@ -103,7 +103,7 @@ def test_a_foreign_text_reaches_neither_prefect_nor_the_log(caplog: pytest.LogCa
 
 
 def test_a_failed_runs_log_ends_with_its_sentence() -> None:
-    """Prefect's traceback, which would follow that sentence and names no file of the user's, is left out."""
+    """A failed run's log ends with its sentence, not with Prefect's traceback, which names no file of the user's."""
     for name, error in ("prefect.flow_runs", FailedRun("KIS is down.")), ("prefect.task_runs", BAD):
         line = logging.LogRecord(name, logging.ERROR, "", 1, "It ended: %r", (error,), (type(error), error, None))
         assert logging.getLogger(name).filter(line)
@@ -119,7 +119,7 @@ def test_prefect_never_tries_again_inside_the_cool_down() -> None:
 
 
 def test_a_run_that_has_nothing_to_do_says_why(gateway: Sandbox, opens: Opens) -> None:
-    """It names the holiday of the scheduled day in the exchange's zone, or says that it came too late."""
+    """A run without work names the scheduled day's holiday, in the exchange's zone, or says that it came too late."""
     closed = visited("SEHK", datetime(2025, 10, 29, 0, 50, tzinfo=UTC))
     friday = datetime(2026, 11, 26, 23, 20, tzinfo=UTC)  # 08:20 in Seoul
     exchange = opens(timedelta(minutes=-5))
@@ -246,7 +246,7 @@ TABLE: dict[str, tuple[Any, str, Exception | None, str, str, str, str]] = {
 @pytest.mark.parametrize("case", TABLE)
 @gateway_only
 def test_the_table_says_how_a_market_is_and_what_to_do(case: str) -> None:
-    """The last of its five columns has the next renewal or the problem, and the caption says the same."""
+    """The last of the table's five columns has the next renewal or the problem, and the caption says the same."""
     token, past, error, status, covered, coming, fix = TABLE[case]
     view = View(only_key(), state_of(MONDAY, token, past), error)
     us, kr = artifacts.rows_of(view)
@@ -268,7 +268,7 @@ def test_what_cannot_be_read_comes_first_and_acts_on_nothing() -> None:
 
 @gateway_only
 def test_a_check_says_what_comes_next_and_promises_no_vain_renewal() -> None:
-    """With the need covered no trouble fails a check; after refused credentials it says that a person has to act."""
+    """While the need is covered, no trouble fails a check; after refused credentials it says that a person must act."""
     limited = Done(state_of(MONDAY, NEW), renewed=False, trouble=LIMIT)
     refused = Done(state_of(MONDAY, OLD, "bad_key 5"), renewed=False)
     states = [check_tokens.ended({only_key(): done}) for done in (limited, refused)]
@@ -290,7 +290,7 @@ NIGHT = (
 
 
 def test_a_night_of_maintenance(gateway: Sandbox, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token killed in the night is replaced before the open with two requests and two messages, as planned."""
+    """A token killed in the night is replaced before the open, with two requests to KIS and two messages in all."""
     monkeypatch.setenv("KIS_MARKETS__US__EXCHANGES", "NASD")
     monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
     gateway.set_rules(issue_interval=60)
@@ -386,7 +386,7 @@ class TestRuns:
         assert named.count(f"warm-up {exchange} {runs.local_date(exchange, now())}") == 2
 
     def test_kis_being_down_is_tried_again(self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens) -> None:
-        """Prefect retries five seconds after the cool-down, and the run ends Renewed; Slack gets trouble and end."""
+        """Prefect retries five seconds after the cool-down and the run ends Renewed; Slack hears of trouble and end."""
         exchange = opens(SOON)
         gateway.fail("server-error", 1)
         begun = time.monotonic()
@@ -433,7 +433,7 @@ class TestRuns:
             assert sorted(planned_runs().get("us+kr", []), key=str) == planned
 
     def test_real_and_paper_of_one_app_key_never_meet(self, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-        """At one address they share a fingerprint, but each has its own state and its own planned renewal."""
+        """At one address real and paper share a fingerprint, but each has its own state and planned renewal."""
         for name, value in {"ENVIRONMENT": "paper", "BASE_URL": gateway.url}.items():
             monkeypatch.setenv(f"KIS_MARKETS__KR__{name}", value)
         keys = Key.load(Settings.load())
@@ -445,7 +445,7 @@ class TestRuns:
 
     @gateway_only
     def test_a_locked_keyring_hides_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The table still has all keys, and the plan has those whose secrets can be read."""
+        """With one key's keyring locked, the table has all keys and the plan those whose secrets can be read."""
         for name, value in {"APP_KEY": "another-key-" * 3, "APP_SECRET": APP_SECRET}.items():
             monkeypatch.setenv(f"KIS_MARKETS__KR__{name}", value)
         monkeypatch.delenv("KIS_APP_SECRET")
