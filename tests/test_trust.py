@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import KEY, make_jwt
+from builders import KEY, ended, fill_disk, in_child, make_jwt
 from hypothesis import example, given
 from hypothesis import strategies as st
 from running import asked, one_line
@@ -26,6 +26,7 @@ from test_settings import as_root, dotenv, give_away
 
 from tokencore import ConfigurationError, Key, Settings, TokenManager, TokenStoreError, USTokenManager, open_document
 from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.stores.permissions import make_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -206,6 +207,19 @@ def test_nothing_that_is_made_is_open_to_others(tmp_path: Path, gateway: Sandbox
     assert len(modes) > 20
     assert {path: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
     assert {str(path.parent.relative_to(top)) for path in top.rglob(".gitignore")} >= {"b/tokens", "c/d"}
+
+
+def test_a_folder_made_on_a_full_disk_hides_itself_from_git_later(tmp_path: Path) -> None:
+    """An empty `.gitignore` would stay, and the tokens saved once there is room show up in the repository around."""
+    folder = str(tmp_path / "tokens")
+
+    def full() -> None:
+        fill_disk()
+        make_private(folder)
+
+    assert ended(in_child(full)) == 0
+    make_private(folder)
+    assert Path(folder, ".gitignore").read_text(encoding="ascii") == "*\n"
 
 
 # --- the folders of other clients

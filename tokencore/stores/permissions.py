@@ -100,8 +100,12 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
     if only_ours:
         with contextlib.suppress(OSError):  # it exists, or the folder cannot be written to
             descriptor = os.open(os.path.join(folder, ".gitignore"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_FILE)
-            os.write(descriptor, b"*\n")
-            os.close(descriptor)
+            try:
+                os.write(descriptor, b"*\n")
+            except OSError:  # a full disk: an empty one would hide nothing, for ever
+                os.unlink(os.path.join(folder, ".gitignore"))
+            finally:
+                os.close(descriptor)
 
 
 def unusable(path: str, error: OSError) -> TokenStoreError:
