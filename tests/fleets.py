@@ -56,7 +56,7 @@ class Fleet(NamedTuple):
         return self._replace(url=self.url.replace(f":{self.server.port}/", f":{relay.port}/"))
 
 
-POINTS = {"begun": "begin", "departed": "depart", "answered": "finish"}  # points of a renewal: the store's methods
+POINTS = {"begun": "begin", "departed": "depart", "answered": "finish"}  # points of a renewal: the store's method
 
 
 class Machine:

@@ -68,7 +68,7 @@ class Postgres:
         main = self.process.pid if self.process else 0
         os.kill(main, signal.SIGSTOP)  # its list of children cannot change while it is stopped
         for child in (*Path(f"/proc/{main}/task/{main}/children").read_text().split(), str(main)):
-            with suppress(ProcessLookupError):  # it has ended meanwhile
+            with suppress(ProcessLookupError):  # ended in the meantime
                 os.kill(int(child), number)
 
     def url(self, database: str = "postgres", role: str = "admin", scheme: str = "postgresql") -> str:

@@ -153,7 +153,7 @@ def test_copies_die_with_the_token(death: str, copies: Path, caplog: pytest.LogC
         raised(lambda: us.report_rejected(text))
     else:
         us.delete_token()
-        assert held(copies) == text  # the key's token still lives, as kr has it
+        assert held(copies) == text  # the key's token is still there for kr
         TokenManager("kr").delete_token()
     assert list(copies.iterdir()) == []
     assert sum("Removed the copy" in message for message in caplog.messages) == 4

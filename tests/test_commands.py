@@ -435,7 +435,7 @@ def test_completion_knows_commands_options_and_the_settings_markets(command: Com
 # --- the front door: `get`, wrong usage, outputs that cannot be written
 
 HEAVY = ("requests", "urllib3", "pydantic", "pydantic_settings", "filelock", "prefect", "argparse", "holidays")
-SLOW = ("typing", "pathlib", "logging", "tomllib", "dotenv")  # a millisecond each
+SLOW = ("typing", "pathlib", "logging", "tomllib", "dotenv")  # each takes a millisecond to import
 GET = """if True:
     import sys
     before = {*sys.modules}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stepping import Stepped
 
 make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
-CLEAR = (0, 3, 4, 6, 7)  # exit codes that name the problem
+CLEAR = (0, 3, 4, 6, 7)  # exit codes with a clear meaning
 LONGEST = 300.0  # seconds: with a steady clock, a command waits out three cool-downs at most
 LATE, ROOM = 40.0, 14.0  # seconds: a slow connection, and what is left in the time of an attempt without outcome
 
@@ -38,7 +38,7 @@ def later(desk: Desk, hours: float) -> None:
 
 
 SPREAD = 8.0  # seconds by which those who waited may start late
-BACKOFF, SELDOM = 65.0, 300.0  # seconds to the next attempt while the old token serves; SELDOM if it may last
+BACKOFF, SELDOM = 65.0, 300.0  # seconds to the next attempt while the old token serves, SELDOM if a fault may last
 
 
 class Fault(NamedTuple):
@@ -106,7 +106,7 @@ SCENARIOS = {
     "delete": Scenario(7, command="delete us", keeps=True),
     "inside the minute": Scenario(None, FAULTS["HTTP 500"].met),
 }
-ALL = tuple(name for name in SCENARIOS if name != "inside the minute")  # which mostly waits, so that little can break
+ALL = tuple(name for name in SCENARIOS if name != "inside the minute")  # it mostly waits, so that little can break
 RENEWALS = ("first token", "expired", "about to expire", "refresh")
 CONNECTED = ("first token", "expired")
 
@@ -346,7 +346,7 @@ def test_a_renewal_of_version_0_1_is_the_keys_token(hours: float, desk: Desk) ->
     desk.key_file.write_bytes(before)
     asked, serving = len(desk.asked), {desk.granted[-1]} if hours > 2 else set(desk.granted)
     assert desk.served() <= serving
-    assert desk.run("refresh", "us").code == 4  # its six hours
+    assert desk.run("refresh", "us").code == 4  # within KIS's six hours
     assert len(desk.asked) == asked
     assert list(desk.untidy()) == []
 

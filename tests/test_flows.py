@@ -159,7 +159,7 @@ def test_a_token_that_kis_has_killed_is_renewed_or_an_alert(gateway: Sandbox, sl
 def test_a_quote_that_says_nothing_changes_nothing_and_is_said(gateway: Sandbox, opens: Opens) -> None:
     """An answer that proves nothing about the token ends the run as Warm, and the state's message says so."""
     exchange = opens(SOON)
-    cached()  # which the sandbox does not know
+    cached()  # a token that the sandbox does not know
     gateway.answer(*BUSY)
     state = warm_up.ended(exchange, now(), {only_key(): kept()})
     assert (end_of(state), only_key().state(now()).status) == (("COMPLETED", "Warm"), "VALID")
