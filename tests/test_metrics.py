@@ -93,6 +93,19 @@ def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, co
     assert [path.name for path in target.parent.iterdir()] == ["kis.prom"]
 
 
+@pytest.mark.usefixtures("gateway")
+def test_the_textfile_replaces_no_device_and_no_link(command: Command, tmp_path: Path) -> None:
+    """What is no regular file is refused with 2 and stays, as root too; a link stays, and its file is replaced."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "kis.prom"
+    os.mkfifo(pipe)
+    assert "cannot be written (not a regular file)" in one_line(command("metrics", "--textfile", str(pipe)))
+    assert pipe.is_fifo()
+    target.touch()
+    link.symlink_to(target)
+    assert command("metrics", "--textfile", str(link)).code == 0
+    assert (link.is_symlink(), "kis_token_valid" in target.read_text()) == (True, True)
+
+
 def test_every_scrape_reads_anew(url: str) -> None:
     """The next scrape shows another process's renewal and a new market; broken settings leave the last good ones."""
     plain = get(f"{url}/metrics?name[]=kis_token_valid")

@@ -148,9 +148,12 @@ def write_textfile(watch: Watch, path: str) -> None:
         ConfigurationError: the file cannot be written; a previous file is still there, unchanged.
 
     """
+    place = os.path.realpath(path)  # a link stays, /dev/stdout too
+    if os.path.exists(place) and not os.path.isfile(place):  # root would replace a device
+        raise ConfigurationError(f"{path} cannot be written (not a regular file); name a file elsewhere.")
     try:
-        write_to_textfile(path, watch)
-        os.chmod(path, PUBLIC_FILE)
+        write_to_textfile(place, watch)
+        os.chmod(place, PUBLIC_FILE)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}); name a file elsewhere.") from None
 
