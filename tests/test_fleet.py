@@ -480,7 +480,7 @@ def play(fleet: Fleet, folder: Path, chance: random.Random) -> None:
 
 
 def live(machine: Machine, chance: random.Random) -> None:
-    """Run a program that may be killed or stopped, but for a second at most, as it may hold the right to send."""
+    """Run a program that may be killed, or stopped for a second at most, as it may hold the right to send."""
     time.sleep(chance.uniform(0, 0.3))
     child = machine.start()
     if fate := chance.choice((0, 0, 0, signal.SIGKILL, signal.SIGSTOP)):

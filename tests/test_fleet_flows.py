@@ -172,7 +172,7 @@ def machines(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(machines: Machines) -> None:
-    """If KIS refuses the app secret, both workers make one request and one alert; its end by a refresh is told once.
+    """If KIS refuses the app secret, both workers make one request and one alert; a refresh's success is reported once.
 
     Before that, one request served all bots: neither `make up` nor the second worker made another. The database's
     password is in no file of the stack, on no command line, and not in a run's environment.
