@@ -105,7 +105,7 @@ def encrypted(tmp_path: Path) -> Iterator[Wire]:
 
 
 def test_request_is_the_one_kis_documents() -> None:
-    """It is one POST of three strings as JSON, with its length but no bearer, tr_id, cookie or password of `.netrc`."""
+    """A token request is one JSON POST of three strings and its length, without bearer, tr_id, cookie or `.netrc`."""
     (Path.home() / ".netrc").write_text("machine 127.0.0.2 login me password hidden\n", encoding="utf-8")
     with Wire(host="127.0.0.2") as wire:
         wire.answer(200, make_answer())
@@ -123,7 +123,7 @@ def test_request_is_the_one_kis_documents() -> None:
 def test_answer_has_its_error_outcome_code_and_advice(
     gateway: Sandbox, wire: Wire, answer: Reply, error: type[TokenError], outcome: str, code: str | None, said: str
 ) -> None:
-    """The code decides, in either shape and at any status, and without one the status; the one request counts."""
+    """An answer's code decides, in either shape, and without one its status does; the one request counts."""
     if isinstance(answer, str):
         gateway.fail(answer)
     else:
@@ -168,7 +168,7 @@ def test_kis_own_words_are_kept_for_people_but_nothing_secret(wire: Wire, echo: 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirect_is_never_followed_with_credentials(wire: Wire, status: int) -> None:
-    """Whatever its status, the credentials go nowhere else, and its body is bounded like that of any other answer."""
+    """Whatever a redirect's status, the credentials go nowhere else; its body is bounded like any other answer's."""
     with Wire() as elsewhere:
         wire.answer(status, b" " * 70_000, Location=f"{elsewhere.url}/oauth2/tokenP")
         assert "larger than" in refused(kis(wire.url).issue()).what
@@ -234,7 +234,7 @@ def test_fault_before_the_request_leaves_is_no_attempt(
     ],
 )
 def test_quote_call_is_of_korea_where_an_exchange_is(wire: Wire, codes: list[str], path: str, tr_id: str) -> None:
-    """Otherwise it names the exchange by its quote code; the headers are those of a person's business call."""
+    """A quote call is Korea's if an exchange is, else it has the exchange's quote code; the headers are a person's."""
     kis(wire.url).quote(make_jwt(), codes)
     head = wire.requests[0].decode()
     assert head.startswith(f"GET /uapi/{path}")
@@ -262,7 +262,7 @@ def test_quote_proves_a_token_or_its_death_by_code_and_status_never_by_rows(
 
 
 def test_quote_that_reached_nobody_says_so(closed: str) -> None:
-    """Its detail names the network as the reason why the token could not be proven, not half an answer of KIS."""
+    """The detail of a quote call without a connection blames the network, and not half an answer from KIS."""
     assert kis(closed).quote(make_jwt(), ["KRX"]).detail == "KIS cannot be reached: 127.0.0.1 refuses the connection"
 
 

@@ -160,7 +160,7 @@ def test_what_a_person_wills_is_never_forbidden_by_more(attempts: list[Attempt],
 
 
 def test_every_refusal_says_what_still_works_until_when() -> None:
-    """It says, in KST, until when the present token serves or when the last one ended; some say what to do as well."""
+    """A refusal says, in KST, until when the present token serves or the last one served; some say what to do."""
 
     def said(token: Token | None) -> str:
         return str(verdict(REFRESH, [tried(Outcome.LIMIT, SECOND)], token))

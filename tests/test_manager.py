@@ -98,7 +98,7 @@ ENDS: dict[str, tuple[float, float | None, int, tuple[type[TokenError], str] | N
 
 @pytest.mark.parametrize("case", ENDS)
 def test_valid_until_renews_only_what_does_not_last(gateway: Sandbox, case: str) -> None:
-    """A token that lasts until then, less the buffer, is served as it is; an end out of reach costs one request."""
+    """A token that lasts to `valid_until` and the buffer is served; an end out of reach costs one request at most."""
     left, ahead, issues, error = ENDS[case]
     token, now = cached(left * HOUR) if left else None, datetime.now(UTC)
     wanted = now.replace(tzinfo=None) if ahead is None else now + timedelta(hours=ahead)
@@ -214,7 +214,7 @@ def test_concurrent_ticks_make_one_request_and_none_of_them_reports_trouble(slow
 
 @pytest.mark.usefixtures("gateway")
 def test_a_token_that_was_lost_is_fetched_at_once_while_kis_returns_it() -> None:
-    """The record still shows that it was issued an hour ago, although its file is gone."""
+    """The record still shows a token's issue an hour ago although its file is gone, so a renewal is due at once."""
     now = datetime.now(UTC)
     record(Attempt(now - timedelta(hours=20), Outcome.SAME), Attempt(now - timedelta(hours=1), Outcome.ISSUED))
     planned = Key.load(Settings.load())[0].state(now).outlook.next
@@ -235,7 +235,7 @@ def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: 
 def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newer_one_in_a_view(
     gateway: Sandbox,
 ) -> None:
-    """This also holds where the reporting market has no file, or where an earlier version wrote only the newer view."""
+    """A report counts even from a market without a file, and a newer token even from an earlier version's view."""
     new, view = cached(17 * HOUR), folder() / "us_api_token.json"
     content = view.read_bytes()
     old = cached(16 * HOUR)
@@ -274,7 +274,7 @@ def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox)
 
 
 def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> None:
-    """On a full disk, its successor is fetched in its last half hour, and not only after it has expired."""
+    """On a full disk, a token's successor is fetched in its last half hour, and not only after it has expired."""
 
     def hold_it() -> None:
         os.environ["KIS_ISSUE_INTERVAL"] = "60"
@@ -320,7 +320,7 @@ ONE_SHOT = "from tokencore import cli, manager as it; it.PATIENCE, it.BEGIN = 0,
 
 
 def test_a_command_that_ends_before_its_renewal_has_begun_lets_it_ask(nowhere: Sandbox) -> None:
-    """It prints the present token, then gives its background thread time to send the request, not to get the answer."""
+    """`get` prints the present token, and gives its background thread time to send the request, not to be answered."""
     nowhere.set_rules(latency=30)
     token = cached(LAST_MINUTES)
     with start(ONE_SHOT) as process:

@@ -76,7 +76,7 @@ def test_standard_output_has_what_is_known_of_every_market(command: Command) -> 
 
 
 def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, command: Command, tmp_path: Path) -> None:
-    """It has mode 0644 under any umask and leaves no draft; nothing is issued, and a bad path gets one sentence."""
+    """The file has mode 0644 under any umask, without a draft; nothing is issued, and a bad path gets one sentence."""
     cached()
     (tmp_path / "node").mkdir()
     before, target = snapshot(folder()), tmp_path / "node" / "kis.prom"
@@ -95,7 +95,7 @@ def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, co
 
 @pytest.mark.usefixtures("gateway")
 def test_the_textfile_replaces_no_device_and_no_link(command: Command, tmp_path: Path) -> None:
-    """What is no regular file is refused with 2 and stays, as root too; a link stays, and its file is replaced."""
+    """A path to no regular file is refused with 2 and kept, even as root; a link stays, and its target is replaced."""
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "kis.prom"
     os.mkfifo(pipe)
     assert "cannot be written (not a regular file)" in one_line(command("metrics", "--textfile", str(pipe)))
@@ -168,7 +168,7 @@ def test_one_broken_key_hides_no_other(gateway: Sandbox) -> None:
 
 @pytest.mark.usefixtures("gateway")
 def test_the_command_serves_until_sigterm_and_a_taken_port_is_exit_2(command: Command) -> None:
-    """It ends with 0 and writes nothing to standard error; a second one on its port ends with one sentence."""
+    """The exporter ends with 0 and nothing on standard error; a second one on its port ends with one sentence."""
     program = [sys.executable, "-m", "tokencore", "metrics", "--listen", "0"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -188,7 +188,7 @@ def test_other_hosts_are_only_where_they_are_named(command: Command) -> None:
 
 @pytest.mark.usefixtures("gateway")
 def test_the_alert_rules_and_the_dashboard_ask_for_the_metrics_and_outcomes_that_exist() -> None:
-    """Together they use every metric, so that nothing is exported that nobody looks at."""
+    """Together the alert rules and the dashboard use every metric, so that none is exported that nobody looks at."""
     known = {f"{one.name}_total" if one.type == "counter" else one.name for one in Watch(Key.load).collect()}
     docs = Path(__file__).resolve().parent.parent / "docs"
     text = "".join((docs / name).read_text(encoding="utf-8") for name in ("alerts.rules.yml", "grafana.json"))

@@ -27,7 +27,7 @@ UNBOUNDED = {"tzdata"}  # the world's time zones: the newest version is the righ
 
 
 def test_the_wheel_has_the_library_and_nothing_else(tmp_path: Path) -> None:
-    """It has each module of tokencore, whatever an earlier version left in build/; the flows stay in the checkout."""
+    """The wheel has each module of tokencore, whatever an earlier version left in build/, and not the flows."""
     (tmp_path / "build" / "lib" / "flows").mkdir(parents=True)
     (tmp_path / "build" / "lib" / "flows" / "earlier.py").touch()
     for name in ("tokencore", "flows"):

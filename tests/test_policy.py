@@ -115,7 +115,7 @@ def _covered(start: datetime, end: datetime, issues: list[datetime]) -> bool:
 def test_needs_are_covered_undisturbed_and_outages_lead_to_no_issue_too_many(
     needs: list[Span], anchor: time | None, steps: Steps
 ) -> None:
-    """A token serves each need throughout, and changes inside one only if none from before could last.
+    """A token serves each need throughout, and changes inside one only if no earlier token could last to its end.
 
     Six hours lie between issues, also after outages; less than a day, or an issue inside a need, is an exception.
     """
@@ -136,7 +136,7 @@ def test_needs_are_covered_undisturbed_and_outages_lead_to_no_issue_too_many(
 def test_a_decision_lies_ahead_and_leaves_served_needs_alone(
     needs: list[Span], anchor: time | None, offset: timedelta, age: timedelta | None, left: timedelta
 ) -> None:
-    """Whatever the token's age and life, even unknown or odd, it lies neither in the past nor inside a served need."""
+    """Whatever the token's age and life, even unknown, a renewal is neither in the past nor inside a served need."""
     now = needs[0][0] + offset
     issued = None if age is None else now - age
     if planned := next_renewal(now, needs, issued_at=issued, expires_at=now + left, anchor=anchor):
@@ -204,7 +204,7 @@ def test_the_anchor_begins_the_longest_common_quiet(needs: list[Span]) -> None:
 WEEKDAYS = [(kst(f"06-{day:02} 08:30"), kst(f"06-{day:02} 16:30")) for day in (1, 2, 3, 4, 5, 8, 9)]
 LATE = "after the last issue, because 24 h would be too late for the need"
 DAILY = "renews daily at 16:35 KST"
-DECISIONS = {  # now, the last issue, when to renew, the reason, the exception; in cases named `lost` it is
+DECISIONS = {  # now, the last issue, when to renew, the reason, the exception; in cases named `lost` the token is
     "no token: at the anchor, so that it lasts": ("05-31 12:00", None, "05-31 16:35", DAILY, ""),
     "no token and the anchor is past": ("05-31 22:00", None, "05-31 22:00", DAILY, ""),
     "no token half an hour before a need": ("06-01 08:00", None, "06-01 08:00", "at once", ""),
@@ -296,7 +296,7 @@ def test_real_weeks(codes: list[str], first: str, days: int, expected: str) -> N
 
 
 def test_anchors_of_real_exchanges() -> None:
-    """It lies in Korea's afternoon gap; with Korea open to 20:00, in the evening in winter, the morning in summer."""
+    """The anchor lies in Korea's afternoon gap; with Korea open to 20:00, in winter's evening or summer's morning."""
 
     def anchor(codes: list[str], first: str, *, extended: bool = False) -> str:
         start, known = kst(f"{first} 00:00"), {"KRX": sessions.Override(extended=extended)}

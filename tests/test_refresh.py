@@ -65,7 +65,7 @@ def test_a_first_token_needs_no_confirmation_although_prefect_is_away(gateway: S
 
 
 def test_without_a_token_nobody_is_asked_shortly_before_an_open(gateway: Sandbox, opens: Opens) -> None:
-    """This holds even if the last token was issued today and rejected: the danger is to have none."""
+    """Nobody is asked even if the last token was issued today and rejected: the danger is to have none."""
     opens(timedelta(minutes=43))
     only_key().reject(cached(left=LASTING), datetime.now(UTC))
     assert end_of(renewed()) == ("COMPLETED", "Renewed")
@@ -73,7 +73,7 @@ def test_without_a_token_nobody_is_asked_shortly_before_an_open(gateway: Sandbox
 
 
 def test_a_forced_refresh_says_what_became_of_it(nowhere: Sandbox, slack: SlackEndpoint) -> None:
-    """While KIS is down it is Failed, says why and what serves, and Slack names who asked; afterwards it is Renewed."""
+    """While KIS is down the refresh is Failed, with why and what serves, and Slack names who asked; then Renewed."""
     cached(left=LASTING)
     nowhere.fail("down")
     failed = renewed(force=True)
@@ -90,7 +90,7 @@ def test_a_forced_refresh_says_what_became_of_it(nowhere: Sandbox, slack: SlackE
 def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
     nowhere: Sandbox, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the token lasts and the plan renews in time it is Declined, with one note that names the person.
+    """If the token lasts and the plan renews in time, the refresh is Declined, with a note that names the person.
 
     Even with force the next one waits for KIS's minute, and its message begins with why the last request failed.
     """
@@ -109,7 +109,7 @@ def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
 def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
     gateway: Sandbox, slack: SlackEndpoint, opens: Opens
 ) -> None:
-    """Without a token to go on with it is Failed, and the only message is the alert, which names the person too."""
+    """Without a token to go on with, the refresh is Failed, and the alert, its only message, names the person."""
     exchange = opens(timedelta(minutes=40))
     gateway.fail("limit", 1)
     assert end_of(renewed()) == ("FAILED", "Failed")
@@ -121,7 +121,7 @@ def test_a_refresh_that_kis_limits_is_an_incident_where_no_token_serves(
 @pytest.mark.parametrize("field", ["reason", "operator"])
 @pytest.mark.parametrize("text", [KEY, make_jwt(), make_jwt()[:36], SECRET], ids=["key", "token", "its part", "secret"])
 def test_a_secret_in_the_form_is_declined(gateway: Sandbox, slack: SlackEndpoint, field: str, text: str) -> None:
-    """Even with the form's own check switched off, it gets a sentence that does not repeat it, and no request."""
+    """Even with the form's own check switched off, a secret gets a sentence that does not repeat it, and no request."""
     given: dict[str, Any] = {"reason": "", "operator": "", field: f"see {text}"}
     state = refresh_token.refresh(Settings.load(), Request("us", force=True, **given), datetime.now(UTC))
     assert end_of(state) == ("COMPLETED", "Declined")
@@ -148,7 +148,7 @@ ABLE = {"KIS_MARKETS__HK__APP_KEY": APP_KEY, "KIS_MARKETS__HK__APP_SECRET": APP_
     ids=["those with credentials", "without any, those that the settings name", "malformed settings: the two"],
 )
 def test_the_form_lists_the_configured_markets(settings: dict[str, str], listed: str) -> None:
-    """It lists those of the settings at the time when the flow's module is imported, as it is for a deployment."""
+    """The form lists the settings' markets at the time when the flow's module is imported, as for a deployment."""
     program = "from flows.refresh_token import refresh_token as r; print(*r.parameters.properties['market']['enum'])"
     command, known = [sys.executable, "-c", program], {**os.environ, **settings}
     assert subprocess.run(command, env=known, capture_output=True, text=True, check=True).stdout.strip() == listed
@@ -198,7 +198,7 @@ class TestQuestions:
         assert asked(gateway) == 0
 
     def test_what_changed_while_a_refresh_waited_is_seen(self, gateway: Sandbox, opens: Opens) -> None:
-        """If a session has begun meanwhile it is Declined and names it; if a token has come it is AlreadyValid."""
+        """If a session has begun, the refresh is Declined and names it; if a token has come, it is AlreadyValid."""
         exchange = opens(timedelta(minutes=30, seconds=5))  # a token is needed from half an hour before the open
         cached(left=LASTING)
         with paused() as waiting:

@@ -67,7 +67,7 @@ def plain(ran: Ran) -> list[str]:
 
 @pytest.mark.usefixtures("gateway")
 def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(on_a_terminal: Command) -> None:
-    """It shows the status in colour and until when the token serves; what a narrow terminal cannot fit is below."""
+    """The table has the status in colour and until when a token serves; what a narrow terminal cannot fit is below."""
     token = make_token(50_000)
     USTokenManager().save_token(token)
     TokenManager("kr").delete_token()
@@ -88,7 +88,7 @@ def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(on_a_terminal
 
 @pytest.mark.usefixtures("gateway")
 def test_check_says_mode_length_and_when_it_was_cached(command: Command) -> None:
-    """It does so as the old check script did, and shows the command that closes a file that others may read."""
+    """`check` shows them as the old check script did, and the command that closes a file that others may read."""
     path, length = folder() / "us_api_token.json", len(cached(20_000).access_token)
     said = rf"^us: {path}, mode 0600, cached {TIME} KST, {length} characters$"
     assert re.search(said, command("check").out, re.MULTILINE)
@@ -182,7 +182,7 @@ def test_the_command_prints_and_writes(command: Command, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("gateway")
 def test_markets_with_one_key_are_one_key() -> None:
-    """They share label and exchanges, and any name of an exchange finds them; an untraded one is named with advice."""
+    """Markets of a key share its label and exchanges, and any exchange's name finds it; an untraded one gets advice."""
     os.environ |= {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_MARKETS__JP__APP_KEY": "another-key"}
     os.environ["KIS_MARKETS__TRIAL__ENVIRONMENT"] = "paper"
     keys = {key.label: key.exchanges for key in Key.load(Settings.load())}
@@ -220,7 +220,7 @@ def test_exchanges_that_are_closed_for_weeks_want_no_renewal(key: Key) -> None:
 
 
 def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
-    """It is one that KIS returned although no request of ours is from its time; our own or an imported one is not."""
+    """Such a token is one that KIS returned although no request of ours is from its time, and that was not imported."""
     save(key, age=2 * HOUR)
     found = [key.state(DUE).foreign_issue]
     record(Attempt(DUE, Outcome.SAME, expires_at=DUE + timedelta(hours=22)))
@@ -230,7 +230,7 @@ def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
 
 
 def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be_lost(key: Key) -> None:
-    """They are the same token within six hours, a second issue in 24 h, a swap in a session; without a token, none."""
+    """If there is a token, they name the same one within six hours, a second issue in 24 h or a swap in a session."""
     inside = datetime(2024, 11, 19, 2, 0, tzinfo=UTC)  # 11:00 KST, KRX is open
     assert key.state(inside).warnings() == []
     for hours, kinds in ((1, ["same token"]), (12, ["another issue", "inside a session"]), (25, [])):

@@ -83,7 +83,7 @@ def test_the_minute_rolls_from_the_last_grant_and_the_six_hours_from_the_issue()
 
 
 def test_a_token_is_the_same_to_the_letter_for_six_hours_and_refused_after_its_day() -> None:
-    """It is a JWT with the app key as `jti`; when it is handed out again, `expires_in` is overstated, as at KIS."""
+    """A token is a JWT with the app key as `jti`; if it is handed out again, `expires_in` is overstated, as at KIS."""
     gateway = Gateway()
     first: Any = asked(gateway, 0).content
     token, claims = first["access_token"], jwt_claims(first["access_token"])
@@ -189,7 +189,7 @@ def test_leaving_ends_port_answers_and_threads() -> None:
 
 
 def test_it_listens_on_loopback_alone_and_says_when_it_cannot(kis: Sandbox) -> None:
-    """As it has no password, it answers on no other address; a port in use is a ConfigurationError."""
+    """As the sandbox has no password, it answers on no other address; a port in use is a ConfigurationError."""
     taken = int(kis.url.rpartition(":")[2])
     with pytest.raises(OSError, match=r"refused|reach|timed out|assign"):
         socket.create_connection(("127.0.0.2", taken), timeout=2)  # answers if something listens everywhere

@@ -191,7 +191,7 @@ def outcome(call: Call) -> object:
 
 
 def test_the_search_finds_a_secret_in_every_dress() -> None:
-    """It is found in base64 at any offset, in a URL, as hex and as UTF-16; otherwise the other tests prove nothing."""
+    """A secret is found in base64 at any offset, in a URL, as hex and as UTF-16, or the other tests prove nothing."""
     for text in (f"{before}{SECRET} and more" for before in ("", "x", "xy")):
         raw = text.encode()
         dressed = [base64.b64encode(raw), base64.urlsafe_b64encode(raw), raw.hex().encode(), text.encode("utf-16")]
@@ -202,7 +202,7 @@ def test_the_search_finds_a_secret_in_every_dress() -> None:
 def test_logs_tracebacks_files_and_objects_hold_no_secret_whatever_happens(
     canaries: Sandbox, isolated: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """This holds for every public name and KIS's failures, with all loggers at DEBUG."""
+    """None of these shows a secret, for every public name and KIS's failures, with all loggers at DEBUG."""
     caplog.set_level(logging.DEBUG)
     calls, met = everything(), list[object]()
     for mode in MODES if FULL else MODES[::3]:

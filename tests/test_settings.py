@@ -367,7 +367,7 @@ def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
 
 
 def test_program_that_changes_its_folder_keeps_its_dotenv() -> None:
-    """A program that goes to another folder, as background services do, keeps it as long as it can be trusted."""
+    """A program that goes to another folder, as services do, keeps its `.env` as long as that can be trusted."""
     path = dotenv(KIS_BUFFER="7", KIS_BASE_URL=EVIL)
     assert us().buffer == 7
     with contextlib.chdir("/"):
@@ -438,7 +438,7 @@ def test_values_of_the_wrong_type_in_the_config_file_are_named(line: str) -> Non
 
 
 def test_unknown_names_are_refused_only_where_they_can_be_ours(caplog: pytest.LogCaptureFixture) -> None:
-    """A misspelt name is an error in our own file and one warning in the environment; other programs' names are not."""
+    """A misspelt name is an error in our own file and a warning in the environment; other programs' are neither."""
     names = ("KIS_TIMOUT", "KIS_SECRET_DIR", "KIS_MARKET__HK__APP_KEY", "KIS_ACCOUNT_NO", "KIS_ACCESS_TOKEN")
     os.environ |= dict.fromkeys(names, "Canary")
     meant = ("KIS_TIMEOUT", "KIS_SECRETS_DIR", "KIS_MARKETS__HK__APP_KEY", "")
@@ -519,7 +519,7 @@ WORDS = {  # what is set: the resulting environment, and the setting that the wa
 
 @pytest.mark.parametrize("given", WORDS)
 def test_other_tools_words_for_the_environment_draw_one_warning(given: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It names the right setting; a word for paper counts in our own setting, but another tool's variable does not."""
+    """The warning names the right setting; a word for paper counts in our setting, not in another tool's variable."""
     os.environ |= dict(one.split("=") for one in given.split())
     expected, right = WORDS[given]
     assert [Settings.load().market("us").environment for _ in range(2)] == [expected] * 2
@@ -610,7 +610,7 @@ GIVEN = {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}
 
 
 def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(kept: Kept) -> None:
-    """It is asked for by the variable's name when a request needs it; a market with its own key has its own entry."""
+    """The secret is asked for by its variable's name when a request needs it; a market with its own key has another."""
     content = {"kis": {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"}}
     kept(content)
     us = read_market("us")

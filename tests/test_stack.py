@@ -249,7 +249,7 @@ def test_another_deploy_follows_the_settings_and_keeps_what_a_person_did(up: Up)
 
 
 def test_a_worker_that_is_stopped_cancels_its_run_and_is_missed(up: Up, refreshing: tuple[str, int]) -> None:
-    """The run's process is gone, its state says why, and `status` ends with 3."""
+    """The stopped worker's run has no process any more, its state says why, and `status` ends with 3."""
     run, process = refreshing
     assert up.control("stop", "worker") == "worker: stopped"
     assert (up.state(run), environment_of(process)) == (("CANCELLED", "Cancelled"), set())
@@ -270,7 +270,7 @@ def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
 
 
 def test_down_leaves_no_process(up: Up) -> None:
-    """After it nothing is left to stop, and `status` says so and ends with 3."""
+    """After `down` there is no process left to stop, and `status` says so and ends with 3."""
     assert up.place.run("down") == (0, "Stopped.\n")
     assert up.place.living() == {}
     assert up.place.run("down") == (0, "Nothing was running.\n")

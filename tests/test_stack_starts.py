@@ -53,7 +53,7 @@ def make_place() -> Iterator[MakePlace]:
 
 
 def test_the_demo_comes_to_a_token_whatever_the_settings_and_leaves_nothing(make_place: MakePlace) -> None:
-    """Although every setting is a trap, it warms up, renews once, checks, and shows that every token is valid.
+    """Although every setting is a trap, the demo warms up, renews once, checks, and shows that all tokens are valid.
 
     It says where the page is and how to sign in. After Ctrl-C no process and no file is left.
     """
@@ -114,7 +114,7 @@ def test_a_start_that_ends_early_leaves_nothing(
 
 
 def test_no_question_to_supervisord_is_closed_by_a_destructor(tmp_path: Path) -> None:
-    """Each connection is closed before, because a Ctrl-C during a destructor is lost, and the start would go on."""
+    """Each connection is closed before that, because a Ctrl-C during a destructor is lost and the start would go on."""
     with warnings.catch_warnings(record=True) as left:
         warnings.simplefilter("always", ResourceWarning)
         assert supervisor.running(tmp_path) == {}
@@ -122,7 +122,7 @@ def test_no_question_to_supervisord_is_closed_by_a_destructor(tmp_path: Path) ->
 
 
 def test_a_server_that_cannot_start_is_shown_with_its_log(make_place: MakePlace) -> None:
-    """It ends with 1 and the end of the server's log, without the database's password, and leaves nothing running."""
+    """`up` ends with 1 and the end of the server's log, without the database's password, and nothing keeps running."""
     url = f"postgresql+asyncpg://prefect:CanaryPassword@127.0.0.1:{free_port()}/prefect"
     place = make_place(PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
     code, output = place.run("up")
@@ -156,7 +156,7 @@ def test_a_start_that_cannot_be_is_one_sentence(
         text = given.pop(".env", "")
         place = make_place(**given)
         (place.work / ".env").write_text(text)
-        for command in ("up",) if "APP_" in sentence else ("up", "run"):  # a service starts without them
+        for command in ("up",) if "APP_" in sentence else ("up", "run"):  # the service starts without keys
             ended, output = place.run(command)
             said = output.partition("(half a minute) ...\n")[2] or output
             assert (ended, said.count("\n")) == (code, 1), output
@@ -165,7 +165,7 @@ def test_a_start_that_cannot_be_is_one_sentence(
 
 
 def test_a_start_on_a_full_disk_is_one_sentence(make_place: MakePlace) -> None:
-    """It ends with 7 even if not even the reason can be written to disk, and not with an empty line and 120."""
+    """`up` ends with 7 and a sentence even if the reason cannot be written to disk, not with an empty line and 120."""
     place = make_place()
     command = ["sh", "-c", 'ulimit -f 0; exec "$0" -m flows.stack up', sys.executable]
     done = subprocess.run(
@@ -175,7 +175,7 @@ def test_a_start_on_a_full_disk_is_one_sentence(make_place: MakePlace) -> None:
 
 
 def test_what_another_user_can_have_planted_starts_and_stops_nothing(make_place: MakePlace) -> None:
-    """As its planter would know the password or choose what runs, commands end with 7 and the line that fixes it."""
+    """Whoever planted the password could know it or choose what runs, so commands end with 7 and how to fix it."""
     place = make_place()
     folder = place.home / ".tokencore" / "prefect"
     folder.mkdir(parents=True)

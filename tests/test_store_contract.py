@@ -68,7 +68,7 @@ def text_of(store: Store) -> str | None:
 
 
 def test_a_saved_token_is_read_by_every_market_of_the_key_and_shows_no_secret(opened: Open) -> None:
-    """That includes a store opened while it was empty and a market added later; a renewal is seen too."""
+    """A store that was opened while empty and a market that was added later read the token too, and see its renewal."""
     store, before = opened(), opened("kr")
     found = (before.read(), before.newest(), before.attempts(), before.details()["cache_exists"])
     assert found == ((None, ""), None, [], False)
@@ -132,7 +132,7 @@ def test_a_request_that_left_late_is_dated_anew(opened: Open) -> None:
 
 
 def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) -> None:
-    """Neither another thread nor another process gets it, and it ends with its holder, even if that one is killed.
+    """Neither another thread nor another process gets a held lock, which ends with its holder, even one killed.
 
     A process that finds what it waits for in the meantime gives up at once.
     """
@@ -158,7 +158,7 @@ def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) 
 
 
 def test_a_document_is_shared_whole(opened: Open, numbers: dict[str, Any]) -> None:
-    """The next process reads what was written under its lock, for one key or for all; an empty one is an object."""
+    """The next process reads what was written under a document's lock, for one key or all; an empty one is `{}`."""
     settings: Any = SimpleNamespace(**numbers)
     for again in (partial(opened("kr").document, "approval"), partial(open_document, settings, "incidents")):
         document: Document = again()

@@ -66,7 +66,7 @@ def test_the_expiry_is_the_earliest_of_all_that_kis_says(told: list[int | None])
     ids=["usual", "repeated: its own issue and expiry", "three months, as of partner corporates"],
 )
 def test_the_answer_of_kis_is_read_whole(age: timedelta, life: timedelta) -> None:
-    """It gives issue and expiry in aware UTC, even if `expires_in` of a repeated token claims a whole life again."""
+    """An answer gives issue and expiry in aware UTC, even if a repeated token's `expires_in` claims a whole life."""
     token = from_answer(make_answer(life.total_seconds(), now=NOW - age), NOW + timedelta(seconds=3))
     assert (token.issued_at, token.expires_at, token.token_type) == (NOW - age, NOW - age + life, "Bearer")
     assert token.expires_at.tzinfo is UTC
@@ -177,7 +177,7 @@ def test_what_people_already_have_is_understood(form: str, zone: Callable[[str],
 
 
 def test_a_token_serves_until_the_buffer_before_its_expiry() -> None:
-    """It serves up to a microsecond before expiry minus buffer, and never if rejected; its times must have a zone."""
+    """A token serves to a microsecond before expiry minus buffer, and never if rejected; its times must have a zone."""
     token, end = make_token(now=NOW), NOW + DAY - timedelta(seconds=300)
     assert [token.serves(at, 300) for at in (end - timedelta(microseconds=1), end)] == [True, False]
     assert not make_token(now=NOW, rejected=True).serves(NOW, 0)

@@ -170,7 +170,7 @@ def test_no_change_builds_on_a_file_of_another_user(
 
 @pytest.mark.usefixtures("gateway")
 def test_a_directory_that_cannot_be_looked_into_is_unusable_and_not_empty(tmp_path: Path, command: Command) -> None:
-    """Even commands that only read say so and end with 7; `metrics` reports the markets as unreadable."""
+    """Even commands that only read call it unusable and end with 7; `metrics` reports the markets as unreadable."""
     (tmp_path / "file").write_text("")
     os.environ["KIS_TOKEN_DIR"] = str(tmp_path / "file" / "tokens")
     for line in ("get us --no-renew", "check --json", "history", "plan", "tick", "delete us"):
@@ -184,7 +184,7 @@ def test_a_directory_that_cannot_be_looked_into_is_unusable_and_not_empty(tmp_pa
 
 
 def test_nothing_that_is_made_is_open_to_others(tmp_path: Path, gateway: Sandbox, command: Command) -> None:
-    """This holds under umask 000 for the directory, new ones above it, all files, the copies and their folders.
+    """Under umask 000 the directory, new ones above it, all files, the copies and their folders are closed to others.
 
     New folders for tokens and copies hide themselves from git, whatever repository they are in.
     """
@@ -210,7 +210,7 @@ def test_nothing_that_is_made_is_open_to_others(tmp_path: Path, gateway: Sandbox
 
 
 def test_a_folder_made_on_a_full_disk_hides_itself_from_git_later(tmp_path: Path) -> None:
-    """An empty `.gitignore` would stay, and the tokens saved once there is room show up in the repository around."""
+    """An empty `.gitignore` would stay, and tokens saved once there is room would show up in the repository around."""
     folder = str(tmp_path / "tokens")
 
     def full() -> None:
@@ -249,7 +249,7 @@ def test_no_secret_goes_into_a_folder_that_another_user_can_exchange(
 
 @pytest.mark.parametrize("door", rows(FOLDERS)[:3])
 def test_no_token_of_another_user_is_adopted(door: str, copies: Path, gateway: Sandbox, command: Command) -> None:
-    """However long it lasts, a token is not used from a client's file that others than its group can have written."""
+    """A token in a file that others, beyond its group, can have written is not adopted, however long it lasts."""
     open_door, refused = FOLDERS[door]
     text, now = make_jwt(APP_KEY, life=90_000), datetime.now().astimezone()
     for day in (now, now + timedelta(days=1)):  # in case midnight passes
@@ -262,7 +262,7 @@ def test_no_token_of_another_user_is_adopted(door: str, copies: Path, gateway: S
 
 
 def test_the_doctor_sends_no_password_where_dotenv_says(command: Command) -> None:
-    """It sends there neither the environment's password nor the one `make up` generated, but only `.env`'s own."""
+    """The doctor sends there only `.env`'s own password, not the environment's or the one `make up` generated."""
     password = Path.home() / ".tokencore" / "prefect" / "password"
     password.parent.mkdir(parents=True, mode=0o700)
     password.write_text("admin:Canary")
