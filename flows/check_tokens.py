@@ -68,7 +68,7 @@ def check(settings: Settings, due: datetime, now: datetime) -> State:
 
     """
     if now - due >= HOUR:  # after a downtime, the last check makes up for all
-        return Completed(name="SkippedLate", message="An hour late: a later check is due and does it all.")
+        return Completed(name="SkippedLate", message="Started an hour late; a later check is due and does everything.")
     keys = Key.load(settings)
     results = runs.each_key(advance, keys, TRY_FOR)
     alerts.resolved(settings, ALL_KEYS, now)

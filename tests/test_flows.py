@@ -228,7 +228,7 @@ NEW, OLD = make_token(now=MONDAY), make_token(age=19 * 3600, now=MONDAY)
 KILLED = make_token(age=2 * 3600, now=MONDAY, rejected=True)
 LIMIT = errors.IssuanceLimitError("The 24-hour limit is reached: 2 of 2. Wait.", retry_at=None, cause="ceiling")
 REACHED = "The 24-hour limit is reached: 2 of 2; next attempt 2026-11-23 17:20 KST"
-FAULT = "a fault of KIS's (EGW0) at 2026-11-23 08:19 KST; next attempt 2026-11-23 08:20 KST"
+FAULT = "a fault at KIS (EGW0) at 2026-11-23 08:19 KST; next attempt 2026-11-23 08:20 KST"
 UNPROVEN = "KIS rejects the token; next attempt 2026-11-23 12:20 KST"
 FORCE, CORRECT = "Run refresh_token with force", "Correct KIS_APP_KEY"
 # On Monday at 08:20 KST: the token, the record, the run's error; the status, whether NASD's session is covered, the

@@ -140,8 +140,8 @@ def test_answer_has_its_error_outcome_code_and_advice(
 def test_credentials_of_another_length_are_named_when_kis_refuses_them(gateway: Sandbox) -> None:
     """The lengths reveal a key and a secret that were swapped, or a secret that lacks its last character."""
     for mode, pair, words in (
-        ("bad-key", (SECRET[:180], KEY), "these 180 and 36 (they look swapped);"),
-        ("bad-secret", (KEY, SECRET[:179]), "secrets 180, these 36 and 179;"),
+        ("bad-key", (SECRET[:180], KEY), "yours have 180 and 36 (they look swapped);"),
+        ("bad-secret", (KEY, SECRET[:179]), "secrets 180, yours have 36 and 179;"),
     ):
         gateway.fail(mode)
         assert words in refused(kis(gateway.url, pair).issue()).fix

@@ -92,7 +92,7 @@ ENDS: dict[str, tuple[float, float | None, int, tuple[type[TokenError], str] | N
     "longer than any token": (17, 25, 0, (TokenUnavailableError, "Nothing was issued")),
     "in KIS's six hours": (23, 23, 0, (IssuanceLimitError, "six hours after its issue")),
     "without a zone": (23, None, 0, (ConfigurationError, "time zone")),
-    "no token to judge by": (0, 25, 1, (TokenUnavailableError, "too early")),
+    "no token to judge by": (0, 25, 1, (TokenUnavailableError, "earlier than was asked")),
 }
 
 
@@ -286,6 +286,23 @@ def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> N
 
     assert ended(in_child(hold_it)) == 0
     assert asked(quick) == 1
+
+
+def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
+    gateway: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A running program goes on with one warning, and a new one cannot start; afterwards all is as before."""
+    token = (running := USTokenManager()).get_valid_token()
+    aside = folder().rename(folder().with_name("aside"))
+    folder().write_text("")
+    for _ in range(2):
+        running._fresh_until = 0.0  # noqa: SLF001 - a second later
+        assert running.get_valid_token() == token
+    assert [message.partition(".")[0] for message in caplog.messages] == ["The token in memory still serves"]
+    assert isinstance(raised(USTokenManager().get_valid_token), TokenStoreError)
+    folder().unlink()
+    aside.rename(folder())
+    assert (running.get_valid_token(), asked(gateway)) == (token, 1)
 
 
 @pytest.mark.parametrize(("minutes", "issues"), [(15, 0), (40, 1)], ids=["served to its end", "longer than the token"])

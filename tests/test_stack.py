@@ -130,7 +130,7 @@ def test_a_second_start_is_refused_and_status_says_what_it_cannot_know(up: Up) -
     before = up.processes()
     code, output = up.place.run("up")
     assert (code, output.splitlines()[0]) == (0, "It runs already.")
-    assert up.place.run("run") == (1, "It runs already; `make status` shows how it is.\n")
+    assert up.place.run("run") == (1, "It runs already; `make status` shows its status.\n")
     assert (up.processes(), up.place.run("status")[0]) == (before, 0)
     wrong = up.place.environment | {"PREFECT_SERVER_API_AUTH_STRING": "admin:AnotherPassword"}
     code, output = up.place._replace(environment=wrong).run("status")

@@ -136,7 +136,7 @@ REFUSED = {
     "no app secret": ({"KIS_APP_SECRET": ""}, 2, "KIS_APP_SECRET is not set"),
     "a port that is taken": ({"PREFECT_SERVER_API_PORT": "TAKEN"}, 2, "Cannot listen on 127.0.0.1, port "),
     "a page that is none": ({"PREFECT_UI_URL": "http://[::1"}, 2, "PREFECT_UI_URL is not the address of a page"),
-    "a port that is none": ({"PREFECT_SERVER_API_PORT": "70000"}, 2, "PREFECT_SERVER_API_PORT=70000 is no port"),
+    "a port that is none": ({"PREFECT_SERVER_API_PORT": "70000"}, 2, "PREFECT_SERVER_API_PORT=70000 is not a port"),
     "another's address": ({"PREFECT_SERVER_API_HOST": "192.0.2.7"}, 2, "Cannot listen on 192.0.2.7, port "),
     "a password that is not ASCII": ({"PREFECT_SERVER_API_AUTH_STRING": "a:비밀"}, 2, "PREFECT_SERVER_API_AUTH_STRI"),
     "no database's address": ({"PREFECT_SERVER_DATABASE_CONNECTION_URL": "x://비밀"}, 2, "PREFECT_SERVER_DATABASE_"),

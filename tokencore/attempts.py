@@ -41,7 +41,7 @@ FAILED = {  # wording for people, where the outcome's own name says too little
     Outcome.SENT: "its process died",
     Outcome.SAME: "KIS returned the same token",
     Outcome.LIMIT: "KIS allows one request a minute",
-    Outcome.SERVER_ERROR: "a fault of KIS's",
+    Outcome.SERVER_ERROR: "a fault at KIS",
     Outcome.REFUSED: "KIS refused",
     Outcome.BAD_ANSWER: "KIS answered without a token",
     Outcome.NO_ANSWER: "no answer from KIS",

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _discard(stream.fileno())
             return 0
         why = f"Standard output cannot be written ({getattr(error, 'strerror', error)})"
-        return _fail(f"{why}. Cached tokens are untouched; free or change it.", 1)
+        return _fail(f"{why}. Cached tokens are untouched; free space, or write the output elsewhere.", 1)
     finally:
         sys.stdout = stream
     return code

@@ -179,7 +179,7 @@ def _check_same_token(standing: Standing, market: Market) -> None:
     force = ""
     # After KIS has just returned the dead token once more, there is no point in suggesting --force again.
     if token and token.rejected_at and standing.attempts and standing.attempts[-1].outcome is not Outcome.SAME:
-        force = f" If KIS has withdrawn it sooner, `tokencore refresh {market.name} --force` asks now."
+        force = f" If KIS has withdrawn it sooner, `tokencore refresh {market.name} --force` asks KIS now."
     raise IssuanceLimitError(
         f"KIS returns the same token until {format_time(until)}, six hours after its issue. "
         f"{what_serves(token, now, market.buffer)} A new one can be issued from {format_time(until)}.{force}",
@@ -197,7 +197,7 @@ def _check_ceiling(standing: Standing, market: Market) -> None:
         f"The 24-hour limit is reached: this key has issued {len(issued)} tokens in 24 hours, and "
         f"KIS_MAX_ISSUES_PER_DAY is {ceiling}. "
         f"{what_serves(standing.token, standing.now, market.buffer)} The next is allowed at {format_time(until)}; "
-        f"`tokencore refresh {market.name} --force` passes the limit.",
+        f"`tokencore refresh {market.name} --force` overrides the limit.",
         retry_at=until,
         cause="ceiling",
     )

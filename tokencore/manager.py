@@ -13,7 +13,7 @@ from functools import cached_property
 
 from tokencore.config import market_of_program, read_market
 from tokencore.config.market import ISSUE_INTERVAL
-from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError
+from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError, UnusableDirectoryError
 from tokencore.sealing import Sensitive, sealed, sealed_class
 from tokencore.stores import open_store
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FRESH = 0.9  # seconds for which the token in memory is served without checking its file
 AHEAD_PAUSE = 1.0  # seconds between two attempts to renew ahead of the expiry; the record decides whether one asks KIS
 PATIENCE = 0.8  # seconds that a caller with a valid token waits for its successor
+AHEAD_FAILED = "The renewal ahead failed; the present token still serves"
 BEGIN, LEAVE = 1.0, 0.2  # seconds that an exiting program waits for a renewal to begin, and for its request to leave
 
 
@@ -224,7 +225,7 @@ class BaseTokenManager(Sensitive):
         """
         token = token or self.load_token()
         if token is None:
-            raise TokenUnavailableError(f"There is no token for {self.market.name!r} to try.")
+            raise TokenUnavailableError(f"There is no token for {self.market.name!r} to test.")
         evidence = self._key().prove(token)
         return evidence.accepted, evidence.detail
 
@@ -273,7 +274,17 @@ class BaseTokenManager(Sensitive):
             now = datetime.now(UTC)
             return now if valid_until is None else max(now, valid_until)
 
-        now, token = datetime.now(UTC), self.load_token()
+        now = datetime.now(UTC)
+        try:
+            token = self.load_token()
+        except UnusableDirectoryError as error:
+            if self._token is None or not self._token.serves(until(), self.market.buffer):
+                raise
+            self._remember(self._token, now)
+            if time.monotonic() >= self._next_save:
+                self._next_save = time.monotonic() + ISSUE_INTERVAL
+                _warn("The token in memory still serves", error)
+            return self._token
         if token is None or not token.serves(until(), self.market.buffer):
             _refuse_hopeless(token, now, until(), self.market.buffer)
             self._reload()
@@ -313,7 +324,7 @@ class BaseTokenManager(Sensitive):
         try:
             thread.start()
         except RuntimeError as error:  # no thread can be started: the present token serves, and a later call tries
-            _warn(error)
+            _warn(AHEAD_FAILED, error)
             return
         thread.join(PATIENCE)
         if thread.is_alive():  # if the program exits now, let the request leave; nobody waits for the answer
@@ -333,7 +344,7 @@ class BaseTokenManager(Sensitive):
             )
         except Exception as error:  # noqa: BLE001 - whatever fails, the present token is served
             self._next_try = time.monotonic() + max(AHEAD_PAUSE, interval)
-            _warn(error)
+            _warn(AHEAD_FAILED, error)
         else:
             if newer is not None:
                 self._remember(newer, now)
@@ -464,8 +475,8 @@ def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer
         )
 
 
-def _warn(error: Exception) -> None:
+def _warn(what: str, error: Exception) -> None:
     import logging  # not on the path of a cached token
 
     detail = error if isinstance(error, TokenError) else type(error).__name__  # other texts may hold secrets
-    logging.getLogger("tokencore").warning("The renewal ahead failed; the present token still serves. %s", detail)
+    logging.getLogger("tokencore").warning("%s. %s", what, detail)

@@ -268,7 +268,9 @@ class Renewer(Sensitive):
             limits.check(intent, standing, self._market)
             self._share_failure(standing, began)
             if unwanted():
-                raise TokenUnavailableError("The present token serves the open session to its end: no swap inside it.")
+                raise TokenUnavailableError(
+                    "The present token serves to the end of the session and is not replaced in it."
+                )
             issued = self._issue(reason, by, standing)
             if issued is None:
                 if token := self._serving(serves):
@@ -374,16 +376,16 @@ class Renewer(Sensitive):
     def _useless(self, token: Token) -> str:
         if token.rejected_at is not None:
             since = format_time(token.rejected_at)
-            return f"KIS returned the token that it rejects since {since}. See its notices of maintenance; try later."
+            return f"KIS returned the token that it has rejected since {since}. Check its maintenance notices; try again later."
         return (
-            f"KIS's token expires too early for what was asked, at {format_time(token.expires_at)} "
-            f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for less, or later."
+            f"KIS's token expires earlier than was asked for, at {format_time(token.expires_at)} "
+            f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for a shorter time, or later."
         )
 
     def _busy(self, wait: float) -> str:
         return (
-            f"Another process has held the key's lock for {wait:.0f} s. Nothing was changed; `tokencore doctor` names "
-            f"the process that holds the lock of the key {self._store.fingerprint}."
+            f"Another process has held the key's lock for {wait:.0f} s. Nothing was changed; `tokencore doctor` shows "
+            f"which process holds the lock of the key {self._store.fingerprint}."
         )
 
     def _unwritable(self, error: OSError) -> TokenStoreError:
@@ -426,8 +428,8 @@ def _check_better(token: Token, present: Token, *, proven: bool) -> None:
     if present.access_token == token.access_token:
         if present.rejected_at is not None and not proven:
             raise TokenUnavailableError(
-                f"KIS has rejected this very token at {format_time(present.rejected_at)}. Nothing was saved; without "
-                "--offline KIS is asked whether it works again."
+                f"KIS has rejected this token at {format_time(present.rejected_at)}. Nothing was saved; leave out "
+                "--offline to ask KIS whether it works again."
             )
     elif newer(present, None) and present.expires_at >= max(token.expires_at, datetime.now(UTC)):
         raise ConfigurationError(

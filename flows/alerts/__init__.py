@@ -250,7 +250,7 @@ def _hold(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
             document = open_document(settings, "incidents")
             with document.lock(wait=WAIT) as held:
                 if not held:
-                    logger().warning("Other runs are speaking to Slack; the next run reports what is still wrong.")
+                    logger().warning("Other runs are sending alerts; the next run reports what is still wrong.")
                     return
                 known = incidents.parse(document.read())
                 before = incidents.dumped(known)

@@ -24,12 +24,12 @@ OK = 200
 REINSTALL = "install the bot again, and set its new SLACK_BOT_TOKEN"
 ASK = "ask who administers Slack to allow posts there, or choose another channel"
 ARCHIVED = "the channel is archived: unarchive it, or choose another one"
-REPORT = "this is a fault of tokencore's: please report it; the message is in the run's log"
+REPORT = "this is a bug in tokencore: please report it; the message is in the run's log"
 FIXES = {  # what Slack says, and what to do
     "channel_not_found": "correct SLACK_CHANNEL, and invite the bot into the channel if it is private",
     "not_in_channel": "invite the bot into the channel (/invite), or give it the scope chat:write.public",
     "missing_scope": "give the bot the scope chat:write, and install it again",
-    **dict.fromkeys(("invalid_auth", "not_authed"), "set SLACK_BOT_TOKEN anew: it begins with xoxb-"),
+    **dict.fromkeys(("invalid_auth", "not_authed"), "set SLACK_BOT_TOKEN again: it begins with xoxb-"),
     **dict.fromkeys(("account_inactive", "token_revoked", "token_expired"), REINSTALL),
     **dict.fromkeys(("restricted_action", "action_prohibited", "posting_to_general_channel_denied"), ASK),
     **dict.fromkeys(("channel_is_archived", "is_archived"), ARCHIVED),

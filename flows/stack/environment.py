@@ -110,7 +110,7 @@ def port(environment: Mapping[str, str]) -> int:
     """Return the server's port; ConfigurationError if the setting is not a port."""
     text = environment.get("PREFECT_SERVER_API_PORT") or DEFAULT_PORT
     if not text.isdecimal() or not 0 < int(text) < 65536:  # noqa: PLR2004 - ports end there
-        raise ConfigurationError(f"PREFECT_SERVER_API_PORT={text[:20]} is no port; set a number from 1 to 65535.")
+        raise ConfigurationError(f"PREFECT_SERVER_API_PORT={text[:20]} is not a port; set a number from 1 to 65535.")
     return int(text)
 
 

@@ -50,7 +50,7 @@ def run() -> NoReturn:
     home, given = environment.home(), environment.with_dotenv()
     private_folder(str(home))
     if running(home):
-        raise StackError("It runs already; `make status` shows how it is.")
+        raise StackError("It runs already; `make status` shows its status.")
     _refuse(home, given)
     stack = environment.load(home, {**given, "KIS_TOKEN_DIR": str(home.parent), FOLDER: os.getcwd()})
     stack[worker.SUPERVISOR] = str(os.getpid())  # it stays the same as this process becomes supervisord

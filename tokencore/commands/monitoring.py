@@ -37,7 +37,7 @@ def add(command: AddCommand) -> None:
     command("check", _check, what, market="*", flags={"--probe": probe, "--json": FOR_PROGRAMS})
     what = "look at everything that a working set-up needs, with the fix for what is wrong; 0 only when all is well"
     command("doctor", _doctor, what, flags={"--json": FOR_PROGRAMS})
-    metrics = command("metrics", _metrics, "how every market is, for Prometheus; without an option once, as text")
+    metrics = command("metrics", _metrics, "status of every market for Prometheus; printed once without an option")
     where = metrics.add_mutually_exclusive_group()
     where.add_argument(
         "--listen",

@@ -63,7 +63,7 @@ def _confirm_second(attempts: list[Attempt]) -> None:
     granted = [one for one in attempts if one.by and one.outcome in (Outcome.ISSUED, Outcome.SAME)]
     recent = [one for one in granted if abs(now - one.at) < HOUR]
     if recent:
-        last = f"{recent[-1].by} had this key renewed at {format_time(recent[-1].at)}"
+        last = f"{recent[-1].by} renewed this key at {format_time(recent[-1].at)}"
         question = f"{last}, less than an hour ago; KIS may restrict a key that takes more than one a day. Renew again?"
         confirm("--force within an hour of another refresh", question, "Nothing was asked of KIS.")
 

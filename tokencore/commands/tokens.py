@@ -42,7 +42,7 @@ def add(command: AddCommand) -> None:
     what = "report a token that KIS has rejected, given on standard input; prints nothing"
     command("reject", _reject, what, market="one", flags={"--approval-key": "it is the websocket's key"})
     revoke = (
-        "also make KIS forget the token, for all who use it; a new one can be had six hours after its issue. Asks "
+        "also make KIS forget the token, for all who use it; a new one is possible six hours after its issue. Asks "
         "first: any answer but yes ends it with 2, and nothing is done"
     )
     flags = {"--revoke": revoke, "--yes": "revoke without the question; needed without a terminal"}
@@ -70,7 +70,7 @@ def _served(manager: TokenManager, *, renew: bool) -> Token:
         manager.get_valid_token()
     token = manager.load_token()
     if token is None or not token.serves(datetime.now(UTC), manager.market.buffer):
-        why = "another process has just removed it" if renew else "--no-renew forbids to ask for one"
+        why = "another process has just removed it" if renew else "--no-renew forbids asking for one"
         raise TokenUnavailableError(
             f"There is no valid token for {manager.market.name!r} in the cache "
             f"({manager.get_token_status()['status']}), and {why}.",

@@ -77,7 +77,7 @@ def _token_for(market: Market, text: str, now: datetime) -> Token:
         raise TokenUnavailableError(f"KIS rejected the token at {format_time(token.rejected_at)}. {done}")
     if not token.serves(now, market.buffer):
         use = f"it expires at {format_time(token.expires_at)}, and KIS_BUFFER is {market.buffer:.0f} s"
-        raise TokenUnavailableError(f"The token is of no use any more: {use}. {done}")
+        raise TokenUnavailableError(f"The token no longer serves: {use}. {done}")
     return token
 
 

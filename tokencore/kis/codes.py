@@ -62,7 +62,7 @@ KNOWN = {  # KIS's codes on /oauth2 as listed on its portal, and what to do; to 
 }
 SILENT = {  # outcomes without any words of KIS's own
     Outcome.UNREACHABLE: ("KIS cannot be reached", f"check the network and KIS_BASE_URL; {AGAIN}"),
-    Outcome.NO_ANSWER: ("KIS gave no whole answer", WAIT_LONGER),
+    Outcome.NO_ANSWER: ("KIS sent no complete answer", WAIT_LONGER),
     Outcome.BAD_ANSWER: ("KIS gave no usable answer", WAIT_LONGER),
 }
 
@@ -98,7 +98,7 @@ def refused(status: int, code: str, detail: str, lengths: tuple[int, int]) -> Re
 def _hint(key: int, secret: int) -> str:
     if (key, secret) == (KEY_LENGTH, SECRET_LENGTH):
         return ""
-    these = f"these {key} and {secret}" + " (they look swapped)" * (key == SECRET_LENGTH or secret == KEY_LENGTH)
+    these = f"yours have {key} and {secret}" + " (they look swapped)" * (key == SECRET_LENGTH or secret == KEY_LENGTH)
     return f"KIS's keys have {KEY_LENGTH} characters and its secrets {SECRET_LENGTH}, {these}; "
 
 

@@ -126,7 +126,7 @@ def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
     try:
         yield from check
     except TokenError as error:
-        yield _fail(name, str(error), "do what it says", error.exit_code)
+        yield _fail(name, str(error), "follow this message", error.exit_code)
     except NoAnswer as error:
         yield _fail(name, str(error), NETWORK)
     except Exception as error:  # noqa: BLE001 - its text may hold anything
@@ -344,7 +344,9 @@ def _accepted(key: Key) -> Iterator[Finding]:
     elif said.accepted is None:
         yield _warn(name, f"{said.detail}: says nothing about the token", "try again later; look at KIS's notices")
     else:
-        fix = f"tokencore get {key.name} | tokencore reject {key.name}: marked dead, and renewed as soon as KIS does"
+        fix = (
+            f"tokencore get {key.name} | tokencore reject {key.name}: marked dead, and renewed once KIS issues another"
+        )
         yield _fail(name, f"KIS rejects the token ({said.detail})", fix, NO_TOKEN)
 
 
@@ -356,7 +358,7 @@ def _slack(it: Subject) -> Iterator[Finding]:
     if webhook:
         parts = urlsplit(webhook)
         if not (parts.hostname and parts.scheme in ("https", "http")):
-            yield _fail("slack", "SLACK_WEBHOOK_URL is no address", "copy it again from Slack")
+            yield _fail("slack", "SLACK_WEBHOOK_URL is not an address", "copy it again from Slack")
             return
         send("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/", timeout=PATIENCE)
         yield _ok("slack", f"{parts.hostname} answers; {proof}")
@@ -368,7 +370,7 @@ def _slack(it: Subject) -> Iterator[Finding]:
         if said.get("ok"):
             yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
         else:
-            why = short(str(said.get("error", "no answer of Slack's")))
+            why = short(str(said.get("error", "no answer from Slack")))
             yield _fail("slack", f"Slack refuses the bot: {why}", "copy SLACK_BOT_TOKEN again (xoxb-...)")
     else:
         yield _skipped("slack", "not set up: alerts are logged only", "set SLACK_WEBHOOK_URL to hear of trouble")
@@ -392,7 +394,7 @@ def _prefect(it: Subject) -> Iterator[Finding]:
         return
     status = short(str(answer.body.get("status", "")))
     if not status:
-        fix = "make up; set PREFECT_API_AUTH_STRING (user:password) as the server has it, or check the port"
+        fix = "make up; set PREFECT_API_AUTH_STRING (user:password) to the server's, or check the port"
         yield _fail("prefect", f"{shown} does not answer as our server does (HTTP {answer.status})", fix)
     elif status != "READY":
         yield _fail("prefect", f"{shown} has no worker (the work pool {POOL!r} is {status}): no run starts", "make up")
@@ -430,7 +432,7 @@ def _duplicates(it: Subject) -> Iterator[Finding]:
         for path in sorted(glob.glob(os.path.expanduser(pattern)))[-MANY:]
         if _has_another(path, present)
     ]
-    detail = f"another token of the same key, for whoever issues for itself: {', '.join(found)}" if found else ""
+    detail = f"caches that hold another token of the same key: {', '.join(found)}" if found else ""
     fix = "delete the file; if that client is used, let tokencore feed it (tokencore export)"
     yield _judged("duplicates", detail or "no other client's cache holds another token of your keys", detail and fix)
 
