@@ -142,7 +142,7 @@ def check_address(name: str, found: Found, what: str, giver: str) -> None:
         return
     place, what = place_of(origin), f"tokens of the {what}" if name == "KIS_STORE" else what
     raise ConfigurationError(
-        f"{short(name)} in {place} is refused, because it would {verb} there the {what} that {place_of(giver)} gives; "
+        f"{short(name)} in {place} is refused, because it would {verb} the {what} from {place_of(giver)} there; "
         f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
     )
 
