@@ -305,7 +305,7 @@ class TestMessages:
 # Slack's status and word, or 0 and a webhook address where nobody answers; what the log says to do about it.
 REFUSALS: dict[str, tuple[int, str, str]] = {
     "channel_is_archived": (410, "channel_is_archived", "unarchive it"),
-    "invalid_blocks": (400, "invalid_blocks", "fault of tokencore's"),
+    "invalid_blocks": (400, "invalid_blocks", "bug in tokencore"),
     "HTTP 404": (404, "<html>", "make a new webhook"),
     "HTTP 418": (418, "teapot", "alerts are sent again"),
     "URLError": (0, "http://127.0.0.1:1" + HOOK, "this machine's network"),
