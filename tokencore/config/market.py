@@ -228,9 +228,9 @@ def known(name: str, found: Found) -> str:
         lower = named(name)
     except ValueError as error:
         raise ConfigurationError(f"{error}.") from None
-    if lower not in (names := market_names(found)):
+    if lower not in found.markets and lower not in DEFAULT_EXCHANGES:  # sorting a thousand names takes longer
         raise ConfigurationError(
-            f"The market {short(lower)!r} is not configured (known: {', '.join(names)}); "
+            f"The market {short(lower)!r} is not configured (known: {', '.join(market_names(found))}); "
             f"set KIS_MARKETS__{short(lower).upper()}__EXCHANGES to the exchanges it trades, such as SEHK."
         )
     return lower
