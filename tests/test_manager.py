@@ -291,7 +291,10 @@ def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> N
 def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
     gateway: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A running program goes on with one warning, and a new one cannot start; afterwards all is as before."""
+    """A running program goes on with one warning, until KIS rejects the token; a new program cannot start.
+
+    Afterwards all is as before.
+    """
     token = (running := USTokenManager()).get_valid_token()
     aside = folder().rename(folder().with_name("aside"))
     folder().write_text("")
@@ -299,7 +302,8 @@ def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
         running._fresh_until = 0.0  # noqa: SLF001 - a second later
         assert running.get_valid_token() == token
     assert [message.partition(".")[0] for message in caplog.messages] == ["The token in memory still serves"]
-    assert isinstance(raised(USTokenManager().get_valid_token), TokenStoreError)
+    refused = (USTokenManager().get_valid_token, lambda: running.report_rejected(token), running.get_valid_token)
+    assert [type(raised(work)).__mro__[1] for work in refused] == [TokenStoreError] * 3
     folder().unlink()
     aside.rename(folder())
     assert (running.get_valid_token(), asked(gateway)) == (token, 1)

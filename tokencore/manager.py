@@ -90,7 +90,7 @@ class BaseTokenManager(Sensitive):
             CredentialsError: KIS refused the key or the secret; a person has to act.
             IssuerUnavailableError: KIS is down or unreachable.
             TokenUnavailableError: no token that KIS would issue now lasts to `valid_until`.
-            TokenStoreError: the token directory cannot be used.
+            TokenStoreError: the token directory cannot be used, and no valid token is in memory.
             ConfigurationError: the settings are incomplete, or `valid_until` has no time zone.
                 Whatever is raised, a token that is still valid stays stored.
 
@@ -178,7 +178,7 @@ class BaseTokenManager(Sensitive):
             TokenError: the renewal failed; see `get_valid_token`.
 
         """
-        self._fresh_until = 0.0
+        self._forget()
         known = (self._store.newest(), self.load_token())
         if any(one is not None and one.access_token == token for one in known):
             self._renewer.reject(token, datetime.now(UTC))
@@ -252,7 +252,7 @@ class BaseTokenManager(Sensitive):
             TokenStoreError: it could not be written; what was there before still is.
 
         """
-        self._fresh_until = 0.0
+        self._forget()
         return self._renewer.adopt(token, force=force, proven=proven)
 
     def history(self) -> list[Attempt]:
@@ -262,8 +262,12 @@ class BaseTokenManager(Sensitive):
     # Inside
 
     def _changing(self) -> AbstractContextManager[None]:
-        self._fresh_until = 0.0
+        self._forget()
         return self._renewer.changing()
+
+    def _forget(self) -> None:
+        """Serve nothing from memory until the store is read again."""
+        self._fresh_until, self._token = 0.0, None
 
     @sealed
     def _serving(self, valid_until: datetime | None) -> Token:
@@ -278,13 +282,14 @@ class BaseTokenManager(Sensitive):
         try:
             token = self.load_token()
         except UnusableDirectoryError as error:
-            if self._token is None or not self._token.serves(until(), self.market.buffer):
+            token = self._token
+            if token is None or not token.serves(until(), self.market.buffer):
                 raise
-            self._remember(self._token, now)
+            self._remember(token, now)
             if time.monotonic() >= self._next_save:
                 self._next_save = time.monotonic() + ISSUE_INTERVAL
                 _warn("The token in memory still serves", error)
-            return self._token
+            return token
         if token is None or not token.serves(until(), self.market.buffer):
             _refuse_hopeless(token, now, until(), self.market.buffer)
             self._reload()
@@ -362,6 +367,7 @@ class BaseTokenManager(Sensitive):
         before, market = self.market, self._read_market()
         if (market.fingerprint, market.token_dir, market.store) != (before.fingerprint, before.token_dir, before.store):
             vars(self).pop("_store", None)
+            self._forget()
         vars(self).pop("_renewer", None)
         self.market = market
 

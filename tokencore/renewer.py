@@ -376,7 +376,7 @@ class Renewer(Sensitive):
     def _useless(self, token: Token) -> str:
         if token.rejected_at is not None:
             since = format_time(token.rejected_at)
-            return f"KIS returned the token that it has rejected since {since}. Try again after its maintenance."
+            return f"KIS returned the token that it has rejected since {since}. See KIS's notices; try again later."
         return (
             f"KIS's token expires earlier than was asked for, at {format_time(token.expires_at)} "
             f"(and KIS_BUFFER is {self._market.buffer:.0f} s). It is saved; ask for a shorter time, or later."
