@@ -130,6 +130,12 @@ def kis_is_down(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool
     return isinstance(state.data, IssuerUnavailableError)
 
 
+def identity(key: Key) -> str:
+    """Return what identifies the key on a server or in a store that installations with other keys use as well."""
+    paper = " (paper)" * (key.market.environment == "paper")  # the fingerprint may be that of a real key
+    return f"key {key.fingerprint}{paper}"
+
+
 def borne(state: KeyState, error: Exception) -> bool:
     """Whether the plan can bear the error: KIS gave no token, but the present one serves, and no renewal is due."""
     planned = state.outlook.next

@@ -8,6 +8,7 @@ nothing to do. Its tags name the key, so that installations with other keys on t
 
 from __future__ import annotations
 
+import contextlib
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
 
-from flows.runs import clock, harmless
+from flows.runs import clock, harmless, identity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +34,7 @@ def update(views: Sequence[View]) -> None:
     with harmless("The next renewals could not be scheduled"):
         for key, state, _ in views:
             if state:
-                paper = " (paper)" * (key.market.environment == "paper")  # their fingerprints may be the same
-                keep(key.label, f"key {key.fingerprint}{paper}", state.next_attempt)
+                keep(key.label, identity(key), state.next_attempt)
 
 
 def keep(label: str, tag: str, at: datetime | None) -> None:
@@ -53,7 +53,8 @@ def keep(label: str, tag: str, at: datetime | None) -> None:
         there = {run.expected_start_time: run for run in client.read_flow_runs(flow_run_filter=own)}
         for planned, run in there.items():
             if planned and planned != at and planned > datetime.now(UTC):
-                client.delete_flow_run(run.id)
+                with contextlib.suppress(ObjectNotFound):  # another run has just moved the plan as well
+                    client.delete_flow_run(run.id)
         if at and at not in there:
             client.create_flow_run_from_deployment(
                 deployment.id,

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -431,6 +432,15 @@ class TestRuns:
         ):
             upcoming.keep("us+kr", f"key {tag}", at)
             assert sorted(planned_runs().get("us+kr", []), key=str) == planned
+
+    def test_runs_that_move_the_plan_at_once_leave_one_scheduled_run(self) -> None:
+        """If several runs remove the same outdated renewal at the same moment, none fails, and one new one is left."""
+        start = now().replace(microsecond=0)
+        with ThreadPoolExecutor(4) as pool:
+            for hours in range(1, 6):
+                at = start + hours * HOUR
+                list(pool.map(lambda at: upcoming.keep("us+kr", "key 1a", at), [at] * 4))
+                assert planned_runs() == {"us+kr": [at]}
 
     def test_real_and_paper_of_one_app_key_never_meet(self, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
         """At one address real and paper share a fingerprint, but each has its own state and planned renewal."""
