@@ -260,6 +260,13 @@ class TestMessages:
             resolve(MONDAY, attempted(past, MONDAY), LIVING)
             assert len(slack.messages) == sent
 
+    def test_a_corrected_app_key_ends_the_incident(self, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A market's trouble ends once it is in order with another app key, as people correct a wrong one."""
+        report(REFUSED, past="bad_key 5")
+        monkeypatch.setenv("KIS_APP_KEY", "another-key-" * 3)
+        resolve()
+        assert (len(slack.messages), "solved" in slack.headlines[-1]) == (2, True)
+
     def test_a_page_calls_who_is_named(self, slack: SlackEndpoint) -> None:
         """SLACK_MENTION is only in messages that cannot wait, and the preview still begins with the fact."""
         mention: dict[str, Any] = {"slack_mention": "<!channel> <@U024BE7LH>"}

@@ -25,7 +25,7 @@ from running import asked, one_line, snapshot, start, tokencore, until
 from stepping import FULL
 
 from flows import alerts
-from tokencore import CredentialsError, Settings, TokenStoreError
+from tokencore import CredentialsError, Key, Settings, TokenStoreError
 from tokencore.attempts import Attempt, Outcome
 from tokencore.sandbox import Sandbox
 from tokencore.stores import database, open_document
@@ -267,6 +267,24 @@ def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: Sla
     for _ in range(2):
         alerts.report(alone, "KRX", trouble, now)
     assert len(slack.messages) == 3
+
+
+def test_trouble_belongs_to_its_key_whatever_machines_call_it(field: Field, slack: SlackEndpoint) -> None:
+    """Machines that name one key differently alert once; where another key has the same name, it alerts by itself.
+
+    That the other key is well does not mean that the first one is.
+    """
+    trouble, sent, now = CredentialsError("KIS does not know the app key (EGW00103)."), [], datetime.now(UTC)
+    for name, market, own in (("a", "", KEY), ("b", "", OTHER), ("c", "MARKETS__HK__", KEY)):
+        os.environ |= field.machine(name, key=own).environment
+        for one in ("APP_KEY", "APP_SECRET"):
+            os.environ[f"KIS_{market}{one}"] = os.environ.pop(f"KIS_{one}")
+        (key,) = Key.load(settings := Settings.load())
+        if own == OTHER:
+            alerts.resolved(settings, key.state(now), now)
+        alerts.report(settings, key.state(now), trouble, now)
+        sent.append((key.label, len(slack.messages)))
+    assert sent == [("us+kr", 1), ("us+kr", 2), ("hk", 2)]
 
 
 LOST = {"fence + 1": 0, "at = clock": 0, "excluded.sealed": 1, "at = $1": 1}  # statements, and requests to KIS

@@ -18,7 +18,7 @@ from prefect.states import Failed
 from prefect.utilities.urls import url_for
 
 from flows.alerts import causes, incidents, messages, slack
-from flows.runs import SAFE, borne, clock, harmless, logger, safe_errors
+from flows.runs import SAFE, borne, clock, harmless, identity, logger, safe_errors
 from tokencore import Key, KeyState, Settings, TokenError, open_document, sessions
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ class Subject(NamedTuple):
     def of(cls, settings: Settings, who: Who, now: datetime) -> Subject:
         """Describe a key by its state, or read now, or an exchange; under any other name, all keys are at risk."""
         if isinstance(who, KeyState):
-            return cls(settings, now, who.key.name, who.key.label, who, who.key.exchanges, reached=True)
+            return cls(settings, now, _name(who.key), who.key.label, who, who.key.exchanges, reached=True)
         if isinstance(who, Key):
             state = _first_endangered([who], now)
-            return cls(settings, now, who.name, who.label, state, who.exchanges, reached=state is not None)
+            return cls(settings, now, _name(who), who.label, state, who.exchanges, reached=state is not None)
         if who in sessions.EXCHANGES:
             return cls(settings, now, who, who, None, [who], reached=False)
         keys = []
@@ -145,7 +145,7 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
     """Report the end of trouble with a key or an exchange, if there was any, and a token that someone else issued."""
     with harmless(FAILED):
         foreign = who.foreign_issue if isinstance(who, KeyState) else None
-        name = who.key.name if isinstance(who, KeyState) else who
+        name = _name(who.key) if isinstance(who, KeyState) else who
         reported = incidents.parse(open_document(settings, "incidents").read())
         if not foreign and all(one.subject != name for one in reported):
             return
@@ -262,6 +262,14 @@ def _hold(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
         except (OSError, TokenError):
             if known is None:  # nobody knows what was reported: better twice than never
                 work([])
+
+
+def _name(key: Key) -> str:
+    """Return what identifies the key's incidents: its first market, so that they end when the app key is corrected.
+
+    In a fleet it is the key itself: other machines may have other keys, or other markets, under the same name.
+    """
+    return identity(key) if key.market.store else key.name
 
 
 def _first_endangered(keys: list[Key], now: datetime) -> KeyState | None:

@@ -44,7 +44,7 @@ class Notification(NamedTuple):
 class Incident(BaseModel):
     """One key in trouble; times are aware."""
 
-    subject: str  # the key's first market, or the exchange of a run that came to no key
+    subject: str  # names the key, or the run that reached no key
     cause: str  # the name of its present cause
     opened_at: AwareDatetime
     seen_at: AwareDatetime  # when a run last met it
