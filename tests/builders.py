@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
 
+from tokencore import BaseTokenManager
 from tokencore.config.market import Market
 from tokencore.config.sources import Found
 from tokencore.tokens import Token
@@ -88,6 +89,27 @@ def make_market(name: str = "us", /, **numbers: object) -> Market:
     defaults |= {"all_markets": list, "sharing": lambda _: [], "store": None, "store_keys": []}
     settings: Any = SimpleNamespace(**{**defaults, **numbers})
     return Market(name, found, lambda: settings)
+
+
+class OwnManager(BaseTokenManager):
+    """A user's own manager; two of them may spell the same key differently, with `more` at its end."""
+
+    def __init__(self, prefix: str = "own_", more: str = "", url: str = "") -> None:
+        """Use the settings' address, unless another one is given."""
+        self.prefix, self.more, self.url = prefix, more, url or os.environ["KIS_BASE_URL"]
+        super().__init__()
+
+    def get_api_url(self) -> str:
+        """Return the address, with a slash for each character of `more`."""
+        return self.url + "/" * len(self.more)
+
+    def get_app_credentials(self) -> tuple[str, str]:
+        """Return credentials that are easy to find in any output."""
+        return KEY + self.more, SECRET + self.more
+
+    def get_token_file_prefix(self) -> str:
+        """Return what the names of its files begin with."""
+        return self.prefix
 
 
 def in_child(work: Callable[[], object]) -> int:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tokencore.sandbox import Sandbox
     from tokencore.tokens import Token
 
+    Command = Callable[..., "Ran"]  # what the fixture `command` returns
+
 DAY = 86_400.0  # seconds
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,10 +47,9 @@ from tokencore.tokens import KST
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tokencore.sandbox import Sandbox
+    from running import Command
 
-    Command = Callable[..., Ran]
-    Give = Callable[..., Ran]
+    from tokencore.sandbox import Sandbox
 
 
 NEVER_NULL = {  # fields of `check --json`, with and without a token
@@ -58,14 +58,11 @@ NEVER_NULL = {  # fields of `check --json`, with and without a token
     "issues_last_24h": int, "next_need": dict, "covers_next_need": bool,
 }  # fmt: skip
 TWO_KEYS = {"KIS_MARKETS__KR__APP_KEY": KEY, "KIS_MARKETS__KR__APP_SECRET": SECRET}
-WITH_A_TOKEN = dict.fromkeys(("expires_at", "issued_at", "cached_at", "permissions", "cooldown_until"), str)
+WITH_A_TOKEN = ("expires_at", "issued_at", "cached_at", "permissions", "cooldown_until")
 
 
 def test_refresh_renews_or_declines_with_4(quick: Sandbox, command: Command) -> None:
-    """Refresh exits 4 for a young token or at the ceiling and says when or how; else it records reason and operator.
-
-    With --force KIS is asked again, and a repeated token is reported as such; without a terminal and --yes it exits 2.
-    """
+    """Refresh exits 4 for a young token or at the ceiling, unless a person forces it, and records who asked and why."""
     cached(86_000)
     assert re.search(r"from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d KST", one_line(command("refresh", "us")))
     old = cached(50_000)
@@ -108,30 +105,25 @@ def test_a_second_forced_refresh_asks_on_a_terminal(quick: Sandbox, command: Com
 
 
 def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: Sandbox, command: Command) -> None:
-    """The record and the issue time stay, and the other market keeps its token until it is the last one deleted."""
+    """The other market keeps its token until it is the last one deleted."""
     command("get", "us")
-    record = next(folder().glob("key-*.jsonl")).read_bytes()
-    assert command("delete", "us") == Ran(0, "Deleted.\n", "")
-    assert [(folder() / f"us_{name}").exists() for name in ("api_token.json", "token_issued_at.dat")] == [False, True]
-    assert command("check", "kr").code == 0
-    assert command("delete", "KR") == Ran(0, "Deleted.\n", "")
-    assert command("check").code == 3
-    assert next(folder().glob("key-*.jsonl")).read_bytes() == record
+    for market, left in (("us", 0), ("KR", 3)):
+        assert command("delete", market) == Ran(0, "Deleted.\n", "")
+        assert command("check", "kr").code == left
     ran = command("delete", "us")
     assert (ran.code, "no token file" in ran.out, gateway.stats()["revokes"]) == (0, True, 0)
 
 
 def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Command) -> None:
-    """The question names the key's other markets and when KIS issues a new token; any answer but yes changes nothing.
-
-    Revoking also takes the dead token from the key's other market.
-    """
+    """The question names the key's other markets and when KIS issues a new token; without a yes, or KIS's, it stays."""
     assert "no token to revoke" in at_a_terminal("", "delete", "us", "--revoke").out
     token = command("get", "us").out
     for answer in ("n\n", "yesterday\n", "\x04"):
         ran = at_a_terminal(answer, "delete", "us", "--revoke")
         assert (ran.code, ran.out, "Nothing was revoked or deleted." in ran.err) == (2, "", True)
     assert "add --yes" in one_line(command("delete", "us", "--revoke"))
+    gateway.answer("/oauth2/revokeP", {}, 500, 1)
+    assert "stays valid" in one_line(command("delete", "us", "--revoke", "--yes"))
     assert command("get", "us", "--no-renew").out == token
     until = f"only from {(issue_of(on_disk()) + timedelta(hours=6)).astimezone(KST):%Y-%m-%d %H:%M:%S} KST."
     ran = at_a_terminal("YES\n", "delete", "us", "--revoke")
@@ -158,24 +150,17 @@ def test_history_tells_every_attempt_of_every_key(quick: Sandbox, command: Comma
 
 @pytest.mark.usefixtures("slow")
 def test_check_json_has_exactly_the_contracts_fields_and_tells_facts(command: Command) -> None:
-    """There is one object per market, in the settings' order, and each field has its type, with and without a token.
-
-    Times are ISO 8601 with offset; file and mode are the real ones; cool-down and count come from the record.
-    """
+    """There is one object per market, in the settings' order, and each field has its type, with and without a token."""
     empty = json.loads(command("check", "--json").out)
     command("get", "us")
     one, other = full = json.loads(command("check", "--json").out)
     assert (one["market"], other["market"]) == ("us", "kr")
-    for status in full:
-        assert {name: type(value) for name, value in status.items()} == NEVER_NULL | WITH_A_TOKEN
-    for status in empty:
-        found = {name: value for name, value in status.items() if name in WITH_A_TOKEN}
-        assert found == dict.fromkeys(WITH_A_TOKEN)
-        assert {name: type(value) for name, value in status.items() if name not in found} == NEVER_NULL
-        assert (status["status"], status["remaining_seconds"], status["remaining_hours"]) == ("NO_TOKEN", 0, 0)
-    expires, issued, calm = (
-        datetime.fromisoformat(one[f"{at}"]) for at in ("expires_at", "issued_at", "cooldown_until")
-    )
+    for listed, kind in ((empty, NoneType), (full, str)):
+        types = [{name: type(value) for name, value in status.items()} for status in listed]
+        assert types == [NEVER_NULL | dict.fromkeys(WITH_A_TOKEN, kind)] * 2
+    for none in empty:
+        assert (none["status"], none["remaining_seconds"], none["remaining_hours"]) == ("NO_TOKEN", 0, 0)
+    expires, issued, calm = (datetime.fromisoformat(one[at]) for at in ("expires_at", "issued_at", "cooldown_until"))
     assert (expires - issued, calm.utcoffset()) == (timedelta(days=1), timedelta(0))
     assert one["remaining_hours"] == pytest.approx(one["remaining_seconds"] / 3600, abs=0.01)
     assert (one["file"], one["permissions"]) == (str(folder() / "us_api_token.json"), "0600")
@@ -294,7 +279,7 @@ def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandb
 
 
 @pytest.fixture
-def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Give:
+def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Return a function that runs a command with a text on standard input; its output must not hold a secret."""
 
     def run(text: str, *arguments: str) -> Ran:
@@ -306,12 +291,8 @@ def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Give:
     return run
 
 
-def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sandbox, give: Give) -> None:
-    """A rejected token older than six hours is renewed, whatever form it is given in; a second report asks nothing.
-
-    A younger one is no longer served: exit 4 says when a new one is possible and how to force it, which may bring the
-    dead one again. Empty input is exit 2.
-    """
+def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sandbox, give: Command) -> None:
+    """A rejected token older than six hours is renewed once; for a younger one exit 4 says when and how to force it."""
     old = cached(50_000)
     quick.fail("dead-token")
     assert give(f"Authorization: Bearer {old.access_token}\n", "reject", "us") == Ran(0, "", "")
@@ -326,7 +307,7 @@ def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sa
     assert TokenManager("us").get_token_status()["status"] == "REJECTED"
 
 
-def test_reject_replaces_an_approval_key(quick: Sandbox, give: Give, command: Command) -> None:
+def test_reject_replaces_an_approval_key(quick: Sandbox, give: Command, command: Command) -> None:
     """A rejected approval key is not served again; `check --json` says when the present one, if any, expires."""
     assert "approval_key_expires_at" not in command("check", "us", "--json").out
     first = command("get", "us", "--approval-key").out
@@ -337,20 +318,14 @@ def test_reject_replaces_an_approval_key(quick: Sandbox, give: Give, command: Co
     assert asked(quick) == 0
 
 
-@pytest.fixture
-def elsewhere(gateway: Sandbox, tmp_path: Path, command: Command) -> str:
-    """The output of `get us --json` on another machine with the same key."""
-    gateway.set_rules(issue_interval=0)
-    return command("get", "us", "--json", KIS_TOKEN_DIR=str(tmp_path / "elsewhere")).out
-
-
 def test_a_token_moves_to_another_machine_without_an_issue(
-    elsewhere: str, gateway: Sandbox, give: Give, command: Command
+    tmp_path: Path, gateway: Sandbox, give: Command, command: Command
 ) -> None:
     """An imported token is proven by one quote call, serves all the key's markets, and counts for the six hours only.
 
     Once rejected, it can be imported again only if KIS accepts it.
     """
+    elsewhere = command("get", "us", "--json", KIS_TOKEN_DIR=str(tmp_path / "elsewhere")).out
     assert give(elsewhere, "import", "us").code == 0
     assert TokenManager("kr").get_valid_token() == json.loads(elsewhere)["access_token"]
     assert on_disk().issued_at == datetime.fromisoformat(json.loads(elsewhere)["issued_at"]).replace(microsecond=0)
@@ -367,7 +342,7 @@ def test_a_token_moves_to_another_machine_without_an_issue(
     assert not TokenManager("us").is_token_expired()
 
 
-def test_a_token_is_taken_offline_as_a_shell_sets_it_but_over_no_better_one(give: Give, gateway: Sandbox) -> None:
+def test_a_token_is_taken_offline_as_a_shell_sets_it_but_over_no_better_one(give: Command, gateway: Sandbox) -> None:
     """The earlier of the JWT's `exp` and the given expiry counts; a longer present token stays, except with --force."""
     longer, shorter = make_jwt(APP_KEY, life=7200), make_jwt(APP_KEY, life=3900)
     text = f"export KIS_ACCESS_TOKEN='{longer}'\nexport KIS_TOKEN_EXPIRES_AT=2099-01-01T00:00:00Z"
@@ -400,7 +375,7 @@ REFUSED_INPUT: dict[str, tuple[Callable[[], str], int, str]] = {
 
 @pytest.mark.usefixtures("gateway")
 @pytest.mark.parametrize("case", REFUSED_INPUT)
-def test_what_is_no_token_of_the_key_is_refused(case: str, give: Give) -> None:
+def test_what_is_no_token_of_the_key_is_refused(case: str, give: Command) -> None:
     """Import says in a sentence what is wrong with the input, saves nothing and does not repeat the token."""
     text, code, words = REFUSED_INPUT[case]
     ran = give(text(), "import", "us", "--offline")
@@ -408,7 +383,7 @@ def test_what_is_no_token_of_the_key_is_refused(case: str, give: Give) -> None:
     assert (TokenManager("us").load_token(), outcomes()) == (None, [])
 
 
-def test_a_token_that_kis_refuses_is_not_saved(gateway: Sandbox, give: Give) -> None:
+def test_a_token_that_kis_refuses_is_not_saved(gateway: Sandbox, give: Command) -> None:
     """Import gives KIS's code if KIS rejects the token, and offers --offline if KIS cannot be reached."""
     for code, words in ((3, "EGW00121"), (6, "--offline")):
         ran = give(make_jwt(APP_KEY), "import", "us")
@@ -483,10 +458,7 @@ def test_get_for_a_shells_eval_sets_variables_that_children_see(command: Command
 
 @pytest.mark.usefixtures("gateway")
 def test_get_as_other_programs_read_it(command: Command) -> None:
-    """Get prints JSON with times in UTC, the `credential_process` form of AWS, and tokenP's answer with a KST expiry.
-
-    It also prints a header for `curl -H` and unquoted lines for Docker's `--env-file`.
-    """
+    """Get prints JSON in UTC, AWS's `credential_process`, tokenP's answer in KST, curl's header, and Docker's lines."""
     token = cached(20_000)
 
     def said(*options: str) -> str:
@@ -542,12 +514,9 @@ def test_unexpected_error_is_one_line_without_its_text(
     assert "Canary" not in ran.err
 
 
-OUTPUTS = ["get us", "check", "--help", "plan --svg -"]
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
 @pytest.mark.parametrize("redirect", [">/dev/full", ">&-", "| true"])
-@pytest.mark.parametrize("line", OUTPUTS)
+@pytest.mark.parametrize("line", ["get us", "check", "--help", "plan --svg -"])
 @pytest.mark.usefixtures("gateway")
 def test_output_that_cannot_be_written_is_one_line_and_1(line: str, redirect: str) -> None:
     """A full or closed output is exit 1 and just one sentence; a pipe whose reader has gone is no error."""

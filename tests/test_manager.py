@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import requests
-from builders import KEY, SECRET, ended, fill_disk, in_child, make_token
+from builders import KEY, SECRET, OwnManager, ended, fill_disk, in_child, make_token
 from running import DAY, asked, cached, folder, forked, limited, on_disk, outcomes, raised, record, start, until
 
 from tokencore import (
@@ -112,34 +112,14 @@ def test_valid_until_renews_only_what_does_not_last(gateway: Sandbox, case: str)
     assert asked(gateway) == issues
 
 
-class _Own(BaseTokenManager):
-    """A manager with its own address, credentials and prefix; two of them may spell the same key differently."""
-
-    def __init__(self, prefix: str = "own_", more: str = "", url: str = "") -> None:
-        self.prefix, self.more, self.url = prefix, more, url or os.environ["KIS_BASE_URL"]
-        super().__init__()
-
-    def get_api_url(self) -> str:
-        return self.url + "/" * len(self.more)
-
-    def get_app_credentials(self) -> tuple[str, str]:
-        return KEY + self.more, SECRET + self.more
-
-    def get_token_file_prefix(self) -> str:
-        return self.prefix
-
-
 def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
-    """Three methods make a manager with its own key, files and limits; two with one key share the token.
-
-    Its key goes to no plain http address except loopback.
-    """
-    token = _Own().get_valid_token()
+    """Three methods make a manager with its own key, files and limits, for no plain http address except loopback."""
+    token = OwnManager().get_valid_token()
     assert json.loads((folder() / "own_api_token.json").read_text())["access_token"] == token
-    assert _Own().get_token_status()["market"] == "own"
-    assert _Own("second_", " ").get_valid_token() == token != USTokenManager().get_valid_token()
+    assert OwnManager().get_token_status()["market"] == "own"
+    assert OwnManager("second_", " ").get_valid_token() == token != USTokenManager().get_valid_token()
     assert asked(gateway) == 2
-    assert "https" in str(raised(lambda: _Own(url="http://192.0.2.1:9443")))
+    assert "https" in str(raised(lambda: OwnManager(url="http://192.0.2.1:9443")))
     with pytest.raises(NotImplementedError, match=r"has to give get_api_url.*get_token_file_prefix"):
         BaseTokenManager()
 
@@ -161,10 +141,7 @@ def test_a_crowd_makes_one_request_and_nobody_sits_out_the_minute(
     crowd: Callable[..., list[tuple[str, str]]],
     left: float,
 ) -> None:
-    """Callers for us and for kr, some sharing a manager, all get the new token, or the old one while it serves.
-
-    Nothing is logged. `benchmarks/stampede.py` measures how soon they have the token.
-    """
+    """Callers for us and for kr, some sharing a manager, all get the new token, or the old one while it serves."""
     monkeypatch.setattr("tokencore.manager.PATIENCE", 30)  # a child ends without waiting for its thread
     known, began = {cached(left).access_token} if left else set(), time.monotonic()
     managers = [USTokenManager(), KRTokenManager(), *(TokenManager(("us", "kr")[n % 2]) for n in range(30))]
@@ -248,14 +225,6 @@ def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newe
     assert asked(gateway) == 0
 
 
-def test_token_that_kis_did_not_revoke_is_served_on(gateway: Sandbox) -> None:
-    """Nothing is deleted until KIS has confirmed that it revoked the token."""
-    token = cached()
-    gateway.__exit__()
-    assert isinstance(raised(USTokenManager().revoke), IssuerUnavailableError)
-    assert USTokenManager().get_valid_token() == token.access_token
-
-
 def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox) -> None:
     """The only process that has the token saves it within a minute, so that no other process has to issue one."""
 
@@ -291,10 +260,7 @@ def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> N
 def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
     gateway: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A running program goes on with one warning, until KIS rejects the token; a new program cannot start.
-
-    Afterwards all is as before.
-    """
+    """A running program goes on with one warning, until KIS rejects the token; a new program cannot start."""
     token = (running := USTokenManager()).get_valid_token()
     aside = folder().rename(folder().with_name("aside"))
     folder().write_text("")

@@ -30,12 +30,12 @@ import httpcore
 import httpx
 import pytest
 import requests
-from builders import CANARIES, KEY, SECRET, ended, forms, in_child, make_jwt, make_token
+from builders import CANARIES, KEY, SECRET, OwnManager, ended, forms, in_child, make_jwt, make_token
 from servers import Wire
 from stepping import FULL
 
 import tokencore
-from tokencore import BaseTokenManager, Key, KISAuth, KISHttpxAuth, Settings, TokenError, TokenManager, USTokenManager
+from tokencore import Key, KISAuth, KISHttpxAuth, Settings, TokenError, TokenManager, USTokenManager
 from tokencore.clients.approval import ApprovalKeys
 from tokencore.kis.gateway import Gateway
 from tokencore.sandbox.rules import FAILURES
@@ -44,11 +44,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from running import Ran
+    from running import Command
 
     from tokencore.sandbox import Sandbox
-
-    Place = Callable[[str], dict[str, str]]
 
 Call = Callable[[], object]
 # The packed forms of "eyJ" also occur by chance; those of a JWT's first 16 characters do not.
@@ -85,21 +83,8 @@ ARGUMENTS |= {"exchange": "NASD", "codes": ["NASD"], "names": ["KIS_APP_SECRET"]
 ARGUMENTS |= {"folder": "copies", "plans": [], "token_dir": "/proc/nothing"}
 
 
-class _Own(BaseTokenManager):
-    """A user's own manager, whose credentials come from the user's own code."""
-
-    def get_api_url(self) -> str:
-        return str(Settings.load().base_url)
-
-    def get_app_credentials(self) -> tuple[str, str]:
-        return KEY, SECRET
-
-    def get_token_file_prefix(self) -> str:
-        return "us_"
-
-
 MAKERS: dict[str, Call] = {
-    "BaseTokenManager": _Own,
+    "BaseTokenManager": lambda: OwnManager("us_"),
     "USTokenManager": USTokenManager,
     "Key": lambda: state().key,
     "KeyState": state,
@@ -254,7 +239,7 @@ def keep_their_secrets(roots: list[object]) -> None:
             assert leaks(packed.decode("latin-1") if isinstance(packed, bytes) else str(packed)) == [], type(one)
 
 
-def test_commands_tell_no_secret_but_the_token_that_get_prints(canaries: Sandbox, command: Callable[..., Ran]) -> None:
+def test_commands_tell_no_secret_but_the_token_that_get_prints(canaries: Sandbox, command: Command) -> None:
     """Whatever a command meets, it shows no key or secret, and only `get` shows a token."""
     told = [command("refresh", "us")]
     for mode in ("bad-key", "garbage", "html", "half"):
@@ -271,11 +256,8 @@ def test_commands_tell_no_secret_but_the_token_that_get_prints(canaries: Sandbox
 
 # --- what an error carries
 
-
 FIRST = {"BaseTokenManager.get_valid_token", "KISAuth", "KISHttpxAuth", "KISHttpxAuth on a loop"}
 ALWAYS = {"USTokenManager.refresh", "USTokenManager.get_approval_key", "Key.obtain", "Key.refresh", "a key as who asks"}
-
-
 TROUBLES = ("KIS refuses", "KIS is unreachable", "unusable directory", "missing secret", "malformed secret")
 
 
