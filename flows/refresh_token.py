@@ -35,7 +35,6 @@ MARGIN = MINUTE  # then Prefect itself fails a pause that nobody ended because i
 POLL = 2  # seconds between two checks for an answer
 HOUR = timedelta(hours=1)  # after an issue, in which a forced refresh needs an answer too: a scheduler may run amok
 RENEW = "renew now"
-SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"  # as tokencore checks them: no word is as long as an app key
 
 
 def configured() -> tuple[str, ...]:
@@ -58,8 +57,8 @@ else:
         BeforeValidator(lambda given: str(given).lower()),
     ]
 # The form and the flow check these, not pydantic, whose error would repeat what was typed in the run's state.
-Operator = Annotated[str, Field(json_schema_extra={"maxLength": 40, "pattern": SHORT_WORDS})]
-Reason = Annotated[str, Field(json_schema_extra={"maxLength": 80, "pattern": SHORT_WORDS})]
+Operator = Annotated[str, Field(json_schema_extra={"maxLength": 40, "pattern": Key.SHORT_WORDS})]
+Reason = Annotated[str, Field(json_schema_extra={"maxLength": 80, "pattern": Key.SHORT_WORDS})]
 
 
 class Confirmation(RunInput):

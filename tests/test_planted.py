@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from stepping import FULL
 
-from tokencore import attempts, limits, policy, renewer, sealing, tokens
+from tokencore import attempts, keys, limits, policy, renewer, sealing, tokens
 from tokencore.clients import exports
 from tokencore.config import sources
 from tokencore.errors import TokenStoreError
@@ -125,7 +125,7 @@ BUGS: dict[str, tuple[str, str, *tuple[Replaced, ...]]] = {  # the file and the 
     "same_counted": ("limits", "verdicts", (attempts, "issued_within", _granted_within)),
     "marks_ignored": ("faults", "the_ceiling_holds_on_a_full_disk_and_the_refusal_says_why",
         (Record, "_unrecorded", lambda _: [])),
-    "controls_kept": ("trust", "a_note_is_one_short_printable_line", (attempts, "clean", lambda text: text)),
+    "controls_kept": ("trust", "a_note_is_one_short_printable_line", (keys, "clean", lambda text: text)),
     "fast_reader_differs": ("settings", "the_fast_reader_and_the_validated_settings_agree",
         (sources.Found, "address_variable", lambda *_: "KIS_BASE_URL")),
     "anchor_ignored": ("policy", "decisions",

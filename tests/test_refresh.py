@@ -20,7 +20,7 @@ from running import asked, cached
 from flows import artifacts, refresh_token
 from flows.refresh_token import Request
 from flows.runs import View
-from tokencore import IssuanceLimitError, Settings, attempts
+from tokencore import IssuanceLimitError, Key, Settings, attempts
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ def test_a_secret_in_the_form_is_declined(gateway: Sandbox, slack: SlackEndpoint
 def test_the_form_checks_its_texts_as_tokencore_does() -> None:
     """The form has the same rule and the same lengths, and all its fields but the market are optional."""
     form = refresh_token.refresh_token.parameters
-    lengths = [form.properties[name]["maxLength"] for name in ("reason", "operator")]
-    assert (form.required, lengths) == (["market"], [attempts.REASON_LENGTH, attempts.BY_LENGTH])
-    assert refresh_token.SHORT_WORDS == attempts.SHORT_WORDS
+    rules = [(form.properties[name]["maxLength"], form.properties[name]["pattern"]) for name in ("reason", "operator")]
+    assert form.required == ["market"]
+    assert rules == [(length, Key.SHORT_WORDS) for length in (attempts.REASON_LENGTH, attempts.BY_LENGTH)]
 
 
 HONG_KONG = {"KIS_MARKETS__HK__EXCHANGES": "SEHK"}

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
-
-from tokencore.errors import ConfigurationError
-from tokencore.redaction import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DAY = timedelta(hours=24)
 REASON_LENGTH, BY_LENGTH = 80, 40  # characters that are kept
-SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"  # no run of visible ASCII as long as an app key (36)
 
 
 class Outcome(StrEnum):
@@ -36,7 +31,8 @@ class Outcome(StrEnum):
     UNREACHABLE = "unreachable"  # the request cannot have reached KIS
 
 
-GRANTED = frozenset({Outcome.ISSUED, Outcome.SAME, Outcome.IMPORTED})
+NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # the outcomes that brought a token that was not there before
+GRANTED = NEW | {Outcome.SAME}
 FAILED = {  # wording for people, where the outcome's own name says too little
     Outcome.SENT: "its process died",
     Outcome.SAME: "KIS returned the same token",
@@ -81,23 +77,6 @@ class Attempt(NamedTuple):
         return self.outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)
 
 
-def note(reason: str, by: str) -> tuple[str, str]:
-    """Return the reason for an issue and the person asking as the record keeps them: cleaned, and cut to length.
-
-    Raises:
-        ConfigurationError: one of them holds a word as long as an app key; no request was sent to KIS.
-
-    """
-    reason, by = clean(reason), clean(by)
-    for name, text in (("reason", reason), ("name", by)):
-        if not re.fullmatch(SHORT_WORDS, text):
-            raise ConfigurationError(
-                f"The {name} contains a word of 36 characters or more, as keys and tokens are, so it is not kept. "
-                "Nothing was asked of KIS; use shorter words."
-            )
-    return reason[:REASON_LENGTH].rstrip(), by[:BY_LENGTH].rstrip()
-
-
 def issued_within(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:
     """Return the attempts within 24 hours before or after `now` (clocks are set back) that brought a new token."""
     return [one for one in attempts if one.outcome is Outcome.ISSUED and abs(now - one.at) < DAY]
@@ -111,7 +90,7 @@ def latest(attempts: Sequence[Attempt]) -> Attempt | None:
 def failure(attempts: Sequence[Attempt]) -> tuple[datetime, str] | None:
     """Return when the last attempt was (aware UTC) and, in a few words, why it brought no new token; None if it did."""
     last = attempts[-1] if attempts else None
-    if last is None or last.outcome in GRANTED - {Outcome.SAME}:
+    if last is None or last.outcome in NEW:
         return None
     return last.at, FAILED.get(last.outcome, last.outcome.replace("_", " ")) + (f" ({last.code})" if last.code else "")
 

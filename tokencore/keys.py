@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, time, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import limits, outlook, policy
-from tokencore.attempts import Attempt, Outcome, failure, issued_within, note
+from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, failure, issued_within
 from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, CredentialsError, TokenError
 from tokencore.limits import Intent, Standing, format_time
 from tokencore.outlook import PLAN_DAYS, VALID, Plan, RefreshWarning
 from tokencore.policy import CLOCK_SLACK
+from tokencore.redaction import clean
 from tokencore.renewer import FOREIGN_AGE, Renewer
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import open_store
@@ -42,6 +44,7 @@ class Key(Sensitive):
     """
 
     __slots__ = ("__dict__", "__weakref__")
+    SHORT_WORDS = r"^[!-~]{0,35}([^!-~][!-~]{0,35})*$"  # no run of visible ASCII as long as an app key (36)
 
     def __init__(self, markets: Sequence[Market], store: Store | None = None, horizons: Horizons | None = None) -> None:
         """Serve the key that `markets` share; keys of the same settings may share `horizons`. Nothing is read yet."""
@@ -168,10 +171,25 @@ class Key(Sensitive):
 
     def refresh(self, *, force: bool, reason: str, by: str) -> bool:
         """Renew now; return False if KIS returned the present token again. See `BaseTokenManager.refresh`."""
-        reason, by = note(reason, by)
+        reason, by = self.note(reason, by)
         return self.renewer.refresh(force=force, reason=reason, by=by)
 
-    note = staticmethod(note)
+    @classmethod
+    def note(cls, reason: str, by: str) -> tuple[str, str]:
+        """Return the reason for an issue and the person asking as the record keeps them: cleaned, and cut to length.
+
+        Raises:
+            ConfigurationError: one of them holds a word as long as an app key; no request was sent to KIS.
+
+        """
+        reason, by = clean(reason), clean(by)
+        for name, text in (("reason", reason), ("name", by)):
+            if not re.fullmatch(cls.SHORT_WORDS, text):
+                raise ConfigurationError(
+                    f"The {name} contains a word of 36 characters or more, as keys and tokens are, so it is not kept. "
+                    "Nothing was asked of KIS; use shorter words."
+                )
+        return reason[:REASON_LENGTH].rstrip(), by[:BY_LENGTH].rstrip()
 
     def prove(self, token: Token) -> Evidence:
         """Make one quote call and return what it shows about `token`; no answer of KIS makes it raise."""

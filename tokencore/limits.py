@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import attempts as record
-from tokencore.attempts import CREDENTIALS, Outcome
+from tokencore.attempts import CREDENTIALS, NEW, Outcome
 from tokencore.errors import CredentialsError, IssuanceLimitError
 from tokencore.policy import retry_delay
 from tokencore.tokens import KST, SAME_TOKEN
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SELDOM = 1000  # a pretended number of failures, large enough for the longest wait
 CLOCK_ERROR = timedelta(days=2)  # an attempt further in the future than this was recorded by a wrong clock
-_NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # outcomes that brought a token that was not there before
 
 
 class Intent(Enum):
@@ -157,7 +156,7 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
             cause="minute",
         )
     final = attempts[-1]  # even one that was never sent: an unreachable issuer is left alone for as long
-    if intent not in (Intent.DUE, Intent.AHEAD) or final.outcome in _NEW or final.at > now + CLOCK_ERROR:
+    if intent not in (Intent.DUE, Intent.AHEAD) or final.outcome in NEW or final.at > now + CLOCK_ERROR:
         return
     seldom = final.outcome is Outcome.SAME or (last and last.outcome in CREDENTIALS)
     failures = SELDOM if seldom else record.failures(attempts)
