@@ -147,11 +147,11 @@ def statements(fleet: Fleet, folder: Path) -> list[Row]:
             marks = [time.perf_counter()]
             state = session.read(["key"])["key"]
             marks.append(time.perf_counter())
-            fence = session.begin("key", state.version, attempt.at, "{}") or 0
+            fence = session.begin("key", state.version, attempt, state.ahead) or 0
             marks.append(time.perf_counter())
             assert session.depart("key", fence)
             marks.append(time.perf_counter())
-            session.finish("key", fence, attempt.at, "{}")
+            session.finish("key", fence, attempt, state.ahead)
             marks.append(time.perf_counter())
             for seconds, (before, after) in zip(taken.values(), pairwise(marks), strict=True):
                 seconds.append(after - before)

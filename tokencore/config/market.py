@@ -89,6 +89,11 @@ class Market(Sensitive):
         return fingerprint(self.app_key or "", self.base_url)
 
     @property
+    def key_name(self) -> str:
+        """The name of the key's token file and of its row in a fleet's store."""
+        return key_name(self.fingerprint, self.environment)
+
+    @property
     def exchanges(self) -> tuple[str, ...]:
         """The exchanges on which the market trades, by order code."""
         own = self.settings.markets.get(self.name)
@@ -160,6 +165,11 @@ def digest(*parts: str, length: int) -> str:
 def fingerprint(app_key: str, base_url: str) -> str:
     """Return 16 hex digits that identify a key at an address without revealing the key."""
     return digest("tokencore", base_url, app_key, length=16)
+
+
+def key_name(fingerprint: str, environment: str) -> str:
+    """Return the name under which a key's token is stored."""
+    return fingerprint + ("-paper" if environment == "paper" else "")
 
 
 def named(name: str) -> str:

@@ -199,8 +199,7 @@ class Settings(Sensitive, BaseSettings):
 
     def sharing(self, market: Market) -> list[Market]:
         """Return the configured markets with the key of `market`, and so one token; `market` may be a program's own."""
-        own = market.fingerprint, market.environment
-        return [one for one in self.all_markets() if one.app_key and (one.fingerprint, one.environment) == own]
+        return [one for one in self.all_markets() if one.app_key and one.key_name == market.key_name]
 
     @property
     def overrides(self) -> dict[str, Override]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
 from tokencore.sealing import Sensitive
+from tokencore.stores import record
 from tokencore.stores.encryption import INSTALL
 
 try:
@@ -25,6 +26,8 @@ except ImportError:  # it is an optional extra, and so is the libpq that it need
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from tokencore.attempts import Attempt
 
 CONNECT, PATIENCE, ANSWER = 3, 5.0, 3.0  # seconds for one try to connect, for all tries, and for each answer
 PAUSE = 0.1  # seconds between two tries, on average
@@ -102,14 +105,14 @@ class State(NamedTuple):
     Attributes:
         version: 0 if there is no row.
         sealed: the encrypted content.
-        attempts: by fence, oldest first: the time by this machine's clock, the host ("" for this one), the line.
+        attempts: the record by fence, oldest first, dated by this machine's clock; `host` is empty for this one.
         ahead: how far this machine's clock is ahead of the server's.
 
     """
 
     version: int
     sealed: str
-    attempts: dict[int, tuple[datetime, str, str]]
+    attempts: dict[int, Attempt]
     ahead: timedelta
 
 
@@ -198,8 +201,9 @@ class Database(Sensitive):
             ahead = asked + taken / 2 - _time(now)
             ahead = ahead if abs(ahead) > max(AHEAD, taken) else timedelta(0)
             made = {
-                fence: (_time(at) + ahead, "" if host == self._host else host, what)
+                fence: line[0]._replace(at=_time(at) + ahead, host="" if host == self._host else host)
                 for fence, at, host, what in attempts
+                if (line := record.parse(what))
             }
             found[key] = State(version, sealed, made, ahead)
         return found
@@ -216,18 +220,21 @@ class Database(Sensitive):
         """Replace the row's content, or create the row; False if it has another version by now."""
         return bool(self.execute(_PUT, key=key, version=version, sealed=sealed))
 
-    def begin(self, key: str, version: int | None, at: datetime, what: str) -> int | None:
-        """Record an attempt and return its new fence; None if a `version` is given and the row has another one."""
-        found = self.execute(_BEGIN, key=key, version=version, at=at, host=self._host, what=what)
+    def begin(self, key: str, version: int | None, attempt: Attempt, ahead: timedelta) -> int | None:
+        """Record an attempt and return its new fence; None if a `version` is given and the row has another one.
+
+        This machine's clock, by which the attempt is dated, is `ahead` of the server's.
+        """
+        found = self.execute(_BEGIN, key=key, version=version, host=self._host, **_line(attempt, ahead))
         return found[0][0] if found else None
 
     def depart(self, key: str, fence: int) -> bool:
         """Set the attempt's time to the server's present one; False if another attempt has begun since."""
         return bool(self.execute(_DEPART, key=key, fence=fence))
 
-    def finish(self, key: str, fence: int, at: datetime, what: str) -> None:
-        """Replace the attempt with its outcome, even if another attempt has begun since."""
-        self.execute(_FINISH, key=key, fence=fence, at=at, what=what)
+    def finish(self, key: str, fence: int, attempt: Attempt, ahead: timedelta) -> None:
+        """Replace the attempt with its outcome, even if another attempt has begun since; see `begin`."""
+        self.execute(_FINISH, key=key, fence=fence, **_line(attempt, ahead))
 
     def lease(self, key: str) -> tuple[int, str] | None:
         """Lock a document's row for `LEASE` seconds; return its version and content, or None while another holds it."""
@@ -249,6 +256,10 @@ class Database(Sensitive):
 
 def _time(epoch: float) -> datetime:
     return datetime.fromtimestamp(epoch, UTC)
+
+
+def _line(attempt: Attempt, ahead: timedelta) -> dict[str, object]:
+    return {"at": attempt.at - ahead, "what": record.render([attempt]).strip()}
 
 
 def make_tables(address: str) -> bool:

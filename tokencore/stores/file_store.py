@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
 from tokencore import tokens
+from tokencore.config.market import key_name
 from tokencore.errors import TokenStoreError
 from tokencore.sealing import Sensitive
 from tokencore.stores import files, permissions
@@ -52,7 +53,7 @@ class FileStore(Sensitive):
         self.fingerprint = market.fingerprint
         self.place = self._path(f"{market.name}_{VIEW}")
         self._identity = market.fingerprint, market.environment
-        self._key_path = self._key_path_of(*self._identity)
+        self._key_path = self._path(f"key-{market.key_name}.json")
         self._lock_path = self._path(f"key-{self.fingerprint}.lock")
         self._app_key = market.app_key
         self._siblings = siblings
@@ -158,11 +159,11 @@ class FileStore(Sensitive):
 
     def attempts(self) -> list[Attempt]:
         """Return the record or, if it is lost, the last issue as the `.dat` files have it."""
-        return self._record.attempts() or self._marked()
+        return self.record.attempts() or self._marked()
 
     def begin(self, attempt: Attempt) -> Attempt:
         """Append to the record durably; if the disk takes no line, the lock file keeps the time."""
-        self._record.append(attempt)
+        self.record.append(attempt)
         return attempt
 
     def depart(self, fence: Attempt) -> bool:
@@ -170,7 +171,7 @@ class FileStore(Sensitive):
         now = datetime.now(UTC)
         try:
             if abs(now - fence.at) > PROMPT:
-                self._record.complete(fence, fence._replace(at=now))
+                self.record.complete(fence, fence._replace(at=now))
         except OSError:
             return False
         return True
@@ -185,15 +186,11 @@ class FileStore(Sensitive):
                 mark = b"%d\n" % (token.issued_at or attempt.at).timestamp()
                 for path in self._own_views():
                     self._copied(path.removesuffix(VIEW) + MARK, mark)
-            self._record.complete(fence, attempt)
+            self.record.complete(fence, attempt)
 
     def note(self, attempt: Attempt) -> None:
         """Append an attempt that needed no request."""
-        self._record.append(attempt)
-
-    def replace_record(self, attempts: list[Attempt]) -> None:
-        """Replace the record with these attempts, which come from another store."""
-        self._record.write(attempts)
+        self.record.append(attempt)
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
         """Hold the lock file's lock inside the block."""
@@ -204,16 +201,14 @@ class FileStore(Sensitive):
         return FileDocument(self._path(f"key-{self.fingerprint}-{name}.json"))
 
     @cached_property
-    def _record(self) -> Record:
+    def record(self) -> Record:
+        """The issuance record."""
         from tokencore.stores.record import Record  # a cached token needs no record
 
         return Record(self._path(f"key-{self.fingerprint}.jsonl"), self._lock_path)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
-
-    def _key_path_of(self, fingerprint: str, environment: str) -> str:
-        return self._path(f"key-{fingerprint}{'-paper' if environment == 'paper' else ''}.json")
 
     def _own_views(self) -> list[str]:
         return list(dict.fromkeys([self.place, *(self._path(f"{name}_{VIEW}") for name in self._siblings())]))
@@ -298,8 +293,8 @@ class FileStore(Sensitive):
 
     def _kept_elsewhere(self, view: str) -> bool:
         """Whether the other key of this folder that wrote `view` has its token in its own file."""
-        seen, (fingerprint, environment) = _owners.get(view, (None, ("", "")))
-        own_file = self._key_path_of(os.path.basename(fingerprint), environment)
+        seen, owner = _owners.get(view, (None, ("", "")))
+        own_file = self._path(os.path.basename(f"key-{key_name(*owner)}.json"))
         return seen is not None and seen == files.signature(view) and os.path.exists(own_file)
 
     def _marked(self) -> list[Attempt]:

@@ -19,7 +19,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tokencore.config.market import Market
     from tokencore.config.settings import Settings
     from tokencore.stores.database import State
 
@@ -109,7 +108,7 @@ class Fleet(Sensitive):
 
     def rows(self) -> set[str]:
         """Return the names of the rows of all keys in the settings."""
-        return {row_of(market) for market in self._settings.all_markets() if market.app_key}
+        return {market.key_name for market in self._settings.all_markets() if market.app_key}
 
     def follower_lock(self, rows: Iterable[str]) -> str:
         """Return the lock file of these rows' follower; programs with other settings have a follower of their own."""
@@ -120,11 +119,6 @@ class Fleet(Sensitive):
         if not self._warned:
             self._warned = True
             logging.getLogger("tokencore").warning("%s Meanwhile this machine uses its own files.", error)
-
-
-def row_of(market: Market) -> str:
-    """Return the name of the row of the market's key."""
-    return market.fingerprint + ("-paper" if market.environment == "paper" else "")
 
 
 def rotate(settings: Settings) -> list[str]:

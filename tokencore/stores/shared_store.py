@@ -55,7 +55,7 @@ class SharedStore(Sensitive):
 
     def __init__(self, market: Market, siblings: Callable[[], Sequence[str]]) -> None:
         """Set the names and paths; nothing is opened yet. `siblings` returns the names of all markets of the key."""
-        self.fingerprint = market.fingerprint
+        self.fingerprint, self.name = market.fingerprint, market.key_name
         self._market, self._local = market, FileStore(market, siblings)
         self.place = self._local.place
         self._about = {"key_fingerprint": self.fingerprint, "environment": market.environment}
@@ -140,7 +140,7 @@ class SharedStore(Sensitive):
         else:
             self._settle()
             state = self._seen()
-        return list(_attempts(state).values()) if state else self._local.attempts()
+        return list(state.attempts.values()) if state else self._local.attempts()
 
     def begin(self, attempt: Attempt) -> Fence | None:
         """Record the attempt in the store, then on this machine; None if another machine changed the row first.
@@ -153,7 +153,7 @@ class SharedStore(Sensitive):
             raise self._trouble
         state, number = self._reread(), None
         if not self._in_flight(state):
-            number = self._connected().begin(self.name, state.version, *_line(attempt, state.ahead))
+            number = self._connected().begin(self.name, state.version, attempt, state.ahead)
         self._changed()
         if number is None:
             self._meet(time.monotonic() + self._patience())
@@ -205,7 +205,7 @@ class SharedStore(Sensitive):
         self._local.note(attempt)
         try:
             state = self._reread()
-            self._connected().begin(self.name, None, *_line(attempt, state.ahead))
+            self._connected().begin(self.name, None, attempt, state.ahead)
         except TokenError as error:
             _warn(error, "What was imported is recorded on this machine only.")
         self._changed()
@@ -235,13 +235,6 @@ class SharedStore(Sensitive):
     def document(self, name: str) -> FileDocument:
         """Return the machine's document of that name; none is shared, because approval keys are paced, not limited."""
         return self._local.document(name)
-
-    @property
-    def name(self) -> str:
-        """The name of the key's row."""
-        from tokencore.stores.fleet import row_of
-
-        return row_of(self._market)
 
     def mirror(self, session: Database) -> bool:
         """Bring the files and the row up to date with each other; False if the machine's lock is not free."""
@@ -335,7 +328,9 @@ class SharedStore(Sensitive):
 
     def _in_flight(self, state: State) -> bool:
         """Whether another machine's request may still be answered."""
-        last = next((one for one in reversed(_attempts(state).values()) if one.counts), None)
+        from tokencore.attempts import latest
+
+        last = latest(list(state.attempts.values()))
         if last is None or last.outcome != "sent" or not last.host:
             return False
         return (datetime.now(UTC) - last.at).total_seconds() < self._patience()
@@ -354,14 +349,14 @@ class SharedStore(Sensitive):
         state = self._offered(session, ours)
         if self._restored(session, state):
             state = self._offered(session, ours)
-        (theirs, removed), attempts = self._opened(state), list(_attempts(state).values())
+        (theirs, removed), attempts = self._opened(state), list(state.attempts.values())
         try:
             if theirs and _name_of(theirs) != _name_of(ours):
                 self._local.save(theirs)
             elif ours and not theirs and _name_of(ours) in removed:
                 self._local.clear()
             if attempts and record.render(attempts) != record.render(self._local.attempts()):
-                self._local.replace_record(attempts)
+                self._local.record.write(attempts)
         except OSError as error:  # the token is served anyway
             _warn(f"What the fleet has could not be copied to {self.place}", f"({error.strerror}).")
         return state
@@ -383,17 +378,17 @@ class SharedStore(Sensitive):
         That is an outcome that could not be published before; the record of the fleet's first machine; and the last
         attempts before a crash of the server, if its successor lacks them.
         """
-        mine, theirs = self._local.attempts(), _attempts(state)
+        mine, theirs = self._local.attempts(), state.attempts
         fence, last = next(reversed(theirs.items()), (0, None))
         if last and last.outcome == "sent" and not last.host:
             done = bool(mine) and mine[-1].pid == last.pid and mine[-1].outcome != "sent"
             if done := done and mine[-1].at > last.at - SLACK:
-                session.finish(self.name, fence, *_line(mine[-1], state.ahead))
+                session.finish(self.name, fence, mine[-1], state.ahead)
             return done
         known = {one[1:] for one in theirs.values()}
         lost = [one for one in mine if one[1:] not in known and (last is None or one.at > last.at + SLACK)]
         for attempt in lost:
-            session.begin(self.name, None, *_line(attempt, state.ahead))
+            session.begin(self.name, None, attempt, state.ahead)
         return bool(lost)
 
     def _put(self, token: Token | None) -> bool:
@@ -423,7 +418,7 @@ class SharedStore(Sensitive):
                     if token:
                         self._offered(reached, token, issued=True)
                 finally:
-                    reached.finish(self.name, number, *_line(attempt, ahead))
+                    reached.finish(self.name, number, attempt, ahead)
         except TokenError as error:
             _warn(error, "The other machines get what KIS answered when the store can be reached again.")
         self._fleet.forget()
@@ -529,33 +524,18 @@ class SharedDocument(Sensitive):
 
 def make_follower(settings: Settings, *own: Market) -> Follower:
     """Return a follower for all keys in the settings and for a program's own."""
-    from tokencore.stores.fleet import Fleet, row_of
+    from tokencore.stores.fleet import Fleet
     from tokencore.stores.follower import Follower
 
     markets: dict[str, list[Market]] = {}
     for market in (*settings.all_markets(), *own):
         if market.app_key:
-            markets.setdefault(row_of(market), []).append(market)
+            markets.setdefault(market.key_name, []).append(market)
     return Follower(Fleet.of(settings), {row: _store_of(*sharing) for row, sharing in markets.items()})
 
 
 def _store_of(*markets: Market) -> SharedStore:
     return SharedStore(markets[0], lambda: [market.name for market in markets])
-
-
-def _attempts(state: State) -> dict[int, Attempt]:
-    """Return the row's record by fence, dated by this machine's clock; what cannot be read is skipped."""
-    from tokencore.stores import record
-
-    read = {fence: (record.parse(what), at, host) for fence, (at, host, what) in state.attempts.items()}
-    return {fence: found[0]._replace(at=at, host=host) for fence, (found, at, host) in read.items() if found}
-
-
-def _line(attempt: Attempt, ahead: timedelta) -> tuple[datetime, str]:
-    """Return the attempt as the store keeps it, dated by the server's clock; this machine's is `ahead` of that."""
-    from tokencore.stores import record
-
-    return attempt.at - ahead, record.render([attempt]).strip()
 
 
 def _name_of(token: Token | None) -> str:
