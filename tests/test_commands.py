@@ -36,9 +36,8 @@ from running import (
 )
 
 from tokencore import TokenManager, USTokenManager
-from tokencore.cli import COMMANDS
 from tokencore.clients.exports import CLIENTS
-from tokencore.commands import parsers
+from tokencore.commands import COMMANDS, parsers
 from tokencore.kis.codes import KNOWN
 from tokencore.reports.tables import REFUSED
 from tokencore.sandbox import APP_KEY
@@ -485,7 +484,7 @@ WRONG = [line.split() for line in (
     "get us --json --format env", "get us --format yaml", "get", "gett us", "get us kr", "get us --force", "get hk",
     "get ../us", "check us hk", "check --probed", "refresh", "delete", "history us kr", "tick us", "exec us",
     "exec us -- no-such-program", "reject us --json", "completion cmd", "sandbox --port x", "plan --days 0",
-    "plan --days 32", "plan --days x", "plan --svg no/plan.svg",
+    "plan --days 32", "plan --days x", "plan --svg no/plan.svg", "plan --json --svg -",
 )]  # fmt: skip
 
 
@@ -555,4 +554,4 @@ def test_command_alone_prints_the_help_and_says_what_is_missing(command: Command
 def test_a_command_that_a_message_names_is_whole(text: str) -> None:
     """Whoever types what a message says to run meets no error of usage."""
     for named in re.findall("`tokencore ([^`]+)`", text):
-        parsers(COMMANDS)[0].parse_args(named.split())
+        parsers()[0].parse_args(named.split())

@@ -30,7 +30,6 @@ from flows.runs import kis_is_down
 from flows.stack import __main__ as stack
 from flows.stack import api, deployments, environment
 from tokencore import sessions
-from tokencore.cli import COMMANDS
 from tokencore.commands import parsers
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ WARM_UPS = {name: each for name, each in DEPLOYMENTS.items() if each["entrypoint
 DEFAULTS = {"KRX", "NASD", "NYSE", "AMEX"}  # the exchanges of the markets `us` and `kr`
 WEEKS = [date(2026, 1, 5), date(2026, 3, 2), date(2026, 7, 6), date(2026, 10, 26)]  # two with a clock change
 UNITS = sorted((ROOT / "docs" / "systemd").iterdir())
-PROGRAMS = {"tokencore": {*parsers(COMMANDS)[1]}, "flows.stack": {*stack.COMMANDS}, "-m prefect": {"worker"}}
+PROGRAMS = {"tokencore": {*parsers()[1]}, "flows.stack": {*stack.COMMANDS}, "-m prefect": {"worker"}}
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 

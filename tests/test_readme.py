@@ -14,7 +14,6 @@ import pytest
 from running import asked
 
 from tokencore import Settings
-from tokencore.cli import COMMANDS
 from tokencore.commands import parsers
 from tokencore.sandbox import APP_KEY, APP_SECRET
 
@@ -81,7 +80,7 @@ def test_settings_that_a_page_shows_load(page: str, isolated: Path, caplog: pyte
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_options_targets_and_settings_exist(page: str) -> None:
     """Every command, option, make target and setting that a page names exists."""
-    options = {name: set(one._option_string_actions) for name, one in parsers(COMMANDS)[1].items()}  # noqa: SLF001 - argparse has no other way
+    options = {name: set(one._option_string_actions) for name, one in parsers()[1].items()}  # noqa: SLF001 - argparse has no other way
     for name, rest in re.findall(r"(?<![\w/.-])tokencore ([a-z]+)\b([^\n`|]*)", _code(TEXTS[page])):
         assert name in options, name
         assert {*re.findall(r"(?<=\s)--[a-z-]+", rest.partition(" -- ")[0])} <= options[name], (name, rest)

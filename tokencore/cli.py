@@ -1,4 +1,4 @@
-"""The `tokencore` program and the table of its commands; a cached `get` is answered without building a parser.
+"""The `tokencore` program; a cached `get` is answered without building a parser.
 
 One outer `except` turns every error into one sentence on standard error and a documented exit code.
 """
@@ -16,15 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
 
-COMMANDS = {  # commands by module; the module's `add` makes their parsers, so a command imports only its own module
-    "tokencore.commands.tokens": ("get", "exec", "reject", "delete"),
-    "tokencore.commands.monitoring": ("check", "doctor", "metrics"),
-    "tokencore.commands.renewals": ("refresh", "plan", "history", "tick"),
-    "tokencore.commands.transfer": ("export", "import"),
-    "tokencore.commands.fleet": ("fleet", "follow"),
-    "tokencore.sandbox": ("sandbox",),
-    "tokencore.commands": ("completion",),
-}
 INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
 
 
@@ -85,7 +76,7 @@ def _answer(arguments: list[str]) -> int:
         return 0
     from tokencore.commands import run
 
-    return run(arguments, COMMANDS)
+    return run(arguments)
 
 
 def _prepare_streams() -> None:

@@ -1,4 +1,4 @@
-"""The command line: its parser, what the commands share, and shell completion."""
+"""The command line: the table of commands, their parser, what they share, and shell completion."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ if TYPE_CHECKING:
     from tokencore.keys import Key
 
     Command = Callable[[argparse.Namespace], int]  # gets the parsed options and returns the exit code
-    Modules = Mapping[str, Sequence[str]]  # modules with a function `add`, and the commands that it adds
     AddCommand = Callable[..., argparse.ArgumentParser]  # the function `command` in `parsers`
 
+COMMANDS = {  # commands by module; the module's `add` makes their parsers, so a command imports only its own module
+    "tokencore.commands.tokens": ("get", "exec", "reject", "delete"),
+    "tokencore.commands.monitoring": ("check", "doctor", "metrics"),
+    "tokencore.commands.renewals": ("refresh", "plan", "history", "tick"),
+    "tokencore.commands.transfer": ("export", "import"),
+    "tokencore.commands.fleet": ("fleet", "follow"),
+    "tokencore.sandbox": ("sandbox",),
+    "tokencore.commands": ("completion",),
+}
 EXIT_CODES = (
     "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
     "4 issuance limit, 5 credentials refused, 6 KIS unreachable, 7 store unusable"
@@ -51,15 +59,15 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def run(arguments: Sequence[str], modules: Modules) -> int:
-    """Parse one command line, run the command, which is one of those in `modules`, and return its exit code.
+def run(arguments: Sequence[str]) -> int:
+    """Parse one command line, run the command, and return its exit code.
 
     Raises:
         TokenError: the command failed; the error's class has the exit code.
 
     """
     logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
-    top, _ = parsers(modules, arguments[0] if arguments else "")
+    top, _ = parsers(arguments[0] if arguments else "")
     if not arguments:
         top.print_help()
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
@@ -71,12 +79,11 @@ def run(arguments: Sequence[str], modules: Modules) -> int:
     except SystemExit:  # after --help and --version; a mistake is a ConfigurationError
         return 0
     options.program = [*arguments[at + 1 :]]  # argparse would remove a second `--`
-    options.modules = modules
     code: int = options.run(options)
     return code
 
 
-def parsers(modules: Modules, asked: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def parsers(asked: str = "") -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the command line's parser and the commands' parsers by name; with `asked`, only its module's commands."""
     top = _Parser(prog="tokencore", description=(about or "").partition("\n")[0], epilog=EXIT_CODES)
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
@@ -95,7 +102,7 @@ def parsers(modules: Modules, asked: str = "") -> tuple[argparse.ArgumentParser,
             added.add_argument(flag, action="store_true", help=meaning)
         return added
 
-    for module in [module for module, names in modules.items() if asked in names] or modules:
+    for module in [module for module, names in COMMANDS.items() if asked in names] or COMMANDS:
         import_module(module).add(command)
     return top, dict(commands.choices)
 
@@ -169,7 +176,7 @@ def _completion(options: argparse.Namespace) -> int:
 
     from tokencore.config.settings import Settings
 
-    markets, (top, commands) = [market.name for market in Settings.load().all_markets()], parsers(options.modules)
+    markets, (top, commands) = [market.name for market in Settings.load().all_markets()], parsers()
     for action in (action for one in commands.values() for action in one._actions):  # noqa: SLF001 - as shtab does
         if action.dest == "market":
             action.choices = markets

@@ -79,6 +79,8 @@ def _login() -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.json and options.svg == "-":
+        raise ConfigurationError("--json and --svg - both write to standard output; name a file for the picture.")
     now = datetime.now(UTC)
     plans = [key.state(now).plan(options.days) for key in Key.load(Settings.load())]
     if options.svg:
