@@ -7,18 +7,16 @@ import html
 import json
 import os
 import signal
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 from tokencore import BaseTokenManager
 from tokencore.config.market import Market
 from tokencore.config.sources import Found
 from tokencore.tokens import Token
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 KEY = "PSCanaryKey" + "k" * 25
 SECRET = "CanarySecret/" + "s" * 160 + "+Canary="

@@ -7,24 +7,20 @@ import os
 import socket
 import threading
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 from builders import KEY, SECRET, in_child, make_market
 from cryptography.fernet import Fernet
+from postgres import Postgres
 from pydantic import SecretStr
 
 from tokencore.renewer import Renewer
+from tokencore.sandbox import Sandbox
 from tokencore.stores import database
 from tokencore.stores.file_store import FileStore
 from tokencore.stores.shared_store import SharedStore
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from postgres import Postgres
-
-    from tokencore.sandbox import Sandbox
-    from tokencore.tokens import Token
+from tokencore.tokens import Token
 
 MINUTE, TIMEOUT = 0.5, 1.0  # seconds: KIS's minute, KIS_TIMEOUT; an unanswered request holds the others back for 2.5
 

@@ -6,10 +6,13 @@ import contextlib
 import contextvars
 import functools
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
+from uuid import UUID
 
+from prefect import Flow, State
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
@@ -19,15 +22,7 @@ from flows import upcoming
 from flows.refresh_token import refresh_token
 from tokencore import Key, KeyState, Settings
 from tokencore.attempts import Attempt, Outcome
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from concurrent.futures import Future
-    from uuid import UUID
-
-    from prefect import Flow, State
-
-    from tokencore.tokens import Token
+from tokencore.tokens import Token
 
 
 def run(flow: Flow[..., State], name: str | None = None, tags: Sequence[str] = (), **parameters: object) -> State:

@@ -8,23 +8,18 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from builders import make_token
 
 from tokencore import IssuanceLimitError, Key, Settings, TokenError, TokenManager
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from datetime import datetime
-
-    from tokencore.attempts import Attempt
-    from tokencore.sandbox import Sandbox
-    from tokencore.tokens import Token
-
-    Command = Callable[..., "Ran"]  # what the fixture `command` returns
+from tokencore.attempts import Attempt
+from tokencore.sandbox import Sandbox
+from tokencore.tokens import Token
 
 DAY = 86_400.0  # seconds
 
@@ -35,6 +30,9 @@ class Ran(NamedTuple):
     code: int
     out: str
     err: str
+
+
+Command = Callable[..., Ran]  # the fixture `command`
 
 
 def tokencore(*arguments: str, **settings: str) -> Ran:

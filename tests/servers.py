@@ -6,22 +6,20 @@ import builtins
 import json
 import re
 import socket
+import ssl
 import threading
 import time
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import requests
 from keyring import errors
 from keyring.backend import KeyringBackend
 
-if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Mapping
-
-    from tokencore.sandbox import Sandbox
+from tokencore.sandbox import Sandbox
 
 HOOK = "/services/T000/B000/canary-of-the-webhook"
 CHANNEL = "C0TOKENS"  # the channel's id, with which Slack's API answers whatever name it was given

@@ -11,8 +11,10 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,15 +26,9 @@ from servers import Scripted
 from tokencore import Key, KISAuth, KISHttpxAuth, KRTokenManager, Settings, TokenManager, USTokenManager, errors
 from tokencore.clients.approval import approval_expiry
 from tokencore.clients.auth import Signer
-from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from tokencore.sandbox import Sandbox
-
-    Send = Callable[..., list[str]]
+Send = Callable[..., list[str]]
 
 # ruff: noqa: ANN401 - the signers, keywords and answers of both libraries
 HOUR, OK = 3600.0, "MCA00000"

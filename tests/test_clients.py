@@ -17,27 +17,20 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
 from builders import make_jwt, make_token
 from filelock import FileLock
-from running import asked, cached, on_disk, raised, snapshot
+from running import Ran, asked, cached, on_disk, raised, snapshot
 
 from tokencore import ConfigurationError, Key, Settings, TokenManager
 from tokencore.clients.exports import Exports
-from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 from tokencore.tokens import from_text, jwt_claims
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from running import Ran
-
-    from tokencore.sandbox import Sandbox
 
 OTHER_KEY = "PSOtherKey" + "o" * 26
 TWO_DAYS = 2 * 86_400

@@ -11,14 +11,14 @@ import re
 import subprocess
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 from zoneinfo import ZoneInfo
 
 import pytest
 import yaml
 from cryptography.fernet import Fernet
-from prefect import Task
+from prefect import Flow, Task
 from prefect.cache_policies import NO_CACHE
 from prefect.flows import load_flow_from_entrypoint
 from prefect.server.schemas.schedules import CronSchedule
@@ -31,9 +31,6 @@ from flows.stack import __main__ as stack
 from flows.stack import api, deployments, environment
 from tokencore import sessions
 from tokencore.commands import parsers
-
-if TYPE_CHECKING:
-    from prefect import Flow
 
 ROOT = Path(__file__).parent.parent
 FILE: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -100,9 +97,8 @@ def test_a_task_is_tried_again_only_while_kis_is_down() -> None:
 
 def test_every_exchange_has_its_warm_up() -> None:
     """Schedules are on for the default markets' exchanges only, and the form offers exactly the known exchanges."""
-    assert {name: each["parameters"]["exchange"] for name, each in WARM_UPS.items()} == {
-        x: x for x in sessions.EXCHANGES
-    }
+    assert WARM_UPS.keys() == sessions.EXCHANGES.keys()
+    assert [each["parameters"]["exchange"] for each in WARM_UPS.values()] == list(WARM_UPS)
     assert parameter_schema(flow_of("KRX").fn).properties["exchange"]["enum"] == list(sessions.EXCHANGES)
     assert {name for name, each in WARM_UPS.items() if each["schedules"][0].get("active", True)} == DEFAULTS
     slugs = [schedule["slug"] for each in DEPLOYMENTS.values() for schedule in each["schedules"]]

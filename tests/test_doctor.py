@@ -5,30 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt
-from running import Ran, asked, cached, folder, on_disk, record, snapshot, start
+from filelock import FileLock
+from running import Command, asked, cached, folder, on_disk, record, snapshot
 from servers import Answers
 
 from tokencore import TokenManager
 from tokencore.attempts import Attempt, Outcome
 from tokencore.reports import doctor
-from tokencore.sandbox import APP_KEY
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tokencore.sandbox import Sandbox
-
-    Command = Callable[..., Ran]
-    Move = Callable[[str], None]
+from tokencore.sandbox import APP_KEY, Sandbox
 
 ACCEPTED = "token accepted us+kr"
 
@@ -40,15 +32,10 @@ def warm(gateway: Sandbox) -> Sandbox:
     return gateway
 
 
-@pytest.fixture
-def kis_at(gateway: Sandbox) -> Move:
-    """Return a function that sets KIS's address, with OPEN for the gateway's port, and caches a token for it."""
-
-    def move(url: str) -> None:
-        os.environ["KIS_BASE_URL"] = url.replace("OPEN", gateway.url.rpartition(":")[2])
-        cached(20_000)
-
-    return move
+def move(url: str) -> None:
+    """Set KIS's address, with OPEN for the gateway's port, and cache a token for it."""
+    os.environ["KIS_BASE_URL"] = url.replace("OPEN", os.environ["KIS_BASE_URL"].rpartition(":")[2])
+    cached(20_000)
 
 
 @pytest.fixture(autouse=True)
@@ -115,39 +102,28 @@ def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(warm: San
     assert ({"token directory", "disk", "prefect"} <= set(seen), asked(warm)) == (True, 1)
 
 
-def a_file_as_folder(*_: object) -> None:
-    """Put a file where the token directory should be."""
-    shutil.rmtree(folder())
-    folder().write_text("")
-
-
 REFUSED = Attempt(datetime(2026, 11, 27, tzinfo=UTC), Outcome.BAD_SECRET, code="EGW00105")
 NETWORK = "check the address, the network and the firewall"
-TROUBLES: dict[str, tuple[Callable[[Sandbox, Move], object], int, str, str, str]] = {
-    "directory is a file": (a_file_as_folder, 7, "token directory", "Not a directory", "KIS_TOKEN_DIR"),
-    "rejected token": (lambda kis, _: kis.kill_tokens(), 3, ACCEPTED, "EGW00121", "tokencore reject"),
-    "expired token": (
-        lambda *_: cached(-100, age=86_400),
-        3,
-        "token us",
-        "EXPIRED: no program can",
-        "tokencore get us",
+TROUBLES: dict[str, tuple[Callable[[Sandbox], object], int, str, str, str]] = {
+    "directory is a file": (
+        lambda _: (folder().rename("aside"), folder().write_text("")),
+        *(7, "token directory", "Not a directory", "KIS_TOKEN_DIR"),
     ),
-    "refused credentials": (lambda *_: record(REFUSED), 5, "issuing us+kr", "bad_secret", "KIS_APP_SECRET"),
-    "KIS refuses": (lambda _, at: at("http://127.0.0.1:1"), 6, "kis", "127.0.0.1 refuses the connection", NETWORK),
-    "KIS without TLS": (lambda _, at: at("https://127.0.0.1:OPEN"), 6, "kis", "encrypted connection to 127", NETWORK),
-    "no such name": (lambda _, at: at("https://kis.invalid"), 6, "kis", "name kis.invalid cannot be found", NETWORK),
+    "rejected token": (lambda kis: kis.kill_tokens(), 3, ACCEPTED, "EGW00121", "tokencore reject"),
+    "expired token": (lambda _: cached(-100), 3, "token us", "EXPIRED: no program can", "tokencore get us"),
+    "refused credentials": (lambda _: record(REFUSED), 5, "issuing us+kr", "bad_secret", "KIS_APP_SECRET"),
+    "KIS refuses": (lambda _: move("http://127.0.0.1:1"), 6, "kis", "127.0.0.1 refuses the connection", NETWORK),
+    "KIS without TLS": (lambda _: move("https://127.0.0.1:OPEN"), 6, "kis", "encrypted connection to 127", NETWORK),
+    "no such name": (lambda _: move("https://kis.invalid"), 6, "kis", "name kis.invalid cannot be found", NETWORK),
 }
 """What is wrong, the exit code, the finding that says it, and words of its detail and fix."""
 
 
 @pytest.mark.parametrize("case", TROUBLES)
-def test_each_trouble_has_its_exit_code_its_words_and_its_fix(
-    warm: Sandbox, kis_at: Move, command: Command, case: str
-) -> None:
+def test_each_trouble_has_its_exit_code_its_words_and_its_fix(warm: Sandbox, command: Command, case: str) -> None:
     """Each trouble is a failure that says what is wrong and what to do; without KIS, checks that ask it are skipped."""
     arrange, code, name, detail, fix = TROUBLES[case]
-    arrange(warm, kis_at)
+    arrange(warm)
     seen = found(command, code)
     one = seen[name]
     assert (one["state"], detail in one["detail"], fix in one["cure"]) == ("fail", True, True), one
@@ -174,22 +150,16 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
 def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor names the process that holds the key's lock without disturbing it, or says that the lock is free."""
     assert found(command, 0)["lock"]["detail"] == "free"
-    program = (
-        "import sys; from filelock import FileLock\n"
-        "with FileLock(sys.argv[1], preserve_lock_file=True): print('held', flush=True); input()"
-    )
-    with start(program, str(next(folder().glob("key-*.lock")))) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(doctor, "PATIENCE", 0.2)
-        assert f"held by process {holder.pid} for" in found(command, 1)["lock"]["detail"]
-        holder.communicate("\n")
+    monkeypatch.setattr(doctor, "PATIENCE", 0.2)
+    with FileLock(next(folder().glob("key-*.lock")), preserve_lock_file=True):
+        assert f"held by process {os.getpid()} for" in found(command, 1)["lock"]["detail"]
 
 
-def test_the_clock_is_compared_with_kis(command: Command, kis_at: Move) -> None:
+@pytest.mark.usefixtures("gateway")
+def test_the_clock_is_compared_with_kis(command: Command) -> None:
     """A clock that is off by more than seconds is a warning; so is an answer that says nothing about the token."""
     with Answers() as answers:
-        kis_at(answers.url)
+        move(answers.url)
         for ahead, state, said in ((0, "ok", "agrees"), (12, "warn", "ahead of"), (-300, "warn", "behind")):
             answers.headers["Date"] = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
             seen = found(command, 1)

@@ -9,10 +9,13 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import certifi
 import pytest
@@ -21,7 +24,8 @@ from builders import DAY, KEY, NOW, SECRET, ended, forms, in_child, make_token
 from cryptography.fernet import Fernet
 from fleets import MINUTE, POINTS, Fleet, Machine, Relay
 from postgres import PASSWORD, Postgres, needs_postgres
-from running import asked, one_line, snapshot, start, tokencore, until
+from running import Command, asked, one_line, snapshot, start, tokencore, until
+from servers import SlackEndpoint
 from stepping import FULL
 
 from flows import alerts
@@ -31,16 +35,6 @@ from tokencore.sandbox import Sandbox
 from tokencore.stores import database, open_document
 from tokencore.stores.encryption import Seal
 from tokencore.stores.file_store import FileStore
-
-if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from running import Ran
-    from servers import SlackEndpoint
-
-    Command = Callable[..., Ran]
 
 SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7)
 OTHER = KEY[::-1]  # another app key

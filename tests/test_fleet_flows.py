@@ -11,24 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 import pytest
 from cryptography.fernet import Fernet
-from postgres import PASSWORD, needs_postgres
+from postgres import PASSWORD, Postgres, needs_postgres
 from running import asked, until
 from servers import HOOK, SlackEndpoint
 from stacks import KEYS, MARK, ROOT, SLOW, Place, Up, always_open, environment_of
 
 from tokencore.sandbox import Sandbox
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from postgres import Postgres
 
 played = pytest.mark.skipif(not os.environ.get("TOKENCORE_FLEET"), reason="takes minutes: make fleet")
 pytestmark = [needs_postgres, played]

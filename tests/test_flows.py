@@ -12,39 +12,33 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from zoneinfo import ZoneInfo
 
 import pytest
 import time_machine
 from builders import ended, fill_disk, forms, in_child, make_jwt, make_token
 from flow_runs import end_of, only_key, paused, planned_runs, refreshed, run, state_of
+from prefect import State
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.exceptions import FailedRun
 from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
 from running import asked, cached
-from servers import HOOK
+from servers import HOOK, SlackEndpoint
 
 from flows import alerts, artifacts, check_tokens, runs, upcoming, warm_up
 from flows.runs import Done, UnforeseenError, View, harmless, retry_delays, safe_errors
 from tokencore import Key, Settings, errors, sessions
 from tokencore.policy import retry_delay
-from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from prefect import State
-    from servers import SlackEndpoint
-
-    from tokencore.sandbox import Sandbox
-
-    Opens = Callable[[timedelta], str]
-    Step = Callable[..., Done]
+Opens = Callable[[timedelta], str]
+Step = Callable[..., Done]
 
 BAD = errors.CredentialsError("KIS refuses the app secret. Correct it.")
 CANARY = "canary-0123456789"

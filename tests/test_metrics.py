@@ -9,28 +9,22 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
 import requests
 from builders import CANARIES, KEY, SECRET, make_token
 from prometheus_client.parser import text_string_to_metric_families
-from running import Ran, asked, cached, folder, issue_of, on_disk, one_line, snapshot
+from running import Command, Ran, asked, cached, folder, issue_of, on_disk, one_line, snapshot
 
 from tokencore import Key, Settings, TokenManager
 from tokencore.attempts import Outcome
 from tokencore.commands.monitoring import LOOPBACK, address
 from tokencore.reports.metrics import Watch, listening
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tokencore.sandbox import Sandbox
-
-    Command = Callable[..., Ran]
+from tokencore.sandbox import Sandbox
 
 
 def samples(text: str) -> dict[str, dict[str, float]]:
@@ -125,7 +119,7 @@ def test_every_scrape_reads_anew(url: str) -> None:
 
 
 @pytest.mark.parametrize("span", ["00:00-23:59", "00:00-00:01"], ids=["open", "closed"])
-def test_ready_is_whoever_has_a_token_for_the_session_that_runs(gateway: Sandbox, span: str) -> None:
+def test_ready_is_whoever_has_a_token_for_the_session_that_runs(gateway: Sandbox, url: str, span: str) -> None:
     """`/readyz` is 503, with the reason, only while a session runs without a token that lasts; `/livez` never is."""
     zone, code = ZoneInfo("Asia/Tokyo"), "TKSE"
     if not 2 <= datetime.now(zone).hour < 22:  # around midnight one session follows the other
@@ -137,19 +131,18 @@ def test_ready_is_whoever_has_a_token_for_the_session_that_runs(gateway: Sandbox
     own |= {"US__EXCHANGES": "[]", "KR__EXCHANGES": "[]"}
     os.environ |= {f"KIS_MARKETS__{name}": value for name, value in own.items()}
     gateway.set_rules(issue_interval=0)
-    with listening(Watch(Key.load), LOOPBACK, 0) as url:
-        answer = get(f"{url}/readyz/MINE")
-        assert answer.status_code == get(f"{url}/readyz").status_code == (503 if needed else 200)
-        reason = "mine: not ready: no token serves now (NO_TOKEN); the session ends at " if needed else "mine: ready"
-        assert answer.text.startswith(reason)
-        assert (get(f"{url}/readyz/us").text, get(f"{url}/livez").text) == ("us: ready\n", "alive\n")
-        TokenManager("mine").save_token(make_token(1_000))
-        assert ("the token serves until" in get(f"{url}/readyz/mine").text) is needed
-        TokenManager("mine").refresh(force=True)
-        assert get(f"{url}/readyz").status_code == 200
+    answer = get(f"{url}/readyz/MINE")
+    assert answer.status_code == get(f"{url}/readyz").status_code == (503 if needed else 200)
+    reason = "mine: not ready: no token serves now (NO_TOKEN); the session ends at " if needed else "mine: ready"
+    assert answer.text.startswith(reason)
+    assert (get(f"{url}/readyz/us").text, get(f"{url}/livez").text) == ("us: ready\n", "alive\n")
+    TokenManager("mine").save_token(make_token(1_000))
+    assert ("the token serves until" in get(f"{url}/readyz/mine").text) is needed
+    TokenManager("mine").refresh(force=True)
+    assert get(f"{url}/readyz").status_code == 200
 
 
-def test_one_broken_key_hides_no_other(gateway: Sandbox) -> None:
+def test_one_broken_key_hides_no_other(gateway: Sandbox, url: str) -> None:
     """An unreadable key is 0 in one metric and absent from the others; no secret shows, and nothing is written."""
     gateway.set_rules(issue_interval=0)
     os.environ |= {"KIS_MARKETS__KR__APP_KEY": KEY, "KIS_MARKETS__KR__APP_SECRET": SECRET}
@@ -157,8 +150,7 @@ def test_one_broken_key_hides_no_other(gateway: Sandbox) -> None:
         TokenManager(market).get_valid_token()
     (folder() / f"key-{Key.load(Settings.load())[1].fingerprint}.json").chmod(0o666)
     before = snapshot(folder())
-    with listening(Watch(Key.load), LOOPBACK, 0) as url:
-        metrics, ready = get(f"{url}/metrics").text, get(f"{url}/readyz").text
+    metrics, ready = get(f"{url}/metrics").text, get(f"{url}/readyz").text
     assert samples(metrics)["kis_market_readable"] == {"us": 1, "kr": 0}
     assert samples(metrics)["kis_token_valid"] == {"us": 1}
     assert ready.splitlines()[1] == "kr: not ready: it cannot be read (TokenStoreError)"

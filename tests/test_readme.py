@@ -8,17 +8,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from running import asked
 
 from tokencore import Settings
 from tokencore.commands import parsers
-from tokencore.sandbox import APP_KEY, APP_SECRET
-
-if TYPE_CHECKING:
-    from tokencore.sandbox import Sandbox
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

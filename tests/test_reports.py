@@ -6,30 +6,22 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 from builders import make_token
-from running import Ran, cached, folder, raised, record, tokencore
+from running import Command, Ran, cached, folder, raised, record, tokencore
 
 from tokencore import Key, Settings, TokenManager, USTokenManager, draw_plans
 from tokencore.attempts import Attempt, Outcome
 from tokencore.calendars import sessions
-from tokencore.outlook import plan_as_json
+from tokencore.outlook import Plan, plan_as_json
 from tokencore.reports.tables import LABEL, print_plan
-from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 from tokencore.tokens import KST
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tokencore.outlook import Plan
-
-    Command = Callable[..., Ran]
-    from tokencore.sandbox import Sandbox
 
 SUMMER = datetime(2026, 7, 1, 3, 20, tzinfo=UTC)  # a Wednesday, 12:20 in Korea; the US are closed on Friday, 3 July
 SVG = "{http://www.w3.org/2000/svg}"
@@ -49,30 +41,22 @@ def save(key: Key, life: float = 24 * HOUR, age: float = 0, *, now: datetime = D
         key.store.save(make_token(life, age=age, now=now, rejected=rejected))
 
 
-@pytest.fixture
-def on_a_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run a command on a terminal that shows colours."""
-
-    def run(*arguments: str, **settings: str) -> Ran:
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        return command(*arguments, TERM="xterm-256color", **settings)
-
-    return run
-
-
 def plain(ran: Ran) -> list[str]:
     """The lines of the output, without colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", ran.out).splitlines()
 
 
 @pytest.mark.usefixtures("gateway")
-def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(on_a_terminal: Command) -> None:
+def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The table has the status in colour and until when a token serves; what a narrow terminal cannot fit is below."""
-    token = make_token(50_000)
-    USTokenManager().save_token(token)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    token = cached(50_000)
     TokenManager("kr").delete_token()
-    own = {"KIS_MARKETS__KR__APP_KEY": "PSanother", "KIS_MARKETS__KR__APP_SECRET": "secret"}
-    shown = on_a_terminal("check", COLUMNS="140", **own)
+    os.environ |= {"KIS_MARKETS__KR__APP_KEY": "PSanother", "KIS_MARKETS__KR__APP_SECRET": "secret"}
+    os.environ["TERM"] = "xterm-256color"
+    shown = command("check", COLUMNS="140")
     assert ("\x1b[32mVALID\x1b[0m" in shown.out, "\x1b[31mNO_TOKEN\x1b[0m" in shown.out) == (True, True)
     head, us, kr, *_ = plain(shown)
     assert re.search(r"serves until \(KST\).*local \(.*left.*next need", head)
@@ -81,9 +65,9 @@ def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(on_a_terminal
     times = [f"{at:%Y-%m-%d %H:%M}" for at in (serves.astimezone(KST), serves.astimezone())]
     assert (re.findall(TIME, us)[:2], "13 h 4" in us) == (times, True)
     assert times[0] in USTokenManager().get_token_info()
-    lines = plain(on_a_terminal("check", COLUMNS="80", **own))
+    lines = plain(command("check", COLUMNS="80"))
     assert (len(lines[1]) <= 80, any(line.startswith("kr: next need ") for line in lines)) == (True, True)
-    assert "\x1b" not in on_a_terminal("check", NO_COLOR="1").out
+    assert "\x1b" not in command("check", NO_COLOR="1").out
 
 
 @pytest.mark.usefixtures("gateway")
@@ -230,8 +214,10 @@ def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
 
 
 def test_warnings_name_what_a_refresh_would_cost_and_only_where_something_can_be_lost(key: Key) -> None:
-    """If there is a token, they name the same one within six hours, a second issue in 24 h or a swap in a session."""
+    """If a token serves, they name the same one within six hours, a second issue in 24 h or a swap in a session."""
     inside = datetime(2024, 11, 19, 2, 0, tzinfo=UTC)  # 11:00 KST, KRX is open
+    assert key.state(inside).warnings() == []
+    save(key, age=7 * HOUR, now=inside, rejected=True)
     assert key.state(inside).warnings() == []
     for hours, kinds in ((1, ["same token"]), (12, ["another issue", "inside a session"]), (25, [])):
         save(key, age=hours * HOUR, now=inside)

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import requests
@@ -23,9 +24,6 @@ from tokencore.errors import ConfigurationError
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 from tokencore.sandbox.rules import APPROVAL, FAILURES, QUOTES, REVOKE, TEXTS, TOKEN, Answer, Gateway, Request
 from tokencore.tokens import jwt_claims
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 DOMESTIC = next(iter(QUOTES))
 OTHER = "요청하신 오류입니다."  # the sandbox's words for codes whose text it does not know

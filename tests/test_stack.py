@@ -10,10 +10,11 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import requests
@@ -26,9 +27,6 @@ from stacks import KEYS, SLOW, Place, Up, always_open, environment_of, in_proc
 from flows.stack import worker
 from flows.stack.api import CHECK, Api
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = in_proc
 WEBHOOK = "CanaryWebhook"  # a secret in the webhook's address

@@ -11,15 +11,14 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
 from running import folder, until
-from servers import Wire
+from servers import SlackEndpoint, Wire
 from stacks import KEYS, SLOW, Place, free_port, in_proc
 from test_settings import dotenv
 
@@ -27,11 +26,6 @@ from flows.stack import demo as play
 from flows.stack import supervisor, watchdog
 from flows.stack.api import Api
 from tokencore import sessions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from servers import SlackEndpoint
 
 pytestmark = in_proc
 MakePlace = Callable[..., Place]
