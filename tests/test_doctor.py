@@ -102,6 +102,16 @@ def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(warm: San
     assert ({"token directory", "disk", "prefect"} <= set(seen), asked(warm)) == (True, 1)
 
 
+def test_another_folder_than_the_settings_name_is_not_called_the_token_directory(
+    command: Command, tmp_path: Path
+) -> None:
+    """A refused KIS_TOKEN_DIR leaves no directory to check; a good one is checked even if other settings are not."""
+    mine = str(tmp_path / "mine")
+    seen = found(command, 2, KIS_TOKEN_DIR=mine, KIS_BASE_URL="x")["token directory"]
+    assert (seen["state"], mine in seen["detail"]) == ("ok", True)
+    assert found(command, 2, KIS_TOKEN_DIR="relative")["token directory"]["state"] == "skipped"
+
+
 REFUSED = Attempt(datetime(2026, 11, 27, tzinfo=UTC), Outcome.BAD_SECRET, code="EGW00105")
 NETWORK = "check the address, the network and the firewall"
 TROUBLES: dict[str, tuple[Callable[[Sandbox], object], int, str, str, str]] = {

@@ -182,7 +182,7 @@ class Exports(Sensitive):
                 continue
             mine = not content.strip() or _digest(content) in str(written.get(path))
             # What we wrote tells us nothing new: our copy of an earlier token is overwritten, however long that lasts.
-            jwts = [] if mine else _jwts(content)
+            jwts = [] if mine else jwts_in(content)
             keys = {jwt: key for jwt in jwts if isinstance(key := jwt_claims(jwt).get("jti"), str)}
             theirs = set(keys.values()) == {app_key}
             longer = longest([_longer(jwt, ours, now) for jwt, key in keys.items() if key == app_key])
@@ -271,7 +271,7 @@ CLIENTS = {
 }
 
 
-def _jwts(content: bytes) -> list[str]:
+def jwts_in(content: bytes) -> list[str]:
     """Return the JWTs in a file of any client; a pickle's parts are listed, not loaded."""
     if not content.startswith(_PICKLED):
         return _JWT.findall(content.decode("utf-8", errors="replace"))

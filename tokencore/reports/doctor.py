@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from tokencore.attempts import CREDENTIALS, latest
 from tokencore.clients.approval import approval_expiry
-from tokencore.clients.exports import Exports
+from tokencore.clients.exports import Exports, jwts_in
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
 from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
@@ -72,7 +72,6 @@ LEFTOVERS = {  # recognized by file name; the group in parentheses is the key or
     "of a market that is not configured": _OF_MARKET,
 }
 NETWORK = "check the address, the network and the firewall"
-_JWT = re.compile(rb"[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)
 
 
 class Finding(NamedTuple):
@@ -93,32 +92,35 @@ _ok, _warn, _fail, _skipped = (partial(Finding, state) for state in ("ok", "warn
 
 
 class Subject(NamedTuple):
-    """What the checks work on: all values found, and the settings and their keys, unless they have a `problem`."""
+    """What the checks work on: the values found, the token directory, the settings and their keys, and any `problem`.
+
+    With a problem, what it makes unusable is empty.
+    """
 
     found: Found
+    folder: str
     settings: Settings | None
     keys: list[Key]
-    folder: str
     problem: str
 
 
 def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
     """Run all checks and return their findings in the order in which to fix them; `load` makes the settings' keys."""
-    found, settings, problem = Found(), None, ""
+    found, folder, settings, problem = Found(), "", None, ""
     keys: list[Key] = []
     try:
         found = gather()
+        with contextlib.suppress(ValueError, TypeError):  # `Settings.load` says what is wrong with it
+            folder = values.folder(found.values.get("KIS_TOKEN_DIR", values.TOKEN_DIR))
         settings = Settings.load()
         keys = load(settings)
     except TokenError as error:
         problem = str(error)
-    folder = settings.token_dir if settings else values.folder(values.TOKEN_DIR)
-    subject, unusable = Subject(found, settings, keys, folder, problem), "the settings must be fixed first"
-    return [
-        one
-        for name, check in CHECKS.items()
-        for one in ([_skipped(name, unusable)] if name in NEED_KEYS and not keys else _tried(name, check(subject)))
-    ]
+    it, findings = Subject(found, folder, settings, keys, problem), list[Finding]()
+    for name, (check, needed) in CHECKS.items():
+        able = getattr(it, needed)
+        findings += _tried(name, check(it)) if able else [_skipped(name, "the settings must be fixed first")]
+    return findings
 
 
 def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
@@ -145,22 +147,19 @@ def _settings(it: Subject) -> Iterator[Finding]:
         yield _fail("settings", it.problem, "correct it where it was set, see below", SETTINGS)
     else:
         yield _ok("settings", f"{len(origins)} set, all well-formed")
-    try:
-        origins = it.settings.origins if it.settings else origins
-    except ConfigurationError as error:
-        yield _fail("keyring", str(error), "unlock it, or give the secret another source", SETTINGS)
-    yield from (_setting(name, it.found.values.get(name), origins[name]) for name in sorted(origins.keys() - unknown))
+    yield from (_setting(name, it.found.values[name], origins[name]) for name in sorted(origins.keys() - unknown))
     for name, meant in unknown.items():
         fix = f"did you mean {meant}?" if meant else "remove it, unless another program uses it"
         yield (_warn if meant else _skipped)(f"setting {short(name)}", "is not a setting of tokencore", fix)
     for path in {path for name, path in origins.items() if name.endswith(CREDENTIAL)} & {DOTENV_FILE, CONFIG_FILE}:
         if _is_wide(os.path.expanduser(path)):
             yield _warn("settings file", f"{path} holds credentials, and other users may read it", f"chmod 600 {path}")
+    if it.settings:
+        kept = it.settings.origins.items() - origins.items()
+        yield from (_ok(f"setting {name}", f"kept, in {origin}") for name, origin in sorted(kept))
 
 
 def _setting(name: str, value: object, origin: str) -> Finding:
-    if value is None:
-        return _ok(f"setting {name}", f"kept, in {origin}")
     field = name.rpartition("__")[2].removeprefix("KIS_")
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value).strip()
     shown = printable(text[:LONGEST]) + "..." * (len(text) > LONGEST)
@@ -172,7 +171,7 @@ def _setting(name: str, value: object, origin: str) -> Finding:
 
 
 def _directory(it: Subject) -> Iterator[Finding]:
-    """Try out the folder and the locks; check the files in it, the copies for other clients, and the disk."""
+    """Try out the folder and the locks; check the files in it and the disk."""
     folder = above = it.folder
     while not os.path.lexists(above):
         above = os.path.dirname(above)
@@ -186,10 +185,6 @@ def _directory(it: Subject) -> Iterator[Finding]:
         for key in it.keys:
             name = f"lock {key.fingerprint}" if len(it.keys) > 1 else "lock"
             yield from _tried(name, _lock(key, name))
-    for key in it.keys:
-        for place, why in Exports(key.markets, key.store).failures().items():
-            fix = "fix or remove what is there; the next renewal or check copies again"
-            yield _warn("exports", f"{place} is not up to date: {why}", fix)
     free = shutil.disk_usage(above).free
     if free < TOO_LITTLE:
         yield _fail("disk", f"{free >> 10:,} kB free", "free space: an issued token could not be saved", STORE)
@@ -269,14 +264,16 @@ def _holders(path: str) -> str:
 
 
 def _tokens(it: Subject) -> Iterator[Finding]:
-    """Check each market's token and each key's issuance record; report the approval key if one was requested."""
-    for key in it.keys:
-        yield from _tried(f"token {key.name}", _key(key))
+    """Check each market's token, its copies and the key's record; report the approval key if one was requested."""
+    yield from (one for key in it.keys for one in _tried(f"token {key.name}", _key(key)))
 
 
 def _key(key: Key) -> Iterator[Finding]:
     state = key.state(datetime.now(UTC))
     yield from (_token(state, market) for market in key.markets)
+    for place, why in Exports(key.markets, key.store).failures().items():
+        fix = "fix or remove what is there; the next renewal or check copies again"
+        yield _warn("exports", f"{place} is not up to date: {why}", fix)
     name, last, allowed = f"issuing {key.label}", latest(state.attempts), key.market.settings.max_issues_per_day
     counted = f"{state.issues_last_24h} of {allowed} issues in 24 hours"
     asked = f"last request {format_time(last.at)}: {last.outcome}; {counted}" if last else "no request is on record"
@@ -352,8 +349,8 @@ def _accepted(key: Key) -> Iterator[Finding]:
 
 def _slack(it: Subject) -> Iterator[Finding]:
     """Check that Slack would accept an alert; a webhook's path is secret and would post, so only its host is asked."""
-    given = {name: str(value).strip() for name, value in it.found.values.items()}
-    webhook, bot, channel = (given.get(f"SLACK_{name}", "") for name in ("WEBHOOK_URL", "BOT_TOKEN", "CHANNEL"))
+    names = ("SLACK_WEBHOOK_URL", "SLACK_BOT_TOKEN", "SLACK_CHANNEL")
+    webhook, bot, channel = (str(it.found.values.get(name, "")).strip() for name in names)
     proof = "only a message proves it: make test-alert"
     if webhook:
         parts = urlsplit(webhook)
@@ -442,7 +439,7 @@ def _has_another(path: str, present: Mapping[str, list[bytes]]) -> bool:
     content = b""
     with contextlib.suppress(ValueError):
         content = files.read_bytes(path, CACHE_LIMIT, trusted=False) or b""
-    owners = {jwt_claims(text.decode()).get("jti") for text in _JWT.findall(content)}
+    owners = [jwt_claims(text).get("jti") for text in jwts_in(content)]
     named = [app_key for app_key in present if app_key in owners or app_key.encode() in content]
     return bool(named) and not any(token in content for app_key in named for token in present[app_key])
 
@@ -453,14 +450,14 @@ def _store(it: Subject) -> Iterator[Finding]:
     yield from found or [_skipped("store", "KIS_STORE is not set: this machine keeps its tokens for itself")]
 
 
-CHECKS: dict[str, Callable[[Subject], Iterator[Finding]]] = {  # in the order in which to fix what they find
-    "settings": _settings,
-    "token directory": _directory,
-    "store": _store,
-    "tokens": _tokens,
-    "kis": _kis,
-    "slack": _slack,
-    "prefect": _prefect,
-    "duplicates": _duplicates,
+CHECKS: dict[str, tuple[Callable[[Subject], Iterator[Finding]], str]] = {
+    "settings": (_settings, "found"),
+    "token directory": (_directory, "folder"),
+    "store": (_store, "keys"),
+    "tokens": (_tokens, "keys"),
+    "kis": (_kis, "keys"),
+    "slack": (_slack, "keys"),
+    "prefect": (_prefect, "folder"),
+    "duplicates": (_duplicates, "keys"),
 }
-NEED_KEYS = ("store", "tokens", "kis", "slack", "duplicates")  # checks that are skipped while the settings give no key
+"""The checks in the order in which to fix what they find, and the field of `Subject` without which each is skipped."""
