@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha1, sha256
 from typing import TYPE_CHECKING, NamedTuple
 
+from tokencore.config.settings import EXPORT_FOLDERS
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import files, permissions
@@ -40,11 +41,10 @@ _JWT = re.compile(r"(?<![\w-])[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)  # possessiv
 
 
 class Client(NamedTuple):
-    """How a client wants the token: the names of its files, their content, and its default folder."""
+    """How a client wants the token: the names of its files, and their content."""
 
     names: Callable[[Market, datetime], list[str]]
     content: Callable[[Market, Token, datetime], bytes]
-    folder: str = ""
     holds_secret: bool = False
 
 
@@ -211,9 +211,9 @@ class Exports(Sensitive):
 
 def _target(text: str, market: Market) -> Target:
     client, _, folder = (part.strip() for part in text.partition(":"))
-    if client not in CLIENTS:
-        raise ConfigurationError(f"There is no export for {client!r}; choose one of {', '.join(CLIENTS)}.")
-    if folder := folder or CLIENTS[client].folder:
+    if client not in EXPORT_FOLDERS:
+        raise ConfigurationError(f"There is no export for {client!r}; choose one of {', '.join(EXPORT_FOLDERS)}.")
+    if folder := folder or EXPORT_FOLDERS[client]:
         try:
             return Target(client, os.path.abspath(os.path.expanduser(folder)))
         except FileNotFoundError:
@@ -263,11 +263,10 @@ def _kis_auth(_: Market, token: Token, __: datetime) -> bytes:
     return f"token: {token.access_token}\nvalid-date: {token.expires_at.astimezone():%Y-%m-%d %H:%M:%S}\n".encode()
 
 
-# To support another client, write two functions and add a line here.
-CLIENTS = {
+CLIENTS = {  # to support another client, write two functions, and add a line here and to EXPORT_FOLDERS
     "mojito2": Client(lambda *_: ["token.dat"], _mojito2, holds_secret=True),
-    "python-kis": Client(_python_kis_names, lambda _, *held: json.dumps(as_answer(*held)).encode(), "~/.pykis/cache"),
-    "kis-auth": Client(_kis_auth_names, _kis_auth, "~/KIS/config"),
+    "python-kis": Client(_python_kis_names, lambda _, *held: json.dumps(as_answer(*held)).encode()),
+    "kis-auth": Client(_kis_auth_names, _kis_auth),
 }
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pydantic import ValidatorFunctionWrapHandler
     from pydantic_core import ErrorDetails
 
-CLIENTS = ("mojito2", "python-kis", "kis-auth")
+EXPORT_FOLDERS = {"mojito2": "", "python-kis": "~/.pykis/cache", "kis-auth": "~/KIS/config"}
+"""The clients that can be exported to, and the folders where they look; mojito2's file is beside the tokens."""
 _REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전", "실전투자")
 PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
 _OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # set by `get --format env`, so not a mistake
@@ -47,10 +48,10 @@ def _exchange(name: str) -> str:
 
 def _export(text: str) -> str:
     client, _, folder = (part.strip() for part in text.partition(":"))
-    if client not in CLIENTS:
-        raise ValueError(f"must be one of the clients {', '.join(CLIENTS)}, or CLIENT:FOLDER")
-    if folder or client != "mojito2":  # mojito2's file is next to the tokens, the others' own folders are in the home
-        values.folder(folder or "~")
+    if client not in EXPORT_FOLDERS:
+        raise ValueError(f"must be one of the clients {', '.join(EXPORT_FOLDERS)}, or CLIENT:FOLDER")
+    if folder := folder or EXPORT_FOLDERS[client]:
+        values.folder(folder)
     return text
 
 
