@@ -18,7 +18,8 @@ from test_store_contract import MARKETS, SENT, save, text_of
 
 from tokencore.attempts import Outcome
 from tokencore.stores import files, open_store, permissions
-from tokencore.stores.file_store import OURS, FileStore
+from tokencore.stores.file_store import FileStore
+from tokencore.stores.lock import OURS
 from tokencore.stores.record import KEEP
 
 if TYPE_CHECKING:

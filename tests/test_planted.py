@@ -23,7 +23,7 @@ from tokencore.clients import exports
 from tokencore.config import sources
 from tokencore.errors import TokenStoreError
 from tokencore.kis import codes
-from tokencore.stores import database, encryption, file_store, files, record, shared_store
+from tokencore.stores import database, encryption, file_store, files, lock, record, shared_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ def _free(*_: object) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _deleting(path: str, *how: Any, hold: Any = file_store.hold) -> Iterator[bool]:
+def _deleting(path: str, *how: Any, hold: Any = lock.hold) -> Iterator[bool]:
     with hold(path, *how) as held:
         with contextlib.suppress(OSError):
             os.unlink(path)

@@ -30,6 +30,7 @@ from tokencore.errors import (
 )
 from tokencore.limits import Intent, Standing, format_time
 from tokencore.sealing import Sensitive
+from tokencore.stores import lock
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokencore")
 ADOPTED = "issued by another client"  # the recorded reason for a token found in another client's file
-LOCK_WAIT = 8  # in time-outs: enough for a holder that tries to connect four times and then waits for an answer
 FOREIGN_AGE = timedelta(minutes=10)  # a token this old when it arrives was not issued for our request
 POLL = 0.1  # seconds between two checks for the winner's token
 ROUNDS, REQUESTS = 4, 2  # how many cool-downs a caller without a token waits out, and requests it makes, at most
@@ -71,7 +71,7 @@ class Renewer(Sensitive):
         self._secrets = self._market.credentials()
         self.credentials = digest(*self._secrets, length=8)
         self.copies = Exports(markets, store)
-        self.lock_wait = LOCK_WAIT * self._market.settings.timeout  # seconds to wait for a holder that is asking KIS
+        self.lock_wait = lock.WAIT * self._market.settings.timeout  # seconds to wait for a holder that is asking KIS
         self.departing: Callable[[], object] = lambda: None  # called right before a request is sent
 
     def __repr__(self) -> str:

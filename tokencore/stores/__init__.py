@@ -66,8 +66,8 @@ def private_folder(path: str) -> None:
             or a file in `path`.
 
     """
-    from tokencore.stores import file_store, permissions
+    from tokencore.stores import lock, permissions
 
-    permissions.make_private(os.path.dirname(path), ours=file_store.OURS)
+    permissions.make_private(os.path.dirname(path), ours=lock.OURS)
     permissions.make_private(path)
     permissions.refuse_planted(path, ("",))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokencore.stores.file_store import hold
 from tokencore.stores.fleet import Fleet
+from tokencore.stores.lock import hold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,10 +20,11 @@ from tokencore.config.market import key_name
 from tokencore.errors import TokenStoreError
 from tokencore.sealing import Sensitive
 from tokencore.stores import files, permissions
+from tokencore.stores.lock import MARK, VIEW, hold
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -34,10 +35,7 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 FOREIGN = "of another key or environment"
-POLL = 0.02  # seconds between two tries for the lock
 PROMPT = timedelta(seconds=1)  # if a request leaves later than this after it was recorded, its line gets the new time
-VIEW, MARK = "api_token.json", "token_issued_at.dat"
-OURS = ("key-", VIEW, MARK, "incidents.", "_krs_token.dat", "config.toml", "prefect", ".gitignore")
 _owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # by path, whose file it is: other keys do not parse it
 _unsaved: dict[str, Token] = {}  # by the path of the key's file: what could not be saved, for this process only
 
@@ -333,35 +331,6 @@ class FileDocument:
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
         """Hold the document's lock inside the block; yield False if it was not acquired in time."""
         return hold(self.place.removesuffix(".json") + ".lock", wait, give_up)
-
-
-@contextlib.contextmanager
-def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
-    """Hold the lock file at `path` inside the block, waiting at most `wait` seconds; its folder is created if missing.
-
-    Raises:
-        TokenStoreError: the system refuses the lock, or others could have planted what is there; nothing was changed.
-
-    """
-    from filelock import FileLock, Timeout  # takes 60 ms, which a cached `get` must not pay
-
-    folder, name = os.path.split(path)
-    permissions.make_private(folder, ours=OURS)
-    permissions.refuse_planted(folder, (name.removesuffix(".lock"), VIEW, MARK))  # the files that the change relies on
-    # A new object each time: one made before a fork refuses to work in the child.
-    lock = FileLock(path, mode=permissions.PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
-    try:
-        lock.acquire(timeout=wait, poll_interval=POLL, cancel_check=give_up)
-        held = True
-    except Timeout:
-        held = False
-    except OSError as error:
-        raise permissions.unusable(path, error) from None
-    try:
-        yield held
-    finally:
-        with contextlib.suppress(OSError):  # the lock ends with its last reference
-            lock.release()
 
 
 def _warn(message: str) -> None:
