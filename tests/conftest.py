@@ -79,12 +79,11 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give the test a fresh home and working directory, and an environment without settings, until it ends."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.upper().startswith(FOREIGN)]:
-        monkeypatch.delenv(name)
+        del os.environ[name]
     home, folder = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     folder.mkdir()
-    for name, value in {"HOME": home, "USERPROFILE": home, "PYTHONPATH": ROOT}.items():
-        monkeypatch.setenv(name, str(value))
+    os.environ |= {"HOME": str(home), "USERPROFILE": str(home), "PYTHONPATH": str(ROOT)}
     monkeypatch.chdir(folder)
     sources._left.clear()  # noqa: SLF001 - left by an earlier test
     yield home
@@ -135,13 +134,11 @@ def fleet(postgres: Postgres) -> Fleet:
 
 
 @pytest.fixture
-def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+def gateway() -> Iterator[Sandbox]:
     """KIS's gateway with a half-second cool-down; the settings of this process and its children point to it."""
     with Sandbox(issue_interval=ISSUE_INTERVAL) as running:
-        monkeypatch.setenv("KIS_BASE_URL", running.url)
-        monkeypatch.setenv("KIS_APP_KEY", APP_KEY)
-        monkeypatch.setenv("KIS_APP_SECRET", APP_SECRET)
-        monkeypatch.setenv("KIS_ISSUE_INTERVAL", str(ISSUE_INTERVAL))
+        os.environ |= {"KIS_BASE_URL": running.url, "KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET}
+        os.environ["KIS_ISSUE_INTERVAL"] = str(ISSUE_INTERVAL)
         yield running
 
 
@@ -165,7 +162,7 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], str]:  # noqa: ARG001 - for its settings
+def opens(gateway: Sandbox) -> Callable[[timedelta], str]:  # noqa: ARG001 - for its settings
     """Return a function that lets the only traded exchange open `ahead` from now for an hour; it returns its code."""
 
     def arrange(ahead: timedelta) -> str:
@@ -175,44 +172,41 @@ def opens(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[[timede
             first, last = (now + ahead).astimezone(zone), (now + ahead + timedelta(hours=1)).astimezone(zone)
             if first.date() == last.date() == (now - timedelta(hours=2)).astimezone(zone).date():  # a late run, too
                 break
-        monkeypatch.setenv(f"KIS_EXCHANGES__{code}__HOURS__{first:%Y-%m-%d}", f"{first:%H:%M:%S}-{last:%H:%M:%S}")
-        for market in ("US", "KR"):
-            monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", code)
+        os.environ |= {"KIS_MARKETS__US__EXCHANGES": code, "KIS_MARKETS__KR__EXCHANGES": code}
+        os.environ[f"KIS_EXCHANGES__{code}__HOURS__{first:%Y-%m-%d}"] = f"{first:%H:%M:%S}-{last:%H:%M:%S}"
         return code
 
     return arrange
 
 
 @pytest.fixture
-def slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlackEndpoint]:
+def slack() -> Iterator[SlackEndpoint]:
     """A stand-in for Slack, whose webhook the settings name."""
     with SlackEndpoint() as running:
-        monkeypatch.setenv("SLACK_WEBHOOK_URL", running.url + HOOK)
+        os.environ["SLACK_WEBHOOK_URL"] = running.url + HOOK
         yield running
 
 
 @pytest.fixture
-def quick(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+def quick(gateway: Sandbox) -> Sandbox:
     """The gateway with a cool-down of a tenth of a second, and a short time-out for when it hangs."""
     gateway.set_rules(issue_interval=0.1)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "0.1")
-    monkeypatch.setenv("KIS_TIMEOUT", "0.3")
+    os.environ |= {"KIS_ISSUE_INTERVAL": "0.1", "KIS_TIMEOUT": "0.3"}
     return gateway
 
 
 @pytest.fixture
-def nowhere(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+def nowhere(gateway: Sandbox) -> Sandbox:
     """The gateway for a user who trades no exchange, so that no session forbids a renewal at any time of day."""
-    for market in ("US", "KR"):
-        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "[]")
+    os.environ |= {"KIS_MARKETS__US__EXCHANGES": "[]", "KIS_MARKETS__KR__EXCHANGES": "[]"}
     return gateway
 
 
 @pytest.fixture
-def slow(gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+def slow(gateway: Sandbox) -> Sandbox:
     """The gateway with KIS's own minute, in the settings too, and a delay before each issue."""
     gateway.set_rules(issue_interval=60, latency=LATENCY)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    os.environ["KIS_ISSUE_INTERVAL"] = "60"
     return gateway
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -21,6 +22,7 @@ from flow_runs import attempted, state_of
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect.settings import PREFECT_UI_URL, temporary_settings
+from pydantic import SecretStr
 from servers import CHANNEL, HOOK, SlackEndpoint
 
 from flows import alerts
@@ -185,10 +187,9 @@ def test_no_korean_alert_has_an_english_sentence(slack: SlackEndpoint) -> None:
 class TestMessages:
     """The messages about trouble as it develops."""
 
-    def test_a_korean_alert_has_all_facts(self, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_korean_alert_has_all_facts(self, slack: SlackEndpoint) -> None:
         """It has KIS's code, the sessions at risk (nearest first, with local times), durations, setting and link."""
-        monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "0a1b")
-        monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__NAME", "warm-up KRX")
+        os.environ |= {"PREFECT__RUNTIME__FLOW_RUN__ID": "0a1b", "PREFECT__RUNTIME__FLOW_RUN__NAME": "warm-up KRX"}
         with temporary_settings({PREFECT_UI_URL: "https://prefect.example.com/"}):
             report(slack_language="ko")
         resolve(MONDAY + 65 * MINUTE, slack_language="ko")
@@ -252,10 +253,10 @@ class TestMessages:
             resolve(MONDAY, attempted(past, MONDAY), LIVING)
             assert len(slack.messages) == sent
 
-    def test_a_corrected_app_key_ends_the_incident(self, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_corrected_app_key_ends_the_incident(self, slack: SlackEndpoint) -> None:
         """A market's trouble ends once it is in order with another app key, as people correct a wrong one."""
         report(REFUSED, past="bad_key 5")
-        monkeypatch.setenv("KIS_APP_KEY", "another-key-" * 3)
+        os.environ["KIS_APP_KEY"] = "another-key-" * 3
         resolve()
         assert (len(slack.messages), "solved" in slack.headlines[-1]) == (2, True)
 
@@ -281,13 +282,12 @@ class TestMessages:
         assert before["Still works"] == after["Works now"] == "cached tokens, until they expire"
         assert slack.messages[0]["text"].startswith("KRX opens in 40 min · KRX: A setting is missing or wrong.")
 
-    def test_a_broken_folder(self, slack: SlackEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_broken_folder(self, slack: SlackEndpoint) -> None:
         """An incident is reported even if it cannot be stored, and also if the stored incidents are damaged."""
         (home := Path("~/.tokencore").expanduser()).mkdir(mode=0o700)
         (home / "incidents.json").write_text('{"incidents": [3, {"subject": "us"}]}')
         report(STORE)
-        (tmp_path / "file").write_text("no folder")
-        monkeypatch.setenv("KIS_TOKEN_DIR", str(tmp_path / "file"))
+        os.environ["KIS_TOKEN_DIR"] = str(home / "incidents.json")  # no folder
         settings = Settings.load()
         assert alerts.report(settings, Key.load(settings)[0], STORE, MONDAY) is STORE
         assert slack.headlines == [BROKEN, BROKEN]
@@ -317,8 +317,7 @@ def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(
 ) -> None:
     """A bot's later messages go to the thread; those that call people, or that it refuses, show in the channel."""
     monkeypatch.setattr(alerts.slack, "API", slack.url)
-    monkeypatch.setenv("SLACK_BOT_TOKEN", BOT)
-    monkeypatch.setenv("SLACK_CHANNEL", "#tokens")
+    os.environ |= {"SLACK_BOT_TOKEN": BOT, "SLACK_CHANNEL": "#tokens"}
     caplog.set_level(logging.DEBUG)
     for hours, refused in (0, ""), (1, "thread_not_found"), (4.75, ""), (8.7, ""), (8.8, ""):
         slack.bot_answers = [{"ok": False, "error": refused}] * bool(refused)
@@ -347,17 +346,14 @@ def test_a_busy_slack_is_asked_once_more(slack: SlackEndpoint, status: int) -> N
 
 @pytest.mark.parametrize("named", REFUSALS)
 def test_what_the_webhook_refuses_is_named_with_what_to_do(
-    slack: SlackEndpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, named: str
+    slack: SlackEndpoint, caplog: pytest.LogCaptureFixture, named: str
 ) -> None:
     """The log has Slack's word, the HTTP status or the error, never the address; the next run sends the alert."""
     caplog.set_level(logging.DEBUG)
     status, word, fix = REFUSALS[named]
-    with monkeypatch.context() as own:
-        if status:
-            slack.answers = [(status, word)]
-        else:
-            own.setenv("SLACK_WEBHOOK_URL", word)
-        report()
+    slack.answers = [(status, word)] * bool(status)
+    own: dict[str, Any] = {} if status else {"slack_webhook_url": SecretStr(word)}
+    report(**own)
     for minutes in (5, 10):
         report(at=MONDAY + minutes * MINUTE)
     assert re.search(rf"Slack did not accept the message \({named}\): .*{fix}", caplog.text)

@@ -34,6 +34,7 @@ from tokencore.tokens import from_text, jwt_claims
 
 OTHER_KEY = "PSOtherKey" + "o" * 26
 TWO_DAYS = 2 * 86_400
+pytestmark = pytest.mark.usefixtures("gateway")
 
 
 def name_of(client: str) -> str:
@@ -83,10 +84,7 @@ def copies(tmp_path: Path, nowhere: Sandbox) -> Path:
 
 
 def test_mojito2s_file_is_plain_data_and_off_by_default(nowhere: Sandbox) -> None:
-    """mojito2's file holds the app secret, so it is written only where the setting names mojito2; its pickle is data.
-
-    An unknown client, or python-kis without the HTS id for its file's name, is an error, and nothing is issued.
-    """
+    """mojito2's file, which holds the app secret, is written only where a setting asks; wrong exports issue nothing."""
     export, krs = (us := TokenManager("us")).export, Path.home() / ".tokencore" / "us_krs_token.dat"
     assert "KIS_HTS_ID" in str(raised(lambda: export("python-kis", "there")))
     assert "mojito2, python-kis, kis-auth" in str(raised(lambda: export("pykis", "there")))
@@ -99,7 +97,6 @@ def test_mojito2s_file_is_plain_data_and_off_by_default(nowhere: Sandbox) -> Non
     assert not {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "BUILD"} & codes
 
 
-@pytest.mark.usefixtures("gateway")
 def test_export_prints_the_paths_and_says_which_file_holds_the_secret(command: Callable[..., Ran]) -> None:
     """Standard output has the paths only; standard error says that mojito2's file also holds the app secret."""
     for client, told in (("mojito2", "tokencore: that file holds the app secret"), ("kis-auth", "")):
@@ -109,7 +106,6 @@ def test_export_prints_the_paths_and_says_which_file_holds_the_secret(command: C
         assert sorted(ran.out.split()) == sorted(map(str, there))
 
 
-@pytest.mark.usefixtures("gateway")
 def test_export_from_a_folder_that_is_gone_asks_for_an_absolute_path(command: Callable[..., Ran]) -> None:
     """If the current folder has been removed, a relative folder is a sentence and exit 2, not an unexpected error."""
     (gone := Path("gone").absolute()).mkdir()
@@ -119,7 +115,6 @@ def test_export_from_a_folder_that_is_gone_asks_for_an_absolute_path(command: Ca
     assert (ran.code, ran.out, "there is relative" in ran.err, "absolute path" in ran.err) == (2, "", True, True)
 
 
-@pytest.mark.usefixtures("gateway")
 @pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Kiritimati"])
 def test_samples_files_speak_the_readers_time(zone: str) -> None:
     """The sample's files are named for today and tomorrow and give the expiry, all in the machine's time zone."""
@@ -250,10 +245,7 @@ NOT_ADOPTED: dict[str, tuple[int, Callable[[str], str]]] = {
 def test_token_is_not_adopted_where_it_is_dead_ours_or_another_keys(
     copies: Path, protocol: int, passed: Callable[[str], str]
 ) -> None:
-    """A useless token of the key is overwritten; a longer one in the same file is found, until KIS rejects it.
-
-    Nothing is unpickled, and an empty file is overwritten, too.
-    """
+    """A useless token of the key is overwritten, a longer one is found until KIS rejects it, and nothing unpickled."""
     other, theirs = passed(ours := TokenManager("us").get_valid_token()), longer()
     (copies / "token.dat").write_bytes(pickled(other, protocol))
     (copies / name_of("kis-auth")).write_text("")

@@ -39,10 +39,9 @@ def move(url: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_prefect() -> None:
     """Keep tests from asking a Prefect server of this machine."""
-    monkeypatch.setenv("PREFECT_API_URL", "")
-    monkeypatch.setenv("PREFECT_SERVER_API_PORT", "1")
+    os.environ |= {"PREFECT_API_URL": "", "PREFECT_SERVER_API_PORT": "1"}
 
 
 def found(command: Command, code: int, **settings: str) -> dict[str, dict[str, str]]:

@@ -314,10 +314,7 @@ SERVED = (
 
 
 def test_a_store_that_is_frozen_stops_nobody_with_a_valid_token(field: Field) -> None:
-    """A valid token needs neither the store nor its packages; without one, exit is 7. A rejection is passed on later.
-
-    `check` writes nothing. A removal is refused, as it would not last.
-    """
+    """A valid token needs no store, what does need it exits 7 (a removal too), and a rejection is passed on later."""
     first, second, third, cold = field.machines(4)
     token = first.save(make_token())
     assert second.look() == third.look() == token
@@ -413,10 +410,7 @@ def test_nothing_in_the_store_reveals_a_secret_and_the_keys_are_rotated(field: F
 
 
 def test_the_printed_role_is_enough_and_may_no_more(field: Field, command: Command) -> None:
-    """`fleet init` may run twice; its role can renew, but not delete, truncate or run `fleet init`.
-
-    Once the store holds tokens, it prints no new key.
-    """
+    """`fleet init` may run twice, and prints no key once there are tokens; its role can renew, and no more."""
     role = f"app{os.getpid()}"
     os.environ["KIS_STORE"] = field.fleet.url
     assert command("fleet", "init", "--role", "x SUPERUSER; --").code == 2

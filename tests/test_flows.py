@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import sqlite3
 import sys
@@ -47,7 +48,7 @@ KST = ZoneInfo("Asia/Seoul")
 MONDAY = datetime(2026, 11, 22, 23, 20, tzinfo=UTC)  # 08:20 in Seoul, 40 minutes before KRX opens
 BUSY = ("/uapi/", {"rt_cd": "1", "msg_cd": "EGW00201", "msg1": "too many"}, 500)
 DEAD = "us+kr: KIS rejects the token, and issues no other yet"
-gateway_only = pytest.mark.usefixtures("gateway")
+pytestmark = pytest.mark.usefixtures("gateway")
 
 
 def now() -> datetime:
@@ -126,13 +127,12 @@ def test_a_run_that_has_nothing_to_do_says_why(gateway: Sandbox, opens: Opens) -
     assert (asked(gateway), quotes(gateway)) == (1, 0)
 
 
-def test_a_wrong_setting_fails(slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_setting_fails(slack: SlackEndpoint, opens: Opens) -> None:
     """For an untraded exchange, Slack says to pause the deployment; malformed settings fail without a way to Slack."""
     exchange = opens(SOON)
-    for market in ("US", "KR"):
-        monkeypatch.setenv(f"KIS_MARKETS__{market}__EXCHANGES", "SEHK")
+    os.environ |= {"KIS_MARKETS__US__EXCHANGES": "SEHK", "KIS_MARKETS__KR__EXCHANGES": "SEHK"}
     untraded = visited(exchange, now())
-    monkeypatch.setenv("KIS_TIMEOUT", "soon")
+    os.environ["KIS_TIMEOUT"] = "soon"
     malformed = visited("KRX", now())
     assert str(untraded.message).startswith(f"No market of your settings trades {exchange}; add it")
     assert str(malformed.message).startswith("KIS_TIMEOUT cannot be used")
@@ -162,18 +162,16 @@ def test_a_quote_that_says_nothing_changes_nothing_and_is_said(gateway: Sandbox,
 
 
 @pytest.mark.parametrize("step", [kept, checked, None])
-def test_a_refused_key_is_told_early(
-    gateway: Sandbox, slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch, step: Step | None
-) -> None:
+def test_a_refused_key_is_told_early(gateway: Sandbox, slack: SlackEndpoint, opens: Opens, step: Step | None) -> None:
     """If a quote call or a person's refresh is refused hours before the renewal, one alert is sent and no run fails."""
     opens(SOON)
     kept()
-    monkeypatch.setenv("KIS_APP_SECRET", "wrong" * 36)
+    os.environ["KIS_APP_SECRET"] = "wrong" * 36
     if step is None:
         time.sleep(0.6)  # the gateway's cool-down
         with pytest.raises(errors.CredentialsError):
             only_key().refresh(force=True, reason="", by="")
-        monkeypatch.setenv("KIS_PROVE_TOKENS", "false")
+        os.environ["KIS_PROVE_TOKENS"] = "false"
     key, before, _ = only_key(), (asked(gateway), quotes(gateway)), (step or checked)()
     (view,) = runs.views([key], {key: (done := (step or checked)())})
     assert artifacts.caption([view]).startswith("us, kr VALID: KIS refuse")
@@ -182,10 +180,10 @@ def test_a_refused_key_is_told_early(
     assert (asked(gateway), quotes(gateway)) == (before[0], before[1] + 2 * bool(step))
 
 
-def test_a_check_brings_a_lost_copy_back(gateway: Sandbox, opens: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_brings_a_lost_copy_back(gateway: Sandbox, opens: Opens) -> None:
     """Each check writes the token's missing copies for other clients, even if it renews nothing."""
     opens(SOON)
-    monkeypatch.setenv("KIS_MARKETS__US__EXPORTS", "mojito2")
+    os.environ["KIS_MARKETS__US__EXPORTS"] = "mojito2"
     kept()
     (copy := Path("~/.tokencore/us_krs_token.dat").expanduser()).unlink()
     assert (checked().renewed, copy.exists(), asked(gateway)) == (False, True, 1)
@@ -239,7 +237,6 @@ TABLE: dict[str, tuple[Any, str, Exception | None, str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("case", TABLE)
-@gateway_only
 def test_the_table_says_how_a_market_is_and_what_to_do(case: str) -> None:
     """The last of the table's five columns has the next renewal or the problem, and the caption says the same."""
     token, past, error, status, covered, coming, fix = TABLE[case]
@@ -252,7 +249,6 @@ def test_the_table_says_how_a_market_is_and_what_to_do(case: str) -> None:
     assert f"**To do{' (us+kr)' * (fix != 'nothing')}:** {fix}" in artifacts.table([view])
 
 
-@gateway_only
 def test_what_cannot_be_read_comes_first_and_acts_on_nothing() -> None:
     """A key that cannot be read comes first, and Markdown in its error has no effect."""
     odd = errors.TokenStoreError("- It | cannot `be` used: no space. Fix it.")
@@ -261,7 +257,6 @@ def test_what_cannot_be_read_comes_first_and_acts_on_nothing() -> None:
     assert artifacts.caption(artifacts.worst_first(views)).startswith(said)
 
 
-@gateway_only
 def test_a_check_says_what_comes_next_and_promises_no_vain_renewal() -> None:
     """While the need is covered, no trouble fails a check; after refused credentials it says that a person must act."""
     limited = Done(state_of(MONDAY, NEW), renewed=False, trouble=LIMIT)
@@ -284,10 +279,9 @@ NIGHT = (
 )
 
 
-def test_a_night_of_maintenance(gateway: Sandbox, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_night_of_maintenance(gateway: Sandbox, slack: SlackEndpoint) -> None:
     """A token killed in the night is replaced before the open, with two requests to KIS and two messages in all."""
-    monkeypatch.setenv("KIS_MARKETS__US__EXCHANGES", "NASD")
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    os.environ |= {"KIS_MARKETS__US__EXCHANGES": "NASD", "KIS_ISSUE_INTERVAL": "60"}
     gateway.set_rules(issue_interval=60)
     for clock, what, end, planned in NIGHT:
         at = datetime.fromisoformat(f"2025-03-{clock}+09:00")
@@ -400,12 +394,10 @@ class TestRuns:
             step(again_in=65)
         assert table() == dict.fromkeys(("us", "kr"), "NO_TOKEN")
 
-    def test_one_keys_trouble_stops_no_other(
-        self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_keys_trouble_stops_no_other(self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens) -> None:
         """A check of two keys fails for the refused one, but renews the other and schedules its next renewal."""
         opens(SOON)
-        monkeypatch.setenv("KIS_MARKETS__KR__APP_KEY", "another-key-" * 3)
+        os.environ["KIS_MARKETS__KR__APP_KEY"] = "another-key-" * 3
         gateway.fail("bad-secret", 1)
         state = run(check_tokens.check_tokens, name="renew us", tags=[upcoming.TAG])
         assert "renew us" in [one.name for one in get_client(sync_client=True).read_flow_runs()]
@@ -436,10 +428,9 @@ class TestRuns:
                 list(pool.map(lambda at: upcoming.keep("us+kr", "key 1a", at), [at] * 4))
                 assert planned_runs() == {"us+kr": [at]}
 
-    def test_real_and_paper_of_one_app_key_never_meet(self, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_real_and_paper_of_one_app_key_never_meet(self, gateway: Sandbox) -> None:
         """At one address real and paper share a fingerprint, but each has its own state and planned renewal."""
-        for name, value in {"ENVIRONMENT": "paper", "BASE_URL": gateway.url}.items():
-            monkeypatch.setenv(f"KIS_MARKETS__KR__{name}", value)
+        os.environ |= {"KIS_MARKETS__KR__ENVIRONMENT": "paper", "KIS_MARKETS__KR__BASE_URL": gateway.url}
         keys = Key.load(Settings.load())
         with keys[1].store.lock(wait=1):
             keys[1].store.save(make_token())
@@ -447,24 +438,20 @@ class TestRuns:
         assert table() == {"us": "NO_TOKEN", "kr": "VALID"}
         assert sorted(planned_runs()) == ["kr (paper)", "us"]
 
-    @gateway_only
-    def test_a_locked_keyring_hides_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_locked_keyring_hides_no_table(self) -> None:
         """With one key's keyring locked, the table has all keys and the plan those whose secrets can be read."""
-        for name, value in {"APP_KEY": "another-key-" * 3, "APP_SECRET": APP_SECRET}.items():
-            monkeypatch.setenv(f"KIS_MARKETS__KR__{name}", value)
-        monkeypatch.delenv("KIS_APP_SECRET")
-        monkeypatch.setenv("KIS_KEYRING", "kis")
-        monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
+        os.environ |= {"KIS_MARKETS__KR__APP_KEY": "another-key-" * 3, "KIS_MARKETS__KR__APP_SECRET": APP_SECRET}
+        os.environ |= {"KIS_KEYRING": "kis", "PYTHON_KEYRING_BACKEND": "keyring.backends.null.Keyring"}
+        del os.environ["KIS_APP_SECRET"]
         artifacts.publish(views := runs.views(Key.load(Settings.load()), {}))
         assert table() == {"us": "NO_TOKEN", "kr": "NO_TOKEN"}
         assert re.findall(r"^## (\w+), key", artifacts.described(views), re.MULTILINE) == ["kr"]
 
-    @gateway_only
-    def test_two_installations_on_one_server_overwrite_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_two_installations_on_one_server_overwrite_no_table(self) -> None:
         """The first installation uses the names `tokens` and `plan`, one with another key always names of its own."""
         artifacts.publish(runs.views([only_key()], {}))
         first = latest(artifacts.TOKENS)
-        monkeypatch.setenv("KIS_APP_KEY", "another-key-" * 3)
+        os.environ["KIS_APP_KEY"] = "another-key-" * 3
         for _ in range(2):
             artifacts.publish(runs.views([only_key()], {}))
             assert latest(f"tokens-{only_key().fingerprint[:8]}")

@@ -174,10 +174,7 @@ def test_redirect_is_never_followed_with_credentials(wire: Wire, status: int) ->
 
 
 def test_refused_connection_is_tried_four_times_with_growing_pauses(closed: str) -> None:
-    """A request that cannot have reached KIS is tried three more times, with growing pauses, and starts no cool-down.
-
-    A restart of the gateway costs a moment, not the token; nothing is sent that cannot be recorded.
-    """
+    """A request that cannot have reached KIS is tried three times more, if it can be recorded, and does not count."""
     tries: list[float] = []
     found = refused(kis(closed).issue(lambda: not tries.append(time.monotonic())))  # type: ignore[func-returns-value]
     assert isinstance(found.as_error("", datetime.now(UTC)), DOWN)
@@ -196,10 +193,7 @@ def test_refused_connection_is_tried_four_times_with_growing_pauses(closed: str)
 def test_fault_before_the_request_leaves_is_no_attempt(
     encrypted: Wire, gateway: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An impossible host name, an unreadable or untrusted certificate and a refusing proxy are all `unreachable`.
-
-    A proxy is not used for the sandbox.
-    """
+    """A wrong host name or certificate and a refusing proxy are all `unreachable`; the sandbox needs no proxy."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
     def why(url: str) -> str:

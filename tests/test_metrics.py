@@ -26,6 +26,8 @@ from tokencore.commands.monitoring import LOOPBACK, address
 from tokencore.reports.metrics import Watch, listening
 from tokencore.sandbox import Sandbox
 
+pytestmark = pytest.mark.usefixtures("gateway")
+
 
 def samples(text: str) -> dict[str, dict[str, float]]:
     """The samples by name, then by market and outcome."""
@@ -49,7 +51,6 @@ def get(url: str) -> requests.Response:
     return requests.get(url, timeout=5)
 
 
-@pytest.mark.usefixtures("gateway")
 def test_standard_output_has_what_is_known_of_every_market(command: Command) -> None:
     """Without a token there is no expiry, rather than 1970; with one there are its times, and always all outcomes."""
     found, day = samples(command("metrics").out), 86_400.0
@@ -87,7 +88,6 @@ def test_the_textfile_is_replaced_whole_and_readable_by_all(gateway: Sandbox, co
     assert [path.name for path in target.parent.iterdir()] == ["kis.prom"]
 
 
-@pytest.mark.usefixtures("gateway")
 def test_the_textfile_replaces_no_device_and_no_link(command: Command, tmp_path: Path) -> None:
     """A path to no regular file is refused with 2 and kept, even as root; a link stays, and its target is replaced."""
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "kis.prom"
@@ -158,7 +158,6 @@ def test_one_broken_key_hides_no_other(gateway: Sandbox, url: str) -> None:
     assert (snapshot(folder()), asked(gateway)) == (before, 2)
 
 
-@pytest.mark.usefixtures("gateway")
 def test_the_command_serves_until_sigterm_and_a_taken_port_is_exit_2(command: Command) -> None:
     """The exporter ends with 0 and nothing on standard error; a second one on its port ends with one sentence."""
     program = [sys.executable, "-m", "tokencore", "metrics", "--listen", "0"]
@@ -178,7 +177,6 @@ def test_other_hosts_are_only_where_they_are_named(command: Command) -> None:
     assert {command("metrics", "--listen", text).code for text in ("", "localhost", "127.0.0.1:65536")} == {2}
 
 
-@pytest.mark.usefixtures("gateway")
 def test_the_alert_rules_and_the_dashboard_ask_for_the_metrics_and_outcomes_that_exist() -> None:
     """Together the alert rules and the dashboard use every metric, so that none is exported that nobody looks at."""
     known = {f"{one.name}_total" if one.type == "counter" else one.name for one in Watch(Key.load).collect()}

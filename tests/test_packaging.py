@@ -42,10 +42,7 @@ def test_the_wheel_has_the_library_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_every_dependency_has_a_bound_a_reason_and_a_pin() -> None:
-    """Every dependency has a bounded version and a reason, and is pinned by name and version only.
-
-    The dependencies of dependencies are pinned too, so that the pins are the whole list to audit.
-    """
+    """Every dependency has a bound and a reason; all it needs is pinned too, so the pins are the list to audit."""
     for requirement in REQUIREMENTS:
         wanted = Requirement(requirement)
         assert wanted.name in UNBOUNDED or any(clause.operator in ("<", "==") for clause in wanted.specifier)

@@ -44,10 +44,7 @@ def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_first_token_needs_no_confirmation_although_prefect_is_away(gateway: Sandbox, slack: SlackEndpoint) -> None:
-    """Where no valid token can be lost nobody is asked; the record keeps who asked and why, and Slack is told.
-
-    It makes no difference that the table cannot be published because Prefect's server does not answer.
-    """
+    """Where no token can be lost nobody is asked; the record keeps who asked and why, and Slack is told."""
     asked_for = Request("us", force=False, reason="a first\ttoken \x1b[2J", operator="Kim \u202eMinji")
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
         state = refresh_token.refresh(Settings.load(), asked_for, datetime.now(UTC))
@@ -72,15 +69,10 @@ def test_a_forced_refresh_says_what_became_of_it(nowhere: Sandbox, slack: SlackE
     assert slack.headlines[-1] == "us+kr: refreshed manually, with force"
 
 
-def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(
-    nowhere: Sandbox, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If the token lasts and the plan renews in time, the refresh is Declined, with a note that names the person.
-
-    Even with force the next one waits for KIS's minute, and its message begins with why the last request failed.
-    """
+def test_an_unneeded_refresh_that_kis_limits_is_a_note_and_no_incident(nowhere: Sandbox, slack: SlackEndpoint) -> None:
+    """If the plan renews in time, the refresh is Declined with a note, and so is one that KIS's minute stops."""
     cached(left=LASTING)
-    monkeypatch.setenv("KIS_ISSUE_INTERVAL", "60")
+    os.environ["KIS_ISSUE_INTERVAL"] = "60"
     nowhere.fail("limit", 1)
     first, again = renewed(force=True), renewed(force=True)
     assert end_of(first) == end_of(again) == ("COMPLETED", "Declined")
@@ -139,10 +131,7 @@ class TestQuestions:
     """Runs on a Prefect server that wait for a person's answer."""
 
     def test_the_same_token_again_is_asked_for_only_where_a_person_confirms(self, gateway: Sandbox) -> None:
-        """Within six hours the run waits with the question; no means Declined, yes means that KIS is asked.
-
-        A second forced refresh within an hour waits too, so that a scheduler that misfires costs one request.
-        """
+        """Within six hours, or an hour with force, the run asks; no means Declined, yes means that KIS is asked."""
         cached(left=23 * 3600)
         for force, decision, end in (False, LEAVE, "Declined"), (False, RENEW, "Renewed"), (True, LEAVE, "Declined"):
             with paused(force=force) as waiting:

@@ -27,6 +27,7 @@ SUMMER = datetime(2026, 7, 1, 3, 20, tzinfo=UTC)  # a Wednesday, 12:20 in Korea;
 SVG = "{http://www.w3.org/2000/svg}"
 HOUR, DUE = 3600.0, datetime(2024, 11, 19, 8, 15, tzinfo=UTC)  # a Tuesday, 17:15 KST: after the anchor of us and kr
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+pytestmark = pytest.mark.usefixtures("gateway")
 
 
 @pytest.fixture
@@ -46,7 +47,6 @@ def plain(ran: Ran) -> list[str]:
     return re.sub(r"\x1b\[[0-9;]*m", "", ran.out).splitlines()
 
 
-@pytest.mark.usefixtures("gateway")
 def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +70,6 @@ def test_check_on_a_terminal_is_aligned_coloured_and_says_one_time(
     assert "\x1b" not in command("check", NO_COLOR="1").out
 
 
-@pytest.mark.usefixtures("gateway")
 def test_check_says_mode_length_and_when_it_was_cached(command: Command) -> None:
     """`check` shows them as the old check script did, and the command that closes a file that others may read."""
     path, length = folder() / "us_api_token.json", len(cached(20_000).access_token)
@@ -80,7 +79,6 @@ def test_check_says_mode_length_and_when_it_was_cached(command: Command) -> None
     assert f"mode 0644 (others may use it: chmod 600 {path})" in command("check").out
 
 
-@pytest.mark.usefixtures("gateway")
 def test_any_reason_can_be_shown_on_any_terminal() -> None:
     """Markup, escape sequences and foreign bytes are shown as text; a character that the encoding lacks becomes `?`."""
     reasons = ["[/red] [bold]", r"back\[slash]", "줄\n바꿈", "\x1b[31mred", "\udcff", "길" * 200, "수동 refresh"]
@@ -155,7 +153,6 @@ def test_the_lines_for_a_terminal_show_sessions_over_needs(week: Plan, capfd: py
     assert (lines["token"].count("▲"), set(lines["token"])) == (5, {*"━│▲┄ "})
 
 
-@pytest.mark.usefixtures("gateway")
 def test_the_command_prints_and_writes(command: Command, tmp_path: Path) -> None:
     """`plan` shows the anchor and the exchanges, and `plan --svg` writes a picture."""
     picture, shown = tmp_path / "plan.svg", command("plan", "--days", "3").out
@@ -164,7 +161,6 @@ def test_the_command_prints_and_writes(command: Command, tmp_path: Path) -> None
     assert ET.parse(picture).getroot().tag == f"{SVG}svg"  # noqa: S314 - our own file
 
 
-@pytest.mark.usefixtures("gateway")
 def test_markets_with_one_key_are_one_key() -> None:
     """Markets of a key share its label and exchanges, and any exchange's name finds it; an untraded one gets advice."""
     os.environ |= {"KIS_MARKETS__HK__EXCHANGES": "SEHK", "KIS_MARKETS__JP__APP_KEY": "another-key"}

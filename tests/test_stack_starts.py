@@ -47,10 +47,7 @@ def make_place() -> Iterator[MakePlace]:
 
 
 def test_the_demo_comes_to_a_token_whatever_the_settings_and_leaves_nothing(make_place: MakePlace) -> None:
-    """Although every setting is a trap, the demo warms up, renews once, checks, and shows that all tokens are valid.
-
-    It says where the page is and how to sign in. After Ctrl-C no process and no file is left.
-    """
+    """Although every setting is a trap, the demo renews once, says how to sign in, and leaves nothing after Ctrl-C."""
     traps = {"KIS_APP_KEY": "CanaryKey", "KIS_ENVIRONMENT": "nonsense", "SLACK_WEBHOOK_URL": "http://127.0.0.1:9/"}
     place = make_place(**traps, PREFECT_API_URL="http://127.0.0.1:9/api", PREFECT_PROFILE="missing")
     place.dotenv(KIS_TIMEOUT="nonsense", PREFECT_API_KEY="CanaryKey", PREFECT_SERVER_API_PORT="9")
