@@ -41,7 +41,7 @@ def verdict(
 ) -> TokenError | None:
     """The error that forbids a request at NOW, or None."""
     try:
-        limits.check(intent, Standing(NOW, attempts, token, "right", waited_out), make_market(**settings))
+        limits.check(intent, Standing(NOW, make_market(**settings), attempts, token, "right", waited_out))
     except TokenError as error:
         return error
     return None

@@ -123,7 +123,7 @@ def week(key: Key) -> Plan:
 
 def test_a_summer_week(week: Plan) -> None:
     """The key renews at 16:35 KST on each day with a session ahead, so not on a closed Friday night and Saturday."""
-    plan = json.loads(json.dumps(plan_as_json(week)))
+    plan = json.loads(json.dumps(plan_as_json(week), default=datetime.isoformat))
     assert (plan["markets"], plan["anchor_kst"]) == (["us", "kr"], "16:35")
     days = [f"2026-07-0{day}T07:35" for day in (1, 2, 5, 6, 7)]
     assert [(one["at"][:16], one["exception"]) for one in plan["renewals"]] == [(day, None) for day in days]
@@ -141,7 +141,7 @@ def test_the_picture_is_well_formed_and_complete(week: Plan) -> None:
     assert (fills.count("var(--token)"), fills.count("var(--buffer)"), fills.count("none")) == (4, 4, 10)
     assert len(list(root.iter(f"{SVG}circle"))) == 2 * len(week.renewals)
     assert "06-30 16:35 to 07-01 16:30 KST" in text, "what the token serves"
-    assert not any(secret in text + json.dumps(plan_as_json(week)) for secret in ("eyJ", APP_KEY, APP_SECRET))
+    assert not any(secret in text + str(plan_as_json(week)) for secret in ("eyJ", APP_KEY, APP_SECRET))
 
 
 def test_the_lines_for_a_terminal_show_sessions_over_needs(week: Plan, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokencore import limits, outlook, policy
 from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, failure, issued_within
 from tokencore.calendars import sessions
-from tokencore.errors import ConfigurationError, CredentialsError, TokenError
-from tokencore.limits import Intent, Standing, format_time
+from tokencore.errors import ConfigurationError, TokenError
+from tokencore.limits import Standing, format_time
 from tokencore.outlook import PLAN_DAYS, VALID, Plan, RefreshWarning
 from tokencore.policy import CLOCK_SLACK
 from tokencore.redaction import clean
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
+    from tokencore.errors import CredentialsError
     from tokencore.kis.gateway import Evidence
     from tokencore.outlook import Need, Outlook
     from tokencore.stores.base import Store
@@ -270,11 +271,7 @@ class KeyState(Sensitive):
     @property
     def refusal(self) -> CredentialsError | None:
         """The error if KIS refused these credentials, so that only a person can get a renewal; None otherwise."""
-        try:
-            limits.check_credentials(Intent.DUE, self._standing, self.key.market)
-        except CredentialsError as error:
-            return error.with_traceback(None)
-        return None
+        return limits.refusal(self._standing)
 
     @property
     def next_attempt(self) -> datetime | None:
@@ -285,7 +282,7 @@ class KeyState(Sensitive):
         """
         planned, market = self.outlook.next, self.key.market
         try:
-            allowed = limits.allowed_from(self._standing, market) if planned else None
+            allowed = limits.allowed_from(self._standing) if planned else None
         except ConfigurationError:  # the keyring with the secret is locked
             return None
         if planned is None or allowed is None:
@@ -348,7 +345,7 @@ class KeyState(Sensitive):
 
     @property
     def _standing(self) -> Standing:
-        return Standing(self.now, self.attempts, self.token, self.key.renewer.credentials)
+        return Standing(self.now, self.key.market, self.attempts, self.token, self.key.renewer.credentials)
 
 
 def _status(token: Token | None, problem: str, market: Market, now: datetime) -> str:

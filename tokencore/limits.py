@@ -5,7 +5,7 @@ Pure functions of the record's attempts, the present token and `now`; they raise
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,14 +40,23 @@ class Standing(NamedTuple):
     """What the rules are judged on; `waited_out` is when the attempt was made whose cool-down the caller waited out."""
 
     now: datetime
+    market: Market
     attempts: Sequence[Attempt]
     token: Token | None
     credentials: str
     waited_out: datetime | None = None
 
+    @property
+    def serves(self) -> str:
+        """The sentence that says what still works, and until when."""
+        return what_serves(self.token, self.now, self.market.buffer)
 
-def check(intent: Intent, standing: Standing, market: Market) -> None:
+
+def check(intent: Intent, standing: Standing) -> None:
     """Check that a request is allowed now.
+
+    A key whose token is about to expire worked until recently, and KIS gives the same answer to a locked key, so AHEAD
+    tries refused credentials again a few times; otherwise only a person does.
 
     Raises:
         CredentialsError: KIS refused these very credentials before; a person has to act.
@@ -55,18 +64,19 @@ def check(intent: Intent, standing: Standing, market: Market) -> None:
             `retry_at`. The present token, if any, is untouched.
 
     """
-    check_credentials(intent, standing, market)
+    if intent in (Intent.REQUIRED, Intent.DUE) and (refused := refusal(standing)):
+        raise refused
     if intent is not Intent.FORCE:  # the limits that last for hours come first: nobody waits a minute to learn of them
-        _check_same_token(standing, market)
-        _check_ceiling(standing, market)
-    _check_pauses(intent, standing, market)
+        _check_same_token(standing)
+        _check_ceiling(standing)
+    _check_pauses(intent, standing)
 
 
-def allowed_from(standing: Standing, market: Market) -> datetime | None:
+def allowed_from(standing: Standing) -> datetime | None:
     """Return when a renewal that is due at `standing.now` is allowed; None if refused credentials forbid it."""
     while True:  # each turn moves past one of a few limits, and all of them end
         try:
-            check(Intent.DUE, standing, market)
+            check(Intent.DUE, standing)
         except IssuanceLimitError as limit:
             standing = standing._replace(now=limit.retry_at or standing.now)
         except CredentialsError:
@@ -118,40 +128,30 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
     return f"There is no valid token: the last one served until {until}."
 
 
-def check_credentials(intent: Intent, standing: Standing, market: Market) -> None:
-    """Check that KIS did not refuse these very credentials at the last attempt.
-
-    A key whose token is about to expire worked until recently, and KIS gives the same answer to a locked key, so AHEAD
-    tries again a few times; otherwise only a person does.
-
-    Raises:
-        CredentialsError: KIS refused them; a person has to act.
-
-    """
+def refusal(standing: Standing) -> CredentialsError | None:
+    """Return the error to raise if KIS refused these very credentials at the last attempt; None otherwise."""
     last = record.latest(standing.attempts)
     if last is None or last.outcome not in CREDENTIALS or last.credentials != standing.credentials:
-        return
-    if intent in (Intent.REQUIRED, Intent.DUE):
-        raise CredentialsError(
-            f"KIS refused these credentials at {format_time(last.at)} ({last.code}), so they are not tried again "
-            f"automatically. {what_serves(standing.token, standing.now, market.buffer)} Correct them, or run "
-            f"`tokencore refresh {market.name}` when KIS has restored them.",
-        )
+        return None
+    return CredentialsError(
+        f"KIS refused these credentials at {format_time(last.at)} ({last.code}), so they are not tried again "
+        f"automatically. {standing.serves} Correct them, or run `tokencore refresh {standing.market.name}` when KIS "
+        "has restored them.",
+    )
 
 
-def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
-    now, attempts = standing.now, standing.attempts
+def _check_pauses(intent: Intent, standing: Standing) -> None:
+    now, market, attempts = standing.now, standing.market, standing.attempts
     if not attempts:
         return
     last = record.latest(attempts)
-    serves = what_serves(standing.token, now, market.buffer)
     until = cooldown_until(attempts, now, market)
     if last and until and standing.waited_out != last.at:
         failed = record.failure([last])  # the first thing that the person has to know
         fault = f"KIS gave no new token at {format_time(last.at)}: {failed[1]}. " if failed else ""
         raise IssuanceLimitError(
             f"{fault}KIS allows one request a minute, and the last one of this key was at {format_time(last.at)}. "
-            f"{serves} The next is allowed at {format_time(until)}.",
+            f"{standing.serves} The next is allowed at {format_time(until)}.",
             retry_at=until,
             cause="minute",
         )
@@ -163,40 +163,39 @@ def _check_pauses(intent: Intent, standing: Standing, market: Market) -> None:
     until = min(final.at, now) + retry_delay(failures, market.settings.issue_interval)
     if until > now:
         raise IssuanceLimitError(
-            f"The last attempt brought no new token ({final.outcome}). {serves} "
+            f"The last attempt brought no new token ({final.outcome}). {standing.serves} "
             f"The next attempt is at {format_time(until)}.",
             retry_at=until,
             cause="backoff",
         )
 
 
-def _check_same_token(standing: Standing, market: Market) -> None:
-    token, now = standing.token, standing.now
-    until = same_token_until(token, now)
+def _check_same_token(standing: Standing) -> None:
+    token, force = standing.token, ""
+    until = same_token_until(token, standing.now)
     if until is None:
         return
-    force = ""
     # After KIS has just returned the dead token once more, there is no point in suggesting --force again.
     if token and token.rejected_at and standing.attempts and standing.attempts[-1].outcome is not Outcome.SAME:
-        force = f" If KIS has withdrawn it sooner, `tokencore refresh {market.name} --force` asks KIS now."
+        force = f" If KIS has withdrawn it sooner, `tokencore refresh {standing.market.name} --force` asks KIS now."
     raise IssuanceLimitError(
         f"KIS returns the same token until {format_time(until)}, six hours after its issue. "
-        f"{what_serves(token, now, market.buffer)} A new one can be issued from {format_time(until)}.{force}",
-        retry_at=until.astimezone(UTC),
+        f"{standing.serves} A new one can be issued from {format_time(until)}.{force}",
+        retry_at=until,
         cause="same_token",
     )
 
 
-def _check_ceiling(standing: Standing, market: Market) -> None:
-    issued, ceiling = record.issued_within(standing.attempts, standing.now), market.settings.max_issues_per_day
+def _check_ceiling(standing: Standing) -> None:
+    issued = record.issued_within(standing.attempts, standing.now)
+    ceiling = standing.market.settings.max_issues_per_day
     if len(issued) < ceiling:
         return
     until = issued[-ceiling].at + record.DAY
     raise IssuanceLimitError(
         f"The 24-hour limit is reached: this key has issued {len(issued)} tokens in 24 hours, and "
-        f"KIS_MAX_ISSUES_PER_DAY is {ceiling}. "
-        f"{what_serves(standing.token, standing.now, market.buffer)} The next is allowed at {format_time(until)}; "
-        f"`tokencore refresh {market.name} --force` overrides the limit.",
+        f"KIS_MAX_ISSUES_PER_DAY is {ceiling}. {standing.serves} The next is allowed at {format_time(until)}; "
+        f"`tokencore refresh {standing.market.name} --force` overrides the limit.",
         retry_at=until,
         cause="ceiling",
     )

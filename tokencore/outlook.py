@@ -190,28 +190,25 @@ def make_rows(codes: Sequence[str], start: datetime, until: datetime, known: Map
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan for programs: times as ISO 8601 in UTC, the anchor and the quiet time as KST `HH:MM`."""
+    """Return the plan for programs: times in UTC, the anchor and the quiet time as KST `HH:MM`."""
     token, ahead = plan.token, plan.outlook
     return {
         "markets": plan.markets,
-        "now": plan.now.isoformat(),
-        "until": plan.until.isoformat(),
+        "now": plan.now,
+        "until": plan.until,
         "anchor_kst": ahead.anchor.strftime("%H:%M") if ahead.anchor else None,
         "anchor_why": plan.why,
         "quiet_kst": [moment.strftime("%H:%M") for moment in ahead.quiet] if ahead.quiet else None,
-        "issued_at": token.issued_at.isoformat() if token and token.issued_at else None,
-        "expires_at": token.expires_at.isoformat() if token else None,
-        "renewals": [
-            {"at": renewal.at.isoformat(), "reason": renewal.reason, "exception": renewal.exception}
-            for renewal in plan.renewals
-        ],
+        "issued_at": token.issued_at if token else None,
+        "expires_at": token.expires_at if token else None,
+        "renewals": [renewal._asdict() for renewal in plan.renewals],
         "exchanges": [
             {
                 "exchange": row.code,
                 "zone": row.zone,
                 "closures_certain_until": row.certain_until,
-                "sessions": [[opens.isoformat(), closes.isoformat()] for opens, closes in row.sessions],
-                "needs": [[begin.isoformat(), end.isoformat()] for begin, end in row.needs],
+                "sessions": row.sessions,
+                "needs": row.needs,
             }
             for row in plan.rows
         ],

@@ -264,8 +264,9 @@ class Renewer(Sensitive):
             if not held:
                 raise TokenUnavailableError(self._busy(wait))
             now = datetime.now(UTC)
-            standing = Standing(now, self._store.attempts(), self._store.newest(), self.credentials, waited_out)
-            limits.check(intent, standing, self._market)
+            attempts, token = self._store.attempts(), self._store.newest()
+            standing = Standing(now, self._market, attempts, token, self.credentials, waited_out)
+            limits.check(intent, standing)
             self._share_failure(standing, began)
             if unwanted():
                 raise TokenUnavailableError(
@@ -276,10 +277,10 @@ class Renewer(Sensitive):
                 if token := self._serving(serves):
                     return token, None
                 text = "Another machine is asking KIS for this key's token, or the attempt could not be recorded"
-                raise IssuanceLimitError(f"{text}. Nothing was sent; try again.", retry_at=None, cause="minute")
+                raise IssuanceLimitError(f"{text}. Nothing was sent; try again.", cause="minute")
         token, outcome = issued
         if token.rejected_at is not None:  # KIS returned the dead token, so raise for the six hours, which alone matter
-            limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()), self._market)
+            limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()))
         if intent is Intent.REQUIRED and not serves(token):
             raise TokenUnavailableError(self._useless(token))
         return token, outcome
@@ -337,8 +338,8 @@ class Renewer(Sensitive):
         self._finish(fence, attempt._replace(at=now, outcome=answer.outcome, code=answer.code))
         if overtaken:
             return None
-        serves = limits.what_serves(standing.token, now, self._market.buffer)
-        raise answer.as_error(serves, now + timedelta(seconds=self._market.settings.issue_interval))
+        retry_at = now + timedelta(seconds=self._market.settings.issue_interval)
+        raise answer.as_error(standing._replace(now=now).serves, retry_at)
 
     def _finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
         """Save outcome and token; only log a failure, so that an issued token reaches its caller even if unsaved."""
@@ -354,9 +355,8 @@ class Renewer(Sensitive):
         """Raise if KIS was found unreachable while this caller waited for the lock; it need not find that out again."""
         last = standing.attempts[-1] if standing.attempts else None
         if last and last.outcome is Outcome.UNREACHABLE and last.at >= began:
-            serves = limits.what_serves(standing.token, standing.now, self._market.buffer)
             raise IssuerUnavailableError(
-                f"KIS cannot be reached, as another process found at {format_time(last.at)}. {serves} "
+                f"KIS cannot be reached, as another process found at {format_time(last.at)}. {standing.serves} "
                 "To do: check the network and KIS_BASE_URL; then try again."
             )
 

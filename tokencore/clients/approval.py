@@ -87,8 +87,9 @@ class ApprovalKeys(Sensitive):
         """Check that the last request allows another one now, and raise otherwise."""
         asked = record.parse(str(self._document.read().get("attempt")))
         both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # KIS refuses both alike
-        standing = limits.Standing(now, both, self._store.newest(), self._renewer.credentials)
-        limits.check_credentials(limits.Intent.REQUIRED, standing, self._market)
+        standing = limits.Standing(now, self._market, both, self._store.newest(), self._renewer.credentials)
+        if refused := limits.refusal(standing):
+            raise refused
         if until := limits.cooldown_until(asked, now, self._market):
             raise IssuanceLimitError(
                 f"The last request for an approval key was at {limits.format_time(asked[-1].at)} "
