@@ -431,6 +431,15 @@ def test_get_prints_the_token_and_nothing_else_and_imports_nothing_heavy_for_it(
     assert asked(gateway) == 1
 
 
+def test_warnings_of_get_begin_with_the_programs_name(gateway: Sandbox) -> None:
+    """Warnings of get begin with `tokencore:`, with and without a cached token; standard output has the token alone."""
+    for _ in range(2):
+        ran = tokencore("get", "us", KIS_APP_KEY=f" {APP_KEY}", KIS_ENVIRONMENT="mock", KIS_BASE_URL=gateway.url)
+        lines = ran.err.splitlines()
+        assert (ran.code, len(ran.out.split()), bool(lines)) == (0, 1, True)
+        assert [line for line in lines if not line.startswith("tokencore: ")] == []
+
+
 def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
     """With --no-renew, get prints the cached token as long as it is valid, and otherwise exits 3 with a sentence."""
     ran = command("get", "us", "--no-renew")

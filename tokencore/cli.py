@@ -9,6 +9,7 @@ import io
 import os
 import sys
 
+from tokencore import redaction
 from tokencore.errors import TokenError
 
 TYPE_CHECKING = False
@@ -46,6 +47,7 @@ class _Output:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default that of this process) and return its exit code."""
     _prepare_streams()
+    redaction.in_program = True
     stream = sys.stdout
     output = sys.stdout = _Output(stream)
     try:
@@ -72,8 +74,9 @@ def _answer(arguments: list[str]) -> int:
     if len(arguments) == 2 and arguments[0] == "get" and not arguments[1].startswith("-"):  # noqa: PLR2004
         from tokencore.manager import TokenManager  # building the parser would cost more than the whole answer
 
-        sys.stdout.write(TokenManager(arguments[1]).get_valid_token() + "\n")
-        return 0
+        if token := TokenManager(arguments[1]).token_at_hand():
+            sys.stdout.write(f"{token}\n")
+            return 0
     from tokencore.commands import run
 
     return run(arguments)
@@ -96,10 +99,8 @@ def _fail(message: str, code: int) -> int:
         sys.stdout.flush()  # so that what was printed earlier appears before the error
     except OSError:
         _discard(sys.stdout.fileno())
-    from tokencore.redaction import clean  # only an error needs it
-
     try:
-        sys.stderr.write(f"tokencore: {clean(message)}\n")
+        sys.stderr.write(f"tokencore: {redaction.clean(message)}\n")
     except OSError:  # standard error is full or closed; only the exit code can report
         _discard(2)
     return code

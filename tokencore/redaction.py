@@ -1,14 +1,28 @@
-"""Makes texts safe to show: keys and tokens are masked, and control characters never reach a terminal."""
+"""Makes texts safe to show, without keys, tokens and control characters; and gives the log that some of them go to."""
 
 from __future__ import annotations
 
 import re
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import logging
+
+in_program = False  # set by the command line: every line that it writes to standard error begins with its name
 MASK = "***"
 SHOWN = 400  # characters of a user's input that a message repeats
 SECRET_LENGTH = 20  # characters in a row: keys and tokens are at least as long, words of settings and of KIS never
 _ESCAPE_SEQUENCE = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]")  # terminal commands: colours, moves, erasing
 _LONG_WORD = re.compile(rf"[\w+/=.%&#;-]{{{SECRET_LENGTH},}}", re.ASCII)
+
+
+def log() -> logging.Logger:
+    """Return the package's log, for what a cached token rarely needs: importing logging costs as much as reading it."""
+    import logging
+
+    if in_program:
+        logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
+    return logging.getLogger("tokencore")
 
 
 def clean(text: str) -> str:

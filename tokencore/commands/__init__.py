@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import signal
 import sys
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tokencore import __doc__ as about
 from tokencore.errors import ConfigurationError
-from tokencore.redaction import short
+from tokencore.redaction import log, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         TokenError: the command failed; the error's class has the exit code.
 
     """
-    logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
+    log()
     top, _ = parsers(arguments[0] if arguments else "")
     if not arguments:
         top.print_help()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from tokencore.errors import ConfigurationError
-from tokencore.redaction import printable, short
+from tokencore.redaction import log, printable, short
 from tokencore.sealing import Sensitive, sealed
 from tokencore.stores import files, permissions
 
@@ -157,10 +157,8 @@ def place_of(origin: str) -> str:
 def warn(message: str) -> None:
     """Log `message` as a warning, once per process."""
     if message not in _warned:
-        import logging  # only when something is wrong
-
         _warned.add(message)
-        logging.getLogger("tokencore").warning(message)
+        log().warning(message)
 
 
 def _dotenv() -> dict[str, str]:

@@ -18,6 +18,7 @@ from functools import cached_property
 from tokencore import tokens
 from tokencore.config.market import key_name
 from tokencore.errors import TokenStoreError
+from tokencore.redaction import log
 from tokencore.sealing import Sensitive
 from tokencore.stores import files, permissions
 from tokencore.stores.lock import MARK, VIEW, hold
@@ -278,7 +279,8 @@ class FileStore(Sensitive):
         try:
             files.write_bytes(path, content, writer=self.fingerprint, durable=False)
         except OSError as error:
-            _warn(f"{path} could not be updated ({error.strerror}); programs that use tokencore are not affected.")
+            unaffected = "programs that use tokencore are not affected"
+            log().warning(f"{path} could not be updated ({error.strerror}); {unaffected}.")
             return False
         return True
 
@@ -287,7 +289,7 @@ class FileStore(Sensitive):
         problem = self._on_file(path)[1]
         if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
             files.set_aside(path)
-            _warn(f"{path} did not contain a token of this key ({problem}); it is kept as {path}.aside.")
+            log().warning(f"{path} did not contain a token of this key ({problem}); it is kept as {path}.aside.")
 
     def _kept_elsewhere(self, view: str) -> bool:
         """Whether the other key of this folder that wrote `view` has its token in its own file."""
@@ -331,9 +333,3 @@ class FileDocument:
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
         """Hold the document's lock inside the block; yield False if it was not acquired in time."""
         return hold(self.place.removesuffix(".json") + ".lock", wait, give_up)
-
-
-def _warn(message: str) -> None:
-    import logging  # only when something is wrong
-
-    logging.getLogger("tokencore").warning(message)

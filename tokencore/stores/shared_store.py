@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from tokencore import tokens
 from tokencore.config.market import digest
 from tokencore.errors import TokenError, TokenStoreError
+from tokencore.redaction import log
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores.file_store import FileStore
 
@@ -554,7 +555,5 @@ def _beats(ours: Token | None, theirs: Token | None) -> bool:
 
 
 def _warn(trouble: object, rest: str) -> None:
-    import logging  # only when something is wrong
-
     # Leave out "Nothing was issued": here that is no news, or untrue, because something was issued or saved.
-    logging.getLogger("tokencore").warning("%s %s", str(trouble).partition(" Nothing was")[0], rest)
+    log().warning("%s %s", str(trouble).partition(" Nothing was")[0], rest)
