@@ -15,7 +15,7 @@ import pytest
 import time_machine
 from hypothesis.configuration import set_hypothesis_home_dir
 from running import Ran
-from servers import HOOK, SlackEndpoint
+from servers import HOOK, SlackEndpoint, Wire
 from xdist.scheduler import LoadFileScheduling
 
 from tokencore import sessions
@@ -184,6 +184,13 @@ def slack() -> Iterator[SlackEndpoint]:
     """A stand-in for Slack, whose webhook the settings name."""
     with SlackEndpoint() as running:
         os.environ["SLACK_WEBHOOK_URL"] = running.url + HOOK
+        yield running
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    """A server that gives the answers that a test sets."""
+    with Wire() as running:
         yield running
 
 

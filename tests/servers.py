@@ -79,7 +79,7 @@ def _answer(status: int, body: object, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
-def _parsed(request: bytes) -> tuple[str, dict[str, str], bytes]:
+def parsed(request: bytes) -> tuple[str, dict[str, str], bytes]:
     """Return a request's path, its headers by lower-case name, and its body."""
     head, _, body = request.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
@@ -120,7 +120,7 @@ class Scripted(Wire):
         self._turn = threading.Lock()
 
     def _reply_to(self, request: bytes) -> bytes:
-        path, headers, body = _parsed(request)
+        path, headers, body = parsed(request)
         issued = requests.post(self._gateway.url + path, data=body, timeout=5) if "/oauth2/" in path else None
         with self._turn:
             if issued is not None:
@@ -129,22 +129,6 @@ class Scripted(Wire):
             one = self.script.pop(0) if len(self.script) > 1 else self.script[0]
             where = {"Location": one.location} if one.location else {}
             return _answer(one.status, {"rt_cd": "1", one.field: one.code}, {"Content-Type": one.kind, **where})
-
-
-class Answers(Wire):
-    """A server that answers each path with its status and JSON, or 404, and with the headers that a test sets."""
-
-    def __init__(self) -> None:
-        """Answer 404 to everything."""
-        super().__init__()
-        self.by_path: dict[str, tuple[int, object]] = {}
-        self.headers: dict[str, str] = {}
-        self.asked: list[tuple[str, str]] = []
-
-    def _reply_to(self, request: bytes) -> bytes:
-        path, headers, _ = _parsed(request)
-        self.asked.append((path, headers.get("authorization", "")))
-        return _answer(*self.by_path.get(path, (404, {})), self.headers)
 
 
 class SlackEndpoint(Wire):
@@ -171,7 +155,7 @@ class SlackEndpoint(Wire):
         return [message["blocks"][0]["text"]["text"].partition(": ")[2] for message in self.messages]
 
     def _reply_to(self, request: bytes) -> bytes:
-        path, fields, body = _parsed(request)
+        path, fields, body = parsed(request)
         self.asked.append((path, fields.get("authorization", "")))
         given = self.answers.pop(0) if self.answers else 200
         status, word = given if isinstance(given, tuple) else (given, "ok")

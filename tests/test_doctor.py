@@ -15,7 +15,7 @@ import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt
 from filelock import FileLock
 from running import Command, asked, cached, folder, on_disk, record, snapshot
-from servers import Answers
+from servers import Wire, parsed
 
 from tokencore import TokenManager
 from tokencore.attempts import Attempt, Outcome
@@ -165,14 +165,13 @@ def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("gateway")
-def test_the_clock_is_compared_with_kis(command: Command) -> None:
+def test_the_clock_is_compared_with_kis(command: Command, wire: Wire) -> None:
     """A clock that is off by more than seconds is a warning; so is an answer that says nothing about the token."""
-    with Answers() as answers:
-        move(answers.url)
-        for ahead, state, said in ((0, "ok", "agrees"), (12, "warn", "ahead of"), (-300, "warn", "behind")):
-            answers.headers["Date"] = format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True)
-            seen = found(command, 1)
-            assert (seen["clock"]["state"], said in seen["clock"]["detail"]) == (state, True)
+    move(wire.url)
+    for ahead, state, said in ((0, "ok", "agrees"), (12, "warn", "ahead of"), (-300, "warn", "behind")):
+        wire.answer(404, {}, Date=format_datetime(datetime.now(UTC) - timedelta(seconds=ahead), usegmt=True))
+        seen = found(command, 1)
+        assert (seen["clock"]["state"], said in seen["clock"]["detail"]) == (state, True)
     assert seen[ACCEPTED]["state"] == "warn"
 
 
@@ -194,15 +193,15 @@ SERVERS: dict[str, tuple[dict[str, str], tuple[str, str], tuple[int, object], in
 @pytest.mark.parametrize("case", SERVERS)
 @pytest.mark.usefixtures("warm")
 def test_slack_and_prefect_are_asked_without_posting(
-    command: Command, monkeypatch: pytest.MonkeyPatch, case: str
+    command: Command, wire: Wire, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """Only a webhook's host is asked, as its path is secret and would post; bot and Prefect need their passwords."""
     settings, asked, answer, code, said = SERVERS[case]
-    with Answers() as answers:
-        monkeypatch.setattr(doctor, "SLACK_API", f"{answers.url}/api/")
-        answers.by_path[asked[0]] = answer
-        seen = found(command, code, **{name: text.replace("URL", answers.url) for name, text in settings.items()})
-    assert (said in seen[case.partition(" ")[0]]["detail"], answers.asked) == (True, [asked])
+    monkeypatch.setattr(doctor, "SLACK_API", f"{wire.url}/api/")
+    wire.answer(*answer)
+    seen = found(command, code, **{name: text.replace("URL", wire.url) for name, text in settings.items()})
+    assert said in seen[case.partition(" ")[0]]["detail"]
+    assert [(path, headers.get("authorization", "")) for path, headers, _ in map(parsed, wire.requests)] == [asked]
 
 
 @pytest.mark.usefixtures("warm")

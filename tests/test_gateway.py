@@ -57,13 +57,6 @@ ANSWERS: dict[str, tuple[Reply, type[TokenError], str, str | None, str]] = {
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
-    """A server that gives the answers that a test sets."""
-    with Wire() as running:
-        yield running
-
-
-@pytest.fixture
 def closed() -> str:
     """The address of a port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
