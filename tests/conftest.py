@@ -23,11 +23,11 @@ from tokencore.config import sources
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from fleets import Fleet
     from postgres import Postgres
-    from running import Command
+    from running import Command, Opens
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = ("KIS_", "SLACK_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE")
@@ -162,7 +162,7 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def opens(gateway: Sandbox) -> Callable[[timedelta], str]:  # noqa: ARG001 - for its settings
+def opens(gateway: Sandbox) -> Opens:  # noqa: ARG001 - for its settings
     """Return a function that lets the only traded exchange open `ahead` from now for an hour; it returns its code."""
 
     def arrange(ahead: timedelta) -> str:

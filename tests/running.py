@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ class Ran(NamedTuple):
 
 
 Command = Callable[..., Ran]  # the fixture `command`
+Opens = Callable[[timedelta], str]  # the fixture `opens`
 
 
 def tokencore(*arguments: str, **settings: str) -> Ran:

@@ -266,7 +266,7 @@ def test_token_is_not_adopted_where_it_is_dead_ours_or_another_keys(
 PINS = Path(__file__).with_name("clients")
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "bots.md"
 THOROUGH = "TOKENCORE_CLIENTS" in os.environ  # `make clients`
-PROCESSES = 32 if THOROUGH else 2
+PROCESSES = 32 if THOROUGH else 1
 # The libraries have KIS's hosts built in, so these lines replace them with the gateway's address.
 POINTED = {
     "mojito2": "import mojito\n"

@@ -29,7 +29,7 @@ from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.exceptions import FailedRun
 from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
-from running import asked, cached
+from running import Opens, asked, cached
 from servers import HOOK, SlackEndpoint
 
 from flows import alerts, artifacts, check_tokens, runs, upcoming, warm_up
@@ -38,7 +38,6 @@ from tokencore import Key, Settings, errors, sessions
 from tokencore.policy import retry_delay
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
-Opens = Callable[[timedelta], str]
 Step = Callable[..., Done]
 
 BAD = errors.CredentialsError("KIS refuses the app secret. Correct it.")

@@ -10,15 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from zoneinfo import ZoneInfo
 
 import pytest
 import requests
 from builders import CANARIES, KEY, SECRET, make_token
 from prometheus_client.parser import text_string_to_metric_families
-from running import Command, Ran, asked, cached, folder, issue_of, on_disk, one_line, snapshot
+from running import Command, Opens, Ran, asked, cached, folder, issue_of, on_disk, one_line, snapshot
 
 from tokencore import Key, Settings, TokenManager
 from tokencore.attempts import Outcome
@@ -118,16 +117,12 @@ def test_every_scrape_reads_anew(url: str) -> None:
     assert {get(url + path).status_code for path in ("/", "/readyz/jp", "/readyz/us/x", "/livez/us")} == {404}
 
 
-@pytest.mark.parametrize("span", ["00:00-23:59", "00:00-00:01"], ids=["open", "closed"])
-def test_ready_is_whoever_has_a_token_for_the_session_that_runs(gateway: Sandbox, url: str, span: str) -> None:
+@pytest.mark.parametrize(("minutes", "needed"), [(-5, True), (180, False)], ids=["open", "closed"])
+def test_ready_is_whoever_has_a_token_for_the_session_that_runs(
+    gateway: Sandbox, url: str, opens: Opens, minutes: int, *, needed: bool
+) -> None:
     """`/readyz` is 503, with the reason, only while a session runs without a token that lasts; `/livez` never is."""
-    zone, code = ZoneInfo("Asia/Tokyo"), "TKSE"
-    if not 2 <= datetime.now(zone).hour < 22:  # around midnight one session follows the other
-        zone, code = ZoneInfo("America/New_York"), "NYSE"
-    today, needed = datetime.now(zone).date(), span != "00:00-00:01"
-    for shift in (-1, 0, 1):
-        os.environ[f"KIS_EXCHANGES__{code}__HOURS__{today + timedelta(days=shift)}"] = span
-    own = {"MINE__EXCHANGES": code, "MINE__APP_KEY": KEY, "MINE__APP_SECRET": SECRET}
+    own = {"MINE__EXCHANGES": opens(timedelta(minutes=minutes)), "MINE__APP_KEY": KEY, "MINE__APP_SECRET": SECRET}
     own |= {"US__EXCHANGES": "[]", "KR__EXCHANGES": "[]"}
     os.environ |= {f"KIS_MARKETS__{name}": value for name, value in own.items()}
     gateway.set_rules(issue_interval=0)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,7 +14,7 @@ from builders import KEY, SECRET, make_jwt
 from flow_runs import end_of, only_key, paused, refreshed
 from prefect import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from running import asked, cached
+from running import Opens, asked, cached
 from servers import SlackEndpoint
 
 from flows import artifacts, refresh_token
@@ -23,8 +22,6 @@ from flows.refresh_token import Request
 from flows.runs import View
 from tokencore import IssuanceLimitError, Key, Settings, attempts
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
-
-Opens = Callable[[timedelta], str]
 
 RENEW, LEAVE = "renew now", "leave the token as it is"
 BROUGHT_NONE, ASKED = "us+kr: a manual refresh brought no new token", "Kim asked for it"
