@@ -1,4 +1,4 @@
-"""The command line: the table of commands, their parser, what they share, and shell completion."""
+"""The command line: the table of commands, their parser and what they share; the sandbox and shell completion."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import import_module
@@ -30,8 +31,7 @@ COMMANDS = {  # commands by module; the module's `add` makes their parsers, so a
     "tokencore.commands.renewals": ("refresh", "plan", "history", "tick"),
     "tokencore.commands.transfer": ("export", "import"),
     "tokencore.commands.fleet": ("fleet", "follow"),
-    "tokencore.sandbox": ("sandbox",),
-    "tokencore.commands": ("completion",),
+    "tokencore.commands": ("sandbox", "completion"),
 }
 EXIT_CODES = (
     "exit codes: 0 done (check: every asked market valid), 1 unexpected, 2 usage or settings, 3 no valid token, "
@@ -165,9 +165,20 @@ def _iso(value: object) -> str:
 
 
 def add(command: AddCommand) -> None:
-    """Add `completion` to the parser."""
+    """Add the commands that are about no market to the parser."""
+    sandbox = command("sandbox", _sandbox, "a KIS gateway on loopback, to try things out")
+    sandbox.add_argument("--port", type=int, default=9480, help="on 127.0.0.1 (%(default)s; 0: any)")
     completion = command("completion", _completion, "what a shell needs to complete commands and markets")
     completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+
+
+def _sandbox(options: argparse.Namespace) -> int:
+    from tokencore.sandbox import Sandbox, welcome  # imports a server
+
+    with Sandbox(port=options.port) as gateway, until_stopped():
+        print(welcome(gateway.url), flush=True)
+        threading.Event().wait()
+    return 0
 
 
 def _completion(options: argparse.Namespace) -> int:

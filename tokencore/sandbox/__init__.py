@@ -7,49 +7,17 @@ made-up credentials, knows nothing of KIS's own hosts and logs neither token, ke
 
 from __future__ import annotations
 
-import signal
-import threading
-from typing import TYPE_CHECKING
-
 from tokencore.sandbox.rules import FAILURES, KILL
 from tokencore.sandbox.server import Sandbox
 
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
-
-__all__ = ["APP_KEY", "APP_SECRET", "Sandbox"]
+__all__ = ["APP_KEY", "APP_SECRET", "Sandbox", "welcome"]
 
 APP_KEY = ("SANDBOX-KEY-" * 3)[:36]  # as long as KIS's, and obviously made up
 APP_SECRET = ("SANDBOX-SECRET-" * 12)[:180]
 
 
-def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = command("sandbox", run, "a KIS gateway on loopback, to try things out")
-    parser.add_argument("--port", type=int, default=9480, help="on 127.0.0.1 (%(default)s; 0: any)")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run the command: print how to point the settings to the sandbox, serve until SIGINT or SIGTERM, and return 0.
-
-    Raises:
-        ConfigurationError: the port is not free.
-
-    """
-    # A shell's background jobs start with SIGINT ignored, and SIGTERM would end the process without closing the port.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        with Sandbox(port=options.port) as gateway:
-            print(_welcome(gateway.url), flush=True)
-            threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
-    return 0
-
-
-def _welcome(url: str) -> str:
+def welcome(url: str) -> str:
+    """Return what `tokencore sandbox` prints: how to use the gateway at `url`, and how to control it."""
     return f"""\
 # A KIS gateway for trying things out; nothing here reaches KIS. Ctrl-C ends it.
 export KIS_BASE_URL={url}
