@@ -200,7 +200,7 @@ def test_logs_tracebacks_files_and_objects_hold_no_secret_whatever_happens(
     time.sleep(PAUSE)
     TokenManager("us").refresh(force=True)
     canaries.fail("dead-token")
-    met += [outcome(calls[f"USTokenManager.{name}"]) for name in ("probe", "revoke", "delete_token")]
+    met += [outcome(calls[name]) for name in ("Key.prove", "USTokenManager.revoke", "USTokenManager.delete_token")]
     errors = [one for one in met if isinstance(one, BaseException)]
     shown = "".join(line for error in errors for line in traceback.format_exception(error))
     assert ("Traceback" in shown, "urllib3" in caplog.text, canaries.stats()["granted_new"] >= 1) == (True,) * 3
@@ -307,7 +307,7 @@ def test_no_error_of_a_public_name_carries_a_secret(
     assert ALWAYS | fails_too <= {name for name, told in found.items() if told is not None}
 
 
-@pytest.mark.parametrize("name", ["get_valid_token", "revoke", "probe", "get_approval_key"])
+@pytest.mark.parametrize("name", ["get_valid_token", "revoke", "prove", "get_approval_key"])
 def test_an_interrupt_amid_a_request_carries_no_secret(name: str, canaries: Sandbox) -> None:
     """Ctrl-C before KIS has answered passes through frames of requests and urllib3, which hold body and headers."""
     assert canaries.url
@@ -321,13 +321,13 @@ def test_an_interrupt_amid_a_request_carries_no_secret(name: str, canaries: Sand
                 time.sleep(0.3)  # KIS has not yet answered
 
         os.environ |= {"KIS_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "KIS_TIMEOUT": "10"}
-        manager = USTokenManager()
-        if name in ("revoke", "probe"):
+        manager, key = USTokenManager(), Key.load(Settings.load())[0]
+        if name == "revoke":
             manager.save_token(make_token())
         thread = threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt) as met:
-            getattr(manager, name)()
+            key.prove(make_token()) if name == "prove" else getattr(manager, name)()
         thread.join()
     assert len(met.traceback) > 10, "it was amid the request"
     assert leaking(met.value) == []

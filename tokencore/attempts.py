@@ -34,7 +34,7 @@ class Outcome(StrEnum):
 NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # the outcomes that brought a token that was not there before
 GRANTED = NEW | {Outcome.SAME}
 FAILED = {  # wording for people, where the outcome's own name says too little
-    Outcome.SENT: "its process died",
+    Outcome.SENT: "no answer is recorded: its process died, or still waits",
     Outcome.SAME: "KIS returned the same token",
     Outcome.LIMIT: "KIS allows one request a minute",
     Outcome.SERVER_ERROR: "a fault at KIS",

@@ -144,7 +144,7 @@ class BaseTokenManager(Sensitive):
         """Return what is known of the market's token, as `tokencore check --json` prints it; read-only."""
         from tokencore.reports.status import look  # not on the path of a cached token
 
-        return look(self._key().state(datetime.now(UTC), shared=False), self.market).status
+        return look(self._key.state(datetime.now(UTC), shared=False), self.market).status
 
     def get_token_info(self) -> str:
         """Return the token's status for people: a few aligned lines, times in KST and in this machine's zone."""
@@ -165,7 +165,7 @@ class BaseTokenManager(Sensitive):
 
         """
         self._reload()
-        return self._key().refresh(force=force, reason=reason or "refresh", by=by)
+        return self._key.refresh(force=force, reason=reason or "refresh", by=by)
 
     def report_rejected(self, token: str) -> str:
         """Report that KIS rejected `token` on a business call (EGW00121, EGW00123); return the token to use instead.
@@ -213,21 +213,6 @@ class BaseTokenManager(Sensitive):
         with self._changing():
             self._store.clear()
         return True
-
-    def probe(self, token: Token | None = None) -> tuple[bool | None, str]:
-        """Make a quote call with `token` (default: the cached one); return whether KIS accepts it, and why.
-
-        The first is None if the call does not tell.
-
-        Raises:
-            TokenUnavailableError: there is no token to try.
-
-        """
-        token = token or self.load_token()
-        if token is None:
-            raise TokenUnavailableError(f"There is no token for {self.market.name!r} to test.")
-        evidence = self._key().prove(token)
-        return evidence.accepted, evidence.detail
 
     def export(self, client: str, folder: str) -> list[str]:
         """Write the token for another client (`mojito2`, `python-kis`, `kis-auth`) into `folder`; return the paths.
@@ -345,7 +330,7 @@ class BaseTokenManager(Sensitive):
             renewer = self._renewer
             renewer.departing = begun.set
             newer = renewer.renew_ahead(
-                token, f"ahead {self.market.name}", lambda: self._key().in_served_session(token, now)
+                token, f"ahead {self.market.name}", lambda: self._key.in_served_session(token, now)
             )
         except Exception as error:  # noqa: BLE001 - whatever fails, the present token is served
             self._next_try = time.monotonic() + max(AHEAD_PAUSE, interval)
@@ -368,7 +353,7 @@ class BaseTokenManager(Sensitive):
         if (market.fingerprint, market.token_dir, market.store) != (before.fingerprint, before.token_dir, before.store):
             vars(self).pop("_store", None)
             self._forget()
-        vars(self).pop("_renewer", None)
+        vars(self).pop("_key", None)
         self.market = market
 
     def _sharing(self) -> Sequence[Market]:
@@ -381,14 +366,13 @@ class BaseTokenManager(Sensitive):
         self.market.identified()  # reports a missing key or secret now, not during a renewal at night
         return open_store(self.market, lambda: [one.name for one in self._sharing()])
 
-    @cached_property
+    @property
     def _renewer(self) -> Renewer:
-        from tokencore.renewer import Renewer  # not on the path of a cached token
+        return self._key.renewer
 
-        return Renewer(self._sharing(), self._store)
-
+    @cached_property
     def _key(self) -> Key:
-        from tokencore.keys import Key  # imports the calendars, which a cached token does not need
+        from tokencore.keys import Key  # not on the path of a cached token
 
         return Key(self._sharing(), self._store)
 
@@ -464,7 +448,7 @@ def _import_ahead() -> None:
     """Import what a renewal needs, before anyone waits for the token."""
     from importlib import import_module
 
-    for name in ("filelock", "tokencore.kis.gateway", "tokencore.renewer", "tokencore.config.settings"):
+    for name in ("filelock", "tokencore.kis.gateway", "tokencore.keys", "tokencore.config.settings"):
         import_module(name)
 
 

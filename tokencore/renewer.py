@@ -348,8 +348,8 @@ class Renewer(Sensitive):
         except (OSError, TokenStoreError) as error:
             what = "A token was issued but could not be saved" if token else f"{attempt.outcome} could not be recorded"
             why = getattr(error, "strerror", None) or "the token directory is refused"
-            todo = "Only this process has it; free space or fix the permissions."
-            _log.critical("%s at %s (%s). %s", what, self._store.place, why, todo)
+            only = "Only this process has it; free" if token else "Free"
+            _log.critical("%s at %s (%s). %s space or fix the permissions.", what, self._store.place, why, only)
 
     def _share_failure(self, standing: Standing, began: datetime) -> None:
         """Raise if KIS was found unreachable while this caller waited for the lock; it need not find that out again."""

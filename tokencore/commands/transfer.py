@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from tokencore.commands import AddCommand
     from tokencore.config.market import Market
+    from tokencore.keys import Key
     from tokencore.tokens import Token
 
 
@@ -48,13 +49,14 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
     token = _token_for(manager.market, read_input(), datetime.now(UTC))
+    key = key_of(manager.market.settings, manager.market.name)
     if not options.offline:
-        _prove(manager, token)
+        _prove(key, token)
     elif "jti" not in jwt_claims(token.access_token):
         raise ConfigurationError("This token does not say whose it is, so KIS has to be asked: leave out --offline.")
     saved = manager.adopt(token, force=options.force, proven=not options.offline)
-    label, done = key_of(manager.market.settings, manager.market.name).label, "Saved" if saved else "Known already"
-    print(f"{done}: the token of {label} expires at {format_time(token.expires_at)}.")
+    done = "Saved" if saved else "Known already"
+    print(f"{done}: the token of {key.label} expires at {format_time(token.expires_at)}.")
     return 0
 
 
@@ -81,12 +83,12 @@ def _token_for(market: Market, text: str, now: datetime) -> Token:
     return token
 
 
-def _prove(manager: TokenManager, token: Token) -> None:
-    accepted, detail = manager.probe(token)
-    if accepted is False:
-        raise TokenUnavailableError(f"KIS refuses the token ({detail}). Nothing was saved.")
-    if accepted is None:
+def _prove(key: Key, token: Token) -> None:
+    found = key.prove(token)
+    if found.accepted is False:
+        raise TokenUnavailableError(f"KIS refuses the token ({found.detail}). Nothing was saved.")
+    if found.accepted is None:
         raise IssuerUnavailableError(
-            f"Whether KIS accepts the token is unknown: {detail}. Nothing was saved; try again later, or save it "
+            f"Whether KIS accepts the token is unknown: {found.detail}. Nothing was saved; try again later, or save it "
             "unproven with --offline."
         )
