@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 NOT_VALID, UNREACHABLE = 3, 6
 LOOPBACK = "127.0.0.1"
-HIGHEST_PORT = 65_535
 WIDTH = 79  # characters of a line for people: readable in the narrowest terminal, and in an e-mail
 
 
@@ -129,6 +128,6 @@ def _metrics(options: argparse.Namespace) -> int:
 def address(text: str) -> tuple[str, int]:
     """Parse `HOST:PORT`, `[HOST]:PORT` for IPv6, or a port alone, which means loopback."""
     host, _, port = text.rpartition(":")
-    if not port.isdecimal() or int(port) > HIGHEST_PORT:
+    if not port.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a HOST:PORT, such as 127.0.0.1:9479")
     return host.strip("[]") or LOOPBACK, int(port)

@@ -51,7 +51,7 @@ CREDENTIAL = ("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL")  # endings of the v
 LENGTHS = {"APP_KEY": codes.KEY_LENGTH, "APP_SECRET": codes.SECRET_LENGTH}
 LONGEST, SHOWN = 60, 3  # how many characters of a value, and how many names in a line, are shown
 OTHERS = 0o077 if os.name == "posix" else 0  # permission bits of group and others
-LITTLE, TOO_LITTLE = 100 << 20, 1 << 20  # bytes free: below these, a warning and a failure
+LITTLE = 100 << 20  # bytes free: below these, a warning
 NOTICEABLE = 5.0  # seconds: the Date header is in whole seconds, and the answer itself takes some time
 SLACK_API = "https://slack.com/api/"
 PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # the variables that may hold it
@@ -186,10 +186,7 @@ def _directory(it: Subject) -> Iterator[Finding]:
             name = f"lock {key.fingerprint}" if len(it.keys) > 1 else "lock"
             yield from _tried(name, _lock(key, name))
     free = shutil.disk_usage(above).free
-    if free < TOO_LITTLE:
-        yield _fail("disk", f"{free >> 10:,} kB free", "free space: an issued token could not be saved", STORE)
-    else:
-        yield _judged("disk", f"{free >> 20:,} MB free", "free space before it runs out" if free < LITTLE else "")
+    yield _judged("disk", f"{free >> 20:,} MB free", "free space before it runs out" if free < LITTLE else "")
 
 
 def _usable(folder: str, above: str) -> Iterator[Finding]:
@@ -202,14 +199,14 @@ def _usable(folder: str, above: str) -> Iterator[Finding]:
             trial.write(b"\n")
             os.fsync(trial.fileno())
     except OSError as error:
-        fix = "give your user the right to read and write there, or point KIS_TOKEN_DIR elsewhere"
+        fix = "free space, give your user the right to read and write there, or point KIS_TOKEN_DIR elsewhere"
         yield _fail(name, f"{above} cannot be read and written ({error.strerror})", fix, STORE)
         return
-    if above != folder:
+    if above == folder:
+        mode = stat.S_IMODE(os.stat(folder).st_mode)
+        yield _judged(name, f"{folder}, mode {mode:04o}", f"chmod 700 {folder}" if mode & OTHERS else "")
+    else:
         yield _ok(name, f"{folder} does not exist yet; the first issue makes it")
-        return
-    mode = stat.S_IMODE(os.stat(folder).st_mode)
-    yield _judged(name, f"{folder}, mode {mode:04o}", f"chmod 700 {folder}" if mode & OTHERS else "")
 
 
 def _is_wide(path: str) -> bool:
@@ -245,13 +242,9 @@ def _some(names: list[str]) -> str:
 
 def _lock(key: Key, name: str) -> Iterator[Finding]:
     with key.store.lock(wait=PATIENCE) as free:
-        pass
-    if free:
-        yield _ok(name, "free")
-        return
-    who = _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
-    detail = f"held by {who} for {PATIENCE:g} s: normal while that waits for KIS"
-    yield _warn(name, detail, "if it lasts for minutes, end that process")
+        who = "" if free else _holders(os.path.join(key.market.token_dir, f"key-{key.fingerprint}.lock"))
+    detail = f"held by {who} for {PATIENCE:g} s: normal while that waits for KIS" if who else "free"
+    yield _judged(name, detail, "if it lasts for minutes, end that process" if who else "")
 
 
 def _holders(path: str) -> str:
