@@ -1,7 +1,5 @@
 """Test values: tokens, JWTs, answers and markets, with secrets that are easy to find in any output."""
 
-from __future__ import annotations
-
 import base64
 import html
 import json

@@ -1,7 +1,5 @@
 """Key states at a given moment, and flow runs on a real Prefect server, run to their end in this process."""
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import functools

@@ -1,7 +1,5 @@
 """A PostgreSQL server of the tests' own on loopback, which can be started, killed and started again."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Helpers for the real command, real processes and real token files: run them and read what they leave behind."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re

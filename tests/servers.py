@@ -1,7 +1,5 @@
 """Stand-ins for tests: loopback servers, such as Slack and a KIS with a script, and a keyring in a file."""
 
-from __future__ import annotations
-
 import builtins
 import json
 import re

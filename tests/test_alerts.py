@@ -1,7 +1,5 @@
 """Alerts: the cause they name, what people read and how often, and that no run waits long or fails because of Slack."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

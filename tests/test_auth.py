@@ -1,7 +1,5 @@
 """Calls signed by KISAuth and KISHttpxAuth, and the websocket's approval key: one issue for all, no secret leaks."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

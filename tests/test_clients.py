@@ -4,8 +4,6 @@ mojito2 and python-kis are the real packages with exact pins, each in its own vi
 the one that runs the tests; `make clients` starts more processes. The official sample is not published as a package.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """prefect.yaml, the rules for every flow and deployment, and the services of systemd and compose, without a server."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import inspect

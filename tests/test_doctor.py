@@ -1,7 +1,5 @@
 """`tokencore doctor`: what it finds in healthy and broken set-ups, without a change, an issue or a shown secret."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

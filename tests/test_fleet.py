@@ -2,8 +2,6 @@
 
 # ruff: noqa: S311 - random faults, not secrets
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

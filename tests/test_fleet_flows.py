@@ -3,8 +3,6 @@
 It takes minutes and ends with a table. Its tests depend on their order.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

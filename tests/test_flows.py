@@ -1,7 +1,5 @@
 """The flows: how runs end, what they publish and what they schedule, with the sandbox as KIS and a real Prefect."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

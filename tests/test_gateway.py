@@ -1,7 +1,5 @@
 """KIS over HTTP: answers and refusals are told apart, redirects are not followed, and no secret is given away."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """`tokencore metrics`: what Prometheus reads over HTTP, from a file and from standard output."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """What is installed: the wheel's files, the pins, the bounds with their reasons, and the example settings."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

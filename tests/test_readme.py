@@ -1,7 +1,5 @@
 """README and the pages in docs/ are true in both languages: code runs, settings load, and commands and links exist."""
 
-from __future__ import annotations
-
 import os
 import re
 import runpy

@@ -1,7 +1,5 @@
 """A person's refresh: when it asks for confirmation, how it ends, and who hears of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

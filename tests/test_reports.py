@@ -1,7 +1,5 @@
 """What people and programs see of a market, its key and the days ahead: tables, JSON, the picture and states."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The sandbox gateway: KIS's rules with a clock that is passed in, the rest over real HTTP, as a client asks KIS."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

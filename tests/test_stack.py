@@ -1,7 +1,5 @@
 """One life of the running system, in the order of the tests: started, asked by strangers, hurt and stopped."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

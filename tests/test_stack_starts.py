@@ -1,7 +1,5 @@
 """The demo from start to end, starts that fail with one sentence and leave nothing, and the outside watchdog."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
