@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from tokencore.config.settings import Settings
     from tokencore.stores.database import Database
 
-    Check = tuple[str, str, str, str]  # `ok` or `warn`, what was checked, the detail, and the fix
+    Found = tuple[str, object, str, str, str]  # what was checked, whether it is bad, the detail if not, if so, the fix
 
 DESTROYS = "has_table_privilege('tokencore_key', 'DELETE') or has_table_privilege('tokencore_key', 'TRUNCATE')"
 
 
-def checks(settings: Settings) -> list[Check]:
+def checks(settings: Settings) -> list[tuple[str, str, str, str]]:
     """Check the connection, its encryption, the role, the clock, the keys, and whether this machine has a follower.
+
+    Return a line for each: `ok` or `warn`, what was checked, the detail, and the fix.
 
     Raises:
         TokenError: the store cannot be used; the message says why, and what to do.
@@ -27,39 +29,31 @@ def checks(settings: Settings) -> list[Check]:
     """
     fleet = Fleet.of(settings)
     with fleet.connect() as session:
-        lines = [
-            ("store", "reachable; its tables match this version", ""),
-            ("store encryption", *_either(not session.encrypted, "the connection is encrypted", *OPEN)),
-            ("store role", *_either(session.execute(f"select {DESTROYS}")[0][0], "it cannot delete rows", *MIGHTY)),
-            *_rows(fleet, session),
-        ]
+        found = [*_connection(session), *_rows(fleet, session)]
     with hold(fleet.follower_lock(fleet.rows()), 0, lambda: True) as alone:
-        lines.append(("store follower", *_either(alone, "a process of this machine follows the fleet", *ALONE)))
-    return [("warn" if fix else "ok", name, detail, fix) for name, detail, fix in lines]
+        fix = "run `tokencore follow` where programs use commands only"
+        wrong = "no process of this machine follows the fleet"
+        found.append(("store follower", alone, "a process of this machine follows the fleet", wrong, fix))
+    return [("warn", name, bad, fix) if wrong else ("ok", name, good, "") for name, wrong, good, bad, fix in found]
 
 
-OPEN = (
-    "the connection is not encrypted",
-    "set sslmode=verify-full and sslrootcert in KIS_STORE, unless the server runs on this host",
-)
-MIGHTY = "it can delete rows", "use the role that `tokencore fleet init` prints"
-ALONE = "no process of this machine follows the fleet", "run `tokencore follow` where programs use commands only"
+def _connection(session: Database) -> Iterator[Found]:
+    yield "store", False, "reachable; its tables match this version", "", ""
+    fix = "set sslmode=verify-full and sslrootcert in KIS_STORE, unless the server runs on this host"
+    wrong = "the connection is not encrypted"
+    yield "store encryption", not session.encrypted, "the connection is encrypted", wrong, fix
+    fix = "use the role that `tokencore fleet init` prints"
+    mighty = session.execute(f"select {DESTROYS}")[0][0]
+    yield "store role", mighty, "it cannot delete rows", "it can delete rows", fix
 
 
-def _either(bad: object, well: str, trouble: str, fix: str) -> tuple[str, str]:
-    return (trouble, fix) if bad else (well, "")
-
-
-def _rows(fleet: Fleet, session: Database) -> Iterator[tuple[str, str, str]]:
+def _rows(fleet: Fleet, session: Database) -> Iterator[Found]:
     states = session.read(["layout", *session.names()], 0)
     ahead = states.pop("layout").ahead.total_seconds()
     wrong = f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
-    yield (
-        "store clock",
-        *_either(ahead, "this machine's clock agrees with the server's", wrong, "synchronize both by NTP"),
-    )
+    yield "store clock", ahead, "this machine's clock agrees with the server's", wrong, "synchronize both by NTP"
     opened = [fleet.seal.opened_by(state.sealed) for state in states.values()]
     foreign, old = opened.count(None), len([one for one in opened if one])
     fix = "add the key that sealed them to KIS_STORE_KEYS" if foreign else "run `tokencore fleet rotate`"
     detail = f"{foreign} of {len(opened)} entries cannot be decrypted, {old} are sealed with an older key"
-    yield "store keys", *_either(foreign or old, f"{len(opened)} entries, all sealed with the newest key", detail, fix)
+    yield "store keys", foreign or old, f"{len(opened)} entries, all sealed with the newest key", detail, fix

@@ -115,12 +115,9 @@ class FileStore(Sensitive):
             _unsaved[self._key_path] = token
             raise
         _unsaved.pop(self._key_path, None)
-        stored = tokens.from_text(text)[0]  # not the caller's object, which may change
-        self._remember(self._key_path, stored)
         for path in self._own_views():
             self._set_aside(path)
-            if self._copied(path, text.encode()):
-                self._remember(path, stored)
+            self._copy(path, text.encode())
 
     def delete(self) -> bool:
         """Remove this market's view, and the key's file with the last view.
@@ -184,7 +181,7 @@ class FileStore(Sensitive):
             if token is not None:
                 mark = b"%d\n" % (token.issued_at or attempt.at).timestamp()
                 for path in self._own_views():
-                    self._copied(path.removesuffix(VIEW) + MARK, mark)
+                    self._copy(path.removesuffix(VIEW) + MARK, mark)
             self.record.complete(fence, attempt)
 
     def note(self, attempt: Attempt) -> None:
@@ -269,20 +266,13 @@ class FileStore(Sensitive):
             return None, FOREIGN
         return token, ""
 
-    def _remember(self, path: str, token: Token) -> None:
-        """Note that `path` now holds `token`, so that this process need not parse what it wrote itself."""
-        if seen := files.signature(path):
-            self._known[path] = seen, token
-
-    def _copied(self, path: str, content: bytes) -> bool:
-        """Write a copy of what the key's file or the record has; log a failure, and return whether it worked."""
+    def _copy(self, path: str, content: bytes) -> None:
+        """Write a copy of what the key's file or the record has, and only log a failure."""
         try:
             files.write_bytes(path, content, writer=self.fingerprint, durable=False)
         except OSError as error:
             unaffected = "programs that use tokencore are not affected"
             log().warning(f"{path} could not be updated ({error.strerror}); {unaffected}.")
-            return False
-        return True
 
     def _set_aside(self, path: str) -> None:
         """Set aside what is no token of this key, unless it is a view of another key that has its own file here."""

@@ -29,7 +29,7 @@ def signature(path: str) -> Signature | None:
 def read_text(path: str) -> str | None:
     """Return the text of a regular file, or None if there is no file; see `read_bytes`."""
     content = read_bytes(path)
-    return None if content is None else content.decode().removeprefix("\ufeff")
+    return None if content is None else content.decode()
 
 
 def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, trusted: bool = True) -> bytes | None:

@@ -46,6 +46,7 @@ TRIES = 20  # for a change, when other machines change the row first
 FOLLOW = 2.0  # seconds after which a process that keeps asking follows, and between two checks that it does
 SLACK = timedelta(seconds=2)  # by which two recorded times of the same attempt may differ
 REMEMBERED = 8  # removed tokens that a row lists, so that no machine restores them
+CONTENDED = "Other machines change the fleet's store too often. Nothing was issued; try again."
 PROMPT = 1.5  # seconds to connect for a document: an alert must not wait, and can use the machine's copy
 
 
@@ -310,8 +311,7 @@ class SharedStore(Sensitive):
 
     def _sealed(self, token: Token | None, removed: list[str]) -> str:
         """Return a row's encrypted content with this token and the digests of removed ones."""
-        at, (fingerprint, environment) = (token and token.cached_at) or datetime.now(UTC), self._about.values()
-        text = token and tokens.to_cache(token, now=at, environment=environment, key_fingerprint=fingerprint)
+        text = token and tokens.to_cache(token, now=token.cached_at or datetime.now(UTC), **self._about)
         gone = [one for one in removed if one and one != _name_of(token)]
         return self._fleet.seal.close({**self._about, "token": text, "removed": gone[:REMEMBERED]})
 
@@ -371,7 +371,7 @@ class SharedStore(Sensitive):
             if state.version and not better:
                 return state
             session.put(self.name, state.version, self._sealed(better, removed))
-        raise TokenStoreError("Other machines change the fleet's store too often. Nothing was issued; try again.")
+        raise TokenStoreError(CONTENDED)
 
     def _restored(self, session: Database, state: State) -> bool:
         """Push what only the machine's record has; return whether there was anything.
@@ -406,9 +406,9 @@ class SharedStore(Sensitive):
                     raise
                 sealed = ""  # a damaged row is removed as well
             if session.put(self.name, state.version, sealed):
-                break
-        self._changed()
-        return bool(before)
+                self._changed()
+                return bool(before)
+        raise TokenStoreError(CONTENDED)
 
     def _publish(self, session: Database | None, fence: Fence, attempt: Attempt, token: Token | None) -> None:
         """Publish the token and the outcome; if the store cannot be reached, the next exchange does both."""
@@ -433,7 +433,7 @@ class SharedDocument(Sensitive):
     machine's copy is used instead.
     """
 
-    __slots__ = ("_about", "_leased", "_local", "_row", "_session", "_settings", "_version", "place")
+    __slots__ = ("_about", "_content", "_local", "_row", "_session", "_settings", "_version", "place")
 
     def __init__(self, local: FileDocument, settings: Settings, name: str) -> None:
         """Set the name of the document's row; nothing is opened yet."""
@@ -441,17 +441,19 @@ class SharedDocument(Sensitive):
         self._row = f"document:{name}"
         self._about = {"document": self._row}
         self._session: Database | None = None
-        self._version, self._leased = 0, False
+        self._version = 0
+        self._content: dict[str, Any] | None = None  # under the lock
 
     def read(self) -> dict[str, Any]:
         """Return the object; empty if there is none or it cannot be read."""
-        if not self._leased:
-            try:
-                with self._fleet.connect(PROMPT) as session:
-                    return self._opened(session.read([self._row], 0)[self._row].sealed)
-            except TokenError as error:
-                self._fleet.warn(error)
-        return self._local.read()
+        if self._content is not None:
+            return self._content
+        try:
+            with self._fleet.connect(PROMPT) as session:
+                return self._opened(session.read([self._row], 0)[self._row].sealed)
+        except TokenError as error:
+            self._fleet.warn(error)
+            return self._local.read()
 
     def write(self, content: dict[str, Any]) -> None:
         """Replace the object, under the lock.
@@ -468,6 +470,7 @@ class SharedDocument(Sensitive):
             except TokenError:
                 raise TimeoutError(None, "the fleet's store does not answer") from None
             self._version += 1
+        self._content = content
         self._local.write(content)
 
     @contextmanager
@@ -475,22 +478,10 @@ class SharedDocument(Sensitive):
         """Hold the document's lock inside the block, for all machines; yield False if it was not acquired in time."""
         end = time.monotonic() + wait
         with self._local.lock(wait=wait, give_up=give_up) as held:
-            self._leased = held
             try:
-                try:
-                    if held:
-                        self._session = self._fleet.connect(PROMPT)
-                        self._leased = self._lease(self._session, end, give_up)
-                except TokenError as error:
-                    self._close()
-                    self._fleet.warn(error)
-                yield self._leased
+                yield held and self._leased(end, give_up)
             finally:
-                if self._session and self._leased:
-                    with suppress(TokenError):  # the lease ends by itself
-                        self._session.release(self._row, self._version)
-                self._leased = False
-                self._close()
+                self._end()
 
     @property
     def _fleet(self) -> Fleet:
@@ -498,16 +489,25 @@ class SharedDocument(Sensitive):
 
         return Fleet.of(self._settings)
 
-    def _lease(self, session: Database, end: float, give_up: Callable[[], bool]) -> bool:
-        while not (found := session.lease(self._row)):
-            if not session.read([self._row], 0)[self._row].version:
-                session.put(self._row, 0, self._sealed(self._local.read()))
-            elif give_up() or time.monotonic() >= end:
-                return False
-            else:
-                time.sleep(POLL)
-        self._version = found[0]
-        self._local.write(self._opened(found[1]))
+    def _leased(self, end: float, give_up: Callable[[], bool]) -> bool:
+        try:
+            self._session = session = self._fleet.connect(PROMPT)
+            while not (found := session.lease(self._row)):
+                if not session.read([self._row], 0)[self._row].version:
+                    session.put(self._row, 0, self._sealed(self._local.read()))
+                elif give_up() or time.monotonic() >= end:
+                    return False
+                else:
+                    time.sleep(POLL)
+            self._version = found[0]
+            self._content = self._opened(found[1])
+        except TokenError as error:
+            self._end()
+            self._fleet.warn(error)
+            self._content = self._local.read()
+        else:
+            with suppress(OSError):  # the copy is for when the store cannot be reached
+                self._local.write(self._content)
         return True
 
     def _sealed(self, content: dict[str, Any]) -> str:
@@ -517,10 +517,13 @@ class SharedDocument(Sensitive):
         content = self._fleet.seal.open(sealed, self._about).get("content") if sealed else {}
         return content if isinstance(content, dict) else {}
 
-    def _close(self) -> None:
+    def _end(self) -> None:
         if self._session:
+            with suppress(TokenError):  # the lease ends by itself
+                if self._version:
+                    self._session.release(self._row, self._version)
             self._session.close()
-            self._session = None
+        self._session, self._version, self._content = None, 0, None
 
 
 def make_follower(settings: Settings, *own: Market) -> Follower:
