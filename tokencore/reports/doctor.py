@@ -51,10 +51,10 @@ CREDENTIAL = ("APP_KEY", "APP_SECRET", "_TOKEN", "HOOK_URL")  # endings of the v
 LENGTHS = {"APP_KEY": codes.KEY_LENGTH, "APP_SECRET": codes.SECRET_LENGTH}
 LONGEST, SHOWN = 60, 3  # how many characters of a value, and how many names in a line, are shown
 OTHERS = 0o077 if os.name == "posix" else 0  # permission bits of group and others
-LITTLE = 100 << 20  # bytes free: below these, a warning
+LITTLE = 100 << 20  # bytes free, below which there is a warning
 NOTICEABLE = 5.0  # seconds: the Date header is in whole seconds, and the answer itself takes some time
 SLACK_API = "https://slack.com/api/"
-PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # the variables that may hold it
+PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # the variables that may hold `user:password`
 POOL = "tokens"  # the work pool of prefect.yaml
 CACHES = {  # caches of other clients, each of which would issue tokens for itself
     "token.dat": "mojito2",
@@ -144,7 +144,7 @@ def _settings(it: Subject) -> Iterator[Finding]:
     """Check that the settings can be used and their files are private; list each one that is set, with its origin."""
     origins, unknown = it.found.origins, it.settings.misspelt() if it.settings else {}
     if it.problem:
-        yield _fail("settings", it.problem, "correct it where it was set, see below", SETTINGS)
+        yield _fail("settings", it.problem, "follow this message; what is set, and where, is listed below", SETTINGS)
     else:
         yield _ok("settings", f"{len(origins)} set, all well-formed")
     yield from (_setting(name, it.found.values[name], origins[name]) for name in sorted(origins.keys() - unknown))

@@ -154,7 +154,7 @@ def _local(at: datetime) -> datetime:
 
 
 def _file(one: Seen) -> str:
-    """Describe the file as the old check script did: its mode, when it was cached, the token's length."""
+    """Describe the market's file: its mode, when it was cached, the token's length; or why it gives no token."""
     status = one.status
     if not status["cache_exists"]:
         return f"no token file at {status['file']}"

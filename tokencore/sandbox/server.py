@@ -43,7 +43,8 @@ class Sandbox(Gateway):
         try:
             self._server = _Server(("127.0.0.1", self._port), _Handler)
         except (OSError, OverflowError) as error:
-            message = f"Cannot listen on 127.0.0.1:{self._port} ({error}): choose another port with --port."
+            why = getattr(error, "strerror", None) or "no such port"
+            message = f"Cannot listen on 127.0.0.1:{self._port} ({why}); choose another port with --port."
             raise ConfigurationError(message) from None
         self._server.gateway = self
         self.closing.clear()
