@@ -6,7 +6,7 @@ printed last, are measured.
 
 A token lives for 24 hours and does not count as valid in its last five minutes. While KIS is up, an issue succeeds at
 once. For the last column, KIS is down for 180 minutes each week, starting at a random minute, and an issue that fails
-is tried again after `tokencore.policy.retry_delay`.
+is tried again after `tokencore.attempts.retry_delay`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # lets the benchmark run from a checkout that is not installed
 
+from tokencore.attempts import retry_delay
 from tokencore.calendars.exchanges import EXCHANGES
 from tokencore.calendars.sessions import need, session
 from tokencore.calendars.sessions import needs as merged_needs
-from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal, retry_delay
+from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from prefect.exceptions import FailedRun, MissingContextError
 from prefect.logging import get_run_logger
 
-from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, TokenError, sessions
+from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableError, Key, TokenError, sessions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import TaskRun
     from prefect.logging.loggers import LoggingAdapter
 
-    from tokencore import Key, KeyState
+    from tokencore import KeyState
 
 KST = ZoneInfo("Asia/Seoul")  # the time of KIS's own notices
 MARGIN = 5.0  # seconds after a cool-down before Prefect tries again
-QUICK, SLOW = 65 / 60, 5.0  # pauses between attempts, in issue intervals: the first three, and all later ones
 REFUSED_IN_QUOTES = {"EGW00103": "app key", "EGW00105": "app secret"}
 TRIES = 20  # Prefect's retries in one run; enough for 45 minutes while KIS is down
 AnyFlow = TypeVar("AnyFlow", bound="Flow[..., Any]")
@@ -116,9 +115,9 @@ def retry_delays(interval: float, span: timedelta) -> list[float]:
     They follow the renewal rule (65 s three times, then 5 min) with `MARGIN` added, stretch with the issue `interval`
     (KIS's is 60 seconds), and never end inside the cool-down of the previous attempt.
     """
-    quick, slow = QUICK * interval + MARGIN, SLOW * interval + MARGIN
     delays: list[float] = []
-    for delay in [quick] * 3 + [slow] * (TRIES - 3):
+    for failures in range(1, TRIES + 1):
+        delay = Key.retry_delay(failures, interval).total_seconds() + MARGIN
         if sum(delays) + delay > span.total_seconds():
             break
         delays.append(delay)

@@ -33,7 +33,6 @@ from servers import HOOK, SlackEndpoint
 from flows import alerts, artifacts, check_tokens, runs, upcoming, warm_up
 from flows.runs import Done, UnforeseenError, View, harmless, retry_delays, safe_errors
 from tokencore import Key, Settings, errors, sessions
-from tokencore.policy import retry_delay
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 Step = Callable[..., Done]
@@ -105,8 +104,7 @@ def test_a_failed_runs_log_ends_with_its_sentence() -> None:
 
 def test_prefect_never_tries_again_inside_the_cool_down() -> None:
     """Pauses follow the rule plus 5 s, so that they outlast the cool-down; those that end too late are left out."""
-    rule = [retry_delay(failed).total_seconds() + 5 for failed in range(1, 8)]
-    assert retry_delays(60, timedelta(minutes=24)) == rule
+    assert retry_delays(60, timedelta(minutes=24)) == [70] * 3 + [305] * 4
     assert [retry_delays(60, timedelta(seconds=span)) for span in (-60, 69, 70)] == [[], [], [70]]
     assert retry_delays(0.6, HOUR) == [pytest.approx(5.65)] * 3 + [8] * 17
 

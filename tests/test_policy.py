@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from tokencore.attempts import retry_delay
 from tokencore.calendars import sessions
-from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals, retry_delay
+from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:

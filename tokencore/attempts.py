@@ -1,4 +1,7 @@
-"""Issue requests as values: the outcome, who asked, and what a list of them says. They never hold a token or a key."""
+"""Issue requests as values: the outcome, who asked, what a list of them says, and how long to wait after failures.
+
+They never hold a token or a key.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DAY = timedelta(hours=24)
+MINUTE = 60.0  # seconds after a token request in which KIS refuses another
 REASON_LENGTH, BY_LENGTH = 80, 40  # characters that are kept
 
 
@@ -98,3 +102,11 @@ def failure(attempts: Sequence[Attempt]) -> tuple[datetime, str] | None:
 def failures(attempts: Sequence[Attempt]) -> int:
     """Count the attempts that have failed since the last one that brought a token."""
     return next((n for n, one in enumerate(reversed(attempts)) if one.outcome in GRANTED), len(attempts))
+
+
+def retry_delay(failures: int, interval: float = MINUTE) -> timedelta:
+    """Return how long to leave KIS alone after this many failures in a row: 65 s three times, then 5 min.
+
+    The waits scale with the issue `interval` in seconds; KIS's own is 60.
+    """
+    return timedelta(seconds=65 if failures <= 3 else 300) * (interval / MINUTE)  # noqa: PLR2004 - three times

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import limits, outlook, policy
-from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, failure, issued_within
+from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, failure, issued_within, retry_delay
 from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import Standing, format_time
@@ -191,6 +191,8 @@ class Key(Sensitive):
                     "Nothing was asked of KIS; use shorter words."
                 )
         return reason[:REASON_LENGTH].rstrip(), by[:BY_LENGTH].rstrip()
+
+    retry_delay = staticmethod(retry_delay)
 
     def prove(self, token: Token) -> Evidence:
         """Make one quote call and return what it shows about `token`; no answer of KIS makes it raise."""

@@ -10,9 +10,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import attempts as record
-from tokencore.attempts import CREDENTIALS, NEW, Outcome
+from tokencore.attempts import CREDENTIALS, NEW, Outcome, retry_delay
 from tokencore.errors import CredentialsError, IssuanceLimitError
-from tokencore.policy import retry_delay
 from tokencore.tokens import KST, SAME_TOKEN
 
 if TYPE_CHECKING:

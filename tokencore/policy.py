@@ -25,7 +25,6 @@ LIFE = timedelta(hours=24)  # the life of a token yet to be issued; for the pres
 LEAD = timedelta(minutes=60)  # time before a need or an expiry for an outage of KIS to pass
 ONE_A_DAY = LIFE + timedelta(seconds=2)  # between issues; two extra seconds because KIS truncates times to seconds
 SETTLE = timedelta(minutes=5)  # wait after a need; as long as the buffer, so that the next day is fully served
-MINUTE = 60.0  # seconds after a token request in which KIS refuses another
 CLOCK_SLACK = timedelta(seconds=30)  # tolerated between two clocks: an issue this far ahead of now is believed
 
 _DAY, _MINUTE, _MINUTES_A_DAY = timedelta(days=1), timedelta(minutes=1), 1440
@@ -65,14 +64,6 @@ def quiet_time(needs: Needs) -> tuple[time, time] | None:
     """Return start and end (KST) of the longest time of day that is quiet on all days; None without one, or needs."""
     length, begins = _longest_gap(needs)
     return (_of_day(begins), _of_day(begins + length)) if length else None
-
-
-def retry_delay(failures: int, interval: float = MINUTE) -> timedelta:
-    """Return how long to leave KIS alone after this many failures in a row: 65 s three times, then 5 min.
-
-    The waits scale with the issue `interval` in seconds; KIS's own is 60.
-    """
-    return timedelta(seconds=65 if failures <= 3 else 300) * (interval / MINUTE)  # noqa: PLR2004 - three times
 
 
 def next_renewal(

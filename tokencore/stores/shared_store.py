@@ -337,7 +337,7 @@ class SharedStore(Sensitive):
         return (datetime.now(UTC) - last.at).total_seconds() < self._patience()
 
     def _patience(self) -> float:
-        from tokencore.policy import retry_delay
+        from tokencore.attempts import retry_delay
 
         settings = self._market.settings
         return float(max(retry_delay(1, settings.issue_interval).total_seconds(), IN_FLIGHT * settings.timeout))
