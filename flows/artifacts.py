@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from prefect.artifacts import create_markdown_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
+from prefect.artifacts import Artifact, create_markdown_artifact
 
 from flows import runs, upcoming
 from flows.alerts.causes import cause_of
@@ -25,6 +23,8 @@ from tokencore import CredentialsError, IssuanceLimitError, IssuerUnavailableErr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from prefect.client.schemas.objects import Artifact as ArtifactResponse
 
     from flows.runs import Done, View
     from tokencore import KeyState
@@ -186,9 +186,7 @@ def _covered(view: View, state: KeyState, need: tuple[datetime, datetime] | None
 
 def _suffix(names: Sequence[str], now: datetime) -> str:
     """Return what ends the artifacts' names: nothing, or a key's fingerprint if another installation has the names."""
-    wanted = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[TOKENS]))
-    with get_client(sync_client=True) as client:
-        there = next(iter(client.read_latest_artifacts(artifact_filter=wanted)), None)
+    there = cast("ArtifactResponse | None", Artifact.get(TOKENS))
     if there is None or there.updated is None or now - there.updated > ABANDONED:
         return ""
     _, named, theirs = (there.description or "").rpartition(KEYS)  # version 0.1 named no keys

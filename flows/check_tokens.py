@@ -40,8 +40,8 @@ def run_name() -> str:
 def check_tokens() -> State:
     """Follow the renewal rule for every key, and publish how the tokens are.
 
-    See the artifacts [tokens](/artifacts/key/tokens), a row per market, and [plan](/artifacts/key/plan), the days
-    ahead; open the newest entry of each.
+    See the artifacts [tokens](/artifacts/key/tokens), a row per market, and [plan](/artifacts/key/plan), the
+    days ahead; open the newest entry of each.
 
     A key is renewed when the rule says so: once a day, in the time that is quiet on all its exchanges. On a day
     with a session one quote call proves that KIS accepts the token (`KIS_PROVE_TOKENS`); one that KIS rejects is
@@ -137,15 +137,9 @@ def ended(results: Mapping[Key, Done | Exception]) -> State:
     if failures := runs.failures(results):
         return Failed(message=failures)
     done = [result for result in results.values() if isinstance(result, Done)]
-    said = " ".join(f"{progress(one)}." for one in done)
+    said = " ".join(f"{one.said}; {artifacts.next_renewal(one.state)}." for one in done)
     if any(one.renewed for one in done):
         return Completed(name="Renewed", message=said)
     if all(one.state.serves_until for one in done):
         return Completed(name="AlreadyValid", message=said)
     return Completed(message=said)
-
-
-def progress(done: Done) -> str:
-    """Say how the key is and what comes next, without the final full stop."""
-    said = done.state.served, str(done.trouble or ""), done.remark, artifacts.next_renewal(done.state)
-    return "; ".join(part.rstrip(".") for part in said if part)

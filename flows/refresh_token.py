@@ -154,7 +154,7 @@ def renew(key: Key, asked: Request, now: datetime) -> tuple[State, Exception | N
         return unrenewed(state, error, asked), error
     state = key.state(datetime.now(UTC))
     kind: Notice = ("forced" if asked.force else "renewed") if renewed else "same"
-    alerts.announce(key.market.settings, state, kind, by=asked.operator, why=asked.reason)
+    alerts.announce(state, kind, by=asked.operator, why=asked.reason)
     if renewed:
         return Completed(name="Renewed", message=f"{state.served}."), None
     return Completed(name="AlreadyValid", message=f"KIS returned the same token. {state.served}."), None
@@ -205,10 +205,10 @@ def unrenewed(before: KeyState, error: Exception, asked: Request) -> State:
     A limit that endangers no session is only reported to the person who asked: the plan renews in time. If KIS was not
     even asked because of a limit, the state says it all, and nothing is reported.
     """
-    settings, state = before.key.market.settings, before.key.state(datetime.now(UTC))
+    state = before.key.state(datetime.now(UTC))
     limited = isinstance(error, IssuanceLimitError)
     was_asked = state.attempts[-1:] != before.attempts[-1:]
     if not limited or was_asked:
-        alerts.announce(settings, state, "failed", by=asked.operator, why=asked.reason, error=error)
+        alerts.announce(state, "failed", by=asked.operator, why=asked.reason, error=error)
     declined = limited and state.serves_until is not None
     return Completed(name="Declined", message=str(error)) if declined else Failed(message=str(error))

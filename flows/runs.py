@@ -48,6 +48,12 @@ class Done(NamedTuple):
     remark: str = ""  # what else there is to say
     trouble: TokenError | None = None  # why a renewal that was due failed, if the token still serves
 
+    @property
+    def said(self) -> str:
+        """What there is to say, the token first, without the final full stop."""
+        parts = self.state.served, str(self.trouble or ""), self.remark
+        return "; ".join(part.rstrip(".") for part in parts if part)
+
 
 class View(NamedTuple):
     """A key as a run leaves it: its state (None if it cannot be read), and the error that the run met."""

@@ -100,7 +100,7 @@ def ensure(key: Key, until: datetime, again_in: float | None = None) -> Done:
         TokenError: there is no token that lasts; a present one is untouched.
 
     """
-    now, remark, issued, refused = datetime.now(UTC), "", False, None
+    now, remark, refused, issued = datetime.now(UTC), "", None, False
     try:
         with safe_errors():
             state = key.state(now)
@@ -112,11 +112,11 @@ def ensure(key: Key, until: datetime, again_in: float | None = None) -> Done:
     except SAFE as error:
         met = alerts.report(key.market.settings, key, error, now, again_in)
         raise artifacts.met(key, met, again_in) from None
-    if refused and not issued:
+    if refused:
         alerts.report(key.market.settings, state, refused, state.now)
-        return Done(state, issued, str(refused).rstrip("."), refused)
-    alerts.resolved(key.market.settings, state, state.now)
-    return Done(state, issued, remark)
+    else:
+        alerts.resolved(key.market.settings, state, state.now)
+    return Done(state, issued, remark, refused)
 
 
 def ended(exchange: str, until: datetime, results: Mapping[Key, Done | Exception]) -> State:
@@ -124,6 +124,6 @@ def ended(exchange: str, until: datetime, results: Mapping[Key, Done | Exception
     if failures := runs.failures(results):
         return Failed(message=failures)
     done = [result for result in results.values() if isinstance(result, Done)]
-    said = "; ".join([*(one.state.served for one in done), *(one.remark for one in done if one.remark)])
+    said = "; ".join(one.said for one in done)
     name = "Renewed" if any(one.renewed for one in done) else "Warm"
     return Completed(name=name, message=f"{said}. {exchange} needs it until {clock(until)}.")

@@ -129,7 +129,7 @@ CAUSES: dict[str, tuple[Exception, str, Token | None, str]] = {
 def test_the_cause_is_what_the_error_comes_from(case: str) -> None:
     """A pause after a failure has the failure's cause; Prefect retries only when KIS is down or restricts the key."""
     error, past, token, expected = CAUSES[case]
-    cause = causes.cause_of(error, attempted(past, MONDAY), token)
+    cause = causes.cause_of(error, attempted(past, MONDAY), token, 60)
     tried_again = isinstance(causes.as_met(error, cause), errors.IssuerUnavailableError)
     assert (cause.name, tried_again) == (expected, expected in ("kis-down", "restricted"))
 
@@ -226,7 +226,7 @@ class TestMessages:
         for minutes, error in enumerate((limit(), DOWN, STORE)):
             report(error, MONDAY + minutes * MINUTE)
         state = state_of(MONDAY + HOUR, make_token(now=MONDAY + HOUR))
-        alerts.announce(Settings.load(), state, "forced", by="Kim", why="it was revoked")
+        alerts.announce(state, "forced", by="Kim", why="it was revoked")
         alerts.resolved(Settings.load(), state, state.now)
         assert slack.headlines == [LIMITED, BROKEN, "us+kr: refreshed manually, with force"]
         said = answers(slack.messages[2])

@@ -162,16 +162,14 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
         _deliver(settings, work)
 
 
-def announce(
-    settings: Settings, state: KeyState, kind: Notice, *, by: str, why: str, error: Exception | None = None
-) -> None:
+def announce(state: KeyState, kind: Notice, *, by: str, why: str, error: Exception | None = None) -> None:
     """Report the result of a refresh that a person asked for, and which incidents it ended, as one message.
 
     `error` is why it failed: an incident, unless the plan can bear it. If a message about the incident is due, it names
     the person and is the only one. What Slack does not accept is still in the log and in the issuance record.
     """
     with harmless(FAILED):
-        subject = Subject.of(settings, state, state.now)
+        subject = Subject.of(settings := state.key.market.settings, state, state.now)
         cause, happened = subject.diagnosis(error) if error else (causes.UNFORESEEN, "")
         person = by or subject.texts["notice.somebody"]
         happened = f"{happened} {subject.texts('notice.asked', person=person, at=clock(state.now))}".lstrip()

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tokencore.attempts import Attempt
     from tokencore.tokens import Token
 
-MINUTE = 60.0  # seconds, KIS's own
 DAY = timedelta(days=1)
 
 
@@ -80,9 +79,7 @@ _BY_OUTCOME = {  # what a pause after a failed attempt waits for
 }
 
 
-def cause_of(
-    error: Exception, attempts: Sequence[Attempt], token: Token | None = None, interval: float = MINUTE
-) -> Cause:
+def cause_of(error: Exception, attempts: Sequence[Attempt], token: Token | None, interval: float) -> Cause:
     """Return the cause of `error`, for a key with this issuance record, present token and issue interval (seconds).
 
     A pause after a failure is not a cause of its own: the last attempt's outcome shows what it waits for.

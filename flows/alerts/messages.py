@@ -208,8 +208,7 @@ def escape(text: str) -> str:
 
 def clean(text: str) -> str:
     """Put the text on one line, without what a terminal or Slack acts on: control, escape and direction characters."""
-    shown = text if text.isprintable() else "".join([sign if sign.isprintable() else " " for sign in text])
-    return " ".join(shown.split())
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 def _message(facts: Facts, icon: str, title: str, happened: str, answers: Sequence[tuple[str, str]]) -> Message:
