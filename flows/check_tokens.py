@@ -40,7 +40,7 @@ def run_name() -> str:
 def check_tokens() -> State:
     """Follow the renewal rule for every key, and publish how the tokens are.
 
-    See the artifacts [tokens](/artifacts/key/tokens), a row per market, and [plan](/artifacts/key/plan), the
+    See the artifacts [tokens](/v2/artifacts/key/tokens), a row per market, and [plan](/v2/artifacts/key/plan), the
     days ahead; open the newest entry of each.
 
     A key is renewed when the rule says so: once a day, in the time that is quiet on all its exchanges. On a day

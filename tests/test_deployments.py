@@ -77,6 +77,7 @@ def test_a_flow_tells_an_operator_what_to_do(name: str) -> None:
     source = (ROOT / f"{flow.fn.__module__.replace('.', '/')}.py").read_text()
     ends = {"Failed", "Triage:", *re.findall(r'Completed\(name="(\w+)"', source)}
     assert ends - set(re.findall(r"\*\*(\w+:?)\*\*", text)) == set()
+    assert set(re.findall(r"\]\((/\w+)", text)) <= {"/v2"}  # Prefect's older page has the others
     assert not re.search(r"[^\n]\n[^\n]|Args:", text)  # the page breaks the line there; the form explains parameters
     fields = parameter_schema(flow.fn).properties.values()
     assert all(field.get("description") and field.get("type") for field in fields)
