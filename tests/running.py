@@ -90,10 +90,9 @@ def on_disk(market: str = "us") -> Token:
     return token
 
 
-def cached(left: float = DAY, age: float | None = None) -> Token:
-    """Save a token for us and kr that has `left` seconds to live and was issued `age` seconds ago; return it."""
-    age = DAY - left if age is None else age
-    TokenManager("us").save_token(make_token(age + left, age=age))
+def cached(left: float = DAY) -> Token:
+    """Save a token for us and kr that has `left` seconds of its day to live; return it."""
+    TokenManager("us").save_token(make_token(DAY, age=DAY - left))
     return on_disk()
 
 

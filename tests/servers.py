@@ -6,7 +6,6 @@ import re
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +20,6 @@ from tokencore.sandbox import Sandbox
 
 HOOK = "/services/T000/B000/canary-of-the-webhook"
 CHANNEL = "C0TOKENS"  # the channel's id, with which Slack's API answers whatever name it was given
-DRIP = 0.02  # seconds between two bytes of an answer that never ends
 
 
 class Wire(ThreadingTCPServer):
@@ -34,9 +32,7 @@ class Wire(ThreadingTCPServer):
         """Open a port."""
         super().__init__((host, 0), StreamRequestHandler)
         self.reply = reply
-        self.drip = b""  # sent before the reply, byte by byte
         self.requests: list[bytes] = []
-        self.raw = False  # whether the reply bypasses the encryption, so that the client reads no TLS record
         self._context = context
         self.url = f"{'https' if context else 'http'}://{host}:{self.server_address[1]}"
 
@@ -55,12 +51,7 @@ class Wire(ThreadingTCPServer):
     def finish_request(self, request: Any, client_address: object) -> None:  # noqa: ANN401, ARG002 - as the base has it
         """Answer one connection."""
         with self._context.wrap_socket(request, server_side=True) if self._context else request as connection:
-            reply = self._reply_to(_received(connection))
-            for at in range(len(self.drip)):  # too long for a test to see its end
-                connection.sendall(self.drip[at : at + 1])
-                time.sleep(DRIP)
-            with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as bare:
-                (bare if self.raw else connection).sendall(reply)
+            connection.sendall(self._reply_to(_received(connection)))
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Ignore clients that hang up."""

@@ -26,9 +26,9 @@ BROUGHT_NONE, ASKED = "us+kr: a manual refresh brought no new token", "Kim asked
 LASTING = 17 * 3600.0  # seconds left of a token that KIS would replace
 
 
-def renewed(*, force: bool = False, reason: str = "a test", operator: str = "Kim") -> State:
+def renewed(*, force: bool = False) -> State:
     """Return the end of a refresh outside a Prefect run, where nobody can be asked."""
-    return refresh_token.renew(only_key(), Request("us", force, reason, operator), datetime.now(UTC))[0]
+    return refresh_token.renew(only_key(), Request("us", force, "a test", "Kim"), datetime.now(UTC))[0]
 
 
 @pytest.fixture
