@@ -85,7 +85,8 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     os.environ |= {"HOME": str(home), "USERPROFILE": str(home), "PYTHONPATH": str(ROOT)}
     monkeypatch.chdir(folder)
-    sources._left.clear()  # noqa: SLF001 - left by an earlier test
+    for kept in (sources._left, sources._warned):  # noqa: SLF001 - by an earlier test
+        kept.clear()
     yield home
     os.environ.clear()
     os.environ.update(before)

@@ -28,7 +28,7 @@ from running import (
     on_disk,
     one_line,
     outcomes,
-    raised,
+    record,
     snapshot,
     start,
     tokencore,
@@ -36,6 +36,7 @@ from running import (
 )
 
 from tokencore import TokenManager, USTokenManager
+from tokencore.attempts import Attempt, Outcome
 from tokencore.clients.exports import CLIENTS
 from tokencore.commands import COMMANDS, parsers
 from tokencore.kis.codes import KNOWN
@@ -169,36 +170,32 @@ def test_check_json_has_exactly_the_contracts_fields_and_tells_facts(command: Co
     assert one["covers_next_need"] is (end < expires - timedelta(seconds=270))
 
 
-def broken(_: Sandbox) -> None:
+def broken() -> None:
     """Write a file for us that holds no token."""
     folder().mkdir(0o700)
     (folder() / "us_api_token.json").write_text("{")
     (folder() / "us_api_token.json").chmod(0o600)
 
 
-def refused(gateway: Sandbox) -> None:
-    """Let KIS refuse the app secret, so that there is no token."""
-    gateway.fail("bad-secret", 1)
-    assert raised(TokenManager("us").get_valid_token).exit_code == 5
-
-
 PAPER = {"KIS_ENVIRONMENT": "paper"}
-STATUSES: dict[str, tuple[Callable[[Sandbox], object], dict[str, str], str]] = {
-    "VALID": (lambda _: cached(20_000), {}, "serves until"),
-    "EXPIRING_SOON": (lambda _: cached(1_700), {}, "serves until"),
-    "EXPIRED in the buffer": (lambda _: cached(290), {}, ""),
-    "EXPIRED": (lambda _: cached(-5_000), {}, ""),
+BAD_SECRET = Attempt(datetime.now(UTC), Outcome.BAD_SECRET, code="EGW00105")
+STATUSES: dict[str, tuple[Callable[[], object], dict[str, str], str]] = {
+    "VALID": (lambda: cached(20_000), {}, "serves until"),
+    "EXPIRING_SOON": (lambda: cached(1_700), {}, "serves until"),
+    "EXPIRED in the buffer": (lambda: cached(290), {}, ""),
+    "EXPIRED": (lambda: cached(-5_000), {}, ""),
     "UNREADABLE": (broken, {}, "us_api_token.json, mode 0600, no token: Expecting"),
-    "NO_TOKEN as KIS refused": (refused, {}, r"\nus: not renewed at [-\d]+ [:\d]+ KST: bad secret \(EGW00105\)\n"),
-    "NO_TOKEN of this environment": (lambda _: cached(20_000), PAPER, ", of another key or environment"),
+    "NO_TOKEN as KIS refused": (lambda: record(BAD_SECRET), {}, "\nus: not renewed at [-0-9: ]+ KST: bad secret .EGW00105"),
+    "NO_TOKEN of this environment": (lambda: cached(20_000), PAPER, ", of another key or environment"),
 }
 
 
+@pytest.mark.usefixtures("gateway")
 @pytest.mark.parametrize("case", STATUSES)
-def test_check_words_and_exit_codes(gateway: Sandbox, command: Command, case: str) -> None:
+def test_check_words_and_exit_codes(command: Command, case: str) -> None:
     """`check` exits 0 only if every asked market is valid, shows no negative time, and says why a token is missing."""
     make, settings, words = STATUSES[case]
-    make(gateway)
+    make()
     ran = command("check", "us", "--json", **settings)
     one = json.loads(ran.out)[0]
     valid = case in ("VALID", "EXPIRING_SOON")

@@ -20,7 +20,7 @@ from tokencore import cli
 from tokencore.sandbox import APP_SECRET
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from running import Ran
     from stepping import Stepped
@@ -58,7 +58,7 @@ class Fault(NamedTuple):
         if self.mode:
             desk.kis.fail(self.mode)
         else:
-            desk.kis.down()
+            desk.kis.__exit__()
         ran = desk.run("get", "us", KIS_TIMEOUT=self.timeout)
         line = json.loads(desk.record.read_bytes().splitlines()[-1])
         assert (line["outcome"], line["code"]) == (self.outcome, self.kis)
@@ -293,35 +293,29 @@ def test_a_lock_that_the_system_refuses_is_exit_7_and_no_attempt(call: str, turn
     assert desk.clock.true - began < 5
 
 
-def test_the_ceiling_holds_on_a_full_disk_and_the_refusal_says_why(desk: Desk) -> None:
-    """Of six `get`s that cannot save, three hours apart, two get a new token from KIS; the rest exit 4 and say why."""
-    later(desk, 0)
-    for path in desk.folder.iterdir():
-        path.unlink()
-    ends: list[Ran] = []
-    for hours in (1.1 * DAY / HOUR, 3, 3, 3, 3, 3):
-        desk.clock.true += hours * HOUR
-        desk.kis.forget(desk.key)
-        ends.append(desk.start("get", "us").finish(errno.ENOSPC))
-    assert [ran.out.strip() for ran in ends] == [*desk.granted[1:], *[""] * 4]
-    assert {ran.code for ran in ends[2:]} == {4}
-    assert "24-hour limit" in ends[-1].err
-
-
-def test_a_token_that_kis_repeats_on_a_full_disk_is_no_other_issue(desk: Desk) -> None:
-    """A `get` each minute that cannot save prints the same token, and the day's other issue is still possible."""
+@pytest.mark.parametrize(
+    ("pause", "new", "printed"),
+    [(3 * HOUR, range(6), [1, 2, 0, 0, 0, 0]), (MINUTE + 1, (0, 4), [1, 1, 1, 1, 2, 0])],
+    ids=["KIS issues another each time", "KIS repeats the token"],
+)
+def test_the_ceiling_holds_on_a_full_disk_and_the_refusal_says_why(
+    pause: float, new: Collection[int], printed: list[int], desk: Desk
+) -> None:
+    """Of six `get`s that cannot save, two get a new token, which KIS may repeat; the others are exit 4 and say why."""
     later(desk, 0)
     for path in desk.folder.iterdir():
         path.unlink()
     desk.clock.true += 1.1 * DAY
-    ends = []
-    for _ in range(4):
-        ends.append(desk.start("get", "us").finish(errno.ENOSPC).out.strip())
-        desk.clock.true += MINUTE + 1
-    desk.kis.forget(desk.key)
-    ends.append(desk.start("get", "us").finish(errno.ENOSPC).out.strip())
-    assert ends == [*[desk.granted[1]] * 4, desk.granted[2]]
-    assert desk.start("get", "us").finish(errno.ENOSPC).code == 4
+    ends: list[Ran] = []
+    for number in range(6):
+        if number in new:
+            desk.kis.forget(desk.key)
+        ends.append(desk.start("get", "us").finish(errno.ENOSPC))
+        desk.clock.true += pause
+    tokens = ["", *desk.granted[1:]]
+    assert [ran.out.strip() for ran in ends] == [tokens[number] for number in printed]
+    assert {ran.code for ran in ends if not ran.out} == {4}
+    assert "24-hour limit" in ends[-1].err
 
 
 def test_a_token_that_another_program_issued_is_no_issue_of_ours(desk: Desk) -> None:

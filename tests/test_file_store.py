@@ -170,10 +170,7 @@ def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp
 
 
 def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it(folder: Path) -> None:
-    """A power cut cannot leave an empty file under the final name: there is fsync, rename, then fsync of the folder.
-
-    A file that cannot be replaced, as when Docker mounts it alone, is overwritten, and no draft is left.
-    """
+    """No power cut leaves an empty file; one that cannot be replaced, as Docker mounts it alone, is overwritten."""
 
     def work() -> None:
         calls = Mock(**{"fsync.side_effect": os.fsync, "replace.side_effect": os.replace})
@@ -203,19 +200,10 @@ ISSUED = {"at": "2026-11-20T07:35:00.123+00:00", "outcome": "issued", "code": No
 
 
 def test_a_record_of_version_0_1_is_read_and_continued(folder: Path) -> None:
-    """The padded lines and the count of cut lines in old records are read; of a record of megabytes, the end is kept.
-
-    Damaged lines are skipped; one with an unknown outcome counts as an attempt that was sent.
-    """
+    """Padded lines are read, damaged ones skipped, unknown outcomes taken as sent; a long record's end is kept."""
     store = open_files(folder)
-    odd: tuple[Any, ...] = (
-        {"cut": {"issued": 3}},
-        {**ISSUED, "at": "9999-12-31T23:59:59Z"},
-        {"at": [], "outcome": {}},
-        None,
-        7,
-    )
-    lines = [*map(json.dumps, [*odd, *[ISSUED] * 3000, {**ISSUED, "outcome": "?"}]), "{torn", "[" * 50_000, "\0"]
+    odd: list[Any] = [{"cut": {"issued": 3}}, {**ISSUED, "at": "9999-12-31T23:59:59Z"}, {"at": [], "outcome": {}}, 7]
+    lines = [*map(json.dumps, [None, *odd, *[ISSUED] * 3000, {**ISSUED, "outcome": "?"}]), "{torn", "[" * 50_000, "\0"]
     put(folder / f"key-{store.fingerprint}.jsonl", "".join(line.ljust(511) + "\n" for line in lines).encode())
     assert [attempt.outcome for attempt in store.attempts()][-KEEP:] == ["issued"] * (KEEP - 1) + ["sent"]
     with store.lock(wait=5):

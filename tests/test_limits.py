@@ -57,10 +57,7 @@ def limit(found: TokenError | None) -> tuple[str, timedelta | None] | None:
 @pytest.mark.parametrize("intent", Intent)
 @pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome not in CREDENTIALS])
 def test_the_minute_holds_after_every_attempt_that_kis_may_have_seen(intent: Intent, outcome: Outcome) -> None:
-    """Whoever asks, a request still waits 59.9 s after any attempt, or 65 s plus KIS_TIMEOUT if its end is unknown.
-
-    A request that never left starts no minute, and neither does an imported token.
-    """
+    """Whoever asks waits a minute after an attempt that left, and longer if its end is unknown, but after no other."""
     length = UNKNOWN * SECOND if outcome is Outcome.SENT else MINUTE
     attempts = [tried(outcome, length - SECOND / 10)]
     if outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED):
@@ -112,10 +109,7 @@ TABLE: dict[str, tuple[Sequence[Intent], list[Attempt], dict[str, Any], tuple[st
 
 @pytest.mark.parametrize("case", TABLE)
 def test_verdicts(case: str) -> None:
-    """Each limit has its length, also after the clock was set back; only force passes the six hours and the ceiling.
-
-    Only a person can have refused credentials tried again, however much time has passed.
-    """
+    """Each limit has its length, also after the clock was set back, and a person may pass some of them."""
     intents, attempts, beside, expected = TABLE[case]
     for intent in intents:
         assert limit(verdict(intent, attempts, **beside)) == expected

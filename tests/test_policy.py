@@ -116,10 +116,7 @@ def _covered(start: datetime, end: datetime, issues: list[datetime]) -> bool:
 def test_needs_are_covered_undisturbed_and_outages_lead_to_no_issue_too_many(
     needs: list[Span], anchor: time | None, steps: Steps
 ) -> None:
-    """A token serves each need throughout, and changes inside one only if no earlier token could last to its end.
-
-    Six hours lie between issues, also after outages; less than a day, or an issue inside a need, is an exception.
-    """
+    """A token changes inside a need only if none could last to its end; six hours lie between issues after outages."""
     assert not any(judge(needs, run(needs, anchor)).values())
     done = run(needs, anchor, spans(needs[0][0] - DAY, steps))
     faults = judge(needs, done)

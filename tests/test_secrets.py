@@ -11,7 +11,6 @@ import base64
 import concurrent.futures
 import gc
 import inspect
-import json
 import logging
 import os
 import pickle
@@ -30,7 +29,8 @@ import httpcore
 import httpx
 import pytest
 import requests
-from builders import CANARIES, KEY, SECRET, OwnManager, ended, forms, in_child, make_jwt, make_token
+from builders import CANARIES, KEY, SECRET, OwnManager, forms, make_jwt, make_token
+from running import forked
 from servers import Wire
 from stepping import FULL
 
@@ -287,8 +287,9 @@ def test_no_error_of_a_public_name_carries_a_secret(
     settings, calls = meet[failure], everything()
     state()  # imports and computes once what every process then inherits
 
-    def work(names: list[str]) -> None:
-        for name in names:
+    def work(first: int) -> dict[str, list[str] | None]:
+        errors: dict[str, list[str] | None] = {}
+        for name in list(calls)[first::PROCESSES]:
             (place := tmp_path / name).mkdir(0o700)
             os.environ.update(settings | {"KIS_TOKEN_DIR": str(place), "KIS_APP_SECRET": SECRET})
             if not fails_too:
@@ -297,13 +298,11 @@ def test_no_error_of_a_public_name_carries_a_secret(
             (place / "file").touch()
             place.chmod(0o777 if "directory" in failure else 0o700)
             met = outcome(calls[name])
-            told = leaking(met) if isinstance(met, BaseException) else None
-            (tmp_path / f"{name}.json").write_text(json.dumps(told))
+            errors[name] = leaking(met) if isinstance(met, BaseException) else None
+        return errors
 
-    children = [in_child(partial(work, list(calls)[first::PROCESSES])) for first in range(PROCESSES)]
-    assert {ended(child) for child in children} == {0}
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in calls}
-    assert {name: told for name, told in found.items() if told} == {}
+    found = {name: told for errors in forked(PROCESSES, work) for name, told in errors.items()}
+    assert [told for told in found.values() if told] == []
     assert ALWAYS | fails_too <= {name for name, told in found.items() if told is not None}
 
 

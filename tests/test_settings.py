@@ -1,7 +1,4 @@
-"""Where settings come from, which sources are trusted, which values are valid, and what a market makes of them.
-
-The fast reader and `Settings` agree, and a wrong setting gets one sentence.
-"""
+"""Where settings come from, which sources and values count, and that the fast reader and `Settings` agree on them."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from servers import Keyring, Wire
 from test_secrets import leaking
 
 from tokencore.calendars.sessions import Override
-from tokencore.config import market_of_program, read_market, sources
+from tokencore.config import market_of_program, read_market
 from tokencore.config.market import HOSTS
 from tokencore.config.settings import MarketSettings, Settings
 from tokencore.config.sources import FILE_LIMIT, gather, trusted_dotenv
@@ -38,7 +35,7 @@ from tokencore.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from running import Ran
+    from running import Command
 
     Kept = Callable[[object], list[str]]
 
@@ -46,16 +43,10 @@ if TYPE_CHECKING:
 PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
 TRUSTED = ("environment", "config.toml")
-SPARSE = 48 * 1024 * 1024  # bytes
+SPARSE = 48 * 1024 * 1024  # bytes of a file that takes no space on disk
 NAMELESS = 54_321  # a user id without a name on any system
 as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
 us = partial(read_market, "us")  # the market `us` as a cached `get` reads it
-
-
-@pytest.fixture(autouse=True)
-def unwarned() -> None:
-    """Let each test get each warning, although a process warns of the same thing only once."""
-    sources._warned.clear()  # noqa: SLF001 - what earlier tests were warned of
 
 
 def config(text: str = "", **values: str) -> Path:
@@ -109,10 +100,7 @@ def refusal(work: Callable[[], object] = Settings.load) -> str:
 
 
 def test_environment_beats_dotenv_beats_secrets_beats_config_file() -> None:
-    """With all four sources present the first one counts; once it is gone or empty, the next one does.
-
-    Code that passes `.env` on to other programs gets what it adds to the environment, in upper case.
-    """
+    """Of four sources the first with a value counts; code that passes `.env` on gets what it adds, in upper case."""
     folder = secrets(kis_buffer="63")
     config(f"buffer = 64\nsecrets_dir = '{folder}'\n[markets.hk]\nenvironment = 'paper'\n")
     path = dotenv("export KIS_BUFFER='62'\nkis_timeout=9\nPREFECT_SERVER_API_PORT=4201\n")
@@ -127,10 +115,7 @@ def test_environment_beats_dotenv_beats_secrets_beats_config_file() -> None:
 
 
 def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) -> None:
-    """A byte order mark and a wrong line, which is reported but not quoted, spoil no other line; 64 KiB are read.
-
-    Secrets are read through links, as Kubernetes mounts them; folders and other programs' files are not opened.
-    """
+    """A byte order mark or a wrong line spoils no other; secrets are read through links, as Kubernetes mounts them."""
     os.environ["KIS_SECRETS_DIR"] = mount = secrets(**{"tls.key": "Canary"})
     Path("secret").write_text(f"{SECRET}\n")
     Path(mount, "KIS_APP_SECRET").symlink_to(Path("secret").absolute())
@@ -145,17 +130,11 @@ def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) 
     assert us().app_key is None, "a folder of this name is a virtualenv"
 
 
-def sparse(path: Path) -> None:
-    """Make a file of 48 MB that takes no space on disk."""
-    path.touch()
-    os.truncate(path, SPARSE)
-
-
 PLACES = (".env", "~/.tokencore/config.toml", "secrets/KIS_APP_KEY")
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {  # what replaces a file; words of the message
     "pipe": (os.mkfifo, "not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-    "48 MB": (sparse, "65536 bytes"),
+    "48 MB": (lambda path: (path.touch(), os.truncate(path, SPARSE)), "65536 bytes"),
     "a byte too many": (lambda path: path.write_bytes(b"#" * FILE_LIMIT + b"\n"), "65536 bytes"),
     "no UTF-8": (lambda path: path.write_bytes(b'app_secret = "Canary\xff"'), "utf-8"),
 }
@@ -166,7 +145,12 @@ BAD_TOML: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 UNREADABLE = {f"{place} {kind}": (place, *BAD[kind]) for place in PLACES for kind in BAD}
 UNREADABLE |= {f"config.toml {kind}": (PLACES[1], *BAD_TOML[kind]) for kind in BAD_TOML}
-UNREADABLE["secrets no folder"] = ("secrets", Path.touch, "Not a directory")
+UNREADABLE |= {
+    "secrets no folder": ("secrets", Path.touch, "Not a directory"),
+    "secrets beside a current folder that is gone": (
+        "secrets", lambda path: (path.mkdir(), os.chdir(path), path.rmdir()), "directory); point KIS_SECRETS_DIR",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "make", "why"), UNREADABLE.values(), ids=UNREADABLE)
@@ -186,15 +170,6 @@ def test_a_source_that_cannot_be_read_is_named_in_one_sentence_at_once(
     tracemalloc.stop()
 
 
-def test_a_secrets_folder_beside_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
-    """A program whose folder was removed gets the setting's sentence, not the system's bare error."""
-    os.environ |= {**PAIR, "KIS_SECRETS_DIR": "secrets"}
-    (gone := tmp_path / "gone").mkdir()
-    with contextlib.chdir(gone):
-        gone.rmdir()
-        assert "secrets cannot be read (No such file or directory); point KIS_SECRETS_DIR" in refusal(us)
-
-
 # --- whom they trust
 
 
@@ -203,9 +178,7 @@ GIVEN_AWAY = ("KIS_BASE_URL", "KIS_MARKETS__US__BASE_URL", "KIS_SECRETS_DIR", "K
 
 @pytest.mark.parametrize("variable", GIVEN_AWAY)
 @pytest.mark.parametrize("source", ["config.toml", "environment", "secrets folder"])
-def test_a_cloned_repository_gets_no_secret_of_another_source(
-    source: str, variable: str, command: Callable[..., Ran]
-) -> None:
+def test_a_cloned_repository_gets_no_secret_of_another_source(source: str, variable: str, command: Command) -> None:
     """Where a `.env`, though the user's own file, says where a secret goes, commands are refused and send nothing."""
     give(source, PAIR)
     (trap := Path("trap").absolute()).mkdir()
@@ -466,10 +439,7 @@ def test_the_defaults_are_the_contracts(isolated: Path) -> None:
 
 
 def test_a_market_has_values_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    """What a market sets for itself holds for it alone; lists may be text or TOML lists, and names in any case.
-
-    White space around keys is removed, with one warning that names only the variable; nothing shows a credential.
-    """
+    """What a market sets holds for it alone, whatever the form of lists and names; spaces around keys are removed."""
     config('[markets.hk]\napp_key = " OwnCanary "\nexchanges = ["sehk", "SHAA"]\nexports = ["mojito2:~/bot"]\n')
     os.environ |= {**PAIR, "KIS_MARKETS__US__EXCHANGES": ' nas, "nys" ', "KIS_MARKETS__HK__BASE_URL": "http://[::1]:80"}
     os.environ |= {"KIS_MARKETS__US__BASE_URL": "HTTPS://own/kis/", "KIS_MARKETS__KR__APP_SECRET": f"{SECRET}\r\n"}
@@ -606,9 +576,6 @@ def switched_on() -> Iterator[Kept]:
     keyring.set_keyring(before)
 
 
-GIVEN = {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}
-
-
 def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(kept: Kept) -> None:
     """The secret is asked for by its variable's name when a request needs it; a market with its own key has another."""
     content = {"kis": {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"}}
@@ -618,7 +585,8 @@ def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(kept: K
     assert [us.credentials() for _ in range(2)] == [(KEY, SECRET)] * 2
     assert kept(content) == ["kis KIS_APP_SECRET"]
     assert Settings.load().origins["KIS_APP_SECRET"] == "keyring kis"
-    for own, secrets in (({"KIS_MARKETS__KR__APP_KEY": KEY}, [SECRET, "of-kr"]), (GIVEN, ["given", "too"])):
+    given = {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}
+    for own, secrets in (({"KIS_MARKETS__KR__APP_KEY": KEY}, [SECRET, "of-kr"]), (given, ["given", "too"])):
         kept(content)
         os.environ |= own
         assert [read_market(name).credentials()[1] for name in ("us", "kr")] == secrets

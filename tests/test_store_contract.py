@@ -86,10 +86,7 @@ def test_a_saved_token_is_read_by_every_market_of_the_key_and_shows_no_secret(op
 
 
 def test_deleting_ends_with_the_last_market_and_clearing_with_one_call(opened: Open, elsewhere: Open) -> None:
-    """Deleting one market leaves the key's token to the others, on every machine; deleting the last one removes it.
-
-    The record stays.
-    """
+    """The key's token stays until its last market is deleted, seen on every machine, and the record stays even then."""
     store, token = opened(), make_token()
     with store.lock(wait=5):
         store.finish(store.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), token)
@@ -132,10 +129,7 @@ def test_a_request_that_left_late_is_dated_anew(opened: Open) -> None:
 
 
 def test_one_holds_the_lock_and_the_others_are_told(opened: Open, folder: Path) -> None:
-    """Neither another thread nor another process gets a held lock, which ends with its holder, even one killed.
-
-    A process that finds what it waits for in the meantime gives up at once.
-    """
+    """No other thread or process gets a held lock, which ends with its holder; who finds what it wants gives up."""
 
     def try_it(**how: Any) -> bool:  # noqa: ANN401 - as `lock` takes it
         with opened("kr").lock(**how) as held:

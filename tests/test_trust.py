@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import Any
 
-    from running import Ran
+    from running import Command
 
     from tokencore.sandbox import Sandbox
 
-    Command = Callable[..., Ran]
     Door = Callable[[Path], None]
 
 NASTY = "\x1b[2J\x1b]0;x\x07\u202ekcats\u2066\u200f\u2028next\x85\x9b31m\r\nlast\u200b"
@@ -114,10 +113,7 @@ DOORS = {
 def test_what_another_user_can_change_is_refused_until_that_is_over(
     place: Path, door: str, gateway: Sandbox, command: Command
 ) -> None:
-    """Commands end with 7, the library with an error, and no request is sent; the command they show repairs it.
-
-    Metrics are still written. A manager with the token in memory goes on until the file itself is replaced.
-    """
+    """Commands send nothing and are exit 7 with the repair; metrics are written, and a token in memory serves on."""
     manager = USTokenManager()
     token = manager.get_valid_token()
     DOORS[door](place)
@@ -147,11 +143,7 @@ def test_what_another_user_can_change_is_refused_until_that_is_over(
 def test_no_change_builds_on_a_file_of_another_user(
     place: Path, name: str, open_door: Door, gateway: Sandbox, command: Command
 ) -> None:
-    """A cached token is served, but nothing is issued or deleted, and the doctor names the file.
-
-    No approval key is served from such a file. Files that are never read do no harm, nor does a token that others can
-    read, or a folder above that is open to the owner's own group.
-    """
+    """A cached token is served, but nothing is issued or deleted; a file that is never read does no harm."""
     place.parent.chmod(0o775)
     key_file(place).chmod(0o644)
     for harmless in (place / f"{VIEW}.aside", place / ".key-0.json.tmp"):
@@ -184,10 +176,7 @@ def test_a_directory_that_cannot_be_looked_into_is_unusable_and_not_empty(tmp_pa
 
 
 def test_nothing_that_is_made_is_open_to_others(tmp_path: Path, gateway: Sandbox, command: Command) -> None:
-    """Under umask 000 the directory, new ones above it, all files, the copies and their folders are closed to others.
-
-    New folders for tokens and copies hide themselves from git, whatever repository they are in.
-    """
+    """Under umask 000 all files, copies and new folders are closed to others, and hidden from any git repository."""
     tmp_path.chmod(0o755)
     gateway.set_rules(issue_interval=0)
     top = tmp_path / "top"
