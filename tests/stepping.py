@@ -28,11 +28,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import time_machine
 from builders import forms
@@ -42,16 +44,9 @@ import tokencore
 from tokencore import cli
 from tokencore.config.market import fingerprint
 from tokencore.sandbox import APP_SECRET, Sandbox
-from tokencore.sandbox.rules import RULES, TOKEN
+from tokencore.sandbox.rules import RULES, TOKEN, Answer, Request
 from tokencore.sandbox.server import _Handler
 from tokencore.stores import file_store
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from multiprocessing.connection import Connection
-    from typing import Self
-
-    from tokencore.sandbox.rules import Answer, Request
 
 FULL = "TORTURE" in os.environ  # try every case; otherwise a part, which differs between the kinds of fault
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0

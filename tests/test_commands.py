@@ -12,14 +12,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING
 
 import pytest
 from builders import CANARIES, KEY, SECRET, make_jwt, make_token
 from running import (
+    Command,
     Ran,
     asked,
     cached,
@@ -41,16 +42,8 @@ from tokencore.clients.exports import CLIENTS
 from tokencore.commands import COMMANDS, parsers
 from tokencore.kis.codes import KNOWN
 from tokencore.reports.tables import REFUSED
-from tokencore.sandbox import APP_KEY
+from tokencore.sandbox import APP_KEY, Sandbox
 from tokencore.tokens import KST
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from running import Command
-
-    from tokencore.sandbox import Sandbox
-
 
 NEVER_NULL = {  # fields of `check --json`, with and without a token
     "market": str, "status": str, "valid": bool, "remaining_seconds": int, "remaining_hours": float,
@@ -185,7 +178,11 @@ STATUSES: dict[str, tuple[Callable[[], object], dict[str, str], str]] = {
     "EXPIRED in the buffer": (lambda: cached(290), {}, ""),
     "EXPIRED": (lambda: cached(-5_000), {}, ""),
     "UNREADABLE": (broken, {}, "us_api_token.json, mode 0600, no token: Expecting"),
-    "NO_TOKEN as KIS refused": (lambda: record(BAD_SECRET), {}, "\nus: not renewed at [-0-9: ]+ KST: bad secret .EGW00105"),
+    "NO_TOKEN as KIS refused": (
+        lambda: record(BAD_SECRET),
+        {},
+        "\nus: not renewed at [-0-9: ]+ KST: bad secret .EGW00105",
+    ),
     "NO_TOKEN of this environment": (lambda: cached(20_000), PAPER, ", of another key or environment"),
 }
 

@@ -10,20 +10,16 @@ import errno
 import json
 import signal
 import threading
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple, NoReturn
 
 import pytest
 import requests
-from stepping import DAY, FULL, HOUR, MINUTE, Desk, desks, needs_space
+from running import Ran
+from stepping import DAY, FULL, HOUR, MINUTE, Desk, Stepped, desks, needs_space
 
 from tokencore import cli
 from tokencore.sandbox import APP_SECRET
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
-
-    from running import Ran
-    from stepping import Stepped
 
 make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
 CLEAR = (0, 3, 4, 6, 7)  # exit codes with a clear meaning

@@ -9,7 +9,8 @@ import os
 import pickle
 import stat
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -21,11 +22,7 @@ from tokencore.stores import files, open_store, permissions
 from tokencore.stores.file_store import FileStore
 from tokencore.stores.lock import OURS
 from tokencore.stores.record import KEEP
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tokencore.tokens import Token
+from tokencore.tokens import Token
 
 VIEW = "us_api_token.json"
 LOOPBACK = "http://127.0.0.1:1"

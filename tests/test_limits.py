@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from builders import DAY, NOW, make_market, make_token
@@ -15,11 +16,7 @@ from tokencore import limits
 from tokencore.attempts import CREDENTIALS, GRANTED, Attempt, Outcome
 from tokencore.errors import CredentialsError, IssuanceLimitError, TokenError
 from tokencore.limits import Intent, Standing
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tokencore.tokens import Token
+from tokencore.tokens import Token
 
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 REQUIRED, DUE, AHEAD, REFRESH, FORCE = Intent

@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -33,13 +33,8 @@ from tokencore import (
     sessions,
 )
 from tokencore.attempts import Attempt, Outcome
-from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 from tokencore.stores.file_store import FileStore
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tokencore.sandbox import Sandbox
 
 HOUR = 3600.0
 LAST_MINUTES = 25 * 60.0  # seconds left: inside the proactive window, before the buffer

@@ -9,20 +9,15 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
-from stepping import DAY, FULL, HOUR, MARKETS, MINUTE, Desk, desks, needs_space
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from stepping import Stepped
+from stepping import DAY, FULL, HOUR, MARKETS, MINUTE, Desk, Stepped, desks, needs_space
 
 make_desk = pytest.fixture(scope="module", name="make_desk")(desks)
 EXAMPLES, STEPS = (400, 40) if FULL else (12, 25)

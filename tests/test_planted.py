@@ -11,9 +11,10 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from stepping import FULL
@@ -24,9 +25,6 @@ from tokencore.config import sources
 from tokencore.errors import TokenStoreError
 from tokencore.kis import codes
 from tokencore.stores import database, encryption, file_store, files, lock, record, shared_store
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 TESTS = Path(__file__).parent
 # ruff: noqa: ANN401, SLF001 - a bug is planted inside, in whatever is there

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, time, timedelta
 from functools import partial
-from typing import TYPE_CHECKING
 from unittest.mock import ANY
 from zoneinfo import ZoneInfo
 
@@ -17,12 +17,8 @@ from tokencore.calendars import sessions
 from tokencore.policy import Renewal, daily_anchor, next_renewal, quiet_time, renewals
 from tokencore.tokens import KST
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    Span = tuple[datetime, datetime]
-
-    Steps = list[tuple[timedelta, timedelta]]
+Span = tuple[datetime, datetime]
+Steps = list[tuple[timedelta, timedelta]]
 
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 COUNTS = DAY - timedelta(seconds=300)  # how long a token serves: its life less the buffer

@@ -19,10 +19,11 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import httpcore
@@ -30,7 +31,7 @@ import httpx
 import pytest
 import requests
 from builders import CANARIES, KEY, SECRET, OwnManager, forms, make_jwt, make_token
-from running import forked
+from running import Command, forked
 from servers import Wire
 from stepping import FULL
 
@@ -38,15 +39,8 @@ import tokencore
 from tokencore import Key, KISAuth, KISHttpxAuth, Settings, TokenError, TokenManager, USTokenManager
 from tokencore.clients.approval import ApprovalKeys
 from tokencore.kis.gateway import Gateway
+from tokencore.sandbox import Sandbox
 from tokencore.sandbox.rules import FAILURES
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from running import Command
-
-    from tokencore.sandbox import Sandbox
 
 Call = Callable[[], object]
 # The packed forms of "eyJ" also occur by chance; those of a JWT's first 16 characters do not.

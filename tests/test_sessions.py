@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta
-from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -12,9 +12,6 @@ from tokencore.calendars import sessions
 from tokencore.calendars.exchanges import CSAT_DAYS
 from tokencore.calendars.sessions import EXCHANGES, Override, closure, exchange, need, needs, session
 from tokencore.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 DAY = timedelta(days=1)
 FIRST, LAST = date(2016, 1, 4), date(2026, 11, 20)  # fixed: answers about the past must not depend on today

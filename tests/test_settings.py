@@ -10,11 +10,11 @@ import re
 import shutil
 import tempfile
 import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from datetime import time as clock
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import keyring
 import pytest
@@ -22,6 +22,7 @@ from builders import KEY, SECRET, ended, in_child
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from running import Command
 from servers import Keyring, Wire
 from test_secrets import leaking
 
@@ -32,13 +33,7 @@ from tokencore.config.settings import MarketSettings, Settings
 from tokencore.config.sources import FILE_LIMIT, gather, trusted_dotenv
 from tokencore.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    from running import Command
-
-    Kept = Callable[[object], list[str]]
-
+Kept = Callable[[object], list[str]]
 
 PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from builders import CANARIES, DAY, NOW, in_child, killed, make_market, make_token
@@ -16,15 +18,10 @@ from running import until
 
 from tokencore.attempts import Attempt, Outcome
 from tokencore.stores import open_document, open_store
+from tokencore.stores.base import Document, Store
+from tokencore.tokens import Token
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tokencore.stores.base import Document, Store
-    from tokencore.tokens import Token
-
-    Open = Callable[..., Store]
+Open = Callable[..., Store]
 
 MARKETS = ("us", "kr")
 SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from builders import DAY, NOW, make_answer, make_jwt, make_token
@@ -14,9 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokencore.tokens import Token, as_answer, from_answer, from_text, to_cache
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 HOUR = timedelta(hours=1)
 PLAIN, JWT = "opaque-token-of-another-format", make_jwt(issued=NOW)

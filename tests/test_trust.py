@@ -11,32 +11,25 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 from builders import KEY, ended, fill_disk, in_child, make_jwt
 from hypothesis import example, given
 from hypothesis import strategies as st
-from running import asked, one_line
+from running import Command, asked, one_line
 from servers import Wire
 from test_settings import NAMELESS as STRANGER
 from test_settings import as_root, dotenv, give_away
 
 from tokencore import ConfigurationError, Key, Settings, TokenManager, TokenStoreError, USTokenManager, open_document
-from tokencore.sandbox import APP_KEY, APP_SECRET
+from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 from tokencore.stores.permissions import make_private
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from typing import Any
-
-    from running import Command
-
-    from tokencore.sandbox import Sandbox
-
-    Door = Callable[[Path], None]
+Door = Callable[[Path], None]
 
 NASTY = "\x1b[2J\x1b]0;x\x07\u202ekcats\u2066\u200f\u2028next\x85\x9b31m\r\nlast\u200b"
 VIEW = "us_api_token.json"
