@@ -45,6 +45,7 @@ from tokencore.reports.tables import REFUSED
 from tokencore.sandbox import APP_KEY, Sandbox
 from tokencore.tokens import KST
 
+pytestmark = pytest.mark.usefixtures("gateway")
 NEVER_NULL = {  # fields of `check --json`, with and without a token
     "market": str, "status": str, "valid": bool, "remaining_seconds": int, "remaining_hours": float,
     "buffer_seconds": float, "proactive_refresh_seconds": float, "cache_exists": bool, "environment": str, "file": str,
@@ -171,7 +172,6 @@ def broken() -> None:
 
 
 PAPER = {"KIS_ENVIRONMENT": "paper"}
-BAD_SECRET = Attempt(datetime.now(UTC), Outcome.BAD_SECRET, code="EGW00105")
 STATUSES: dict[str, tuple[Callable[[], object], dict[str, str], str]] = {
     "VALID": (lambda: cached(20_000), {}, "serves until"),
     "EXPIRING_SOON": (lambda: cached(1_700), {}, "serves until"),
@@ -179,15 +179,13 @@ STATUSES: dict[str, tuple[Callable[[], object], dict[str, str], str]] = {
     "EXPIRED": (lambda: cached(-5_000), {}, ""),
     "UNREADABLE": (broken, {}, "us_api_token.json, mode 0600, no token: Expecting"),
     "NO_TOKEN as KIS refused": (
-        lambda: record(BAD_SECRET),
-        {},
-        "\nus: not renewed at [-0-9: ]+ KST: bad secret .EGW00105",
+        lambda: record(Attempt(datetime.now(UTC), Outcome.BAD_SECRET, code="EGW00105")),
+        *({}, "us: not renewed at [-0-9: ]+ KST: bad secret .EGW00105"),
     ),
     "NO_TOKEN of this environment": (lambda: cached(20_000), PAPER, ", of another key or environment"),
 }
 
 
-@pytest.mark.usefixtures("gateway")
 @pytest.mark.parametrize("case", STATUSES)
 def test_check_words_and_exit_codes(command: Command, case: str) -> None:
     """`check` exits 0 only if every asked market is valid, shows no negative time, and says why a token is missing."""
@@ -366,7 +364,6 @@ REFUSED_INPUT: dict[str, tuple[Callable[[], str], int, str]] = {
 }
 
 
-@pytest.mark.usefixtures("gateway")
 @pytest.mark.parametrize("case", REFUSED_INPUT)
 def test_what_is_no_token_of_the_key_is_refused(case: str, give: Command) -> None:
     """Import says in a sentence what is wrong with the input, saves nothing and does not repeat the token."""
@@ -386,7 +383,6 @@ def test_a_token_that_kis_refuses_is_not_saved(gateway: Sandbox, give: Command) 
     assert asked(gateway) == 0
 
 
-@pytest.mark.usefixtures("gateway")
 def test_completion_knows_commands_options_and_the_settings_markets(command: Command) -> None:
     """In a real bash, completion offers commands, markets and clients; zsh's and fish's scripts know the markets."""
     own = {"KIS_MARKETS__HK__EXCHANGES": "SEHK"}
@@ -446,7 +442,6 @@ def test_get_no_renew_asks_nothing(gateway: Sandbox, command: Command) -> None:
     assert asked(gateway) == 0
 
 
-@pytest.mark.usefixtures("gateway")
 def test_get_for_a_shells_eval_sets_variables_that_children_see(command: Command) -> None:
     """A token's special characters reach the variable unchanged, and the shell runs none of them."""
     odd = "$(>ran)`>ran`;>ran;\\'\"&*"
@@ -458,7 +453,6 @@ def test_get_for_a_shells_eval_sets_variables_that_children_see(command: Command
     assert re.search(r"^export KIS_TOKEN_EXPIRES_AT=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", lines, re.MULTILINE)
 
 
-@pytest.mark.usefixtures("gateway")
 def test_get_as_other_programs_read_it(command: Command) -> None:
     """Get prints JSON in UTC, AWS's `credential_process`, tokenP's answer in KST, curl's header, and Docker's lines."""
     token = cached(20_000)
@@ -492,7 +486,6 @@ WRONG = [line.split() for line in (
 
 
 @pytest.mark.parametrize("arguments", [*WRONG, ["get", ""], ["get", "\udcff"]], ids=" ".join)
-@pytest.mark.usefixtures("gateway")
 def test_wrong_usage_is_one_sentence_and_exit_2(command: Command, arguments: list[str]) -> None:
     """Wrong usage is exit 2 and a sentence that says what was wrong, without usage text or traceback."""
     ran = command(*arguments)
@@ -500,7 +493,6 @@ def test_wrong_usage_is_one_sentence_and_exit_2(command: Command, arguments: lis
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the secret is Canary"), OSError(errno.ENOSPC, "Canary")], ids=repr)
-@pytest.mark.usefixtures("gateway")
 def test_unexpected_error_is_one_line_without_its_text(
     command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -519,7 +511,6 @@ def test_unexpected_error_is_one_line_without_its_text(
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
 @pytest.mark.parametrize("redirect", [">/dev/full", ">&-", "| true"])
 @pytest.mark.parametrize("line", ["get us", "check", "--help", "plan --svg -"])
-@pytest.mark.usefixtures("gateway")
 def test_output_that_cannot_be_written_is_one_line_and_1(line: str, redirect: str) -> None:
     """A full or closed output is exit 1 and just one sentence; a pipe whose reader has gone is no error."""
     cached(20_000)

@@ -204,13 +204,9 @@ def test_logs_tracebacks_files_and_objects_hold_no_secret_whatever_happens(
         token = path.match("key-????????????????.json")
         assert leaks(f"{path} {'' if token else path.read_bytes().decode(errors='surrogateescape')}") == []
     key = state().key
-    met += [
-        KISAuth("us"),
-        KISHttpxAuth("us"),
-        tokencore.KRTokenManager(),
-        Gateway(canaries.url, (KEY, SECRET), timeout=1),
-    ]
-    keep_their_secrets([*met, key.renewer, ApprovalKeys(key.market, key.store, key.renewer)])
+    met += [KISAuth("us"), KISHttpxAuth("us"), tokencore.KRTokenManager(), key.renewer]
+    met += [Gateway(canaries.url, (KEY, SECRET), timeout=1), ApprovalKeys(key.market, key.store, key.renewer)]
+    keep_their_secrets(met)
 
 
 def keep_their_secrets(roots: list[object]) -> None:

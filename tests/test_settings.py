@@ -38,7 +38,7 @@ Kept = Callable[[object], list[str]]
 PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
 TRUSTED = ("environment", "config.toml")
-SPARSE = 48 * 1024 * 1024  # bytes of a file that takes no space on disk
+SPARSE = 48 * 1024 * 1024  # bytes
 NAMELESS = 54_321  # a user id without a name on any system
 as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
 us = partial(read_market, "us")  # the market `us` as a cached `get` reads it
@@ -125,11 +125,24 @@ def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) 
     assert us().app_key is None, "a folder of this name is a virtualenv"
 
 
+def sparse(path: Path) -> None:
+    """Make a file of 48 MB that takes no space on disk."""
+    path.touch()
+    os.truncate(path, SPARSE)
+
+
+def no_current_folder(path: Path) -> None:
+    """Go to a folder of this name and remove it."""
+    path.mkdir()
+    os.chdir(path)
+    path.rmdir()
+
+
 PLACES = (".env", "~/.tokencore/config.toml", "secrets/KIS_APP_KEY")
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {  # what replaces a file; words of the message
     "pipe": (os.mkfifo, "not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-    "48 MB": (lambda path: (path.touch(), os.truncate(path, SPARSE)), "65536 bytes"),
+    "48 MB": (sparse, "65536 bytes"),
     "a byte too many": (lambda path: path.write_bytes(b"#" * FILE_LIMIT + b"\n"), "65536 bytes"),
     "no UTF-8": (lambda path: path.write_bytes(b'app_secret = "Canary\xff"'), "utf-8"),
 }
@@ -140,12 +153,8 @@ BAD_TOML: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 UNREADABLE = {f"{place} {kind}": (place, *BAD[kind]) for place in PLACES for kind in BAD}
 UNREADABLE |= {f"config.toml {kind}": (PLACES[1], *BAD_TOML[kind]) for kind in BAD_TOML}
-UNREADABLE |= {
-    "secrets no folder": ("secrets", Path.touch, "Not a directory"),
-    "secrets beside a current folder that is gone": (
-        "secrets", lambda path: (path.mkdir(), os.chdir(path), path.rmdir()), "directory); point KIS_SECRETS_DIR",
-    ),
-}  # fmt: skip
+UNREADABLE["secrets no folder"] = ("secrets", Path.touch, "Not a directory")
+UNREADABLE["no current folder"] = ("secrets", no_current_folder, "directory); point KIS_SECRETS_DIR")
 
 
 @pytest.mark.parametrize(("name", "make", "why"), UNREADABLE.values(), ids=UNREADABLE)

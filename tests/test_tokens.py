@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,16 +21,9 @@ PLAIN, JWT = "opaque-token-of-another-format", make_jwt(issued=NOW)
 IN_KST, IN_UTC = "2026-11-24 17:15:00", "2026-11-24T08:15:00Z"
 
 
-@pytest.fixture
-def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Return a function that sets this machine's time zone for a test."""
-
-    def change(name: str) -> None:
-        patch.setenv("TZ", name)
-        time.tzset()
-
-    with monkeypatch.context() as patch:
-        yield change
+def set_zone(name: str) -> None:
+    """Set this machine's time zone until the test ends."""
+    os.environ["TZ"] = name
     time.tzset()
 
 
@@ -127,11 +120,9 @@ def test_a_token_file_gives_back_what_was_saved(age: timedelta, life: int, rejec
 
 
 @pytest.mark.parametrize("machine", ["Asia/Seoul", "UTC", "America/New_York"])
-def test_times_of_earlier_tools_are_read_in_the_zone_they_were_written_in(
-    machine: str, zone: Callable[[str], None]
-) -> None:
+def test_times_of_earlier_tools_are_read_in_the_zone_they_were_written_in(machine: str) -> None:
     """Naive times are this machine's, epoch seconds need no zone, and of two readings the earlier expiry counts."""
-    zone(machine)
+    set_zone(machine)
     local, epoch = NOW.astimezone().replace(tzinfo=None), NOW.timestamp() + 0.25
     for content in (
         {"access_token": PLAIN, "expires_at": (local + DAY).isoformat(), "cached_at": local.isoformat()},
@@ -166,9 +157,9 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_people_already_have_is_understood(form: str, zone: Callable[[str], None]) -> None:
+def test_what_people_already_have_is_understood(form: str) -> None:
     """Every form in which people keep a token and its expiry is read, with the same expiry."""
-    zone("Asia/Seoul")
+    set_zone("Asia/Seoul")
     token = from_text(FORMS[form])[0]
     assert token.access_token in {PLAIN, JWT}
     assert token.expires_at == NOW + DAY

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -38,10 +37,9 @@ VIEW = "us_api_token.json"
 @pytest.fixture
 def public() -> Iterator[Path]:
     """A folder outside this user's private ones, which other users may enter but not write."""
-    folder = Path(tempfile.mkdtemp(prefix="tokencore-test-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="tokencore-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture
