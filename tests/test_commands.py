@@ -282,6 +282,9 @@ def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     return run
 
 
+DEEP = '{"a":' * 9_000  # more than Python's parser takes
+
+
 def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sandbox, give: Command) -> None:
     """A rejected token older than six hours is renewed once; for a younger one exit 4 says when and how to force it."""
     old = cached(50_000)
@@ -289,7 +292,8 @@ def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sa
     assert give(f"Authorization: Bearer {old.access_token}\n", "reject", "us") == Ran(0, "", "")
     young = TokenManager("kr").get_valid_token()
     assert young != old.access_token
-    assert give(old.access_token, "reject", "kr") == Ran(0, "", "")
+    for unknown in (old.access_token, DEEP):
+        assert give(unknown, "reject", "kr") == Ran(0, "", "")
     ran = give(young, "reject", "us")
     assert (ran.code, "six hours after its issue" in one_line(ran), "--force" in ran.err) == (4, True, True)
     assert (give("\n", "reject", "us").code, tokencore("get", "kr").code, asked(quick)) == (2, 4, 1)
@@ -355,6 +359,7 @@ REFUSED_INPUT: dict[str, tuple[Callable[[], str], int, str]] = {
     "far too much": (lambda: "x" * 70_000, 2, "holds no token"),
     "an opaque token without an expiry": (lambda: "not-a-jwt", 2, "gives its expiry"),
     "JSON that is no object": (lambda: "[1]", 2, "gives its expiry"),
+    "JSON without an end": (lambda: DEEP, 2, "gives its expiry"),
     "another key's": (make_jwt, 2, "another app key"),
     "expired": (lambda: make_jwt(APP_KEY, life=-60), 3, "no longer serves"),
     "about to expire": (lambda: make_jwt(APP_KEY, life=200), 3, "no longer serves"),

@@ -192,7 +192,10 @@ def sane(at: datetime) -> bool:
 def _fields(text: str) -> dict[str, Any]:
     """Return the fields of a JSON object, of lines such as `name: value` or `export NAME=value`, or a bare token."""
     if text.startswith("{"):
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
         return {str(name).lower().replace("-", "_"): value for name, value in content.items()}
     found: dict[str, Any] = {}
     for line in text.splitlines():

@@ -64,7 +64,7 @@ def _token_for(market: Market, text: str, now: datetime) -> Token:
     """Return the token in `text`, in any known form, if it belongs to this market and serves at `now`."""
     try:
         token, content = from_text(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ConfigurationError(
             "Standard input holds no token that gives its expiry: give the token alone, or what `tokencore get MARKET "
             "--json` prints. Nothing was saved."

@@ -254,7 +254,7 @@ class FileStore(Sensitive):
             if text is None:
                 return None, ""
             token, content = tokens.from_text(text)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             return None, (str(error).splitlines() or ["unreadable"])[0][:80]
         # Other tools' caches name no key; then the JWT's `jti`, if there is one, has to be our app key.
         bound = content.get("key_fingerprint")
