@@ -39,7 +39,7 @@ def samples(text: str) -> dict[str, dict[str, float]]:
 @pytest.fixture
 def url(gateway: Sandbox) -> Iterator[str]:  # noqa: ARG001 - for its settings
     """The URL of an exporter on a free port."""
-    with listening(Watch(Key.load), LOOPBACK, 0) as running:
+    with listening(Watch(), LOOPBACK, 0) as running:
         yield running
 
 
@@ -172,7 +172,7 @@ def test_other_hosts_are_only_where_they_are_named(command: Command) -> None:
 
 def test_the_alert_rules_and_the_dashboard_ask_for_the_metrics_and_outcomes_that_exist() -> None:
     """Together the alert rules and the dashboard use every metric, so that none is exported that nobody looks at."""
-    known = {f"{one.name}_total" if one.type == "counter" else one.name for one in Watch(Key.load).collect()}
+    known = {f"{one.name}_total" if one.type == "counter" else one.name for one in Watch().collect()}
     docs = Path(__file__).resolve().parent.parent / "docs"
     text = "".join((docs / name).read_text(encoding="utf-8") for name in ("alerts.rules.yml", "grafana.json"))
     assert set(re.findall(r"\bkis_\w+", text)) == known

@@ -85,7 +85,7 @@ def _extras(one: Seen, proofs: Mapping[str, Evidence]) -> dict[str, object]:
 def _doctor(options: argparse.Namespace) -> int:
     from tokencore.reports.doctor import examine  # imports HTTP and a dozen checks
 
-    found = examine(Key.load)
+    found = examine()
     if options.json:
         print_json([{key: value for key, value in one._asdict().items() if key != "exit_code"} for one in found])
     else:
@@ -111,7 +111,7 @@ def _lines(one: Finding) -> str:
 def _metrics(options: argparse.Namespace) -> int:
     from tokencore.reports import metrics  # imports a server, which no other command should wait for
 
-    watch = metrics.Watch(Key.load)
+    watch = metrics.Watch()
     if options.listen:
         with metrics.listening(watch, *options.listen) as url, until_stopped():
             print(f"{url}/metrics, /livez and /readyz; Ctrl-C ends it.", flush=True)

@@ -113,9 +113,9 @@ def _history(options: argparse.Namespace) -> int:
     keys = [key_of(settings, options.market)] if options.market else Key.load(settings)
     found = [([market.name for market in key.markets], one) for key in keys for one in key.store.attempts()]
     if options.json:
-        told = [{"markets": names} | one._asdict() for names, one in found]
+        listed = [{"markets": names} | one._asdict() for names, one in found]
         hidden = {"pid", "credentials"}  # of no use to readers; nor is the host outside a fleet
-        print_json([{k: v for k, v in one.items() if k not in hidden and (v or k != "host")} for one in told])
+        print_json([{k: v for k, v in one.items() if k not in hidden and (v or k != "host")} for one in listed])
     else:
         from tokencore.reports.tables import print_history
 

@@ -26,8 +26,8 @@ def add(command: AddCommand) -> None:
     """Add these commands to the parser."""
     what = "write the token in another client's format; renews if it must"
     export = command("export", _export, what, market="one")
-    told = "%(choices)s: the client (mojito2's file, token.dat, holds the app secret)"
-    export.add_argument("--to", required=True, choices=CLIENTS, metavar="CLIENT", help=told)
+    clients = "%(choices)s: the client (mojito2's file, token.dat, holds the app secret)"
+    export.add_argument("--to", required=True, choices=CLIENTS, metavar="CLIENT", help=clients)
     export.add_argument("folder", metavar="DIR", help="where that client looks for its file; made if need be")
     what = "take a token from standard input, in any known form, without an issue request"
     offline, force = "save it without a quote call that proves it", "also where the present token lasts longer"

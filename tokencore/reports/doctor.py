@@ -28,6 +28,7 @@ from tokencore.config import market as values
 from tokencore.config.settings import Settings
 from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
 from tokencore.errors import ConfigurationError, TokenError
+from tokencore.keys import Key
 from tokencore.kis import codes
 from tokencore.kis.http import NoAnswer, send
 from tokencore.limits import format_time
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from tokencore.config.market import Market
-    from tokencore.keys import Key, KeyState
+    from tokencore.keys import KeyState
 
 UNEXPECTED, SETTINGS, NO_TOKEN, REFUSED, UNREACHABLE, STORE = 1, 2, 3, 5, 6, 7  # exit codes, the same as the commands'
 PATIENCE = 4.0  # seconds to connect, for each wait for data, and for a lock
@@ -104,8 +105,8 @@ class Subject(NamedTuple):
     problem: str
 
 
-def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
-    """Run all checks and return their findings in the order in which to fix them; `load` makes the settings' keys."""
+def examine() -> list[Finding]:
+    """Run all checks and return their findings in the order in which to fix them."""
     found, folder, settings, problem = Found(), "", None, ""
     keys: list[Key] = []
     try:
@@ -113,7 +114,7 @@ def examine(load: Callable[[Settings], list[Key]]) -> list[Finding]:
         with contextlib.suppress(ValueError, TypeError):  # `Settings.load` says what is wrong with it
             folder = values.folder(found.values.get("KIS_TOKEN_DIR", values.TOKEN_DIR))
         settings = Settings.load()
-        keys = load(settings)
+        keys = Key.load(settings)
     except TokenError as error:
         problem = str(error)
     it, findings = Subject(found, folder, settings, keys, problem), list[Finding]()

@@ -25,6 +25,7 @@ from tokencore.clients.approval import approval_expiry
 from tokencore.config.settings import Settings
 from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
+from tokencore.keys import Key
 from tokencore.limits import format_time
 from tokencore.outlook import VALID
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from tokencore.config.market import Market
-    from tokencore.keys import Key, KeyState
+    from tokencore.keys import KeyState
 
     Value = datetime | float | None
     Values = dict[tuple[str, ...], Value]
@@ -98,22 +99,21 @@ GAUGES: dict[str, tuple[str, Callable[[KeyState, Market], Value]]] = {
 class Watch(Collector):
     """Collects the metrics of all markets; if the settings become invalid meanwhile, it keeps the last good ones."""
 
-    def __init__(self, load: Callable[[Settings], list[Key]]) -> None:
-        """Read the settings; `load` makes their keys.
+    def __init__(self) -> None:
+        """Read the settings.
 
         Raises:
             ConfigurationError: the settings are malformed, or no market has credentials.
 
         """
-        self._load = load
-        self._keys, self._given = load(Settings.load()), gather().values
+        self._keys, self._given = Key.load(Settings.load()), gather().values
         self._settings_good = True
 
     def look(self, now: datetime) -> list[Vitals]:
         """Return every market's state at `now` (aware), key by key; each key's state is read once."""
         try:
             if (given := gather().values) != self._given:  # else keep the keys and their computed calendars
-                self._keys, self._given = self._load(Settings.load()), given
+                self._keys, self._given = Key.load(Settings.load()), given
             self._settings_good = True
         except ConfigurationError:
             self._settings_good = False
