@@ -265,6 +265,7 @@ def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandb
     ran = tokencore("exec", "us", "--", sys.executable, "-c", f"{program}; sys.exit(7)", "--", "-x")
     token = on_disk()
     assert ran == Ran(7, f"{token.access_token} {token.expires_at:%Y-%m-%dT%H:%M:%SZ} -- -x\n", "")
+    assert tokencore("exec", "us", "--", "sh", "-c", "yes | head -n 1") == Ran(0, "y\n", ""), "pipes end quietly"
     assert "name it after --" in tokencore("exec", "us", "sh", "-c", "true").err
     assert asked(gateway) == 1
 

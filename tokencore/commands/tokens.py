@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
+import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -104,7 +106,9 @@ def _exec(options: argparse.Namespace) -> int:
     token = _served(TokenManager(options.market), renew=True)
     environment = {**os.environ, **_variables(token)}
     try:
-        if os.name == "posix":
+        if sys.platform != "win32":
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and the program would inherit that
+                signal.signal(number, signal.SIG_DFL)
             os.execvpe(options.program[0], options.program, environment)  # noqa: S606 # nosec B606 - the user's own, without a shell
         return subprocess.run(options.program, env=environment, check=False).returncode  # noqa: S603 - the same
     except OSError as error:
