@@ -24,10 +24,11 @@ from cryptography.fernet import Fernet
 from fleets import MINUTE, POINTS, Fleet, Machine, Relay
 from postgres import PASSWORD, Postgres, needs_postgres
 from running import Command, asked, one_line, snapshot, start, tokencore, until
-from servers import SlackEndpoint
+from servers import SlackEndpoint, Wire
 from stepping import FULL
 
 from flows import alerts
+from flows.stack import watchdog
 from tokencore import CredentialsError, Key, Settings, TokenStoreError
 from tokencore.attempts import Attempt, Outcome
 from tokencore.sandbox import Sandbox
@@ -288,6 +289,21 @@ def test_trouble_belongs_to_its_key_whatever_machines_call_it(field: Field, slac
         alerts.report(settings, key.state(now), trouble, now)
         sent.append((key.label, len(slack.messages)))
     assert sent == [("us+kr", 1), ("us+kr", 2), ("hk", 2)]
+
+
+def test_a_machine_that_reaches_prefect_ends_no_alert_of_one_that_does_not(
+    field: Field, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If Prefect's server refuses one machine's password, its watchdog alerts once, whatever another machine sees."""
+    machines = {name: field.machine(name).environment for name in ("a", "b")}
+    well = [{"state_name": "AlreadyValid", "end_time": datetime.now(UTC).isoformat()}]
+    with Wire() as server:
+        for name, status in (("a", 401), ("b", 200), ("a", 401)):
+            monkeypatch.setattr("platform.node", lambda name=name: name)
+            server.answer(status, well)
+            os.environ |= machines[name] | {"PREFECT_SERVER_API_PORT": server.url.rpartition(":")[2]}
+            assert watchdog.watch(patience=0) == (status != 200)
+    assert slack.headlines == ["Prefect (a): Prefect does not look after the tokens"]
 
 
 LOST = {"fence + 1": 0, "at = clock": 0, "excluded.sealed": 1, "at = $1": 1}  # statements, and requests to KIS

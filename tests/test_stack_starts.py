@@ -227,3 +227,11 @@ def test_a_restart_is_no_death(prefect: Wire, slack: SlackEndpoint) -> None:
     threading.Timer(0.2, prefect.answer, checked(timedelta(minutes=5))).start()
     assert watchdog.watch(patience=60) == 0
     assert (len(prefect.requests) > 1, slack.asked) == (True, [])
+
+
+def test_damaged_incidents_stop_no_watchdog(prefect: Wire, slack: SlackEndpoint) -> None:
+    """While all is well, a document of incidents that holds something else is nothing to report."""
+    prefect.answer(*checked(timedelta(minutes=5)))
+    folder().mkdir(mode=0o700, exist_ok=True)
+    (folder() / "incidents.json").write_text('{"incidents": 3}')
+    assert (watchdog.watch(patience=0), slack.asked) == (0, [])

@@ -5,6 +5,7 @@ It is quick and light while all is well: Prefect is not imported until there is 
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from tokencore import ConfigurationError, Settings, open_document
 if TYPE_CHECKING:
     from flows.stack.api import Api
 
-WHO = "Prefect"  # the subject of the incident
+WHO = "Prefect"  # the subject of the incident; in a fleet, with the machine that looks
 PATIENCE = 45.0  # seconds: a restart must not raise an alert
 PAUSE = 5.0  # seconds between two questions
 SILENCE = timedelta(minutes=90)  # for so long no check has ended: one was missed, and the next is late
@@ -29,15 +30,16 @@ def watch(patience: float = PATIENCE) -> int:
     The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
     """
     settings, found = Settings.load(), silence(environment.api(), patience)
-    if found is None and WHO not in str(open_document(settings, "incidents").read()):  # surely nothing was reported
+    who = f"{WHO} ({platform.node()})" if settings.store else WHO  # one that can reach the server ends no other's alert
+    if found is None and who not in str(open_document(settings, "incidents").read()):  # surely nothing was reported
         return 0
     from flows import alerts  # imports all of Prefect
 
     now = datetime.now(UTC)
     if found is None:
-        alerts.resolved(settings, WHO, now)
+        alerts.resolved(settings, who, now)
         return 0
-    alerts.report(settings, WHO, alerts.causes.SilenceError(found), now)
+    alerts.report(settings, who, alerts.causes.SilenceError(found), now)
     print(found, file=sys.stderr)
     return 1
 
