@@ -128,10 +128,8 @@ def settings(postgres: Postgres, folder: Path) -> dict[str, str]:
 def machines(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     """Start bots without a token, then Prefect as in docs/fleet.md."""
     folder, started = tmp_path_factory.mktemp("fleet"), []
-    told, places = (
-        settings(postgres, folder / "owner"),
-        {name: Place.made(folder / name, PYTHONUNBUFFERED="1") for name in NAMES},
-    )
+    told = settings(postgres, folder / "owner")
+    places = {name: Place.made(folder / name, PYTHONUNBUFFERED="1") for name in NAMES}
 
     def launch(place: Place, name: str, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
         with (folder / name).open("wb") as log:
@@ -180,9 +178,8 @@ def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(machi
     assert (asked(machines.gateway), len(machines.slack.messages)) == (2, 1)
     machines.gateway.clear()
     time.sleep(MINUTE)
-    assert (
-        machines.end(machines.begin("second", "refresh-token/refresh_token", market="us", operator="Kim")) == "Renewed"
-    )
+    by_hand = machines.begin("second", "refresh-token/refresh_token", market="us", operator="Kim")
+    assert machines.end(by_hand) == "Renewed"
     made = [machines.begin(name, "check-tokens/check_tokens") for name in NAMES]
     given = environment_of(int(machines.up.look(made[0])["infrastructure_pid"]))
     assert (any(one.startswith(MARK) for one in given), any(PASSWORD in one for one in given)) == (True, False)
@@ -226,9 +223,7 @@ def test_a_renewal_whose_worker_is_killed_is_finished_by_the_other(
     assert (len(calls), max(took for _, took, _ in calls) < 1) == (len(machines.bots), True)
     machines.note("the second machine's worker is killed")
     with capsys.disabled():
-        for row in (
-            ("what has happened", "requests so far", "seen everywhere after", "messages so far"),
-            *machines.table,
-        ):
+        head = ("what has happened", "requests so far", "seen everywhere after", "messages so far")
+        for row in (head, *machines.table):
             print("\n{:<38} {:>15}  {:>21}  {:>15}".format(*row), end="")
         print()
