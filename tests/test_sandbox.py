@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -24,13 +23,6 @@ DOMESTIC = next(iter(QUOTES))
 OTHER = "요청하신 오류입니다."  # the sandbox's words for codes whose text it does not know
 HOUR = 3600
 GRANT: dict[str, Any] = {"grant_type": "client_credentials", "appkey": KEY, "appsecret": SECRET}
-
-
-@pytest.fixture
-def kis() -> Iterator[Sandbox]:
-    """A gateway with KIS's own intervals."""
-    with Sandbox() as running:
-        yield running
 
 
 def headers(token: str) -> dict[str, str]:
@@ -118,49 +110,49 @@ def test_a_wrong_field_or_header_is_refused_in_kiss_shape_and_words() -> None:
         assert called(gateway, 60, token, **{field: text}) == Answer(500, content, code)
 
 
-def test_any_answer_can_be_scripted_for_a_path(kis: Sandbox) -> None:
+def test_any_answer_can_be_scripted_for_a_path(gateway: Sandbox) -> None:
     """A path gives a scripted answer as often as wanted; of prefixes that match a path the longest counts."""
-    token = issued(kis, time.time())
-    kis.answer("/uapi/", {"rt_cd": "1", "msg_cd": "EGW00201"}, 500)
-    assert post(kis, "/sandbox/answer", {"path": DOMESTIC, "content": "<p>", "status": 503, "count": 1}).ok
-    answer = quote(kis, token)
+    token = issued(gateway, time.time())
+    gateway.answer("/uapi/", {"rt_cd": "1", "msg_cd": "EGW00201"}, 500)
+    assert post(gateway, "/sandbox/answer", {"path": DOMESTIC, "content": "<p>", "status": 503, "count": 1}).ok
+    answer = quote(gateway, token)
     assert (answer.status_code, answer.text, answer.headers["Content-Type"][:9]) == (503, "<p>", "text/html")
-    assert quote(kis, token).json()["msg_cd"] == "EGW00201"
-    assert post(kis, "/sandbox/clear", {}).json() == {"ok": True}
-    assert (post(kis, "/uapi/order", {}).status_code, kis.stats()["quotes_refused"]) == (404, {"EGW00201": 1})
+    assert quote(gateway, token).json()["msg_cd"] == "EGW00201"
+    assert post(gateway, "/sandbox/clear", {}).json() == {"ok": True}
+    assert (post(gateway, "/uapi/order", {}).status_code, gateway.stats()["quotes_refused"]) == (404, {"EGW00201": 1})
 
 
-def test_it_is_driven_over_http(kis: Sandbox) -> None:
+def test_it_is_driven_over_http(gateway: Sandbox) -> None:
     """Another process can order failures, which start no minute, kill tokens, change rules and read the statistics."""
-    post(kis, "/sandbox/fail", {"mode": "limit", "count": 2})
-    refused, again, granted = (post(kis, TOKEN, GRANT) for _ in range(3))
+    post(gateway, "/sandbox/fail", {"mode": "limit", "count": 2})
+    refused, again, granted = (post(gateway, TOKEN, GRANT) for _ in range(3))
     assert (refused.json()["error_code"], again.status_code, granted.status_code) == ("EGW00133", 403, 200)
-    post(kis, "/sandbox/fail", {"mode": "EGW00210"})
-    assert post(kis, TOKEN, GRANT).json()["error_code"] == "EGW00210"
-    assert [one["outcome"] for one in kis.stats()["requests"]] == ["EGW00133", "EGW00133", "new", "EGW00210"]
-    post(kis, "/sandbox/clear", {})
-    post(kis, "/sandbox/fail", {"mode": "dead-token"})
-    post(kis, "/sandbox/rules", {"issue_interval": 0, "same_token": 0})
-    dead, fresh = quote(kis, granted.json()["access_token"]), quote(kis, issued(kis, time.time()))
+    post(gateway, "/sandbox/fail", {"mode": "EGW00210"})
+    assert post(gateway, TOKEN, GRANT).json()["error_code"] == "EGW00210"
+    assert [one["outcome"] for one in gateway.stats()["requests"]] == ["EGW00133", "EGW00133", "new", "EGW00210"]
+    post(gateway, "/sandbox/clear", {})
+    post(gateway, "/sandbox/fail", {"mode": "dead-token"})
+    post(gateway, "/sandbox/rules", {"issue_interval": 0, "same_token": 0})
+    dead, fresh = quote(gateway, granted.json()["access_token"]), quote(gateway, issued(gateway, time.time()))
     assert (dead.status_code, fresh.status_code) == (500, 200)
     for path, fields in (("fail", {"mode": "x"}), ("rules", {"x": 1}), ("rules", {"latency": -1}), ("answer", {})):
-        assert post(kis, f"/sandbox/{path}", fields).status_code == 400
-    stats = requests.get(f"{kis.url}/sandbox/stats", timeout=5).json()
-    assert (stats, stats["rules"]["issue_interval"]) == (kis.stats(), 0)
+        assert post(gateway, f"/sandbox/{path}", fields).status_code == 400
+    stats = requests.get(f"{gateway.url}/sandbox/stats", timeout=5).json()
+    assert (stats, stats["rules"]["issue_interval"]) == (gateway.stats(), 0)
 
 
-def test_stats_and_log_hold_no_secret(kis: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stats_and_log_hold_no_secret(gateway: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
     """After broken requests and a client that disconnects, the statistics show no secret, and nothing is printed."""
-    token = issued(kis, time.time())
-    requests.get(kis.url + TOKEN, params=GRANT, timeout=5)
+    token = issued(gateway, time.time())
+    requests.get(gateway.url + TOKEN, params=GRANT, timeout=5)
     for body in (b"{not json", b"\xff\xfe", b"[" * 50_000, b"[1]"):
-        assert requests.post(kis.url + TOKEN, data=body, timeout=5).json()["error_code"] == "EGW00101"
-    post(kis, APPROVAL, {**GRANT, "secretkey": SECRET})
-    kis.fail("drip", 1)
-    with requests.post(kis.url + TOKEN, json=GRANT, timeout=5, stream=True) as answer:
+        assert requests.post(gateway.url + TOKEN, data=body, timeout=5).json()["error_code"] == "EGW00101"
+    post(gateway, APPROVAL, {**GRANT, "secretkey": SECRET})
+    gateway.fail("drip", 1)
+    with requests.post(gateway.url + TOKEN, json=GRANT, timeout=5, stream=True) as answer:
         assert next(answer.iter_content(1)) == b"{"
     time.sleep(0.2)  # the next bytes meet a closed connection
-    seen = json.dumps(kis.stats()) + repr(vars(kis)["_tokens"].values())
+    seen = json.dumps(gateway.stats()) + repr(vars(gateway)["_tokens"].values())
     assert [secret for secret in (KEY, SECRET, *token.split(".")[1:]) if secret in seen] == []
     assert capfd.readouterr() == ("", "")
 
@@ -174,9 +166,9 @@ def test_a_client_that_is_connected_gets_no_answer_any_more_when_the_block_ends(
             session.get(f"{gateway.url}/sandbox/stats", timeout=5)
 
 
-def test_it_listens_on_loopback_alone_and_says_when_it_cannot(kis: Sandbox) -> None:
+def test_it_listens_on_loopback_alone_and_says_when_it_cannot(gateway: Sandbox) -> None:
     """As the sandbox has no password, it answers on no other address; a port in use is a ConfigurationError."""
-    taken = int(kis.url.rpartition(":")[2])
+    taken = int(gateway.url.rpartition(":")[2])
     with pytest.raises(OSError, match=r"refused|reach|timed out|assign"):
         socket.create_connection(("127.0.0.2", taken), timeout=2)  # answers if something listens everywhere
     with pytest.raises(ConfigurationError, match=rf"^Cannot listen on 127.0.0.1:{taken} "), Sandbox(port=taken):

@@ -178,11 +178,10 @@ def test_what_another_user_can_have_planted_starts_and_stops_nothing(make_place:
 
 
 @pytest.fixture
-def prefect() -> Iterator[Wire]:
+def prefect(wire: Wire) -> Wire:
     """A server in place of Prefect's, to which the settings lead; a test chooses whether and what it answers."""
-    with Wire() as server:
-        dotenv(**KEYS, PREFECT_SERVER_API_PORT=server.url.rpartition(":")[2])
-        yield server
+    dotenv(**KEYS, PREFECT_SERVER_API_PORT=wire.url.rpartition(":")[2])
+    return wire
 
 
 def checked(ago: timedelta) -> tuple[int, list[dict[str, str]]]:
