@@ -35,6 +35,7 @@ from tokencore.sandbox import Sandbox
 from tokencore.stores import database, open_document
 from tokencore.stores.encryption import Seal
 from tokencore.stores.file_store import FileStore
+from tokencore.stores.fleet import Fleet as Reached
 
 SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7)
 OTHER = KEY[::-1]  # another app key
@@ -238,6 +239,15 @@ def test_a_machine_follows_what_the_others_do(field: Field) -> None:
         said = successor.communicate()[1]
     assert (said.count("cannot be decrypted"), said.count("keeps trying")) == (1, 0), said
     assert listening.has == "rejected"
+
+
+def test_a_follower_that_cannot_have_its_lock_says_so(field: Field, command: Command) -> None:
+    """`follow` exits 7 and names the path if something else is where its lock should be."""
+    os.environ |= field.machine("one").environment
+    reached = Reached.of(Settings.load())
+    os.mkdir(reached.follower_lock(reached.rows()))
+    ran = command("follow")
+    assert (ran.code, "token directory cannot be used" in ran.err) == (7, True)
 
 
 def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: SlackEndpoint) -> None:

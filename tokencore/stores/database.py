@@ -88,7 +88,7 @@ FAULTS = {  # by a word in the error's name or text: what failed, what to do, an
     "undefinedtable": ("it has no tables of tokencore", "run `tokencore fleet init` as the tables' owner", False),
     "undefinedcolumn": ("its tables are of another version", "run the same tokencore on all machines", False),
     "insufficientprivilege": ("its role may not use the tables", "run the SQL of `tokencore fleet init`", False),
-    "does not exist": ("there is no such database", "correct KIS_STORE", False),
+    "does not exist": ("there is no such database or role", "correct KIS_STORE", False),
     "too many": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
     "connection slots": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
     "read-only": ("it is read-only", "name the primary in KIS_STORE, or make it writable", True),

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tokencore.errors import TokenError
-from tokencore.stores.permissions import PRIVATE_FILE, make_private
+from tokencore.stores.lock import hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,12 +41,13 @@ class Follower:
         self._lost = False  # whether the store is out of reach, which was logged
 
     def run(self) -> None:
-        """Wait until no other process follows, then follow, whatever happens to the store; never returns."""
-        from filelock import FileLock
+        """Wait until no other process follows, then follow, whatever happens to the store; never returns.
 
-        make_private(self._fleet.folder)
-        path = self._fleet.follower_lock(self._stores)
-        with FileLock(path, mode=PRIVATE_FILE, poll_interval=STAND_BY, preserve_lock_file=True):
+        Raises:
+            TokenStoreError: the lock cannot be used.
+
+        """
+        with hold(self._fleet.follower_lock(self._stores), -1, lambda: False, STAND_BY):
             while True:
                 try:
                     with self._fleet.connect() as session:

@@ -18,8 +18,10 @@ OURS = ("key-", VIEW, MARK, "incidents.", "_krs_token.dat", "config.toml", "pref
 
 
 @contextlib.contextmanager
-def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
+def hold(path: str, wait: float, give_up: Callable[[], bool], poll: float = POLL) -> Iterator[bool]:
     """Hold the lock file at `path` inside the block, waiting at most `wait` seconds; its folder is created if missing.
+
+    It is tried every `poll` seconds; -1 for `wait` means to try for ever.
 
     Raises:
         TokenStoreError: the system refuses the lock, or others could have planted what is there; nothing was changed.
@@ -33,7 +35,7 @@ def hold(path: str, wait: float, give_up: Callable[[], bool]) -> Iterator[bool]:
     # A new object each time: one made before a fork refuses to work in the child.
     lock = FileLock(path, mode=permissions.PRIVATE_FILE, fallback_to_soft=False, preserve_lock_file=True)
     try:
-        lock.acquire(timeout=wait, poll_interval=POLL, cancel_check=give_up)
+        lock.acquire(timeout=wait, poll_interval=poll, cancel_check=give_up)
         held = True
     except Timeout:
         held = False

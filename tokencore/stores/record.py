@@ -62,9 +62,6 @@ class Record:
     def write(self, attempts: list[Attempt]) -> None:
         """Replace the record; on a full disk the lock file's times, which can still be set, keep the last attempt."""
         try:
-            if os.path.lexists(self._path) and not os.path.isfile(self._path):
-                files.set_aside(self._path)
-                _log.warning("%s did not contain an issuance record; it is kept as %s.aside.", self._path, self._path)
             files.write_bytes(self._path, render(attempts).encode(errors="replace"), writer="record")
         except OSError as error:
             last, issued = attempts[-1], issued_within(self._unrecorded(), attempts[-1].at)
