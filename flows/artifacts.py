@@ -117,12 +117,11 @@ def to_do(view: View) -> str:
         error = IssuanceLimitError("", retry_at=None, cause="same_token" if is_dead else "backoff")
     if error is None:
         return ""
-    attempts, token = (state.attempts, state.token) if state else ([], None)
-    cause = cause_of(error, attempts, token, view.key.market.settings.issue_interval)
+    cause = f"cause.{cause_of(error, state).name}"
     texts, need = LANGUAGES["en"], state.outlook.unserved if state else None
-    fix = texts[f"cause.{cause.name}.fix"]
     is_near = state and need and need[0] - state.now <= NEAR
-    return texts.get(f"cause.{cause.name}.urgent", fix) if is_near else fix
+    fix = texts[f"{cause}.fix"]
+    return texts.get(f"{cause}.urgent", fix) if is_near else fix
 
 
 def next_renewal(state: KeyState) -> str:

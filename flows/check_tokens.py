@@ -90,22 +90,22 @@ def advance(key: Key, again_in: float | None = None, now: datetime | None = None
     settings, now = key.market.settings, now or datetime.now(UTC)
     try:
         with safe_errors():
-            state, remark, refused = key.state(now), "", None
-            if is_session_day(state):
-                state, remark, refused = runs.proven(state)
-            decision = key.tick(state)
+            done = Done(key.state(now))
+            if is_session_day(done.state):
+                done = runs.proven(done.state)
+            decision = key.tick(done.state)
             key.sync_exports()
     except SAFE as error:
         raise artifacts.met(key, alerts.report(settings, key, error, now, again_in), again_in) from None
     state = decision.state
-    trouble = decision.trouble or rejected(state) or (None if decision.renewed else refused or state.refusal)
+    trouble = decision.trouble or rejected(state) or (None if decision.renewed else done.trouble or state.refusal)
     if trouble:
         met = alerts.report(settings, state, trouble, now, again_in)
         if not state.covered:
             raise artifacts.met(key, met, again_in)
     elif state.covered:
         alerts.resolved(settings, state, now)
-    return Done(state, decision.renewed, remark, trouble)
+    return Done(state, decision.renewed, done.remark, trouble)
 
 
 def is_session_day(state: KeyState) -> bool:

@@ -44,9 +44,9 @@ class Done(NamedTuple):
     """The result of a step for one key."""
 
     state: KeyState  # the key's state after the step
-    renewed: bool  # whether the step issued a token
+    renewed: bool = False  # whether the step issued a token
     remark: str = ""  # what else there is to say
-    trouble: TokenError | None = None  # why a renewal that was due failed, if the token still serves
+    trouble: TokenError | None = None  # why a renewal failed, or will fail, if the token still serves
 
     @property
     def said(self) -> str:
@@ -184,24 +184,25 @@ def views(keys: Sequence[Key], results: Mapping[Key, Done | Exception]) -> list[
     return found
 
 
-def proven(state: KeyState) -> tuple[KeyState, str, CredentialsError | None]:
-    """Prove the token of `state` by a quote call (KIS_PROVE_TOKENS); return the state after it, a remark and an error.
+def proven(state: KeyState) -> Done:
+    """Prove the token of `state` by a quote call (KIS_PROVE_TOKENS).
 
     A token that KIS rejects is marked dead for all processes. The remark says that KIS did not tell whether it accepts
-    the token; the error, that it refuses the key or its secret, so the next renewal will fail. Without a valid token,
+    the token; the trouble, that it refuses the key or its secret, so the next renewal will fail. Without a valid token,
     KIS is not asked.
     """
     if not state.key.market.settings.prove_tokens or state.token is None or state.serves_until is None:
-        return state, "", None
+        return Done(state)
     evidence = state.key.prove(state.token)
     if evidence.accepted is False:
         state.key.reject(state.token, state.now)
-        return state.key.state(state.now), "", None
+        return Done(state.key.state(state.now))
     if what := REFUSED_IN_QUOTES.get(evidence.msg_cd):
         message = f"KIS refuses the {what} in a quote call ({evidence.msg_cd}). {state.served}; no renewal can succeed."
-        return state, "", CredentialsError(f"{message} To do: correct the {what}, then run refresh_token.")
+        refused = CredentialsError(f"{message} To do: correct the {what}, then run refresh_token.")
+        return Done(state, trouble=refused)
     remark = "" if evidence.accepted else f"KIS did not say whether it accepts the token ({evidence.detail})"
-    return state, remark, None
+    return Done(state, remark=remark)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

@@ -100,23 +100,23 @@ def ensure(key: Key, until: datetime, again_in: float | None = None) -> Done:
         TokenError: there is no token that lasts; a present one is untouched.
 
     """
-    now, remark, refused, issued = datetime.now(UTC), "", None, False
+    now = datetime.now(UTC)
     try:
         with safe_errors():
-            state = key.state(now)
-            if state.lasts(until):
-                state, remark, refused = runs.proven(state)
-            if not state.lasts(until):
+            done = Done(key.state(now))
+            if done.state.lasts(until):
+                done = runs.proven(done.state)
+            if not done.state.lasts(until):
                 issued = key.obtain(until, now)
-                state = key.state(datetime.now(UTC))
+                done = Done(key.state(datetime.now(UTC)), issued)
     except SAFE as error:
         met = alerts.report(key.market.settings, key, error, now, again_in)
         raise artifacts.met(key, met, again_in) from None
-    if refused:
-        alerts.report(key.market.settings, state, refused, state.now)
+    if done.trouble:
+        alerts.report(key.market.settings, done.state, done.trouble, done.state.now)
     else:
-        alerts.resolved(key.market.settings, state, state.now)
-    return Done(state, issued, remark, refused)
+        alerts.resolved(key.market.settings, done.state, done.state.now)
+    return done
 
 
 def ended(exchange: str, until: datetime, results: Mapping[Key, Done | Exception]) -> State:

@@ -129,7 +129,7 @@ CAUSES: dict[str, tuple[Exception, str, Token | None, str]] = {
 def test_the_cause_is_what_the_error_comes_from(case: str) -> None:
     """A pause after a failure has the failure's cause; Prefect retries only when KIS is down or restricts the key."""
     error, past, token, expected = CAUSES[case]
-    cause = causes.cause_of(error, attempted(past, MONDAY), token, 60)
+    cause = causes.cause_of(error, state_of(MONDAY, token, past))
     tried_again = isinstance(causes.as_met(error, cause), errors.IssuerUnavailableError)
     assert (cause.name, tried_again) == (expected, expected in ("kis-down", "restricted"))
 

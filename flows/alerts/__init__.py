@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flows.alerts.incidents import Incident
     from flows.alerts.messages import Facts, Message, Notice, Texts
 
+    NextAttempt = tuple[str, datetime | None]  # the key of its text, and its time; None if a person has to act first
     Who = Key | KeyState | str  # a key, or the exchange (or another name) of a run that reached no key
 
 WAIT = 3.0  # seconds that a run waits for Slack, and for other runs that are sending
@@ -89,9 +90,9 @@ class Subject(NamedTuple):
 
     def diagnosis(self, error: Exception) -> tuple[Cause, str]:
         """Return why it is in trouble, and what happened, in the reader's language."""
-        attempts, token = (self.state.attempts, self.state.token) if self.state and self.reached else ([], None)
-        cause = causes.cause_of(error, attempts, token, self.settings.issue_interval)
-        answer = (attempts[-1].outcome.value, attempts[-1].code) if attempts and cause in causes.BY_ANSWER else None
+        state = self.state if self.reached else None
+        cause, last = causes.cause_of(error, state), state.attempts[-1] if state and state.attempts else None
+        answer = (last.outcome.value, last.code) if last and cause in causes.BY_ANSWER else None
         return cause, messages.happened(self.texts, cause, str(error), answer)
 
     def over(self, known: list[Incident]) -> list[Incident]:
@@ -100,9 +101,9 @@ class Subject(NamedTuple):
         foreign, refused = bool(state and state.foreign_issue), bool(state and state.refusal)
         return incidents.over(known, self.name, self.now, foreign=foreign, lasting=refused)
 
-    def attempt(self, cause: Cause, again_in: float | None, retry_at: datetime | None) -> tuple[str, datetime | None]:
-        """Return the next automatic attempt: the key of its text, and its time; None if a person has to act first."""
-        retry_at = retry_at or self.now
+    def attempt(self, cause: Cause, error: Exception | None = None, again_in: float | None = None) -> NextAttempt:
+        """Return the next automatic attempt; `again_in` is as in `report`."""
+        retry_at = getattr(error, "retry_at", None) or self.now
         if cause in causes.NEEDS_PERSON:
             return "next.person", None
         if again_in and cause in (causes.DOWN, causes.RESTRICTED):
@@ -136,8 +137,8 @@ def report(settings: Settings, who: Who, error: Exception, now: datetime, again_
     with harmless(FAILED):
         subject = Subject.of(settings, who, now)
         cause, happened = subject.diagnosis(error)
-        retry_at = getattr(error, "retry_at", None)
-        _deliver(settings, lambda known: _trouble(known, subject, cause, happened, again_in, retry_at))
+        attempt = subject.attempt(cause, error, again_in)
+        _deliver(settings, lambda known: _trouble(known, subject, cause, happened, attempt))
     return causes.as_met(error, cause)
 
 
@@ -157,7 +158,7 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
             if foreign:
                 cause = causes.FOREIGN_TOKEN
                 happened = messages.happened(subject.texts, cause, clock(foreign))
-                _trouble(known, subject, cause, happened)
+                _trouble(known, subject, cause, happened, subject.attempt(cause))
 
         _deliver(settings, work)
 
@@ -176,8 +177,7 @@ def announce(state: KeyState, kind: Notice, *, by: str, why: str, error: Excepti
         harmful = error is not None and not borne(state, error)
 
         def work(known: list[Incident]) -> None:
-            retry_at = getattr(error, "retry_at", None)
-            if harmful and _trouble(known, subject, cause, happened, retry_at=retry_at):
+            if harmful and _trouble(known, subject, cause, happened, subject.attempt(cause, error)):
                 return
             over = [] if error else subject.over(known)
             message = messages.notice(subject.facts(at_risk=harmful), kind, happened, why, over)
@@ -186,17 +186,10 @@ def announce(state: KeyState, kind: Notice, *, by: str, why: str, error: Excepti
         _deliver(settings, work)
 
 
-def _trouble(
-    known: list[Incident],
-    subject: Subject,
-    cause: Cause,
-    happened: str,
-    again_in: float | None = None,
-    retry_at: datetime | None = None,
-) -> bool:
+def _trouble(known: list[Incident], subject: Subject, cause: Cause, happened: str, attempt: NextAttempt) -> bool:
     """Send the message about trouble that goes on, and return whether one was due."""
     harmful = cause is not causes.FOREIGN_TOKEN  # a foreign token serves like one of ours
-    now, following, attempt = subject.now, _next_check(subject.now), subject.attempt(cause, again_in, retry_at)
+    now, following = subject.now, _next_check(subject.now)
     look_again = min(attempt[1] or following, following)
     incident, due = incidents.met(known, subject.name, cause, subject.need if harmful else None, now, look_again)
     if due is None:

@@ -18,10 +18,7 @@ from tokencore import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tokencore.attempts import Attempt
-    from tokencore.tokens import Token
+    from tokencore import KeyState
 
 DAY = timedelta(days=1)
 
@@ -79,16 +76,17 @@ _BY_OUTCOME = {  # what a pause after a failed attempt waits for
 }
 
 
-def cause_of(error: Exception, attempts: Sequence[Attempt], token: Token | None, interval: float) -> Cause:
-    """Return the cause of `error`, for a key with this issuance record, present token and issue interval (seconds).
+def cause_of(error: Exception, state: KeyState | None) -> Cause:
+    """Return the cause of `error`, for a key in this state; None if it could not be read, or no key was reached.
 
     A pause after a failure is not a cause of its own: the last attempt's outcome shows what it waits for.
     """
+    attempts, token = (state.attempts, state.token) if state else ([], None)
     last = attempts[-1].outcome if attempts else ""
     if token and token.rejected_at and last == "same" and isinstance(error, IssuanceLimitError | TokenUnavailableError):
         return SAME_DEAD
     if isinstance(error, IssuanceLimitError):
-        found = _limited(error, attempts, token, interval)
+        found = _limited(error, state)
     else:
         found = next((cause for kind, cause in _BY_ERROR if isinstance(error, kind)), UNFORESEEN)
     day = [one for one in attempts if one.outcome == "issued" and attempts[-1].at - one.at < DAY]
@@ -101,24 +99,25 @@ def as_met(error: Exception, cause: Cause) -> Exception:
     return IssuerUnavailableError(str(error)) if down else error
 
 
-def _limited(error: IssuanceLimitError, attempts: Sequence[Attempt], token: Token | None, interval: float) -> Cause:
-    last = attempts[-1].outcome if attempts else ""
+def _limited(error: IssuanceLimitError, state: KeyState | None) -> Cause:
     if error.cause == "ceiling":
         return CEILING
     if error.cause == "same_token":
-        return UNSERVED if token and token.rejected_at is None else DEAD
-    if last == "limit":
-        return LIMIT if _is_ours(attempts, interval) else FOREIGN_LIMIT
+        return UNSERVED if state and state.token and state.token.rejected_at is None else DEAD
+    last = state.attempts[-1].outcome if state and state.attempts else ""
+    if state and last == "limit":
+        return LIMIT if _is_ours(state) else FOREIGN_LIMIT
     if error.cause == "minute" and last == "same":  # a request left less than a minute ago, whatever it brought
         return WAITING
     return _BY_OUTCOME.get(last, WAITING)
 
 
-def _is_ours(attempts: Sequence[Attempt], interval: float) -> bool:
+def _is_ours(state: KeyState) -> bool:
     """Whether a request of our own came so shortly before the latest series of refusals that it may be their cause.
 
     The limit is twice the interval, because nobody knows whether KIS's minute begins with a request or its answer.
     """
+    attempts, interval = state.attempts, state.key.market.settings.issue_interval
     refused = len(attempts) - 1
     while refused and attempts[refused - 1].outcome == "limit":
         refused -= 1
