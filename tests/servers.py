@@ -1,6 +1,5 @@
-"""Stand-ins for tests: loopback servers, such as Slack and a KIS with a script, and a keyring in a file."""
+"""Stand-ins for tests: loopback servers, such as Slack and a KIS with a script."""
 
-import builtins
 import json
 import re
 import socket
@@ -8,13 +7,10 @@ import ssl
 import threading
 from collections.abc import Mapping
 from itertools import takewhile
-from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, NamedTuple, Self
 
 import requests
-from keyring import errors
-from keyring.backend import KeyringBackend
 
 from tokencore.sandbox import Sandbox
 
@@ -158,26 +154,3 @@ class SlackEndpoint(Wire):
             answer = {"channel": CHANNEL, "ts": f"{len(self.messages)}.0", **answer}
         headers = {"Content-Type": "application/json" if is_bot else "text/plain", "Retry-After": str(self.retry_after)}
         return _answer(status, answer if is_bot else word.encode(), headers)
-
-
-class Keyring(KeyringBackend):
-    """Answers from the home's `keyring.json` or raises the error named there; locked without it. Logs each question."""
-
-    priority = 1
-
-    def get_password(self, service: str, username: str) -> str | None:
-        """Return the secret of `username` in `service`."""
-        with (Path.home() / "keyring.log").open("a") as log:
-            log.write(f"{service} {username}\n")
-        try:
-            known = json.loads((Path.home() / "keyring.json").read_text())
-        except FileNotFoundError:
-            raise errors.KeyringLocked("Canary") from None
-        if isinstance(known, str):
-            raise getattr(errors, known, getattr(builtins, known, RuntimeError))("Canary")
-        found: str | None = known.get(service, {}).get(username)
-        return found
-
-    def set_password(self, service: str, username: str, password: str) -> None:
-        """Refuse, as tokencore never writes to the keyring."""
-        raise NotImplementedError

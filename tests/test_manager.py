@@ -51,16 +51,6 @@ def test_first_call_issues_once_and_every_manager_of_the_key_then_serves_the_sam
     assert (asked(gateway), len(list(folder().glob("key-*.jsonl")))) == (2, 2)
 
 
-def test_valid_token_is_served_when_nothing_else_is_left(gateway: Sandbox) -> None:
-    """A cached token needs neither KIS, nor the record, nor the lock file."""
-    token = cached()
-    gateway.fail("down")
-    for path in folder().glob("key-*"):
-        path.unlink()
-    assert USTokenManager().get_valid_token() == token.access_token
-    assert (asked(gateway), list(folder().glob("key-*"))) == (0, [])
-
-
 @pytest.mark.usefixtures("gateway")
 def test_a_look_at_an_unchanged_file_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A look, once a second, costs one `stat`; the approaching expiry and a rejection are noticed all the same."""

@@ -15,6 +15,7 @@ from datetime import date
 from datetime import time as clock
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import keyring
 import pytest
@@ -22,8 +23,9 @@ from builders import KEY, SECRET, ended, in_child
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from keyring.errors import KeyringLocked
 from running import Command
-from servers import Keyring, Wire
+from servers import Wire
 from test_secrets import leaking
 
 from tokencore.calendars.sessions import Override
@@ -32,8 +34,6 @@ from tokencore.config.market import HOSTS
 from tokencore.config.settings import MarketSettings, Settings
 from tokencore.config.sources import FILE_LIMIT, gather, trusted_dotenv
 from tokencore.errors import ConfigurationError
-
-Kept = Callable[[object], list[str]]
 
 PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
@@ -559,66 +559,53 @@ def test_the_fast_reader_and_the_validated_settings_agree(placed: dict[str, tupl
 # --- the keyring
 
 
-@pytest.fixture(name="kept")
-def switched_on() -> Iterator[Kept]:
-    """A keyring, switched on by KIS_KEYRING, while only the app key is set.
-
-    Call it with what the keyring keeps from now on; it returns what the keyring was asked since the last call.
-    """
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """What is asked of an empty keyring, which KIS_KEYRING switches on, while only the app key is set."""
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": "kis"}
-    log = Path.home() / "keyring.log"
-
-    def keep(content: object) -> list[str]:
-        asked = log.read_text().splitlines() if log.exists() else []
-        log.write_text("")
-        (Path.home() / "keyring.json").write_text(json.dumps(content))
-        return asked
-
-    before = keyring.get_keyring()
-    keyring.set_keyring(Keyring())  # type: ignore[no-untyped-call] # keyring ships no types
-    yield keep
-    keyring.set_keyring(before)
+    asked = Mock(return_value=None)
+    monkeypatch.setattr(keyring, "get_password", asked)
+    return asked
 
 
-def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(kept: Kept) -> None:
+def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(kept: Mock) -> None:
     """The secret is asked for by its variable's name when a request needs it; a market with its own key has another."""
-    content = {"kis": {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"}}
-    kept(content)
+    content = {"KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_SECRET": "of-kr"}
+    kept.side_effect = lambda _, name: content.get(name)
     us = read_market("us")
-    assert (us.identified(), kept(content)) == (KEY, [])
+    assert (us.identified(), kept.mock_calls) == (KEY, [])
     assert [us.credentials() for _ in range(2)] == [(KEY, SECRET)] * 2
-    assert kept(content) == ["kis KIS_APP_SECRET"]
+    assert kept.mock_calls == [call("kis", "KIS_APP_SECRET")]
     assert Settings.load().origins["KIS_APP_SECRET"] == "keyring kis"
     given = {"KIS_APP_SECRET": "given", "KIS_MARKETS__KR__APP_SECRET": "too"}
     for own, secrets in (({"KIS_MARKETS__KR__APP_KEY": KEY}, [SECRET, "of-kr"]), (given, ["given", "too"])):
-        kept(content)
+        kept.reset_mock()
         os.environ |= own
         assert [read_market(name).credentials()[1] for name in ("us", "kr")] == secrets
-    assert kept(content) == []
+    assert kept.mock_calls == []
 
 
 FAILING: dict[str, tuple[object, str]] = {
-    "locked": ("KeyringLocked", "it failed (KeyringLocked): unlock it"),
-    "of another kind": ("another", "it failed (RuntimeError)"),
-    "empty": ({}, "`keyring set kis KIS_APP_SECRET`"),
-    "malformed": ({"kis": {"KIS_APP_SECRET": "Canary Canary"}}, "it failed (ValueError)"),
-    "not installed": ("ModuleNotFoundError", "pip install 'keyring>=25'"),
+    "locked": (KeyringLocked("Canary"), "it failed (KeyringLocked): unlock it"),
+    "empty": (None, "`keyring set kis KIS_APP_SECRET`"),
+    "malformed": ("Canary Canary", "it failed (ValueError)"),
+    "not installed": (ModuleNotFoundError("Canary"), "pip install 'keyring>=25'"),
 }
 
 
 @pytest.mark.parametrize(("content", "why"), FAILING.values(), ids=FAILING)
-def test_a_keyring_that_does_not_serve_is_one_sentence(kept: Kept, content: object, why: str) -> None:
+def test_a_keyring_that_does_not_serve_is_one_sentence(kept: Mock, content: object, why: str) -> None:
     """The sentence says what is wrong and what to do, and does not repeat the backend's own words."""
-    kept(content)
+    kept.side_effect = [content]
     assert why in refusal(us().credentials)
 
 
-def test_missing_credentials_are_named_with_both_ways_to_set_them(kept: Kept) -> None:
+def test_missing_credentials_are_named_with_both_ways_to_set_them(kept: Mock) -> None:
     """An app key is not looked for in the keyring, and without KIS_KEYRING neither is a secret."""
     os.environ["KIS_APP_KEY"] = ""
     assert "keyring holds only its secret" in refusal(us().identified)
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_KEYRING": ""}
     assert "set KIS_APP_SECRET (or KIS_MARKETS__KR__APP_SECRET)" in refusal(read_market("kr").credentials)
-    assert kept({}) == []
+    assert kept.mock_calls == []
     os.environ |= {"KIS_KEYRING": "kis", "KIS_APP_SECRET": SECRET, "KIS_MARKETS__KR__APP_KEY": KEY}
     assert read_market("kr").credentials() == (KEY, SECRET), "the keyring has none of its own"
