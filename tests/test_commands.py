@@ -1,7 +1,5 @@
 """The commands: what they print, import and leave untouched, their exit codes, and outputs that cannot be written."""
 
-from __future__ import annotations
-
 import errno
 import getpass
 import io

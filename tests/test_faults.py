@@ -4,8 +4,6 @@ Each case is the real command, stopped before every call; a first run finds out 
 part of the calls, which differs from case to case; `make torture` tries them all.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import signal

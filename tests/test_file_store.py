@@ -1,7 +1,5 @@
 """A key's files: its own is the truth, the markets' are views, the record outlives both, and none is ever torn."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,7 +1,5 @@
 """When a key may issue: KIS's minute, the pauses after failures, the six hours, the ceiling, refused credentials."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from datetime import datetime, timedelta

@@ -1,7 +1,5 @@
 """The managers against the sandbox: which token they serve, until when and to how many, and how they renew it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -4,8 +4,6 @@ Each is the real command on real files and locks, and KIS is the sandbox with KI
 steps.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os

@@ -5,8 +5,6 @@ the processes that the tests fork have it too. The first ten are those of versio
 the others there is one for each kind of test. The names of bugs and tests together are the table of what is found.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The renewal rule: properties over random needs, and decisions that a person can check with pen and paper."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import UTC, datetime, time, timedelta
 from functools import partial

@@ -4,8 +4,6 @@ The tests call every function, method and property of `tokencore.__all__`, so th
 day; a new parameter needs a value in `ARGUMENTS`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import concurrent.futures

@@ -1,7 +1,5 @@
 """Sessions and needs of the exchanges that KIS trades, against known days and against `exchange_calendars`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo

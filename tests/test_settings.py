@@ -1,7 +1,5 @@
 """Where settings come from, which sources and values count, and that the fast reader and `Settings` agree on them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import operator

@@ -1,7 +1,5 @@
 """What every store of tokens does, whichever medium it uses."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The token as a value: when it ends, which formats it is read from, and what is refused as a token."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -3,8 +3,6 @@
 Files that another user can change are not used, and no file that tokencore makes is open to others under any umask.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import stat
