@@ -1,5 +1,6 @@
 """`tokencore doctor`: what it finds in healthy and broken set-ups, without a change, an issue or a shown secret."""
 
+import errno
 import json
 import os
 import re
@@ -135,6 +136,20 @@ def test_each_trouble_has_its_exit_code_its_words_and_its_fix(warm: Sandbox, com
     one = seen[name]
     assert (one["state"], detail in one["detail"], fix in one["cure"]) == ("fail", True, True), one
     assert code != 6 or seen["clock"]["state"] == seen[ACCEPTED]["state"] == "skipped"
+
+
+@pytest.mark.usefixtures("warm")
+def test_a_full_disk_is_found_by_writing_and_its_fix_is_to_free_space(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that takes no more is a failure of the token directory, whose fix begins with freeing space."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    seen = found(command, 7)["token directory"]
+    assert ("(No space left on device)" in seen["detail"], seen["cure"].startswith("free space, ")) == (True, True)
 
 
 @pytest.mark.usefixtures("gateway")
