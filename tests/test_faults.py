@@ -367,7 +367,7 @@ def test_with_a_token_that_serves_each_fault_is_a_warning(name: str, desk: Desk)
     later(desk, 23.6)
     fault, (old,), began = FAULTS[name], desk.granted, desk.clock.true
     ran = fault.met(desk)
-    assert (ran.out, ran.err.partition(";")[0]) == (f"{old}\n", "The renewal ahead failed")
+    assert (ran.out, ran.err.partition(";")[0]) == (f"{old}\n", "tokencore: The renewal ahead failed")
     desk.clock.true = began + fault.ahead - 1
     assert desk.run("get", "us").out == f"{old}\n"
     assert len(desk.asked) == 1 + min(fault.requests, 1)
