@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +17,7 @@ import hypothesis
 import pytest
 import time_machine
 from hypothesis.configuration import set_hypothesis_home_dir
-from running import Ran
+from running import Command, Opens, Ran
 from servers import HOOK, SlackEndpoint, Wire
 from xdist.scheduler import LoadFileScheduling
 
@@ -25,11 +26,8 @@ from tokencore.config import sources
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fleets import Fleet
     from postgres import Postgres
-    from running import Command, Opens
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = ("KIS_", "SLACK_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE")
