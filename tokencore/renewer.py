@@ -148,7 +148,7 @@ class Renewer(Sensitive):
         """
         before = self._store.newest()
         intent = Intent.FORCE if force else Intent.REFRESH
-        token, _ = self._renew(intent, lambda found: before is None or found.expires_at > before.expires_at, reason, by)
+        token, _ = self._renew(intent, lambda found: newer(found, before), reason, by)
         self.require_saved(token)
         return before is None or token.access_token != before.access_token
 
