@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parents[1]))  # lets the benchmark run from a checkout that is not installed
 
 from tokencore import tokens
-from tokencore.attempts import Attempt, Outcome
+from tokencore.attempts import Attempt, Outcome, render
 from tokencore.calendars.exchanges import EXCHANGES
 from tokencore.config.market import fingerprint
-from tokencore.stores import files, record
+from tokencore.stores import files
 from tokencore.tokens import Token
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def renew(folder: Path, keys: int, *, history: int = 0) -> None:
         files.write_bytes(str(folder / f"key-{name}.json"), content.encode())
         attempts = [Attempt(now - timedelta(days=9), Outcome.ISSUED, expires_at=now)] * history
         attempts.append(Attempt(now, Outcome.ISSUED, expires_at=now))
-        files.write_bytes(str(folder / f"key-{name}.jsonl"), record.render(attempts).encode())
+        files.write_bytes(str(folder / f"key-{name}.jsonl"), render(attempts).encode())
 
 
 def scrape(address: str) -> float:

@@ -1,20 +1,24 @@
-"""Issue requests as values: the outcome, who asked, what a list of them says, and how long to wait after failures.
+"""Issue requests as values and as the record's lines: what they say, and how long to wait after failures.
 
 They never hold a token or a key.
 """
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+import json
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
+
+from tokencore.tokens import sane
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DAY = timedelta(hours=24)
 MINUTE = 60.0  # seconds after a token request in which KIS refuses another
-REASON_LENGTH, BY_LENGTH = 80, 40  # characters that are kept
+REASON_LENGTH, BY_LENGTH = 80, 40
+LENGTHS = {"code": 12, "reason": REASON_LENGTH, "credentials": 8, "by": BY_LENGTH, "host": 64}  # characters kept
 
 
 class Outcome(StrEnum):
@@ -48,6 +52,7 @@ FAILED = {  # wording for people, where the outcome's own name says too little
     Outcome.UNREACHABLE: "KIS cannot be reached",
 }
 CREDENTIALS = frozenset({Outcome.BAD_KEY, Outcome.BAD_SECRET, Outcome.DENIED})
+_WORDS = frozenset(Outcome)
 
 
 class Attempt(NamedTuple):
@@ -110,3 +115,45 @@ def retry_delay(failures: int, interval: float = MINUTE) -> timedelta:
     The waits scale with the issue `interval` in seconds; KIS's own is 60.
     """
     return timedelta(seconds=65 if failures <= 3 else 300) * (interval / MINUTE)  # noqa: PLR2004 - three times
+
+
+def parse(text: str) -> list[Attempt]:
+    """Return the attempts in the lines of `text`; one that cannot be read is skipped."""
+    return [attempt for line in text.split("\n") if (attempt := _parse(line))]
+
+
+def render(attempts: Sequence[Attempt]) -> str:
+    """Return the attempts as lines, one JSON object each."""
+    return "".join(f"{_line(one)}\n" for one in attempts)
+
+
+def _line(attempt: Attempt) -> str:
+    times = {
+        "at": attempt.at.isoformat(timespec="milliseconds"),
+        "expires_at": attempt.expires_at.isoformat() if attempt.expires_at else None,
+    }
+    return json.dumps(attempt._asdict() | times, ensure_ascii=False)
+
+
+def _parse(line: str) -> Attempt | None:
+    try:
+        found = json.loads(line)
+        texts = {name: str(found.get(name) or "")[:length] for name, length in LENGTHS.items()}
+        return Attempt(
+            at=_aware(found["at"]),
+            # A later version's outcome that this one does not know still shows that an attempt was made.
+            outcome=Outcome(found["outcome"]) if found["outcome"] in _WORDS else Outcome.SENT,
+            expires_at=_aware(found["expires_at"]) if found.get("expires_at") else None,
+            pid=int(found.get("pid", 0)),
+            code=texts.pop("code") or None,
+            **texts,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
+
+
+def _aware(text: str) -> datetime:
+    at = datetime.fromisoformat(text).astimezone(UTC)
+    if not sane(at):
+        raise ValueError(at)
+    return at

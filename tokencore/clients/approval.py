@@ -11,6 +11,7 @@ import os
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from tokencore import attempts as record
 from tokencore import limits
 from tokencore.attempts import Attempt, Outcome
 from tokencore.errors import (
@@ -21,7 +22,6 @@ from tokencore.errors import (
     TokenUnavailableError,
 )
 from tokencore.sealing import Sensitive, sealed_class
-from tokencore.stores import record
 from tokencore.tokens import Token, sane
 
 if TYPE_CHECKING:

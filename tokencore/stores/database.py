@@ -14,9 +14,9 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from tokencore import attempts as record
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
 from tokencore.sealing import Sensitive
-from tokencore.stores import record
 from tokencore.stores.encryption import INSTALL
 
 try:

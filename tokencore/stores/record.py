@@ -1,27 +1,23 @@
-"""The issuance record: one JSON object per line, which other programs read too. It never contains a token or key."""
+"""The issuance record of a key as a file, a line for each attempt, which other programs read too."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, issued_within
+from tokencore.attempts import Attempt, Outcome, issued_within, parse, render
 from tokencore.stores import files
 from tokencore.stores.permissions import refuse_strangers
-from tokencore.tokens import sane
 
 if TYPE_CHECKING:
     from tokencore.stores.files import Signature
 
-LENGTHS = {"code": 12, "reason": REASON_LENGTH, "credentials": 8, "by": BY_LENGTH, "host": 64}  # characters kept
 KEEP = 1024  # attempts: years of daily renewals, or days of KIS being down
 # If the record cannot be written, the lock file gets the time of the last attempt as its modification time, marked by
 # an access time that no clock gives. Each second of that after the first stands for one issue that the record lacks.
 UNRECORDED, MANY = 1, 50
-_WORDS = frozenset(Outcome)
 _log = logging.getLogger("tokencore")
 
 
@@ -62,7 +58,7 @@ class Record:
     def write(self, attempts: list[Attempt]) -> None:
         """Replace the record; on a full disk the lock file's times, which can still be set, keep the last attempt."""
         try:
-            files.write_bytes(self._path, render(attempts).encode(errors="replace"), writer="record")
+            files.write_bytes(self._path, render(attempts[-KEEP:]).encode(errors="replace"), writer="record")
         except OSError as error:
             last, issued = attempts[-1], issued_within(self._unrecorded(), attempts[-1].at)
             issues = len(issued) + (last.outcome is Outcome.ISSUED)
@@ -82,45 +78,3 @@ class Record:
             return []
         at, issues = datetime.fromtimestamp(found.st_mtime, UTC), int(found.st_atime) - UNRECORDED
         return [Attempt(at, Outcome.ISSUED)] * issues or [Attempt(at, Outcome.SENT)]
-
-
-def parse(text: str) -> list[Attempt]:
-    """All attempts, oldest first; a line that cannot be read is skipped."""
-    return [attempt for line in text.split("\n") if (attempt := _parse(line))]
-
-
-def render(attempts: list[Attempt]) -> str:
-    """The file's content: the last `KEEP` attempts."""
-    return "".join(f"{_line(one)}\n" for one in attempts[-KEEP:])
-
-
-def _line(attempt: Attempt) -> str:
-    times = {
-        "at": attempt.at.isoformat(timespec="milliseconds"),
-        "expires_at": attempt.expires_at.isoformat() if attempt.expires_at else None,
-    }
-    return json.dumps(attempt._asdict() | times, ensure_ascii=False)
-
-
-def _parse(line: str) -> Attempt | None:
-    try:
-        found = json.loads(line)
-        texts = {name: str(found.get(name) or "")[:length] for name, length in LENGTHS.items()}
-        return Attempt(
-            at=_aware(found["at"]),
-            # A later version's outcome that this one does not know still shows that an attempt was made.
-            outcome=Outcome(found["outcome"]) if found["outcome"] in _WORDS else Outcome.SENT,
-            expires_at=_aware(found["expires_at"]) if found.get("expires_at") else None,
-            pid=int(found.get("pid", 0)),
-            code=texts.pop("code") or None,
-            **texts,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-        return None
-
-
-def _aware(text: str) -> datetime:
-    at = datetime.fromisoformat(text).astimezone(UTC)
-    if not sane(at):
-        raise ValueError(at)
-    return at

@@ -344,7 +344,7 @@ class SharedStore(Sensitive):
 
     def _exchange(self, session: Database) -> State:
         """Push what only this machine has, pull what the fleet has, and return the resulting row."""
-        from tokencore.stores import record
+        from tokencore.attempts import render
 
         ours = self._local.read()[0]
         state = self._offered(session, ours)
@@ -356,7 +356,7 @@ class SharedStore(Sensitive):
                 self._local.save(theirs)
             elif ours and not theirs and _name_of(ours) in removed:
                 self._local.clear()
-            if attempts and record.render(attempts) != record.render(self._local.attempts()):
+            if attempts and render(attempts) != render(self._local.attempts()):
                 self._local.record.write(attempts)
         except OSError as error:  # the token is served anyway
             _warn(f"What the fleet has could not be copied to {self.place}", f"({error.strerror}).")
