@@ -250,6 +250,17 @@ def test_a_follower_that_cannot_have_its_lock_says_so(field: Field, command: Com
     assert (ran.code, "token directory cannot be used" in ran.err) == (7, True)
 
 
+def test_each_trouble_with_the_store_is_said_once(field: Field, caplog: pytest.LogCaptureFixture) -> None:
+    """An entry that cannot be decrypted, which lasts, hides no later outage from the log."""
+    reached = Reached.of(field.machine("one").market.settings)
+    for what in ("no key opens it", "it does not answer", "no key opens it"):
+        reached.warn(TokenStoreError(f"The store: {what}."))
+    assert [what.partition(".")[0] for what in caplog.messages] == [
+        "The store: no key opens it",
+        "The store: it does not answer",
+    ]
+
+
 def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: SlackEndpoint) -> None:
     """Three machines at once, twice, send one alert and one message of its end; one without the store sends its own.
 

@@ -71,11 +71,11 @@ class Key(Sensitive):
             ConfigurationError: no market has credentials, or one of `markets` has none; the message says what to set.
 
         """
-        groups: dict[tuple[str, str], list[Market]] = {}
+        groups: dict[str, list[Market]] = {}
         horizons: Horizons = {}
         for market in markets or settings.able_markets():
             market.identified()
-            groups.setdefault((market.fingerprint, market.environment), []).append(market)
+            groups.setdefault(market.key_name, []).append(market)
         return [cls(sharing, horizons=horizons) for sharing in groups.values()]
 
     @classmethod

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
 from contextlib import suppress
 
+from tokencore.config import sources
 from tokencore.config.market import digest
 from tokencore.errors import TokenError, TokenStoreError
 from tokencore.sealing import Sensitive
@@ -39,7 +39,7 @@ class Fleet(Sensitive):
 
     """
 
-    __slots__ = ("_away_until", "_host", "_read_at", "_rows", "_settings", "_warned", "folder", "seal")
+    __slots__ = ("_away_until", "_host", "_read_at", "_rows", "_settings", "folder", "seal")
 
     def __init__(self, settings: Settings) -> None:
         """Take the store's keys from the settings; nothing is opened yet.
@@ -52,7 +52,7 @@ class Fleet(Sensitive):
         self.seal = Seal(key.get_secret_value() for key in settings.store_keys)
         self._host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # process numbers alone collide
         self._rows: dict[str, State] = {}
-        self._read_at, self._away_until, self._warned = -FRESH, 0.0, False
+        self._read_at, self._away_until = -FRESH, 0.0
 
     @classmethod
     def of(cls, settings: Settings) -> Fleet:
@@ -114,11 +114,10 @@ class Fleet(Sensitive):
         """Return the lock file of these rows' follower; programs with other settings have a follower of their own."""
         return os.path.join(self.folder, f"key-follower-{digest(*sorted(rows), length=16)}.lock")
 
-    def warn(self, error: TokenError) -> None:
+    @staticmethod
+    def warn(error: TokenError) -> None:
         """Log `error` as a warning, once per process."""
-        if not self._warned:
-            self._warned = True
-            logging.getLogger("tokencore").warning("%s Meanwhile this machine uses its own files.", error)
+        sources.warn(f"{error} Meanwhile this machine uses its own files.")
 
 
 def rotate(settings: Settings) -> list[str]:
