@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -77,7 +76,7 @@ def _place(nodeid: str) -> str:
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give the test a fresh home and working directory, and an environment without settings, until it ends."""
-    before, ignored = dict(os.environ), (signal.SIGPIPE, signal.SIGXFSZ)
+    before = dict(os.environ)
     for name in [name for name in os.environ if name.upper().startswith(FOREIGN)]:
         del os.environ[name]
     home, folder = tmp_path / "home", tmp_path / "work"
@@ -91,8 +90,6 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     os.environ.clear()
     os.environ.update(before)
     time.tzset()
-    for number in ignored:  # `exec` in this process has reset them
-        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)

@@ -257,13 +257,15 @@ def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, com
     assert asked(quick) == 1
 
 
-def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandbox) -> None:
+def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandbox, command: Command) -> None:
     """The program has token and expiry in its environment, gets its own arguments, and sets the command's exit code."""
     program = "import os, sys; print(os.environ['KIS_ACCESS_TOKEN'], os.environ['KIS_TOKEN_EXPIRES_AT'], *sys.argv[1:])"
     ran = tokencore("exec", "us", "--", sys.executable, "-c", f"{program}; sys.exit(7)", "--", "-x")
     token = on_disk()
     assert ran == Ran(7, f"{token.access_token} {token.expires_at:%Y-%m-%dT%H:%M:%SZ} -- -x\n", "")
     assert tokencore("exec", "us", "--", "sh", "-c", "yes | head -n 1") == Ran(0, "y\n", ""), "pipes end quietly"
+    assert command("exec", "us", "--", "no-such-program").code == 2
+    assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN  # again, so that a failed output is an error and no death
     assert "name it after --" in tokencore("exec", "us", "sh", "-c", "true").err
     assert asked(gateway) == 1
 

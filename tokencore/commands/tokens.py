@@ -106,14 +106,23 @@ def _exec(options: argparse.Namespace) -> int:
     token = _served(TokenManager(options.market), renew=True)
     environment = {**os.environ, **_variables(token)}
     try:
-        if sys.platform != "win32":
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and the program would inherit that
-                signal.signal(number, signal.SIG_DFL)
-            os.execvpe(options.program[0], options.program, environment)  # noqa: S606 # nosec B606 - the user's own, without a shell
-        return subprocess.run(options.program, env=environment, check=False).returncode  # noqa: S603 - the same
+        return _run(options.program, environment)
     except OSError as error:
         why = error.strerror
     raise ConfigurationError(f"{options.program[0]!r} cannot be run ({why}); the token is there, correct the command.")
+
+
+def _run(program: list[str], environment: dict[str, str]) -> int:
+    """Let the program replace this process, or wait for it on Windows; OSError if it cannot be run."""
+    if sys.platform == "win32":
+        return subprocess.run(program, env=environment, check=False).returncode  # noqa: S603 - the user's own, without a shell
+    # Python ignores these signals, and the program would inherit that.
+    ignored = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGPIPE, signal.SIGXFSZ)}
+    try:
+        os.execvpe(program[0], program, environment)  # noqa: S606 # nosec B606 - the same
+    finally:
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
 
 
 def _reject(options: argparse.Namespace) -> int:
