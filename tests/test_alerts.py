@@ -28,7 +28,7 @@ from flows.alerts import causes, incidents, messages
 from flows.alerts.causes import Cause
 from flows.alerts.incidents import ACT, LAST_CALL, NEAR, PUNCTUALITY, REMINDERS, Incident, Notification, met, over
 from flows.stack import deployments
-from tokencore import Key, Settings, errors
+from tokencore import Key, Settings, errors, open_document
 from tokencore.attempts import Attempt, Outcome
 from tokencore.tokens import Token
 
@@ -368,6 +368,16 @@ def test_a_silent_slack_delays_no_run_for_long(slack: SlackEndpoint, caplog: pyt
         assert time.monotonic() - begun < 8
     assert "Slack has not answered within 3 s; the run goes on." in caplog.text
     assert slack.messages == []
+
+
+def test_a_run_that_cannot_send_because_others_are_sending_says_so(
+    slack: SlackEndpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run waits a little for others that hold the incidents, then goes on, without blaming Slack."""
+    with open_document(Settings.load(), "incidents").lock(wait=1):
+        report()
+    assert "Other runs are sending alerts; the next run reports what is still wrong." in caplog.messages
+    assert ("Slack has not answered" in caplog.text, slack.asked) == (False, [])
 
 
 def test_what_slack_took_before_an_error_is_noted(slack: SlackEndpoint) -> None:

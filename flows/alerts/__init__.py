@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     NextAttempt = tuple[str, datetime | None]  # the key of its text, and its time; None if a person has to act first
     Who = Key | KeyState | str  # a key, or the exchange (or another name) of a run that reached no key
 
-WAIT = 3.0  # seconds that a run waits for Slack, and for other runs that are sending
+WAIT = 3.0  # seconds that a run waits until Slack has a message
+QUEUE = 2.0  # of them, for other runs that are sending: Slack is not blamed for these
 FAILED = "An alert could not be made"
 CHECK_MINUTE = 5  # the minute of each hour at which check_tokens runs, as its cron in prefect.yaml says
 
@@ -239,7 +240,7 @@ def _hold(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
     with harmless(FAILED):
         try:
             document = open_document(settings, "incidents")
-            with document.lock(wait=WAIT) as held:
+            with document.lock(wait=QUEUE) as held:
                 if not held:
                     logger().warning("Other runs are sending alerts; the next run reports what is still wrong.")
                     return
