@@ -104,6 +104,21 @@ def overdue(up: Up, deployment: str, *hours: int) -> list[str]:
     return [up.create(deployment, state=state, tags=["auto-scheduled"]) for state in states]
 
 
+def secrets(up: Up) -> list[str]:
+    """What no file but the password's may hold."""
+    return [up.password.partition(":")[2], APP_SECRET, APP_KEY, WEBHOOK, "CanaryCloud"]
+
+
+def files_with_secrets(up: Up) -> list[str]:
+    """The names of the stack's files that hold a secret."""
+    found = []
+    for path in up.folder.rglob("*"):
+        with contextlib.suppress(OSError):  # a folder, or a temporary file that is gone just now
+            kept = path.read_bytes()
+            found += [path.name] if any(one.encode() in kept for one in secrets(up)) else []
+    return found
+
+
 def test_up_starts_what_the_settings_want_and_says_where_it_is(up: Up) -> None:
     """All parts run, a check has renewed, and the printed links, the warm-ups and the form follow the settings."""
     said = lines(up.output)
@@ -152,27 +167,14 @@ def test_strangers_and_foreign_pages_get_nothing_and_our_own_page_asks_nobody_el
 
 
 def test_no_secret_is_stored_or_on_a_command_line(up: Up) -> None:
-    """All files and the socket are the owner's alone, and the password, in its file, is the only secret in any.
-
-    While a run goes on, Prefect keeps the run's environment in a private file, which it removes with the run.
-    """
+    """All files and the socket are the owner's alone, and the password, in its file, is the only secret in any."""
     assert stat.S_ISSOCK((up.folder / "sock").stat().st_mode)
     page = up.folder / "page"  # public files, which in Prefect's own folder only its first user could make
     assert (page / "v2" / "index.html").exists()
-    secrets = [up.password.partition(":")[2], APP_SECRET, APP_KEY, WEBHOOK, "CanaryCloud"]
-
-    def only_the_password() -> bool:
-        with contextlib.suppress(FileNotFoundError):  # the run ends just now
-            files = {path.name: path.read_bytes() for path in up.folder.rglob("*") if path.is_file()}
-            found = [name for name, kept in files.items() if any(one.encode() in kept for one in secrets)]
-            assert set(found) <= {"password", "workspace.json"}
-            return found == ["password"]
-        return False
-
-    until(only_the_password, MINUTE)
     everything = [up.folder.parent, up.folder, *(path for path in up.folder.rglob("*") if page not in path.parents)]
     assert [path.name for path in everything if path.lstat().st_mode & 0o077] == []
-    assert not any(one in line for line in (up.output, *up.place.living().values()) for one in secrets)
+    assert files_with_secrets(up) == ["password"]
+    assert not any(one in line for line in (up.output, *up.place.living().values()) for one in secrets(up))
 
 
 def test_runs_that_crash_together_are_one_message_with_a_link(up: Up, outside: tuple[Sandbox, SlackEndpoint]) -> None:
@@ -217,8 +219,12 @@ def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
 
 
 def test_a_killed_worker_comes_back_and_ends_what_died_or_was_missed(up: Up, refreshing: tuple[str, int]) -> None:
-    """Its run, which knew no cloud key, block key or proxy, is Crashed; of missed warm-ups only the last one runs."""
+    """Its run, which knew no cloud key, block key or proxy, is Crashed; of missed warm-ups only the last one runs.
+
+    While the run was underway, no file held the secrets of its environment.
+    """
     run, process = refreshing
+    assert files_with_secrets(up) == ["password"]
     worker = up.processes()["worker"]
     known = environment_of(process) | environment_of(worker)
     assert {one for one in known if "Canary" in one or "ENCRYPTION_KEY" in one} == set()

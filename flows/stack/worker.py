@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import runpy
 import signal
 import sys
 import threading
@@ -49,9 +48,10 @@ def work() -> int:
     skip_overdue(server)
     os.chdir(own["PREFECT_HOME"])
     threading.Thread(target=watch_sleep, args=(server,), daemon=True).start()
-    sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", NAME]
     try:
-        runpy.run_module("prefect", run_name="__main__")
+        from flows.stack import prefect_worker  # imports Prefect, which then reads the settings in its folder
+
+        prefect_worker.main("--name", NAME)
     finally:
         with contextlib.suppress(StackError):  # what is left Running is marked Crashed at the next start
             for run in _orphans(server):
