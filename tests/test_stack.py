@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import stat
 import tempfile
 import threading
@@ -58,7 +59,10 @@ def up(outside: tuple[Sandbox, SlackEndpoint]) -> Iterator[Up]:
         (place.temporary / "runner_storage").touch(0)  # not even root can make a folder of it
         settings |= {"HTTPS_PROXY": "http://CanaryProxy", "KIS_TOKEN_DIR": str(folder.parent)}
         place.dotenv(**settings, **always_open("NASD", "KRX"))  # at most one of them is near midnight
-        yield place.up()
+        with place.start("up") as other:
+            made = place.up()
+            said = other.communicate()[0]
+        yield made._replace(output=made.output + said)
         place.run("down")
 
 
@@ -122,6 +126,7 @@ def files_with_secrets(up: Up) -> list[str]:
 def test_up_starts_what_the_settings_want_and_says_where_it_is(up: Up) -> None:
     """All parts run, a check has renewed, and the printed links, the warm-ups and the form follow the settings."""
     said = lines(up.output)
+    assert [up.output.count(words) for words in ("Starting ", "It runs already.")] == [1, 1]  # of two at once
     assert sorted(up.processes()) == ["server", "supervisor", "worker"]
     assert said["tokens"].startswith(f"{up.url}/v2/artifacts/key/tokens ")
     assert said["refresh"].startswith(f"{up.url}/v2/deployments/deployment/")
@@ -151,6 +156,16 @@ def test_a_second_start_is_refused_and_status_says_what_it_cannot_know(up: Up) -
     code, output = up.place.run("status")
     os.kill(before["server"], signal.SIGCONT)
     assert (code, lines(output)["server says"][:9]) == (3, "NOT KNOWN")
+
+
+def test_while_the_server_restarts_nobody_else_gets_its_port_or_what_is_sent_there(up: Up) -> None:
+    """After its death no program can listen on the port, and a request is answered by the server that comes back."""
+    dead = up.processes()["server"]
+    os.kill(dead, signal.SIGKILL)
+    until(lambda: up.processes().get("server", dead) != dead, MINUTE)
+    with pytest.raises(OSError, match="Address already in use"):
+        socket.create_server(("127.0.0.1", int(up.url.rpartition(":")[2])))
+    assert up.api("POST", "flow_runs/count", {}).ok
 
 
 def test_strangers_and_foreign_pages_get_nothing_and_our_own_page_asks_nobody_else(up: Up) -> None:
@@ -284,9 +299,13 @@ def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
 
 
 def test_down_leaves_no_process(up: Up) -> None:
-    """After `down` there is no process left to stop, and `status` says so and ends with 3."""
+    """After `down` there is no process left to stop; `status` says so, ends with 3 and asks no other program."""
     assert up.place.run("down") == (0, "Stopped.\n")
     assert up.place.living() == {}
     assert up.place.run("down") == (0, "Nothing was running.\n")
-    code, output = up.place.run("status")
+    with socket.create_server(("127.0.0.1", int(up.url.rpartition(":")[2]))) as neighbour:
+        code, output = up.place.run("status")
+        neighbour.setblocking(False)  # noqa: FBT003 - its only parameter
+        with pytest.raises(BlockingIOError):
+            neighbour.accept()
     assert (code, output.splitlines()[0]) == (3, "Nothing is running; `make up` starts it.")

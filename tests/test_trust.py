@@ -5,6 +5,7 @@ Files that another user can change are not used, and no file that tokencore make
 
 import os
 import shlex
+import socket
 import stat
 import subprocess
 import tempfile
@@ -254,6 +255,24 @@ def test_the_doctor_sends_no_password_where_dotenv_says(command: Command) -> Non
         dotenv(PREFECT_API_URL=f"{thief.url}/api", PREFECT_API_AUTH_STRING="admin:Canary")
         command("doctor")
         assert b"Authorization: Basic" in thief.requests[-1]
+
+
+def test_the_doctor_sends_no_password_to_who_listens_in_place_of_a_stopped_server(command: Command) -> None:
+    """What `make up` generated is sent to the server's port only while supervisord, which holds the port, is alive."""
+    home = Path.home() / ".tokencore" / "prefect"
+    home.mkdir(parents=True, mode=0o700)
+    (home / "password").touch(0o600)
+    (home / "password").write_text("admin:Canary")
+    (home / "supervisord.conf").touch(0o600)
+    with Wire() as neighbour:
+        settings = {"KIS_APP_KEY": APP_KEY, "KIS_APP_SECRET": APP_SECRET}
+        settings["PREFECT_SERVER_API_PORT"] = neighbour.url.rpartition(":")[2]
+        command("doctor", **settings)
+        with socket.socket(socket.AF_UNIX) as supervisord:
+            supervisord.bind(str(home / "sock"))
+            supervisord.listen()
+            command("doctor", **settings)
+        assert [b"Authorization" in one for one in neighbour.requests] == [False, True]
 
 
 # --- what people type

@@ -27,6 +27,7 @@ DATABASES = ("sqlite+aiosqlite://", "postgresql+asyncpg://")  # what Prefect's s
 USER = "admin"  # the user of a generated password
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # noqa: S105 - the name of the setting
 BLOCKS_KEY = "PREFECT_SERVER_ENCRYPTION_KEY"
+LISTENER = "STACK_LISTENER"  # the file descriptor of the socket on the server's port, for the processes of the stack
 
 DEFAULTS = {
     # No service is contacted except KIS and Slack.

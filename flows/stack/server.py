@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import sys
 import threading
 
 import uvicorn
@@ -32,17 +34,18 @@ def main() -> None:
     """Serve until SIGTERM."""
     threading.Thread(target=worker.end_with_parent, daemon=True).start()
     logging.getLogger("prefect.server.utilities.messaging.memory").addFilter(without_text)
-    server = get_current_settings().server
+    settings = get_current_settings().server
     # Around the application, not in it: the server also calls itself, past this check, by a name of its own.
     app = TrustedHostMiddleware(create_app(final=True), environment.hosts(os.environ), www_redirect=False)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
-        host=server.api.host,
-        port=server.api.port,
-        timeout_keep_alive=server.api.keepalive_timeout,
-        log_level=server.logging_level.lower(),
+        timeout_keep_alive=settings.api.keepalive_timeout,
+        log_level=settings.logging_level.lower(),
         headers=[("content-security-policy", POLICY)],
     )
+    server = uvicorn.Server(config)
+    server.run([socket.socket(fileno=int(os.environ[environment.LISTENER]))])
+    sys.exit(not server.started)
 
 
 if __name__ == "__main__":

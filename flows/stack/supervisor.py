@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from xmlrpc.client import Error as XmlRpcError
 from xmlrpc.client import ServerProxy
 
+from filelock import FileLock
+
 from flows.stack import deployments, environment, worker
 from flows.stack.api import CHECK, PATIENCE, REFRESH, StackError
 from tokencore import ConfigurationError, Key, Settings, TokenStoreError, private_folder
@@ -51,9 +53,11 @@ def run() -> NoReturn:
     private_folder(str(home))
     if running(home):
         raise StackError("It runs already; `make status` shows its status.")
-    _refuse(home, given)
+    listener = _listen(home, given)
     stack = environment.load(home, {**given, "KIS_TOKEN_DIR": str(home.parent), FOLDER: os.getcwd()})
     stack[worker.SUPERVISOR] = str(os.getpid())  # it stays the same as this process becomes supervisord
+    stack[environment.LISTENER] = str(listener.fileno())
+    os.set_inheritable(listener.fileno(), True)  # noqa: FBT003 - its only parameter
     shutil.rmtree(home / "tmp", ignore_errors=True)
     (home / "tmp").mkdir()
     python, config = shlex.quote(sys.executable).replace("%", "%%"), home / CONFIG.name
@@ -65,11 +69,13 @@ def up() -> int:
     """Start the stack in the background unless it runs, and show its status."""
     Key.load(Settings.load())  # reports a missing key or secret now, not in a run at night
     home = environment.home()
-    if running(home):
-        print("It runs already.")
-    else:
-        print("Starting Prefect's server, the deployments and a worker (half a minute) ...", flush=True)
-        start(home, os.environ, Path.cwd())
+    private_folder(str(home))
+    with FileLock(home / "up.lock"):  # two at once: the second one waits for the first
+        if running(home):
+            print("It runs already.")
+        else:
+            print("Starting Prefect's server, the deployments and a worker (half a minute) ...", flush=True)
+            start(home, os.environ, Path.cwd())
     status()
     return 0
 
@@ -160,18 +166,25 @@ def deploy() -> int:
     return 0
 
 
-def _refuse(home: Path, given: Mapping[str, str]) -> None:
-    """Refuse settings that would make a part fail later with a less clear message."""
+def _listen(home: Path, given: Mapping[str, str]) -> socket.socket:
+    """Take the server's port, which supervisord and its parts keep until their end.
+
+    Its clients wait while the server restarts; otherwise another user could take the port then, and their password.
+
+    Raises:
+        ConfigurationError: the port or the folder cannot be used.
+
+    """
+    if len(os.fsencode(home)) > SOCKET_LENGTH:
+        raise ConfigurationError(f"{home} is too long for a socket in it; set a shorter KIS_TOKEN_DIR (demo: TMPDIR).")
     place, port = environment.host(given), environment.port(given)
     try:
-        socket.create_server((place, port)).close()
+        return socket.create_server((place, port))
     except OSError as error:
         raise ConfigurationError(
             f"Cannot listen on {place}, port {port}: {error.strerror}. Set PREFECT_SERVER_API_PORT to a free port, "
             "PREFECT_SERVER_API_HOST to an address of this machine."
         ) from None
-    if len(os.fsencode(home)) > SOCKET_LENGTH:
-        raise ConfigurationError(f"{home} is too long for a socket in it; set a shorter KIS_TOKEN_DIR (demo: TMPDIR).")
 
 
 def _supervisord(home: Path, method: str) -> Any:  # noqa: ANN401 - whatever its XML-RPC interface has

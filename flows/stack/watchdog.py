@@ -11,7 +11,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from flows.stack import environment
+from flows.stack import environment, supervisor
 from flows.stack.api import CHECK, StackError
 from tokencore import ConfigurationError, Settings, open_document
 
@@ -76,6 +76,9 @@ def silence(api: Api, patience: float) -> str | None:
 
 
 def _silence(api: Api, now: datetime) -> str | None:
+    home = environment.home()
+    if (home / supervisor.CONFIG.name).exists() and not supervisor.running(home):
+        return f"Prefect's server at {api.url} does not run."  # whoever listens there now must not get its password
     if not api.answers("health"):
         return f"Prefect's server at {api.url} does not answer."
     try:

@@ -12,7 +12,9 @@ import glob
 import os
 import re
 import shutil
+import socket
 import stat
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -408,7 +410,15 @@ def _server(home: str) -> tuple[bool, str, tuple[str, str] | None]:
             login = (files.read_text(os.path.join(home, "password")) or "").strip()
     user, _, password = login.partition(":")
     url = api.rstrip("/") or f"http://127.0.0.1:{given.get('PREFECT_SERVER_API_PORT') or 4200}/api"
-    return bool(api), url, (user, password) if user else None
+    return bool(api), url, (user, password) if user and (api or not _is_stopped(home)) else None
+
+
+def _is_stopped(home: str) -> bool:
+    """Whether `make up` has run here and its supervisord does not: whoever listens on the server's port is another."""
+    if sys.platform == "win32" or not os.path.exists(os.path.join(home, "supervisord.conf")):
+        return False
+    with socket.socket(socket.AF_UNIX) as asked:
+        return asked.connect_ex(os.path.join(home, "sock")) != 0
 
 
 def _duplicates(it: Subject) -> Iterator[Finding]:
