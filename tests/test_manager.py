@@ -208,6 +208,19 @@ def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newe
     assert asked(gateway) == 0
 
 
+def test_a_dead_token_that_another_process_got_meanwhile_is_no_refresh(gateway: Sandbox) -> None:
+    """A refresh that waited for the lock says when another token is possible if KIS has rejected the one that came."""
+    cached(16 * HOUR)
+    store = FileStore(USTokenManager().market, lambda: ["us", "kr"])
+    with ThreadPoolExecutor() as pool:
+        with store.lock(wait=5):
+            refreshing = pool.submit(USTokenManager().refresh)
+            time.sleep(0.5)  # it has seen the old token, and waits
+            store.save(make_token(age=60, rejected=True))
+        assert limited(refreshing.result)[0] == "same_token"
+    assert asked(gateway) == 0
+
+
 def test_what_a_full_disk_did_not_take_is_saved_when_it_has_room(quick: Sandbox) -> None:
     """The only process that has the token saves it within a minute, so that no other process has to issue one."""
 
