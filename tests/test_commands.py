@@ -485,6 +485,7 @@ def test_get_as_other_programs_read_it(command: Command) -> None:
 
 WRONG = [line.split() for line in (
     "get us --json --format env", "get us --format yaml", "get", "gett us", "get us kr", "get us --force", "get hk",
+    "get us --no-renew --approval-key",
     "get ../us", "check us hk", "check --probed", "refresh", "delete", "history us kr", "tick us", "exec us",
     "exec us -- no-such-program", "reject us --json", "completion cmd", "sandbox --port x", "plan --days 0",
     "plan --days 32", "plan --days x", "plan --svg no/plan.svg", "plan --json --svg -",

@@ -89,7 +89,10 @@ class Plan(NamedTuple):
         if not self.rows:
             return "No exchange is configured: the token is renewed shortly before it expires."
         if self.outlook.quiet is None or self.outlook.anchor is None:
-            return "No time of the day is quiet on all days: the token is renewed an hour before it expires."
+            return (
+                "No time of the day is quiet on all days: the token is renewed in the quiet before a session or, where "
+                "there is none, an hour before it expires."
+            )
         begin, end = (moment.strftime("%H:%M") for moment in self.outlook.quiet)
         return (
             f"The token is renewed at {self.outlook.anchor:%H:%M} KST on every day with a session ahead that it does "
