@@ -150,7 +150,8 @@ def machines(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> It
             up, second = places["first"].up(), places["second"]
             way = {"PREFECT_API_URL": f"{up.url}/api", "PREFECT_API_AUTH_STRING": up.password}
             way |= {"PREFECT_HOME": str(second.home), "TOKENCORE_FOLDER": str(second.work), "DO_NOT_TRACK": "1"}
-            worker = launch(second, "second worker", "-m", "flows.stack.prefect_worker", "--name", "second", **way)
+            pool = ("--pool", "tokens", "--type", "process", "--name", "second")
+            worker = launch(second, "second worker", "-m", "flows.stack.prefect_worker", *pool, **way)
             until(lambda: "started!" in (folder / "second worker").read_text(), SLOW)
             yield Machines(up, second, worker, gateway, slack, bots, [])
             assert places["first"].run("down") == (0, "Stopped.\n")

@@ -1,4 +1,4 @@
-"""`prefect worker start` for our pool, which keeps no run's environment in a file; arguments are Prefect's.
+"""`prefect worker start`, with its arguments, for a process worker that keeps no run's environment in a file.
 
 Without a command, Prefect's worker prepares each run in a process of its own and notes the run's environment, secrets
 too, in a file meanwhile. With the command it starts the run itself, and Python once less.
@@ -12,8 +12,6 @@ import sys
 
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
-from flows.stack.api import POOL
-
 
 class Configuration(ProcessJobConfiguration):
     """How this machine's worker starts a run: by its own interpreter, as machines have it in different places."""
@@ -24,7 +22,7 @@ class Configuration(ProcessJobConfiguration):
 def main(*arguments: str) -> None:
     """Run the worker until a signal ends it."""
     ProcessWorker.job_configuration = Configuration
-    sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", *arguments]
+    sys.argv = ["prefect", "worker", "start", *arguments]
     runpy.run_module("prefect", run_name="__main__")
 
 

@@ -51,7 +51,7 @@ def work() -> int:
     try:
         from flows.stack import prefect_worker  # imports Prefect, which then reads the settings in its folder
 
-        prefect_worker.main("--name", NAME)
+        prefect_worker.main("--pool", POOL, "--type", "process", "--name", NAME)
     finally:
         with contextlib.suppress(StackError):  # what is left Running is marked Crashed at the next start
             for run in _orphans(server):
