@@ -322,8 +322,12 @@ def test_a_machine_that_reaches_prefect_ends_no_alert_of_one_that_does_not(
         for name, status in (("a", 401), ("b", 200), ("a", 401)):
             monkeypatch.setattr("platform.node", lambda name=name: name)
             server.answer(status, well)
-            os.environ |= machines[name] | {"PREFECT_SERVER_API_PORT": server.url.rpartition(":")[2]}
+            os.environ |= machines[name] | {
+                "PREFECT_API_URL": f"{server.url}/api",
+                "PREFECT_API_AUTH_STRING": "a:Canary",
+            }
             assert watchdog.watch(patience=0) == (status != 200)
+        assert all(b"Basic YTpDYW5hcnk=" in request for request in server.requests)
     assert slack.headlines == ["Prefect (a): Prefect does not look after the tokens"]
 
 

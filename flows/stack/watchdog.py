@@ -5,18 +5,15 @@ It is quick and light while all is well: Prefect is not imported until there is 
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 from flows.stack import environment, supervisor
-from flows.stack.api import CHECK, StackError
+from flows.stack.api import CHECK, Api, StackError
 from tokencore import ConfigurationError, Settings, open_document
-
-if TYPE_CHECKING:
-    from flows.stack.api import Api
 
 WHO = "Prefect"  # the subject of the incident; in a fleet, with the machine that looks
 PATIENCE = 45.0  # seconds: a restart must not raise an alert
@@ -29,7 +26,7 @@ def watch(patience: float = PATIENCE) -> int:
 
     The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
     """
-    settings, found = Settings.load(), silence(environment.api(), patience)
+    settings, found = Settings.load(), silence(_server(), patience)
     who = f"{WHO} ({platform.node()})" if settings.store else WHO  # one that can reach the server ends no other's alert
     if found is None and who not in str(open_document(settings, "incidents").read()):  # surely nothing was reported
         return 0
@@ -75,9 +72,20 @@ def silence(api: Api, patience: float) -> str | None:
     return found
 
 
+def _server() -> Api:
+    """Return this machine's own server or, where none was ever started, the one that PREFECT_API_URL names."""
+    other = os.environ.get("PREFECT_API_URL")
+    if other and not _has_own():
+        return Api(other.removesuffix("/api"), os.environ.get("PREFECT_API_AUTH_STRING"))
+    return environment.api()
+
+
+def _has_own() -> bool:
+    return (environment.home() / supervisor.CONFIG.name).exists()
+
+
 def _silence(api: Api, now: datetime) -> str | None:
-    home = environment.home()
-    if (home / supervisor.CONFIG.name).exists() and not supervisor.running(home):
+    if _has_own() and not supervisor.running(environment.home()):
         return f"Prefect's server at {api.url} does not run."  # whoever listens there now must not get its password
     if not api.answers("health"):
         return f"Prefect's server at {api.url} does not answer."
