@@ -85,7 +85,7 @@ def test_a_textfile_that_is_no_file_is_refused(command: Command, tmp_path: Path)
     os.mkfifo(pipe := tmp_path / "pipe")
     (folder := tmp_path / "folder").mkdir()
     for place in ("", str(folder), str(pipe), f"{folder}/missing/kis.prom"):
-        assert f"{place} cannot be written" in one_line(command("metrics", "--textfile", place))
+        assert f"--textfile={place} cannot be written" in one_line(command("metrics", "--textfile", place))
     assert (pipe.is_fifo(), folder.is_dir()) == (True, True)
 
 

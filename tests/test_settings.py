@@ -330,7 +330,7 @@ def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
         del os.environ["HOME"]
         assert (us().buffer, us().proactive_window) == (7, 1800)
         os.environ["KIS_TOKEN_DIR"] = "~/tokens"
-        assert "KIS_TOKEN_DIR cannot be used: set it to an absolute path" in refusal(us)
+        assert "KIS_TOKEN_DIR cannot be used: must be an absolute path" in refusal(us)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path(folder).chmod(0o755)

@@ -71,7 +71,8 @@ def run(arguments: Sequence[str]) -> int:
         top.print_help()
         raise ConfigurationError("No command was given; `tokencore --help` lists them.")
     if arguments[0] == "exec" and "--" not in arguments:
-        arguments = [*arguments[:2], "--"]  # `_exec` then explains how to name the program
+        own = 3 if arguments[2:3] in (["-h"], ["--help"]) else 2
+        arguments = [*arguments[:own], "--"]  # `_exec` then explains how to name the program
     at = arguments.index("--") if arguments[0] == "exec" else len(arguments)
     try:
         options = top.parse_args(arguments[:at])

@@ -215,7 +215,7 @@ def folder(value: str) -> str:
     """Return the absolute path; ValueError if it is relative or too long, or if its `~` does not resolve."""
     path = os.path.expanduser(value)
     if not os.path.isabs(path) or "\0" in path:
-        raise ValueError("set it to an absolute path, or to one that begins with a ~ that resolves")
+        raise ValueError("must be an absolute path, or begin with a ~ that resolves")
     if len(path) > LONGEST:
         raise ValueError("is too long for a path")
     return os.path.abspath(path)

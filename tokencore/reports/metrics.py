@@ -150,12 +150,12 @@ def write_textfile(watch: Watch, path: str) -> None:
     """
     place = os.path.realpath(path)  # a link stays, /dev/stdout too
     if os.path.exists(place) and not os.path.isfile(place):  # root would replace a device
-        raise ConfigurationError(f"{path} cannot be written (not a regular file); name a file elsewhere.")
+        raise ConfigurationError(f"--textfile={path} cannot be written (not a regular file); name a file elsewhere.")
     try:
         write_to_textfile(place, watch)
         os.chmod(place, PUBLIC_FILE)
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written ({error.strerror}); name a file elsewhere.") from None
+        raise ConfigurationError(f"--textfile={path} cannot be written ({error.strerror}); name a file elsewhere.") from None
 
 
 @contextlib.contextmanager
