@@ -326,6 +326,8 @@ def test_a_bot_speaks_in_its_channel_and_goes_on_in_the_thread(
     assert "Slack did not accept the message (is_archived): the channel is archived" in caplog.text
     icons = [one["blocks"][0]["text"]["text"].split()[0].strip(":") for one in slack.messages]
     assert icons == ["warning", "hourglass_flowing_sand", *["rotating_light"] * 2, "white_check_mark"]
+    levels = [line.levelname for line in caplog.records if line.message.startswith("us+kr: ")]
+    assert levels == ["ERROR", "WARNING", "ERROR", "ERROR", "INFO", "INFO"]  # the last twice, as Slack refused it
     assert [(one["channel"], one.get("thread_ts"), one.get("reply_broadcast")) for one in slack.messages] == [
         *[("#tokens", None, None)] * 2,
         *((CHANNEL, "2.0", broadcast) for broadcast in (False, True, False)),

@@ -8,6 +8,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -225,6 +226,7 @@ def test_loop_goes_on_while_a_renewal_waits_for_kis(gateway: Sandbox, present: f
             for beat in range(5):
                 await asyncio.sleep(0.05)
                 assert (asked(gateway), gateway.stats()["quotes"], waiting.done()) == (1, 0, False), beat
+            assert sum(one.name.startswith("AnyIO") for one in threading.enumerate()) <= 2  # and the cancelled call's
             assert {answer.json()["rt_cd"] for answer in await waiting} == {"0"}
 
     asyncio.run(work())

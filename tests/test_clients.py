@@ -36,9 +36,9 @@ pytestmark = pytest.mark.usefixtures("gateway")
 
 
 def name_of(client: str) -> str:
-    """Return today's name, or a pattern, of the client's file."""
-    today = f"KIS{datetime.now().astimezone():%Y%m%d}"
-    return {"mojito2": "token.dat", "python-kis": "token_*.json", "kis-auth": today}[client]
+    """Return today's name of the client's file; python-kis looks for the SHA-1 of "pykis", HTS id, key and secret."""
+    today, digest = f"KIS{datetime.now().astimezone():%Y%m%d}", "c8006c84dca926a62d8b7dde58e23d5aa0899324"
+    return {"mojito2": "token.dat", "python-kis": f"token_real_me_{digest}.json", "kis-auth": today}[client]
 
 
 def held(folder: Path) -> str:
@@ -206,7 +206,7 @@ def test_newer_token_of_another_client_is_adopted_instead_of_written_over(
 ) -> None:
     """If a client has renewed by itself, its token becomes the key's and goes into every copy; nothing is issued."""
     cached(17 * 3_600)
-    (path := next(copies.glob(name_of(client)))).write_bytes(WRITTEN[client](theirs := longer()))
+    (path := copies / name_of(client)).write_bytes(WRITTEN[client](theirs := longer()))
     exports().sync(on_disk())
     assert theirs.encode() in path.read_bytes()
     assert found() == theirs

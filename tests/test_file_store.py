@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import stat
 from datetime import timedelta
 from pathlib import Path
@@ -162,6 +163,21 @@ def test_what_is_no_file_is_a_miss_and_never_a_wait(folder: Path, kind: str, tmp
     assert store.read()[0] is None
     assert save(store, make_token()).access_token == text_of(open_files(folder, "kr"))
     assert (path.is_file(), path.is_symlink(), victim.read_bytes()) == (True, False, before)
+
+
+def test_a_process_that_runs_for_months_leaves_no_file_open(folder: Path) -> None:
+    """Neither saving, reading nor what cannot be read takes a descriptor for good, as a process has only so many."""
+
+    def work() -> None:
+        present = len(os.listdir("/dev/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (present + 10, present + 10))
+        store = open_files(folder)
+        for _ in range(12):
+            put(folder / VIEW, b"damaged")
+            open_files(folder, "kr").read()
+            save(store, make_token())
+
+    assert ended(in_child(work)) == 0
 
 
 def test_content_is_on_disk_before_it_is_visible_and_the_change_of_name_after_it(folder: Path) -> None:

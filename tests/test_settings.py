@@ -115,7 +115,9 @@ def test_what_files_of_settings_may_look_like(caplog: pytest.LogCaptureFixture) 
     os.mkfifo(Path(mount, "pipe"))
     Path(mount, "kis_certificates").mkdir()
     config("\ufeffbuffer = 9\n")
-    path = dotenv(f"\ufeffKIS_APP_KEY={KEY}\nexport the secret Canary\n#".ljust(FILE_LIMIT - 20, "x") + "\n")
+    text = f"\ufeffKIS_APP_KEY={KEY}\nexport the secret Canary\n#"
+    path = dotenv(text.ljust(FILE_LIMIT - 2, "x"))  # the mark has three bytes
+    assert path.stat().st_size == FILE_LIMIT
     assert [(us().credentials(), us().buffer) for _ in range(2)] == [((KEY, SECRET), 9)] * 2
     assert caplog.messages == [f"{path}, line 2, is not NAME=value, so it is ignored; fix or remove it."]
     path.unlink()
@@ -387,7 +389,7 @@ MALFORMED = {
     "KIS_MARKETS__H.K__EXCHANGES": ("not a market's name", "SEHK"),
     "KIS_EXCHANGES__LSE__CLOSED": ("unknown exchange", "2026-12-31"),
     "KIS_EXCHANGES__KRX__CLOSED": ("date", "31.12.2026"),
-    "KIS_EXCHANGES__KRX__HOURS__2026-12-30": ("open before it closes", "15:00-09:00"),
+    "KIS_EXCHANGES__KRX__HOURS__2026-12-30": ("open before it closes", "15:00-09:00", "09:00-09:00"),
 }
 ROWS = [(variable, value, why) for variable, (why, *wrong) in MALFORMED.items() for value in wrong]
 
