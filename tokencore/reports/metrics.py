@@ -155,7 +155,9 @@ def write_textfile(watch: Watch, path: str) -> None:
         write_to_textfile(place, watch)
         os.chmod(place, PUBLIC_FILE)
     except OSError as error:
-        raise ConfigurationError(f"--textfile={path} cannot be written ({error.strerror}); name a file elsewhere.") from None
+        raise ConfigurationError(
+            f"--textfile={path} cannot be written ({error.strerror}); name a file elsewhere."
+        ) from None
 
 
 @contextlib.contextmanager
