@@ -70,7 +70,13 @@ class View(NamedTuple):
 
 @contextlib.contextmanager
 def safe_errors() -> Iterator[None]:
-    """Raise errors only with texts that Prefect may store in clear, and without the errors behind them."""
+    """Let errors leave the block only with texts that Prefect may store in clear, and without the errors behind them.
+
+    Raises:
+        TokenError: as it was raised in the block.
+        UnforeseenError: there was any other error.
+
+    """
     try:
         yield
     except TokenError as error:

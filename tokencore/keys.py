@@ -146,7 +146,12 @@ class Key(Sensitive):
         return bool(running) and token.serves(max(running.values()) - CLOCK_SLACK, self.market.buffer)
 
     def tick(self, state: KeyState) -> Decision:
-        """Apply the renewal rule to `state`: renew if that is due and the limits allow it; extra calls do no harm."""
+        """Apply the renewal rule to `state`: renew if that is due and the limits allow it; extra calls do no harm.
+
+        Raises:
+            TokenStoreError: after a renewal that was due, the store cannot be used.
+
+        """
         planned, renewed, trouble = state.outlook.next, False, None
         if planned is None or planned.at > state.now:
             return Decision(renewed, trouble, state)
@@ -195,15 +200,30 @@ class Key(Sensitive):
     retry_delay = staticmethod(retry_delay)
 
     def prove(self, token: Token) -> Evidence:
-        """Make one quote call and return what it shows about `token`; no answer of KIS makes it raise."""
+        """Make one quote call and return what it shows about `token`; no answer of KIS makes it raise.
+
+        Raises:
+            ConfigurationError: the secret is missing.
+
+        """
         return self.renewer.gateway.quote(token.access_token, self.exchanges)
 
     def reject(self, token: Token, now: datetime) -> None:
-        """Mark `token` dead for all processes."""
+        """Mark `token` dead for all processes.
+
+        Raises:
+            TokenError: the secret is missing, or the mark could not be saved; other processes may still serve it.
+
+        """
         self.renewer.reject(token.access_token, now)
 
     def sync_exports(self) -> None:
-        """Bring the files of other clients up to date with the key's token; never raises."""
+        """Bring the files of other clients up to date with the key's token, and log what fails.
+
+        Raises:
+            ConfigurationError: the secret is missing.
+
+        """
         self.renewer.sync_copies()
 
 
@@ -272,7 +292,12 @@ class KeyState(Sensitive):
 
     @property
     def refusal(self) -> CredentialsError | None:
-        """The error if KIS refused these credentials, so that only a person can get a renewal; None otherwise."""
+        """The error if KIS refused these credentials, so that only a person can get a renewal; None otherwise.
+
+        Raises:
+            ConfigurationError: the secret is missing.
+
+        """
         return limits.refusal(self._standing)
 
     @property
@@ -325,7 +350,12 @@ class KeyState(Sensitive):
         return next((need for need in ahead.needs if need[1] > self.now), None)
 
     def plan(self, days: int = PLAN_DAYS) -> Plan:
-        """Plan the coming `days` in KST, today included, assuming that every renewal succeeds."""
+        """Plan the coming `days` in KST, today included, assuming that every renewal succeeds.
+
+        Raises:
+            ConfigurationError: the secret is missing.
+
+        """
         key, ahead, buffer, refused = self.key, self.outlook, self.key.market.buffer, self.refusal is not None
         start = datetime.combine(self.now.astimezone(KST).date(), time(), KST).astimezone(UTC)
         until = start + timedelta(days=days)

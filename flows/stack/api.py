@@ -45,7 +45,12 @@ class Api:
             self._http.headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
 
     def ask(self, method: str, path: str, content: object = None) -> Any:  # noqa: ANN401 - as JSON is
-        """Send a request and return the content of the server's JSON answer."""
+        """Send a request and return the content of the server's JSON answer.
+
+        Raises:
+            StackError: the server refuses the password or the request, or gives no answer in time.
+
+        """
         try:
             answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=self._timeout)
             if answer.status_code == codes.unauthorized:
@@ -68,7 +73,12 @@ class Api:
             return False
 
     def wait(self) -> None:
-        """Return as soon as the server is ready: supervisord starts all parts at once."""
+        """Return as soon as the server is ready: supervisord starts all parts at once.
+
+        Raises:
+            StackError: it is not ready after `PATIENCE`.
+
+        """
         give_up = time.monotonic() + PATIENCE
         while not self.answers("ready"):
             if time.monotonic() > give_up:
@@ -95,7 +105,12 @@ class Api:
         return made
 
     def run_to_end(self, deployment: str, **parameters: object) -> dict[str, Any]:
-        """Run the deployment `flow/deployment` to its end; return the final state with `type`, `name` and `message`."""
+        """Run the deployment `flow/deployment` to its end; return the final state with `type`, `name` and `message`.
+
+        Raises:
+            StackError: it has not ended after `PATIENCE`, and goes on; or the server gives no useful answer.
+
+        """
         run, give_up = self.create_run(deployment, **parameters), time.monotonic() + PATIENCE
         while time.monotonic() < give_up:
             state: dict[str, Any] = self.ask("GET", f"flow_runs/{run}")["state"] or {}

@@ -108,7 +108,12 @@ def with_dotenv() -> dict[str, str]:
 
 
 def port(environment: Mapping[str, str]) -> int:
-    """Return the server's port; ConfigurationError if the setting is not a port."""
+    """Return the server's port.
+
+    Raises:
+        ConfigurationError: the setting is not a port.
+
+    """
     text = environment.get("PREFECT_SERVER_API_PORT") or DEFAULT_PORT
     if not text.isdecimal() or not 0 < int(text) < 65536:  # noqa: PLR2004 - ports end there
         raise ConfigurationError(f"PREFECT_SERVER_API_PORT={text[:20]} is not a port; set a number from 1 to 65535.")

@@ -3,6 +3,7 @@
 Hours come from the table of exchanges, closures and half days from the `holidays` package; the user's overrides take
 precedence over both. A weekday not known to be closed counts as open: a needless check is harmless, a missed session is
 not. Days are dates in the exchange's zone; datetimes that come out are aware UTC, and those that go in must be aware.
+Exchanges go by any name that `exchange` knows; it raises ConfigurationError for any other.
 """
 
 from __future__ import annotations

@@ -61,7 +61,12 @@ class Target(NamedTuple):
         return f"{self.client}:{self.folder}"
 
     def paths(self, market: Market, now: datetime) -> list[str]:
-        """Return the files that the client reads; ConfigurationError if a setting for their names is missing."""
+        """Return the files that the client reads.
+
+        Raises:
+            ConfigurationError: a setting for their names is missing.
+
+        """
         names = [self.name] if self.name else CLIENTS[self.client].names(market, now)
         return [os.path.join(self.folder, name) for name in names]
 

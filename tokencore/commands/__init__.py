@@ -108,7 +108,12 @@ def parsers(asked: str = "") -> tuple[argparse.ArgumentParser, dict[str, argpars
 
 
 def key_of(settings: Settings, name: str) -> Key:
-    """Return the key of the market `name`, with all markets that share it; ConfigurationError if it has none."""
+    """Return the key of the market `name`, with all markets that share it.
+
+    Raises:
+        ConfigurationError: there is no such market, or it has no app key or secret; the message says what to set.
+
+    """
     from tokencore.keys import Key  # imports the calendars, which not every command needs
 
     market = settings.market(name)
@@ -117,7 +122,12 @@ def key_of(settings: Settings, name: str) -> Key:
 
 
 def read_input() -> str:
-    """Return the text on standard input; ConfigurationError if there is none, or far too much."""
+    """Return the text on standard input.
+
+    Raises:
+        ConfigurationError: there is none, or far too much.
+
+    """
     text = ""
     if sys.stdin is not None:
         if sys.stdin.isatty():
@@ -132,7 +142,12 @@ def read_input() -> str:
 
 
 def confirm(option: str, question: str, undone: str) -> None:
-    """Return if a person at the terminal answers yes; else raise ConfigurationError, which says what is `undone`."""
+    """Return if a person at the terminal answers yes.
+
+    Raises:
+        ConfigurationError: there is no terminal, or the answer is another one; the message says what is `undone`.
+
+    """
     if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigurationError(f"{option} asks first, and there is no terminal. Nothing was done; add --yes.")
     print(question, "[y/N] ", end="", file=sys.stderr, flush=True)

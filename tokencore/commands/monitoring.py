@@ -126,7 +126,12 @@ def _metrics(options: argparse.Namespace) -> int:
 
 
 def address(text: str) -> tuple[str, int]:
-    """Parse `HOST:PORT`, `[HOST]:PORT` for IPv6, or a port alone, which means loopback."""
+    """Parse `HOST:PORT`, `[HOST]:PORT` for IPv6, or a port alone, which means loopback.
+
+    Raises:
+        ArgumentTypeError: it is none of these; argparse then names the option.
+
+    """
     host, _, port = text.rpartition(":")
     if not port.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a HOST:PORT, such as 127.0.0.1:9479")

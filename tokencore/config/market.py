@@ -79,7 +79,12 @@ class Market(Sensitive):
 
     @property
     def settings(self) -> Settings:
-        """The validated settings, read when first needed; ConfigurationError if one of them cannot be used."""
+        """The validated settings, read when first needed.
+
+        Raises:
+            ConfigurationError: one of them cannot be used; cached tokens stay usable.
+
+        """
         self._settings = self._settings or self._load()
         return self._settings
 
@@ -173,7 +178,12 @@ def key_name(fingerprint: str, environment: str) -> str:
 
 
 def named(name: str) -> str:
-    """Return `name` in lower case; ValueError if it cannot be part of the names of files and variables."""
+    """Return `name` in lower case.
+
+    Raises:
+        ValueError: it cannot be part of the names of files and variables.
+
+    """
     lower = str(name).lower()
     if not lower or len(lower) > LONGEST_NAME or not _NAME_CHARACTERS.issuperset(lower):
         shown = short(lower)  # it may be a key in the wrong place
@@ -182,7 +192,12 @@ def named(name: str) -> str:
 
 
 def credential(value: object) -> str | None:
-    """Return an app key or secret without the white space around it, None if empty; ValueError does not repeat it."""
+    """Return an app key or secret without the white space around it, None if empty.
+
+    Raises:
+        ValueError: it is not one word, or has quotes around it; the message does not repeat it.
+
+    """
     found = value.strip() if isinstance(value, str) else "" if value is None else "no text"
     if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
         raise ValueError("must not have quotes around it")
@@ -192,7 +207,12 @@ def credential(value: object) -> str | None:
 
 
 def address(value: str) -> str:
-    """Return a base URL without a trailing slash; ValueError unless it is plain https, or http on loopback."""
+    """Return a base URL without a trailing slash.
+
+    Raises:
+        ValueError: it is neither a plain https address nor http on loopback.
+
+    """
     url = value.rstrip("/")
     scheme, host, port = _parts(url)
     plain = url.isascii() and url.isprintable() and len(url) <= LONGEST and not set(url) & set(" \\@?#")
@@ -212,7 +232,12 @@ def _parts(url: str) -> tuple[str, str, str]:
 
 
 def folder(value: str) -> str:
-    """Return the absolute path; ValueError if it is relative or too long, or if its `~` does not resolve."""
+    """Return the absolute path.
+
+    Raises:
+        ValueError: it is relative or too long, or its `~` does not resolve.
+
+    """
     path = os.path.expanduser(value)
     if not os.path.isabs(path) or "\0" in path:
         raise ValueError("must be an absolute path, or begin with a ~ that resolves")
@@ -222,7 +247,12 @@ def folder(value: str) -> str:
 
 
 def number(value: Any, lowest: float, highest: float, *, whole: bool = False) -> float:  # noqa: ANN401 - text or number
-    """Return `value` as a number; ValueError if it is not between `lowest` and `highest`, naming both."""
+    """Return `value` as a number.
+
+    Raises:
+        ValueError: it is no number, or not between `lowest` and `highest`; the message names both.
+
+    """
     try:
         found = float("nan" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
@@ -233,7 +263,12 @@ def number(value: Any, lowest: float, highest: float, *, whole: bool = False) ->
 
 
 def known(name: str, found: Found) -> str:
-    """Return `name` in lower case; ConfigurationError if no such market is configured."""
+    """Return `name` in lower case.
+
+    Raises:
+        ConfigurationError: no such market is configured; the message names those that are.
+
+    """
     try:
         lower = named(name)
     except ValueError as error:

@@ -210,7 +210,12 @@ class Settings(Sensitive, BaseSettings):
 
     @property
     def origins(self) -> dict[str, str]:
-        """The source of each setting: `environment`, a file or folder, or the keyring, which this asks for secrets."""
+        """The source of each setting: `environment`, a file or folder, or the keyring, which this asks for secrets.
+
+        Raises:
+            ConfigurationError: there is no keyring, or it is locked.
+
+        """
         wanted = {name for market in ("", *self.found.markets) for name in self.found.in_keyring(market)}
         kept = [name for name in wanted if self.in_keyring([name])]
         return self.found.origins | dict.fromkeys(kept, f"keyring {self.keyring}")

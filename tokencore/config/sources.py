@@ -112,7 +112,12 @@ def gather() -> Found:
 
 @sealed
 def trusted_dotenv() -> dict[str, str]:
-    """Return what `.env` adds to this process's environment, for callers that pass both on; raise as `gather` does."""
+    """Return what `.env` adds to this process's environment, for callers that pass both on.
+
+    Raises:
+        ConfigurationError: a source of settings cannot be used; see `gather`.
+
+    """
     gather()
     known = {name.upper() for name, value in os.environ.items() if value}
     return {name.upper(): value for name, value in _dotenv().items() if value and name.upper() not in known}
