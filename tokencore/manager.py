@@ -43,8 +43,8 @@ class BaseTokenManager(Sensitive):
     """Serves one market's token; thread-safe, fork-safe, and coordinated with every other process on the machine.
 
     A subclass defines `get_api_url`, `get_app_credentials` and `get_token_file_prefix`; everything else comes from the
-    settings. Every other method may raise ConfigurationError (the app key or secret is missing) and TokenStoreError (the
-    store cannot be used); what is stored stays.
+    settings. Every other method may raise ConfigurationError (the app key or secret is missing) or TokenStoreError
+    (the store cannot be used); what is stored stays.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_text", "_token")  # so that `vars` shows no secret
