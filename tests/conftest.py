@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from zoneinfo import ZoneInfo
@@ -15,6 +17,7 @@ from zoneinfo import ZoneInfo
 import hypothesis
 import pytest
 import time_machine
+from filelock import FileLock
 from hypothesis.configuration import set_hypothesis_home_dir
 from running import Command, Opens, Ran
 from servers import HOOK, SlackEndpoint, Wire
@@ -32,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = ("KIS_", "SLACK_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE")
 ISSUE_INTERVAL = 0.5  # seconds that stand for KIS's minute, on the gateway and in the settings
 LATENCY = 0.3  # seconds that a slow gateway takes to issue
+MAKE_TABLES = "import asyncio, prefect.server.database as db; asyncio.run(db.provide_database_interface().create_db())"
 
 os.umask(0o022)  # whatever this machine's umask is: a `.env` that its group may write would be ignored
 set_hypothesis_home_dir(ROOT / ".hypothesis")  # one place for its tables, as each test has its own working directory
@@ -144,21 +148,34 @@ def gateway() -> Iterator[Sandbox]:
 
 
 @pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def prefect_database(request: pytest.FixtureRequest) -> Path:
+    """A database with Prefect's tables, to copy: Prefect takes eight seconds to create them, so it does so once."""
+    made: Path = request.config.cache.mkdir(f"prefect-{version('prefect')}") / "prefect.db"
+    with FileLock(made.with_suffix(".lock")):
+        if not made.exists():
+            known = os.environ | {"PREFECT_HOME": str(made.parent)}
+            subprocess.run([sys.executable, "-c", MAKE_TABLES], env=known, check=True)
+    return made
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Path]:
     """A Prefect server shared by all tests of this process that need one; yields the folder with its database."""
-    from httpx import TransportError
     from prefect import settings  # most tests need no Prefect
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect.server.api.server import SubprocessASGIServer
 
     home = tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_database, home)
     own = {settings.PREFECT_HOME: home, settings.PREFECT_SERVER_ANALYTICS_ENABLED: False}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(settings.temporary_settings(own))
-        try:
-            stack.enter_context(prefect_test_harness(server_startup_timeout=120))
-        except TransportError:  # another test's server took the chosen port before this one listened
-            stack.enter_context(prefect_test_harness(server_startup_timeout=120))
-        stack.enter_context(settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
+    own |= {
+        settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+        settings.PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120,
+    }
+    with (
+        settings.temporary_settings(own),
+        SubprocessASGIServer() as server,
+        settings.temporary_settings({settings.PREFECT_API_URL: server.api_url}),
+    ):
         yield home
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -51,6 +52,14 @@ class Place(NamedTuple):
     def dotenv(self, **settings: str) -> None:
         """Write these settings to the `.env` of the working directory."""
         (self.work / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+
+    def with_tables(self, database: Path, folder: str = "home/.tokencore") -> Path:
+        """Give the stack of that token directory a copy of Prefect's database; return the stack's folder."""
+        stack = self.home.parent / folder / "prefect"
+        for path in (stack.parent, stack):
+            path.mkdir(0o700)
+        Path(shutil.copy(database, stack)).chmod(0o600)
+        return stack
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start `python -m flows.stack` with its output and errors in one pipe."""

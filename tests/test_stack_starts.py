@@ -85,10 +85,11 @@ EARLY = {
 
 @pytest.mark.parametrize(("victim", "number", "answered"), EARLY.values(), ids=list(EARLY))
 def test_a_start_that_ends_early_leaves_nothing(
-    victim: str, number: signal.Signals, answered: str | None, make_place: MakePlace
+    victim: str, number: signal.Signals, answered: str | None, make_place: MakePlace, prefect_database: Path
 ) -> None:
     """Ctrl-C ends all processes before the command ends with 130; if supervisord is killed, they end by themselves."""
     place = make_place()
+    place.with_tables(prefect_database)
     running = place.start("up")
     server = Api(f"http://127.0.0.1:{place.environment['PREFECT_SERVER_API_PORT']}", None)
     until(lambda: any(line.endswith(" worker ") for line in place.living().values()), SLOW)  # the last one to start
