@@ -323,6 +323,22 @@ def test_config_file_that_others_can_write_is_refused() -> None:
 
 
 @as_root
+@pytest.mark.parametrize("planted", ["config.toml", ".tokencore", "folder of the link"])
+def test_config_file_of_another_user_is_refused(planted: str, tmp_path: Path) -> None:
+    """Where the home is a folder that everybody shares, such as /tmp, anybody may have put it there."""
+    path = config(**PAIR, KIS_BASE_URL=EVIL)
+    (tmp_path / "elsewhere").mkdir()
+    target = path.rename(tmp_path / "elsewhere" / "config.toml")
+    path.symlink_to(target)
+    foreign = {"config.toml": target, ".tokencore": path.parent, "folder of the link": target.parent}[planted]
+    os.chown(foreign, NAMELESS, NAMELESS)
+    assert refusal(us) == refusal()
+    assert refusal().endswith(f"look whether it is still yours, then run `chown 0 {foreign}`.")
+    os.chown(foreign, 0, 0)
+    assert us().app_key == KEY
+
+
+@as_root
 def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
     """A service's user reads root's file and no config.toml in a folder named `~`, and has to set its token folder."""
 
@@ -388,8 +404,10 @@ MALFORMED = {
     "KIS_MARKETS__US__EXPORTS": ("absolute path", "mojito2, python-kis:here"),
     "KIS_MARKETS__H.K__EXCHANGES": ("not a market's name", "SEHK"),
     "KIS_EXCHANGES__LSE__CLOSED": ("unknown exchange", "2026-12-31"),
-    "KIS_EXCHANGES__KRX__CLOSED": ("date", "31.12.2026"),
+    "KIS_EXCHANGES__KRX__CLOSED": ("must be written as in 2026-12-24", "31.12.2026", "2026-12-24, Canary"),
     "KIS_EXCHANGES__KRX__HOURS__2026-12-30": ("open before it closes", "15:00-09:00", "09:00-09:00"),
+    "KIS_EXCHANGES__KRX__HOURS__2026-12-31": ("must be written as in 10:00-15:30", "10-15:30", "10:00", "Canary"),
+    "KIS_EXCHANGES__KRX__HOURS__31.12.2026": ("must be written as in 2026-12-24", "10:00-15:30"),
 }
 ROWS = [(variable, value, why) for variable, (why, *wrong) in MALFORMED.items() for value in wrong]
 
@@ -472,7 +490,10 @@ def test_an_unknown_market_is_refused(name: str) -> None:
         assert name != KEY or name.lower() not in message.lower()
 
 
-@pytest.mark.parametrize(("address", "environment"), [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real")])
+@pytest.mark.parametrize(
+    ("address", "environment"),
+    [(PAPER, "real"), (f"{REAL}/", "paper"), (PAPER[:-6], "real"), (f"{PAPER[:-6]}.:29443/", "real")],
+)
 def test_the_other_environments_address_is_refused(address: str, environment: str) -> None:
     """As the key would be sent to where it is unknown, both readers refuse, and say which environment to set."""
     os.environ |= {"KIS_BASE_URL": address, "KIS_ENVIRONMENT": environment}

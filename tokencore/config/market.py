@@ -70,7 +70,7 @@ class Market(Sensitive):
     def _address(self, variable: str, values: Mapping[str, Any]) -> str:
         url = address(values.get(variable, HOSTS[self.environment]))
         other = "paper" if self.environment == "real" else "real"
-        if _parts(url)[1] == _parts(HOSTS[other])[1]:
+        if _parts(url)[1].rstrip(".") == _parts(HOSTS[other])[1]:  # a dot ends a name that is complete
             raise ConfigurationError(
                 f"{variable} is the address of the {other} environment, but the market {self.name!r} is set to "
                 f"{self.environment}; set KIS_ENVIRONMENT={other}, or remove {variable}."

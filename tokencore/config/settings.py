@@ -55,8 +55,16 @@ def _export(text: str) -> str:
     return text
 
 
+def _parsed(value: object, parse: ValidatorFunctionWrapHandler, example: str) -> Any:  # noqa: ANN401 - as given back
+    try:
+        return parse(value)
+    except ValidationError:
+        raise ValueError(f"must be written as in {example}") from None
+
+
 def _hours(value: object, parse: ValidatorFunctionWrapHandler) -> tuple[time, time]:
-    opens, closes = parse([part.strip() for part in value.split("-", 1)] if isinstance(value, str) else value)
+    parts = [part.strip() for part in value.split("-", 1)] if isinstance(value, str) else value
+    opens, closes = _parsed(parts, parse, "10:00-15:30")
     if opens >= closes:
         raise ValueError("must open before it closes")
     return opens, closes
@@ -86,6 +94,7 @@ Url = Annotated[str, AfterValidator(values.address)]
 Seconds = Annotated[float, _number(*SECONDS)]
 Exchange = Annotated[str, AfterValidator(_exchange)]
 Listed = BeforeValidator(_items)
+Day = Annotated[date, WrapValidator(lambda value, parse: _parsed(value, parse, "2026-12-24"))]
 Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
 
 
@@ -103,8 +112,8 @@ class MarketSettings(Sensitive, BaseModel):
 class ExchangeSettings(BaseModel):
     """The user's corrections of an exchange's calendar: closed days, other hours, extended hours."""
 
-    closed: Annotated[list[date], Listed] = []
-    hours: dict[date, Hours] = {}
+    closed: Annotated[list[Day], Listed] = []
+    hours: dict[Day, Hours] = {}
     extended: bool = False
 
 

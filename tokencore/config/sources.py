@@ -213,11 +213,12 @@ def _config() -> dict[str, Any]:
     import tomllib
 
     found = _readable(lambda path: dict(_leaves(tomllib.loads(_text(path)), "")), CONFIG_FILE)
-    places = (path, os.path.dirname(path))
-    if _readable(lambda _: any(permissions.open_to_others(os.stat(one)) for one in places), CONFIG_FILE):
+    places = (path, os.path.dirname(path), os.path.dirname(os.path.realpath(path)))  # it may be a link
+    faults = _readable(lambda _: [permissions.stranger(one, os.stat(one), lenient=True) for one in places], CONFIG_FILE)
+    if fault := next(filter(None, faults), None):
         raise ConfigurationError(
             f"{CONFIG_FILE} is refused, because other users can write it or its folder, and it may say where secrets "
-            "are sent; look whether it is still yours, then run `chmod go-w ~/.tokencore ~/.tokencore/config.toml`."
+            f"are sent; look whether it is still yours, then run `{fault[1]}`."
         )
     return found
 

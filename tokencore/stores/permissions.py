@@ -30,11 +30,6 @@ def stranger(path: str, found: os.stat_result | None = None, *, lenient: bool = 
     return None
 
 
-def open_to_others(found: os.stat_result) -> bool:
-    """Whether anyone but the owner and the owner's private group can write to the file or folder."""
-    return sys.platform != "win32" and bool(found.st_mode & _others(found))
-
-
 def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
     """Check `path` with `stranger`, and raise an error if that finds a fault.
 
