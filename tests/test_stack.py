@@ -21,7 +21,7 @@ import time_machine
 from playwright.sync_api import sync_playwright
 from running import asked, until
 from servers import SlackEndpoint
-from stacks import KEYS, SLOW, Place, Up, always_open, environment_of, in_proc
+from stacks import KEYS, SLOW, Place, Up, always_open, environment_of, free_port, in_proc
 
 from flows.stack import worker
 from flows.stack.api import CHECK, Api
@@ -147,6 +147,9 @@ def test_a_second_start_is_refused_and_status_says_what_it_cannot_know(up: Up) -
     assert (code, output.splitlines()[0]) == (0, "It runs already.")
     assert up.place.run("run") == (1, "It runs already; `make status` shows its status.\n")
     assert (up.processes(), up.place.run("status")[0]) == (before, 0)
+    moved = up.place.environment | {"PREFECT_SERVER_API_PORT": str(free_port())}
+    code, output = up.place._replace(environment=moved).run("status")
+    assert (code, lines(output)["page"]) == (0, f"{up.url}/v2"), "a new port counts from the next start"
     wrong = up.place.environment | {"PREFECT_SERVER_API_AUTH_STRING": "admin:AnotherPassword"}
     code, output = up.place._replace(environment=wrong).run("status")
     assert (code, "refuses the password" in lines(output)["server says"], "Another" in output) == (3, True, False)

@@ -156,6 +156,12 @@ def test_a_start_that_cannot_be_is_one_sentence(
             assert "비밀" not in output
 
 
+def test_once_is_for_the_demo_only(make_place: MakePlace) -> None:
+    """`up --once` is a mistake in usage, and starts neither the stack nor the demo."""
+    code, output = make_place().run("up", "--once")
+    assert (code, "--once is for the demo only" in output) == (2, True)
+
+
 def test_a_start_on_a_full_disk_is_one_sentence(make_place: MakePlace) -> None:
     """`up` ends with 7 and a sentence even if the reason cannot be written to disk, not with an empty line and 120."""
     place = make_place()

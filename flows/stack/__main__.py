@@ -35,13 +35,15 @@ def main() -> int:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--once", action="store_true", help="let the demo end by itself")
     options = parser.parse_args()
+    if options.once and options.command != "demo":
+        parser.error("--once is for the demo only")
     # Handle all three like Ctrl-C. A signal that a shell ignores for background jobs would stay ignored in programs
     # that this process becomes or starts, and Prefect's worker could then not be stopped.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     os.umask(0o077)
     try:
-        return demo.demo(once=True) if options.once else COMMANDS[options.command]()
+        return demo.demo(once=options.once) if options.command == "demo" else COMMANDS[options.command]()
     except (TokenError, StackError) as error:
         return _failed(error)
     except BrokenPipeError:  # the reader of the output has closed it

@@ -171,9 +171,8 @@ def home() -> Path:
     return found
 
 
-def api(timeout: float = 30) -> Api:
-    """Return a client of the server's API with its password; `timeout` is in seconds for each answer."""
-    given = with_dotenv()
+def api(given: Mapping[str, str], timeout: float = 30) -> Api:
+    """Return a client of the server that is `given`, with its password; `timeout` is in seconds for each answer."""
     return Api(address(given), password(home(), given), timeout)
 
 

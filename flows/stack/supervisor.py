@@ -61,7 +61,8 @@ def run() -> NoReturn:
     shutil.rmtree(home / "tmp", ignore_errors=True)
     (home / "tmp").mkdir()
     python, config = shlex.quote(sys.executable).replace("%", "%%"), home / CONFIG.name
-    config.write_text(CONFIG.read_text("utf-8").replace("PYTHON", python))
+    text = CONFIG.read_text("utf-8").replace("PYTHON", python)
+    config.write_text(text.replace("ADDRESS", f"{environment.host(given)}:{environment.port(given)}"))
     os.execve(sys.executable, [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)], stack)  # noqa: S606 - no shell
 
 
@@ -87,7 +88,7 @@ def down() -> int:
     if not found:
         print("Nothing was running.")
         return 0
-    worker.drain(environment.api(timeout=5))
+    worker.drain(environment.api(as_started(home), timeout=5))
     with contextlib.suppress(*NO_ANSWER):  # another `down` was quicker
         _supervisord(home, "shutdown")
     while worker.is_alive(found["supervisor"]):  # it ends after all its parts, which get 30 seconds each
@@ -148,6 +149,16 @@ def running(home: Path) -> dict[str, int]:
         return {}
 
 
+def as_started(home: Path) -> dict[str, str]:
+    """Return Prefect's settings; of a running stack's server, host and port as they were when it was started."""
+    found = environment.with_dotenv()
+    with contextlib.suppress(*NO_ANSWER):
+        place, _, port = _supervisord(home, "getIdentification").rpartition(":")
+        if place:  # a stack that an earlier version started has none
+            found |= {"PREFECT_SERVER_API_HOST": place, "PREFECT_SERVER_API_PORT": port}
+    return found
+
+
 def become_server() -> NoReturn:
     """Become Prefect's server, which gets no credentials for KIS and Slack."""
     os.chdir(os.environ["PREFECT_HOME"])
@@ -158,7 +169,7 @@ def become_server() -> NoReturn:
 def deploy() -> int:
     """Bring deployments and automations up to date, then check the tokens once, which makes up for missed runs."""
     threading.Thread(target=worker.end_with_parent, daemon=True).start()
-    server = environment.api()
+    server = environment.api(environment.with_dotenv())
     server.wait()
     deployments.apply(server, Path(os.environ["PREFECT_HOME"]))
     state = server.run_to_end(CHECK)
@@ -225,9 +236,9 @@ def _failure(home: Path, part: str, what: str) -> str:
 
 def _server_says(home: Path) -> dict[str, str]:
     """Say where the UI is and how the server is; all is well if there is a line on the last check."""
-    given, server = environment.with_dotenv(), environment.api(timeout=5)
-    page, password = environment.page(given), environment.PASSWORD
-    shown = {"page": page, "password": password if given.get(password) else f"in {environment.password_file(home)}"}
+    known, password = as_started(home), environment.PASSWORD
+    page, server = environment.page(known), environment.api(known, timeout=5)
+    shown = {"page": page, "password": password if known.get(password) else f"in {environment.password_file(home)}"}
     shown |= {name: f"{page}/artifacts/key/{name} (click its newest entry)" for name in ("tokens", "plan")}
     try:
         form = f"{page}/deployments/deployment/{server.deployment(REFRESH)['id']}/run (renews manually)"

@@ -77,7 +77,7 @@ def _server() -> Api:
     other = os.environ.get("PREFECT_API_URL")
     if other and not _has_own():
         return Api(other.removesuffix("/api"), os.environ.get("PREFECT_API_AUTH_STRING"))
-    return environment.api()
+    return environment.api(supervisor.as_started(environment.home()))
 
 
 def _has_own() -> bool:
