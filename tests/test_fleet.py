@@ -21,7 +21,7 @@ import pytest
 import time_machine
 from builders import DAY, KEY, NOW, SECRET, ended, forms, in_child, make_token
 from cryptography.fernet import Fernet
-from fleets import MINUTE, POINTS, Fleet, Machine, Relay
+from fleets import MINUTE, POINTS, TIMEOUT, Fleet, Machine, Relay
 from postgres import PASSWORD, Postgres, needs_postgres
 from running import Command, asked, one_line, snapshot, start, tokencore, until
 from servers import SlackEndpoint, Wire
@@ -114,8 +114,9 @@ def test_whatever_befalls_the_machine_that_renews_the_others_get_the_same_token(
 def outlive(fleet: Fleet, folder: Path, at: str, fault: int, requests: int) -> None:
     """Let one of three machines meet the fault at that point; if it was only stopped, it takes the others' token."""
     with Sandbox(issue_interval=MINUTE) as kis, Relay(fleet.server.port) as relay:
-        victim = Machine(fleet.behind(relay), folder / "victim", kis)
-        others = [Machine(fleet, folder / name, kis) for name in ("one", "two")]
+        # Two seconds for an answer: on a busy machine KIS could be later than one, and would be asked once more.
+        victim = Machine(fleet.behind(relay), folder / "victim", kis, timeout=2 * TIMEOUT)
+        others = [Machine(fleet, folder / name, kis, timeout=2 * TIMEOUT) for name in ("one", "two")]
         child = victim.start(at, fault or signal.SIGSTOP)
         os.waitpid(child, os.WUNTRACED)
         if not fault:
@@ -396,6 +397,7 @@ BAD = {  # the store's address, a setting with its value, or a change of the sto
     "another key": ("KIS_STORE_KEYS=" + "b" * 43 + "=", 7, "cannot be decrypted"),
     "password": ("postgresql://admin:CanaryWrong@{host}/postgres", 7, "password"),
     "database": (ADMIN + "other", 7, "no such database"),
+    "database with a telling name": (ADMIN + "password-certificate", 7, "no such database"),
     "no tables": (ADMIN + "template1", 7, "fleet init"),
     "no rights": ("postgresql://poor:CanaryPassword@{host}/postgres", 7, "may not use the tables"),
     "certificate": (ADMIN + "postgres?sslmode=verify-ca&sslrootcert={roots}", 7, "its certificate cannot be verified"),

@@ -8,6 +8,7 @@ version or fence that its caller has read. The times in the rows are the server'
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from contextlib import suppress
@@ -79,20 +80,19 @@ returning version, sealed"""
 _LAYOUT = "select sealed from tokencore_key where key = 'layout'"
 _NAMES = "select key from tokencore_key where key <> 'layout' and sealed <> ''"
 _RELEASE = "update tokencore_key set leased_until = null where key = %(key)s and version = %(version)s"
-FAULTS = {  # by a word in the error's name or text: what failed, what to do, and whether another try may help
+FAULTS = {  # by a pattern in `_signs`: what failed, what to do, and whether another try may help
     "password": ("it refuses the role or its password", "correct KIS_STORE or the password file", False),
     "certificate": ("its certificate cannot be verified", "correct sslrootcert or the host in KIS_STORE", False),
-    "pg_hba.conf": ("it does not admit this role from this machine", "add it to the server's pg_hba.conf", False),
-    "closed": ("it has closed the connection", "check its log", True),
+    r"pg_hba\.conf": ("it does not admit this role from this machine", "add it to the server's pg_hba.conf", False),
+    "closed|shutdown": ("it has closed the connection", "check its log", True),
     "ssl": ("it and this machine do not agree on encryption", "correct sslmode in KIS_STORE, or the server", False),
     "undefinedtable": ("it has no tables of tokencore", "run `tokencore fleet init` as the tables' owner", False),
     "undefinedcolumn": ("its tables are of another version", "run the same tokencore on all machines", False),
     "insufficientprivilege": ("its role may not use the tables", "run the SQL of `tokencore fleet init`", False),
     "does not exist": ("there is no such database or role", "correct KIS_STORE", False),
-    "too many": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
-    "connection slots": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
-    "read-only": ("it is read-only", "name the primary in KIS_STORE, or make it writable", True),
-    "timeout": ("it does not answer", "check that its host is up, and what blocks it", True),
+    "too ?many|connection slots": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
+    "read-?only": ("it is read-only", "name the primary in KIS_STORE, or make it writable", True),
+    "timeout|canceled": ("it does not answer", "check that its host is up, and what blocks it", True),
     "resolve": ("its host's name cannot be resolved", "correct KIS_STORE, or the DNS", True),
     "refused": ("it refuses connections", "start it, or correct KIS_STORE", True),
     "": ("the connection failed", "check its log", True),
@@ -306,13 +306,22 @@ def _within(address: str, limit: float) -> _Connection:
     return made[0]
 
 
+def _signs(error: psycopg.Error) -> str:
+    """Return what tells an error's kind: its class, and the text where no SQLSTATE chose that, as while connecting.
+
+    The names in the text, of hosts, roles and databases, are quoted, and are left out: they may resemble a fault.
+    """
+    text = "" if error.sqlstate else re.sub(r"\"[^\"]*\"|'[^']*'", "", str(error))
+    return f"{type(error).__name__} {text}".lower()
+
+
 def _explained(error: psycopg.Error) -> tuple[TokenError, bool]:
     """Return the error for people, without the libraries' own words, and whether another try may help."""
-    said = f"{type(error).__name__} {error}".lower()
+    said = _signs(error)
     if type(error) is psycopg.ProgrammingError or "invalid " in said:
         text = "KIS_STORE is not an address of PostgreSQL, such as postgresql://ROLE@HOST/DATABASE?sslmode=verify-full"
         return ConfigurationError(f"{text}; nothing was issued. Correct or remove it."), False
-    why, fix, again = next(FAULTS[sign] for sign in FAULTS if sign in said)
+    why, fix, again = next(FAULTS[sign] for sign in FAULTS if re.search(sign, said))
     return TokenStoreError(
         f"The fleet's store (KIS_STORE) cannot be used: {why}. Nothing was issued; valid tokens on this machine are "
         f"served anyway. To do: {fix}."
