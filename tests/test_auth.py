@@ -201,7 +201,7 @@ def test_credentials_do_not_go_to_another_address(gateway: Sandbox, send: Send, 
 
 
 def test_what_httpx_shows_of_a_signed_request_has_no_secret(gateway: Sandbox) -> None:
-    """A request's repr, headers and pickle hold no secret, only what is sent does. An unknown market fails at once."""
+    """A request's repr, headers and pickle hold no secret, only what is sent does; an unknown market fails at once."""
     os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
     request = httpx.get(gateway.url + PRICE, auth=KISHttpxAuth("us"), headers=TR_ID, trust_env=False).request
     shown = f"{request!r} {request.headers!r} {dict(request.headers)} {pickle.dumps(request)!r}"

@@ -326,10 +326,7 @@ def test_reject_replaces_an_approval_key(quick: Sandbox, give: Command, command:
 def test_a_token_moves_to_another_machine_without_an_issue(
     tmp_path: Path, gateway: Sandbox, give: Command, command: Command
 ) -> None:
-    """An imported token is proven by one quote call, serves all the key's markets, and counts for the six hours only.
-
-    Once rejected, it can be imported again only if KIS accepts it.
-    """
+    """An imported token is proven by a quote call, once rejected too, and counts for KIS's six hours only."""
     elsewhere = command("get", "us", "--json", KIS_TOKEN_DIR=str(tmp_path / "elsewhere")).out
     assert give(elsewhere, "import", "us").code == 0
     assert TokenManager("kr").get_valid_token() == json.loads(elsewhere)["access_token"]

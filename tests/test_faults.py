@@ -223,16 +223,13 @@ class Case:
             yield f"the next processes got {len(answers)} tokens, not only those that serve"
         if len(desk.granted) - self.issued > how.issues:
             yield "KIS issued a second token"
+        # A clock that is set ahead ends the cool-down before KIS's minute is over: KIS refuses, and the command waits.
         yield from (what for what in desk.untidy() if how.wrong <= 0 or "minute" not in what)
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for kind, how in KINDS.items() for name in how.scenarios])
 def test_whatever_happens_before_any_call(name: str, kind: str, make_desk: Callable[[], Desk]) -> None:
-    """Every file is old or new, later processes get one token, and KIS is asked once a minute at most, never in vain.
-
-    Errors are one sentence with an exit code, and an issued token is on disk or was handed out. A clock that is set
-    ahead ends the cool-down before KIS's minute is over: KIS refuses, and the command waits.
-    """
+    """Every file is old or new, later processes get one token, KIS is asked once a minute, and errors are sentences."""
     how = KINDS[kind]
     with make_desk() as desk:
         case = Case(desk, name, how)

@@ -263,11 +263,7 @@ def test_each_trouble_with_the_store_is_said_once(field: Field, caplog: pytest.L
 
 
 def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: SlackEndpoint) -> None:
-    """Three machines at once, twice, send one alert and one message of its end; one without the store sends its own.
-
-    A machine that cannot keep a copy of the incidents is no exception. A lock on them lasts a minute at most; then
-    another machine can take it.
-    """
+    """Three machines at once, twice, send one alert and one message of its end; one without the store sends its own."""
     three, now = [], datetime.now(UTC)
     away = field.fleet._replace(url=field.fleet.url.replace(PASSWORD, "wrong"))
     for machine in (*field.machines(3), field.machine("cut off", away)):
@@ -285,7 +281,7 @@ def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: Sla
     first, second, third = (open_document(settings, "incidents") for settings in three)
     with first.lock(wait=1), second.lock(wait=0) as taken:
         assert not taken
-        field.sql("update tokencore_key set leased_until = now()")
+        field.sql("update tokencore_key set leased_until = now()")  # as after a minute, if its machine died
         with third.lock(wait=1) as over:
             assert over
             with pytest.raises(OSError, match="lock"):
@@ -296,17 +292,14 @@ def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: Sla
 
 
 def test_trouble_belongs_to_its_key_whatever_machines_call_it(field: Field, slack: SlackEndpoint) -> None:
-    """Machines that name one key differently alert once; where another key has the same name, it alerts by itself.
-
-    That the other key is well does not mean that the first one is.
-    """
+    """Machines that name one key differently alert once; where another key has the same name, it alerts by itself."""
     trouble, sent, now = CredentialsError("KIS does not know the app key (EGW00103)."), [], datetime.now(UTC)
     for name, market, own in (("a", "", KEY), ("b", "", OTHER), ("c", "MARKETS__HK__", KEY)):
         os.environ |= field.machine(name, key=own).environment
         for one in ("APP_KEY", "APP_SECRET"):
             os.environ[f"KIS_{market}{one}"] = os.environ.pop(f"KIS_{one}")
         (key,) = Key.load(settings := Settings.load())
-        if own == OTHER:
+        if own == OTHER:  # that this one is well does not mean that the first one is
             alerts.resolved(settings, key.state(now), now)
         alerts.report(settings, key.state(now), trouble, now)
         sent.append((key.label, len(slack.messages)))

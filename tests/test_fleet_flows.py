@@ -164,13 +164,9 @@ def machines(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(machines: Machines) -> None:
-    """If KIS refuses the app secret, both workers make one request and one alert; a refresh's success is reported once.
-
-    Before that, one request served all bots: neither `make up` nor the second worker made another. The database's
-    password is in no file of the stack, on no command line, and not in a run's environment.
-    """
+    """If KIS refuses the app secret, both workers make one request and one alert; a refresh's success is told once."""
     machines.note("eight bots start at once")
-    assert asked(machines.gateway) == 1
+    assert asked(machines.gateway) == 1  # for all bots; neither `make up` nor the second worker made another
     machines.gateway.fail("bad-secret")
     machines.delete()
     made = [machines.begin(name, "warm-up/KRX", exchange="KRX") for name in NAMES]
@@ -181,7 +177,7 @@ def test_what_both_workers_meet_is_one_alert_and_what_both_plan_is_one_run(machi
     by_hand = machines.begin("second", "refresh-token/refresh_token", market="us", operator="Kim")
     assert machines.end(by_hand) == "Renewed"
     made = [machines.begin(name, "check-tokens/check_tokens") for name in NAMES]
-    given = environment_of(int(machines.up.look(made[0])["infrastructure_pid"]))
+    given = environment_of(int(machines.up.look(made[0])["infrastructure_pid"]))  # the store's password is not in it
     assert (any(one.startswith(MARK) for one in given), any(PASSWORD in one for one in given)) == (True, False)
     assert [machines.end(one) for one in made] == ["AlreadyValid"] * 2
     machines.note("KIS refuses the app secret")

@@ -268,10 +268,7 @@ def meet(quick: Sandbox) -> Iterator[dict[str, dict[str, str]]]:
 def test_no_error_of_a_public_name_carries_a_secret(
     failure: str, fails_too: set[str], meet: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    """Whatever fails, neither a frame of tokencore or its libraries nor a chained error holds a secret.
-
-    Several processes share the work because most of it is waiting for KIS; each use has its own directory.
-    """
+    """Whatever fails, neither a frame of tokencore or its libraries nor a chained error holds a secret."""
     settings, calls = meet[failure], everything()
     state()  # imports and computes once what every process then inherits
 
@@ -289,6 +286,7 @@ def test_no_error_of_a_public_name_carries_a_secret(
             errors[name] = leaking(met) if isinstance(met, BaseException) else None
         return errors
 
+    # Most of the work is waiting for KIS.
     found = {name: told for errors in forked(PROCESSES, work) for name, told in errors.items()}
     assert [told for told in found.values() if told] == []
     assert ALWAYS | fails_too <= {name for name, told in found.items() if told is not None}

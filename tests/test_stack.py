@@ -235,12 +235,9 @@ def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
 
 
 def test_a_killed_worker_comes_back_and_ends_what_died_or_was_missed(up: Up, refreshing: tuple[str, int]) -> None:
-    """Its run, which knew no cloud key, block key or proxy, is Crashed; of missed warm-ups only the last one runs.
-
-    While the run was underway, no file held the secrets of its environment.
-    """
+    """Its run, which knew no cloud key, block key or proxy, is Crashed; of missed warm-ups only the last one runs."""
     run, process = refreshing
-    assert files_with_secrets(up) == ["password"]
+    assert files_with_secrets(up) == ["password"]  # nor has a run's own environment been written anywhere
     worker = up.processes()["worker"]
     known = environment_of(process) | environment_of(worker)
     assert {one for one in known if "Canary" in one or "ENCRYPTION_KEY" in one} == set()

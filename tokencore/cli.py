@@ -1,6 +1,7 @@
 """The `tokencore` program; a cached `get` is answered without building a parser.
 
-One outer `except` turns every error into one sentence on standard error and a documented exit code.
+One outer `except` turns every error into one sentence on standard error and a documented exit code. The commands are
+listed in `commands.COMMANDS`, each with the module that has its parser and its function.
 """
 
 from __future__ import annotations
