@@ -199,6 +199,12 @@ def test_check_words_and_exit_codes(command: Command, case: str) -> None:
     assert command("check", "us", "kr", **TWO_KEYS | settings).code == 3, "the other key has no token"
 
 
+def test_a_store_without_its_keys_is_one_warning(command: Command, caplog: pytest.LogCaptureFixture) -> None:
+    """However many keys and markets look into it, the sentence comes once, and the machine's own files are read."""
+    ran = command("check", KIS_STORE="postgresql://127.0.0.1:1/none", **TWO_KEYS)
+    assert (ran.code, ran.out.count("NO_TOKEN"), caplog.text.count("KIS_STORE_KEYS is not set")) == (3, 2, 1)
+
+
 @pytest.mark.parametrize("line", ["check", "check --json", "check --probe", "history", "tick", "plan", "metrics"])
 def test_commands_that_only_read_change_no_file(gateway: Sandbox, command: Command, line: str) -> None:
     """Commands that only read change no file's content, time or mode, make no directory and issue nothing."""

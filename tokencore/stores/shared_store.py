@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 from tokencore import tokens
+from tokencore.config import sources
 from tokencore.config.market import digest
 from tokencore.errors import TokenError, TokenStoreError
 from tokencore.redaction import log
@@ -289,8 +290,8 @@ class SharedStore(Sensitive):
     def _seen(self) -> State | None:
         try:
             return self._fleet.look(self.name)
-        except TokenError as error:  # the settings of the store are wrong
-            _warn(error, "Meanwhile this machine uses its own files.")
+        except TokenError as error:  # the settings of the store are wrong: every key of every command meets it
+            _warn(error, "Meanwhile this machine uses its own files.", say=sources.warn)
             return None
 
     def _or_fleets(self, token: Token | None) -> Token | None:
@@ -557,6 +558,6 @@ def _beats(ours: Token | None, theirs: Token | None) -> bool:
     return tokens.longest([theirs, ours]) is ours
 
 
-def _warn(trouble: object, rest: str) -> None:
+def _warn(trouble: object, rest: str, *, say: Callable[[str], None] | None = None) -> None:
     # Leave out "Nothing was issued": here that is no news, or untrue, because something was issued or saved.
-    log().warning("%s %s", str(trouble).partition(" Nothing was")[0], rest)
+    (say or log().warning)(f"{str(trouble).partition(' Nothing was')[0]} {rest}")
