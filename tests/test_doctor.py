@@ -195,6 +195,7 @@ BASIC = "Basic YWRtaW46Q2FuYXJ5"
 SERVERS: dict[str, tuple[dict[str, str], tuple[str, str], tuple[int, object], int, str]] = {
     "slack takes the bot": (BOT, (AUTH, BEARER), (200, {"ok": True}), 0, "make test-alert"),
     "slack refuses the bot": (BOT, (AUTH, BEARER), (200, {"ok": False, "error": "invalid_auth"}), 1, "invalid_auth"),
+    "slack by both": ({"SLACK_WEBHOOK_URL": "URL/w", **BOT}, (AUTH, BEARER), (200, {"ok": True}), 0, "accepts the bot"),
     "slack by webhook": ({"SLACK_WEBHOOK_URL": "URL/services/Canary"}, ("/", ""), (404, {}), 0, "make test-alert"),
     "prefect": (PREFECT, (POOL, BASIC), (200, {"status": "READY"}), 0, "has a worker"),
     "prefect without a worker": (PREFECT, (POOL, BASIC), (200, {"status": "NOT_READY"}), 1, "is NOT_READY"),
@@ -215,6 +216,16 @@ def test_slack_and_prefect_are_asked_without_posting(
     seen = found(command, code, **{name: text.replace("URL", wire.url) for name, text in settings.items()})
     assert said in seen[case.partition(" ")[0]]["detail"]
     assert [(path, headers.get("authorization", "")) for path, headers, _ in map(parsed, wire.requests)] == [asked]
+
+
+@pytest.mark.usefixtures("warm")
+def test_half_a_bot_is_an_error_that_names_the_other_half(command: Command) -> None:
+    """A bot without a channel, and a channel without a bot, send nothing; a webhook beside either one still does."""
+    for name, other in (("SLACK_BOT_TOKEN", "SLACK_CHANNEL"), ("SLACK_CHANNEL", "SLACK_BOT_TOKEN")):
+        half = {name: BOT[name]}
+        slack = found(command, 1, **half)["slack"]
+        assert (slack["state"], slack["detail"].startswith(f"{other} is not set")) == ("fail", True)
+        assert found(command, 1, SLACK_WEBHOOK_URL="none", **half)["slack"]["detail"].startswith("SLACK_WEBHOOK_URL")
 
 
 @pytest.mark.usefixtures("warm")

@@ -56,6 +56,7 @@ LONGEST, SHOWN = 60, 3  # how many characters of a value, and how many names in 
 OTHERS = 0o077 if os.name == "posix" else 0  # permission bits of group and others
 LITTLE = 100 << 20  # bytes free, below which there is a warning
 NOTICEABLE = 5.0  # seconds: the Date header is in whole seconds, and the answer itself takes some time
+PROOF = "only a message proves it: make test-alert"
 SLACK_API = "https://slack.com/api/"
 PASSWORDS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")  # the variables that may hold `user:password`
 POOL = "tokens"  # the work pool of prefect.yaml
@@ -344,29 +345,34 @@ def _accepted(key: Key) -> Iterator[Finding]:
 
 
 def _slack(it: Subject) -> Iterator[Finding]:
-    """Check that Slack would accept an alert; a webhook's path is secret and would post, so only its host is asked."""
+    """Check that Slack would accept an alert: by the bot if it has a channel, else by the webhook, as they are sent."""
     names = ("SLACK_WEBHOOK_URL", "SLACK_BOT_TOKEN", "SLACK_CHANNEL")
     webhook, bot, channel = (str(it.found.values.get(name, "")).strip() for name in names)
-    proof = "only a message proves it: make test-alert"
-    if webhook:
-        parts = urlsplit(webhook)
-        if not (parts.hostname and parts.scheme in ("https", "http")):
-            yield _fail("slack", "SLACK_WEBHOOK_URL is not an address", "copy it again from Slack")
-            return
-        send("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/", timeout=PATIENCE)
-        yield _ok("slack", f"{parts.hostname} answers; {proof}")
-    elif bot and not channel:
-        yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
-    elif bot:
+    if bot and channel:
         headers = {"Authorization": f"Bearer {bot}"}
         said = send("POST", f"{SLACK_API}auth.test", timeout=PATIENCE, headers=headers).body
         if said.get("ok"):
-            yield _ok("slack", f"accepts the bot for {short(channel)}; {proof}")
+            yield _ok("slack", f"accepts the bot for {short(channel)}; {PROOF}")
         else:
             why = short(str(said.get("error", "no answer from Slack")))
             yield _fail("slack", f"Slack refuses the bot: {why}", "copy SLACK_BOT_TOKEN again (xoxb-...)")
+    elif webhook:
+        yield _webhook(webhook)
+    elif bot:
+        yield _fail("slack", "SLACK_CHANNEL is not set, so the bot posts nowhere", "set it to a name or ID")
+    elif channel:
+        yield _fail("slack", "SLACK_BOT_TOKEN is not set, so nothing posts to SLACK_CHANNEL", "set it (xoxb-...)")
     else:
         yield _skipped("slack", "not set up: alerts are logged only", "set SLACK_WEBHOOK_URL to hear of trouble")
+
+
+def _webhook(address: str) -> Finding:
+    """Check the webhook's host only: the path is a secret, and would post."""
+    parts = urlsplit(address)
+    if not (parts.hostname and parts.scheme in ("https", "http")):
+        return _fail("slack", "SLACK_WEBHOOK_URL is not an address", "copy it again from Slack")
+    send("GET", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/", timeout=PATIENCE)
+    return _ok("slack", f"{parts.hostname} answers; {PROOF}")
 
 
 def _prefect(it: Subject) -> Iterator[Finding]:
