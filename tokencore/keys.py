@@ -12,7 +12,7 @@ from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, failu
 from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import Standing, format_time
-from tokencore.outlook import PLAN_DAYS, VALID, Plan, RefreshWarning
+from tokencore.outlook import PLAN_DAYS, Plan, RefreshWarning
 from tokencore.policy import CLOCK_SLACK
 from tokencore.redaction import clean
 from tokencore.renewer import FOREIGN_AGE, Renewer
@@ -252,7 +252,7 @@ class KeyState(Sensitive):
         self.problem = problem
         self.attempts = attempts
         self.status = _status(token, problem, key.market, now)
-        serving = token if self.status in VALID else None
+        serving = token if token and token.serves(now, key.market.buffer) else None
         self.serves_until = serving.expires_at - timedelta(seconds=key.market.buffer) if serving else None
         self.cooldown_until = limits.cooldown_until(attempts, now, key.market)
         self.issues_last_24h = len(issued_within(attempts, now))
@@ -372,8 +372,7 @@ class KeyState(Sensitive):
                 buffer=timedelta(seconds=buffer),
             )
         rows, names = outlook.make_rows(key.exchanges, start, until, key.overrides), [one.name for one in key.markets]
-        coming = [] if refused else coming
-        return Plan(names, start, self.now, until, self.token, ahead, rows, coming, buffer, refused)
+        return Plan(names, start, self.now, until, self.token, ahead, rows, [] if refused else coming, buffer, refused)
 
     @property
     def _standing(self) -> Standing:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     Need = tuple[datetime, datetime]
 
-VALID = ("VALID", "EXPIRING_SOON")  # the statuses of a token that serves
 PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # which needs are considered; the anchor requires two weeks
 PLAN_DAYS = 7  # the default length of a plan
 AFTER = FUTURE - timedelta(days=PLAN_DAYS)  # how far past a plan's end needs are considered, for its last renewals

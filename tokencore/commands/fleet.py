@@ -31,7 +31,7 @@ def add(command: AddCommand) -> None:
 
 
 def _fleet(options: argparse.Namespace) -> int:
-    settings = _shared(Settings.load())
+    settings = _shared()
     return _rotate(settings) if options.what == "rotate" else _init(settings, options.role)
 
 
@@ -65,7 +65,7 @@ def _rotate(settings: Settings) -> int:
 
 
 def _follow(_: argparse.Namespace) -> int:
-    settings = _shared(Settings.load())
+    settings = _shared()
     from tokencore.stores.shared_store import make_follower
 
     print(f"Following the fleet for {len(settings.able_markets())} markets.", file=sys.stderr)
@@ -74,7 +74,8 @@ def _follow(_: argparse.Namespace) -> int:
     return 0
 
 
-def _shared(settings: Settings) -> Settings:
+def _shared() -> Settings:
+    settings = Settings.load()
     if not settings.store:
         raise ConfigurationError("KIS_STORE is not set: this machine keeps its tokens for itself; see docs/fleet.md.")
     return settings

@@ -11,7 +11,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tokencore.commands import FOR_PROGRAMS, confirm, key_of, print_json, read_input
+from tokencore.commands import FOR_PROGRAMS, confirm, print_json, read_input
 from tokencore.errors import ConfigurationError, TokenUnavailableError
 from tokencore.manager import TokenManager
 from tokencore.tokens import as_answer, from_text
@@ -157,7 +157,7 @@ def _revoke(manager: TokenManager, *, asking: bool) -> bool:
     until = token.same_until() if token else None
     again = f"KIS issues a new one only from {format_time(until)}." if until and until > datetime.now(UTC) else ""
     if token and asking:
-        markets = ", ".join(market.name for market in key_of(manager.market.settings, manager.market.name).markets)
+        markets = ", ".join(one.name for one in manager.market.settings.sharing(manager.market))
         later = again or "KIS issues a new one at the next request."
         question = f"Every program that uses the token of {markets} loses it. {later} Revoke it?"
         confirm("--revoke", question, "Nothing was revoked or deleted.")

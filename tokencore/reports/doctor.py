@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from tokencore.attempts import CREDENTIALS, latest
 from tokencore.clients.approval import approval_expiry
-from tokencore.clients.exports import Exports, jwts_in
+from tokencore.clients.exports import FILE_LIMIT, Exports, jwts_in
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
 from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
@@ -67,7 +67,7 @@ CACHES = {  # caches of other clients, each of which would issue tokens for itse
     "~/KIS/config/KIS*": "KIS's sample (kis_auth)",
     "~/.cache/kis/token.key": "korea-investment-stock",
 }
-MANY, CACHE_LIMIT = 64, 65_536  # how many files of one pattern are searched, and how many bytes of each
+MANY = 64  # how many files of one pattern are searched
 _OF_MARKET = r"(.+)_(?:api_token\.json|token_issued_at\.dat|krs_token\.dat|approval_key\.json)"
 LEFTOVERS = {  # recognized by file name; the group in parentheses is the key or market that the file belongs to
     "drafts of killed processes": r".*\.tmp",
@@ -448,7 +448,7 @@ def _has_another(path: str, present: Mapping[str, list[bytes]]) -> bool:
     """Whether a file holds an app key, in clear or in a JWT, but none of its tokens; its bytes are never unpickled."""
     content = b""
     with contextlib.suppress(ValueError):
-        content = files.read_bytes(path, CACHE_LIMIT, trusted=False) or b""
+        content = files.read_bytes(path, FILE_LIMIT, trusted=False) or b""
     owners = [jwt_claims(text).get("jti") for text in jwts_in(content)]
     named = [app_key for app_key in present if app_key in owners or app_key.encode() in content]
     return bool(named) and not any(token in content for app_key in named for token in present[app_key])

@@ -27,7 +27,6 @@ from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
 from tokencore.keys import Key
 from tokencore.limits import format_time
-from tokencore.outlook import VALID
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,7 +62,7 @@ GAUGES: dict[str, tuple[str, Callable[[KeyState, Market], Value]]] = {
     READABLE:
         ("Whether the market's state could be read; where it is 0, its other values are absent.", lambda *_: 1),
     "kis_token_valid":
-        ("Whether the market has a token that serves now.", lambda state, _: state.status in VALID),
+        ("Whether the market has a token that serves now.", lambda state, _: state.serves_until is not None),
     "kis_token_expiration_timestamp_seconds":
         ("When the market's token expires.", lambda state, _: state.token.expires_at if state.token else None),
     "kis_token_issue_timestamp_seconds":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from tokencore.outlook import VALID
-
 if TYPE_CHECKING:
     from datetime import datetime
 
@@ -62,7 +60,7 @@ def look(state: KeyState, market: Market) -> Seen:
     status: MarketStatus = {
         "market": market.name,
         "status": state.status,
-        "valid": state.status in VALID,
+        "valid": state.serves_until is not None,
         "expires_at": _iso(token.expires_at if token else None),
         "remaining_seconds": int(left),
         "remaining_hours": round(left / 3600, 2),
