@@ -127,9 +127,11 @@ def test_ready_is_whoever_has_a_token_for_the_session_that_runs(
     assert get(f"{url}/readyz").status_code == 200
 
 
-def test_one_broken_key_hides_no_other(gateway: Sandbox, url: str) -> None:
-    """An unreadable key is 0 in one metric and absent from the others; no secret shows, and nothing is written."""
+@pytest.mark.parametrize(("minutes", "needed"), [(-5, True), (180, False)], ids=["open", "closed"])
+def test_one_broken_key_hides_no_other(gateway: Sandbox, url: str, opens: Opens, minutes: int, *, needed: bool) -> None:
+    """An unreadable key is 0 in one metric, absent from the others and unready in a session; nothing is written."""
     gateway.set_rules(issue_interval=0)
+    opens(timedelta(minutes=minutes))
     os.environ |= {"KIS_MARKETS__KR__APP_KEY": KEY, "KIS_MARKETS__KR__APP_SECRET": SECRET}
     for market in ("us", "kr"):
         TokenManager(market).get_valid_token()
@@ -138,7 +140,7 @@ def test_one_broken_key_hides_no_other(gateway: Sandbox, url: str) -> None:
     metrics, ready = get(f"{url}/metrics").text, get(f"{url}/readyz").text
     assert samples(metrics)["kis_market_readable"] == {"us": 1, "kr": 0}
     assert samples(metrics)["kis_token_valid"] == {"us": 1}
-    assert ready.splitlines()[1] == "kr: not ready: it cannot be read (TokenStoreError)"
+    assert ready.splitlines()[1] == f"kr: {'not ready: it cannot be read (TokenStoreError)' if needed else 'ready'}"
     assert [canary for canary in CANARIES if canary in metrics + ready] == []
     assert (snapshot(folder()), asked(gateway)) == (before, 2)
 

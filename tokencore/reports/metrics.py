@@ -226,29 +226,35 @@ class _Server6(_Server):
 
 
 def _look_at(key: Key, now: datetime) -> list[Vitals]:
+    closes: dict[str, datetime | None] = {}
     try:
+        closes |= {market.name: _close(market, key, now) for market in key.markets}
         state, found = key.state(now), []
         for market in key.markets:
             values = {name: value(state, market) for name, (_, value) in GAUGES.items()}
-            found.append(Vitals(market.name, state, values, _unready(market, state)))
+            found.append(Vitals(market.name, state, values, _unready(state, closes[market.name])))
     except Exception as error:  # noqa: BLE001 - one key's error must not hide the others; its text may hold anything
         trouble = f"it cannot be read ({type(error).__name__})"
-        return [Vitals(market.name, None, {READABLE: 0}, trouble) for market in key.markets]
+        names = [market.name for market in key.markets]
+        return [Vitals(name, None, {READABLE: 0}, trouble if closes.get(name, now) else "") for name in names]
     return found
 
 
-def _unready(market: Market, state: KeyState) -> str:
-    """Say why a session that runs, or opens within an hour, has no token that lasts through it; empty if it has one."""
-    now = state.now
-    days = (sessions.days(code, now, now + ALERT_BEFORE, state.key.overrides) for code in market.exchanges)
+def _close(market: Market, key: Key, now: datetime) -> datetime | None:
+    """Return the last close of the market's sessions that run, or open within an hour; None without one."""
+    days = (sessions.days(code, now, now + ALERT_BEFORE, key.overrides) for code in market.exchanges)
     near = [one.session for every in days for one in every]
-    closes = [one.close for one in near if one.open - ALERT_BEFORE <= now < one.close]
-    if not closes or state.lasts(max(closes)):
+    return max((one.close for one in near if one.open - ALERT_BEFORE <= now < one.close), default=None)
+
+
+def _unready(state: KeyState, close: datetime | None) -> str:
+    """Say why the session with this `close` has no token that lasts through it; empty if it has one, or if none is."""
+    if not close or state.lasts(close):
         return ""
     until = state.serves_until
     lack = f"the token serves until {format_time(until)}" if until else f"no token serves now ({state.status})"
     hope = f"next renewal at {format_time(at)}" if (at := state.next_attempt) else "no renewal is planned"
-    return f"{lack}; the session ends at {format_time(max(closes))}; {hope}"
+    return f"{lack}; the session ends at {format_time(close)}; {hope}"
 
 
 def _gauge(name: str, text: str, values: Values, labels: Sequence[str] = ()) -> GaugeMetricFamily:
