@@ -349,13 +349,14 @@ class TestRuns:
     """Complete runs on a Prefect server."""
 
     def test_a_warm_up_renews_publishes_and_leaves_the_next_renewal(self, gateway: Sandbox, opens: Opens) -> None:
-        """The first run ends Renewed, the next Warm with the same token; a run's name has the exchange's own date."""
+        """The first run ends Renewed, the next Warm; both publish, and are named by the exchange's own date."""
         exchange, states = opens(SOON), []
         calls = counted(lambda: states.append(run(warm_up.warm_up, exchange=exchange)))
         assert 0 < calls.total() <= 2500, calls.most_common(20)
         state, down = only_key().state(now()), errors.IssuerUnavailableError("KIS is down.")
         calls = counted(lambda: alerts.report(Settings.load(), state, down, now()))
         assert 0 < calls.total() <= 400, calls.most_common(20)
+        artifacts.publish([View(only_key(), None, errors.TokenStoreError("From before another process renewed."))])
         states.append(run(warm_up.warm_up, exchange=exchange))
         assert [end_of(state) for state in states] == [("COMPLETED", "Renewed"), ("COMPLETED", "Warm")]
         assert quotes(gateway) == 1

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -121,6 +122,21 @@ def test_a_server_that_cannot_start_is_shown_with_its_log(make_place: MakePlace)
     assert re.search(r"^server: exited( with code \d)?\. The end of its log:", output, re.MULTILINE), output
     kept = [path.read_bytes() for path in place.home.rglob("*") if path.is_file()]
     assert not any(b"CanaryPassword" in one for one in (output.encode(), *kept))
+
+
+def test_a_start_waits_until_a_killed_stack_has_left_the_port(make_place: MakePlace) -> None:
+    """The parts of a supervisord that was killed hold the port for up to half a minute, which is no other program."""
+    place = make_place()
+    home = place.home / ".tokencore" / "prefect"
+    home.mkdir(parents=True)
+    (home / "supervisord.pid").touch(0o600)  # it removes this file where it ends by itself
+    with socket.create_server(("127.0.0.1", int(place.environment["PREFECT_SERVER_API_PORT"]))):
+        running = place.start("run")
+        time.sleep(3)
+    until(lambda: running.poll() is not None or bool(supervisor.running(home)), SLOW)
+    running.terminate()
+    output = running.communicate(timeout=SLOW)[0]
+    assert running.returncode == 0, output
 
 
 REFUSED = {

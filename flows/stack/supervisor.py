@@ -7,6 +7,7 @@ supervisord.conf says what it starts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import shutil
@@ -34,6 +35,7 @@ CONFIG = Path(__file__).with_name("supervisord.conf")
 PARTS = ("supervisor", "server", "worker")
 LAST_CHECK = "last check"
 FOLDER = "TOKENCORE_FOLDER"  # where the stack was started; see flows/__init__.py
+MARGIN = 5.0  # seconds that the parts of a killed supervisord may take longer to end
 ANSWER = 20.0  # seconds to wait for supervisord's answer
 NO_ANSWER = (OSError, HTTPException, XmlRpcError)
 LOG_TAIL = 15  # lines of a log that are shown with a failure
@@ -189,13 +191,19 @@ def _listen(home: Path, given: Mapping[str, str]) -> socket.socket:
     if len(os.fsencode(home)) > SOCKET_LENGTH:
         raise ConfigurationError(f"{home} is too long for a socket in it; set a shorter KIS_TOKEN_DIR (demo: TMPDIR).")
     place, port = environment.host(given), environment.port(given)
-    try:
-        return socket.create_server((place, port))
-    except OSError as error:
-        raise ConfigurationError(
-            f"Cannot listen on {place}, port {port}: {error.strerror}. Set PREFECT_SERVER_API_PORT to a free port, "
-            "PREFECT_SERVER_API_HOST to an address of this machine."
-        ) from None
+    was_killed = (home / "supervisord.pid").exists()  # then its parts end by themselves, and hold the port until then
+    give_up = time.monotonic() + (worker.TIME_TO_END + MARGIN) * was_killed
+    while True:
+        try:
+            return socket.create_server((place, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < give_up:
+                time.sleep(worker.POLL)
+                continue
+            raise ConfigurationError(
+                f"Cannot listen on {place}, port {port}: {error.strerror}. Set PREFECT_SERVER_API_PORT to a free port, "
+                "PREFECT_SERVER_API_HOST to an address of this machine."
+            ) from None
 
 
 def _supervisord(home: Path, method: str) -> Any:  # noqa: ANN401 - whatever its XML-RPC interface has
