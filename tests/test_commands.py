@@ -276,11 +276,11 @@ def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandb
 
 
 def test_the_help_of_exec_is_its_own_or_the_programs(gateway: Sandbox, command: Command) -> None:
-    """`--help` before the program shows the command's help; after `--` it is the program's; without `--`, neither."""
+    """`--help` before the program shows the command's help; after `--` it is the program's; without a name, neither."""
     for asking in (("--help",), ("us", "--help"), ("us", "-h"), ("us", "--help", "--", "true")):
         assert "usage: tokencore exec" in command("exec", *asking).out
     assert tokencore("exec", "us", "--", "sh", "-c", "echo $0", "--help").out == "--help\n"
-    for unclear in ((), ("sh", "-c", "true"), ("sh", "--help")):
+    for unclear in ((), ("--", ""), ("sh", "-c", "true"), ("sh", "--help")):
         assert "name it after --" in command("exec", "us", *unclear).err
     assert asked(gateway) == 1
 

@@ -101,7 +101,7 @@ _FORMATS: dict[str | None, Callable[[Token], str]] = {
 
 
 def _exec(options: argparse.Namespace) -> int:
-    if not options.program:
+    if not any(options.program[:1]):  # an empty name is what a shell makes of an unset variable
         raise ConfigurationError("No program was given; name it after --: `tokencore exec MARKET -- COMMAND`.")
     token = _served(TokenManager(options.market), renew=True)
     environment = {**os.environ, **_variables(token)}
