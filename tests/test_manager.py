@@ -172,6 +172,19 @@ def test_concurrent_ticks_make_one_request_and_none_of_them_reports_trouble(slow
     assert asked(slow) == 1
 
 
+@pytest.mark.parametrize("outcome", [Outcome.LIMIT, Outcome.UNREACHABLE])
+def test_after_the_clock_was_set_back_a_pause_ends_once_it_has_passed(gateway: Sandbox, outcome: Outcome) -> None:
+    """An attempt in the future counts as made when the next renewal meets it, not anew at each later one."""
+    os.environ["KIS_ISSUE_INTERVAL"] = "1"
+    record(Attempt(datetime.now(UTC) + timedelta(hours=5), outcome))
+    key = Key.load(Settings.load())[0]
+    with pytest.raises(IssuanceLimitError):
+        key.renewer.renew_due(None, "rule")
+    time.sleep(1.2)
+    assert key.renewer.renew_due(None, "rule")
+    assert asked(gateway) == 1
+
+
 @pytest.mark.usefixtures("gateway")
 def test_a_token_that_was_lost_is_fetched_at_once_while_kis_returns_it() -> None:
     """The record still shows a token's issue an hour ago although its file is gone, so a renewal is due at once."""

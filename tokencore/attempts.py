@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DAY = timedelta(hours=24)
+CLOCK_ERROR = timedelta(days=2)  # an attempt further in the future than this was recorded by a wrong clock
+CLOCK_NOISE = timedelta(seconds=1)  # clocks that differ by less count as equal
 MINUTE = 60.0  # seconds after a token request in which KIS refuses another
 REASON_LENGTH, BY_LENGTH = 80, 40
 LENGTHS = {"code": 12, "reason": REASON_LENGTH, "credentials": 8, "by": BY_LENGTH, "host": 64}  # characters kept
@@ -89,6 +91,12 @@ class Attempt(NamedTuple):
 def issued_within(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:
     """Return the attempts within 24 hours before or after `now` (clocks are set back) that brought a new token."""
     return [one for one in attempts if one.outcome is Outcome.ISSUED and abs(now - one.at) < DAY]
+
+
+def redated(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:
+    """Return the attempts; those that a clock which was set back has left in the future are dated `now`."""
+    ahead = now + CLOCK_NOISE, now + CLOCK_ERROR
+    return [one._replace(at=now) if ahead[0] < one.at <= ahead[1] else one for one in attempts]
 
 
 def latest(attempts: Sequence[Attempt]) -> Attempt | None:

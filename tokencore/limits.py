@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import attempts as record
-from tokencore.attempts import CREDENTIALS, NEW, Outcome, retry_delay
+from tokencore.attempts import CLOCK_ERROR, CREDENTIALS, NEW, Outcome, retry_delay
 from tokencore.errors import CredentialsError, IssuanceLimitError
 from tokencore.tokens import KST, SAME_TOKEN
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from tokencore.tokens import Token
 
 SELDOM = 1000  # a pretended number of failures, large enough for the longest wait
-CLOCK_ERROR = timedelta(days=2)  # an attempt further in the future than this was recorded by a wrong clock
 
 
 class Intent(Enum):
@@ -87,9 +86,10 @@ def allowed_from(standing: Standing) -> datetime | None:
 def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -> datetime | None:
     """Return when the key's next request is allowed; None if it is allowed now.
 
-    An attempt that seems to lie in the future, because the clock was set back, counts as made now; one more than
-    `CLOCK_ERROR` ahead does not count. The request of an attempt without an outcome, whose process died or still waits,
-    may have left later than recorded, while it was connecting: KIS_TIMEOUT and the pause after a failure cover that.
+    An attempt that seems to lie in the future, because the clock was set back, counts as made now, and the next renewal
+    dates it so (`Store.redate`); one more than `CLOCK_ERROR` ahead does not count. The request of an attempt without an
+    outcome, whose process died or still waits, may have left later than recorded, while it was connecting: KIS_TIMEOUT
+    and the pause after a failure cover that.
     """
     last = record.latest(attempts)
     if last is None or last.at > now + CLOCK_ERROR:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from datetime import datetime
 
     from tokencore.attempts import Attempt
     from tokencore.tokens import Token
@@ -79,6 +80,14 @@ class Store(Protocol):
 
     def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
         """Save the token for every market of the key, and record the outcome."""
+
+    def redate(self, now: datetime) -> None:
+        """Date attempts that a clock which was set back has left in the future as made `now`.
+
+        Raises:
+            OSError: they could not be changed.
+
+        """
 
     def note(self, attempt: Attempt) -> None:
         """Record an attempt that needed no request: a token that was imported or adopted."""

@@ -184,6 +184,10 @@ class FileStore(Sensitive):
                     self._copy(path.removesuffix(VIEW) + MARK, mark)
             self.record.complete(fence, attempt)
 
+    def redate(self, now: datetime) -> None:
+        """Date attempts that lie in the future as made `now`."""
+        self.record.redate(now)
+
     def note(self, attempt: Attempt) -> None:
         """Append an attempt that needed no request."""
         self.record.append(attempt)

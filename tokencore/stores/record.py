@@ -7,7 +7,7 @@ import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tokencore.attempts import Attempt, Outcome, issued_within, parse, render
+from tokencore.attempts import Attempt, Outcome, issued_within, parse, redated, render
 from tokencore.stores import files
 from tokencore.stores.permissions import refuse_strangers
 
@@ -54,6 +54,10 @@ class Record:
         known = self.attempts()
         mine = bool(known) and (known[-1].outcome, known[-1].pid) == (Outcome.SENT, begun.pid)
         self.write([*(known[:-1] if mine else known), attempt])
+
+    def redate(self, now: datetime) -> None:
+        """Date attempts that lie in the future as made `now`."""
+        self.write(redated(self.attempts(), now))
 
     def write(self, attempts: list[Attempt]) -> None:
         """Replace the record; on a full disk the lock file's times, which can still be set, keep the last attempt."""
