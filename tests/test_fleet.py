@@ -146,6 +146,19 @@ def test_a_rejected_removed_or_imported_token_is_so_on_every_machine(field: Fiel
     assert second.look() == ""
 
 
+def test_a_token_revoked_while_the_store_is_away_is_dead_at_once_here_and_later_for_all(field: Field) -> None:
+    """The command ends with 7 and says that KIS has revoked it; this machine stops serving it, then all others do."""
+    with Relay(field.fleet.server.port) as relay:
+        first, second = Machine(field.fleet.behind(relay), field.folder / "first", field.kis), field.machine("second")
+        token = first.get()
+        assert second.look() == token
+        relay.open.clear()
+        ran = tokencore("delete", "us", "--revoke", "--yes", **first.environment)
+        assert (ran.code, "KIS has revoked the token" in one_line(ran), first.has) == (7, True, "rejected")
+        relay.open.set()
+        until(lambda: first.look() == second.look() == "rejected")
+
+
 def test_a_removal_that_others_keep_overtaking_is_an_error(field: Field) -> None:
     """If other machines change the row before each try to remove its token, the command does not claim success."""
     store = field.machine("one").store

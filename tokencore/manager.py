@@ -13,7 +13,13 @@ from functools import cached_property
 
 from tokencore.config import market_of_program, read_market
 from tokencore.config.market import ISSUE_INTERVAL
-from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError, UnusableDirectoryError
+from tokencore.errors import (
+    ConfigurationError,
+    TokenError,
+    TokenStoreError,
+    TokenUnavailableError,
+    UnusableDirectoryError,
+)
 from tokencore.sealing import Sensitive, sealed, sealed_class
 from tokencore.stores import open_store
 
@@ -220,14 +226,18 @@ class BaseTokenManager(Sensitive):
 
         Raises:
             IssuerUnavailableError: KIS did not revoke the token; it stays valid.
+            TokenStoreError: KIS has revoked it, but it could not be removed.
 
         """
         token = self._store.newest()
         if token is None:
             return False
         self._renewer.gateway.revoke(token.access_token)
-        with self._changing():
-            self._store.clear()
+        try:
+            with self._changing():
+                self._store.clear()
+        except TokenStoreError as error:
+            raise TokenStoreError(f"KIS has revoked the token, but it could not be removed. {error}") from None
         return True
 
     def export(self, client: str, folder: str) -> list[str]:

@@ -104,7 +104,7 @@ class Store(Protocol):
         """Remove this market's token, and the key's with that of its last market; return whether there was one."""
 
     def clear(self) -> None:
-        """Remove the key's token for all markets; the record stays."""
+        """Remove the key's token, which is dead, for all markets; the record stays."""
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = ...) -> AbstractContextManager[bool]:
         """Hold the key's lock inside the block; yields False if it was not acquired within `wait` seconds.

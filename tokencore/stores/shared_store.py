@@ -124,10 +124,16 @@ class SharedStore(Sensitive):
         """Remove the key's token for all markets and machines; the record stays.
 
         Raises:
-            TokenStoreError: the store cannot be reached; nothing was removed.
+            TokenStoreError: the store cannot be reached; the token is marked rejected here, and later for all machines.
 
         """
-        self._put(None)
+        try:
+            self._put(None)
+        except TokenError:
+            if token := self._local.read()[0]:
+                token.rejected_at = token.rejected_at or datetime.now(UTC)
+                self._local.save(token)
+            raise
         self._local.clear()
 
     def details(self) -> dict[str, Any]:
