@@ -472,7 +472,7 @@ def test_one_outage_is_one_incident_whatever_kis_answers() -> None:
     for hours, subject, what, expected in (one.split() for one in OUTAGE.split(",")):
         now = ANCHOR + float(hours) * HOUR
         if what == "over":
-            ended = over(known, subject, now, foreign=False, lasting=False)
+            ended = over(known, subject, "", now, foreign=False, lasting=False)
             assert [(one.cause, one.opened_at) for one in ended] == ([(expected, ANCHOR)] if expected != "-" else [])
             continue
         one, sent = met(known, subject, causes.BY_NAME[what], None if subject == "us" else NEED, now, now + HOUR)

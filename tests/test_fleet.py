@@ -319,6 +319,21 @@ def test_trouble_belongs_to_its_key_whatever_machines_call_it(field: Field, slac
     assert sent == [("us+kr", 1), ("us+kr", 2), ("hk", 2)]
 
 
+def test_a_corrected_app_key_ends_the_trouble_of_the_wrong_one(field: Field, slack: SlackEndpoint) -> None:
+    """It ends when the machine that last met it is in order with another key, not when another machine is."""
+    trouble, now = CredentialsError("KIS does not know the app key (EGW00103)."), datetime.now(UTC)
+    made = {name: field.machine(name).environment for name in ("a", "b")}
+    for name, own in (("a", KEY), ("b", OTHER), ("a", OTHER)):
+        os.environ |= made[name] | {"KIS_APP_KEY": own}
+        (key,) = Key.load(settings := Settings.load())
+        if own == KEY:
+            alerts.report(settings, key.state(now), trouble, now)
+        else:
+            alerts.resolved(settings, key.state(now), now)
+        assert len(slack.messages) == (2 if (name, own) == ("a", OTHER) else 1)
+    assert ": solved: " in slack.headlines[1]
+
+
 def test_a_machine_that_reaches_prefect_ends_no_alert_of_one_that_does_not(
     field: Field, slack: SlackEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import platform
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,6 +46,7 @@ class Subject(NamedTuple):
     settings: Settings  # where messages go, and in which language
     now: datetime  # aware
     name: str  # identifies its incidents
+    place: str  # identifies those of a key that its market had before; see `_place`
     label: str  # its name for people
     state: KeyState | None  # the key whose session is endangered first; None if none could be read
     exchanges: list[str]  # the exchanges concerned
@@ -53,17 +55,16 @@ class Subject(NamedTuple):
     @classmethod
     def of(cls, settings: Settings, who: Who, now: datetime) -> Subject:
         """Describe a key by its state, or read now, or an exchange; under any other name, all keys are at risk."""
-        if isinstance(who, KeyState):
-            return cls(settings, now, _name(who.key), who.key.label, who, who.key.exchanges, reached=True)
-        if isinstance(who, Key):
-            state = _first_endangered([who], now)
-            return cls(settings, now, _name(who), who.label, state, who.exchanges, reached=state is not None)
+        if isinstance(who, Key | KeyState):
+            key, state = (who, _first_endangered([who], now)) if isinstance(who, Key) else (who.key, who)
+            names = _name(key), _place(key), key.label
+            return cls(settings, now, *names, state, key.exchanges, reached=state is not None)
         if who in sessions.EXCHANGES:
-            return cls(settings, now, who, who, None, [who], reached=False)
+            return cls(settings, now, who, "", who, None, [who], reached=False)
         keys = []
         with contextlib.suppress(TokenError):  # that there is no key is what is being reported
             keys = Key.load(settings)
-        return cls(settings, now, who, who, _first_endangered(keys, now), [], reached=False)
+        return cls(settings, now, who, "", who, _first_endangered(keys, now), [], reached=False)
 
     @property
     def texts(self) -> Texts:
@@ -100,7 +101,7 @@ class Subject(NamedTuple):
         """Close its incidents, and return those whose end is to be reported."""
         state = self.state if self.reached else None
         foreign, refused = bool(state and state.foreign_issue), bool(state and state.refusal)
-        return incidents.over(known, self.name, self.now, foreign=foreign, lasting=refused)
+        return incidents.over(known, self.name, self.place, self.now, foreign=foreign, lasting=refused)
 
     def attempt(self, cause: Cause, error: Exception | None = None, again_in: float | None = None) -> NextAttempt:
         """Return the next automatic attempt; `again_in` is as in `report`."""
@@ -147,9 +148,9 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
     """Report the end of trouble with a key or an exchange, if there was any, and a token that someone else issued."""
     with harmless(FAILED):
         foreign = who.foreign_issue if isinstance(who, KeyState) else None
-        name = _name(who.key) if isinstance(who, KeyState) else who
+        name, place = (_name(who.key), _place(who.key)) if isinstance(who, KeyState) else (who, "")
         reported = incidents.parse(open_document(settings, "incidents").read())
-        if not foreign and all(one.subject != name for one in reported):
+        if not foreign and not any(one.concerns(name, place) for one in reported):
             return
 
         def work(known: list[Incident]) -> None:
@@ -193,6 +194,7 @@ def _trouble(known: list[Incident], subject: Subject, cause: Cause, happened: st
     now, following = subject.now, _next_check(subject.now)
     look_again = min(attempt[1] or following, following)
     incident, due = incidents.met(known, subject.name, cause, subject.need if harmful else None, now, look_again)
+    incident.place = subject.place
     if due is None:
         return False
     message = messages.trouble(subject.facts(at_risk=harmful), incident, due, happened, attempt)
@@ -262,6 +264,12 @@ def _name(key: Key) -> str:
     In a fleet it is the key itself: other machines may have other keys, or other markets, under the same name.
     """
     return identity(key) if key.market.store else key.name
+
+
+def _place(key: Key) -> str:
+    """Return what identifies the market of a key in a fleet, whose incidents end when its app key is corrected."""
+    market = key.market
+    return f"{platform.node()}:{market.token_dir}:{market.name}" if market.store else ""
 
 
 def _first_endangered(keys: list[Key], now: datetime) -> KeyState | None:

@@ -45,6 +45,7 @@ class Incident(BaseModel):
     """One key in trouble; times are aware."""
 
     subject: str  # names the key, or the run that reached no key
+    place: str = ""  # in a fleet: the machine and its market that last met it
     cause: str  # the name of its present cause
     opened_at: AwareDatetime
     seen_at: AwareDatetime  # when a run last met it
@@ -60,6 +61,10 @@ class Incident(BaseModel):
     def kind(self) -> Cause:
         """Its present cause; the name of a cause from a later version counts as unforeseen."""
         return BY_NAME.get(self.cause, UNFORESEEN)
+
+    def concerns(self, subject: str, place: str) -> bool:
+        """Whether it is about the subject, or about the key that the market at `place` had before it was corrected."""
+        return self.subject == subject or (place != "" and self.place == place)
 
     def notified(self, sent: Notification, now: datetime, thread: tuple[str, str] | None) -> None:
         """Note that Slack accepted this message at `now`; the next ones go into its thread."""
@@ -108,14 +113,16 @@ def met(
     return one, due(one, cause, now, look_again)
 
 
-def over(known: list[Incident], subject: str, now: datetime, *, foreign: bool, lasting: bool) -> list[Incident]:
+def over(
+    known: list[Incident], subject: str, place: str, now: datetime, *, foreign: bool, lasting: bool
+) -> list[Incident]:
     """Close the subject's incidents, and return those whose end is to be reported; forget any that was never reported.
 
     With `foreign`, someone else's token is still there: its incident goes on, and replaces that of a limit that it
     caused. With `lasting`, all other incidents go on too.
     """
     ended = []
-    for one in [one for one in known if one.subject == subject]:
+    for one in [one for one in known if one.concerns(subject, place)]:
         superseded = foreign and one.kind is FOREIGN_LIMIT
         if not superseded and (foreign if one.kind is FOREIGN_TOKEN else lasting):
             continue
