@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # lets the benchmark run fro
 
 from tokencore.attempts import retry_delay
 from tokencore.calendars.exchanges import EXCHANGES
+from tokencore.calendars.sessions import need, session
 from tokencore.calendars.sessions import needs as merged_needs
-from tokencore.calendars.sessions import trading_day
 from tokencore.policy import BUFFER, LIFE, daily_anchor, next_renewal
 from tokencore.tokens import KST, SAME_TOKEN
 
@@ -91,13 +91,14 @@ class World:
 def _sessions(codes: Sequence[str], *, late: bool) -> Iterator[Session]:
     for code in codes:
         for day in (FIRST + DAY * n for n in range((LAST - FIRST).days + 1)):
-            if (found := trading_day(code, day)) is None:
+            hours, needed = session(code, day), need(code, day)
+            if hours is None or needed is None:
                 continue
-            (opens, close), (starts, padded) = found
+            close, padded = hours.close, needed[1]
             if late and code == "KRX":
                 close = datetime.combine(day, LATE_CLOSE, KST).astimezone(UTC)
                 padded = close + EXCHANGES["NXT"].pad
-            yield Session(starts, opens, close, padded)
+            yield Session(needed[0], hours.open, close, padded)
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:

@@ -75,12 +75,12 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
 
     """
     day, known = local_date(exchange, due), settings.overrides
-    if (found := sessions.trading_day(exchange, day, known)) is None:
+    session, need = sessions.session(exchange, day, known), sessions.need(exchange, day, known)
+    if session is None or need is None:
         return Completed(name="MarketClosed", message=f"{exchange} closed: {sessions.closure(exchange, day, known)}")
-    session, (_, until) = found
     if session.close <= now:
         return Completed(name="SkippedLate", message=f"{exchange}'s session of {day} is over.")
-    keys = Key.trading(settings, exchange)
+    keys, until = Key.trading(settings, exchange), need[1]
     alerts.resolved(settings, exchange, now)  # ends an incident of a run that reached no key
     if due < session.open <= now and all(key.state(now).lasts(until) for key in keys):
         return Completed(name="SkippedLate", message=f"{exchange} is open and the token valid; this run came too late.")

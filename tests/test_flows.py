@@ -281,8 +281,8 @@ def test_a_night_of_maintenance(gateway: Sandbox, slack: SlackEndpoint) -> None:
             if what == KILL:
                 gateway.kill_tokens()
                 continue
-            day = sessions.trading_day(what, runs.local_date(what, at)) if what != "check" else None
-            state = warm_up.ended(what, day.need[1], {only_key(): kept(day.need[1])}) if day else followed()
+            need = sessions.need(what, runs.local_date(what, at)) if what != "check" else None
+            state = warm_up.ended(what, need[1], {only_key(): kept(need[1])}) if need else followed()
             coming = only_key().state(now()).next_attempt
             assert (state.name, coming and f"{coming.astimezone(KST):%d %H:%M:%S}") == (end, planned)
     requests = [f"{datetime.fromtimestamp(one['at'], KST):%d %H:%M}" for one in gateway.stats()["requests"]]

@@ -8,7 +8,7 @@ import pytest
 
 from tokencore.calendars import sessions
 from tokencore.calendars.exchanges import CSAT_DAYS
-from tokencore.calendars.sessions import EXCHANGES, Override, closure, exchange, needs, trading_day
+from tokencore.calendars.sessions import EXCHANGES, Override, closure, exchange, need, needs, session
 from tokencore.errors import ConfigurationError
 
 DAY = timedelta(days=1)
@@ -27,8 +27,9 @@ def days(first: date, last: date) -> Iterator[date]:
 
 def local_hours(code: str, day: date, override: Override = Override()) -> str:  # noqa: B008 - immutable
     """The session's hours in the exchange's own time, such as `09:30-16:00`; `closed` on a closed day."""
-    found, zone = trading_day(code, day, {code: override}), ZoneInfo(exchange(code).zone)
-    return "-".join(f"{edge.astimezone(zone):%H:%M}" for edge in found.session) if found else "closed"
+    found = session(code, day, {code: override})
+    zone = ZoneInfo(exchange(code).zone)
+    return "-".join(f"{edge.astimezone(zone):%H:%M}" for edge in found) if found else "closed"
 
 
 HOURS = {  # the exchange's own hours on days that `exchange_calendars`, used below, does not cover or has otherwise
@@ -63,9 +64,8 @@ def test_a_need_reaches_from_before_the_open_to_the_pad() -> None:
     known = "KRX 19T23:30 20T07:30, KRX 19T23:30 20T11:10 extended, NXT 19T22:30 20T11:10, SEHK 20T01:00 20T08:10"
     for row in (*known.split(", "), "NYSE 20T14:00 20T21:00", "NYSE 20T08:30 21T01:00 extended"):
         code, begins, ends, *extended = row.split()
-        day = trading_day(code, date(2026, 11, 20), {code: Override(extended=bool(extended))})
-        assert day is not None
-        assert day.need == (utc(f"2026-11-{begins}"), utc(f"2026-11-{ends}")), row
+        found = need(code, date(2026, 11, 20), {code: Override(extended=bool(extended))})
+        assert found == (utc(f"2026-11-{begins}"), utc(f"2026-11-{ends}")), row
 
 
 def test_the_known_horizon_is_the_last_year_that_was_announced() -> None:
@@ -88,8 +88,8 @@ def test_overrides_close_and_open_days_of_their_exchange() -> None:
     overrides = {"KRX": Override(frozenset(hours), hours, extended=True)}
     for day in hours:
         assert closure("KRX", day, overrides) is None
-        times = ((utc(f"{day}T02:00"), utc(f"{day}T08:15")), (utc(f"{day}T01:30"), utc(f"{day}T09:15")))
-        assert trading_day("KRX", day, overrides) == times
+        assert session("KRX", day, overrides) == (utc(f"{day}T02:00"), utc(f"{day}T08:15"))
+        assert need("KRX", day, overrides) == (utc(f"{day}T01:30"), utc(f"{day}T09:15"))
 
 
 def test_needs_merge_where_they_overlap_or_touch() -> None:

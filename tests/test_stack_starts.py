@@ -73,8 +73,8 @@ def test_the_demo_warms_an_exchange_that_is_not_over() -> None:
     for hour in range(2 * 365 * 24):
         now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=hour, minutes=hour % 60)
         code = play.exchange(now)
-        day = sessions.trading_day(code, now.astimezone(ZoneInfo(sessions.exchange(code).zone)).date())
-        assert day is None or day.session.close > now
+        session = sessions.session(code, now.astimezone(ZoneInfo(sessions.exchange(code).zone)).date())
+        assert session is None or session.close > now
 
 
 EARLY = {

@@ -67,11 +67,11 @@ def exchange(now: datetime) -> str:
     """Return the exchange whose session runs at `now` (aware) or is next on its own day; without one, a closed one."""
     ahead, closed = {}, ""
     for code in ("KRX", "NASD"):
-        day = sessions.trading_day(code, now.astimezone(ZoneInfo(sessions.exchange(code).zone)).date())
+        day = sessions.session(code, now.astimezone(ZoneInfo(sessions.exchange(code).zone)).date())
         if day is None:
             closed = code
-        elif day.session.close > now:
-            ahead[code] = day.session.open
+        elif day.close > now:
+            ahead[code] = day.open
     return min(ahead, key=ahead.__getitem__) if ahead else closed
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 __all__ = ["EXCHANGES", "Day", "Exchange", "Override", "Session", "certain_until", "closure", "days", "exchange"]
-__all__ += ["needs", "trading_day"]
+__all__ += ["need", "needs", "session"]
 
 _DAY = timedelta(days=1)
 _THURSDAY, _SATURDAY = 3, 5
@@ -34,7 +34,7 @@ class Session(NamedTuple):
 
 
 class Day(NamedTuple):
-    """An exchange's session of one day, and its need, from 30 minutes before the open to the close plus the pad."""
+    """An exchange's session of one day, and the time in which a token must be valid for it; aware UTC."""
 
     session: Session
     need: tuple[datetime, datetime]
@@ -60,9 +60,16 @@ def closure(code: str, day: date, overrides: Mapping[str, Override] = {}) -> str
     return "closed by your settings" if day in override.closed else _closure(place, day)
 
 
-def trading_day(code: str, day: date, overrides: Mapping[str, Override] = {}) -> Day | None:
-    """Return the exchange's session on that day and its need; None if it is closed."""
-    return _day(exchange(code), day, overrides)
+def session(code: str, day: date, overrides: Mapping[str, Override] = {}) -> Session | None:
+    """Return the exchange's session on that day, aware UTC; None if it is closed."""
+    found = _day(exchange(code), day, overrides)
+    return found and found.session
+
+
+def need(code: str, day: date, overrides: Mapping[str, Override] = {}) -> tuple[datetime, datetime] | None:
+    """Return that day's need, from 30 minutes before the open to the close plus the pad, aware UTC; None if closed."""
+    found = _day(exchange(code), day, overrides)
+    return found and found.need
 
 
 def needs(
