@@ -57,7 +57,7 @@ def test_the_expiry_is_the_earliest_of_all_that_kis_says(told: list[int | None])
 def test_the_answer_of_kis_is_read_whole(age: timedelta, life: timedelta) -> None:
     """An answer gives issue and expiry in aware UTC, even if a repeated token's `expires_in` claims a whole life."""
     token = from_answer(make_answer(life.total_seconds(), now=NOW - age), NOW + timedelta(seconds=3))
-    assert (token.issued_at, token.expires_at) == (NOW - age, NOW - age + life)
+    assert (token.issued_at, token.expires_at, token.token_type) == (NOW - age, NOW - age + life, "Bearer")
     assert token.expires_at.tzinfo is UTC
 
 
@@ -112,7 +112,7 @@ def test_a_token_file_gives_back_what_was_saved(age: timedelta, life: int, rejec
     """Text, expiry, issue and rejection come back from the file, to the microsecond."""
     saved = Token(PLAIN, NOW + age + timedelta(seconds=life), NOW + age, rejected_at=rejected_at)
     found, content = from_text(to_cache(saved, now=NOW, environment="paper", key_fingerprint="ab"))
-    for field in ("access_token", "expires_at", "issued_at", "rejected_at"):
+    for field in ("access_token", "expires_at", "issued_at", "rejected_at", "token_type"):
         assert getattr(found, field) == getattr(saved, field)
     assert (found.cached_at, content["environment"], content["key_fingerprint"]) == (NOW, "paper", "ab")
 

@@ -34,7 +34,7 @@ class Token(Sensitive):
     `expires_at` may be None, for unknown.
     """
 
-    __slots__ = ("access_token", "cached_at", "expires_at", "issued_at", "rejected_at")
+    __slots__ = ("access_token", "cached_at", "expires_at", "issued_at", "rejected_at", "token_type")
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Token(Sensitive):
         expires_at: datetime,
         issued_at: datetime | None = None,
         *,
+        token_type: str = "Bearer",  # noqa: S107 - a scheme, no password
         cached_at: datetime | None = None,
         rejected_at: datetime | None = None,
     ) -> None:
@@ -58,6 +59,7 @@ class Token(Sensitive):
         self.access_token = access_token
         self.expires_at = expires_at
         self.issued_at = issued_at
+        self.token_type = token_type
         self.cached_at = cached_at
         self.rejected_at = rejected_at
 
@@ -145,7 +147,7 @@ def to_cache(token: Token, *, now: datetime, environment: str, key_fingerprint: 
         "expires_at": token.expires_at.isoformat(),
         "cached_at": now.isoformat(),
         "issued_at": (token.issued_at or now).isoformat(),
-        "token_type": "Bearer",
+        "token_type": token.token_type,
         "environment": environment,
         "key_fingerprint": key_fingerprint,
     }
@@ -159,7 +161,7 @@ def as_answer(token: Token, now: datetime) -> dict[str, object]:
     return {
         "access_token": token.access_token,
         "access_token_token_expired": f"{token.expires_at.astimezone(KST):%Y-%m-%d %H:%M:%S}",
-        "token_type": "Bearer",
+        "token_type": token.token_type,
         "expires_in": max(0, int((token.expires_at - now).total_seconds())),
     }
 
