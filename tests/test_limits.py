@@ -14,7 +14,7 @@ from tokencore import limits
 from tokencore.attempts import CREDENTIALS, GRANTED, Attempt, Outcome
 from tokencore.errors import CredentialsError, IssuanceLimitError, TokenError
 from tokencore.limits import Intent, Standing
-from tokencore.tokens import Token
+from tokencore.tokens import Token, format_time
 
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 REQUIRED, DUE, AHEAD, REFRESH, FORCE = Intent
@@ -143,7 +143,7 @@ def test_what_a_person_wills_is_never_forbidden_by_more(attempts: list[Attempt],
             assert error.retry_at
             assert NOW < error.retry_at <= NOW + 3 * DAY
             assert vars(copy.copy(error)) == vars(error)  # as pickle copies it from process to process
-            assert limits.format_time(error.retry_at) in str(error)
+            assert format_time(error.retry_at) in str(error)
         if error and token:
             assert limits.what_serves(token, NOW, 300) in str(error)
 

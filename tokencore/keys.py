@@ -11,14 +11,14 @@ from tokencore import limits, outlook, policy
 from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, failure, issued_within, retry_delay
 from tokencore.calendars import sessions
 from tokencore.errors import ConfigurationError, TokenError
-from tokencore.limits import Standing, format_time
+from tokencore.limits import Standing
 from tokencore.outlook import PLAN_DAYS, Plan, RefreshWarning
 from tokencore.policy import CLOCK_SLACK
 from tokencore.redaction import clean
 from tokencore.renewer import FOREIGN_AGE, Renewer
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import open_store
-from tokencore.tokens import KST
+from tokencore.tokens import KST, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokencore import attempts as record
 from tokencore.attempts import CLOCK_ERROR, CREDENTIALS, NEW, Outcome, retry_delay
 from tokencore.errors import CredentialsError, IssuanceLimitError
-from tokencore.tokens import KST, SAME_TOKEN
+from tokencore.tokens import SAME_TOKEN, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,11 +107,6 @@ def same_token_until(token: Token | None, now: datetime) -> datetime | None:
     if token is None or until is None or not now < until < token.expires_at:
         return None
     return min(until, now + SAME_TOKEN)  # an issue that seems to lie in the future means that the clock was set back
-
-
-def format_time(at: datetime) -> str:
-    """Format a time for people, in KST as in KIS's own notices."""
-    return at.astimezone(KST).strftime("%Y-%m-%d %H:%M:%S KST")
 
 
 def what_serves(token: Token | None, now: datetime, buffer: float) -> str:

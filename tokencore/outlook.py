@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tokencore import limits, policy
 from tokencore.attempts import DAY, Outcome, issued_within
 from tokencore.calendars import sessions
-from tokencore.policy import CLOCK_SLACK, Renewal
-from tokencore.tokens import SAME_TOKEN
+from tokencore.policy import CLOCK_SLACK, LIFE, Renewal
+from tokencore.tokens import SAME_TOKEN, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,6 +84,12 @@ class Plan(NamedTuple):
     refused: bool
 
     @property
+    def lives(self) -> list[Need]:
+        """The lives of the tokens that the renewals bring, each until the next one or its own end."""
+        times = [*(one.at for one in self.renewals), self.until + LIFE]
+        return [(at, min(at + LIFE, following)) for at, following in pairwise(times)]
+
+    @property
     def why(self) -> str:
         """The sentence that explains the anchor."""
         if not self.rows:
@@ -153,7 +160,7 @@ def preview_refresh(
         return []
     if same := limits.same_token_until(token, now):
         nothing = (
-            f"Nothing would change: KIS returns the present token until {limits.format_time(same)}, six hours after "
+            f"Nothing would change: KIS returns the present token until {format_time(same)}, six hours after "
             "its issue, and the key's next request would have to wait a minute. "
         )
         return [RefreshWarning("same token", nothing + limits.what_serves(token, now, market.buffer))]
@@ -166,12 +173,12 @@ def preview_refresh(
         ceiling = f" It passes your limit, KIS_MAX_ISSUES_PER_DAY={most}." if len(issues) >= most else ""
         another = (
             f"It would be token number {len(issues) + 1} of this key in 24 hours, after the one of "
-            f"{limits.format_time(issues[-1])}. KIS asks for one a day and may restrict a key that takes more; the "
+            f"{format_time(issues[-1])}. KIS asks for one a day and may restrict a key that takes more; the "
             f"account's owner gets another KakaoTalk message.{ceiling}"
         )
         found.append(RefreshWarning("another issue", another))
     if running:
-        until = limits.format_time(max(running.values()))
+        until = format_time(max(running.values()))
         inside = (
             f"{', '.join(running)}: tokens are in use until {until}. Programs would get another token inside a "
             "session, and KIS does not say whether the old one stays valid."

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from tokencore import limits
 from tokencore.attempts import Attempt, Outcome, latest, redated
 from tokencore.clients.exports import Exports
-from tokencore.config.market import digest
 from tokencore.errors import (
     ConfigurationError,
     IssuanceLimitError,
@@ -28,10 +27,10 @@ from tokencore.errors import (
     TokenStoreError,
     TokenUnavailableError,
 )
-from tokencore.limits import Intent, Standing, format_time
-from tokencore.sealing import Sensitive
+from tokencore.limits import Intent, Standing
+from tokencore.sealing import Sensitive, digest
 from tokencore.stores import lock
-from tokencore.tokens import Token
+from tokencore.tokens import Token, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

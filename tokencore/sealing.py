@@ -1,10 +1,13 @@
 """Keeps secrets out of errors: one that leaves tokencore has its message and traceback, but no local variables.
 
 Error trackers send the local variables of every frame in a traceback. Inside tokencore, requests and urllib3 these
-include the key, the secret and the token, so the public classes and functions strip them from every error.
+include the key, the secret and the token, so the public classes and functions strip them from every error. What has
+to be named after a secret, such as a key's files, is named by its `digest`.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +25,11 @@ class Sensitive:
 
     def __reduce__(self) -> str:
         raise TypeError(f"{type(self).__name__} holds secrets and cannot be pickled; create it where it is needed")
+
+
+def digest(*parts: str, length: int) -> str:
+    """Return `length` hex digits that depend on all of the parts and reveal none of them."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:length]
 
 
 def sealed_class(*, but: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:

@@ -189,6 +189,11 @@ def sane(at: datetime) -> bool:
     return FIRST_YEAR <= at.year <= LAST_YEAR
 
 
+def format_time(at: datetime) -> str:
+    """Format a time for people, in KST as in KIS's own notices."""
+    return at.astimezone(KST).strftime("%Y-%m-%d %H:%M:%S KST")
+
+
 def _fields(text: str) -> dict[str, Any]:
     """Return the fields of a JSON object, of lines such as `name: value` or `export NAME=value`, or a bare token."""
     if text.startswith("{"):

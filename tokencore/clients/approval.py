@@ -22,7 +22,7 @@ from tokencore.errors import (
     TokenUnavailableError,
 )
 from tokencore.sealing import Sensitive, sealed_class
-from tokencore.tokens import Token, sane
+from tokencore.tokens import Token, format_time, sane
 
 if TYPE_CHECKING:
     from tokencore.config.market import Market
@@ -92,8 +92,8 @@ class ApprovalKeys(Sensitive):
             raise refused
         if until := limits.cooldown_until(asked, now, self._market):
             raise IssuanceLimitError(
-                f"The last request for an approval key was at {limits.format_time(asked[-1].at)} "
-                f"({asked[-1].outcome}). The next is made from {limits.format_time(until)} on.",
+                f"The last request for an approval key was at {format_time(asked[-1].at)} "
+                f"({asked[-1].outcome}). The next is made from {format_time(until)} on.",
                 retry_at=until,
                 cause="minute",
             )

@@ -11,9 +11,9 @@ from tokencore.commands import FOR_PROGRAMS, confirm, key_of, print_json
 from tokencore.config.settings import Settings
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.keys import Key
-from tokencore.limits import format_time
 from tokencore.manager import TokenManager
 from tokencore.outlook import PLAN_DAYS, plan_as_json
+from tokencore.tokens import format_time
 
 if TYPE_CHECKING:
     import argparse

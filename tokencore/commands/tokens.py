@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tokencore.commands import FOR_PROGRAMS, confirm, print_json, read_input
 from tokencore.errors import ConfigurationError, TokenUnavailableError
 from tokencore.manager import TokenManager
-from tokencore.tokens import as_answer, from_text
+from tokencore.tokens import as_answer, format_time, from_text
 
 if TYPE_CHECKING:
     import argparse
@@ -151,8 +151,6 @@ def _delete(options: argparse.Namespace) -> int:
 
 
 def _revoke(manager: TokenManager, *, asking: bool) -> bool:
-    from tokencore.limits import format_time  # `get` does not need it
-
     token = manager.load_token()
     until = token.same_until() if token else None
     again = f"KIS issues a new one only from {format_time(until)}." if until and until > datetime.now(UTC) else ""

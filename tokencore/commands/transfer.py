@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from tokencore.clients.exports import CLIENTS
 from tokencore.commands import key_of, read_input
 from tokencore.errors import ConfigurationError, IssuerUnavailableError, TokenUnavailableError
-from tokencore.limits import format_time
 from tokencore.manager import TokenManager
-from tokencore.tokens import from_text, jwt_claims
+from tokencore.tokens import format_time, from_text, jwt_claims
 
 if TYPE_CHECKING:
     import argparse

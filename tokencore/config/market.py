@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 from tokencore.errors import ConfigurationError
 from tokencore.redaction import short
-from tokencore.sealing import Sensitive
+from tokencore.sealing import Sensitive, digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -160,11 +159,6 @@ class Market(Sensitive):
             f"KIS_{field} is not set for the market {self.name!r}; set KIS_{field} (or "
             f"KIS_MARKETS__{self.name.upper()}__{field}) in the environment, .env or ~/.tokencore/config.toml{more}."
         )
-
-
-def digest(*parts: str, length: int) -> str:
-    """Return `length` hex digits that depend on all of the parts and reveal none of them."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:length]
 
 
 def fingerprint(app_key: str, base_url: str) -> str:

@@ -33,10 +33,9 @@ from tokencore.errors import ConfigurationError, TokenError
 from tokencore.keys import Key
 from tokencore.kis import codes
 from tokencore.kis.http import NoAnswer, send
-from tokencore.limits import format_time
 from tokencore.redaction import printable, short
 from tokencore.stores import check_store, files, permissions
-from tokencore.tokens import jwt_claims
+from tokencore.tokens import format_time, jwt_claims
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -26,7 +26,7 @@ from tokencore.config.settings import Settings
 from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
 from tokencore.keys import Key
-from tokencore.limits import format_time
+from tokencore.tokens import format_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

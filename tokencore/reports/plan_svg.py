@@ -9,10 +9,8 @@ from __future__ import annotations
 import textwrap
 from datetime import datetime, timedelta
 from html import escape
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tokencore.policy import LIFE
 from tokencore.sealing import sealed
 from tokencore.tokens import KST
 
@@ -138,8 +136,8 @@ def _token(plan: Plan, top: float) -> Iterable[str]:
         if plan.start < token.expires_at < plan.until:
             x = _x(plan, token.expires_at)
             yield f'<rect x="{x - TIP}" y="{top + 5}" width="{TIP}" height="{BAR}" fill="var(--buffer)"/>'
-    for renewal, following in pairwise([*[r.at for r in plan.renewals], plan.until + LIFE]):
-        yield _bar(plan, (renewal, min(renewal + LIFE, following)), top + 6, BAR - 2, "token", "planned: ")
+    for life in plan.lives:
+        yield _bar(plan, life, top + 6, BAR - 2, "token", "planned: ")
 
 
 def _renewal(plan: Plan, at: datetime, bottom: float) -> str:

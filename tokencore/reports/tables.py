@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tokencore.attempts import GRANTED, Outcome, failure
-from tokencore.policy import LIFE
 from tokencore.redaction import clean
 from tokencore.reports import terminal
 from tokencore.reports.terminal import paint
@@ -179,8 +178,7 @@ def _token_cells(plan: Plan, width: int) -> list[str]:
     token, step = plan.token, (plan.until - plan.start) / width
     expiry = token.expires_at - timedelta(seconds=plan.buffer) if token and token.rejected_at is None else plan.start
     life = token.issued_at or plan.start if token else plan.start
-    planned = [(renewal.at, renewal.at + LIFE) for renewal in plan.renewals]
-    cells = _cells(plan, width, {paint("┄", "green"): planned, paint("━", "green"): [(life, expiry)]})
+    cells = _cells(plan, width, {paint("┄", "green"): plan.lives, paint("━", "green"): [(life, expiry)]})
     marks = [(renewal.at, paint("▲", "red")) for renewal in plan.renewals]
     for at, mark in [*marks, (plan.now, paint("│", "bold"))]:
         cells[min(width - 1, max(0, int((at - plan.start) / step)))] = mark

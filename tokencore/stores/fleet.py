@@ -8,9 +8,8 @@ import time
 from contextlib import suppress
 
 from tokencore.config import sources
-from tokencore.config.market import digest
 from tokencore.errors import TokenError, TokenStoreError
-from tokencore.sealing import Sensitive
+from tokencore.sealing import Sensitive, digest
 from tokencore.stores import files
 from tokencore.stores.database import PATIENCE, Database
 from tokencore.stores.encryption import Seal

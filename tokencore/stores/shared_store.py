@@ -15,10 +15,9 @@ from datetime import UTC, datetime, timedelta
 
 from tokencore import tokens
 from tokencore.config import sources
-from tokencore.config.market import digest
 from tokencore.errors import TokenError, TokenStoreError
 from tokencore.redaction import log
-from tokencore.sealing import Sensitive, sealed_class
+from tokencore.sealing import Sensitive, digest, sealed_class
 from tokencore.stores.file_store import FileStore
 
 TYPE_CHECKING = False
