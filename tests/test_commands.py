@@ -124,6 +124,21 @@ def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Co
     assert (gateway.stats()["revokes"], command("check", "kr").code) == (1, 3)
 
 
+def test_a_revoked_token_is_not_served_again_when_kis_returns_it(quick: Sandbox, command: Command) -> None:
+    """Within six hours KIS hands out the token that it has just revoked: that is no valid token, and asked for once."""
+    assert (command("get", "us").code, command("delete", "us", "--revoke", "--yes").code) == (0, 0)
+    assert [line["outcome"] for line in json.loads(command("history", "--json").out)] == ["issued", "revoked"]
+    assert ("nothing due" in command("tick").out, asked(quick)) == (True, 1)
+    for _ in range(2):
+        assert "returns the same token until" in one_line(ran := command("get", "kr"))
+        assert (ran.code, asked(quick), command("check").code) == (4, 2, 3)
+    assert json.loads(command("check", "us", "--json").out)[0]["status"] == "REJECTED"
+    quick.set_rules(same_token=0, token_life=80_000)
+    time.sleep(0.1)
+    assert command("refresh", "us", "--force", "--yes").code == 0
+    assert (command("check").code, command("check", "us", "--probe").code) == (0, 0)
+
+
 def test_history_tells_every_attempt_of_every_key(quick: Sandbox, command: Command) -> None:
     """History is a table or JSON, even if it is empty; each attempt appears once, with all markets of its key."""
     assert command("history").out == "No attempt has been recorded.\n"
@@ -240,12 +255,15 @@ def test_probe_proves_each_valid_token_with_one_call(gateway: Sandbox, command: 
 def test_tick_says_why_it_cannot_renew_and_gives_every_key_its_turn(
     gateway: Sandbox, command: Command, mode: str, code: int, then: int
 ) -> None:
-    """A tick reports a failed renewal with its market and exit code; the next one leaves KIS alone and says why."""
+    """A tick gives a failed renewal with its market and exit code; the next leaves KIS alone, says why and how long."""
     gateway.fail(mode, 1)
     ran = command("tick", **TWO_KEYS)
     assert (ran.code, "us: due, but not renewed; " in ran.out, "kr: renewed; next " in ran.out) == (code, True, True)
     assert re.fullmatch(r"tokencore: us: [^\n]+\n", ran.err)
     ran = command("tick", KIS_ISSUE_INTERVAL="60", **TWO_KEYS)
+    if then == 4:
+        later = TokenManager("us").history()[-1].at + timedelta(seconds=65)
+        assert f"us: due, but not renewed; next {later.astimezone(KST):%Y-%m-%d %H:%M} KST" in ran.out
     assert (ran.code, "kr: nothing due; next " in ran.out, asked(gateway)) == (then, True, 2)
 
 
@@ -270,7 +288,8 @@ def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandb
     token = on_disk()
     assert ran == Ran(7, f"{token.access_token} {token.expires_at:%Y-%m-%dT%H:%M:%SZ} -- -x\n", "")
     assert tokencore("exec", "us", "--", "sh", "-c", "yes | head -n 1") == Ran(0, "y\n", ""), "pipes end quietly"
-    assert command("exec", "us", "--", "no-such-program").code == 2
+    for impossible in ("no-such-program", ""):
+        assert (command("exec", "us", "--", impossible).code) == 2
     assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN  # again, so that a failed output is an error and no death
     assert asked(gateway) == 1
 
@@ -316,6 +335,19 @@ def test_reject_replaces_an_old_token_and_says_when_a_young_one_can_be(quick: Sa
     time.sleep(0.1)
     assert (give("", "refresh", "us", "--force", "--yes").code, asked(quick)) == (4, 2)
     assert TokenManager("us").get_token_status()["status"] == "REJECTED"
+
+
+def test_commands_that_warn_of_nothing_leave_standard_error_to_errors(quick: Sandbox) -> None:
+    """Without a terminal, a rejected token is one line or none, and a refusal after a wait is one."""
+    program = [sys.executable, "-m", "tokencore", "reject", "us"]
+    for token, code, lines in ((cached(50_000), 0, 0), (cached(), 4, 1)):
+        ran = subprocess.run(program, input=token.access_token, capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (code, "", lines)
+    TokenManager("us").delete_token()
+    TokenManager("kr").delete_token()
+    quick.fail("limit")
+    refused = tokencore("get", "us", KIS_ISSUE_INTERVAL="1.5", KIS_MAX_ISSUES_PER_DAY="9")
+    assert (refused.code, "EGW00133" in one_line(refused)) == (4, True)
 
 
 def test_reject_replaces_an_approval_key(quick: Sandbox, give: Command, command: Command) -> None:
@@ -487,7 +519,7 @@ def test_get_as_other_programs_read_it(command: Command) -> None:
     assert datetime.fromisoformat(issued) < datetime.now(UTC)
     at = f"{token.expires_at:%Y-%m-%dT%H:%M:%S}+00:00"
     assert ours == both | {"market": "us", "environment": "real", "expires_at": at}
-    assert 19_900 < left == answer.pop("expires_in") <= 20_000
+    assert 19_900 < answer.pop("expires_in") <= left <= 20_000
     assert answer == both | {"access_token_token_expired": f"{token.expires_at.astimezone(KST):%Y-%m-%d %H:%M:%S}"}
     assert json.loads(said("--format", "process")) == {"Version": 1, "token": text, "Expiration": expiry}
     assert said("--format", "header") == f"Authorization: Bearer {text}\n"
@@ -531,13 +563,16 @@ def test_unexpected_error_is_one_line_without_its_text(
 @pytest.mark.parametrize("redirect", [">/dev/full", ">&-", "| true"])
 @pytest.mark.parametrize("line", ["get us", "check", "--help", "plan --svg -"])
 def test_output_that_cannot_be_written_is_one_line_and_1(line: str, redirect: str) -> None:
-    """A full or closed output is exit 1 and just one sentence; a pipe whose reader has gone is no error."""
+    """A full or closed output is exit 1 and just one sentence; a pipe whose reader has gone changes no exit code."""
     cached(20_000)
+    if (line, redirect) == ("check", "| true"):
+        TokenManager("us").delete_token()
+        TokenManager("kr").delete_token()
     program = f"({sys.executable} -m tokencore {line}; echo $? >code) {redirect}"
     ran = subprocess.run(["/bin/sh", "-c", program], stderr=subprocess.PIPE, text=True, check=False, timeout=60)
     code = int(Path("code").read_text())
     if redirect == "| true":
-        assert (code, ran.stderr) == (0, "")
+        assert (code, ran.stderr) == (3 if line == "check" else 0, "")
     else:
         assert (code, "Standard output cannot be written" in one_line(Ran(1, "", ran.stderr))) == (1, True)
 

@@ -55,7 +55,7 @@ def test_the_minute_holds_after_every_attempt_that_kis_may_have_seen(intent: Int
     """Whoever asks waits a minute after an attempt that left, and longer if its end is unknown, but after no other."""
     length = UNKNOWN * SECOND if outcome is Outcome.SENT else MINUTE
     attempts = [tried(outcome, length - SECOND / 10)]
-    if outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED):
+    if outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED, Outcome.REVOKED):
         assert limit(verdict(intent, attempts)) == ("minute", SECOND / 10)
     elif intent not in (AHEAD, DUE):
         assert verdict(intent, attempts) is None

@@ -150,6 +150,22 @@ def test_no_change_builds_on_a_file_of_another_user(
     assert asked(gateway) == 1
 
 
+@pytest.mark.parametrize("bits", [0o777, 0o1777, 0o770])
+def test_an_open_directory_is_closed_by_the_first_command_while_it_is_empty(
+    bits: int, gateway: Sandbox, command: Command
+) -> None:
+    """A fresh volume that is open to all, has no token and nothing planted; reading leaves it so."""
+    folder = Path.home() / ".tokencore"
+    folder.mkdir()
+    folder.chmod(bits)
+    for line, code in (("check", 3), ("get us --no-renew", 3), ("history", 0), ("plan", 0)):
+        assert (line, command(*line.split()).code, list(folder.iterdir())) == (line, code, [])
+    Path.home().chmod(0o777)
+    assert (command("get", "us").code, command("check").code) == (7, 7)
+    Path.home().chmod(0o700)
+    assert (command("get", "us").code, folder.stat().st_mode & 0o7777, asked(gateway)) == (0, 0o700, 1)
+
+
 @pytest.mark.usefixtures("gateway")
 def test_a_directory_that_cannot_be_looked_into_is_unusable_and_not_empty(tmp_path: Path, command: Command) -> None:
     """Even commands that only read call it unusable and end with 7; `metrics` reports the markets as unreadable."""

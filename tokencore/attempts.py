@@ -30,6 +30,7 @@ class Outcome(StrEnum):
     ISSUED = "issued"
     SAME = "same"  # KIS returned the token it had issued before, as it does for six hours
     IMPORTED = "imported"  # issued elsewhere and adopted here, without a request of ours
+    REVOKED = "revoked"  # a person had KIS revoke the token; no request for one
     LIMIT = "limit"
     BAD_KEY = "bad_key"
     BAD_SECRET = "bad_secret"  # noqa: S105 - a word, no secret
@@ -41,8 +42,9 @@ class Outcome(StrEnum):
     UNREACHABLE = "unreachable"  # the request cannot have reached KIS
 
 
-NEW = frozenset({Outcome.ISSUED, Outcome.IMPORTED})  # the outcomes that brought a token that was not there before
-GRANTED = NEW | {Outcome.SAME}
+SETTLED = frozenset({Outcome.ISSUED, Outcome.IMPORTED, Outcome.REVOKED})  # the outcomes that leave nothing to try again
+GRANTED = SETTLED | {Outcome.SAME}
+UNSENT = frozenset({Outcome.UNREACHABLE, Outcome.IMPORTED, Outcome.REVOKED})  # those without a request that reached KIS
 FAILED = {  # wording for people, where the outcome's own name says too little
     Outcome.SENT: "no answer is recorded: its process died, or still waits",
     Outcome.SAME: "KIS returned the same token",
@@ -85,7 +87,7 @@ class Attempt(NamedTuple):
     @property
     def counts(self) -> bool:
         """Whether KIS may have seen the request, so that the cool-down starts from it."""
-        return self.outcome not in (Outcome.UNREACHABLE, Outcome.IMPORTED)
+        return self.outcome not in UNSENT
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:
@@ -107,7 +109,7 @@ def latest(attempts: Sequence[Attempt]) -> Attempt | None:
 def failure(attempts: Sequence[Attempt]) -> tuple[datetime, str] | None:
     """Return when the last attempt was (aware UTC) and, in a few words, why it brought no new token; None if it did."""
     last = attempts[-1] if attempts else None
-    if last is None or last.outcome in NEW:
+    if last is None or last.outcome in SETTLED:
         return None
     return last.at, FAILED.get(last.outcome, last.outcome.replace("_", " ")) + (f" ({last.code})" if last.code else "")
 

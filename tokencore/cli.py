@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     redaction.in_program = True
     stream = sys.stdout
     output = sys.stdout = _Output(stream)
+    code = 0
     try:
         code = _answer(list(sys.argv[1:] if argv is None else argv))
         output.flush()
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(_unexpected(error), 1)
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wanted
             _discard(stream.fileno())
-            return 0
+            return code
         why = f"Standard output cannot be written ({getattr(error, 'strerror', error)})"
         return _fail(f"{why}. Cached tokens are untouched; free space, or write the output elsewhere.", 1)
     finally:

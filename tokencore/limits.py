@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import attempts as record
-from tokencore.attempts import CLOCK_ERROR, CREDENTIALS, NEW, Outcome, retry_delay
+from tokencore.attempts import CLOCK_ERROR, CREDENTIALS, SETTLED, Outcome, retry_delay
 from tokencore.errors import CredentialsError, IssuanceLimitError
 from tokencore.tokens import SAME_TOKEN, format_time
 
@@ -150,7 +150,7 @@ def _check_pauses(intent: Intent, standing: Standing) -> None:
             cause="minute",
         )
     final = attempts[-1]  # even one that was never sent: an unreachable issuer is left alone for as long
-    if intent not in (Intent.DUE, Intent.AHEAD) or final.outcome in NEW or final.at > now + CLOCK_ERROR:
+    if intent not in (Intent.DUE, Intent.AHEAD) or final.outcome in SETTLED or final.at > now + CLOCK_ERROR:
         return
     seldom = final.outcome is Outcome.SAME or (last and last.outcome in CREDENTIALS)
     failures = SELDOM if seldom else record.failures(attempts)

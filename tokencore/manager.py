@@ -13,13 +13,7 @@ from functools import cached_property
 
 from tokencore.config import market_of_program, read_market
 from tokencore.config.market import ISSUE_INTERVAL
-from tokencore.errors import (
-    ConfigurationError,
-    TokenError,
-    TokenStoreError,
-    TokenUnavailableError,
-    UnusableDirectoryError,
-)
+from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError, UnusableDirectoryError
 from tokencore.sealing import Sensitive, sealed, sealed_class
 from tokencore.stores import open_store
 
@@ -232,12 +226,8 @@ class BaseTokenManager(Sensitive):
         token = self._store.newest()
         if token is None:
             return False
-        self._renewer.gateway.revoke(token.access_token)
-        try:
-            with self._changing():
-                self._store.clear()
-        except TokenStoreError as error:
-            raise TokenStoreError(f"KIS has revoked the token, but it could not be removed. {error}") from None
+        self._forget()
+        self._renewer.revoke(token)
         return True
 
     def export(self, client: str, folder: str) -> list[str]:

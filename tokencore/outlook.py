@@ -135,7 +135,8 @@ def look(
     planned = policy.next_renewal(
         now, ahead.needs, issued_at=issued_at, expires_at=expires_at, anchor=ahead.anchor, buffer=buffer
     )
-    if planned and token is None and issued_at and now < issued_at + SAME_TOKEN:
+    revoked = attempts and attempts[-1].outcome is Outcome.REVOKED
+    if planned and token is None and not revoked and issued_at and now < issued_at + SAME_TOKEN:
         planned = Renewal(now, "the token is lost, and KIS still returns the same one", None)
     needs = [need for need in ahead.needs if need[1] > now]
     if token and token.rejected_at:  # with a session near, renew as soon as KIS gives another token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ def log() -> logging.Logger:
     if in_program:
         logging.basicConfig(level=logging.WARNING, format="tokencore: %(message)s")
     return logging.getLogger("tokencore")
+
+
+def is_followed() -> bool:
+    """Whether to tell what is going on: in a program's log and at a terminal, but not beside a command's one line."""
+    return not in_program or sys.stderr.isatty()
 
 
 def clean(text: str) -> str:

@@ -16,7 +16,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from tokencore import limits
+from tokencore import limits, redaction
 from tokencore.attempts import Attempt, Outcome, latest, redated
 from tokencore.clients.exports import Exports
 from tokencore.errors import (
@@ -185,9 +185,28 @@ class Renewer(Sensitive):
             token = self._store.newest()
             if token and token.access_token == access_token and token.rejected_at is None:
                 token.rejected_at = now
-                _log.warning("KIS rejected the token. %s", limits.what_serves(token, now, self._market.buffer))
+                if not redaction.in_program:  # whoever gave the command knows
+                    _log.warning("KIS rejected the token. %s", limits.what_serves(token, now, self._market.buffer))
             if token:
                 self._store.save(token)
+
+    def revoke(self, token: Token) -> None:
+        """Have KIS revoke `token`, and remove it for every market; the record keeps that KIS may return a dead one.
+
+        Raises:
+            IssuerUnavailableError: KIS did not revoke it; it stays valid.
+            TokenStoreError: KIS has revoked it, but it could not be removed.
+
+        """
+        self.gateway.revoke(token.access_token)
+        reason = f"revoke {self._market.name}"
+        try:
+            with self.changing():
+                self._store.clear()
+                with contextlib.suppress(OSError):
+                    self._store.note(self._attempt(Outcome.REVOKED, reason, expires_at=token.expires_at))
+        except TokenStoreError as error:
+            raise TokenStoreError(f"KIS has revoked the token, but it could not be removed. {error}") from None
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -374,7 +393,7 @@ class Renewer(Sensitive):
         now = datetime.now(UTC)
         until = limits.cooldown_until(self._store.attempts(), now, self._market)
         left = (until - now).total_seconds() if until else 0.0
-        if left > 1:
+        if left > 1 and redaction.is_followed():
             _log.warning("Waiting %.0f s: KIS allows one request a minute.", left)
         left += self._market.settings.issue_interval * random.uniform(0, SPREAD)  # noqa: S311 - spreads waiters, no secret
         end = time.monotonic() + left
@@ -421,9 +440,10 @@ def _returned(answer: Token, standing: Standing) -> bool:
     """
     present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
     # The record still has a token whose file was deleted.
-    earlier = [one.at for one in standing.attempts if one.expires_at == answer.expires_at]
-    if present:
-        answer.rejected_at = present.rejected_at
+    known = [one for one in standing.attempts if one.expires_at == answer.expires_at]
+    earlier = [one.at for one in known]
+    revoked = [one.at for one in known if one.outcome is Outcome.REVOKED]
+    answer.rejected_at = present.rejected_at if present else max(revoked, default=None)
     issues = [answer.issued_at, present and present.issued_at, *earlier]
     answer.issued_at = issued_at = min((at for at in issues if at), default=standing.now)
     age = standing.now - issued_at

@@ -68,7 +68,7 @@ _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (TokenUnavailableError, UNSERVED),
     (SilenceError, SILENT),
 )
-_NEVER_SENT = ("unreachable", "imported")  # outcomes without a request of ours that reached KIS
+_NEVER_SENT = ("unreachable", "imported", "revoked")  # outcomes without a request of ours that reached KIS
 _BY_OUTCOME = {  # what a pause after a failed attempt waits for
     **dict.fromkeys(("bad_key", "bad_secret", "denied"), CREDENTIALS),
     **dict.fromkeys(("server_error", "refused", "bad_answer", "no_answer", "unreachable"), DOWN),

@@ -107,8 +107,8 @@ def _exec(options: argparse.Namespace) -> int:
     environment = {**os.environ, **_variables(token)}
     try:
         return _run(options.program, environment)
-    except OSError as error:
-        why = error.strerror
+    except (OSError, ValueError) as error:  # ValueError: no system takes such a name, as an empty one
+        why = getattr(error, "strerror", "no such name is possible")
     raise ConfigurationError(f"{options.program[0]!r} cannot be run ({why}); the token is there, correct the command.")
 
 

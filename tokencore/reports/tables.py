@@ -97,7 +97,8 @@ def describe_tick(decision: Decision) -> str:
     """Say in one line what was done, and when and why the next renewal comes, unless refused credentials forbid it."""
     planned = decision.state.outlook.next
     done = "renewed" if decision.renewed else "due, but not renewed" if decision.trouble else "nothing due"
-    coming = f"next {moment(planned.at, KST)} KST ({planned.reason})" if planned else "no need ahead"
+    at = planned and (decision.state.next_attempt or planned.at)  # after a failure it is paused
+    coming = f"next {moment(at, KST)} KST ({planned.reason})" if planned else "no need ahead"
     return f"{decision.state.key.label}: {done}; {REFUSED if planned and decision.state.refusal else coming}"
 
 

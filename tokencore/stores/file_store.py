@@ -73,7 +73,7 @@ class FileStore(Sensitive):
         if token is None or token.rejected_at is not None or token.expires_at.timestamp() <= time.time():
             token = self._longest(token)
             if token is None and not problem:
-                permissions.refuse_strangers(self.folder)
+                permissions.refuse_strangers(self.folder, reading=True)
                 problem = self._on_file(self.place)[1]
         return self._or_unsaved(token), "" if problem == FOREIGN else problem  # that is a miss, not a fault
 

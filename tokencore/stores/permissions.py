@@ -30,8 +30,10 @@ def stranger(path: str, found: os.stat_result | None = None, *, lenient: bool = 
     return None
 
 
-def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
+def refuse_strangers(path: str, found: os.stat_result | None = None, *, reading: bool = False) -> None:
     """Check `path` with `stranger`, and raise an error if that finds a fault.
+
+    For `reading`, an open folder of this user's is no fault while it is empty, as `make_private` then closes it.
 
     Raises:
         TokenStoreError: another user owns or can write to it or one of the folders above it; or this user may not look
@@ -45,7 +47,11 @@ def refuse_strangers(path: str, found: os.stat_result | None = None) -> None:
             pass
         except OSError as error:
             raise unusable(path, error) from None
-    if fault := stranger(path, found):
+    if reading and _is_unused(path):
+        fault = stranger(os.path.join(path, os.pardir), lenient=True)
+    else:
+        fault = stranger(path, found)
+    if fault:
         why, command = fault
         raise TokenStoreError(
             f"{why}, so its content may have been planted: it is not used, and nothing was issued. Find out why, then "
@@ -129,6 +135,13 @@ def _others(found: os.stat_result) -> int:
     if found.st_mode & stat.S_ISVTX:
         return 0
     return stat.S_IWOTH if found.st_gid == found.st_uid else OTHERS_WRITE
+
+
+def _is_unused(folder: str) -> bool:
+    try:
+        return sys.platform != "win32" and os.stat(folder).st_uid == os.geteuid() and not os.listdir(folder)
+    except OSError:
+        return False
 
 
 def _has(name: str, parts: tuple[str, ...]) -> bool:

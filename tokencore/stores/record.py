@@ -36,7 +36,7 @@ class Record:
         """Return all known attempts, oldest first; an unchanged file is not parsed again."""
         seen = files.signature(self._path)
         if self._known is None or self._known[0] != seen:
-            refuse_strangers(os.path.dirname(self._path))
+            refuse_strangers(os.path.dirname(self._path), reading=True)
             try:
                 found = parse((files.read_bytes(self._path, tail=True) or b"").decode(errors="replace"))
             except ValueError:  # unreadable; an attempt was made when it last changed

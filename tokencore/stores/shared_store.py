@@ -218,7 +218,7 @@ class SharedStore(Sensitive):
             state = self._reread()
             self._connected().begin(self.name, None, attempt, state.ahead)
         except TokenError as error:
-            _warn(error, "What was imported is recorded on this machine only.")
+            _warn(error, "What was imported or revoked is recorded on this machine only.")
         self._changed()
 
     @contextmanager
