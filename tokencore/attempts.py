@@ -133,11 +133,12 @@ def parse(text: str) -> list[Attempt]:
 
 
 def render(attempts: Sequence[Attempt]) -> str:
-    """Return the attempts as lines, one JSON object each."""
-    return "".join(f"{_line(one)}\n" for one in attempts)
+    """Return the attempts as lines."""
+    return "".join(f"{as_line(one)}\n" for one in attempts)
 
 
-def _line(attempt: Attempt) -> str:
+def as_line(attempt: Attempt) -> str:
+    """Return the attempt as one JSON object, without a line's end."""
     times = {
         "at": attempt.at.isoformat(timespec="milliseconds"),
         "expires_at": attempt.expires_at.isoformat() if attempt.expires_at else None,

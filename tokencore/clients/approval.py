@@ -129,7 +129,7 @@ class ApprovalKeys(Sensitive):
             _log.critical("The outcome of a request for an approval key could not be saved: %s", error.strerror)
 
     def _write(self, key: Token | None, attempt: Attempt) -> None:
-        content = {"attempt": record.render([attempt]).strip()}
+        content = {"attempt": record.as_line(attempt)}
         if key and key.issued_at:
             content |= {
                 "approval_key": key.access_token,

@@ -75,7 +75,7 @@ def _proofs(states: list[KeyState]) -> dict[str, Evidence]:
 def _extras(one: Seen, proofs: Mapping[str, Evidence]) -> dict[str, object]:
     """Return the optional fields: the result of `--probe`, and the expiry of an approval key that is stored."""
     found: dict[str, object] = {}
-    if expires_at := approval_expiry(one.store):
+    if expires_at := approval_expiry(one.state.key.store):
         found["approval_key_expires_at"] = expires_at
     if proof := proofs.get(one.status["market"]):
         found["probe"] = {"accepted": proof.accepted, "told": proof.detail}  # programs know these names

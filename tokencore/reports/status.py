@@ -9,8 +9,6 @@ if TYPE_CHECKING:
 
     from tokencore.config.market import Market
     from tokencore.keys import KeyState
-    from tokencore.stores.base import Store
-    from tokencore.tokens import Token
 
 
 class MarketStatus(TypedDict):
@@ -37,11 +35,10 @@ class MarketStatus(TypedDict):
 
 
 class Seen(NamedTuple):
-    """A market's status, with the token and the store that it describes."""
+    """A market's status, and the state that it describes."""
 
     status: MarketStatus
-    token: Token | None
-    store: Store
+    state: KeyState
 
 
 def look(state: KeyState, market: Market) -> Seen:
@@ -77,7 +74,7 @@ def look(state: KeyState, market: Market) -> Seen:
         "next_need": {"start": need[0].isoformat(), "end": need[1].isoformat()} if need else None,
         "covers_next_need": state.lasts(need[1]) if need else None,
     }
-    return Seen(status, token, store)
+    return Seen(status, state)
 
 
 def _iso(at: datetime | None) -> str | None:

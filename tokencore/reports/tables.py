@@ -39,7 +39,7 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, Evidence], now: da
     fits = slice(None) if broad else slice(-1)
     print(terminal.table(_columns(now)[fits], [row[fits] for row in rows]))
     for one, (name, *_, need) in zip(seen, rows, strict=True):
-        failed = None if one.status["valid"] else failure(one.store.attempts())
+        failed = None if one.status["valid"] else failure(one.state.attempts)
         below += [] if broad else [f"{name}: next need {need}"]
         below += [f"{name}: not renewed at {moment(failed[0], KST)} KST: {failed[1]}"] if failed else []
         below.append(f"{name}: {_file(one)}")
@@ -160,8 +160,8 @@ def _file(one: Seen) -> str:
         return f"no token file at {status['file']}"
     readable = "" if status["permissions"] in PRIVATE else f" (others may use it: chmod 600 {status['file']})"
     cached = f", cached {moment(_parse(status['cached_at']), KST)} KST" if status["cached_at"] else ""
-    length = f", {len(one.token.access_token)} characters" if one.token else ""
-    why = {"NO_TOKEN": ", of another key or environment", "UNREADABLE": f", no token: {one.store.read()[1]}"}
+    length = f", {len(one.state.token.access_token)} characters" if one.state.token else ""
+    why = {"NO_TOKEN": ", of another key or environment", "UNREADABLE": f", no token: {one.state.problem}"}
     return f"{status['file']}, mode {status['permissions']}{readable}{cached}{length}{why.get(status['status'], '')}"
 
 

@@ -259,7 +259,7 @@ def _time(epoch: float) -> datetime:
 
 
 def _line(attempt: Attempt, ahead: timedelta) -> dict[str, object]:
-    return {"at": attempt.at - ahead, "what": record.render([attempt]).strip()}
+    return {"at": attempt.at - ahead, "what": record.as_line(attempt)}
 
 
 def make_tables(address: str) -> bool:
