@@ -117,7 +117,7 @@ def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Co
     gateway.answer("/oauth2/revokeP", {}, 500, 1)
     assert "stays valid" in one_line(command("delete", "us", "--revoke", "--yes"))
     assert command("get", "us", "--no-renew").out == token
-    until = f"only from {(issue_of(on_disk()) + timedelta(hours=6)).astimezone(KST):%Y-%m-%d %H:%M:%S} KST."
+    until = f"only from {(issue_of(on_disk()) + timedelta(hours=6, seconds=1)).astimezone(KST):%Y-%m-%d %H:%M:%S} KST."
     ran = at_a_terminal("YES\n", "delete", "us", "--revoke")
     assert f"uses the token of us, kr loses it. KIS issues a new one {until}" in ran.err
     assert (ran.code, ran.out.endswith(f"KIS issues a new one {until}\nDeleted.\n")) == (0, True)

@@ -139,6 +139,17 @@ def test_a_damaged_file_is_a_miss_and_set_aside_with_a_word(
     assert [line.levelno for line in caplog.records if f"{name}.aside" in line.message] == [logging.WARNING]
 
 
+def test_all_that_one_save_sets_aside_is_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A person reads one warning that names every file, however many were damaged at once."""
+    store = open_files(folder, "us", "us", "kr")
+    names = [f"key-{store.fingerprint}.json", VIEW, "kr_api_token.json"]
+    for name in names:
+        put(folder / name, b"damaged")
+    save(store, make_token())
+    (line,) = (one.message for one in caplog.records if ".aside" in one.message)
+    assert all(f"{name}.aside" in line for name in names)
+
+
 def test_what_is_set_aside_again_and_again_is_kept_once(folder: Path) -> None:
     """A file that each try finds again, as on a full disk without a successor, is set aside only once."""
     put(folder / VIEW, b"damaged")

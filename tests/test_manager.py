@@ -107,6 +107,14 @@ def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
         BaseTokenManager()
 
 
+@pytest.mark.parametrize("forgotten", ["get_api_url", "get_app_credentials"])
+@pytest.mark.usefixtures("gateway")
+def test_what_a_subclass_forgot_to_return_is_said_in_a_sentence(forgotten: str) -> None:
+    """Nothing in place of the address or the pair, as of a variable that is not set, is an error of the settings."""
+    incomplete = type("Incomplete", (OwnManager,), {forgotten: lambda _: None})
+    assert "must be" in str(raised(incomplete))
+
+
 def in_threads(count: int, work: Callable[[int], object]) -> list[object]:
     """Return what `work` returns in each of `count` threads that begin at the same moment."""
     barrier = threading.Barrier(count)

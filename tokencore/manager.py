@@ -360,7 +360,7 @@ class BaseTokenManager(Sensitive):
     def _read_market(self) -> Market:
         """Return the market named by the file prefix, with the credentials and address from the subclass."""
         name = self.get_token_file_prefix().rstrip("_")
-        return market_of_program(name, self.get_app_credentials, self.get_api_url().rstrip("/"))
+        return market_of_program(name, self.get_app_credentials, self.get_api_url())
 
     def _reload(self) -> None:
         """Read the settings again, so that a key replaced while the program runs is used at the next renewal."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 KST = timezone(timedelta(hours=9), "KST")  # Korea has no daylight saving time
 SAME_TOKEN = timedelta(hours=6)  # how long after an issue KIS answers requests with the same token
+TRUNCATED = timedelta(seconds=1)  # KIS states whole seconds, so a token may be this much younger than it says
 MAX_LENGTH = 4096  # characters; KIS promises at most 350, and the rest leaves room for a change of format
 FIRST_YEAR, LAST_YEAR = 2000, 2199  # KIS's API is younger than the first, and this program will not outlive the second
 
@@ -22,7 +23,10 @@ FIRST_YEAR, LAST_YEAR = 2000, 2199  # KIS's API is younger than the first, and t
 TOKEN_NAMES = ("access_token", "token", "kis_access_token", "authorization", "accesstoken")
 KST_NAMES = ("access_token_token_expired", "expired_at", "token_expired")
 LOCAL_NAMES = ("expires_at", "valid_date", "expires_datetime")
-OTHER_NAMES = ("expiration", "expires", "expire", "expiry", "timestamp", "kis_token_expires_at", "expires_on")
+OTHER_NAMES = (
+    "expiration", "expires", "expire", "expiry", "expires_on", "expiresat", "expire_at", "expire_time", "timestamp",
+    "kis_token_expires_at", "token_expires_at", "valid_until",
+)  # fmt: skip
 ISSUE_NAMES = ("issued_at", "created_at", "cached_at")  # the first one present counts
 
 
@@ -78,7 +82,7 @@ class Token(Sensitive):
         """
         if self.issued_at is None:
             return None
-        return self.issued_at + min(SAME_TOKEN, (self.expires_at - self.issued_at) / 4)
+        return self.issued_at + min(SAME_TOKEN, (self.expires_at - self.issued_at) / 4) + TRUNCATED
 
 
 def longest(found: Iterable[Token | None]) -> Token | None:
@@ -207,7 +211,7 @@ def _fields(text: str) -> dict[str, Any]:
         name, sign, value = line.strip().removeprefix("export ").partition("=" if "=" in line.split(":")[0] else ":")
         if sign:
             found[name.strip().lower().replace("-", "_")] = value.strip().strip("'\"")
-    return found if any(name in found for name in TOKEN_NAMES) else {"access_token": text}
+    return found if any(name in found for name in TOKEN_NAMES) else {"access_token": text.strip("'\"")}
 
 
 def _expiries(content: Mapping[str, Any]) -> Iterator[datetime]:

@@ -34,7 +34,7 @@ def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], bas
             secret or its tokens go.
 
     """
-    found = gather()
+    found, base_url = gather(), str(base_url or "").rstrip("/")
     found.markets.add(name.lower())
     market = _read(name, found)
     settings = [found.address_variable(market.name)] if base_url == market.base_url else []

@@ -29,6 +29,7 @@ MAX_ISSUES_PER_DAY = 2  # in any 24 hours; KIS asks for one
 SECONDS, TIMEOUTS, ISSUES = (0, 86_400), (0.001, 300), (1, 24)  # lowest and highest that make sense
 DEFAULT_EXCHANGES = {"us": ("NASD", "NYSE", "AMEX"), "kr": ("KRX",)}
 HIGHEST_PORT = 65_535
+PAIR = 2  # an app key and its secret
 LONGEST_NAME = 100  # characters of a market: it is part of file names
 LONGEST = 1024  # characters of a credential, an address, a path; KIS's secrets have 180
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -145,7 +146,10 @@ class Market(Sensitive):
             ConfigurationError: one of them cannot be used; the message names it and does not repeat it.
 
         """
-        given = credentials()
+        given: object = credentials()
+        if not isinstance(given, tuple | list) or len(given) != PAIR:
+            what = f"The value of get_app_credentials of {self.name!r}"
+            raise ConfigurationError(f"{what} must be two texts, the app key and the app secret.")
         try:
             self.app_key, self._app_secret = map(credential, given)
             self.base_url, self._in_keyring = address(base_url), []
@@ -207,7 +211,7 @@ def address(value: str) -> str:
         ValueError: it is neither a plain https address nor http on loopback.
 
     """
-    url = value.rstrip("/")
+    url = str(value or "").rstrip("/")
     scheme, host, port = _parts(url)
     plain = url.isascii() and url.isprintable() and len(url) <= LONGEST and not set(url) & set(" \\@?#")
     trusted = scheme == "https" or (scheme == "http" and host in _LOOPBACK)

@@ -108,15 +108,15 @@ class FileStore(Sensitive):
         """
         now = datetime.now(UTC)
         text = tokens.to_cache(token, now=now, environment=self._identity[1], key_fingerprint=self.fingerprint)
+        views = self._own_views()
         try:
-            self._set_aside(self._key_path)
+            self._set_aside([self._key_path, *views])
             files.write_bytes(self._key_path, text.encode(), writer=self.fingerprint)
         except (OSError, TokenStoreError):
             _unsaved[self._key_path] = token
             raise
         _unsaved.pop(self._key_path, None)
-        for path in self._own_views():
-            self._set_aside(path)
+        for path in views:
             self._copy(path, text.encode())
 
     def delete(self) -> bool:
@@ -278,12 +278,16 @@ class FileStore(Sensitive):
             unaffected = "programs that use tokencore are not affected"
             log().warning(f"{path} could not be updated ({error.strerror}); {unaffected}.")
 
-    def _set_aside(self, path: str) -> None:
+    def _set_aside(self, paths: Sequence[str]) -> None:
         """Set aside what is no token of this key, unless it is a view of another key that has its own file here."""
-        problem = self._on_file(path)[1]
-        if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
-            files.set_aside(path)
-            log().warning(f"{path} did not contain a token of this key ({problem}); it is kept as {path}.aside.")
+        kept = []
+        for path in paths:
+            problem = self._on_file(path)[1]
+            if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
+                files.set_aside(path)
+                kept.append(f"{path} did not contain a token of this key ({problem}); it is kept as {path}.aside.")
+        if kept:
+            log().warning(" ".join(kept))
 
     def _kept_elsewhere(self, view: str) -> bool:
         """Whether the other key of this folder that wrote `view` has its token in its own file."""
