@@ -466,13 +466,14 @@ def test_a_market_has_values_of_its_own(caplog: pytest.LogCaptureFixture) -> Non
     os.environ |= {**PAIR, "KIS_MARKETS__US__EXCHANGES": ' nas, "nys" ', "KIS_MARKETS__HK__BASE_URL": "http://[::1]:80"}
     os.environ |= {"KIS_MARKETS__US__BASE_URL": "HTTPS://own/kis/", "KIS_MARKETS__KR__APP_SECRET": f"{SECRET}\r\n"}
     os.environ |= {"kis_markets__AB__exports": "kis-auth, python-kis:/tmp", "SLACK_WEBHOOK_URL": SECRET}
-    os.environ |= {"KIS_STORE": f"postgresql://u:{SECRET}@h", "KIS_STORE_KEYS": f"{SECRET},{KEY}"}
+    os.environ |= {"KIS_STORE": f" postgresql://u:{SECRET}@h\n", "KIS_STORE_KEYS": f"{SECRET},{KEY}"}
     loaded, _ = Settings.load(), Settings.load()
     assert [one.name for one in loaded.able_markets()] == ["us", "kr", "ab", "hk"]
     hk = loaded.market("HK")
     assert (hk is loaded.market("hk"), hk.credentials()) == (True, ("OwnCanary", SECRET))
     assert (loaded.market("kr").credentials(), read_market("kr").credentials()) == ((KEY, SECRET),) * 2
     assert (hk.exchanges, loaded.market("us").exchanges, us().exchanges) == (("SEHK", "SHAA"), *[("NASD", "NYSE")] * 2)
+    assert loaded.store and loaded.store.get_secret_value().endswith("@h")
     assert (hk.exports, loaded.market("ab").exports) == (("mojito2:~/bot",), ("kis-auth", "python-kis:/tmp"))
     assert [read_market(name).base_url for name in ("us", "hk", "kr")] == ["HTTPS://own/kis", "http://[::1]:80", REAL]
     assert read_market("aB").fingerprint == loaded.market("kr").fingerprint != hk.fingerprint

@@ -71,9 +71,10 @@ def _hours(value: object, parse: ValidatorFunctionWrapHandler) -> tuple[time, ti
 
 
 def _store(url: SecretStr) -> SecretStr:
-    if not re.match(r"postgres(ql)?://[^/\s]", url.get_secret_value()):
+    address = url.get_secret_value().strip()  # a new line at its end would be taken for a part of the database's name
+    if not re.match(r"postgres(ql)?://[^/\s]", address):
         raise ValueError("must begin with postgresql:// (docs/fleet.md has the whole form)")
-    return url
+    return SecretStr(address)
 
 
 def _mention(text: str) -> str:

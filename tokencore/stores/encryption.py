@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tokencore.errors import ConfigurationError, TokenStoreError
 from tokencore.sealing import Sensitive
 
+KEY = re.compile(r"[\w+/-]{43}=", re.ASCII)
 INSTALL = "run `pip install 'tokencore[fleet]'`"
 try:
     from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -36,15 +38,14 @@ class Seal(Sensitive):
 
         """
         given = list(keys)
-        try:
-            self._keys = [Fernet(key) for key in given]
-            self._fernet = MultiFernet(self._keys)
-        except ValueError:
+        if not (given and all(KEY.fullmatch(key) for key in given)):  # Fernet would ignore what follows the first `=`
             raise ConfigurationError(
                 f"KIS_STORE_KEYS is {'malformed' if given else 'not set'}: KIS_STORE needs the Fernet keys of its "
-                "fleet, 44 characters each, the newest first, the same on all machines. Nothing was issued; valid "
-                "tokens on this machine are served anyway."
-            ) from None
+                "fleet, 44 characters each, between commas, the newest first, the same on all machines. Nothing was "
+                "issued; valid tokens on this machine are served anyway."
+            )
+        self._keys = [Fernet(key) for key in given]
+        self._fernet = MultiFernet(self._keys)
 
     def close(self, content: Mapping[str, Any]) -> str:
         """Return `content`, encrypted with the newest key."""
