@@ -69,6 +69,7 @@ def aged(age: timedelta) -> dict[str, Any]:
 LATE = make_token(age=20 * 3600, now=NOW)  # four hours left, and past KIS's six
 LIMITED, REFUSED = [tried(Outcome.LIMIT, MINUTE)] * 9, [tried(Outcome.REFUSED, HOUR)] * 9
 ISSUED = [tried(Outcome.ISSUED, age * HOUR) for age in (25, 20, 10)]
+TWICE = [one._replace(expires_at=NOW + DAY) for one in ISSUED[1:]]  # by machines that did not know of each other
 RETURNED = [*ISSUED[:2], tried(Outcome.SAME, HOUR), tried(Outcome.SAME, HOUR)]
 BUT_FORCE, EVERYONE = (REQUIRED, DUE, AHEAD, REFRESH), tuple(Intent)
 TABLE: dict[str, tuple[Sequence[Intent], list[Attempt], dict[str, Any], tuple[str, timedelta | None] | None]] = {
@@ -98,6 +99,7 @@ TABLE: dict[str, tuple[Sequence[Intent], list[Attempt], dict[str, Any], tuple[st
     "one in 24 hours": (BUT_FORCE, ISSUED, {"max_issues_per_day": 1}, ("ceiling", 14 * HOUR)),
     "over the ceiling, insisted": ([FORCE], ISSUED, {"max_issues_per_day": 1}, None),
     "below the ceiling": (EVERYONE, ISSUED, {"max_issues_per_day": 3}, None),
+    "one token, two records": (EVERYONE, TWICE, {}, None),
     "returned ones do not count": ([REQUIRED, REFRESH], RETURNED, {}, None),
 }
 

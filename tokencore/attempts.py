@@ -91,8 +91,13 @@ class Attempt(NamedTuple):
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:
-    """Return the attempts within 24 hours before or after `now` (clocks are set back) that brought a new token."""
-    return [one for one in attempts if one.outcome is Outcome.ISSUED and abs(now - one.at) < DAY]
+    """Return the attempts within 24 hours before or after `now` (clocks are set back) that brought a new token.
+
+    Two that brought one token count once: machines of a fleet, of which one was asleep when KIS answered.
+    """
+    issued = [one for one in attempts if one.outcome is Outcome.ISSUED and abs(now - one.at) < DAY]
+    last = {one.expires_at: one for one in issued}
+    return [one for one in issued if one.expires_at is None or last[one.expires_at] is one]
 
 
 def redated(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:
