@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from tokencore.stores.fleet import Fleet
@@ -30,11 +31,17 @@ def checks(settings: Settings) -> list[tuple[str, str, str, str]]:
     fleet = Fleet.of(settings)
     with fleet.connect() as session:
         found = [*_connection(session), *_rows(fleet, session)]
-    with hold(fleet.follower_lock(fleet.rows()), 0, lambda: True) as alone:
-        fix = "run `tokencore follow` where programs use commands only"
-        wrong = "no process of this machine follows the fleet"
-        found.append(("store follower", alone, "a process of this machine follows the fleet", wrong, fix))
+    fix, wrong = "run `tokencore follow` where programs use commands only", "no process of this machine follows the fleet"
+    found.append(("store follower", not _followed(fleet), "a process of this machine follows the fleet", wrong, fix))
     return [("warn", name, bad, fix) if wrong else ("ok", name, good, "") for name, wrong, good, bad, fix in found]
+
+
+def _followed(fleet: Fleet) -> bool:
+    place = fleet.follower_lock(fleet.rows())
+    if not os.path.exists(place):  # a look makes neither it nor the token directory
+        return False
+    with hold(place, 0, lambda: True) as free:
+        return not free
 
 
 def _connection(session: Database) -> Iterator[Found]:
