@@ -29,7 +29,7 @@ from stepping import FULL
 
 from flows import alerts
 from flows.stack import watchdog
-from tokencore import CredentialsError, Key, Settings, TokenStoreError
+from tokencore import CredentialsError, Key, Settings, TokenManager, TokenStoreError, TokenUnavailableError
 from tokencore.attempts import Attempt, Outcome
 from tokencore.sandbox import Sandbox
 from tokencore.stores import database, open_document
@@ -143,7 +143,10 @@ def test_a_rejected_removed_or_imported_token_is_so_on_every_machine(field: Fiel
     assert second.save(make_token(life=3600)) == first.look()  # shorter, but a person insists
     with first.store.lock(wait=5):
         assert first.store.delete()
-    assert second.look() == ""
+    os.environ |= second.environment
+    with pytest.raises(TokenUnavailableError, match="deleted"):  # the machine learns of it on the way
+        TokenManager("us").export("kis-auth", str(folder := field.folder / "copy"))
+    assert (second.look(), folder.exists()) == ("", False)
 
 
 def test_a_token_revoked_while_the_store_is_away_is_dead_at_once_here_and_later_for_all(field: Field) -> None:
@@ -172,8 +175,10 @@ def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(field: F
     first, second = field.machines(2)
     alone = FileStore(first.market, lambda: ["us"])
     with alone.lock(wait=5):
-        alone.finish(alone.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), make_token(life=3600))
+        alone.finish(alone.begin(SENT), SENT._replace(outcome=Outcome.ISSUED), token := make_token(life=3600))
+    issued = int(token.issued_at.timestamp()) if token.issued_at else 0
     assert first.look() == second.look() != ""
+    assert [(one.folder / "us_token_issued_at.dat").read_text() for one in (first, second)] == [f"{issued}\n"] * 2
     assert [one.outcome for one in second.store.attempts()] == ["issued"]
     before = field.sql("select version, fence, sealed from tokencore_key where key <> 'layout'").split("|")
     later = first.save(make_token())
@@ -415,6 +420,7 @@ BAD = {  # the store's address, a setting with its value, or a change of the sto
     "no keys": ("KIS_STORE_KEYS=", 2, "KIS_STORE_KEYS is not set"),
     "keys alone": ("KIS_STORE=", 2, "KIS_STORE_KEYS is set without KIS_STORE"),
     "malformed key": ("KIS_STORE_KEYS=CanaryKey", 2, "KIS_STORE_KEYS is malformed"),
+    "no comma": ("KIS_STORE_KEYS={key};" + "b" * 43 + "=", 2, "KIS_STORE_KEYS is malformed"),
     "another key": ("KIS_STORE_KEYS=" + "b" * 43 + "=", 7, "cannot be decrypted"),
     "password": ("postgresql://admin:CanaryWrong@{host}/postgres", 7, "password"),
     "database": (ADMIN + "other", 7, "no such database"),
@@ -438,7 +444,7 @@ def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
     field.machine("first").save(make_token(life=400, age=200))  # too close to its expiry to serve
     os.environ |= field.machine("second").environment
     other, host = Seal([field.fleet.key]).close({"key_fingerprint": "other"}), f"127.0.0.1:{field.fleet.server.port}"
-    change = change.format(host=host, other=other, roots=certifi.where())
+    change = change.format(host=host, other=other, roots=certifi.where(), key=field.fleet.key)
     if change.startswith("update"):
         field.sql(change)
     else:
@@ -503,14 +509,14 @@ def test_the_printed_role_is_enough_and_may_no_more(field: Field, command: Comma
 
 
 def test_the_doctor_says_what_a_store_lacks(field: Field, command: Command) -> None:
-    """Reach, encryption, role, clock, keys and follower get a line each, with a fix; no connection is a failure."""
+    """Reach, encryption, role, clock, keys and follower get a line each, with a fix, and looking makes no folder."""
     field.machine("first").get()
-    os.environ |= field.machine("second").environment
+    os.environ |= field.machine("second").environment | {"KIS_TOKEN_DIR": str(field.folder / "none")}
     os.environ["KIS_STORE_KEYS"] = f"{Fernet.generate_key().decode()},{field.fleet.key}"
     found = {one["name"]: one for one in json.loads(command("doctor", "--json").out)}
     states = {name: found[f"store {name}"]["state"] for name in ("encryption", "role", "clock", "keys", "follower")}
     assert (found["store"]["state"], states.pop("clock"), set(states.values())) == ("ok", "ok", {"warn"})
-    assert "fleet rotate" in found["store keys"]["cure"]
+    assert ("fleet rotate" in found["store keys"]["cure"], (field.folder / "none").exists()) == (True, False)
     os.environ["KIS_STORE"] = field.fleet.url.replace(PASSWORD, "wrong")
     found = {one["name"]: one for one in json.loads(command("doctor", "--json").out)}
     assert (found["store"]["state"], "password" in found["store"]["detail"]) == ("fail", True)

@@ -240,8 +240,11 @@ class BaseTokenManager(Sensitive):
         """
         exports = self._renewer.copies
         exports.check(client, folder)
-        token = self._serving(None)
+        self._serving(None)
         with self._changing():
+            token = self._store.newest()
+            if token is None or not token.serves(datetime.now(UTC), 0):  # a fleet's store has just been asked
+                raise TokenUnavailableError("The token was deleted or rejected meanwhile. Nothing was written; try again.")
             return exports.write(client, folder, token)
 
     def adopt(self, token: Token, *, force: bool = False, proven: bool = False) -> bool:

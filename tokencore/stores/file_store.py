@@ -179,14 +179,17 @@ class FileStore(Sensitive):
                 self.save(token)
         finally:
             if token is not None:
-                mark = b"%d\n" % (token.issued_at or attempt.at).timestamp()
-                for path in self._own_views():
-                    self._copy(path.removesuffix(VIEW) + MARK, mark)
+                self.mark(token.issued_at or attempt.at)
             self.record.complete(fence, attempt)
 
     def redate(self, now: datetime) -> None:
         """Date attempts that lie in the future as made `now`."""
         self.record.redate(now)
+
+    def mark(self, issued_at: datetime) -> None:
+        """Write the time of the key's last issue beside each market's view."""
+        for path in self._own_views():
+            self._copy(path.removesuffix(VIEW) + MARK, b"%d\n" % issued_at.timestamp())
 
     def note(self, attempt: Attempt) -> None:
         """Append an attempt that needed no request."""

@@ -104,7 +104,8 @@ class SharedStore(Sensitive):
         try:
             self._put(token)
         except TokenError as error:
-            _warn(error, "The other machines get this token when the store can be reached again.")
+            what = "get this token" if token.rejected_at is None else "learn of it"
+            _warn(error, f"The other machines {what} when the store can be reached again.")
 
     def delete(self) -> bool:
         """Remove this market's token on this machine, and the fleet's with that of its last market.
@@ -363,6 +364,8 @@ class SharedStore(Sensitive):
         try:
             if theirs and _name_of(theirs) != _name_of(ours):
                 self._local.save(theirs)
+                if theirs.issued_at:
+                    self._local.mark(theirs.issued_at)
             elif ours and not theirs and _name_of(ours) in removed:
                 self._local.clear()
             if attempts and render(attempts) != render(self._local.attempts()):
