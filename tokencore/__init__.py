@@ -3,7 +3,8 @@
     from tokencore import USTokenManager
     token = USTokenManager().get_valid_token()
 
-The names in `__all__` are the whole public API, each loaded on first use: a cached token costs no other import.
+The names in `__all__` and `KISHttpxAuth`, which needs the extra `httpx`, are the whole public API. Each is loaded on
+first use: a cached token costs no other import.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from tokencore.calendars import sessions
     from tokencore.clients.auth import KISAuth
-    from tokencore.clients.auth_httpx import KISHttpxAuth
+    from tokencore.clients.auth_httpx import KISHttpxAuth as KISHttpxAuth
     from tokencore.config.settings import Settings
     from tokencore.config.sources import trusted_dotenv
     from tokencore.errors import (
@@ -36,7 +37,6 @@ __all__ = [
     "IssuanceLimitError",
     "IssuerUnavailableError",
     "KISAuth",
-    "KISHttpxAuth",
     "KRTokenManager",
     "Key",
     "KeyState",
@@ -67,7 +67,7 @@ _PLACES = {
 
 def __getattr__(name: str) -> object:
     """Load a public name from its module."""
-    if name not in __all__:
+    if name not in (*__all__, "KISHttpxAuth"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module  # so that importing the package imports nothing else
 
@@ -81,4 +81,4 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     """List the module's names, including the public ones that are not loaded yet."""
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "KISHttpxAuth"})
