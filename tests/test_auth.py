@@ -23,7 +23,6 @@ from running import asked, cached, folder, forked, limited, raised
 from servers import Scripted
 
 from tokencore import Key, KISAuth, KISHttpxAuth, KRTokenManager, Settings, TokenManager, USTokenManager, errors
-from tokencore.clients.approval import approval_expiry
 from tokencore.clients.auth import Signer
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
@@ -259,10 +258,10 @@ def test_many_processes_ask_for_one_approval_key_and_for_one_more_when_it_is_rej
 
 def test_approval_key_has_a_private_file_and_a_day_and_follows_its_app_key(gateway: Sandbox) -> None:
     """An approval key has a private file, lasts a day, and follows a change of the app key; no token is issued."""
-    (store,) = [key.store for key in Key.load(Settings.load())]
-    assert approval_expiry(store) is None
+    key, now = Key.load(Settings.load())[0], datetime.now(UTC)
+    assert key.state(now).approval_expires_at is None
     old = (us := USTokenManager()).get_approval_key()
-    left = (approval_expiry(store) or datetime.now(UTC)) - datetime.now(UTC)
+    left = (key.state(now).approval_expires_at or now) - datetime.now(UTC)
     assert (timedelta(hours=23.9) < left < timedelta(hours=24), old in key_file().read_text()) == (True, True)
     assert stat.S_IMODE(key_file().stat().st_mode) == 0o600
     assert (us.history(), us.load_token()) == ([], None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokencore import limits, outlook, policy
 from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, failure, issued_within, retry_delay
 from tokencore.calendars import sessions
+from tokencore.clients.approval import approval_key
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.limits import Standing
 from tokencore.outlook import PLAN_DAYS, Plan, RefreshWarning
@@ -285,6 +286,12 @@ class KeyState(Sensitive):
         if self.outlook.needs:
             return self.outlook.unserved != self.outlook.needs[0]
         return self.serves_until is not None
+
+    @property
+    def approval_expires_at(self) -> datetime | None:
+        """When the websocket's approval key expires (aware UTC); None if none was requested, or it cannot be read."""
+        approval = approval_key(self.key.store)
+        return approval.expires_at if approval else None
 
     def lasts(self, until: datetime) -> bool:
         """Whether the token serves until `until`, allowing for a small difference between our clock and KIS's."""

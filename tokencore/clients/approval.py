@@ -148,9 +148,3 @@ def approval_key(store: Store) -> Token | None:
         return Token(content["approval_key"], issued_at + LIFE, issued_at) if sane(issued_at) else None
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
         return None
-
-
-def approval_expiry(store: Store) -> datetime | None:
-    """Return when the app key's last approval key expires, aware UTC; None without a readable one."""
-    found = approval_key(store)
-    return found.expires_at if found else None

@@ -9,7 +9,6 @@ import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tokencore.clients.approval import approval_expiry
 from tokencore.commands import FOR_PROGRAMS, print_json, until_stopped
 from tokencore.config.settings import Settings
 from tokencore.keys import Key
@@ -75,7 +74,7 @@ def _proofs(states: list[KeyState]) -> dict[str, Evidence]:
 def _extras(one: Seen, proofs: Mapping[str, Evidence]) -> dict[str, object]:
     """Return the optional fields: the result of `--probe`, and the expiry of an approval key that is stored."""
     found: dict[str, object] = {}
-    if expires_at := approval_expiry(one.state.key.store):
+    if expires_at := one.state.approval_expires_at:
         found["approval_key_expires_at"] = expires_at
     if proof := proofs.get(one.status["market"]):
         found["probe"] = {"accepted": proof.accepted, "told": proof.detail}  # programs know these names

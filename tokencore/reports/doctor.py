@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from tokencore.attempts import CREDENTIALS, latest
-from tokencore.clients.approval import approval_expiry
 from tokencore.clients.exports import FILE_LIMIT, Exports, jwts_in
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
@@ -280,7 +279,7 @@ def _key(key: Key) -> Iterator[Finding]:
     else:
         over = state.issues_last_24h >= allowed
         yield _judged(name, asked, "wait, or find out what renews so often: tokencore history" if over else "")
-    if expires_at := approval_expiry(key.store):
+    if expires_at := state.approval_expires_at:
         lives = "expired at" if expires_at < state.now else "lives until"
         yield _ok(f"approval key {key.label}", f"{lives} {format_time(expires_at)}")
 

@@ -21,7 +21,6 @@ from prometheus_client.registry import Collector
 
 from tokencore.attempts import Outcome
 from tokencore.calendars import sessions
-from tokencore.clients.approval import approval_expiry
 from tokencore.config.settings import Settings
 from tokencore.config.sources import gather
 from tokencore.errors import ConfigurationError
@@ -80,8 +79,7 @@ GAUGES: dict[str, tuple[str, Callable[[KeyState, Market], Value]]] = {
         ("When the present or next need ends: at the close, or some minutes later.",
          lambda state, market: need[1] if (need := state.need_of(market)) else None),
     "kis_approval_key_expiration_timestamp_seconds":
-        ("When the approval key expires; absent where none was asked for.",
-         lambda state, _: approval_expiry(state.key.store)),
+        ("When the approval key expires; absent where none was asked for.", lambda state, _: state.approval_expires_at),
     "kis_issuance_cooldown_end_timestamp_seconds":
         ("Until when no request for a token is allowed; absent outside it.", lambda state, _: state.cooldown_until),
     "kis_issuance_last_day_issues":
