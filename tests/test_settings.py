@@ -473,7 +473,8 @@ def test_a_market_has_values_of_its_own(caplog: pytest.LogCaptureFixture) -> Non
     assert (hk is loaded.market("hk"), hk.credentials()) == (True, ("OwnCanary", SECRET))
     assert (loaded.market("kr").credentials(), read_market("kr").credentials()) == ((KEY, SECRET),) * 2
     assert (hk.exchanges, loaded.market("us").exchanges, us().exchanges) == (("SEHK", "SHAA"), *[("NASD", "NYSE")] * 2)
-    assert loaded.store and loaded.store.get_secret_value().endswith("@h")
+    assert loaded.store
+    assert loaded.store.get_secret_value().endswith("@h")
     assert (hk.exports, loaded.market("ab").exports) == (("mojito2:~/bot",), ("kis-auth", "python-kis:/tmp"))
     assert [read_market(name).base_url for name in ("us", "hk", "kr")] == ["HTTPS://own/kis", "http://[::1]:80", REAL]
     assert read_market("aB").fingerprint == loaded.market("kr").fingerprint != hk.fingerprint

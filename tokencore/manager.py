@@ -244,7 +244,9 @@ class BaseTokenManager(Sensitive):
         with self._changing():
             token = self._store.newest()
             if token is None or not token.serves(datetime.now(UTC), 0):  # a fleet's store has just been asked
-                raise TokenUnavailableError("The token was deleted or rejected meanwhile. Nothing was written; try again.")
+                raise TokenUnavailableError(
+                    "The token was deleted or rejected meanwhile. Nothing was written; try again."
+                )
             return exports.write(client, folder, token)
 
     def adopt(self, token: Token, *, force: bool = False, proven: bool = False) -> bool:

@@ -31,7 +31,8 @@ def checks(settings: Settings) -> list[tuple[str, str, str, str]]:
     fleet = Fleet.of(settings)
     with fleet.connect() as session:
         found = [*_connection(session), *_rows(fleet, session)]
-    fix, wrong = "run `tokencore follow` where programs use commands only", "no process of this machine follows the fleet"
+    fix = "run `tokencore follow` where programs use commands only"
+    wrong = "no process of this machine follows the fleet"
     found.append(("store follower", not _followed(fleet), "a process of this machine follows the fleet", wrong, fix))
     return [("warn", name, bad, fix) if wrong else ("ok", name, good, "") for name, wrong, good, bad, fix in found]
 
