@@ -46,12 +46,12 @@ def outside() -> Iterator[tuple[Sandbox, SlackEndpoint]]:
 
 @pytest.fixture(scope="module")
 def up(outside: tuple[Sandbox, SlackEndpoint], prefect_database: Path) -> Iterator[Up]:
-    """A running stack with credentials and a proxy only in `.env`, with foreign files and settings in its way."""
+    """A running stack with credentials and a proxy only in `.env`, with a % and foreign files and settings in its way."""
     for_all = {f"PREFECT_SERVER_{name}CORS_ALLOWED_ORIGINS": "*" for name in ("", "API_")}
     settings = {"KIS_TIMEOUT": "60", "KIS_ISSUE_INTERVAL": "1", "KIS_MARKETS__HK__EXCHANGES": "SEHK", **KEYS}
     settings |= {"KIS_BASE_URL": outside[0].url, "SLACK_WEBHOOK_URL": f"{outside[1].url}/services/{WEBHOOK}"}
     with tempfile.TemporaryDirectory(prefix="tokencore-") as root:  # pytest's own path is too long for a socket's
-        place = Place.made(Path(root) / "stack", AWS_SECRET_ACCESS_KEY="CanaryCloud", **for_all)
+        place = Place.made(Path(root) / "100%", AWS_SECRET_ACCESS_KEY="CanaryCloud", **for_all)
         folder = place.with_tables(prefect_database, "work/tokens")
         (folder / "password").touch(0o600)
         (place.temporary / "runner_storage").touch(0)  # not even root can make a folder of it

@@ -62,9 +62,12 @@ def run() -> NoReturn:
     os.set_inheritable(listener.fileno(), True)  # noqa: FBT003 - its only parameter
     shutil.rmtree(home / "tmp", ignore_errors=True)
     (home / "tmp").mkdir()
-    python, config = shlex.quote(sys.executable).replace("%", "%%"), home / CONFIG.name
-    text = CONFIG.read_text("utf-8").replace("PYTHON", python)
-    config.write_text(text.replace("ADDRESS", f"{environment.host(given)}:{environment.port(given)}"))
+    place = f"{environment.host(given)}:{environment.port(given)}"
+    config, text = home / CONFIG.name, CONFIG.read_text("utf-8")
+    for name, value in {"PYTHON": shlex.quote(sys.executable), "%(here)s": str(home), "ADDRESS": place}.items():
+        text = text.replace(name, value.replace("%", "%%"))
+    config.write_text(text)
+    os.chdir(home)
     os.execve(sys.executable, [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)], stack)  # noqa: S606 - no shell
 
 
