@@ -16,6 +16,7 @@ from tokencore.config.market import ISSUE_INTERVAL
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError, UnusableDirectoryError
 from tokencore.sealing import Sensitive, sealed, sealed_class
 from tokencore.stores import open_store
+from tokencore.tokens import format_time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -477,12 +478,12 @@ def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer
     """Raise if a new token, living as long as the present one, would not serve until `until` either."""
     if token is None or token.issued_at is None or not token.serves(now, buffer):
         return
-    reach = now + (token.expires_at - token.issued_at) - timedelta(seconds=buffer)
+    serves = token.expires_at - timedelta(seconds=buffer)
+    reach = now + (serves - token.issued_at)
     if until >= reach:
         raise TokenUnavailableError(
-            f"Even a new token would last only until {reach.isoformat(timespec='seconds')}, not until "
-            f"{until.isoformat(timespec='seconds')}. Nothing was issued and the present token still serves; "
-            "ask again nearer to that time.",
+            f"Even a new token would serve only until {format_time(reach)}, not until {format_time(until)}. Nothing "
+            f"was issued. The present token serves until {format_time(serves)}; ask again nearer to that time."
         )
 
 
