@@ -46,7 +46,7 @@ def outside() -> Iterator[tuple[Sandbox, SlackEndpoint]]:
 
 @pytest.fixture(scope="module")
 def up(outside: tuple[Sandbox, SlackEndpoint], prefect_database: Path) -> Iterator[Up]:
-    """A running stack with credentials and a proxy only in `.env`, with a % and foreign files and settings in its way."""
+    """A running stack with credentials and a proxy only in `.env`, a % in its path, and foreign files in its way."""
     for_all = {f"PREFECT_SERVER_{name}CORS_ALLOWED_ORIGINS": "*" for name in ("", "API_")}
     settings = {"KIS_TIMEOUT": "60", "KIS_ISSUE_INTERVAL": "1", "KIS_MARKETS__HK__EXCHANGES": "SEHK", **KEYS}
     settings |= {"KIS_BASE_URL": outside[0].url, "SLACK_WEBHOOK_URL": f"{outside[1].url}/services/{WEBHOOK}"}
