@@ -27,12 +27,13 @@ from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.exceptions import FailedRun
 from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
-from running import Opens, asked, cached
+from running import Opens, asked, cached, record
 from servers import HOOK, SlackEndpoint
 
 from flows import alerts, artifacts, check_tokens, runs, upcoming, warm_up
 from flows.runs import Done, UnforeseenError, View, harmless, retry_delays, safe_errors
 from tokencore import Key, Settings, errors, sessions
+from tokencore.attempts import Attempt, Outcome
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
 Step = Callable[..., Done]
@@ -432,13 +433,15 @@ class TestRuns:
         assert sorted(planned_runs()) == ["kr (paper)", "us"]
 
     def test_a_locked_keyring_hides_no_table(self) -> None:
-        """With one key's keyring locked, the table has all keys and the plan those whose secrets can be read."""
+        """With one key's keyring locked, all keys are shown; the plan lacks those whose secret KIS may have refused."""
         os.environ |= {"KIS_MARKETS__KR__APP_KEY": "another-key-" * 3, "KIS_MARKETS__KR__APP_SECRET": APP_SECRET}
         os.environ |= {"KIS_KEYRING": "kis", "PYTHON_KEYRING_BACKEND": "keyring.backends.null.Keyring"}
         del os.environ["KIS_APP_SECRET"]
-        artifacts.publish(views := runs.views(Key.load(Settings.load()), {}))
-        assert table() == {"us": "NO_TOKEN", "kr": "NO_TOKEN"}
-        assert re.findall(r"^## (\w+), key", artifacts.described(views), re.MULTILINE) == ["kr"]
+        for planned in (["us", "kr"], ["kr"]):
+            artifacts.publish(views := runs.views(Key.load(Settings.load()), {}))
+            assert table() == {"us": "NO_TOKEN", "kr": "NO_TOKEN"}
+            assert re.findall(r"^## (\w+), key", artifacts.described(views), re.MULTILINE) == planned
+            record(Attempt(now(), Outcome.BAD_SECRET, "EGW00105", credentials="refused"))
 
     def test_two_installations_on_one_server_overwrite_no_table(self) -> None:
         """The first installation uses the names `tokens` and `plan`, one with another key always names of its own."""

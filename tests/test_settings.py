@@ -17,7 +17,7 @@ from unittest.mock import Mock, call
 
 import keyring
 import pytest
-from builders import KEY, SECRET, ended, in_child
+from builders import KEY, SECRET, ended, in_child, make_token
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -32,6 +32,7 @@ from tokencore.config.market import HOSTS
 from tokencore.config.settings import MarketSettings, Settings
 from tokencore.config.sources import FILE_LIMIT, gather, trusted_dotenv
 from tokencore.errors import ConfigurationError
+from tokencore.keys import Key
 
 PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
@@ -605,6 +606,17 @@ def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(kept: M
         kept.reset_mock()
         os.environ |= own
         assert [read_market(name).credentials()[1] for name in ("us", "kr")] == secrets
+    assert kept.mock_calls == []
+
+
+@pytest.mark.usefixtures("gateway")
+def test_the_keyring_is_asked_for_nothing_that_is_only_shown(kept: Mock, command: Command) -> None:
+    """While it is locked, or would prompt a person, the present token and what is known of it are shown as ever."""
+    del os.environ["KIS_APP_SECRET"]
+    with (store := Key.load(Settings.load())[0].store).lock(wait=5):
+        store.save(make_token(life=86_000))
+    for line, code in (("get us", 0), ("check", 0), ("plan", 0), ("history", 0), ("metrics", 0), ("tick", 0)):
+        assert command(*line.split()).code == code
     assert kept.mock_calls == []
 
 

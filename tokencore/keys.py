@@ -8,7 +8,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore import limits, outlook, policy
-from tokencore.attempts import BY_LENGTH, REASON_LENGTH, Attempt, Outcome, failure, issued_within, retry_delay
+from tokencore.attempts import (
+    BY_LENGTH,
+    CREDENTIALS,
+    REASON_LENGTH,
+    Attempt,
+    Outcome,
+    failure,
+    issued_within,
+    latest,
+    retry_delay,
+)
 from tokencore.calendars import sessions
 from tokencore.clients.approval import approval_key
 from tokencore.errors import ConfigurationError, TokenError
@@ -383,7 +393,10 @@ class KeyState(Sensitive):
 
     @property
     def _standing(self) -> Standing:
-        return Standing(self.now, self.key.market, self.attempts, self.token, self.key.renewer.credentials)
+        # Only what KIS refused is compared: the secret may be in a keyring, which is locked or prompts a person.
+        last = latest(self.attempts)
+        own = self.key.renewer.credentials if last and last.outcome in CREDENTIALS else ""
+        return Standing(self.now, self.key.market, self.attempts, self.token, own)
 
 
 def _status(token: Token | None, problem: str, market: Market, now: datetime) -> str:
