@@ -22,8 +22,13 @@ from flows.runs import clock, harmless, identity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from uuid import UUID
+
+    from prefect.client.orchestration import SyncPrefectClient
 
     from flows.runs import View
+
+    Plan = tuple[str, str, datetime | None]  # a key's label and tag, and when its next renewal is due (aware UTC)
 
 TAG = "planned renewal"
 DEPLOYMENT = "check-tokens/check_tokens"
@@ -32,34 +37,34 @@ DEPLOYMENT = "check-tokens/check_tokens"
 def update(views: Sequence[View]) -> None:
     """Bring the scheduled renewals up to date with the keys; a failure here does not change how a run ends."""
     with harmless("The next renewals could not be scheduled"):
-        for key, state, _ in views:
-            if state:
-                keep(key.label, identity(key), state.next_attempt)
+        keep(*((key.label, identity(key), state.next_attempt) for key, state, _ in views if state))
 
 
-def keep(label: str, tag: str, at: datetime | None) -> None:
-    """Keep exactly one scheduled run with the key's `tag`, at that time (aware UTC), or none for None.
+def keep(*plans: Plan) -> None:
+    """Keep exactly one scheduled run for each of these keys, or none if it has no time.
 
     A run whose time has come is left alone: it finds out for itself what there is to do. If `check_tokens` is not
     deployed, nothing could run it later, and nothing is scheduled.
     """
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectNotFound):
+        deployment = client.read_deployment_by_name(DEPLOYMENT)
+        for plan in plans:
+            _keep(client, deployment.id, *plan)
+
+
+def _keep(client: SyncPrefectClient, deployment: UUID, label: str, tag: str, at: datetime | None) -> None:
     waiting = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
     own = FlowRunFilter(tags=FlowRunFilterTags(all_=[TAG, tag]), state=waiting)
-    with get_client(sync_client=True) as client:
-        try:
-            deployment = client.read_deployment_by_name(DEPLOYMENT)
-        except ObjectNotFound:
-            return
-        there = {run.expected_start_time: run for run in client.read_flow_runs(flow_run_filter=own)}
-        for planned, run in there.items():
-            if planned and planned != at and planned > datetime.now(UTC):
-                with contextlib.suppress(ObjectNotFound):  # another run has just moved the plan as well
-                    client.delete_flow_run(run.id)
-        if at and at not in there:
-            client.create_flow_run_from_deployment(
-                deployment.id,
-                state=Scheduled(scheduled_time=at),
-                name=f"renew {label} {clock(at)}",
-                tags=[TAG, label, tag],
-                idempotency_key=f"{TAG} {tag} {at.isoformat()}",
-            )
+    there = {run.expected_start_time: run for run in client.read_flow_runs(flow_run_filter=own)}
+    for planned, run in there.items():
+        if planned and planned != at and planned > datetime.now(UTC):
+            with contextlib.suppress(ObjectNotFound):  # another run has just moved the plan as well
+                client.delete_flow_run(run.id)
+    if at and at not in there:
+        client.create_flow_run_from_deployment(
+            deployment,
+            state=Scheduled(scheduled_time=at),
+            name=f"renew {label} {clock(at)}",
+            tags=[TAG, label, tag],
+            idempotency_key=f"{TAG} {tag} {at.isoformat()}",
+        )

@@ -410,7 +410,7 @@ class TestRuns:
             *(("1a", later, [soon, later]), ("2b", None, [later]), ("1a", None, [])),
             *(("1a", past, [past]), ("1a", None, [past])),
         ):
-            upcoming.keep("us+kr", f"key {tag}", at)
+            upcoming.keep(("us+kr", f"key {tag}", at))
             assert sorted(planned_runs().get("us+kr", []), key=str) == planned
 
     def test_runs_that_move_the_plan_at_once_leave_one_scheduled_run(self) -> None:
@@ -419,7 +419,7 @@ class TestRuns:
         with ThreadPoolExecutor(4) as pool:
             for hours in range(1, 6):
                 at = start + hours * HOUR
-                list(pool.map(lambda at: upcoming.keep("us+kr", "key 1a", at), [at] * 4))
+                list(pool.map(lambda at: upcoming.keep(("us+kr", "key 1a", at)), [at] * 4))
                 assert planned_runs() == {"us+kr": [at]}
 
     def test_real_and_paper_of_one_app_key_never_meet(self, gateway: Sandbox) -> None:
