@@ -71,7 +71,7 @@ def _granted_within(known: Any, now: Any) -> list[Any]:
 
 
 def _from_any(self: Any, token: Any) -> Any:
-    return tokens.longest([token, *(self._on_file(path)[0] for path in self._views())])
+    return tokens.longest([token, *(one for _, one in self._views())])
 
 
 def _look_once(self: Any, *_: Any) -> None:

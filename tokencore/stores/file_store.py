@@ -25,7 +25,7 @@ from tokencore.stores.lock import MARK, VIEW, hold
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -97,7 +97,7 @@ class FileStore(Sensitive):
         """Whether the key's file or a market's view has this token."""
         if (own := self._on_file(self._key_path)[0]) and own.access_token == token.access_token:
             return True  # whatever the views hold
-        return any((one := self._on_file(path)[0]) and one.access_token == token.access_token for path in self._views())
+        return any(one.access_token == token.access_token for _, one in self._views())
 
     def save(self, token: Token) -> None:
         """Write the key's file, which alone decides whether this succeeds, then each market's view.
@@ -130,7 +130,7 @@ class FileStore(Sensitive):
         deleted = {self._path(name) for name in content.get("deleted", [])}
         found = found or (bool(content) and self.place in hidden - deleted)
         deleted.add(self.place)
-        if not (hidden - deleted or any(self._on_file(path)[0] for path in self._views())):
+        if not (hidden - deleted or any(self._views())):
             return self._forget() or found
         if content:
             content["deleted"] = sorted(map(os.path.basename, deleted))
@@ -139,9 +139,8 @@ class FileStore(Sensitive):
 
     def clear(self) -> None:
         """Remove the key's file and all views of it."""
-        for path in self._views():
-            if self._on_file(path)[0]:
-                files.remove(path)
+        for path, _ in self._views():
+            files.remove(path)
         self._forget()
 
     def details(self) -> dict[str, Any]:
@@ -216,18 +215,22 @@ class FileStore(Sensitive):
     def _own_views(self) -> list[str]:
         return list(dict.fromkeys([self.place, *(self._path(f"{name}_{VIEW}") for name in self._siblings())]))
 
-    def _views(self) -> list[str]:
-        """Return every view in the folder, whatever its key, own first: markets named only by a subclass count too."""
+    def _views(self) -> Iterator[tuple[str, Token]]:
+        """Yield the views with a token of this key, own first, also of markets that only a subclass names."""
         try:
             with os.scandir(self.folder) as entries:
                 found = [entry.path for entry in entries if entry.name.endswith(f"_{VIEW}")]
         except OSError:
-            return []
-        return sorted(found, key=lambda path: (path != self.place, path))
+            return
+        if found:
+            permissions.refuse_strangers(self.folder)
+        for path in sorted(found, key=lambda path: (path != self.place, path)):
+            if token := self._on_file(path, trusted=True)[0]:
+                yield path, token
 
     def _longest(self, token: Token | None) -> Token | None:
         """Return the longest-lasting of `token` and the views' tokens, ignoring copies of `token` if it is rejected."""
-        found = [one for path in self._views() if (one := self._on_file(path)[0])]
+        found = [one for _, one in self._views()]
         if token is not None and token.rejected_at is not None:
             found = [one for one in found if one.access_token != token.access_token]
         return tokens.longest([token, *found])
@@ -239,7 +242,8 @@ class FileStore(Sensitive):
         _unsaved.pop(self._key_path, None)
         return files.remove(self._key_path)
 
-    def _on_file(self, path: str) -> tuple[Token | None, str]:
+    def _on_file(self, path: str, *, trusted: bool = False) -> tuple[Token | None, str]:
+        """Return the token in the file, or why there is none; `trusted` if the folder has just been checked."""
         seen = files.signature(path)
         if seen is None:
             return None, ""
@@ -248,6 +252,8 @@ class FileStore(Sensitive):
             owner = _owners.get(path)
             if owner and owner[0] == seen and owner[1] != self._identity:
                 return None, FOREIGN
+            if not trusted:
+                permissions.refuse_strangers(self.folder)
             token, problem = self._parse(path, seen)
             if token is None:  # that may be temporary, so the next look reads it again
                 return None, problem
@@ -255,7 +261,6 @@ class FileStore(Sensitive):
         return known[1], ""
 
     def _parse(self, path: str, seen: Signature) -> tuple[Token | None, str]:
-        permissions.refuse_strangers(self.folder)
         try:
             text = files.read_text(path)
             if text is None:
@@ -285,7 +290,7 @@ class FileStore(Sensitive):
         """Set aside what is no token of this key, unless it is a view of another key that has its own file here."""
         kept = []
         for path in paths:
-            problem = self._on_file(path)[1]
+            problem = self._on_file(path, trusted=True)[1]  # the lock has checked the folder
             if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
                 files.set_aside(path)
                 kept.append(f"{path} did not contain a token of this key ({problem}); it is kept as {path}.aside.")
