@@ -92,10 +92,10 @@ class Machine:
     def _stop(self, at: str, fault: int) -> None:
         work = getattr(self.store, POINTS[at])
 
-        def stopped(*given: Any) -> Any:  # noqa: ANN401 - as the store's method has it
-            done = None if at == "answered" else work(*given)
+        def stopped(*given: Any, **how: Any) -> Any:  # noqa: ANN401 - as the store's method has it
+            done = None if at == "answered" else work(*given, **how)
             os.kill(os.getpid(), fault)
-            return work(*given) if at == "answered" else done
+            return work(*given, **how) if at == "answered" else done
 
         setattr(self.store, POINTS[at], stopped)
 

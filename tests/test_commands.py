@@ -294,6 +294,18 @@ def test_exec_runs_a_program_with_the_token_and_has_its_exit_code(gateway: Sandb
     assert asked(gateway) == 1
 
 
+@pytest.mark.usefixtures("gateway")
+def test_a_file_that_cannot_be_removed_is_named(command: Command) -> None:
+    """As a single mounted file does, a folder in place of the key's file withstands `delete`: exit 7 with its path."""
+    cached()
+    (file,) = folder().glob("key-*.json")
+    file.unlink()
+    file.mkdir()
+    assert command("delete", "us").code == 0
+    assert str(file) in one_line(ran := command("delete", "kr"))
+    assert ran.code == 7
+
+
 def test_the_help_of_exec_is_its_own_or_the_programs(gateway: Sandbox, command: Command) -> None:
     """`--help` before the program shows the command's help; after `--` it is the program's; without a name, neither."""
     for asking in (("--help",), ("us", "--help"), ("us", "-h"), ("us", "--help", "--", "true")):

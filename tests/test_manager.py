@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -178,6 +179,24 @@ def test_concurrent_ticks_make_one_request_and_none_of_them_reports_trouble(slow
     decisions = forked(8, lambda _: tuple(map(str, key.tick(state)[:2])))
     assert sorted(decisions) == [("False", "None")] * 7 + [("True", "None")]
     assert asked(slow) == 1
+
+
+@pytest.mark.parametrize("rule", [True, False])
+def test_a_token_for_others_is_not_asked_for_while_it_cannot_be_saved(gateway: Sandbox, *, rule: bool) -> None:
+    """On a full disk neither the rule nor a refresh asks KIS; a program that needs a token now still gets one."""
+    manager = TokenManager("us")
+
+    def work() -> None:
+        fill_disk()
+        key = Key.load(Settings.load())[0]
+        renew = partial(key.renewer.renew_due, None, "rule") if rule else partial(manager.refresh, force=True)
+        with pytest.raises(TokenStoreError, match="Nothing was issued"):
+            renew()
+        assert (asked(gateway), key.state(datetime.now(UTC)).cooldown_until) == (0, None)
+        assert manager.get_valid_token()
+
+    assert ended(in_child(work)) == 0
+    assert asked(gateway) == 1
 
 
 @pytest.mark.parametrize("outcome", [Outcome.LIMIT, Outcome.UNREACHABLE])

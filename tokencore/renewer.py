@@ -290,7 +290,8 @@ class Renewer(Sensitive):
                 raise TokenUnavailableError(
                     "The present token serves to the end of the session and is not replaced in it."
                 )
-            issued = self._issue(reason, by, standing)
+            kept = intent not in (Intent.REQUIRED, Intent.AHEAD)  # nobody needs a token that others cannot use
+            issued = self._issue(reason, by, standing, strict=kept)
             if issued is None:
                 if token := self._serving(serves):
                     return token, None
@@ -336,15 +337,16 @@ class Renewer(Sensitive):
     def _attempt(self, outcome: Outcome, reason: str, by: str = "", expires_at: datetime | None = None) -> Attempt:
         return Attempt(datetime.now(UTC), outcome, None, expires_at, reason, self.credentials, os.getpid(), by)
 
-    def _issue(self, reason: str, by: str, standing: Standing) -> tuple[Token, Outcome] | None:
+    def _issue(self, reason: str, by: str, standing: Standing, *, strict: bool) -> tuple[Token, Outcome] | None:
         """Make one request: record it before it is sent, add its outcome after it, and save its token.
 
-        Return None if another machine was quicker; nothing was sent then.
+        Return None if another machine was quicker; nothing was sent then. If `strict`, nothing is sent either where the
+        token could not be saved.
         """
         gateway = self.gateway
         attempt = self._attempt(Outcome.SENT, reason, by)
         try:
-            fence = self._store.begin(attempt)
+            fence = self._store.begin(attempt, strict=strict)
         except OSError as error:
             raise self._unwritable(error) from None
         if fence is None:
@@ -417,9 +419,10 @@ class Renewer(Sensitive):
         )
 
     def _unwritable(self, error: OSError) -> TokenStoreError:
+        draft = not isinstance(error.filename, str) or error.filename.endswith(".tmp")  # nobody knows that name
+        place, why = self._store.place if draft else error.filename, error.strerror or type(error).__name__
         return TokenStoreError(
-            f"The token store cannot be used: {self._store.place}: {error.strerror or type(error).__name__}. "
-            "Nothing was issued; fix its permissions or free space."
+            f"The token store cannot be used: {place}: {why}. Nothing was issued; fix its permissions or free space."
         )
 
 

@@ -72,8 +72,13 @@ class Store(Protocol):
     def attempts(self) -> list[Attempt]:
         """The issuance record, oldest attempt first."""
 
-    def begin(self, attempt: Attempt) -> Fence | None:
-        """Record an attempt durably before its request is sent; None if another one began first."""
+    def begin(self, attempt: Attempt, *, strict: bool = False) -> Fence | None:
+        """Record an attempt durably before its request is sent; None if another one began first.
+
+        Raises:
+            OSError: it could not be recorded; or, if `strict`, not where the token would be stored for others.
+
+        """
 
     def depart(self, fence: Fence) -> bool:
         """Update the attempt's time just before its request is sent; False if it must not be sent."""

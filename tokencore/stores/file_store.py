@@ -156,9 +156,9 @@ class FileStore(Sensitive):
         """Return the record or, if it is lost, the last issue as the `.dat` files have it."""
         return self.record.attempts() or self._marked()
 
-    def begin(self, attempt: Attempt) -> Attempt:
-        """Append to the record durably; if the disk takes no line, the lock file keeps the time."""
-        self.record.append(attempt)
+    def begin(self, attempt: Attempt, *, strict: bool = False) -> Attempt:
+        """Append to the record durably; if the disk takes no line, the lock file keeps the time, unless `strict`."""
+        self.record.append(attempt, strict=strict)
         return attempt
 
     def depart(self, fence: Attempt) -> bool:

@@ -45,9 +45,9 @@ class Record:
         known = self._known[1]
         return [*known, *(one for one in self._unrecorded() if not known or one.at > known[-1].at)]
 
-    def append(self, attempt: Attempt) -> None:
-        """Add an attempt durably."""
-        self.write([*self.attempts(), attempt])
+    def append(self, attempt: Attempt, *, strict: bool = False) -> None:
+        """Add an attempt durably; see `write`."""
+        self.write([*self.attempts(), attempt], strict=strict)
 
     def complete(self, begun: Attempt, attempt: Attempt) -> None:
         """Replace the line that was `begun` with `attempt`; append it if the disk did not take that line."""
@@ -59,11 +59,18 @@ class Record:
         """Date attempts that lie in the future as made `now`."""
         self.write(redated(self.attempts(), now))
 
-    def write(self, attempts: list[Attempt]) -> None:
-        """Replace the record; on a full disk the lock file's times, which can still be set, keep the last attempt."""
+    def write(self, attempts: list[Attempt], *, strict: bool = False) -> None:
+        """Replace the record; on a full disk the lock file's times, which can still be set, keep the last attempt.
+
+        Raises:
+            OSError: it could not be written, and `strict` forbids to make do with the lock file; or that failed too.
+
+        """
         try:
             files.write_bytes(self._path, render(attempts[-KEEP:]).encode(errors="replace"), writer="record")
         except OSError as error:
+            if strict:
+                raise
             last, issued = attempts[-1], issued_within(self._unrecorded(), attempts[-1].at)
             issues = len(issued) + (last.outcome is Outcome.ISSUED)
             os.utime(self._lock_path, (UNRECORDED + issues, last.at.timestamp()))

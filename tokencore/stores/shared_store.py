@@ -151,7 +151,7 @@ class SharedStore(Sensitive):
             state = self._seen()
         return list(state.attempts.values()) if state else self._local.attempts()
 
-    def begin(self, attempt: Attempt) -> Fence | None:
+    def begin(self, attempt: Attempt, *, strict: bool = False) -> Fence | None:  # noqa: ARG002 - the fleet has the token
         """Record the attempt in the store, then on this machine; None if another machine changed the row first.
 
         Raises:
