@@ -309,6 +309,28 @@ def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: Sla
     assert len(slack.messages) == 3
 
 
+def test_trouble_that_began_or_ended_without_the_store_is_known_when_it_is_back(
+    field: Field, slack: SlackEndpoint
+) -> None:
+    """An outage's own alert is followed by the message of its end, and what ended in the outage is not ended again."""
+    trouble, now = TokenStoreError("The fleet's store (KIS_STORE) cannot be used."), datetime.now(UTC)
+    os.environ |= field.machine("one").environment
+    here = Settings.load()
+    os.environ["KIS_STORE"] = field.fleet.url.replace(PASSWORD, "wrong")
+    away = Settings.load()
+    for settings in (here, here, away):
+        alerts.report(settings, "SEHK", trouble, now)
+    alerts.resolved(away, "SEHK", now)
+    alerts.report(away, "KRX", trouble, now)
+    assert len(slack.messages) == 3
+    alerts.report(here, "NASD", trouble, now)  # the next run, which knows of the trouble with KRX from then on
+    alerts.report(here, "KRX", trouble, now)
+    for who in ("SEHK", "KRX", "KRX"):
+        alerts.resolved(here, who, now)
+    assert [": solved: " in one for one in slack.headlines] == [False, True, False, False, True]
+    assert [one["subject"] for one in open_document(here, "incidents").read()["incidents"]] == ["NASD"]
+
+
 def test_trouble_belongs_to_its_key_whatever_machines_call_it(field: Field, slack: SlackEndpoint) -> None:
     """Machines that name one key differently alert once; where another key has the same name, it alerts by itself."""
     trouble, sent, now = CredentialsError("KIS does not know the app key (EGW00103)."), [], datetime.now(UTC)

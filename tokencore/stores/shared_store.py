@@ -46,6 +46,7 @@ TRIES = 20  # for a change, when other machines change the row first
 FOLLOW = 2.0  # seconds after which a process that keeps asking follows, and between two checks that it does
 SLACK = timedelta(seconds=2)  # by which two recorded times of the same attempt may differ
 REMEMBERED = 8  # removed tokens that a row lists, so that no machine restores them
+BEFORE = "before"  # in a document's copy that was changed without the store: the copy as it was before
 CONTENDED = "Other machines change the fleet's store too often. Nothing was issued; try again."
 PROMPT = 1.5  # seconds to connect for a document: an alert must not wait, and can use the machine's copy
 
@@ -442,7 +443,7 @@ class SharedDocument(Sensitive):
     """A small JSON object in a row of the store, copied to this machine's file when its lock is taken.
 
     The lock is a lease of a minute, in which nobody else can change the row. If the store cannot be reached, the
-    machine's copy is used instead.
+    machine's copy is used instead; what is changed there is taken over once the store can be reached again.
     """
 
     __slots__ = ("_about", "_content", "_local", "_row", "_session", "_settings", "_version", "place")
@@ -462,10 +463,11 @@ class SharedDocument(Sensitive):
             return self._content
         try:
             with self._fleet.connect(PROMPT) as session:
-                return self._opened(session.read([self._row], 0)[self._row].sealed)
+                theirs = self._opened(session.read([self._row], 0)[self._row].sealed)
+                return _joined(theirs, *self._copied())
         except TokenError as error:
             self._fleet.warn(error)
-            return self._local.read()
+            return self._copied()[0]
 
     def write(self, content: dict[str, Any]) -> None:
         """Replace the object, under the lock.
@@ -482,8 +484,11 @@ class SharedDocument(Sensitive):
             except TokenError:
                 raise TimeoutError(None, "the fleet's store does not answer") from None
             self._version += 1
+            self._local.write(content)
+        else:
+            copy, before = self._copied()
+            self._local.write({**content, BEFORE: copy if before is None else before})
         self._content = content
-        self._local.write(content)
 
     @contextmanager
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
@@ -506,21 +511,28 @@ class SharedDocument(Sensitive):
             self._session = session = self._fleet.connect(PROMPT)
             while not (found := session.lease(self._row)):
                 if not session.read([self._row], 0)[self._row].version:
-                    session.put(self._row, 0, self._sealed(self._local.read()))
+                    session.put(self._row, 0, self._sealed(self._copied()[0]))
                 elif give_up() or time.monotonic() >= end:
                     return False
                 else:
                     time.sleep(POLL)
             self._version = found[0]
-            self._content = self._opened(found[1])
+            theirs = self._opened(found[1])
+            self._content = _joined(theirs, *self._copied())
         except TokenError as error:
             self._end()
             self._fleet.warn(error)
-            self._content = self._local.read()
+            self._content = self._copied()[0]
         else:
             with suppress(OSError):  # the copy is for when the store cannot be reached
-                self._local.write(self._content)
+                (self._local if self._content == theirs else self).write(self._content)
         return True
+
+    def _copied(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return the machine's copy and, if it was changed without the store, what it was before."""
+        copy = self._local.read()
+        before = copy.pop(BEFORE, None)
+        return copy, before if isinstance(before, dict) else None
 
     def _sealed(self, content: dict[str, Any]) -> str:
         return self._fleet.seal.close({**self._about, "content": content})
@@ -552,6 +564,20 @@ def make_follower(settings: Settings, *own: Market) -> Follower:
 
 def _store_of(*markets: Market) -> SharedStore:
     return SharedStore(markets[0], lambda: [market.name for market in markets])
+
+
+def _joined(theirs: dict[str, Any], ours: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the store's object with the items that this machine added to its lists, or removed, since `before`."""
+    if before is None:
+        return theirs
+    joined = dict(theirs)
+    for name in ours:
+        there, mine, known = (
+            found if isinstance(found := one.get(name), list) else [] for one in (theirs, ours, before)
+        )
+        kept = [one for one in there if one in mine or one not in known]
+        joined[name] = kept + [one for one in mine if one not in known and one not in there]
+    return joined
 
 
 def _name_of(token: Token | None) -> str:
