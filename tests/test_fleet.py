@@ -539,9 +539,14 @@ def test_the_doctor_says_what_a_store_lacks(field: Field, command: Command) -> N
     states = {name: found[f"store {name}"]["state"] for name in ("encryption", "role", "clock", "keys", "follower")}
     assert (found["store"]["state"], states.pop("clock"), set(states.values())) == ("ok", "ok", {"warn"})
     assert ("fleet rotate" in found["store keys"]["cure"], (field.folder / "none").exists()) == (True, False)
-    os.environ["KIS_STORE"] = field.fleet.url.replace(PASSWORD, "wrong")
-    found = {one["name"]: one for one in json.loads(command("doctor", "--json").out)}
-    assert (found["store"]["state"], "password" in found["store"]["detail"]) == ("fail", True)
+    field.sql("drop role if exists reader", f"create role reader login password '{PASSWORD}'")
+    field.sql("grant select on tokencore_key, tokencore_attempt to reader")
+    standby = f"{field.fleet.url}&options=-cdefault_transaction_read_only%3Don"
+    reader, wrong = (field.fleet.url.replace(*one) for one in (("admin", "reader"), (PASSWORD, "wrong")))
+    for address, sign in ((reader, "may not use the tables"), (standby, "it is read-only"), (wrong, "password")):
+        os.environ["KIS_STORE"] = address
+        found = {one["name"]: one for one in json.loads(command("doctor", "--json").out)}
+        assert (found["store"]["state"], sign in found["store"]["detail"]) == ("fail", True)
 
 
 @pytest.mark.skipif(not FULL, reason="takes minutes: make torture")

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
     Found = tuple[str, object, str, str, str]  # what was checked, whether it is bad, the detail if not, if so, the fix
 
+WRITES = """
+with one as (update tokencore_key set version = version where false),
+  two as (update tokencore_attempt set fence = fence where false),
+  three as (insert into tokencore_key select * from tokencore_key where false)
+insert into tokencore_attempt select * from tokencore_attempt where false"""  # changes nothing, but needs the rights
 DESTROYS = "has_table_privilege('tokencore_key', 'DELETE') or has_table_privilege('tokencore_key', 'TRUNCATE')"
 
 
@@ -46,6 +51,7 @@ def _followed(fleet: Fleet) -> bool:
 
 
 def _connection(session: Database) -> Iterator[Found]:
+    session.execute(WRITES)
     yield "store", False, "reachable; its tables match this version", "", ""
     fix = "set sslmode=verify-full and sslrootcert in KIS_STORE, unless the server runs on this host"
     wrong = "the connection is not encrypted"
