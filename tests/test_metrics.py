@@ -87,6 +87,9 @@ def test_a_textfile_that_is_no_file_is_refused(command: Command, tmp_path: Path)
     for place in ("", str(folder), str(pipe), f"{folder}/missing/kis.prom"):
         assert f"--textfile={place} cannot be written" in one_line(command("metrics", "--textfile", place))
     assert (pipe.is_fifo(), folder.is_dir()) == (True, True)
+    os.chdir(folder)
+    folder.rmdir()
+    assert "cannot be written (No such file" in one_line(command("metrics", "--textfile", "kis.prom"))
 
 
 def test_every_scrape_reads_anew(url: str) -> None:

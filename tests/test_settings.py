@@ -360,6 +360,26 @@ def test_dotenv_of_root_counts_for_a_user_without_a_home() -> None:
         assert ended(in_child(as_nameless)) == 0
 
 
+@as_root
+def test_a_config_file_in_a_folder_that_root_made_is_not_passed_over_in_silence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After a first start with sudo, the user is told why the file does not count, and not only what is not set."""
+
+    def as_nameless() -> None:
+        os.setgid(NAMELESS)
+        os.setuid(NAMELESS)
+        assert "KIS_APP_KEY is not set" in refusal(us().identified)
+        assert ["its folder is closed to this user" in message for message in caplog.messages] == [True]
+
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        os.environ["HOME"] = home
+        config(**PAIR).parent.chmod(0o700)
+        assert us().identified() == KEY
+        assert ended(in_child(as_nameless)) == 0
+
+
 def test_program_that_changes_its_folder_keeps_its_dotenv() -> None:
     """A program that goes to another folder, as services do, keeps its `.env` as long as that can be trusted."""
     path = dotenv(KIS_BUFFER="7", KIS_BASE_URL=EVIL)

@@ -209,6 +209,8 @@ def _secrets(folder: str) -> dict[str, str]:
 def _config() -> dict[str, Any]:
     path = os.path.expanduser(CONFIG_FILE)
     if not os.path.isabs(path) or not os.path.exists(path):  # without a home there is none, and none in `./~`
+        if os.path.isdir(folder := os.path.dirname(path)) and not os.access(folder, os.X_OK):  # made by root, perhaps
+            warn(f"{CONFIG_FILE} does not count, because its folder is closed to this user; fix its owner and mode.")
         return {}
     import tomllib
 

@@ -145,16 +145,16 @@ def write_textfile(watch: Watch, path: str) -> None:
         ConfigurationError: the file cannot be written; a previous file is still there, unchanged.
 
     """
-    place = os.path.realpath(path)  # a link stays, /dev/stdout too
-    if os.path.exists(place) and not os.path.isfile(place):  # root would replace a device
-        raise ConfigurationError(f"--textfile={path} cannot be written (not a regular file); name a file elsewhere.")
     try:
-        write_to_textfile(place, watch)
-        os.chmod(place, PUBLIC_FILE)
+        place = os.path.realpath(path)  # a link stays, /dev/stdout too
+        why = "not a regular file" if os.path.exists(place) and not os.path.isfile(place) else ""
+        if not why:  # else root would replace a device
+            write_to_textfile(place, watch)
+            os.chmod(place, PUBLIC_FILE)
     except OSError as error:
-        raise ConfigurationError(
-            f"--textfile={path} cannot be written ({error.strerror}); name a file elsewhere."
-        ) from None
+        why = str(error.strerror)
+    if why:
+        raise ConfigurationError(f"--textfile={path} cannot be written ({why}); name a file elsewhere.")
 
 
 @contextlib.contextmanager
