@@ -306,6 +306,8 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "HTTP 404": (404, "<html>", "make a new webhook"),
     "HTTP 418": (418, "teapot", "alerts are sent again"),
     "URLError": (0, "http://127.0.0.1:1" + HOOK, "this machine's network"),
+    "SlackRequestError": (0, "ftp://hooks.slack.com/canary-of", "it is not an address"),
+    "InvalidURL": (0, "http://127.0.0.1:9/canary of", "it is not an address"),
     "ValueError": (0, "hooks.slack.com/canary-of", "it is not an address"),
 }
 

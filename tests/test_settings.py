@@ -486,7 +486,8 @@ def test_a_market_has_values_of_its_own(caplog: pytest.LogCaptureFixture) -> Non
     config('[markets.hk]\napp_key = " OwnCanary "\nexchanges = ["sehk", "SHAA"]\nexports = ["mojito2:~/bot"]\n')
     os.environ |= {**PAIR, "KIS_MARKETS__US__EXCHANGES": ' nas, "nys" ', "KIS_MARKETS__HK__BASE_URL": "http://[::1]:80"}
     os.environ |= {"KIS_MARKETS__US__BASE_URL": "HTTPS://own/kis/", "KIS_MARKETS__KR__APP_SECRET": f"{SECRET}\r\n"}
-    os.environ |= {"kis_markets__AB__exports": "kis-auth, python-kis:/tmp", "SLACK_WEBHOOK_URL": SECRET}
+    os.environ |= {"kis_markets__AB__exports": "kis-auth, python-kis:/tmp", "SLACK_WEBHOOK_URL": f" {SECRET}\r\n"}
+    os.environ |= {"SLACK_CHANNEL": " C1 ", "SLACK_LANGUAGE": "ko\n", "SLACK_BOT_TOKEN": f"{SECRET} "}
     os.environ |= {"KIS_STORE": f" postgresql://u:{SECRET}@h\n", "KIS_STORE_KEYS": f"{SECRET},{KEY}"}
     loaded, _ = Settings.load(), Settings.load()
     assert [one.name for one in loaded.able_markets()] == ["us", "kr", "ab", "hk"]
@@ -496,6 +497,8 @@ def test_a_market_has_values_of_its_own(caplog: pytest.LogCaptureFixture) -> Non
     assert (hk.exchanges, loaded.market("us").exchanges, us().exchanges) == (("SEHK", "SHAA"), *[("NASD", "NYSE")] * 2)
     assert loaded.store
     assert loaded.store.get_secret_value().endswith("@h")
+    assert loaded.slack_webhook_url == loaded.slack_bot_token == loaded.markets["kr"].app_secret
+    assert (loaded.slack_channel, loaded.slack_language) == ("C1", "ko")
     assert (hk.exports, loaded.market("ab").exports) == (("mojito2:~/bot",), ("kis-auth", "python-kis:/tmp"))
     assert [read_market(name).base_url for name in ("us", "hk", "kr")] == ["HTTPS://own/kis", "http://[::1]:80", REAL]
     assert read_market("aB").fingerprint == loaded.market("kr").fingerprint != hk.fingerprint

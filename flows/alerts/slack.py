@@ -39,7 +39,10 @@ FIXES = {  # what Slack says, and what to do
     "invalid_token": "correct SLACK_WEBHOOK_URL: it is incomplete",
     "HTTP 403": "correct SLACK_WEBHOOK_URL, or ask who administers Slack why it is forbidden",
     "HTTP 404": "correct SLACK_WEBHOOK_URL, or make a new webhook: this one is unknown or was removed",
-    "ValueError": "correct SLACK_WEBHOOK_URL: it is not an address; copy it again from Slack",
+    **dict.fromkeys(
+        ("ValueError", "SlackRequestError", "InvalidURL"),
+        "correct SLACK_WEBHOOK_URL: it is not an address; copy it again from Slack",
+    ),
     "URLError": "check this machine's network and its proxy",
     "TimeoutError": "check this machine's network",
 }

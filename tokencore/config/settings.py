@@ -95,6 +95,7 @@ Url = Annotated[str, AfterValidator(values.address)]
 Seconds = Annotated[float, _number(*SECONDS)]
 Exchange = Annotated[str, AfterValidator(_exchange)]
 Listed = BeforeValidator(_items)
+Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
 Day = Annotated[date, WrapValidator(lambda value, parse: _parsed(value, parse, "2026-12-24"))]
 Hours = Annotated[tuple[time, time], WrapValidator(_hours)]
 
@@ -142,11 +143,11 @@ class Settings(Sensitive, BaseSettings):
     keyring: str | None = None
     store: Annotated[SecretStr, AfterValidator(_store)] | None = None  # an address with a password
     store_keys: Annotated[list[SecretStr], Listed] = []
-    slack_webhook_url: SecretStr | None = None
-    slack_bot_token: SecretStr | None = None
-    slack_channel: str | None = None
+    slack_webhook_url: Annotated[SecretStr | None, Stripped] = None
+    slack_bot_token: Annotated[SecretStr | None, Stripped] = None
+    slack_channel: Annotated[str | None, Stripped] = None
     slack_mention: Annotated[str, AfterValidator(_mention)] = ""
-    slack_language: Literal["en", "ko"] = "en"
+    slack_language: Annotated[Literal["en", "ko"], Stripped] = "en"
     prefect_ui_url: str | None = None
     _markets: dict[str, Market] = {}
     if not TYPE_CHECKING:
