@@ -267,6 +267,12 @@ def test_tick_says_why_it_cannot_renew_and_gives_every_key_its_turn(
     assert (ran.code, "kr: nothing due; next " in ran.out, asked(gateway)) == (then, True, 2)
 
 
+def test_tick_says_of_a_partner_firms_token_that_no_renewal_is_needed(command: Command) -> None:
+    """A token of three months serves all sessions whose days are known: that is not the same as no need of a token."""
+    TokenManager("us").save_token(make_token(90 * 86_400))
+    assert command("tick") == Ran(0, "us+kr: nothing due; no renewal is needed in the weeks ahead\n", "")
+
+
 def test_nothing_promises_a_renewal_with_refused_credentials(quick: Sandbox, command: Command) -> None:
     """After refused credentials, plan and tick say that a person has to act instead of giving the next renewal."""
     cached(23 * 3600)

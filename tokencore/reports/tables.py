@@ -98,7 +98,7 @@ def describe_tick(decision: Decision) -> str:
     planned = decision.state.outlook.next
     done = "renewed" if decision.renewed else "due, but not renewed" if decision.trouble else "nothing due"
     at = planned and (decision.state.next_attempt or planned.at)  # after a failure it is paused
-    coming = f"next {moment(at, KST)} KST ({planned.reason})" if planned else "no need ahead"
+    coming = f"next {moment(at, KST)} KST ({planned.reason})" if planned else "no renewal is needed in the weeks ahead"
     return f"{decision.state.key.label}: {done}; {REFUSED if planned and decision.state.refusal else coming}"
 
 
