@@ -197,6 +197,26 @@ def test_exchanges_that_are_closed_for_weeks_want_no_renewal(key: Key) -> None:
         assert (state.outlook.needs, state.outlook.next, state.covered) == ([], None, covered)
 
 
+@pytest.mark.usefixtures("nowhere")
+def test_without_exchanges_a_renewal_comes_half_an_hour_before_each_expiry() -> None:
+    """Where no exchange is configured, the plan has one renewal and says so; without a token it is due at once."""
+    (key,) = Key.load(Settings.load())
+    for age, ahead in ((None, timedelta(0)), (HOUR, timedelta(hours=22, minutes=30))):
+        if age:
+            save(key, age=age)
+        plan = key.state(DUE).plan()
+        assert [one.at for one in plan.renewals] == [DUE + ahead]
+        assert (key.state(DUE).covered, plan.why.partition(":")[0]) == (bool(age), "No exchange is configured")
+
+
+def test_a_plan_without_a_quiet_time_says_so() -> None:
+    """If some exchange is open at any time of day, the plan and its picture say when the key renews instead."""
+    os.environ |= {"KIS_MARKETS__KR__EXCHANGES": "NXT", "KIS_EXCHANGES__NASD__EXTENDED": "true"}
+    plan = Key.load(Settings.load())[0].state(SUMMER).plan()
+    assert plan.why.startswith("No time of the day is quiet on all days: ")
+    assert (plan_as_json(plan)["quiet_kst"], "renewed before it expires" in draw_plans([plan])) == (None, True)
+
+
 def test_a_state_knows_a_token_that_another_program_issued(key: Key) -> None:
     """Such a token is one that KIS returned although no request of ours is from its time, and that was not imported."""
     save(key, age=2 * HOUR)
