@@ -449,6 +449,7 @@ BAD = {  # the store's address, a setting with its value, or a change of the sto
     "database with a telling name": (ADMIN + "password-certificate", 7, "no such database"),
     "no tables": (ADMIN + "template1", 7, "fleet init"),
     "no rights": ("postgresql://poor:CanaryPassword@{host}/postgres", 7, "may not use the tables"),
+    "no login": ("postgresql://barred:CanaryPassword@{host}/postgres", 7, "may not connect"),
     "certificate": (ADMIN + "postgres?sslmode=verify-ca&sslrootcert={roots}", 7, "its certificate cannot be verified"),
     "a standby": (ADMIN + "postgres?options=-cdefault_transaction_read_only%3Don", 7, "it is read-only"),
     "another version": ("update tokencore_key set sealed = '2' where key = 'layout'", 7, "another version"),
@@ -462,7 +463,8 @@ def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
     field: Field, command: Command, change: str, code: int, sign: str
 ) -> None:
     """Each mistake gets its documented exit code and a cure, without a secret; nothing is issued or overwritten."""
-    field.sql("drop role if exists poor", "create role poor login password 'CanaryPassword'")
+    for role, right in (("poor", "login"), ("barred", "nologin")):
+        field.sql(f"drop role if exists {role}", f"create role {role} {right} password 'CanaryPassword'")
     field.machine("first").save(make_token(life=400, age=200))  # too close to its expiry to serve
     os.environ |= field.machine("second").environment
     other, host = Seal([field.fleet.key]).close({"key_fingerprint": "other"}), f"127.0.0.1:{field.fleet.server.port}"

@@ -89,6 +89,11 @@ FAULTS = {  # by a pattern in `_signs`: what failed, what to do, and whether ano
     "undefinedtable": ("it has no tables of tokencore", "run `tokencore fleet init` as the tables' owner", False),
     "undefinedcolumn": ("its tables are of another version", "run the same tokencore on all machines", False),
     "insufficientprivilege": ("its role may not use the tables", "run the SQL of `tokencore fleet init`", False),
+    "permission denied|not permitted": (
+        "its role may not connect",
+        "grant it LOGIN, and CONNECT to the database",
+        False,
+    ),
     "does not exist": ("there is no such database or role", "correct KIS_STORE", False),
     "too ?many|connection slots": ("it has no connection left", "raise max_connections, or use PgBouncer", True),
     "read-?only": ("it is read-only", "name the primary in KIS_STORE, or make it writable", True),

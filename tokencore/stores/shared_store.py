@@ -308,6 +308,8 @@ class SharedStore(Sensitive):
         if token and token.rejected_at is None and token.expires_at.timestamp() > time.time():
             return token
         state = self._state if self._holds() else self._seen() if self._asked else None
+        if self._trouble:  # it is reported by whoever needs more than is here
+            return token
         try:
             return tokens.longest([token, self._opened(state)[0] if state else None])
         except TokenError as error:
