@@ -80,5 +80,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """List the module's names, including the public ones that are not loaded yet."""
-    return sorted({*globals(), *__all__, "KISHttpxAuth"})
+    """List the module's names, including the public ones that are not loaded yet, if they can be: `help` loads all."""
+    from importlib.util import find_spec
+
+    return sorted({*globals(), *__all__, *(["KISHttpxAuth"] if find_spec("httpx") else [])})
