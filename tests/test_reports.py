@@ -197,6 +197,19 @@ def test_exchanges_that_are_closed_for_weeks_want_no_renewal(key: Key) -> None:
         assert (state.outlook.needs, state.outlook.next, state.covered) == ([], None, covered)
 
 
+def test_a_dead_token_is_replaced_at_once_only_with_a_session_within_a_day(key: Key) -> None:
+    """Then KIS is asked as soon as it issues another; over a weekend the renewal rule decides, as without a token."""
+    found = []
+    for days, age in ((0, 8), (0, 1), (4, 8)):  # from DUE, and of the token in hours
+        now = DUE + timedelta(days=days)
+        save(key, age=age * HOUR, now=now, rejected=True)
+        planned = key.state(now).outlook.next
+        assert planned is not None
+        found.append((round((planned.at - now) / timedelta(hours=1)), planned.reason.partition(" at ")[0]))
+    rejected = "KIS has rejected the present token"
+    assert found == [(0, rejected), (5, rejected), (23, "renews daily")]
+
+
 @pytest.mark.usefixtures("nowhere")
 def test_without_exchanges_a_renewal_comes_half_an_hour_before_each_expiry() -> None:
     """Where no exchange is configured, the plan has one renewal and says so; without a token it is due at once."""
