@@ -74,6 +74,7 @@ ENDS: dict[str, tuple[float, float | None, int, tuple[type[TokenError], str] | N
     "before the buffer": (7, 7 - 310 / HOUR, 0, None),
     "inside the buffer": (7, 7 - 299 / HOUR, 1, None),
     "longer than any token": (17, 25, 0, (TokenUnavailableError, "The present token serves until")),
+    "for ever": (17, 24 * 365 * 7970, 0, (TokenUnavailableError, "The present token serves until")),
     "in KIS's six hours": (23, 23, 0, (IssuanceLimitError, "six hours after its issue")),
     "without a zone": (23, None, 0, (ConfigurationError, "time zone")),
     "no token to judge by": (0, 25, 1, (TokenUnavailableError, "earlier than was asked")),

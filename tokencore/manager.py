@@ -482,8 +482,8 @@ def _refuse_hopeless(token: Token | None, now: datetime, until: datetime, buffer
     reach = now + (serves - token.issued_at)
     if until >= reach:
         raise TokenUnavailableError(
-            f"Even a new token would serve only until {format_time(reach)}, not until {format_time(until)}. Nothing "
-            f"was issued. The present token serves until {format_time(serves)}; ask again nearer to that time."
+            f"Even a new token would serve only until {format_time(reach)}, which is earlier than was asked for. "
+            f"Nothing was issued. The present token serves until {format_time(serves)}; ask again later."
         )
 
 
