@@ -76,6 +76,30 @@ def visited(exchange: str, due: datetime, at: datetime | None = None) -> State:
     return alerts.guarded(exchange, lambda settings, _: warm_up.visit(settings, exchange, due, at or due))
 
 
+BROKEN = {
+    "a value": ({"KIS_ISSUE_INTERVAL": "often"}, "", "KIS_ISSUE_INTERVAL cannot be used"),
+    "a name": ({}, "issue_intervall = 60\n", "Unknown setting KIS_ISSUE_INTERVALL"),
+    "the file": ({}, "no TOML", "~/.tokencore/config.toml"),
+}
+
+
+@pytest.mark.parametrize("named", BROKEN)
+def test_settings_that_cannot_be_used_are_reported_and_so_is_their_correction(named: str, slack: SlackEndpoint) -> None:
+    """A mistake in them stops all runs; Slack hears of it by the settings that can be read, and of its end."""
+    file, (variables, text, said) = Path.home() / ".tokencore" / "config.toml", BROKEN[named]
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    file.write_text(text)
+    os.environ |= variables
+    state = visited("KRX", MONDAY)
+    assert (end_of(state), said in str(state.message)) == (("FAILED", "Failed"), True)
+    assert slack.headlines == ["KRX: A setting is missing or wrong"]
+    file.unlink()
+    for name in variables:
+        del os.environ[name]
+    visited("KRX", MONDAY)
+    assert slack.headlines[1:2] == ["KRX: solved: A setting is missing or wrong"]
+
+
 def quotes(gateway: Sandbox) -> int:
     """Return how many quote calls KIS has got."""
     stats = gateway.stats()

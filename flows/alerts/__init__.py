@@ -123,9 +123,9 @@ def guarded(who: str, work: Callable[[Settings, datetime], State]) -> State:
             settings = Settings.load()
             return work(settings, now)
     except SAFE as error:
-        if settings:
+        if settings := settings or Settings.for_alerts():
             report(settings, who, error, now)
-        else:  # without settings, nobody knows where Slack is
+        else:  # nobody knows where Slack is
             logger().error("%s: %s", who, error)
         return Failed(message=str(error))
 

@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from tokencore.calendars.sessions import Override, exchange
 from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
-from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, place_of, warn
+from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, gather_for_alerts, place_of, warn
 from tokencore.errors import ConfigurationError
 from tokencore.redaction import short
 from tokencore.sealing import Sensitive, sealed, sealed_class
@@ -180,6 +180,14 @@ class Settings(Sensitive, BaseSettings):
         _warn(loaded)
         return loaded
 
+    @classmethod
+    def for_alerts(cls) -> Settings | None:
+        """Return the settings without those that alerts do not need; None if not even these can be used."""
+        try:
+            return _ForAlerts()
+        except (ConfigurationError, ValidationError):
+            return None
+
     def model_post_init(self, _: Any, /) -> None:  # noqa: ANN401 - as inherited
         """Create the markets."""
         self._markets = {name: Market(name, self.found, lambda: self) for name in values.market_names(self.found)}
@@ -305,6 +313,17 @@ def _nested(found: Found) -> dict[str, Any]:
             branch = branch.setdefault(step, {})
         branch[field] = found.values[name]
     return tree
+
+
+class _ForAlerts(Settings):
+    """What is left of the settings to report that they cannot be used."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return one source: what alerts need."""
+        return (InitSettingsSource(settings_cls, _nested(gather_for_alerts())),)
 
 
 def _warn(settings: Settings) -> None:

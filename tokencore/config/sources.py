@@ -30,6 +30,7 @@ FILE_LIMIT = 65_536  # bytes; larger files of settings are refused
 PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
 _DIR_FIX = f"point {SECRETS_DIR} at a folder with a file per variable"
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
+_FOR_ALERTS = ("SLACK_", "KIS_TOKEN_DIR")
 _warned: set[str] = set()  # messages that were logged; once per process is enough
 _left: list[str] = []  # the path of the last `.env` found: a program that changes its folder keeps it
 
@@ -107,6 +108,20 @@ def gather() -> Found:
         found.add(folder, _secrets(folder))
     found.add(CONFIG_FILE, config)
     _check_addresses(found)
+    return found
+
+
+@sealed
+def gather_for_alerts() -> Found:
+    """Return what alerts need, from every source that can be read: to report that the settings cannot be used."""
+    found = Found()
+    for origin, read in ((ENVIRONMENT, lambda: os.environ), (DOTENV_FILE, _dotenv), (CONFIG_FILE, _config)):
+        try:
+            given: Mapping[str, Any] = read()
+        except ConfigurationError:  # this may be what is to be reported
+            continue
+        names = _FOR_ALERTS if origin == DOTENV_FILE else (*_FOR_ALERTS, "KIS_STORE")  # an address
+        found.add(origin, {name: value for name, value in given.items() if name.upper().startswith(names)})
     return found
 
 
