@@ -182,17 +182,22 @@ def test_concurrent_ticks_make_one_request_and_none_of_them_reports_trouble(slow
     assert asked(slow) == 1
 
 
-@pytest.mark.parametrize("rule", [True, False])
-def test_a_token_for_others_is_not_asked_for_while_it_cannot_be_saved(gateway: Sandbox, *, rule: bool) -> None:
-    """On a full disk neither the rule nor a refresh asks KIS; a program that needs a token now still gets one."""
+@pytest.mark.parametrize("what", ["rule", "refresh", "warm-up"])
+def test_a_token_for_others_is_not_asked_for_while_it_cannot_be_saved(gateway: Sandbox, what: str) -> None:
+    """On a full disk neither flows nor a refresh ask KIS; a program that needs a token now still gets one."""
     manager = TokenManager("us")
 
     def work() -> None:
         fill_disk()
         key = Key.load(Settings.load())[0]
-        renew = partial(key.renewer.renew_due, None, "rule") if rule else partial(manager.refresh, force=True)
+        soon = datetime.now(UTC) + timedelta(hours=1)
+        ways: dict[str, Callable[[], object]] = {
+            "rule": partial(key.renewer.renew_due, None, "rule"),
+            "refresh": partial(manager.refresh, force=True),
+            "warm-up": partial(key.obtain, soon, soon),
+        }
         with pytest.raises(TokenStoreError, match="Nothing was issued"):
-            renew()
+            ways[what]()
         assert (asked(gateway), key.state(datetime.now(UTC)).cooldown_until) == (0, None)
         assert manager.get_valid_token()
 

@@ -83,10 +83,11 @@ class Renewer(Sensitive):
 
         return Gateway(self._market.base_url, self._secrets, timeout=self._market.settings.timeout)
 
-    def obtain(self, serves: Serves, reason: str) -> tuple[Token, bool]:
+    def obtain(self, serves: Serves, reason: str, *, saved: bool = False) -> tuple[Token, bool]:
         """Return a token that `serves`, renewed if necessary, and whether it is new and was issued here.
 
-        During a cool-down, wait for another caller's token or for a turn to ask.
+        During a cool-down, wait for another caller's token or for a turn to ask. If it has to be `saved`, KIS is not
+        asked where that is impossible.
 
         Raises:
             TokenError: a limit forbids it even after the wait, the request failed, or KIS's token would not serve; the
@@ -97,7 +98,7 @@ class Renewer(Sensitive):
         rounds = refused = 0
         while True:
             try:
-                token, outcome = self._renew(Intent.REQUIRED, serves, reason, waited_out=waited_out)
+                token, outcome = self._renew(Intent.REQUIRED, serves, reason, saved=saved, waited_out=waited_out)
             except IssuanceLimitError as limit:
                 last, rounds = latest(self._store.attempts()), rounds + 1
                 refused += _is_own_refusal(last)
@@ -119,7 +120,7 @@ class Renewer(Sensitive):
 
         """
         try:
-            return self._renew(Intent.AHEAD, lambda one: newer(one, present), reason, wait=0, unwanted=unwanted)[0]
+            return self._renew(Intent.AHEAD, lambda one: newer(one, present), reason, saved=False, unwanted=unwanted)[0]
         except (TokenUnavailableError, IssuanceLimitError) as error:
             minute = isinstance(error, IssuanceLimitError) and error.cause == "minute"
             if minute and _is_own_refusal(latest(self._store.attempts())):
@@ -267,12 +268,15 @@ class Renewer(Sensitive):
         reason: str,
         by: str = "",
         *,
+        saved: bool = True,
         waited_out: datetime | None = None,
-        wait: float | None = None,
         unwanted: Callable[[], bool] = lambda: False,
     ) -> tuple[Token, Outcome | None]:
-        """Return a token that `serves` and the request's outcome, which is None if no request was needed."""
-        wait = self.lock_wait if wait is None else wait
+        """Return a token that `serves` and the request's outcome, which is None if no request was needed.
+
+        With `saved`, only a token that others can use too is worth a request.
+        """
+        wait = 0.0 if intent is Intent.AHEAD else self.lock_wait
         began = datetime.now(UTC)
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves) or (self._adopted(serves) if held else None):
@@ -290,8 +294,7 @@ class Renewer(Sensitive):
                 raise TokenUnavailableError(
                     "The present token serves to the end of the session and is not replaced in it."
                 )
-            kept = intent not in (Intent.REQUIRED, Intent.AHEAD)  # nobody needs a token that others cannot use
-            issued = self._issue(reason, by, standing, strict=kept)
+            issued = self._issue(reason, by, standing, strict=saved)
             if issued is None:
                 if token := self._serving(serves):
                     return token, None
