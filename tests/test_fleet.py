@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -170,7 +171,7 @@ def test_a_removal_that_others_keep_overtaking_is_an_error(field: Field) -> None
         store.clear()
 
 
-def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(field: Field) -> None:
+def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(field: Field, command: Command) -> None:
     """A joining machine brings its token and record, and a server restored to an older state gets back what it lost."""
     first, second = field.machines(2)
     alone = FileStore(first.market, lambda: ["us"])
@@ -180,6 +181,11 @@ def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(field: F
     assert first.look() == second.look() != ""
     assert [(one.folder / "us_token_issued_at.dat").read_text() for one in (first, second)] == [f"{issued}\n"] * 2
     assert [one.outcome for one in second.store.attempts()] == ["issued"]
+    hosts = []
+    for machine in (first, second):
+        os.environ |= machine.environment
+        hosts += [one["host"] for one in json.loads(command("history", "--json").out)]
+    assert (len(hosts), len(set(hosts)), hosts[0].partition(":")[0]) == (2, 1, socket.gethostname()[:50])
     before = field.sql("select version, fence, sealed from tokencore_key where key <> 'layout'").split("|")
     later = first.save(make_token())
     with first.store.lock(wait=5):

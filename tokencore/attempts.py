@@ -6,10 +6,12 @@ They never hold a token or a key.
 from __future__ import annotations
 
 import json
+import socket
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from tokencore.sealing import digest
 from tokencore.tokens import sane
 
 if TYPE_CHECKING:
@@ -88,6 +90,11 @@ class Attempt(NamedTuple):
     def counts(self) -> bool:
         """Whether KIS may have seen the request, so that the cool-down starts from it."""
         return self.outcome not in UNSENT
+
+
+def host_name(folder: str) -> str:
+    """Return this machine's name in its fleet's record, where the numbers of processes alone would collide."""
+    return f"{socket.gethostname()[:50]}:{digest(folder, length=6)}"
 
 
 def issued_within(attempts: Sequence[Attempt], now: datetime) -> list[Attempt]:

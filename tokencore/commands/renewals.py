@@ -6,7 +6,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from tokencore.attempts import Outcome
+from tokencore.attempts import Outcome, host_name
 from tokencore.commands import FOR_PROGRAMS, confirm, key_of, print_json
 from tokencore.config.settings import Settings
 from tokencore.errors import ConfigurationError, TokenError
@@ -111,7 +111,9 @@ def _write(target: str, text: str) -> None:
 def _history(options: argparse.Namespace) -> int:
     settings = Settings.load()
     keys = [key_of(settings, options.market)] if options.market else Key.load(settings)
-    found = [([market.name for market in key.markets], one) for key in keys for one in key.store.attempts()]
+    named = [([market.name for market in key.markets], key.store.attempts()) for key in keys]
+    here = host_name(settings.token_dir) if settings.store else ""
+    found = [(names, one._replace(host=one.host or here)) for names, listed in named for one in listed]
     if options.json:
         listed = [{"markets": names} | one._asdict() for names, one in found]
         hidden = {"pid", "credentials"}  # of no use to readers; nor is the host outside a fleet

@@ -85,7 +85,7 @@ def print_history(found: Sequence[tuple[list[str], Attempt]]) -> None:
                 paint(one.outcome, colour),
                 one.code or "-",
                 *[moment(one.expires_at, KST)] * broad,
-                # Records of earlier versions may hold control characters. In a fleet, other machines are named.
+                # Records of earlier versions may hold control characters. In a fleet, machines are named.
                 *(clean(text) for text in (one.by or one.host.partition(":")[0] or "-", one.reason)),
             ]
         )

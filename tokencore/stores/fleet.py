@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from contextlib import suppress
 
+from tokencore.attempts import host_name
 from tokencore.config import sources
 from tokencore.errors import TokenError, TokenStoreError
 from tokencore.sealing import Sensitive, digest
@@ -49,7 +49,7 @@ class Fleet(Sensitive):
         """
         self._settings, self.folder = settings, settings.token_dir
         self.seal = Seal(key.get_secret_value() for key in settings.store_keys)
-        self._host = f"{socket.gethostname()[:50]}:{digest(self.folder, length=6)}"  # process numbers alone collide
+        self._host = host_name(self.folder)
         self._rows: dict[str, State] = {}
         self._read_at, self._away_until = -FRESH, 0.0
 
