@@ -107,6 +107,9 @@ def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
     assert "https" in str(raised(lambda: OwnManager(url="http://192.0.2.1:9443")))
     with pytest.raises(NotImplementedError, match=r"has to give get_api_url.*get_token_file_prefix"):
         BaseTokenManager()
+    renamed = type("Renamed", (USTokenManager,), {"get_token_file_prefix": lambda _: "renamed_"})()
+    assert renamed.get_valid_token() == USTokenManager().get_valid_token()
+    assert renamed.get_token_status()["market"] == "renamed"
 
 
 @pytest.mark.parametrize("forgotten", ["get_api_url", "get_app_credentials"])
