@@ -249,7 +249,8 @@ def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newe
     content = view.read_bytes()
     old = cached(16 * HOUR)
     view.write_bytes(content)
-    assert USTokenManager().report_rejected(old.access_token) == new.access_token == on_disk().access_token
+    reported = f"Bearer {old.access_token}\n"  # as it stands in a header
+    assert USTokenManager().report_rejected(reported) == new.access_token == on_disk().access_token
     young = cached(23 * HOUR)
     USTokenManager().delete_token()
     assert limited(lambda: USTokenManager().report_rejected(young.access_token))[0] == "same_token"

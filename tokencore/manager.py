@@ -188,8 +188,8 @@ class BaseTokenManager(Sensitive):
     def report_rejected(self, token: str) -> str:
         """Report that KIS rejected `token` on a business call (EGW00121, EGW00123); return the token to use instead.
 
-        If another process has renewed already, that is its token. Otherwise `token` is marked dead for all processes
-        and renewed.
+        If another process has renewed already, that is its token. Otherwise `token`, with or without `Bearer` before
+        it, is marked dead for all processes and renewed.
 
         Raises:
             IssuanceLimitError: it is less than six hours old, so KIS would return the dead token until `retry_at`.
@@ -197,6 +197,7 @@ class BaseTokenManager(Sensitive):
 
         """
         self._forget()
+        token = str(token).strip().removeprefix("Bearer ")
         known = (self._store.newest(), self.load_token())
         if any(one is not None and one.access_token == token for one in known):
             self._renewer.reject(token, datetime.now(UTC))
