@@ -412,6 +412,15 @@ def answer_lost(fleet: Fleet, folder: Path, statement: str, requests: int) -> No
         clean(kis, 1)
 
 
+def test_a_machine_without_files_knows_what_its_fleet_has(field: Field, command: Command) -> None:
+    """`get --no-renew` prints the fleet's token, and `refresh` declines to renew one that is only seconds old."""
+    token = field.machine("first").save(make_token())
+    os.environ |= field.machine("second").environment
+    assert command("get", "us", "--no-renew").out == f"{token}\n"
+    ran = command("refresh", "us")
+    assert (ran.code, "KIS returns the same token" in ran.err, asked(field.kis)) == (4, True, 0)
+
+
 SERVED = (
     "import sys; from tokencore import TokenManager; print(TokenManager('us').get_valid_token());"
     "print([name for name in ('psycopg', 'cryptography') if name in sys.modules])"

@@ -70,14 +70,20 @@ def _served(manager: TokenManager, *, renew: bool) -> Token:
     """Return the whole token, so that its text and its expiry belong to the same renewal."""
     if renew:
         manager.get_valid_token()
+    if token := _present(manager):
+        return token
+    status = manager.get_token_status()["status"]  # this asks a fleet's store too
+    if token := _present(manager):
+        return token
+    why = "another process has just removed it" if renew else "--no-renew forbids asking for one"
+    raise TokenUnavailableError(
+        f"There is no valid token for {manager.market.name!r} in the cache ({status}), and {why}."
+    )
+
+
+def _present(manager: TokenManager) -> Token | None:
     token = manager.load_token()
-    if token is None or not token.serves(datetime.now(UTC), manager.market.buffer):
-        why = "another process has just removed it" if renew else "--no-renew forbids asking for one"
-        raise TokenUnavailableError(
-            f"There is no valid token for {manager.market.name!r} in the cache "
-            f"({manager.get_token_status()['status']}), and {why}.",
-        )
-    return token
+    return token if token and token.serves(datetime.now(UTC), manager.market.buffer) else None
 
 
 def _variables(token: Token) -> dict[str, str]:
