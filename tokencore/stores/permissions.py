@@ -70,8 +70,8 @@ def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
         names = os.listdir(folder)
     except OSError as error:
         raise unusable(folder, error) from None
-    for name in names:
-        if _has(name, parts) and not name.endswith((".tmp", ".aside")):
+    for name in _with(names, parts):
+        if not name.endswith((".tmp", ".aside")):
             path = os.path.join(folder, name)
             found = _stat(path, follow=False)
             if found and stat.S_ISREG(found.st_mode):
@@ -91,7 +91,7 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
     try:
         _make_folders(folder)
         found, names = os.stat(folder), os.listdir(folder)
-        only_ours = all(_has(name, ours) for name in names)
+        only_ours = _with(names, ours) == names
         others_see = found.st_mode & 0o077 and not (names and found.st_mode & OTHERS_WRITE)
         if sys.platform != "win32" and only_ours and others_see and found.st_uid == os.geteuid():
             os.chmod(folder, PRIVATE_FOLDER)
@@ -144,8 +144,9 @@ def _is_unused(folder: str) -> bool:
         return False
 
 
-def _has(name: str, parts: tuple[str, ...]) -> bool:
-    return any([part in name for part in parts])  # noqa: C419 - a list costs a tenth of a generator's calls
+def _with(names: list[str], parts: tuple[str, ...]) -> list[str]:
+    """Return the names that contain one of the parts."""
+    return [name for name in names if any(map(name.__contains__, parts))]
 
 
 def _stat(path: str, *, follow: bool = True) -> os.stat_result | None:
