@@ -145,16 +145,16 @@ def test_a_run_that_has_nothing_to_do_says_why(gateway: Sandbox, opens: Opens) -
 
 
 def test_a_wrong_setting_fails(slack: SlackEndpoint, opens: Opens) -> None:
-    """For an untraded exchange, Slack says to pause the deployment; malformed settings fail without a way to Slack."""
+    """With an untraded exchange, or with malformed settings, the run fails and Slack says what to do."""
     exchange = opens(SOON)
     os.environ |= {"KIS_MARKETS__US__EXCHANGES": "SEHK", "KIS_MARKETS__KR__EXCHANGES": "SEHK"}
     untraded = visited(exchange, now())
     os.environ["KIS_TIMEOUT"] = "soon"
-    malformed = visited("KRX", now())
+    malformed = visited("SEHK", now())
     assert str(untraded.message).startswith(f"No market of your settings trades {exchange}; add it")
     assert str(malformed.message).startswith("KIS_TIMEOUT cannot be used")
     assert (end_of(untraded), end_of(malformed)) == (("FAILED", "Failed"), ("FAILED", "Failed"))
-    assert ["Pause the deployment" in one["blocks"][2]["text"]["text"] for one in slack.messages] == [True]
+    assert ["Pause the deployment" in one["blocks"][2]["text"]["text"] for one in slack.messages] == [True, True]
 
 
 def test_a_token_that_kis_has_killed_is_renewed_or_an_alert(gateway: Sandbox, slack: SlackEndpoint) -> None:
