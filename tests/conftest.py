@@ -37,6 +37,7 @@ ISSUE_INTERVAL = 0.5  # seconds that stand for KIS's minute, on the gateway and 
 LATENCY = 0.3  # seconds that a slow gateway takes to issue
 MAKE_TABLES = "import asyncio, prefect.server.database as db; asyncio.run(db.provide_database_interface().create_db())"
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of a thousand processes compiles every module anew
 os.umask(0o022)  # whatever this machine's umask is: a `.env` that its group may write would be ignored
 set_hypothesis_home_dir(ROOT / ".hypothesis")  # one place for its tables, as each test has its own working directory
 # A busy machine must not fail a test, and everybody gets the same examples; `make torture` looks for new ones.
