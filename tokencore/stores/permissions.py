@@ -47,10 +47,9 @@ def refuse_strangers(path: str, found: os.stat_result | None = None, *, reading:
             pass
         except OSError as error:
             raise unusable(path, error) from None
-    if reading and _is_unused(path):
+    fault = stranger(path, found)
+    if fault and reading and _is_unused(path):
         fault = stranger(os.path.join(path, os.pardir), lenient=True)
-    else:
-        fault = stranger(path, found)
     if fault:
         why, command = fault
         raise TokenStoreError(
