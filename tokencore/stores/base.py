@@ -95,7 +95,7 @@ class Store(Protocol):
         """
 
     def note(self, attempt: Attempt) -> None:
-        """Record an attempt that needed no request: a token that was imported or adopted."""
+        """Record what needed no request for a token: one that was imported, adopted or revoked."""
 
     def save(self, token: Token) -> None:
         """Save a token that was imported, adopted or rejected, for every market of the key.
