@@ -293,6 +293,15 @@ def test_approval_key_is_replaced_in_its_last_minutes_and_a_failure_costs_no_oth
         assert (cause, until is not None and until > datetime.now(UTC) + timedelta(seconds=50)) == ("minute", True)
 
 
+def test_rejected_approval_key_is_served_to_nobody_though_the_next_comes_after_the_minute(gateway: Sandbox) -> None:
+    """A key that is rejected within a minute of its request is dead for all programs, not only for who reports it."""
+    key = (us := USTokenManager()).get_approval_key()
+    os.environ["KIS_ISSUE_INTERVAL"] = "60"
+    assert limited(lambda: us.get_approval_key(key))[0] == "minute"
+    assert limited(KRTokenManager().get_approval_key)[0] == "minute"
+    assert (key in key_file().read_text(), gateway.stats()["approvals"]) == (False, 1)
+
+
 def test_credentials_that_kis_refused_are_not_tried_for_an_approval_key(gateway: Sandbox) -> None:
     """A wrong app secret costs one request for token and approval key together."""
     gateway.fail("bad-secret", 1)

@@ -90,11 +90,12 @@ def encrypted(tmp_path: Path) -> Iterator[Wire]:
         yield running
 
 
-def test_request_is_the_one_kis_documents() -> None:
+@pytest.mark.parametrize("status", [200, 201])
+def test_request_is_the_one_kis_documents(status: int) -> None:
     """A token request is one JSON POST of three strings and its length, without bearer, tr_id, cookie or `.netrc`."""
     (Path.home() / ".netrc").write_text("machine 127.0.0.2 login me password hidden\n", encoding="utf-8")
     with Wire(host="127.0.0.2") as wire:
-        wire.answer(200, make_answer())
+        wire.answer(status, make_answer())
         assert isinstance(kis(wire.url).issue(), Token)
     (request,) = wire.requests
     head, _, body = request.partition(b"\r\n\r\n")

@@ -93,6 +93,7 @@ TABLE: dict[str, tuple[Sequence[Intent], list[Attempt], dict[str, Any], tuple[st
     "a locked key": ([AHEAD], [tried(Outcome.BAD_KEY, 4 * MINUTE)], {"token": LATE}, ("backoff", MINUTE)),
     "a locked key, later": ([AHEAD], [tried(Outcome.BAD_KEY, 5 * MINUTE)], {"token": LATE}, None),
     "the same token": (BUT_FORCE, [], aged(6 * HOUR - SECOND), ("same_token", 2 * SECOND)),
+    "the same token, just issued": (BUT_FORCE, [], aged(SECOND / 4), ("same_token", 6 * HOUR + SECOND * 3 / 4)),
     "the same token, insisted": ([FORCE], [], aged(6 * HOUR - SECOND), None),
     "another token after six hours": (EVERYONE, [], aged(6 * HOUR + SECOND), None),
     "two in 24 hours": (BUT_FORCE, ISSUED, {}, ("ceiling", 4 * HOUR)),

@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import requests
+import time_machine
 from builders import KEY, SECRET, OwnManager, ended, fill_disk, in_child, make_token
 from running import DAY, asked, cached, folder, forked, limited, on_disk, outcomes, raised, record, start, until
 
@@ -319,6 +320,16 @@ def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
     folder().unlink()
     aside.rename(folder())
     assert (running.get_valid_token(), asked(gateway)) == (token, 1)
+
+
+def test_token_that_expires_while_the_machine_sleeps_is_not_served_when_it_wakes(nowhere: Sandbox) -> None:
+    """The clock that runs on decides; after it is set back too, the next call looks at the file."""
+    token = cached().access_token
+    manager = USTokenManager()
+    assert manager.get_valid_token() == token
+    with time_machine.travel(datetime.now(UTC) + timedelta(hours=25)):
+        assert manager.get_valid_token() != token
+    assert (manager.get_valid_token(), asked(nowhere)) == (on_disk().access_token, 1)
 
 
 @pytest.mark.parametrize(("minutes", "issues"), [(15, 0), (40, 1)], ids=["served to its end", "longer than the token"])

@@ -251,12 +251,12 @@ def test_a_need_longer_than_a_token_is_chained_and_says_so() -> None:
 
 
 def test_a_longer_buffer_moves_the_anchor() -> None:
-    """With a buffer of ten minutes instead of five the anchor comes five later, and no day needs an exception."""
+    """With a buffer of ten minutes, or 600 s, the anchor comes five later, and no day needs an exception."""
     plan = partial(renewals, kst("05-31 12:00"), WEEKDAYS, issued_at=None, expires_at=None, buffer=10 * MINUTE)
-    assert daily_anchor(WEEKDAYS, buffer=10 * MINUTE) == time(16, 40)
+    assert daily_anchor(WEEKDAYS, buffer=10 * MINUTE) == daily_anchor(WEEKDAYS, buffer=600) == time(16, 40)
     done = plan(until=kst("06-09 12:00"))
     assert [one.exception for one in done] == [None] * 7
-    assert plan(until=done[2].at) == done[:3]
+    assert plan(until=done[2].at, buffer=600.0) == done[:3]
 
 
 WEEKS = {

@@ -388,7 +388,7 @@ class KeyState(Sensitive):
                 issued_at=self.token.issued_at if self.token else None,
                 expires_at=token.expires_at + CLOCK_SLACK if token else None,
                 anchor=ahead.anchor,
-                buffer=timedelta(seconds=buffer),
+                buffer=buffer,
             )
         rows, names = outlook.make_rows(key.exchanges, start, until, key.overrides), [one.name for one in key.markets]
         return Plan(names, start, self.now, until, self.token, ahead, rows, [] if refused else coming, buffer, refused)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokencore import attempts as record
 from tokencore.attempts import CLOCK_ERROR, CREDENTIALS, SETTLED, Outcome, retry_delay
 from tokencore.errors import CredentialsError, IssuanceLimitError
-from tokencore.tokens import SAME_TOKEN, format_time
+from tokencore.tokens import SAME_TOKEN, TRUNCATED, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,7 +106,7 @@ def same_token_until(token: Token | None, now: datetime) -> datetime | None:
     until = token.same_until() if token else None
     if token is None or until is None or not now < until < token.expires_at:
         return None
-    return min(until, now + SAME_TOKEN)  # an issue that seems to lie in the future means that the clock was set back
+    return min(until, now + SAME_TOKEN + TRUNCATED)  # a later one: the clock was set back
 
 
 def what_serves(token: Token | None, now: datetime, buffer: float) -> str:

@@ -61,7 +61,7 @@ class BaseTokenManager(Sensitive):
         self.market = self._read_market()
         self._text = ""
         self._token: Token | None = None  # the token that has this text
-        self._fresh_until = 0.0  # monotonic seconds
+        self._fresh_from = self._fresh_until = 0.0  # epoch seconds, which a suspended machine's clock counts too
         self._calm_until = 0.0  # epoch seconds; no renewal is due before
         self._next_try = 0.0  # monotonic seconds
         self._next_save = 0.0  # monotonic seconds; apart, so that a full disk does not hold up the next renewal
@@ -113,18 +113,18 @@ class BaseTokenManager(Sensitive):
                 Whatever is raised, a token that is still valid stays stored.
 
         """
-        if valid_until is None and (time.monotonic() < self._fresh_until or self._unchanged()):
+        if valid_until is None and (self._fresh_from <= time.time() < self._fresh_until or self._unchanged()):
             return self._text
         return self._serving(valid_until).access_token
 
     def token_at_hand(self) -> str | None:
         """Return the cached token if it is valid and no renewal is due; None if `get_valid_token` might wait."""
-        if time.monotonic() < self._fresh_until or self._unchanged():
+        if self._fresh_from <= time.time() < self._fresh_until or self._unchanged():
             return self._text
         now, token = datetime.now(UTC), self.load_token()
         if token is None or not token.serves(now, max(self.market.buffer, self.market.proactive_window)):
             return None
-        self._remember(token, now)
+        self._remember(token)
         return token.access_token
 
     def load_token(self) -> Token | None:
@@ -294,7 +294,7 @@ class BaseTokenManager(Sensitive):
             token = self._token
             if token is None or not token.serves(until(), self.market.buffer):
                 raise
-            self._remember(token, now)
+            self._remember(token)
             if time.monotonic() >= self._next_save:
                 self._next_save = time.monotonic() + ISSUE_INTERVAL
                 _warn("The token in memory still serves", error)
@@ -304,7 +304,7 @@ class BaseTokenManager(Sensitive):
             self._reload()
             reason = f"get {self.market.name}"
             token, _ = self._renewer.obtain(lambda found: found.serves(until(), self.market.buffer), reason)
-        self._remember(token, now)
+        self._remember(token)
         if not self._store.saved(token) and time.monotonic() >= self._next_save:  # the disk may have room again
             self._next_save = time.monotonic() + self.market.settings.issue_interval
             self._renewer.sync_copies()
@@ -317,14 +317,16 @@ class BaseTokenManager(Sensitive):
         token = self._token
         if token is None or time.time() >= self._calm_until or not self._store.unchanged(token):
             return False
-        self._fresh_until = time.monotonic() + FRESH
+        self._fresh_from = time.time()
+        self._fresh_until = self._fresh_from + FRESH
         return True
 
-    def _remember(self, token: Token, now: datetime) -> None:
-        left = (token.expires_at - now).total_seconds() - self.market.buffer
+    def _remember(self, token: Token) -> None:
+        expires = token.expires_at.timestamp()
         self._text, self._token = token.access_token, token
-        self._calm_until = token.expires_at.timestamp() - max(self.market.buffer, self.market.proactive_window) - FRESH
-        self._fresh_until = time.monotonic() + min(FRESH, left)
+        self._calm_until = expires - max(self.market.buffer, self.market.proactive_window) - FRESH
+        self._fresh_from = time.time()
+        self._fresh_until = min(self._fresh_from + FRESH, expires - self.market.buffer)
 
     def _renew_beside(self, token: Token) -> None:
         """Try to renew in a thread; the caller, who has a valid token, waits less than a second for it."""
@@ -361,7 +363,7 @@ class BaseTokenManager(Sensitive):
             _warn(AHEAD_FAILED, error)
         else:
             if newer is not None:
-                self._remember(newer, now)
+                self._remember(newer)
         finally:
             begun.set()
 

@@ -117,7 +117,7 @@ def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, 
 
     """
     needs = sessions.needs(codes, now - PAST, now + FUTURE, known)
-    return Outlook(needs, policy.quiet_time(needs), policy.daily_anchor(needs, buffer=timedelta(seconds=buffer)))
+    return Outlook(needs, policy.quiet_time(needs), policy.daily_anchor(needs, buffer=buffer))
 
 
 def look(

@@ -49,13 +49,13 @@ class Renewal(NamedTuple):
     exception: str | None
 
 
-def daily_anchor(needs: Needs, *, buffer: timedelta = BUFFER) -> time | None:
+def daily_anchor(needs: Needs, *, buffer: timedelta | float = BUFFER) -> time | None:
     """Return the minute of the day (KST) at which a renewal disturbs no need on any day of the horizon.
 
     It is five minutes (or the buffer, if that is longer) after the start of the longest time of
     day that is quiet on all days. None if there is no such time, or no need at all.
     """
-    delay = -(-max(SETTLE, buffer) // _MINUTE)
+    delay = -(-max(SETTLE, _span(buffer)) // _MINUTE)
     length, begins = _longest_gap(needs)
     return _of_day(begins + delay) if length > delay else None
 
@@ -73,7 +73,7 @@ def next_renewal(
     issued_at: datetime | None,
     expires_at: datetime | None,
     anchor: time | None = None,
-    buffer: timedelta = BUFFER,
+    buffer: timedelta | float = BUFFER,
 ) -> Renewal | None:
     """Return the next issue for a key; None if the present token serves every known need.
 
@@ -83,12 +83,13 @@ def next_renewal(
         issued_at: the key's last issue, even if its token is lost; None if unknown.
         expires_at: the present token's expiry; None without a usable token.
         anchor: the result of `daily_anchor`, for callers that keep it; None derives it.
-        buffer: time before the expiry in which the token no longer counts, less than an hour.
+        buffer: time before the expiry in which the token no longer counts, less than an hour; a number means seconds.
 
     Raises:
         TypeError: a datetime without a time zone was compared with one of `needs`.
 
     """
+    buffer = _span(buffer)
     if anchor is None:
         anchor = daily_anchor(needs, buffer=buffer)
     served = now if expires_at is None else max(now, expires_at - buffer)
@@ -109,7 +110,7 @@ def renewals(
     issued_at: datetime | None,
     expires_at: datetime | None,
     anchor: time | None = None,
-    buffer: timedelta = BUFFER,
+    buffer: timedelta | float = BUFFER,
 ) -> list[Renewal]:
     """Return all renewals up to `until`, assuming that each succeeds on time and its token lives for 24 hours."""
     found: list[Renewal] = []
@@ -218,6 +219,10 @@ def _renewal(at: datetime, why: str, past: _Past, window: _Window) -> Renewal:
         found.append("inside the need, because no token serves it to its end")
     reason = f"{why}; {needed} {window.start.astimezone(KST):%m-%d %H:%M} KST"
     return Renewal(at, reason, "; ".join(found) or None)
+
+
+def _span(buffer: timedelta | float) -> timedelta:
+    return buffer if isinstance(buffer, timedelta) else timedelta(seconds=buffer)
 
 
 def _hours(span: timedelta) -> str:

@@ -6,6 +6,7 @@ and a lock of their own, so that neither waits for the other.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from datetime import UTC, datetime, timedelta
@@ -80,8 +81,16 @@ class ApprovalKeys(Sensitive):
                     f"Another process has been asking KIS for an approval key for {wait:.0f} s; try again, or look "
                     f"for a hanging process that uses {self._document.place}."
                 )
+            self._drop(rejected)
             self._check(began, datetime.now(UTC))
             return self._issued()
+
+    def _drop(self, rejected: str) -> None:
+        """Serve the `rejected` key to nobody any more, even if no other can be requested yet."""
+        content = self._document.read()
+        if rejected and content.get("approval_key") == rejected:
+            with contextlib.suppress(OSError):
+                self._document.write({"attempt": content.get("attempt")})
 
     def _check(self, began: datetime, now: datetime) -> None:
         """Check that the last request allows another one now, and raise otherwise."""

@@ -17,6 +17,7 @@ DEAD_TOKEN = frozenset({"EGW00121", "EGW00123"})  # the token was rejected or ha
 DEAD_START = b"EGW0012"  # how both begin: answers without it, most of them, need not be parsed
 ANSWER_LIMIT = 65_536  # bytes; KIS's refusals take about 100, its answers with a token 700
 OK, SERVER_FAULT = 200, 500
+SUCCESS = range(200, 300)
 KEY_LENGTH, SECRET_LENGTH = 36, 180  # characters of the keys and secrets that KIS gives out
 AGAIN = "the next call or check tries again"
 WAIT_LONGER = "wait: the request may have counted, so the next attempt comes after the cool-down"

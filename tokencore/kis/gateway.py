@@ -128,7 +128,8 @@ class Gateway(Sensitive):
         if isinstance(answer, Refusal):
             return answer
         code = codes.code_of(answer.body)
-        if answer.status == OK and not answer.body.get("error_code") and code not in codes.KNOWN:
+        granted = answer.status in codes.SUCCESS and not answer.body.get("error_code")
+        if granted and code not in codes.KNOWN:
             return answer
         return codes.refused(answer.status, code, self._detail(answer), (len(self._app_key), len(self._app_secret)))
 
