@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -108,9 +109,26 @@ def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
     assert "https" in str(raised(lambda: OwnManager(url="http://192.0.2.1:9443")))
     with pytest.raises(NotImplementedError, match=r"has to give get_api_url.*get_token_file_prefix"):
         BaseTokenManager()
-    renamed = type("Renamed", (USTokenManager,), {"get_token_file_prefix": lambda _: "renamed_"})()
-    assert renamed.get_valid_token() == USTokenManager().get_valid_token()
-    assert renamed.get_token_status()["market"] == "renamed"
+
+
+@pytest.mark.parametrize("environment", ["real", "paper"])
+def test_a_subclass_that_gives_only_the_name_of_its_files_has_the_markets_key_and_environment(
+    gateway: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str
+) -> None:
+    """It shares the market's token, also where a .env gives all of this, or the market has an environment of its own."""
+    monkeypatch.chdir(tmp_path)
+    given = {name: os.environ.pop(name) for name in ("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_BASE_URL")}
+    given |= {"KIS_MARKETS__US__ENVIRONMENT": environment, "KIS_MARKETS__US__BASE_URL": given["KIS_BASE_URL"]}
+    Path(".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
+    renamed, elsewhere = (
+        type("Own", (USTokenManager,), {"get_token_file_prefix": lambda _, name=name: name})
+        for name in ("renamed_", "../")
+    )
+    assert renamed().get_valid_token() == USTokenManager().get_valid_token()
+    status = renamed().get_token_status()
+    assert (status["market"], status["environment"], asked(gateway)) == ("renamed", environment, 1)
+    assert (folder() / "renamed_api_token.json").exists()
+    assert "not a market's name" in str(raised(elsewhere))
 
 
 @pytest.mark.parametrize("forgotten", ["get_api_url", "get_app_credentials"])

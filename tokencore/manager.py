@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
 from tokencore.config import market_of_program, read_market
-from tokencore.config.market import ISSUE_INTERVAL
+from tokencore.config.market import ISSUE_INTERVAL, named
 from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError, UnusableDirectoryError
 from tokencore.sealing import Sensitive, sealed, sealed_class
 from tokencore.stores import open_store
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 FRESH = 0.9  # seconds for which the token in memory is served without checking its file
 AHEAD_PAUSE = 1.0  # seconds between two attempts to renew ahead of the expiry; the record decides whether one asks KIS
 PATIENCE = 0.8  # seconds that a caller with a valid token waits for its successor
-OVERRIDABLE = "get_api_url", "get_app_credentials", "get_token_file_prefix"
 AHEAD_FAILED = "The renewal ahead failed; the present token still serves"
 BEGIN, LEAVE = 1.0, 0.2  # seconds that an exiting program waits for a renewal to begin, and for its request to leave
 
@@ -439,10 +438,14 @@ class TokenManager(BaseTokenManager):
 
     def _read_market(self) -> Market:
         """Return the market from the settings, with what a subclass gives itself if it overrides one of the three."""
-        self.market = read_market(self._name)
-        if all(getattr(type(self), name) is getattr(TokenManager, name) for name in OVERRIDABLE):
-            return self.market
-        return super()._read_market()
+        self.market, own = read_market(self._name), type(self)
+        if (own.get_app_credentials, own.get_api_url) != (TokenManager.get_app_credentials, TokenManager.get_api_url):
+            return super()._read_market()
+        try:
+            self.market.name = named(self.get_token_file_prefix().removesuffix("_"))
+        except ValueError as error:
+            raise ConfigurationError(f"{error}.") from None
+        return self.market
 
 
 @sealed_class()
