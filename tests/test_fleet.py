@@ -37,6 +37,7 @@ from tokencore.stores import database, open_document
 from tokencore.stores.encryption import Seal
 from tokencore.stores.file_store import FileStore
 from tokencore.stores.fleet import Fleet as Reached
+from tokencore.stores.shared_store import alone
 
 SENT = Attempt(NOW, Outcome.SENT, reason="get us", credentials="0123abcd", pid=7)
 OTHER = KEY[::-1]  # another app key
@@ -275,11 +276,10 @@ def test_a_follower_that_cannot_have_its_lock_says_so(field: Field, command: Com
     assert (ran.code, "token directory cannot be used" in ran.err) == (7, True)
 
 
-def test_each_trouble_with_the_store_is_said_once(field: Field, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_trouble_with_the_store_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """An entry that cannot be decrypted, which lasts, hides no later outage from the log."""
-    reached = Reached.of(field.machine("one").market.settings)
     for what in ("no key opens it", "it does not answer", "no key opens it"):
-        reached.warn(TokenStoreError(f"The store: {what}."))
+        alone(TokenStoreError(f"The store: {what}."))
     assert [what.partition(".")[0] for what in caplog.messages] == [
         "The store: no key opens it",
         "The store: it does not answer",
@@ -293,7 +293,7 @@ def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: Sla
     for machine in (*field.machines(3), field.machine("cut off", away)):
         os.environ |= machine.environment
         three.append(Settings.load())
-    alone = three.pop()
+    cut_off = three.pop()
     (field.folder / "machine-0" / "incidents.json").mkdir()  # its copy cannot be written
     trouble = CredentialsError("KIS does not know the app key (EGW00103).")
     with ThreadPoolExecutor(3) as pool:
@@ -311,8 +311,12 @@ def test_machines_that_meet_the_same_trouble_alert_once(field: Field, slack: Sla
             with pytest.raises(OSError, match="lock"):
                 first.write({})
     for _ in range(2):
-        alerts.report(alone, "KRX", trouble, now)
+        alerts.report(cut_off, "KRX", trouble, now)
     assert len(slack.messages) == 3
+    os.environ["KIS_STORE_KEYS"] = "malformed"
+    for _ in range(2):
+        alerts.report(Settings.load(), "NASD", trouble, now)
+    assert len(slack.messages) == 4
 
 
 def test_trouble_that_began_or_ended_without_the_store_is_known_when_it_is_back(

@@ -115,7 +115,7 @@ def test_subclass_states_only_what_is_its_own(gateway: Sandbox) -> None:
 def test_a_subclass_that_gives_only_the_name_of_its_files_has_the_markets_key_and_environment(
     gateway: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str
 ) -> None:
-    """It shares the market's token, also where a .env gives all of this, or the market has an environment of its own."""
+    """It shares the market's token, also where a .env gives all of this, or the market has its own environment."""
     monkeypatch.chdir(tmp_path)
     given = {name: os.environ.pop(name) for name in ("KIS_APP_KEY", "KIS_APP_SECRET", "KIS_BASE_URL")}
     given |= {"KIS_MARKETS__US__ENVIRONMENT": environment, "KIS_MARKETS__US__BASE_URL": given["KIS_BASE_URL"]}

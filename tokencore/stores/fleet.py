@@ -7,7 +7,6 @@ import time
 from contextlib import suppress
 
 from tokencore.attempts import host_name
-from tokencore.config import sources
 from tokencore.errors import TokenError, TokenStoreError
 from tokencore.sealing import Sensitive, digest
 from tokencore.stores import files
@@ -88,7 +87,12 @@ class Fleet(Sensitive):
         return session
 
     def look(self, name: str) -> State | None:
-        """Return the row, up to a second old, read with all of the settings; None if the store cannot be reached."""
+        """Return the row, up to a second old, read with all of the settings; None soon after the store was out of reach.
+
+        Raises:
+            TokenError: the store cannot be reached.
+
+        """
         now = time.monotonic()
         if now >= self._away_until and (now - self._read_at >= FRESH or name not in self._rows):
             names = list({name, *self.rows()})
@@ -96,9 +100,9 @@ class Fleet(Sensitive):
                 with self.connect(LOOK) as session:
                     self._rows = session.read(names, max(SHALLOW, DEEP // len(names)))
                 self._read_at = time.monotonic()
-            except TokenError as error:
+            except TokenError:
                 self._rows, self._away_until = {}, time.monotonic() + AWAY
-                self.warn(error)
+                raise
         return self._rows.get(name)
 
     def forget(self) -> None:
@@ -112,11 +116,6 @@ class Fleet(Sensitive):
     def follower_lock(self, rows: Iterable[str]) -> str:
         """Return the lock file of these rows' follower; programs with other settings have a follower of their own."""
         return os.path.join(self.folder, f"key-follower-{digest(*sorted(rows), length=16)}.lock")
-
-    @staticmethod
-    def warn(error: TokenError) -> None:
-        """Log `error` as a warning, once per process."""
-        sources.warn(f"{error} Meanwhile this machine uses its own files.")
 
 
 def rotate(settings: Settings) -> list[str]:

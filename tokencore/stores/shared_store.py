@@ -258,7 +258,7 @@ class SharedStore(Sensitive):
                 if locked:
                     self._exchange(session)
             except SealError as error:  # it concerns this key alone
-                self._fleet.warn(error)
+                alone(error)
             return locked
 
     @property
@@ -300,8 +300,8 @@ class SharedStore(Sensitive):
     def _seen(self) -> State | None:
         try:
             return self._fleet.look(self.name)
-        except TokenError as error:  # the settings of the store are wrong: every key of every command meets it
-            _warn(error, "Meanwhile this machine uses its own files.", say=sources.warn)
+        except TokenError as error:
+            alone(error)
             return None
 
     def _or_fleets(self, token: Token | None) -> Token | None:
@@ -313,7 +313,7 @@ class SharedStore(Sensitive):
         try:
             return tokens.longest([token, self._opened(state)[0] if state else None])
         except TokenError as error:
-            self._fleet.warn(error)
+            alone(error)
             return token
 
     def _opened(self, state: State) -> tuple[Token | None, list[str]]:
@@ -468,7 +468,7 @@ class SharedDocument(Sensitive):
                 theirs = self._opened(session.read([self._row], 0)[self._row].sealed)
                 return _joined(theirs, *self._copied())
         except TokenError as error:
-            self._fleet.warn(error)
+            alone(error)
             return self._copied()[0]
 
     def write(self, content: dict[str, Any]) -> None:
@@ -523,7 +523,7 @@ class SharedDocument(Sensitive):
             self._content = _joined(theirs, *self._copied())
         except TokenError as error:
             self._end()
-            self._fleet.warn(error)
+            alone(error)
             self._content = self._copied()[0]
         else:
             with suppress(OSError):  # the copy is for when the store cannot be reached
@@ -597,6 +597,11 @@ def _beats(ours: Token | None, theirs: Token | None) -> bool:
     return tokens.longest([theirs, ours]) is ours
 
 
-def _warn(trouble: object, rest: str, *, say: Callable[[str], None] | None = None) -> None:
+def alone(error: TokenError) -> None:
+    """Warn, once per process, that this machine uses its own files."""
+    sources.warn(f"{error} Meanwhile this machine uses its own files.")
+
+
+def _warn(trouble: object, rest: str) -> None:
     # Leave out "Nothing was issued": here that is no news, or untrue, because something was issued or saved.
-    (say or log().warning)(f"{str(trouble).partition(' Nothing was')[0]} {rest}")
+    log().warning("%s %s", str(trouble).partition(" Nothing was")[0], rest)
