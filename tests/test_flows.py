@@ -84,8 +84,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("named", BROKEN)
-def test_settings_that_cannot_be_used_are_reported_and_so_is_their_correction(named: str, slack: SlackEndpoint) -> None:
-    """A mistake in them stops all runs; Slack hears of it by the settings that can be read, and of its end."""
+def test_settings_that_cannot_be_used_are_reported_and_so_is_their_correction(
+    named: str, slack: SlackEndpoint, tmp_path: Path
+) -> None:
+    """A mistake in them stops all runs; Slack hears of it by those that can be read, as of a secrets folder."""
+    os.environ["KIS_SECRETS_DIR"] = str(tmp_path)
+    (tmp_path / "SLACK_WEBHOOK_URL").write_text(os.environ.pop("SLACK_WEBHOOK_URL"))
     file, (variables, text, said) = Path.home() / ".tokencore" / "config.toml", BROKEN[named]
     file.parent.mkdir(mode=0o700, exist_ok=True)
     file.write_text(text)

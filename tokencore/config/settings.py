@@ -155,10 +155,14 @@ class Settings(Sensitive, BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return one source, the same as the fast reader's, so that precedence and trust are decided in one place."""
-        return (InitSettingsSource(settings_cls, _nested(gather())),)
+        return (InitSettingsSource(settings_cls, _nested(init_settings().get("found") or gather())),)
 
     @classmethod
     def load(cls) -> Self:
@@ -184,7 +188,7 @@ class Settings(Sensitive, BaseSettings):
     def for_alerts(cls) -> Settings | None:
         """Return the settings without those that alerts do not need; None if not even these can be used."""
         try:
-            return _ForAlerts()
+            return cls(found=gather_for_alerts())
         except (ConfigurationError, ValidationError):
             return None
 
@@ -313,17 +317,6 @@ def _nested(found: Found) -> dict[str, Any]:
             branch = branch.setdefault(step, {})
         branch[field] = found.values[name]
     return tree
-
-
-class _ForAlerts(Settings):
-    """What is left of the settings to report that they cannot be used."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return one source: what alerts need."""
-        return (InitSettingsSource(settings_cls, _nested(gather_for_alerts())),)
 
 
 def _warn(settings: Settings) -> None:

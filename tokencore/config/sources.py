@@ -115,12 +115,18 @@ def gather() -> Found:
 def gather_for_alerts() -> Found:
     """Return what alerts need, from every source that can be read: to report that the settings cannot be used."""
     found = Found()
-    for origin, read in ((ENVIRONMENT, lambda: os.environ), (DOTENV_FILE, _dotenv), (CONFIG_FILE, _config)):
+    sources: tuple[tuple[str, Callable[[], Mapping[str, Any]]], ...] = (
+        (ENVIRONMENT, lambda: os.environ),
+        (DOTENV_FILE, _dotenv),
+        (SECRETS_DIR, lambda: _secrets(folder) if (folder := found.values.get(SECRETS_DIR)) else {}),
+        (CONFIG_FILE, _config),
+    )
+    for origin, read in sources:
         try:
-            given: Mapping[str, Any] = read()
+            given = read()
         except ConfigurationError:  # this may be what is to be reported
             continue
-        names = _FOR_ALERTS if origin == DOTENV_FILE else (*_FOR_ALERTS, "KIS_STORE")  # an address
+        names = _FOR_ALERTS if origin == DOTENV_FILE else (*_FOR_ALERTS, "KIS_STORE", SECRETS_DIR)  # addresses
         found.add(origin, {name: value for name, value in given.items() if name.upper().startswith(names)})
     return found
 

@@ -87,7 +87,7 @@ class Fleet(Sensitive):
         return session
 
     def look(self, name: str) -> State | None:
-        """Return the row, up to a second old, read with all of the settings; None soon after the store was out of reach.
+        """Return the row, up to a second old, read with all rows of the settings; None soon after a failure.
 
         Raises:
             TokenError: the store cannot be reached.
