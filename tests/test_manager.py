@@ -131,12 +131,21 @@ def test_a_subclass_that_gives_only_the_name_of_its_files_has_the_markets_key_an
     assert "not a market's name" in str(raised(elsewhere))
 
 
-@pytest.mark.parametrize("forgotten", ["get_api_url", "get_app_credentials"])
+@pytest.mark.parametrize("forgotten", ["get_api_url", "get_app_credentials", "get_token_file_prefix"])
 @pytest.mark.usefixtures("gateway")
 def test_what_a_subclass_forgot_to_return_is_said_in_a_sentence(forgotten: str) -> None:
-    """Nothing in place of the address or the pair, as of a variable that is not set, is an error of the settings."""
+    """Nothing in place of a value, as of a variable that is not set, is an error of the settings."""
     incomplete = type("Incomplete", (OwnManager,), {forgotten: lambda _: None})
-    assert "must be" in str(raised(incomplete))
+    assert isinstance(raised(incomplete), ConfigurationError)
+
+
+def test_manager_that_was_made_without_credentials_finds_those_given_since(gateway: Sandbox) -> None:
+    """In a notebook, the manager that asked for a key works once it is set, without being made again."""
+    secret = os.environ.pop("KIS_APP_SECRET")
+    manager = USTokenManager()
+    assert "KIS_APP_SECRET is not set" in str(raised(manager.get_valid_token))
+    os.environ["KIS_APP_SECRET"] = secret
+    assert (manager.get_valid_token(), asked(gateway)) == (on_disk().access_token, 1)
 
 
 def in_threads(count: int, work: Callable[[int], object]) -> list[object]:

@@ -368,7 +368,7 @@ class BaseTokenManager(Sensitive):
 
     def _read_market(self) -> Market:
         """Return the market named by the file prefix, with the credentials and address from the subclass."""
-        name = self.get_token_file_prefix().rstrip("_")
+        name = str(self.get_token_file_prefix() or "").rstrip("_")
         return market_of_program(name, self.get_app_credentials, self.get_api_url())
 
     def _reload(self) -> None:
@@ -388,7 +388,11 @@ class BaseTokenManager(Sensitive):
 
     @cached_property
     def _store(self) -> Store:
-        self.market.identified()  # reports a missing key or secret now, not during a renewal at night
+        try:
+            self.market.identified()
+        except ConfigurationError:  # given since, perhaps
+            self.market = self._read_market()
+            self.market.identified()  # reports a missing key or secret now, not during a renewal at night
         return open_store(self.market, lambda: [one.name for one in self._sharing()])
 
     @property
