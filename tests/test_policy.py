@@ -204,7 +204,7 @@ DECISIONS = {  # now, the last issue, when to renew, the reason, the exception; 
     "a plain day": ("06-01 12:00", "05-31 16:35", "06-01 16:35:02", DAILY, ""),
     "the machine slept over the anchor": ("06-01 22:00", "05-31 16:35", "06-01 22:00", DAILY, ""),
     "a second too early": ("06-01 06:00", "05-31 16:34:59", "06-01 07:25", "ahead", f"14 h 50 min {LATE}"),
-    "issued late": ("06-02 12:00", "06-01 21:00", "06-02 21:00:02", "at 21:00 KST, 24 h", ""),
+    "issued late": ("06-02 12:00", "06-01 21:00", "06-02 21:00:02", "renews 24 h after the last", ""),
     "issued at noon": ("06-01 12:00", "06-01 12:00", "06-02 07:25", "ahead", f"19 h 25 min {LATE}"),
     "the day after an exception": ("06-02 12:00", "06-02 07:25", "06-03 07:25:02", "24 h after the last issue", ""),
     "a healthy renewal on Friday: Sunday": (

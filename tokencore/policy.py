@@ -176,9 +176,10 @@ def _moment(past: _Past, window: _Window, earlier: Needs, anchor: time | None) -
     allowed = past.allowed, "renews as soon as KIS gives a new token, 6 h after the last issue"
     if window.too_long and past.expires and past.expires - LEAD > window.latest:
         return max((past.expires - LEAD, "renews an hour before the token expires"), allowed, at_once)
-    regular = past.regular, f"renews daily at {past.regular.astimezone(KST):%H:%M} KST, 24 h after the last issue"
-    at, why = max(_ideal(window, anchor), regular)
-    at = max(at, past.now)  # a daily renewal that is due still says "daily"; only one past `latest` says otherwise
+    at, why = _ideal(window, anchor)
+    if past.regular > at:  # usually a daily renewal, some seconds later than the day before
+        why = f"{why}, 24 h after the last issue" if past.regular - at < LEAD else "renews 24 h after the last issue"
+    at = max(at, past.regular, past.now)  # one that is due still says "daily"; only one past `latest` says otherwise
     if (quiet := _quiet(at, earlier, window)) != at:
         at, why = quiet, "renews after the session"
     if at > window.latest:
