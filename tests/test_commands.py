@@ -195,6 +195,10 @@ STATUSES: dict[str, tuple[Callable[[], object], dict[str, str], str]] = {
         lambda: record(Attempt(datetime.now(UTC), Outcome.BAD_SECRET, code="EGW00105")),
         *({}, "us: not renewed at [-0-9: ]+ KST: bad secret .EGW00105"),
     ),
+    "REJECTED within six hours of its issue": (
+        lambda: TokenManager("us").save_token(make_token(age=60, rejected=True)),
+        *({}, "us: KIS returns the same token until .+ KIS has rejected .+ A new one can be issued from"),
+    ),
     "NO_TOKEN of this environment": (lambda: cached(20_000), PAPER, ", of another key or environment"),
 }
 

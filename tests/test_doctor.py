@@ -11,7 +11,7 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
-from builders import CANARIES, KEY, SECRET, make_jwt
+from builders import CANARIES, KEY, SECRET, make_jwt, make_token
 from filelock import FileLock
 from running import Command, asked, cached, folder, on_disk, record, snapshot
 from servers import Wire, parsed
@@ -118,6 +118,10 @@ TROUBLES: dict[str, tuple[Callable[[Sandbox], object], int, str, str, str]] = {
         *(7, "token directory", "Not a directory", "KIS_TOKEN_DIR"),
     ),
     "rejected token": (lambda kis: kis.kill_tokens(), 3, ACCEPTED, "EGW00121", "tokencore reject"),
+    "token known as rejected": (
+        lambda _: TokenManager("us").save_token(make_token(age=60, rejected=True)),
+        *(3, "token us", "REJECTED: no program can", "A new one can be issued from"),
+    ),
     "expired token": (lambda _: cached(-100), 3, "token us", "EXPIRED: no program can", "tokencore get us"),
     "refused credentials": (lambda _: record(REFUSED), 5, "issuing us+kr", "bad_secret", "KIS_APP_SECRET"),
     "KIS refuses": (lambda _: move("http://127.0.0.1:1"), 6, "kis", "127.0.0.1 refuses the connection", NETWORK),

@@ -205,6 +205,7 @@ def test_a_dead_token_is_replaced_at_once_only_with_a_session_within_a_day(key: 
         save(key, age=age * HOUR, now=now, rejected=True)
         planned = key.state(now).outlook.next
         assert planned is not None
+        assert key.state(now).plan().renewals[0] == planned
         found.append((round((planned.at - now) / timedelta(hours=1)), planned.reason.partition(" at ")[0]))
     rejected = "KIS has rejected the present token"
     assert found == [(0, rejected), (5, rejected), (23, "renews daily")]

@@ -21,7 +21,7 @@ from tokencore.attempts import (
 )
 from tokencore.calendars import sessions
 from tokencore.clients.approval import approval_key
-from tokencore.errors import ConfigurationError, TokenError
+from tokencore.errors import ConfigurationError, CredentialsError, IssuanceLimitError, TokenError
 from tokencore.limits import Standing
 from tokencore.outlook import PLAN_DAYS, Plan, RefreshWarning
 from tokencore.policy import CLOCK_SLACK
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
-    from tokencore.errors import CredentialsError
     from tokencore.kis.gateway import Evidence
     from tokencore.outlook import Need, Outlook
     from tokencore.stores.base import Store
@@ -320,6 +319,22 @@ class KeyState(Sensitive):
         return limits.refusal(self._standing)
 
     @property
+    def forbidden(self) -> TokenError | None:
+        """The error if even a caller without a token may send no request, for longer than the minute; None otherwise.
+
+        Raises:
+            ConfigurationError: the secret is missing.
+
+        """
+        try:
+            limits.check(limits.Intent.REQUIRED, self._standing)
+        except IssuanceLimitError as limit:
+            return None if limit.cause == "minute" else limit
+        except CredentialsError as refused:
+            return refused
+        return None
+
+    @property
     def next_attempt(self) -> datetime | None:
         """When a renewal is tried next; None if none is needed, or a person has to act first.
 
@@ -378,15 +393,15 @@ class KeyState(Sensitive):
         key, ahead, buffer, refused = self.key, self.outlook, self.key.market.buffer, self.refusal is not None
         start = datetime.combine(self.now.astimezone(KST).date(), time(), KST).astimezone(UTC)
         until = start + timedelta(days=days)
-        token = self.token if self.token and self.token.rejected_at is None else None
-        coming = [ahead.next] if ahead.next and not key.exchanges else []
-        if key.exchanges:
-            coming = policy.renewals(
-                self.now,
+        coming = [ahead.next] if ahead.next and ahead.next.at <= until else []
+        if coming and key.exchanges:
+            at = coming[0].at
+            coming += policy.renewals(
+                at,
                 sessions.needs(key.exchanges, self.now - outlook.RAN_BEFORE, until + outlook.AFTER, key.overrides),
                 until=until,
-                issued_at=self.token.issued_at if self.token else None,
-                expires_at=token.expires_at + CLOCK_SLACK if token else None,
+                issued_at=at,
+                expires_at=at + policy.LIFE,
                 anchor=ahead.anchor,
                 buffer=buffer,
             )

@@ -288,8 +288,8 @@ def _token(state: KeyState, market: Market) -> Finding:
     name, need, at = f"token {market.name}", state.need_of(market), state.next_attempt
     hope = f"the next renewal is planned for {format_time(at)}" if at else "no renewal is planned"
     if not state.serves_until:
-        fix = f"tokencore get {market.name}" + (f", or wait: {hope}" if at else "")
-        return _fail(name, f"{state.status}: no program can use it", fix, NO_TOKEN)
+        fix = state.forbidden or f"tokencore get {market.name}" + (f", or wait: {hope}" if at else "")
+        return _fail(name, f"{state.status}: no program can use it", str(fix), NO_TOKEN)
     detail, covered = f"serves until {format_time(state.serves_until)}", not need or state.lasts(need[1])
     if need:
         detail += f"; {'covers' if covered else f'{hope}, ahead of'} the need from {format_time(need[0])}"

@@ -5,18 +5,20 @@ Where a token's end is shown, it is the time until which it serves: KIS_BUFFER b
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tokencore.attempts import GRANTED, Outcome, failure
+from tokencore.errors import ConfigurationError
 from tokencore.redaction import clean
 from tokencore.reports import terminal
 from tokencore.reports.terminal import paint
 from tokencore.tokens import KST
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tokencore.attempts import Attempt
     from tokencore.keys import Decision
@@ -39,12 +41,21 @@ def print_statuses(seen: Sequence[Seen], proofs: Mapping[str, Evidence], now: da
     fits = slice(None) if broad else slice(-1)
     print(terminal.table(_columns(now)[fits], [row[fits] for row in rows]))
     for one, (name, *_, need) in zip(seen, rows, strict=True):
-        failed = None if one.status["valid"] else failure(one.state.attempts)
         below += [] if broad else [f"{name}: next need {need}"]
-        below += [f"{name}: not renewed at {moment(failed[0], KST)} KST: {failed[1]}"] if failed else []
+        below += [] if one.status["valid"] else [f"{name}: {why}" for why in _obstacle(one)]
         below.append(f"{name}: {_file(one)}")
     below += [f"{market}: {ANSWERS[proof.accepted]} ({proof.detail})" for market, proof in proofs.items()]
     print("\n".join(below))
+
+
+def _obstacle(one: Seen) -> Iterator[str]:
+    """Say why there is no new token: what forbids a request or, if nothing does, why the last attempt failed."""
+    with suppress(ConfigurationError):  # the keyring with the secret is locked
+        if forbidden := one.state.forbidden:
+            yield str(forbidden)
+            return
+    if failed := failure(one.state.attempts):
+        yield f"not renewed at {moment(failed[0], KST)} KST: {failed[1]}"
 
 
 def info_text(status: MarketStatus) -> str:
