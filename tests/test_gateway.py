@@ -11,7 +11,8 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,19 @@ def test_answer_has_its_error_outcome_code_and_advice(
     assert re.search(said, f"{found.what}; {found.fix}")
     assert gateway.stats()["token_requests"] + len(wire.requests) == 1
     assert Attempt(datetime.now(UTC), found.outcome).counts
+
+
+@pytest.mark.parametrize("hours", [0, 7, 25])
+def test_clock_that_is_ahead_makes_no_token_older(wire: Wire, hours: int) -> None:
+    """A new token is issued now, by this machine's clock; if that has run past the token's end, the error says so."""
+    there = datetime.now(UTC) - timedelta(hours=hours)
+    wire.answer(200, make_answer(now=there), Date=format_datetime(there, usegmt=True))
+    found = kis(wire.url).issue()
+    if hours < 24:
+        assert isinstance(found, Token)
+        assert abs((found.issued_at or there) - datetime.now(UTC)) < timedelta(seconds=5)
+    else:
+        assert "expired, as this machine's clock is 1500 min ahead of KIS's" in refused(found).what
 
 
 def test_credentials_of_another_length_are_named_when_kis_refuses_them(gateway: Sandbox) -> None:

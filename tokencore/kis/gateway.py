@@ -10,7 +10,7 @@ import json
 import random
 import re
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokencore.attempts import Outcome
@@ -19,6 +19,7 @@ from tokencore.errors import IssuerUnavailableError
 from tokencore.kis import codes
 from tokencore.kis.codes import OK, Refusal
 from tokencore.kis.http import Answer, NoAnswer, send
+from tokencore.policy import CLOCK_SLACK
 from tokencore.redaction import redact
 from tokencore.sealing import Sensitive
 from tokencore.tokens import Token, from_answer
@@ -26,6 +27,7 @@ from tokencore.tokens import Token, from_answer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+MINUTE = timedelta(minutes=1)
 TRIES = 4  # the first and three more, as long as the request cannot have reached KIS
 FIRST_PAUSE = 0.25  # seconds before the second try; doubled each time, plus or minus half of it
 TEXT_LIMIT = 160  # characters of KIS's own words in a message
@@ -63,13 +65,16 @@ class Gateway(Sensitive):
         answer = self._granted("/oauth2/tokenP", "appsecret", depart)
         if isinstance(answer, Refusal):
             return answer
-        received_at = datetime.now(UTC)
+        received_at, ahead = datetime.now(UTC), answer.clock_ahead() or timedelta(0)
         try:
             token = from_answer(answer.body, received_at)
         except ValueError as error:
             return codes.silent(Outcome.BAD_ANSWER, str(error))
         if token.expires_at <= received_at:
-            return codes.silent(Outcome.BAD_ANSWER, "its token has already expired")
+            fast = f", as this machine's clock is {ahead // MINUTE} min ahead of KIS's" if ahead > CLOCK_SLACK else ""
+            return codes.silent(Outcome.BAD_ANSWER, f"its token has already expired{fast}")
+        if ahead > CLOCK_SLACK and token.issued_at:  # by our clock, as a new token would look like an old one
+            token.issued_at = min(token.issued_at + ahead, received_at)
         return token
 
     def approve(self) -> str | Refusal:

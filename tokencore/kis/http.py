@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -41,6 +43,13 @@ class Answer(NamedTuple):
     body: Mapping[str, Any]
     text: str
     trouble: str
+
+    def clock_ahead(self) -> timedelta | None:
+        """Return how far this machine's clock is ahead of the server's; None if the answer gives no time."""
+        try:
+            return datetime.now(UTC) - parsedate_to_datetime(self.headers.get("Date", ""))
+        except (ValueError, TypeError):
+            return None
 
 
 class NoAnswer(Exception):  # noqa: N818 - named after what happened

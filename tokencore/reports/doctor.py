@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
@@ -38,6 +37,7 @@ from tokencore.tokens import format_time, jwt_claims
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from datetime import timedelta
 
     from tokencore.config.market import Market
     from tokencore.keys import KeyState
@@ -309,15 +309,14 @@ def _kis(it: Subject) -> Iterator[Finding]:
             continue
         took = f"{(time.monotonic() - began) * 1e3:.0f} ms"
         yield _ok("kis", f"{url} answers in {took} (HTTP {answer.status} to GET /, which issues nothing)")
-        yield _clock(answer.headers.get("Date", ""))
+        yield _clock(answer.clock_ahead())
         yield from (one for key in keys for one in _tried(f"token accepted {key.label}", _accepted(key)))
 
 
-def _clock(date: str) -> Finding:
-    try:
-        ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds() - 0.5
-    except (ValueError, TypeError):
+def _clock(difference: timedelta | None) -> Finding:
+    if difference is None:
         return _skipped("clock", "KIS's answer has no Date header to compare with")
+    ahead = difference.total_seconds() - 0.5
     if abs(ahead) <= NOTICEABLE:
         return _ok("clock", "agrees with KIS's within seconds")
     detail = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} KIS's, so renewals come too early or too late"
