@@ -5,6 +5,7 @@ import getpass
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -330,8 +331,9 @@ def test_the_help_of_exec_is_its_own_or_the_programs(gateway: Sandbox, command: 
 def give(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Return a function that runs a command with a text on standard input; its output must not hold a secret."""
 
-    def run(text: str, *arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    def run(text: str | bytes, *arguments: str) -> Ran:
+        given = io.BytesIO(text if isinstance(text, bytes) else text.encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
         ran = command(*arguments)
         assert not any(canary in ran.out + ran.err for canary in CANARIES)
         return ran
@@ -416,6 +418,16 @@ def test_a_token_is_taken_offline_as_a_shell_sets_it_but_over_no_better_one(give
     assert (on_disk().access_token, gateway.stats()["requests"]) == (shorter, [])
 
 
+def test_mojito2s_file_is_imported_without_being_loaded(give: Command, gateway: Sandbox) -> None:
+    """The token in a pickle of any protocol is taken, and nothing in the file is run."""
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        theirs = make_jwt(APP_KEY, life=7200 + protocol)
+        content = pickle.dumps([{"access_token": theirs, "api_key": APP_KEY}, sys.exit], protocol)
+        assert give(content, "import", "us", "--offline").code == 0
+        assert on_disk().access_token == theirs
+    assert asked(gateway) == 0
+
+
 def late(**fields: object) -> str:
     """Return JSON with a living token of the key, and other fields."""
     return json.dumps({"access_token": make_jwt(APP_KEY), "expires_at": "2099-01-01T00:00Z", **fields})
@@ -425,6 +437,7 @@ REFUSED_INPUT: dict[str, tuple[Callable[[], str], int, str]] = {
     "nothing": (lambda: "", 2, "holds no token"),
     "far too much": (lambda: "x" * 70_000, 2, "holds no token"),
     "an opaque token without an expiry": (lambda: "not-a-jwt", 2, "gives its expiry"),
+    "two tokens": (lambda: f"{make_jwt(APP_KEY)} {make_jwt(APP_KEY, life=7200)}", 2, "gives its expiry"),
     "JSON that is no object": (lambda: "[1]", 2, "gives its expiry"),
     "JSON without an end": (lambda: DEEP, 2, "gives its expiry"),
     "another key's": (make_jwt, 2, "another app key"),

@@ -151,6 +151,10 @@ FORMS = {
     "bearer": f"Bearer {JWT}\n",
     "bare": f"\ufeff{JWT}\r\n",
     "a JSON string, as jq prints it": f'"{JWT}"\n',
+    "one level down": json.dumps({"data": make_answer(now=NOW)}),
+    "a list": json.dumps([make_answer(now=NOW)]),
+    "PowerShell": f'$env:KIS_ACCESS_TOKEN="{JWT}"\n',
+    "a variable of another name": f"KIS_TOKEN={JWT}\n",
     "camel case": json.dumps({"accessToken": PLAIN, "expiresAt": IN_UTC}),
     "expires_in": json.dumps({"access_token": PLAIN, "issued_at": NOW.isoformat(), "expires_in": 86400}),
 }

@@ -16,6 +16,7 @@ KST = timezone(timedelta(hours=9), "KST")  # Korea has no daylight saving time
 SAME_TOKEN = timedelta(hours=6)  # how long after an issue KIS answers requests with the same token
 TRUNCATED = timedelta(seconds=1)  # KIS states whole seconds, so a token may be this much younger than it says
 MAX_LENGTH = 4096  # characters; KIS promises at most 350, and the rest leaves room for a change of format
+PICKLED = b"\x80"  # how mojito2's file begins
 FIRST_YEAR, LAST_YEAR = 2000, 2199  # KIS's API is younger than the first, and this program will not outlive the second
 
 # Other tools' names for the token and its expiry, in lower case with `_` for `-`. A naive time is KST under KIS's own
@@ -117,16 +118,15 @@ def from_text(text: str) -> tuple[Token, dict[str, Any]]:
     """Return the token in the text of a file or of standard input, and all fields found there.
 
     The text may be our own or tokenP's JSON, JSON with other usual names, the official sample's YAML, lines for a
-    shell or for Docker, an `Authorization` header, or a bare JWT. The earliest expiry wins.
+    shell or for Docker, an `Authorization` header, or anything around a single JWT. The earliest expiry wins.
 
     Raises:
         ValueError: the text holds no token with an expiry.
 
     """
     content = _fields(text.removeprefix("\ufeff").strip())
-    access_token = next((content[name] for name in TOKEN_NAMES if isinstance(content.get(name), str)), None)
-    if not isinstance(access_token, str):
-        raise ValueError("no access_token")  # noqa: TRY004 - one type of error for everything wrong with a file
+    named = (content[name] for name in TOKEN_NAMES if isinstance(content.get(name), str))
+    access_token = next(named, None) or _only_jwt(text)
     access_token = access_token.removeprefix("Bearer ").strip()
     claims = jwt_claims(access_token)
     issued = next((content[name] for name in ISSUE_NAMES if content.get(name)), None)
@@ -170,6 +170,20 @@ def as_answer(token: Token, now: datetime) -> dict[str, object]:
     }
 
 
+def jwts_in(content: bytes) -> list[str]:
+    """Return what looks like a JWT in a file of any client; a pickle's parts are listed, not loaded."""
+    import pickletools  # neither is on the path of a cached token
+    import re
+
+    jwt = re.compile(r"(?<![\w-])[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)  # possessive, so linear in time for any input
+    if not content.startswith(PICKLED):
+        return jwt.findall(content.decode("utf-8", errors="replace"))
+    try:
+        return [part for _, part, _ in pickletools.genops(content) if isinstance(part, str) and jwt.fullmatch(part)]
+    except Exception:  # noqa: BLE001 - on damaged input pickletools may raise anything
+        return []
+
+
 def jwt_claims(text: str) -> dict[str, Any]:
     """Return the claims of a three-part JWT, unverified, as only KIS has the signing key; empty if it is not one.
 
@@ -211,7 +225,20 @@ def _fields(text: str) -> dict[str, Any]:
         name, sign, value = line.strip().removeprefix("export ").partition("=" if "=" in line.split(":")[0] else ":")
         if sign:
             found[name.strip().lower().replace("-", "_")] = value.strip().strip("'\"")
-    return found if any(name in found for name in TOKEN_NAMES) else {"access_token": text.strip("'\"")}
+    return found
+
+
+def _only_jwt(text: str) -> str:
+    """Return the one JWT in `text`, whatever surrounds it.
+
+    Raises:
+        ValueError: there is none, or more than one.
+
+    """
+    found = {jwt for jwt in jwts_in(text.encode(errors="replace")) if jwt_claims(jwt)}
+    if len(found) != 1:
+        raise ValueError("no access_token")
+    return found.pop()
 
 
 def _expiries(content: Mapping[str, Any]) -> Iterator[datetime]:

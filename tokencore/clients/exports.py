@@ -13,8 +13,6 @@ import json
 import logging
 import os
 import pickle  # only written, for clients that read nothing else
-import pickletools
-import re
 from datetime import UTC, datetime, timedelta
 from hashlib import sha1, sha256
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +21,7 @@ from tokencore.config.settings import EXPORT_FOLDERS
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import files, permissions
-from tokencore.tokens import as_answer, from_text, jwt_claims, longest
+from tokencore.tokens import as_answer, from_text, jwt_claims, jwts_in, longest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,8 +34,6 @@ _log = logging.getLogger("tokencore")
 DAY = timedelta(days=1)
 FILE_LIMIT = 1 << 16  # bytes; no client's file is larger
 PICKLE_PROTOCOL = 2  # readable by every Python that the clients run on
-_PICKLED = b"\x80"
-_JWT = re.compile(r"(?<![\w-])[\w-]++\.[\w-]++\.[\w-]++", re.ASCII)  # possessive, so linear in time for any input
 
 
 class Client(NamedTuple):
@@ -273,15 +269,6 @@ CLIENTS = {  # to support another client, write two functions, and add a line he
     "python-kis": Client(_python_kis_names, lambda _, *held: json.dumps(as_answer(*held)).encode()),
     "kis-auth": Client(_kis_auth_names, _kis_auth),
 }
-
-
-def jwts_in(content: bytes) -> list[str]:
-    """Return the JWTs in a file of any client; a pickle's parts are listed, not loaded."""
-    if not content.startswith(_PICKLED):
-        return _JWT.findall(content.decode("utf-8", errors="replace"))
-    with contextlib.suppress(Exception):  # on damaged input pickletools may raise anything
-        return [part for _, part, _ in pickletools.genops(content) if isinstance(part, str) and _JWT.fullmatch(part)]
-    return []
 
 
 def _longer(jwt: str, ours: Token | None, now: datetime) -> Token | None:

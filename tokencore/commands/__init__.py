@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tokencore import __doc__ as about
 from tokencore.errors import ConfigurationError
 from tokencore.redaction import log, short
+from tokencore.tokens import PICKLED, jwts_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ EXIT_CODES = (
 )
 FOR_PROGRAMS = "for programs"  # the help text of --json
 SHELLS = ("bash", "zsh", "fish")
-INPUT_LIMIT = 65_536  # characters of standard input; a token has about 350
+INPUT_LIMIT = 65_536  # bytes of standard input; a token has about 350
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,19 +123,19 @@ def key_of(settings: Settings, name: str) -> Key:
 
 
 def read_input() -> str:
-    """Return the text on standard input.
+    """Return the text on standard input; of mojito2's pickle, the tokens in it.
 
     Raises:
         ConfigurationError: there is none, or far too much.
 
     """
-    text = ""
+    content = b""
     if sys.stdin is not None:
         if sys.stdin.isatty():
             print("Paste it, then press Ctrl-D.", file=sys.stderr)
-        with suppress(UnicodeDecodeError):
-            text = sys.stdin.read(INPUT_LIMIT + 1)
-    if not text.strip() or len(text) > INPUT_LIMIT:
+        content = sys.stdin.buffer.read(INPUT_LIMIT + 1)
+    text = " ".join(jwts_in(content)) if content.startswith(PICKLED) else content.decode(errors="replace")
+    if not text.strip() or len(content) > INPUT_LIMIT:
         raise ConfigurationError(
             "Standard input holds no token: give it, or what `tokencore get MARKET --json` prints."
         )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from tokencore.attempts import CREDENTIALS, latest
-from tokencore.clients.exports import FILE_LIMIT, Exports, jwts_in
+from tokencore.clients.exports import FILE_LIMIT, Exports
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
 from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
@@ -33,7 +33,7 @@ from tokencore.kis import codes
 from tokencore.kis.http import NoAnswer, send
 from tokencore.redaction import printable, short
 from tokencore.stores import check_store, files, permissions
-from tokencore.tokens import format_time, jwt_claims
+from tokencore.tokens import format_time, jwt_claims, jwts_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -437,7 +437,7 @@ def _duplicates(it: Subject) -> Iterator[Finding]:
         if _has_another(path, present)
     ]
     detail = f"caches that hold another token of the same key: {', '.join(found)}" if found else ""
-    fix = "delete the file; if that client is used, let tokencore feed it (tokencore export)"
+    fix = "if that client is used, let tokencore feed it (tokencore export); otherwise delete the file"
     yield _judged("duplicates", detail or "no other client's cache holds another token of your keys", detail and fix)
 
 
