@@ -86,10 +86,10 @@ def allowed_from(standing: Standing) -> datetime | None:
 def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -> datetime | None:
     """Return when the key's next request is allowed; None if it is allowed now.
 
-    An attempt that seems to lie in the future, because the clock was set back, counts as made now, and the next renewal
-    dates it so (`Store.redate`); one more than `CLOCK_ERROR` ahead does not count. The request of an attempt without an
-    outcome, whose process died or still waits, may have left later than recorded, while it was connecting: KIS_TIMEOUT
-    and the pause after a failure cover that.
+    An attempt that seems to lie in the future, because the clock was set back, counts as made now (`Store.lock` dates
+    it so); one more than `CLOCK_ERROR` ahead does not count. The request of an attempt without an outcome, whose
+    process died or still waits, may have left later than recorded, while it was connecting: KIS_TIMEOUT and the pause
+    after a failure cover that.
     """
     last = record.latest(attempts)
     if last is None or last.at > now + CLOCK_ERROR:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from tokencore import limits, redaction
-from tokencore.attempts import Attempt, Outcome, latest, redated
+from tokencore.attempts import Attempt, Outcome, latest
 from tokencore.clients.exports import Exports
 from tokencore.errors import (
     ConfigurationError,
@@ -287,7 +287,7 @@ class Renewer(Sensitive):
             if not held:
                 raise TokenUnavailableError(self._busy(wait))
             now = datetime.now(UTC)
-            attempts, token = self._attempts(now, waited_out), self._store.newest()
+            attempts, token = self._store.attempts(), self._store.newest()
             standing = Standing(now, self._market, attempts, token, self.credentials, waited_out)
             limits.check(intent, standing)
             self._share_failure(standing, began)
@@ -307,16 +307,6 @@ class Renewer(Sensitive):
         if intent is Intent.REQUIRED and not serves(token):
             raise TokenUnavailableError(self._useless(token))
         return token, outcome
-
-    def _attempts(self, now: datetime, waited_out: datetime | None) -> list[Attempt]:
-        """Return the record; if the clock was set back, from now on its attempts are no longer in the future."""
-        attempts = self._store.attempts()
-        last = latest(attempts)
-        if attempts == redated(attempts, now) or (last and last.at == waited_out):
-            return attempts
-        with contextlib.suppress(OSError):
-            self._store.redate(now)
-        return self._store.attempts()
 
     def _serving(self, serves: Serves) -> Token | None:
         token = self._store.newest()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
-    from datetime import datetime
 
     from tokencore.attempts import Attempt
     from tokencore.tokens import Token
@@ -86,14 +85,6 @@ class Store(Protocol):
     def finish(self, fence: Fence, attempt: Attempt, token: Token | None = None) -> None:
         """Save the token for every market of the key, and record the outcome."""
 
-    def redate(self, now: datetime) -> None:
-        """Date attempts that a clock which was set back has left in the future as made `now`.
-
-        Raises:
-            OSError: they could not be changed.
-
-        """
-
     def note(self, attempt: Attempt) -> None:
         """Record what needed no request for a token: one that was imported, adopted or revoked."""
 
@@ -115,7 +106,7 @@ class Store(Protocol):
         """Hold the key's lock inside the block; yields False if it was not acquired within `wait` seconds.
 
         `give_up` is called while another process holds the lock; the wait ends when it returns True, for instance
-        because the token has come.
+        because the token has come. Attempts that a clock which was set back has left in the future are dated now.
 
         Raises:
             TokenStoreError: the lock cannot be used; nothing was changed.

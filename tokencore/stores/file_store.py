@@ -181,10 +181,6 @@ class FileStore(Sensitive):
                 self.mark(token.issued_at or attempt.at)
             self.record.complete(fence, attempt)
 
-    def redate(self, now: datetime) -> None:
-        """Date attempts that lie in the future as made `now`."""
-        self.record.redate(now)
-
     def mark(self, issued_at: datetime) -> None:
         """Write the time of the key's last issue beside each market's view."""
         for path in self._own_views():
@@ -194,9 +190,14 @@ class FileStore(Sensitive):
         """Append an attempt that needed no request."""
         self.record.append(attempt)
 
-    def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> AbstractContextManager[bool]:
-        """Hold the lock file's lock inside the block."""
-        return hold(self._lock_path, wait, give_up)
+    @contextlib.contextmanager
+    def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Hold the lock file's lock inside the block; first, date attempts that lie in the future as made now."""
+        with hold(self._lock_path, wait, give_up) as held:
+            if held:
+                with contextlib.suppress(OSError):
+                    self.record.redate(datetime.now(UTC))
+            yield held
 
     def document(self, name: str) -> FileDocument:
         """Return the document in `key-<fingerprint>-<name>.json`."""

@@ -56,8 +56,10 @@ class Record:
         self.write([*(known[:-1] if mine else known), attempt])
 
     def redate(self, now: datetime) -> None:
-        """Date attempts that lie in the future as made `now`."""
-        self.write(redated(self.attempts(), now))
+        """Date attempts that a clock which was set back has left in the future as made `now`."""
+        known = self.attempts()
+        if (dated := redated(known, now)) != known:
+            self.write(dated)
 
     def write(self, attempts: list[Attempt], *, strict: bool = False) -> None:
         """Replace the record; on a full disk the lock file's times, which can still be set, keep the last attempt.

@@ -210,9 +210,6 @@ class SharedStore(Sensitive):
             if token is None:
                 self._settle()
 
-    def redate(self, now: datetime) -> None:
-        """Change nothing: the fleet's attempts are dated by the server's clock, whatever this machine's shows."""
-
     def note(self, attempt: Attempt) -> None:
         """Record an attempt that needed no request, here and in the store."""
         self._local.note(attempt)
