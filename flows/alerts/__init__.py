@@ -46,7 +46,7 @@ class Subject(NamedTuple):
     settings: Settings  # where messages go, and in which language
     now: datetime  # aware
     name: str  # identifies its incidents
-    place: str  # identifies those of a key that its market had before; see `_place`
+    place: str  # identifies those of a key that its market had before; see `_names`
     label: str  # its name for people
     state: KeyState | None  # the key whose session is endangered first; None if none could be read
     exchanges: list[str]  # the exchanges concerned
@@ -57,8 +57,7 @@ class Subject(NamedTuple):
         """Describe a key by its state, or read now, or an exchange; under any other name, all keys are at risk."""
         if isinstance(who, Key | KeyState):
             key, state = (who, _first_endangered([who], now)) if isinstance(who, Key) else (who.key, who)
-            names = _name(key), _place(key), key.label
-            return cls(settings, now, *names, state, key.exchanges, reached=state is not None)
+            return cls(settings, now, *_names(key), key.label, state, key.exchanges, reached=state is not None)
         if who in sessions.EXCHANGES:
             return cls(settings, now, who, "", who, None, [who], reached=False)
         keys = []
@@ -148,9 +147,9 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
     """Report the end of trouble with a key or an exchange, if there was any, and a token that someone else issued."""
     with harmless(FAILED):
         foreign = who.foreign_issue if isinstance(who, KeyState) else None
-        name, place = (_name(who.key), _place(who.key)) if isinstance(who, KeyState) else (who, "")
+        names = _names(who.key) if isinstance(who, KeyState) else (who, "")
         reported = incidents.parse(open_document(settings, "incidents").read())
-        if not foreign and not any(one.concerns(name, place) for one in reported):
+        if not foreign and not any(one.concerns(*names) for one in reported):
             return
 
         def work(known: list[Incident]) -> None:
@@ -258,18 +257,14 @@ def _hold(settings: Settings, work: Callable[[list[Incident]], object]) -> None:
                 work([])
 
 
-def _name(key: Key) -> str:
+def _names(key: Key) -> tuple[str, str]:
     """Return what identifies the key's incidents: its first market, so that they end when the app key is corrected.
 
-    In a fleet it is the key itself: other machines may have other keys, or other markets, under the same name.
+    In a fleet it is the key itself, as other machines may have other keys, or other markets, under the same name; so
+    the market on this machine identifies those of the key that it had before.
     """
-    return identity(key) if key.market.store else key.name
-
-
-def _place(key: Key) -> str:
-    """Return what identifies the market of a key in a fleet, whose incidents end when its app key is corrected."""
     market = key.market
-    return f"{platform.node()}:{market.token_dir}:{market.name}" if market.store else ""
+    return (identity(key), f"{platform.node()}:{market.token_dir}:{market.name}") if market.store else (key.name, "")
 
 
 def _first_endangered(keys: list[Key], now: datetime) -> KeyState | None:
