@@ -181,9 +181,8 @@ class Key(Sensitive):
         until, buffer, issued = until - CLOCK_SLACK, self.market.buffer, False
         token = self.store.newest()
         if token is None or not token.serves(until, buffer):
-            token, issued = self.renewer.obtain(
-                lambda one: one.serves(max(until, now), buffer), f"get {self.name}", saved=True
-            )
+            reason = f"get {self.name}"
+            token, issued = self.renewer.obtain(lambda one: one.serves(max(until, now), buffer), reason, strict=True)
         self.renewer.require_saved(token)
         return issued
 

@@ -83,11 +83,11 @@ class Renewer(Sensitive):
 
         return Gateway(self._market.base_url, self._secrets, timeout=self._market.settings.timeout)
 
-    def obtain(self, serves: Serves, reason: str, *, saved: bool = False) -> tuple[Token, bool]:
+    def obtain(self, serves: Serves, reason: str, *, strict: bool = False) -> tuple[Token, bool]:
         """Return a token that `serves`, renewed if necessary, and whether it is new and was issued here.
 
-        During a cool-down, wait for another caller's token or for a turn to ask. If it has to be `saved`, KIS is not
-        asked where that is impossible.
+        During a cool-down, wait for another caller's token or for a turn to ask. If `strict`, KIS is not asked where
+        the token could not be saved.
 
         Raises:
             TokenError: a limit forbids it even after the wait, the request failed, or KIS's token would not serve; the
@@ -98,7 +98,7 @@ class Renewer(Sensitive):
         rounds = refused = 0
         while True:
             try:
-                token, outcome = self._renew(Intent.REQUIRED, serves, reason, saved=saved, waited_out=waited_out)
+                token, outcome = self._renew(Intent.REQUIRED, serves, reason, strict=strict, waited_out=waited_out)
             except IssuanceLimitError as limit:
                 last, rounds = latest(self._store.attempts()), rounds + 1
                 refused += _is_own_refusal(last)
@@ -120,7 +120,9 @@ class Renewer(Sensitive):
 
         """
         try:
-            return self._renew(Intent.AHEAD, lambda one: newer(one, present), reason, saved=False, unwanted=unwanted)[0]
+            return self._renew(Intent.AHEAD, lambda one: newer(one, present), reason, strict=False, unwanted=unwanted)[
+                0
+            ]
         except (TokenUnavailableError, IssuanceLimitError) as error:
             minute = isinstance(error, IssuanceLimitError) and error.cause == "minute"
             if minute and _is_own_refusal(latest(self._store.attempts())):
@@ -207,7 +209,7 @@ class Renewer(Sensitive):
                 self._store.clear()
                 with contextlib.suppress(OSError):
                     self._store.note(self._attempt(Outcome.REVOKED, reason, expires_at=token.expires_at))
-        except TokenStoreError as error:
+        except TokenError as error:
             raise TokenStoreError(f"KIS has revoked the token, but it could not be removed. {error}") from None
 
     @contextlib.contextmanager
@@ -269,13 +271,13 @@ class Renewer(Sensitive):
         reason: str,
         by: str = "",
         *,
-        saved: bool = True,
+        strict: bool = True,
         waited_out: datetime | None = None,
         unwanted: Callable[[], bool] = lambda: False,
     ) -> tuple[Token, Outcome | None]:
         """Return a token that `serves` and the request's outcome, which is None if no request was needed.
 
-        With `saved`, only a token that others can use too is worth a request.
+        If `strict`, only a token that others can use too is worth a request.
         """
         wait = 0.0 if intent is Intent.AHEAD else self.lock_wait
         began = datetime.now(UTC)
@@ -295,7 +297,7 @@ class Renewer(Sensitive):
                 raise TokenUnavailableError(
                     "The present token serves to the end of the session and is not replaced in it."
                 )
-            issued = self._issue(reason, by, standing, strict=saved)
+            issued = self._issue(reason, by, standing, strict=strict)
             if issued is None:
                 if token := self._serving(serves):
                     return token, None
@@ -437,11 +439,9 @@ def _returned(answer: Token, standing: Standing) -> bool:
     """
     present = standing.token if standing.token and standing.token.expires_at == answer.expires_at else None
     # The record still has a token whose file was deleted.
-    known = [one for one in standing.attempts if one.expires_at == answer.expires_at]
-    earlier = [one.at for one in known]
-    revoked = [one.at for one in known if one.outcome is Outcome.REVOKED]
-    answer.rejected_at = present.rejected_at if present else max(revoked, default=None)
-    issues = [answer.issued_at, present and present.issued_at, *earlier]
+    earlier = {one.outcome: one.at for one in reversed(standing.attempts) if one.expires_at == answer.expires_at}
+    answer.rejected_at = present.rejected_at if present else earlier.get(Outcome.REVOKED)
+    issues = [answer.issued_at, present and present.issued_at, *earlier.values()]
     answer.issued_at = issued_at = min((at for at in issues if at), default=standing.now)
     age = standing.now - issued_at
     # If a full disk kept an issue out of the record, only its time is known; its token is nearer to that than to now.

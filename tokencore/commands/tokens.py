@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -136,16 +137,10 @@ def _reject(options: argparse.Namespace) -> int:
     if options.approval_key:
         manager.get_approval_key(rejected=text)
     else:
-        manager.report_rejected(_bare(text))
+        with contextlib.suppress(ValueError):  # an opaque token by itself, without an expiry
+            text = from_text(text)[0].access_token  # in any form that `get` prints
+        manager.report_rejected(text)
     return 0
-
-
-def _bare(text: str) -> str:
-    """Return the token from any form that `get` prints, or else the text itself."""
-    try:
-        return from_text(text)[0].access_token
-    except ValueError:  # an opaque token by itself, without an expiry
-        return text.removeprefix("Bearer ").strip()
 
 
 def _delete(options: argparse.Namespace) -> int:
