@@ -17,6 +17,7 @@ from tokencore import Key, Settings, TokenManager, USTokenManager, draw_plans
 from tokencore.attempts import Attempt, Outcome
 from tokencore.calendars import sessions
 from tokencore.outlook import Plan, plan_as_json
+from tokencore.policy import Renewal
 from tokencore.reports.tables import LABEL, print_plan
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 from tokencore.tokens import KST
@@ -183,6 +184,14 @@ def test_a_state_says_all_that_is_known_at_one_moment(key: Key) -> None:
     assert state.served == "us+kr: the token serves until 2024-11-20 17:10 KST"
     assert [state.lasts(DUE + timedelta(hours=hours)) for hours in (20, 24)] == [True, False]
     assert state.next_attempt == (state.outlook.next and state.outlook.next.at) is not None
+
+
+def test_planned_token_lives_until_its_successor_comes_or_its_day_ends(key: Key) -> None:
+    """In the plan's picture, no token is drawn past the next renewal, nor past 24 hours."""
+    issues = [DUE + timedelta(hours=hours) for hours in (0, 20, 60)]
+    plan = key.state(DUE).plan()._replace(renewals=[Renewal(at, "", None) for at in issues])
+    assert [(end - begin) / timedelta(hours=1) for begin, end in plan.lives] == [20, 24, 24]
+    assert [begin for begin, _ in plan.lives] == issues
 
 
 def test_exchanges_that_are_closed_for_weeks_want_no_renewal(key: Key) -> None:

@@ -18,6 +18,7 @@ from hashlib import sha1, sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencore.config.settings import EXPORT_FOLDERS
+from tokencore.config.sources import FILE_LIMIT
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import files, permissions
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tokencore")
 DAY = timedelta(days=1)
-FILE_LIMIT = 1 << 16  # bytes; no client's file is larger
 PICKLE_PROTOCOL = 2  # readable by every Python that the clients run on
 
 

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from tokencore.attempts import CREDENTIALS, latest
-from tokencore.clients.exports import FILE_LIMIT, Exports
+from tokencore.clients.exports import Exports
 from tokencore.config import market as values
 from tokencore.config.settings import Settings
-from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, Found, gather, place_of, trusted_dotenv
+from tokencore.config.sources import CONFIG_FILE, DOTENV_FILE, FILE_LIMIT, Found, gather, place_of, trusted_dotenv
 from tokencore.errors import ConfigurationError, TokenError
 from tokencore.keys import Key
 from tokencore.kis import codes
