@@ -235,6 +235,14 @@ def test_a_server_that_looks_after_nothing_is_told_once_and_its_return_too(
     assert slack.headlines == [TITLE, TITLE.replace(": ", ": solved: ", 1)]
 
 
+def test_a_start_goes_on_although_its_check_keeps_trying(prefect: Wire) -> None:
+    """While KIS is down as a session nears, the first check goes on for most of an hour, and the stack stays up."""
+    prefect.answer(200, {"id": "f00d", "state": {"type": "RUNNING"}})
+    assert "did not end within" in supervisor.first_check(Api(prefect.url, None), patience=0.6)
+    prefect.answer(200, {"id": "f00d", "state": {"type": "FAILED", "name": "Failed", "message": "KIS is down."}})
+    assert supervisor.first_check(Api(prefect.url, None)) == "Failed: KIS is down."
+
+
 def test_who_listens_in_place_of_our_dead_server_is_sent_nothing(prefect: Wire, slack: SlackEndpoint) -> None:
     """Where a stack was started, only the server that supervisord runs is asked, as the question has its password."""
     prefect.answer(*checked(timedelta(minutes=5)))

@@ -104,20 +104,20 @@ class Api:
         made: str = self.ask("POST", f"deployments/{self.deployment(deployment)['id']}/create_flow_run", asked)["id"]
         return made
 
-    def run_to_end(self, deployment: str, **parameters: object) -> dict[str, Any]:
+    def run_to_end(self, deployment: str, patience: float = PATIENCE, /, **parameters: object) -> dict[str, Any]:
         """Run the deployment `flow/deployment` to its end; return the final state with `type`, `name` and `message`.
 
         Raises:
-            StackError: it has not ended after `PATIENCE`, and goes on; or the server gives no useful answer.
+            StackError: it has not ended after `patience` seconds, and goes on; or the server gives no useful answer.
 
         """
-        run, give_up = self.create_run(deployment, **parameters), time.monotonic() + PATIENCE
+        run, give_up = self.create_run(deployment, **parameters), time.monotonic() + patience
         while time.monotonic() < give_up:
             state: dict[str, Any] = self.ask("GET", f"flow_runs/{run}")["state"] or {}
             if state.get("type") in FINAL:
                 return state
             time.sleep(0.5)
-        raise StackError(f"The run of {deployment} did not end within {PATIENCE:.0f} s.")
+        raise StackError(f"The run of {deployment} did not end within {patience:.0f} s.")
 
     def set_state(self, run: str, kind: str, name: str, message: str) -> None:
         """Put a run into a state, even if Prefect's rules would not allow it."""

@@ -31,12 +31,15 @@ from tokencore import ConfigurationError, Key, Settings, TokenStoreError, privat
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from flows.stack.api import Api
+
 CONFIG = Path(__file__).with_name("supervisord.conf")
 PARTS = ("supervisor", "server", "worker")
 LAST_CHECK = "last check"
 FOLDER = "TOKENCORE_FOLDER"  # where the stack was started; see flows/__init__.py
 MARGIN = 5.0  # seconds that the parts of a killed supervisord may take longer to end
 ANSWER = 20.0  # seconds to wait for supervisord's answer
+FIRST_CHECK = 60.0  # seconds that a start waits for its check, which tries for most of an hour while KIS is down
 NO_ANSWER = (OSError, HTTPException, XmlRpcError)
 LOG_TAIL = 15  # lines of a log that are shown with a failure
 SOCKET_LENGTH = 90  # bytes of its folder's path: some systems allow 103 in all, and supervisord adds its process id
@@ -177,9 +180,17 @@ def deploy() -> int:
     server = environment.api(environment.with_dotenv())
     server.wait()
     deployments.apply(server, Path(os.environ["PREFECT_HOME"]))
-    state = server.run_to_end(CHECK)
-    print(f"{state['name']}: {state['message'] or 'done'}")
+    print(first_check(server))
     return 0
+
+
+def first_check(server: Api, patience: float = FIRST_CHECK) -> str:
+    """Check the tokens once, and say how that ended; if it goes on, because KIS is down, the start does too."""
+    try:
+        state = server.run_to_end(CHECK, patience)
+    except StackError as error:
+        return str(error)
+    return f"{state['name']}: {state['message'] or 'done'}"
 
 
 def _listen(home: Path, given: Mapping[str, str]) -> socket.socket:
