@@ -37,7 +37,7 @@ test: .venv/.dev
 	@$(RUN) pytest $(ARGS)
 
 # KRX's session, New York's, a Saturday, a holiday (Chuseok), New Year's Eve, the night when New York's clocks go back.
-MOMENTS := 2026-11-24T02:00Z 2026-11-24T15:00Z 2026-11-28T03:00Z 2026-09-25T02:00Z 2026-12-31T14:30Z 2026-11-01T05:30Z
+MOMENTS := 2026-11-24T02:00Z 2026-11-24T15:00Z 2026-11-28T03:00Z 2026-09-25T02:00Z 2026-12-31T14:55Z 2026-11-01T05:30Z
 
 hours: .venv/.dev
 	@for moment in $(MOMENTS); do echo "At $$moment:"; $(RUN) pytest --at=$$moment -q -rfE $(ARGS) || exit 1; done
