@@ -113,6 +113,8 @@ CAUSES: dict[str, tuple[Exception, str, Token | None, str]] = {
     "no token that lasts, as the dead one came": (errors.TokenUnavailableError("x"), "same 0", DEAD, "same-dead"),
     "the six hours of a token that serves": (limit("same_token"), "same 0", LIVING, "unserved"),
     "a wrong key": (REFUSED, "bad_key 5", OLD, "credentials"),
+    "a right key from an address that KIS does not allow": (REFUSED, "denied 5", OLD, "denied"),
+    "the pause after that": (limit("backoff"), "denied 5", OLD, "denied"),
     "KIS being down": (DOWN, "unreachable 0", None, "kis-down"),
     "403 after two issues in a day": (DOWN, "issued 700, issued 60, refused 0", None, "restricted"),
     "403 after two issues, one of them yesterday": (DOWN, "issued 1500, issued 60, refused 0", None, "kis-down"),

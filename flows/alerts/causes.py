@@ -45,6 +45,7 @@ CEILING = Cause("ceiling", by_person=True)
 DEAD = Cause("dead", by_person=True)
 SAME_DEAD = Cause("same-dead", by_person=True)
 CREDENTIALS = Cause("credentials", by_person=True)
+DENIED = Cause("denied", by_person=True)  # the credentials are right
 DOWN = Cause("kis-down", at_once=False)
 STORE = Cause("store", by_person=True)
 SETTINGS = Cause("settings", by_person=True)
@@ -54,11 +55,11 @@ SILENT = Cause("silent", by_person=True)
 
 CAUSES = (
     *(LIMIT, FOREIGN_LIMIT, FOREIGN_TOKEN, RESTRICTED, WAITING, SAME, CEILING, DEAD, SAME_DEAD),
-    *(CREDENTIALS, DOWN, STORE, SETTINGS, UNSERVED, UNFORESEEN, SILENT),
+    *(CREDENTIALS, DENIED, DOWN, STORE, SETTINGS, UNSERVED, UNFORESEEN, SILENT),
 )
 BY_NAME = {cause.name: cause for cause in CAUSES}
-NEEDS_PERSON = (CREDENTIALS, SETTINGS, SILENT)  # nothing is tried until a person has acted
-BY_ANSWER = (LIMIT, FOREIGN_LIMIT, RESTRICTED, SAME, SAME_DEAD, CREDENTIALS, DOWN)  # the last outcome says why
+NEEDS_PERSON = (CREDENTIALS, DENIED, SETTINGS, SILENT)  # nothing is tried until a person has acted
+BY_ANSWER = (LIMIT, FOREIGN_LIMIT, RESTRICTED, SAME, SAME_DEAD, CREDENTIALS, DENIED, DOWN)  # the last outcome says why
 
 _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (CredentialsError, CREDENTIALS),
@@ -89,6 +90,8 @@ def cause_of(error: Exception, state: KeyState | None) -> Cause:
         found = _limited(error, state)
     else:
         found = next((cause for kind, cause in _BY_ERROR if isinstance(error, kind)), UNFORESEEN)
+    if found is CREDENTIALS and last == "denied":
+        return DENIED
     day = [one for one in attempts if one.outcome == "issued" and attempts[-1].at - one.at < DAY]
     return RESTRICTED if found is DOWN and last == "refused" and len(day) > 1 else found
 
