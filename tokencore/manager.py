@@ -48,7 +48,7 @@ class BaseTokenManager(Sensitive):
     secret is missing) or TokenStoreError (the store cannot be used); what is stored stays.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_text", "_token")  # so that `vars` shows no secret
+    __slots__ = ("__dict__", "__weakref__", "_fresh_from", "_fresh_until", "_text", "_token")  # `vars` shows no secret
 
     def __init__(self) -> None:
         """Read the settings; neither the store nor KIS is touched yet.

@@ -24,7 +24,7 @@ class Sensitive:
     __slots__ = ()
 
     def __reduce__(self) -> str:
-        raise TypeError(f"{type(self).__name__} holds secrets and cannot be pickled; create it where it is needed")
+        raise TypeError(f"{type(self).__name__} holds secrets and cannot be copied or pickled: create it where needed")
 
 
 def digest(*parts: str, length: int) -> str:
