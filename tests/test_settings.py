@@ -461,7 +461,12 @@ def test_unknown_names_are_refused_only_where_they_can_be_ours(caplog: pytest.Lo
     unknown = dict(zip(names, meant, strict=False))
     assert Settings.load().misspelt() == unknown
     assert caplog.messages == [f"Unknown setting {name}; did you mean {unknown[name]}?" for name in names[:3]]
-    for line, hint in (("app_kee = 1", "did you mean KIS_APP_KEY?"), ("[slack]\nurl = 'x'", "lists the settings.")):
+    prefect = "prefect_server_api_port = 1", "read from the environment and .env only."
+    for line, hint in (
+        ("app_kee = 1", "did you mean KIS_APP_KEY?"),
+        ("[slack]\nurl = 'x'", "lists the settings."),
+        prefect,
+    ):
         config(line)
         assert refusal().endswith(hint)
 

@@ -96,7 +96,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _worst_first(found: list[Finding]) -> str:
     """Name what is wrong, for readers with a small screen: the findings that follow are in the order of their fixes."""
-    named = {state: [one.name for one in found if one.state == state] for state in ("fail", "warn")}
+    named = {state: dict.fromkeys(one.name for one in found if one.state == state) for state in ("fail", "warn")}
     wrong = "; ".join(f"{state}: {', '.join(names)}" for state, names in named.items() if names)
     return textwrap.fill(wrong or "All is well.", WIDTH, break_on_hyphens=False)
 

@@ -307,6 +307,8 @@ def _nested(found: Found) -> dict[str, Any]:
     unknown = _unknown(found)
     for name, meant in unknown.items():
         hint = f"did you mean {short(meant)}?" if meant else ".env.example lists the settings."
+        if name.startswith("KIS_PREFECT_"):
+            hint = "Prefect's own settings are read from the environment and .env only."
         if found.origins[name] == CONFIG_FILE or name.split("__")[0] in _GROUPS:
             raise ConfigurationError(f"Unknown setting {short(name)} in {place_of(found.origins[name])}; {hint}")
         if meant:
