@@ -61,7 +61,3 @@ class TokenStoreError(TokenError):
     """The token store cannot be used: permissions, read-only, no space for the lock, or no access to the fleet's."""
 
     exit_code = 7
-
-
-class UnusableDirectoryError(TokenStoreError):
-    """The system refuses access to the token directory: what a process has in memory is still the key's token."""

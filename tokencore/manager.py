@@ -13,7 +13,7 @@ from functools import cached_property
 
 from tokencore.config import market_of_program, read_market
 from tokencore.config.market import ISSUE_INTERVAL, named
-from tokencore.errors import ConfigurationError, TokenError, TokenUnavailableError, UnusableDirectoryError
+from tokencore.errors import ConfigurationError, TokenError, TokenStoreError, TokenUnavailableError
 from tokencore.sealing import Sensitive, sealed, sealed_class
 from tokencore.stores import open_store
 from tokencore.tokens import format_time
@@ -274,7 +274,7 @@ class BaseTokenManager(Sensitive):
         now = datetime.now(UTC)
         try:
             token = self.load_token()
-        except UnusableDirectoryError as error:
+        except TokenStoreError as error:
             token = self._token
             if token is None or not token.serves(until(), self.market.buffer):
                 raise
@@ -431,7 +431,7 @@ class TokenManager(BaseTokenManager):
         if (own.get_app_credentials, own.get_api_url) != (TokenManager.get_app_credentials, TokenManager.get_api_url):
             return super()._read_market()
         try:
-            self.market.name = named(self.get_token_file_prefix().removesuffix("_"))
+            self.market.name = named(str(self.get_token_file_prefix() or "").removesuffix("_"))
         except ValueError as error:
             raise ConfigurationError(f"{error}.") from None
         return self.market

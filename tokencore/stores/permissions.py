@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 
-from tokencore.errors import TokenStoreError, UnusableDirectoryError
+from tokencore.errors import TokenStoreError
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -108,9 +108,9 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
                 os.close(descriptor)
 
 
-def unusable(path: str, error: OSError) -> UnusableDirectoryError:
+def unusable(path: str, error: OSError) -> TokenStoreError:
     """Return the error for a `path` in the token directory to which the system refuses access."""
-    return UnusableDirectoryError(
+    return TokenStoreError(
         f"The token directory cannot be used: {path}: {error.strerror or type(error).__name__}. Nothing was issued; "
         "fix its permissions or free space, or point KIS_TOKEN_DIR elsewhere.",
     )
