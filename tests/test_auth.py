@@ -242,6 +242,8 @@ def test_without_httpx_the_name_says_what_to_install() -> None:
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "KISAuth" in ran.stdout
     assert "ImportError: KISHttpxAuth needs httpx: pip install 'httpx>=0.28' 'anyio>=4.1'\n" in ran.stderr
+    with_it = subprocess.run([sys.executable, "-c", "from tokencore import *; KISHttpxAuth, sessions"], check=False)
+    assert with_it.returncode == 0
 
 
 def key_file() -> Path:

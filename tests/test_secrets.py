@@ -125,7 +125,7 @@ def everything() -> dict[str, Call]:
         "a key as who asks": partial(Key.note, "me", KEY),
         "a secret as a reason": lambda: USTokenManager().refresh(reason=SECRET),
     }
-    for name in (*tokencore.__all__, "KISHttpxAuth"):
+    for name in tokencore.__all__:
         public = getattr(tokencore, name)
         if inspect.isfunction(public):
             found[name] = partial(used, public)
