@@ -65,7 +65,6 @@ def check(settings: Settings, due: datetime, now: datetime) -> State:
 
     Raises:
         ConfigurationError: no market has credentials.
-
     """
     if now - due >= HOUR:  # after a downtime, the last check makes up for all
         return Completed(name="SkippedLate", message="Started an hour late; a later check is due and does everything.")
@@ -85,7 +84,6 @@ def advance(key: Key, again_in: float | None = None, now: datetime | None = None
     Raises:
         TokenError: a renewal that was due did not happen, or KIS rejects the token, and the coming need is not
             covered. A present token is untouched.
-
     """
     settings, now = key.market.settings, now or datetime.now(UTC)
     try:

@@ -104,7 +104,6 @@ def refresh_token(market: Market, force: bool = False, reason: Reason = "", oper
             minute always applies.
         reason: Why, at most 80 characters, for the issuance record and Slack. It is stored in clear: no key, no token.
         operator: Your name, for the issuance record and Slack: Prefect knows no users. At most 40 characters.
-
     """
     asked = Request(market.lower(), force, reason, operator)
     return alerts.guarded(f"refresh_token {asked.market}", lambda settings, now: refresh(settings, asked, now))
@@ -124,7 +123,6 @@ def refresh(settings: Settings, asked: Request, now: datetime) -> State:
 
     Raises:
         ConfigurationError: the market is not configured, or has no credentials.
-
     """
     try:
         reason, operator = Key.note(asked.reason, asked.operator)

@@ -75,7 +75,6 @@ def safe_errors() -> Iterator[None]:
     Raises:
         TokenError: as it was raised in the block.
         UnforeseenError: there was any other error.
-
     """
     try:
         yield

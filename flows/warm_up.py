@@ -62,7 +62,6 @@ def warm_up(exchange: Annotated[Exchange, BeforeValidator(order_code)]) -> State
     Args:
         exchange: The exchange by KIS's order code: NASD is Nasdaq, SEHK Hong Kong, SHAA and SZAA Shanghai and
             Shenzhen, TKSE Tokyo, VNSE and HASE Ho Chi Minh City and Hanoi.
-
     """
     return alerts.guarded(exchange, lambda settings, now: visit(settings, exchange, flow_run.scheduled_start_time, now))
 
@@ -72,7 +71,6 @@ def visit(settings: Settings, exchange: str, due: datetime, now: datetime) -> St
 
     Raises:
         ConfigurationError: no market trades the exchange.
-
     """
     day, known = local_date(exchange, due), settings.overrides
     session, need = sessions.session(exchange, day, known), sessions.need(exchange, day, known)
@@ -97,7 +95,6 @@ def ensure(key: Key, until: datetime, again_in: float | None = None) -> Done:
 
     Raises:
         TokenError: there is no token that lasts; a present one is untouched.
-
     """
     now = datetime.now(UTC)
     try:

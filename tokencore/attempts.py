@@ -73,7 +73,6 @@ class Attempt(NamedTuple):
         credentials: eight hex digits that change with the key or the secret.
         pid, host: the process that made it; `host` is empty if only one machine uses the store.
         by: the person who asked; empty for a program.
-
     """
 
     at: datetime

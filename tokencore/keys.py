@@ -79,7 +79,6 @@ class Key(Sensitive):
 
         Raises:
             ConfigurationError: no market has credentials, or one of `markets` has none; the message says what to set.
-
         """
         groups: dict[str, list[Market]] = {}
         horizons: Horizons = {}
@@ -94,7 +93,6 @@ class Key(Sensitive):
 
         Raises:
             ConfigurationError: the exchange is unknown, or no market with credentials trades it.
-
         """
         place = sessions.exchange(exchange)
         found = [key for key in cls.load(settings) if place in map(sessions.exchange, key.exchanges)]
@@ -111,7 +109,6 @@ class Key(Sensitive):
 
         Raises:
             ConfigurationError: the secret is missing.
-
         """
         if self._renewer is None:
             self._renewer = Renewer(self.markets, self.store)
@@ -128,7 +125,6 @@ class Key(Sensitive):
 
         Raises:
             TokenStoreError: the store cannot be used.
-
         """
         attempts = self.store.attempts()  # read first: a fleet's store is then asked for the token too
         token, problem = self.store.read()
@@ -160,7 +156,6 @@ class Key(Sensitive):
 
         Raises:
             TokenStoreError: after a renewal that was due, the store cannot be used.
-
         """
         planned, renewed, trouble = state.outlook.next, False, None
         if planned is None or planned.at > state.now:
@@ -176,7 +171,6 @@ class Key(Sensitive):
 
         Raises:
             TokenError: there is no such token and none could be issued; a present one is untouched.
-
         """
         until, buffer, issued = until - CLOCK_SLACK, self.market.buffer, False
         token = self.store.newest()
@@ -197,7 +191,6 @@ class Key(Sensitive):
 
         Raises:
             ConfigurationError: one of them holds a word as long as an app key; no request was sent to KIS.
-
         """
         reason, by = clean(reason), clean(by)
         for name, text in (("reason", reason), ("name", by)):
@@ -215,7 +208,6 @@ class Key(Sensitive):
 
         Raises:
             ConfigurationError: the secret is missing.
-
         """
         return self.renewer.gateway.quote(token.access_token, self.exchanges)
 
@@ -224,7 +216,6 @@ class Key(Sensitive):
 
         Raises:
             TokenError: the secret is missing, or the mark could not be saved; other processes may still serve it.
-
         """
         self.renewer.reject(token.access_token, now)
 
@@ -233,7 +224,6 @@ class Key(Sensitive):
 
         Raises:
             ConfigurationError: the secret is missing.
-
         """
         self.renewer.sync_copies()
 
@@ -252,7 +242,6 @@ class KeyState(Sensitive):
         serves_until: the token's expiry less the buffer; None if no token serves now.
         cooldown_until: until when no request for a token is allowed; None if one is allowed now.
         issues_last_24h: how many tokens the key has issued in the last 24 hours.
-
     """
 
     def __init__(self, key: Key, now: datetime, token: Token | None, problem: str, attempts: list[Attempt]) -> None:
@@ -274,7 +263,6 @@ class KeyState(Sensitive):
 
         Raises:
             ConfigurationError: an exchange is unknown.
-
         """
         ahead = self.key.horizon(self.key.exchanges, self.now) if self.key.exchanges else None
         return outlook.look(self.token, self.attempts, ahead, self.key.market, self.now)
@@ -313,7 +301,6 @@ class KeyState(Sensitive):
 
         Raises:
             ConfigurationError: the secret is missing.
-
         """
         return limits.refusal(self._standing)
 
@@ -323,7 +310,6 @@ class KeyState(Sensitive):
 
         Raises:
             ConfigurationError: the secret is missing.
-
         """
         try:
             limits.check(limits.Intent.REQUIRED, self._standing)
@@ -387,7 +373,6 @@ class KeyState(Sensitive):
 
         Raises:
             ConfigurationError: the secret is missing.
-
         """
         key, ahead, buffer, refused = self.key, self.outlook, self.key.market.buffer, self.refusal is not None
         start = datetime.combine(self.now.astimezone(KST).date(), time(), KST).astimezone(UTC)

@@ -60,7 +60,6 @@ def check(intent: Intent, standing: Standing) -> None:
         CredentialsError: KIS refused these very credentials before; a person has to act.
         IssuanceLimitError: the minute, the pause after failures, the six hours or the ceiling forbids it until
             `retry_at`. The present token, if any, is untouched.
-
     """
     if intent in (Intent.REQUIRED, Intent.DUE) and (refused := refusal(standing)):
         raise refused

@@ -55,7 +55,6 @@ class BaseTokenManager(Sensitive):
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
-
         """
         self.market = self._read_market()
         self._text = ""
@@ -95,7 +94,6 @@ class BaseTokenManager(Sensitive):
             TokenStoreError: the token directory cannot be used, and no valid token is in memory.
             ConfigurationError: the settings are incomplete, or `valid_until` has no time zone.
                 Whatever is raised, a token that is still valid stays stored.
-
         """
         if valid_until is None and (self._fresh_from <= time.time() < self._fresh_until or self._unchanged()):
             return self._text
@@ -120,7 +118,6 @@ class BaseTokenManager(Sensitive):
 
         Raises:
             TokenStoreError: it could not be written; what was there before still is.
-
         """
         with self._changing():
             self._store.save(token)
@@ -132,7 +129,6 @@ class BaseTokenManager(Sensitive):
 
         Raises:
             TokenStoreError: the file cannot be removed.
-
         """
         with self._changing():
             return self._store.delete()
@@ -164,7 +160,6 @@ class BaseTokenManager(Sensitive):
             ConfigurationError: `reason` or `by` looks like a key, or a setting cannot be used; no request was made.
             IssuanceLimitError: declined until `retry_at`. The minute limit holds for `force` too.
             CredentialsError, IssuerUnavailableError, TokenStoreError: the renewal failed; the present token stays.
-
         """
         self._reload()
         return self._key.refresh(force=force, reason=reason or "refresh", by=by)
@@ -178,7 +173,6 @@ class BaseTokenManager(Sensitive):
         Raises:
             IssuanceLimitError: it is less than six hours old, so KIS would return the dead token until `retry_at`.
             TokenError: the renewal failed; see `get_valid_token`.
-
         """
         self._forget()
         token = str(token).strip().removeprefix("Bearer ")
@@ -194,7 +188,6 @@ class BaseTokenManager(Sensitive):
 
         Raises:
             TokenError: there is none, and none could be issued; see `ApprovalKeys.obtain`.
-
         """
         from tokencore.clients.approval import ApprovalKeys  # not on the path of a cached token
 
@@ -208,7 +201,6 @@ class BaseTokenManager(Sensitive):
         Raises:
             IssuerUnavailableError: KIS did not revoke the token; it stays valid.
             TokenStoreError: KIS has revoked it, but it could not be removed.
-
         """
         token = self._store.newest()
         if token is None:
@@ -223,7 +215,6 @@ class BaseTokenManager(Sensitive):
         Raises:
             ConfigurationError: a file there is not this key's, KIS_HTS_ID is missing, or there is no such client.
             TokenError: there is no token and none could be issued, or writing failed; the token is untouched.
-
         """
         exports = self._renewer.copies
         exports.check(client, folder)
@@ -243,7 +234,6 @@ class BaseTokenManager(Sensitive):
             ConfigurationError: the present token lasts longer, and `force` is not given.
             TokenUnavailableError: KIS has rejected this token, and it is not `proven` to work again.
             TokenStoreError: it could not be written; what was there before still is.
-
         """
         self._forget()
         return self._renewer.adopt(token, force=force, proven=proven)
@@ -400,7 +390,6 @@ class TokenManager(BaseTokenManager):
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
-
         """
         self._name = market
         super().__init__()
@@ -417,7 +406,6 @@ class TokenManager(BaseTokenManager):
 
         Raises:
             ConfigurationError: one of them is not set.
-
         """
         return self.market.credentials()
 

@@ -38,7 +38,6 @@ class Outlook(NamedTuple):
         anchor: the KST minute of the daily renewal; None without a common quiet time.
         unserved: the first need that the present token does not serve; None if it serves all.
         next: the next renewal, with `at` equal to `now` if it is due; None if none is needed.
-
     """
 
     needs: list[Need]
@@ -114,7 +113,6 @@ def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, 
 
     Raises:
         ConfigurationError: an exchange is unknown.
-
     """
     needs = sessions.needs(codes, now - PAST, now + FUTURE, known)
     return Outlook(needs, policy.quiet_time(needs), policy.daily_anchor(needs, buffer=buffer))

@@ -41,7 +41,6 @@ class Renewal(NamedTuple):
         reason: one line for people: the clause of the rule, and when the token is needed next.
         exception: one line on what is exceptional, and why; None if `at` is 24 hours or more after the last issue and
             outside all needs, and the new token lasts through the next need.
-
     """
 
     at: datetime
@@ -87,7 +86,6 @@ def next_renewal(
 
     Raises:
         TypeError: a datetime without a time zone was compared with one of `needs`.
-
     """
     buffer = _span(buffer)
     if anchor is None:

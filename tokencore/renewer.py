@@ -63,7 +63,6 @@ class Renewer(Sensitive):
 
         Raises:
             ConfigurationError: the settings are malformed, or the secret is missing.
-
         """
         self._market = markets[0]
         self._store = store
@@ -92,7 +91,6 @@ class Renewer(Sensitive):
         Raises:
             TokenError: a limit forbids it even after the wait, the request failed, or KIS's token would not serve; the
                 stored token stays.
-
         """
         waited_out: datetime | None = None
         rounds = refused = 0
@@ -117,7 +115,6 @@ class Renewer(Sensitive):
 
         Raises:
             TokenError: the request failed, or KIS refused this process's last one; `present` goes on serving.
-
         """
         try:
             return self._renew(Intent.AHEAD, lambda one: newer(one, present), reason, strict=False, unwanted=unwanted)[
@@ -135,7 +132,6 @@ class Renewer(Sensitive):
 
         Raises:
             TokenError: a limit forbids it, the request failed, or the token could not be saved; `present` is untouched.
-
         """
         token, outcome = self._renew(Intent.DUE, lambda found: newer(found, present), reason)
         self.require_saved(token)
@@ -146,7 +142,6 @@ class Renewer(Sensitive):
 
         Raises:
             TokenError: a limit forbids it, the request failed, or the token could not be saved; the present one stays.
-
         """
         self._store.attempts()  # this asks a fleet's store too, which may have the token that this machine lacks
         before = self._store.newest() or self._store.read()[0]
@@ -164,7 +159,6 @@ class Renewer(Sensitive):
         Raises:
             TokenError: the present token lasts longer, this one is known to be dead, or it could not be saved; the
                 present one stays.
-
         """
         with self.changing():
             present = self._store.newest()
@@ -183,7 +177,6 @@ class Renewer(Sensitive):
 
         Raises:
             TokenStoreError: the mark could not be saved; other processes may still serve the token.
-
         """
         with self.changing():
             token = self._store.newest()
@@ -200,7 +193,6 @@ class Renewer(Sensitive):
         Raises:
             IssuerUnavailableError: KIS did not revoke it; it stays valid.
             TokenStoreError: KIS has revoked it, but it could not be removed.
-
         """
         self.gateway.revoke(token.access_token)
         reason = f"revoke {self._market.name}"
@@ -218,7 +210,6 @@ class Renewer(Sensitive):
 
         Raises:
             TokenStoreError: another process holds the lock for too long, or the store cannot be written.
-
         """
         with self._locked(self.lock_wait) as held:
             if not held:
@@ -233,7 +224,6 @@ class Renewer(Sensitive):
 
         Raises:
             TokenStoreError: only this process has the token.
-
         """
         if not self._store.saved(token):
             raise TokenStoreError(

@@ -55,7 +55,6 @@ class Token(Sensitive):
 
         Raises:
             ValueError: the text is not one word of visible ASCII, or the expiry is not an aware time.
-
         """
         if not 0 < len(access_token) <= MAX_LENGTH or not (access_token.isascii() and access_token.isprintable()):
             raise ValueError("the access_token is no word of visible ASCII")
@@ -99,7 +98,6 @@ def from_answer(answer: Mapping[str, Any], received_at: datetime) -> Token:
 
     Raises:
         ValueError: there is no usable token or no expiry in the answer; the message says which.
-
     """
     text = answer.get("access_token")
     if not isinstance(text, str) or not text:
@@ -122,7 +120,6 @@ def from_text(text: str) -> tuple[Token, dict[str, Any]]:
 
     Raises:
         ValueError: the text holds no token with an expiry.
-
     """
     content = _fields(text.removeprefix("\ufeff").strip())
     named = (content[name] for name in TOKEN_NAMES if isinstance(content.get(name), str))
@@ -233,7 +230,6 @@ def _only_jwt(text: str) -> str:
 
     Raises:
         ValueError: there is none, or more than one.
-
     """
     found = {jwt for jwt in jwts_in(text.encode(errors="replace")) if jwt_claims(jwt)}
     if len(found) != 1:

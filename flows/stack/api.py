@@ -49,7 +49,6 @@ class Api:
 
         Raises:
             StackError: the server refuses the password or the request, or gives no answer in time.
-
         """
         try:
             answer = self._http.request(method, f"{self.url}/api/{path}", json=content, timeout=self._timeout)
@@ -77,7 +76,6 @@ class Api:
 
         Raises:
             StackError: it is not ready after `PATIENCE`.
-
         """
         give_up = time.monotonic() + PATIENCE
         while not self.answers("ready"):
@@ -109,7 +107,6 @@ class Api:
 
         Raises:
             StackError: it has not ended after `patience` seconds, and goes on; or the server gives no useful answer.
-
         """
         run, give_up = self.create_run(deployment, **parameters), time.monotonic() + patience
         while time.monotonic() < give_up:

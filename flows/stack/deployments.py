@@ -33,7 +33,6 @@ def apply(api: Api, folder: Path) -> None:
 
     Raises:
         StackError: Prefect did not accept the deployments, or gave no answer.
-
     """
     settings = Settings.load()
     traded = {sessions.exchange(code).code for key in Key.load(settings) for code in key.exchanges}

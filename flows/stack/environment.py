@@ -60,7 +60,6 @@ def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
 
     Raises:
         ConfigurationError: the port, the password or the database's address cannot be used.
-
     """
     if not given.get(PASSWORD, "").isascii():
         raise ConfigurationError(
@@ -112,7 +111,6 @@ def port(environment: Mapping[str, str]) -> int:
 
     Raises:
         ConfigurationError: the setting is not a port.
-
     """
     text = environment.get("PREFECT_SERVER_API_PORT") or DEFAULT_PORT
     if not text.isdecimal() or not 0 < int(text) < 65536:  # noqa: PLR2004 - ports end there
@@ -136,7 +134,6 @@ def page(environment: Mapping[str, str]) -> str:
 
     Raises:
         ConfigurationError: PREFECT_UI_URL is not an address that a browser can open.
-
     """
     given = (environment.get("PREFECT_UI_URL") or address(environment)).rstrip("/")
     if not re.fullmatch(r"(?i)https?://(\[[\da-f:.]+\]|[^\[\]@\s/?#:]+)(:\d+)?(/\S*)?", given):
@@ -163,7 +160,6 @@ def home() -> Path:
 
     Raises:
         TokenStoreError: another user may have put something into it.
-
     """
     found = Path(Settings.load().token_dir).absolute() / "prefect"
     if found.exists():

@@ -52,7 +52,6 @@ def run() -> NoReturn:
     Raises:
         ConfigurationError: a setting is missing or malformed; nothing was started.
         StackError: the stack runs already.
-
     """
     home, given = environment.home(), environment.with_dotenv()
     private_folder(str(home))
@@ -125,7 +124,6 @@ def start(home: Path, given: Mapping[str, str], folder: Path) -> subprocess.Pope
 
     Raises:
         StackError: a part could not be started; all parts were stopped again.
-
     """
     private_folder(str(home))
     log = home / "supervisor.log"
@@ -200,7 +198,6 @@ def _listen(home: Path, given: Mapping[str, str]) -> socket.socket:
 
     Raises:
         ConfigurationError: the port or the folder cannot be used.
-
     """
     if len(os.fsencode(home)) > SOCKET_LENGTH:
         raise ConfigurationError(f"{home} is too long for a socket in it; set a shorter KIS_TOKEN_DIR (demo: TMPDIR).")

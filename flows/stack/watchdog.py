@@ -46,7 +46,6 @@ def test_alert() -> int:
 
     Raises:
         ConfigurationError: the settings for Slack are missing; nothing was sent.
-
     """
     from flows.alerts import messages, slack  # imports all of Prefect
 

@@ -116,7 +116,6 @@ def exchange(name: str) -> Exchange:
 
     Raises:
         ConfigurationError: no exchange has that name; the message lists the codes.
-
     """
     found = _BY_NAME.get(name) or _BY_NAME.get(name.strip().upper())
     if found is None:

@@ -56,7 +56,6 @@ class ApprovalKeys(Sensitive):
             CredentialsError, IssuerUnavailableError: the request failed.
             TokenUnavailableError: another process holds the lock for too long.
             TokenStoreError: the token directory cannot be used; no request was made.
-
         """
         try:
             return (self.serving(rejected, self._market.buffer) or self._renewed(rejected)).access_token

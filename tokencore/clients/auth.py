@@ -71,7 +71,6 @@ class Signer(Sensitive):
         Raises:
             ConfigurationError: `url` is not at KIS's own address; nothing was sent.
             TokenError: there is no valid token and none could be obtained; nothing was sent.
-
         """
         if not url.startswith(self._addresses):
             raise self._elsewhere(url)
@@ -117,7 +116,6 @@ class KISAuth(Sensitive, AuthBase):
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
-
         """
         self._signer = Signer(market, custtype)
 
@@ -130,7 +128,6 @@ class KISAuth(Sensitive, AuthBase):
         Raises:
             ConfigurationError: the request does not go to the market's base URL; nothing was sent.
             TokenError: there is no valid token and none could be obtained; nothing was sent.
-
         """
         headers, signature = request.headers, self._signer.signature(request.url or "")
         for name, value in signature.headers.items():  # a tenth faster than `update`

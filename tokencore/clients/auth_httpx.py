@@ -40,7 +40,6 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
 
         Raises:
             ConfigurationError: the settings cannot be read, or the market is not configured.
-
         """
         self._signer = Signer(market, custtype)
         self._turn: RunVar[CapacityLimiter] = RunVar(f"renewal {id(self)}")
@@ -54,7 +53,6 @@ class KISHttpxAuth(Sensitive, httpx.Auth):
         Raises:
             ConfigurationError: the request does not go to the market's base URL; nothing was sent.
             TokenError: there is no valid token and none could be obtained; nothing was sent.
-
         """
         url = _spelt(request.url)
         signature = self._signer.signature(url)

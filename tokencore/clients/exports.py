@@ -61,7 +61,6 @@ class Target(NamedTuple):
 
         Raises:
             ConfigurationError: a setting for their names is missing.
-
         """
         names = [self.name] if self.name else CLIENTS[self.client].names(market, now)
         return [os.path.join(self.folder, name) for name in names]
@@ -124,7 +123,6 @@ class Exports(Sensitive):
             ConfigurationError: no such client, a file there is not this key's, or KIS_HTS_ID is missing; nothing was
                 written.
             TokenStoreError: writing failed; each file is either unchanged or complete.
-
         """
         return self._copy(_target(f"{client}:{folder}", self._market), token, make=True)
 
@@ -134,7 +132,6 @@ class Exports(Sensitive):
         Raises:
             ConfigurationError: no such client, a file there is not this key's, or KIS_HTS_ID is missing.
             TokenStoreError: other users could replace the folder.
-
         """
         now, target = datetime.now(UTC), _target(f"{client}:{folder}", self._market)
         _refuse_foreign(self._look(target, target.paths(self._market, now), None, now))

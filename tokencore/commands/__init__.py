@@ -64,7 +64,6 @@ def run(arguments: Sequence[str]) -> int:
 
     Raises:
         TokenError: the command failed; the error's class has the exit code.
-
     """
     log()
     top, _ = parsers(arguments[0] if arguments else "")
@@ -113,7 +112,6 @@ def key_of(settings: Settings, name: str) -> Key:
 
     Raises:
         ConfigurationError: there is no such market, or it has no app key or secret; the message says what to set.
-
     """
     from tokencore.keys import Key  # imports the calendars, which not every command needs
 
@@ -127,7 +125,6 @@ def read_input() -> str:
 
     Raises:
         ConfigurationError: there is none, or far too much.
-
     """
     content = b""
     if sys.stdin is not None:
@@ -147,7 +144,6 @@ def confirm(option: str, question: str, undone: str) -> None:
 
     Raises:
         ConfigurationError: there is no terminal, or the answer is another one; the message says what is `undone`.
-
     """
     if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigurationError(f"{option} asks first, and there is no terminal. Nothing was done; add --yes.")

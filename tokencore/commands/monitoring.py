@@ -129,7 +129,6 @@ def address(text: str) -> tuple[str, int]:
 
     Raises:
         ArgumentTypeError: it is none of these; argparse then names the option.
-
     """
     host, _, port = text.rpartition(":")
     if not port.isdecimal():

@@ -20,7 +20,6 @@ def read_market(name: str) -> Market:
 
     Raises:
         ConfigurationError: it is not configured, or a setting cannot be used.
-
     """
     return _read(name, gather())
 
@@ -32,7 +31,6 @@ def market_of_program(name: str, credentials: Callable[[], tuple[str, str]], bas
     Raises:
         ConfigurationError: one of them or a setting cannot be used, or `.env` or a secrets folder says where the
             secret or its tokens go.
-
     """
     found, base_url = gather(), str(base_url or "").rstrip("/")
     found.markets.add(name.lower())

@@ -51,7 +51,6 @@ class Market(Sensitive):
         Raises:
             ConfigurationError: the market is not configured, or its address is the other environment's. Other errors
                 mean that a value cannot be used; `Settings.load()` says which.
-
         """
         get = found.values.get
         self.name = known(name, found)  # in lower case, such as `us`
@@ -83,7 +82,6 @@ class Market(Sensitive):
 
         Raises:
             ConfigurationError: one of them cannot be used; cached tokens stay usable.
-
         """
         self._settings = self._settings or self._load()
         return self._settings
@@ -115,7 +113,6 @@ class Market(Sensitive):
 
         Raises:
             ConfigurationError: one of them is not set; the message names the variable.
-
         """
         if not self.app_key:
             raise self._missing("APP_KEY", "; the keyring holds only its secret" if self._in_keyring else "")
@@ -128,7 +125,6 @@ class Market(Sensitive):
 
         Raises:
             ConfigurationError: one is not set, or cannot be read from the keyring; the message says what to set.
-
         """
         self.identified()  # not assigned to a name, so that no traceback's frame has it
         if self._in_keyring:
@@ -144,7 +140,6 @@ class Market(Sensitive):
 
         Raises:
             ConfigurationError: one of them cannot be used; the message names it and does not repeat it.
-
         """
         given: object = credentials()
         if not isinstance(given, tuple | list) or len(given) != PAIR:
@@ -180,7 +175,6 @@ def named(name: str) -> str:
 
     Raises:
         ValueError: it cannot be part of the names of files and variables.
-
     """
     lower = str(name).lower()
     if not lower or len(lower) > LONGEST_NAME or not _NAME_CHARACTERS.issuperset(lower):
@@ -194,7 +188,6 @@ def credential(value: object) -> str | None:
 
     Raises:
         ValueError: it is not one word, or has quotes around it; the message does not repeat it.
-
     """
     found = value.strip() if isinstance(value, str) else "" if value is None else "no text"
     if found[:1] in ("'", '"') or found[-1:] in ("'", '"'):
@@ -209,7 +202,6 @@ def address(value: str) -> str:
 
     Raises:
         ValueError: it is neither a plain https address nor http on loopback.
-
     """
     url = str(value or "").rstrip("/")
     scheme, host, port = _parts(url)
@@ -234,7 +226,6 @@ def folder(value: str) -> str:
 
     Raises:
         ValueError: it is relative or too long, or its `~` does not resolve.
-
     """
     path = os.path.expanduser(value)
     if not os.path.isabs(path) or "\0" in path:
@@ -249,7 +240,6 @@ def number(value: Any, lowest: float, highest: float, *, whole: bool = False) ->
 
     Raises:
         ValueError: it is no number, or not between `lowest` and `highest`; the message names both.
-
     """
     try:
         found = float("nan" if isinstance(value, bool) else value)
@@ -265,7 +255,6 @@ def known(name: str, found: Found) -> str:
 
     Raises:
         ConfigurationError: no such market is configured; the message names those that are.
-
     """
     try:
         lower = named(name)

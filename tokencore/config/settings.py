@@ -170,7 +170,6 @@ class Settings(Sensitive, BaseSettings):
 
         Raises:
             ConfigurationError: a value is malformed or a source unreadable; cached tokens stay usable.
-
         """
         try:
             loaded = cls()
@@ -201,7 +200,6 @@ class Settings(Sensitive, BaseSettings):
 
         Raises:
             ConfigurationError: it is not configured; the message names those that are.
-
         """
         return self._markets[values.known(name, self.found)]
 
@@ -214,7 +212,6 @@ class Settings(Sensitive, BaseSettings):
 
         Raises:
             ConfigurationError: none has; the message says what to set.
-
         """
         if able := [market for market in self.all_markets() if market.app_key]:
             return able
@@ -237,7 +234,6 @@ class Settings(Sensitive, BaseSettings):
 
         Raises:
             ConfigurationError: there is no keyring, or it is locked.
-
         """
         wanted = {name for market in ("", *self.found.markets) for name in self.found.in_keyring(market)}
         kept = [name for name in wanted if self.in_keyring([name])]
@@ -252,7 +248,6 @@ class Settings(Sensitive, BaseSettings):
 
         Raises:
             ConfigurationError: there is no keyring, or it is locked; cached tokens are served without it.
-
         """
         try:
             import keyring  # an optional extra, and slow to import

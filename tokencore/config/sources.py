@@ -92,7 +92,6 @@ def gather() -> Found:
 
     Raises:
         ConfigurationError: a source exists but cannot be read, or gives an address for a secret of another source.
-
     """
     found = Found()
     found.add(ENVIRONMENT, os.environ)
@@ -137,7 +136,6 @@ def trusted_dotenv() -> dict[str, str]:
 
     Raises:
         ConfigurationError: a source of settings cannot be used; see `gather`.
-
     """
     gather()
     known = {name.upper() for name, value in os.environ.items() if value}
@@ -161,7 +159,6 @@ def check_address(name: str, found: Found, what: str, giver: str) -> None:
 
     Raises:
         ConfigurationError: neither that source nor a trusted one gives the address; nothing was sent.
-
     """
     origin, verb = found.origins.get(name, ENVIRONMENT), "copy" if name.endswith("EXPORTS") else "send"
     if origin in TRUSTED or giver in ("", origin):

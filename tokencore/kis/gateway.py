@@ -90,7 +90,6 @@ class Gateway(Sensitive):
 
         Raises:
             IssuerUnavailableError: KIS could not be asked or declined; the token stays valid.
-
         """
         answer = self._post("/oauth2/revokeP", {"appsecret": self._app_secret, "token": access_token})
         if isinstance(answer, Refusal):

@@ -79,7 +79,6 @@ def send(method: str, url: str, content: bytes | None = None, *, timeout: float,
 
     Raises:
         NoAnswer: no answer came.
-
     """
     host, deadline = str(urlsplit(url).hostname), time.monotonic() + 2 * timeout
     body = None if content is None else _Body(content)

@@ -101,7 +101,6 @@ class Watch(Collector):
 
         Raises:
             ConfigurationError: the settings are malformed, or no market has credentials.
-
         """
         self._keys, self._given = Key.load(Settings.load()), gather().values
         self._settings_good = True
@@ -143,7 +142,6 @@ def write_textfile(watch: Watch, path: str) -> None:
 
     Raises:
         ConfigurationError: the file cannot be written; a previous file is still there, unchanged.
-
     """
     try:
         place = os.path.realpath(path)  # a link stays, /dev/stdout too
@@ -163,7 +161,6 @@ def listening(watch: Watch, host: str, port: int) -> Iterator[str]:
 
     Raises:
         ConfigurationError: the address cannot be listened on.
-
     """
     try:
         server = make_server(host, port, _app(watch), _Server6 if ":" in host else _Server, _Handler)

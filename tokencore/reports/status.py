@@ -47,7 +47,6 @@ def look(state: KeyState, market: Market) -> Seen:
     Raises:
         ConfigurationError: one of its exchanges is unknown.
         TokenStoreError: the store cannot be used.
-
     """
     store = state.key.store_of(market)
     if state.token is None:

@@ -142,7 +142,6 @@ class Gateway:
 
         Raises:
             ConfigurationError: a name or length is impossible; the rules have not changed.
-
         """
         for name, value in lengths.items():
             if name not in RULES or not (name == "token_life") <= value <= _YEAR:
@@ -157,7 +156,6 @@ class Gateway:
 
         Raises:
             ConfigurationError: there is no such failure; nothing has changed.
-
         """
         if mode == KILL:
             self.kill_tokens()
@@ -173,7 +171,6 @@ class Gateway:
 
         Raises:
             ConfigurationError: the path or status makes no sense; nothing has changed.
-
         """
         if not str(path).startswith("/") or status not in _STATUSES:
             raise ConfigurationError("path begins with a slash, and status is from 200 to 599.")

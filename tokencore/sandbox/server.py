@@ -30,7 +30,6 @@ class Sandbox(Gateway):
 
     Raises:
         ConfigurationError: a length is impossible or, on entering, the port is not free.
-
     """
 
     def __init__(self, *, port: int = 0, **lengths: float) -> None:

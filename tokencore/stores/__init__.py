@@ -48,7 +48,6 @@ def check_store(settings: Settings) -> list[tuple[str, str, str, str]]:
 
     Raises:
         TokenError: the store cannot be used.
-
     """
     if not settings.store:
         return []
@@ -64,7 +63,6 @@ def private_folder(path: str) -> None:
     Raises:
         TokenStoreError: a folder cannot be created; or another user owns or can write to one of them, a folder above
             or a file in `path`.
-
     """
     from tokencore.stores import lock, permissions
 

@@ -32,7 +32,6 @@ class Document(Protocol):
 
         Raises:
             OSError: it could not be written; the previous content is still there.
-
         """
 
     def lock(self, *, wait: float, give_up: Callable[[], bool] = ...) -> AbstractContextManager[bool]:
@@ -76,7 +75,6 @@ class Store(Protocol):
 
         Raises:
             OSError: it could not be recorded; or, if `strict`, not where the token would be stored for others.
-
         """
 
     def depart(self, fence: Fence) -> bool:
@@ -93,7 +91,6 @@ class Store(Protocol):
 
         Raises:
             OSError: it could not be written; only this process has it, and what was stored before is unchanged.
-
         """
 
     def delete(self) -> bool:
@@ -110,7 +107,6 @@ class Store(Protocol):
 
         Raises:
             TokenStoreError: the lock cannot be used; nothing was changed.
-
         """
 
     def details(self) -> dict[str, Any]:

@@ -31,7 +31,6 @@ def checks(settings: Settings) -> list[tuple[str, str, str, str]]:
 
     Raises:
         TokenError: the store cannot be used; the message says why, and what to do.
-
     """
     fleet = Fleet.of(settings)
     with fleet.connect() as session:

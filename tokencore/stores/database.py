@@ -112,7 +112,6 @@ class State(NamedTuple):
         sealed: the encrypted content.
         attempts: the record by fence, oldest first, dated by this machine's clock; `host` is empty for this one.
         ahead: how far this machine's clock is ahead of the server's.
-
     """
 
     version: int
@@ -138,7 +137,6 @@ class Database(Sensitive):
 
         Raises:
             TokenError: there is no connection, or there are no tables of this version; the message says why.
-
         """
         self._host, end, trouble = host, time.monotonic() + patience, None
         while True:
@@ -172,7 +170,6 @@ class Database(Sensitive):
 
         Raises:
             TokenStoreError: the statement was refused, or no answer came in time.
-
         """
         try:
             found = self._connection.execute(statement, values or None)
@@ -190,7 +187,6 @@ class Database(Sensitive):
 
         Raises:
             TokenStoreError: the connection is lost.
-
         """
         try:
             return {one.payload for one in self._connection.notifies(timeout=timeout, stop_after=1)}
@@ -272,7 +268,6 @@ def make_tables(address: str) -> bool:
 
     Raises:
         TokenError: they cannot be created.
-
     """
     try:
         with _within(address, PATIENCE) as connection:

@@ -35,7 +35,6 @@ class Seal(Sensitive):
 
         Raises:
             ConfigurationError: there is none, or one is malformed.
-
         """
         given = list(keys)
         if not (given and all(KEY.fullmatch(key) for key in given)):  # Fernet would ignore what follows the first `=`
@@ -56,7 +55,6 @@ class Seal(Sensitive):
 
         Raises:
             SealError: no key decrypts it, or it belongs to another row.
-
         """
         try:
             content: dict[str, Any] = json.loads(self._fernet.decrypt(sealed.encode()))

@@ -67,7 +67,6 @@ class FileStore(Sensitive):
         Raises:
             TokenStoreError: the folder or a file belongs to another user or is writable by others; or this user has no
                 access to the folder.
-
         """
         token, problem = self._on_file(self._key_path)
         if token is None or token.rejected_at is not None or token.expires_at.timestamp() <= time.time():
@@ -104,7 +103,6 @@ class FileStore(Sensitive):
 
         Raises:
             OSError: the key's file could not be written; it is unchanged, and only this process has the token.
-
         """
         now = datetime.now(UTC)
         text = tokens.to_cache(token, now=now, environment=self._identity[1], key_fingerprint=self.fingerprint)

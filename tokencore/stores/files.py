@@ -40,7 +40,6 @@ def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, truste
     Raises:
         ValueError: something is there, but no readable file of at most `limit` bytes.
         TokenStoreError: the file has to be `trusted`, but belongs to another user or can be written by others.
-
     """
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -79,7 +78,6 @@ def write_bytes(path: str, content: bytes, *, writer: str = "", durable: bool = 
     Raises:
         OSError: it could not be written, and the old content stays; or the disk did not confirm the new one. No
             temporary file is left.
-
     """
     folder, name = os.path.split(path)
     draft = os.path.join(folder, f".{name}.{writer}.tmp")
@@ -129,7 +127,6 @@ def sync_folder(folder: str) -> None:
 
     Raises:
         OSError: the disk does not confirm it; the rename is done, but a power cut may undo it.
-
     """
     if os.name != "posix":
         return

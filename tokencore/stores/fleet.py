@@ -34,7 +34,6 @@ class Fleet(Sensitive):
     Attributes:
         folder: the machine's token directory.
         seal: what encrypts and decrypts the store's rows.
-
     """
 
     __slots__ = ("_away_until", "_host", "_read_at", "_rows", "_settings", "folder", "seal")
@@ -44,7 +43,6 @@ class Fleet(Sensitive):
 
         Raises:
             ConfigurationError: KIS_STORE_KEYS cannot be used.
-
         """
         self._settings, self.folder = settings, settings.token_dir
         self.seal = Seal(key.get_secret_value() for key in settings.store_keys)
@@ -66,7 +64,6 @@ class Fleet(Sensitive):
 
         Raises:
             TokenError: there is no connection in time, or another process has just failed to get one.
-
         """
         address = self._settings.store.get_secret_value() if self._settings.store else ""
         down = os.path.join(self.folder, f"key-store-{digest(address, length=16)}.down")
@@ -91,7 +88,6 @@ class Fleet(Sensitive):
 
         Raises:
             TokenError: the store cannot be reached.
-
         """
         now = time.monotonic()
         if now >= self._away_until and (now - self._read_at >= FRESH or name not in self._rows):
@@ -123,7 +119,6 @@ def rotate(settings: Settings) -> list[str]:
 
     Raises:
         TokenError: the store cannot be reached, or accepts no changes.
-
     """
     fleet, failed = Fleet.of(settings), []
     with fleet.connect() as session:

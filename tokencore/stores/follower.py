@@ -45,7 +45,6 @@ class Follower:
 
         Raises:
             TokenStoreError: the lock cannot be used.
-
         """
         with hold(self._fleet.follower_lock(self._stores), -1, lambda: False, STAND_BY):
             while True:

@@ -25,7 +25,6 @@ def hold(path: str, wait: float, give_up: Callable[[], bool], poll: float = POLL
 
     Raises:
         TokenStoreError: the system refuses the lock, or others could have planted what is there; nothing was changed.
-
     """
     from filelock import FileLock, Timeout  # takes 60 ms, which a cached `get` must not pay
 

@@ -38,7 +38,6 @@ def refuse_strangers(path: str, found: os.stat_result | None = None, *, reading:
     Raises:
         TokenStoreError: another user owns or can write to it or one of the folders above it; or this user may not look
             into the folder, so that its content is unknown.
-
     """
     if found is None:
         try:
@@ -63,7 +62,6 @@ def refuse_planted(folder: str, parts: tuple[str, ...]) -> None:
 
     Raises:
         TokenStoreError: another user owns or can write to one of them, or the folder cannot be read.
-
     """
     try:
         names = os.listdir(folder)
@@ -85,7 +83,6 @@ def make_private(folder: str, *, ours: tuple[str, ...] = ()) -> None:
 
     Raises:
         TokenStoreError: it cannot be created, is not a folder, belongs to another user or can be written by others.
-
     """
     try:
         _make_folders(folder)

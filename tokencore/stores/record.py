@@ -66,7 +66,6 @@ class Record:
 
         Raises:
             OSError: it could not be written, and `strict` forbids to make do with the lock file; or that failed too.
-
         """
         try:
             files.write_bytes(self._path, render(attempts[-KEEP:]).encode(errors="replace"), writer="record")

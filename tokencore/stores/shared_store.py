@@ -113,7 +113,6 @@ class SharedStore(Sensitive):
 
         Raises:
             TokenStoreError: the store cannot be reached; nothing was removed.
-
         """
         self._reread()
         found = self._local.delete()
@@ -126,7 +125,6 @@ class SharedStore(Sensitive):
 
         Raises:
             TokenStoreError: the store cannot be reached; the token is marked rejected here, and later for all machines.
-
         """
         try:
             self._put(None)
@@ -157,7 +155,6 @@ class SharedStore(Sensitive):
 
         Raises:
             TokenStoreError: the store cannot be reached, or the key's row in it cannot be used.
-
         """
         if self._trouble:
             raise self._trouble
@@ -175,7 +172,6 @@ class SharedStore(Sensitive):
 
         Raises:
             TokenStoreError: no answer came; nothing may be sent.
-
         """
         began = time.monotonic()
         if not self._connected().depart(self.name, fence[0]):
@@ -188,7 +184,6 @@ class SharedStore(Sensitive):
 
         Raises:
             OSError: the machine's files could not be written; the fleet gets it anyway.
-
         """
         from threading import Thread
 
@@ -474,7 +469,6 @@ class SharedDocument(Sensitive):
         Raises:
             OSError: the lease is over, or the store did not answer, and the machine's copy is unchanged; or that copy
                 could not be written.
-
         """
         if self._session:
             try:
