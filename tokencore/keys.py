@@ -51,7 +51,8 @@ class Key(Sensitive):
     """One app key in one environment: its `markets`, the `store` of its token, and how the token is renewed.
 
     `market` is the first market, whose settings (buffer, intervals, limits) apply to the key; `label` is the key's name
-    for people, such as `us+kr` or `hk (paper)`; `exchanges` are the order codes that its markets trade.
+    for people, such as `us+kr` or `hk (paper)`; `exchanges` are the order codes that its markets trade. `renewer`, and
+    whatever asks KIS, raises ConfigurationError if the secret is missing.
     """
 
     __slots__ = ("__dict__", "__weakref__")
@@ -105,11 +106,7 @@ class Key(Sensitive):
 
     @property
     def renewer(self) -> Renewer:
-        """The object that renews the key's token, made on first use.
-
-        Raises:
-            ConfigurationError: the secret is missing.
-        """
+        """The object that renews the key's token, made on first use."""
         if self._renewer is None:
             self._renewer = Renewer(self.markets, self.store)
         return self._renewer
@@ -204,11 +201,7 @@ class Key(Sensitive):
     retry_delay = staticmethod(retry_delay)
 
     def prove(self, token: Token) -> Evidence:
-        """Make one quote call and return what it shows about `token`; no answer of KIS makes it raise.
-
-        Raises:
-            ConfigurationError: the secret is missing.
-        """
+        """Make one quote call and return what it shows about `token`; no answer of KIS makes it raise."""
         return self.renewer.gateway.quote(token.access_token, self.exchanges)
 
     def reject(self, token: Token, now: datetime) -> None:
@@ -220,17 +213,15 @@ class Key(Sensitive):
         self.renewer.reject(token.access_token, now)
 
     def sync_exports(self) -> None:
-        """Bring the files of other clients up to date with the key's token, and log what fails.
-
-        Raises:
-            ConfigurationError: the secret is missing.
-        """
+        """Bring the files of other clients up to date with the key's token, and log what fails."""
         self.renewer.sync_copies()
 
 
 @sealed_class()
 class KeyState(Sensitive):
     """The state of a key at one moment; times are aware UTC.
+
+    `refusal`, `forbidden` and `plan` raise ConfigurationError if the secret is missing.
 
     Attributes:
         key: the key.
@@ -297,20 +288,12 @@ class KeyState(Sensitive):
 
     @property
     def refusal(self) -> CredentialsError | None:
-        """The error if KIS refused these credentials, so that only a person can get a renewal; None otherwise.
-
-        Raises:
-            ConfigurationError: the secret is missing.
-        """
+        """The error if KIS refused these credentials, so that only a person can get a renewal; None otherwise."""
         return limits.refusal(self._standing)
 
     @property
     def forbidden(self) -> TokenError | None:
-        """The error if even a caller without a token may send no request, for longer than the minute; None otherwise.
-
-        Raises:
-            ConfigurationError: the secret is missing.
-        """
+        """The error if even a caller without a token may send no request, for longer than the minute; else None."""
         try:
             limits.check(limits.Intent.REQUIRED, self._standing)
         except IssuanceLimitError as limit:
@@ -369,11 +352,7 @@ class KeyState(Sensitive):
         return next((need for need in ahead.needs if need[1] > self.now), None)
 
     def plan(self, days: int = PLAN_DAYS) -> Plan:
-        """Plan the coming `days` in KST, today included, assuming that every renewal succeeds.
-
-        Raises:
-            ConfigurationError: the secret is missing.
-        """
+        """Plan the coming `days` in KST, today included, assuming that every renewal succeeds."""
         key, ahead, buffer, refused = self.key, self.outlook, self.key.market.buffer, self.refusal is not None
         start = datetime.combine(self.now.astimezone(KST).date(), time(), KST).astimezone(UTC)
         until = start + timedelta(days=days)

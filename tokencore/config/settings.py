@@ -71,10 +71,9 @@ def _hours(value: object, parse: ValidatorFunctionWrapHandler) -> tuple[time, ti
 
 
 def _store(url: SecretStr) -> SecretStr:
-    address = url.get_secret_value().strip()  # a new line at its end would be taken for a part of the database's name
-    if not re.match(r"postgres(ql)?://[^/\s]", address):
+    if not re.match(r"postgres(ql)?://[^/\s]", url.get_secret_value()):
         raise ValueError("must begin with postgresql:// (docs/fleet.md has the whole form)")
-    return SecretStr(address)
+    return url
 
 
 def _mention(text: str) -> str:
@@ -141,7 +140,7 @@ class Settings(Sensitive, BaseSettings):
     prove_tokens: bool = True
     hts_id: str | None = None
     keyring: str | None = None
-    store: Annotated[SecretStr, AfterValidator(_store)] | None = None  # an address with a password
+    store: Annotated[SecretStr, Stripped, AfterValidator(_store)] | None = None  # an address with a password
     store_keys: Annotated[list[SecretStr], Listed] = []
     slack_webhook_url: Annotated[SecretStr | None, Stripped] = None
     slack_bot_token: Annotated[SecretStr | None, Stripped] = None
