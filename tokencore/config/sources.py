@@ -191,7 +191,8 @@ def _dotenv() -> dict[str, str]:
     if not _left or not os.path.exists(_left[0]) or os.path.isdir(_left[0]):  # a folder of this name is a virtualenv
         return {}
     shown = place_of(DOTENV_FILE)
-    if why := _readable(_written_by_others, DOTENV_FILE):
+    if fault := _readable(lambda path: _stranger(path, lenient=False), DOTENV_FILE):
+        why = printable(fault[0])
         warn(f"{shown} is ignored, because {why}; keep it in a folder that only you can write (chmod go-w both).")
         return {}
     import io
@@ -205,17 +206,17 @@ def _dotenv() -> dict[str, str]:
     return {line.key: line.value or "" for line in lines if line.key}
 
 
-def _written_by_others(path: str) -> str:
-    """Return why others may have written the file; empty if it, its folder and its links are safe."""
+def _stranger(path: str, *, lenient: bool) -> tuple[str, str] | None:
+    """Return what `permissions.stranger` says of the file, its folder, or its links and their folders."""
     while True:
         folder = os.path.realpath(os.path.dirname(path))
-        fault = permissions.stranger(folder, os.stat(folder))
+        fault = permissions.stranger(folder, os.stat(folder), lenient=lenient)
         if fault or not os.path.islink(path):
             break
         path = os.path.join(folder, os.readlink(path))
     if not fault and os.path.isfile(path):  # nothing else is read anyway
-        fault = permissions.stranger(path, os.stat(path))
-    return printable(fault[0]) if fault else ""
+        fault = permissions.stranger(path, os.stat(path), lenient=lenient)
+    return fault
 
 
 def _secrets(folder: str) -> dict[str, str]:
@@ -233,9 +234,7 @@ def _config() -> dict[str, Any]:
     import tomllib
 
     found = _readable(lambda path: dict(_leaves(tomllib.loads(_text(path)), "")), CONFIG_FILE)
-    places = (path, os.path.dirname(path), os.path.dirname(os.path.realpath(path)))  # it may be a link
-    faults = _readable(lambda _: [permissions.stranger(one, os.stat(one), lenient=True) for one in places], CONFIG_FILE)
-    if fault := next(filter(None, faults), None):
+    if fault := _readable(lambda path: _stranger(path, lenient=True), CONFIG_FILE):
         raise ConfigurationError(
             f"{CONFIG_FILE} is refused, because other users can write it or its folder, and it may say where secrets "
             f"are sent; look whether it is still yours, then run `{fault[1]}`."
