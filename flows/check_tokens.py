@@ -15,8 +15,8 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows import alerts, artifacts, runs, upcoming
-from flows.runs import KST, SAFE, Done, clock, kis_is_down, safe_errors
-from tokencore import IssuanceLimitError, Key
+from flows.runs import KST, SAFE, Done, kis_is_down, safe_errors
+from tokencore import Key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,8 @@ def check_tokens() -> State:
 
     **Triage:** the state's message says what happened and what still works. *KIS refused ... one a minute*: another
     program issues with this key. *app key*, *app secret*: correct the settings, then run `refresh_token`. *KIS
-    cannot be reached*, *a fault of its own*: wait. *KIS has rejected the token*: it says when another is possible.
+    cannot be reached*, *a fault of its own*: wait. *KIS returns the same token*: KIS has rejected it, and the message
+    says when another is possible.
     """
     return alerts.guarded(ALL_KEYS, lambda settings, now: check(settings, flow_run.scheduled_start_time, now))
 
@@ -96,7 +97,8 @@ def advance(key: Key, again_in: float | None = None, now: datetime | None = None
     except SAFE as error:
         raise artifacts.met(key, alerts.report(settings, key, error, now, again_in), again_in) from None
     state = decision.state
-    trouble = decision.trouble or rejected(state) or (None if decision.renewed else done.trouble or state.refusal)
+    lasting = state.forbidden if is_dead(state) else state.refusal
+    trouble = decision.trouble or (None if decision.renewed else done.trouble or lasting)
     if trouble:
         met = alerts.report(settings, state, trouble, now, again_in)
         if not state.covered:
@@ -113,21 +115,10 @@ def is_session_day(state: KeyState) -> bool:
     return not state.key.exchanges or bool(needs and needs[0][0] < datetime.combine(day, time(), KST))
 
 
-def rejected(state: KeyState) -> IssuanceLimitError | None:
-    """Return the error if KIS rejects the key's token and issues no other yet; None if not so, or if not urgent."""
+def is_dead(state: KeyState) -> bool:
+    """Whether KIS rejects the key's token, and the next need starts within a day, or nobody knows when it starts."""
     token, needs = state.token, state.outlook.needs
-    if not token or not token.rejected_at or (needs and needs[0][0] >= state.now + DAY):
-        return None
-    again = token.same_until()
-    if again is None or again <= state.now:
-        return None
-    message = (
-        f"KIS has rejected the token since {clock(token.rejected_at)}, and issues another only from {clock(again)} on. "
-        "There is no valid token."
-    )
-    if state.attempts[-1:] and state.attempts[-1].outcome != "same":
-        message += " Run refresh_token with force, once: KIS may issue another at once."
-    return IssuanceLimitError(message, retry_at=again, cause="same_token")
+    return bool(token and token.rejected_at) and not (needs and needs[0][0] >= state.now + DAY)
 
 
 def ended(results: Mapping[Key, Done | Exception]) -> State:
