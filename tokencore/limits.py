@@ -186,8 +186,8 @@ def _check_ceiling(standing: Standing) -> None:
         return
     until = issued[-ceiling].at + record.DAY
     raise IssuanceLimitError(
-        f"The 24-hour limit is reached: this key has issued {len(issued)} tokens in 24 hours, and "
-        f"KIS_MAX_ISSUES_PER_DAY is {ceiling}. {standing.serves} The next is allowed at {format_time(until)}; "
+        f"The 24-hour limit is reached: this key has issued {len(issued)} token{'s' * (len(issued) > 1)} in 24 hours, "
+        f"and KIS_MAX_ISSUES_PER_DAY is {ceiling}. {standing.serves} The next is allowed at {format_time(until)}; "
         f"`tokencore refresh {standing.market.name} --force` overrides the limit.",
         retry_at=until,
         cause="ceiling",

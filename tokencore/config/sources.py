@@ -28,6 +28,7 @@ TRUSTED = (ENVIRONMENT, CONFIG_FILE)  # may give an address for any secret
 SECRETS_DIR = "KIS_SECRETS_DIR"
 FILE_LIMIT = 65_536  # bytes; larger files of settings are refused
 PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
+NOWHERE, NO_KEYS = "nowhere", "KIS_STORE_KEYS is not set in the same place"
 _DIR_FIX = f"point {SECRETS_DIR} at a folder with a file per variable"
 _PREFIXES = ("KIS_", "SLACK_", "PREFECT_UI_URL")
 _FOR_ALERTS = ("SLACK_", "KIS_TOKEN_DIR")
@@ -145,7 +146,7 @@ def trusted_dotenv() -> dict[str, str]:
 def _check_addresses(found: Found) -> None:
     """Refuse addresses and export folders of another source than the secret that goes there or, in `.env`, the key."""
     origins = found.origins
-    check_address("KIS_STORE", found, "store keys", origins.get("KIS_STORE_KEYS", "another source"))
+    check_address("KIS_STORE", found, "store keys", origins.get("KIS_STORE_KEYS", NOWHERE))
     for market in ("", *sorted(found.markets)):  # the empty name: all that have no settings of their own
         secret = "the keyring" if found.in_keyring(market) else origins.get(found.variable(market, "APP_SECRET"), "")
         for name in (found.address_variable(market), *found.destinations(market)):
@@ -164,9 +165,10 @@ def check_address(name: str, found: Found, what: str, giver: str) -> None:
     if origin in TRUSTED or giver in ("", origin):
         return
     place, what = place_of(origin), f"tokens of the {what}" if name == "KIS_STORE" else what
+    why = f"it would {verb} the {what} from {place_of(giver)} there" if giver != NOWHERE else NO_KEYS
     raise ConfigurationError(
-        f"{short(name)} in {place} is refused, because it would {verb} the {what} from {place_of(giver)} there; "
-        f"set {short(name)} in the environment or in {CONFIG_FILE} instead, or remove it from {place}."
+        f"{short(name)} in {place} is refused, because {why}; set {short(name)} in the environment or in {CONFIG_FILE} "
+        f"instead, or remove it from {place}."
     )
 
 
