@@ -221,6 +221,18 @@ def test_newer_token_of_another_client_is_adopted_instead_of_written_over(
     assert asked(nowhere) == 0
 
 
+@pytest.mark.parametrize("client", WRITTEN)
+def test_the_first_export_takes_over_the_clients_own_token(nowhere: Sandbox, tmp_path: Path, client: str) -> None:
+    """Who moves from another client to tokencore issues nothing: the token in its file becomes the key's."""
+    os.environ["KIS_HTS_ID"] = "me"
+    for theirs in (make_jwt(APP_KEY, life=7_200), longer()):  # first there is none, then a shorter one
+        (path := tmp_path / name_of(client)).write_bytes(WRITTEN[client](theirs))
+        assert str(path) in TokenManager("us").export(client, str(tmp_path))
+        assert theirs == TokenManager("kr").get_valid_token()
+        assert theirs.encode() in path.read_bytes()
+    assert asked(nowhere) == 0
+
+
 def test_our_own_copy_of_an_earlier_token_is_no_other_clients(copies: Path) -> None:
     """A shorter token imported by force also replaces the longer one in our copies, and is not replaced by it again."""
     TokenManager("us").get_valid_token()

@@ -212,12 +212,16 @@ class BaseTokenManager(Sensitive):
     def export(self, client: str, folder: str) -> list[str]:
         """Write the token for another client (`mojito2`, `python-kis`, `kis-auth`) into `folder`; return the paths.
 
+        A token of this key that the client has issued by itself is taken over instead, if it lasts longer.
+
         Raises:
             ConfigurationError: a file there is not this key's, KIS_HTS_ID is missing, or there is no such client.
             TokenError: there is no token and none could be issued, or writing failed; the token is untouched.
         """
         exports = self._renewer.copies
-        exports.check(client, folder)
+        if theirs := exports.check(client, folder):
+            with suppress(TokenError):  # another process was quicker, or the store takes nothing
+                self.adopt(theirs)
         self._serving(None)
         with self._changing():
             token = self._store.newest()

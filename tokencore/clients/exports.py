@@ -126,15 +126,17 @@ class Exports(Sensitive):
         """
         return self._copy(_target(f"{client}:{folder}", self._market), token, make=True)
 
-    def check(self, client: str, folder: str) -> None:
-        """Check that `write` needs nothing more than a token, so that none is issued in vain.
+    def check(self, client: str, folder: str) -> Token | None:
+        """Check that `write` needs nothing more than a token, and return one that is there already and outlasts ours.
 
         Raises:
             ConfigurationError: no such client, a file there is not this key's, or KIS_HTS_ID is missing.
             TokenStoreError: other users could replace the folder.
         """
         now, target = datetime.now(UTC), _target(f"{client}:{folder}", self._market)
-        _refuse_foreign(self._look(target, target.paths(self._market, now), None, now))
+        present = self._look(target, target.paths(self._market, now), self._store.newest(), now)
+        _refuse_foreign(present)
+        return longest(one.longer for one in present)
 
     def failures(self) -> dict[str, str]:
         """Return the copies asked for by the settings that could not be updated last time, and why."""
