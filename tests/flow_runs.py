@@ -48,7 +48,7 @@ def state_of(now: datetime, token: Token | None = None, past: str | Sequence[Att
     key = only_key()
     key.market.settings.issue_interval = 60  # whatever the gateway of this process has
     known = attempted(past, now) if isinstance(past, str) else past
-    own = [one._replace(credentials=key.renewer.credentials) for one in known]
+    own = [one._replace(credentials=key.market.credentials_digest) for one in known]
     return KeyState(key, now, token, "", own)
 
 

@@ -23,7 +23,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from builders import make_jwt, make_token
 from filelock import FileLock
-from running import Ran, asked, cached, on_disk, raised, snapshot
+from running import Ran, asked, cached, folder, on_disk, raised, snapshot
 
 from tokencore import ConfigurationError, Key, Settings, TokenManager
 from tokencore.clients.exports import Exports
@@ -102,6 +102,18 @@ def test_export_prints_the_paths_and_says_which_file_holds_the_secret(command: C
         assert (ran.code, ran.err.partition(" too")[0]) == (0, told)
         there = Path(f"for-{client}").resolve().glob("[!.]*")
         assert sorted(ran.out.split()) == sorted(map(str, there))
+
+
+def test_export_needs_no_lock_where_there_can_be_none(nowhere: Sandbox) -> None:
+    """Beside a token directory that is mounted read-only, a bot still gets its copy of a valid token."""
+    text = TokenManager("us").get_valid_token()
+    (lock,) = folder().glob("key-*.lock")
+    lock.unlink()
+    lock.mkdir()
+    Path("there").mkdir()
+    TokenManager("us").export("kis-auth", "there")
+    assert held(Path("there")) == text
+    assert asked(nowhere) == 1
 
 
 def test_export_from_a_folder_that_is_gone_asks_for_an_absolute_path(command: Callable[..., Ran]) -> None:

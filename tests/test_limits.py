@@ -19,10 +19,11 @@ from tokencore.tokens import Token, format_time
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 REQUIRED, DUE, AHEAD, REFRESH, FORCE = Intent
 UNKNOWN = 75  # seconds after a request whose end nobody knows: a failure's pause and KIS_TIMEOUT
+RIGHT = make_market().credentials_digest
 FAILED = [outcome for outcome in Outcome if outcome not in GRANTED | CREDENTIALS]
 
 
-def tried(outcome: Outcome, age: timedelta, credentials: str = "right") -> Attempt:
+def tried(outcome: Outcome, age: timedelta, credentials: str = RIGHT) -> Attempt:
     """An attempt of this age."""
     return Attempt(NOW - age, outcome, code="EGW00103", credentials=credentials)
 
@@ -36,7 +37,7 @@ def verdict(
 ) -> TokenError | None:
     """The error that forbids a request at NOW, or None."""
     try:
-        limits.check(intent, Standing(NOW, make_market(**settings), attempts, token, "right", waited_out))
+        limits.check(intent, Standing(NOW, make_market(**settings), attempts, token, waited_out))
     except TokenError as error:
         return error
     return None
@@ -128,7 +129,7 @@ def test_ahead_of_need_failures_are_followed_by_longer_pauses(intent: Intent, ou
 
 
 ATTEMPTS = st.lists(
-    st.builds(tried, st.sampled_from(Outcome), st.timedeltas(-3 * DAY, 3 * DAY), st.sampled_from(["right", "wrong"])),
+    st.builds(tried, st.sampled_from(Outcome), st.timedeltas(-3 * DAY, 3 * DAY), st.sampled_from([RIGHT, "wrong"])),
     max_size=6,
 )
 TOKENS = st.builds(

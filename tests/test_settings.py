@@ -638,13 +638,16 @@ def test_a_secret_that_no_other_source_gives_comes_from_the_keyring_once(kept: M
 
 
 @pytest.mark.usefixtures("gateway")
-def test_the_keyring_is_asked_for_nothing_that_is_only_shown(kept: Mock, command: Command) -> None:
-    """While it is locked, or would prompt a person, the present token and what is known of it are shown as ever."""
+def test_the_keyring_is_asked_for_nothing_but_requests(kept: Mock, command: Command) -> None:
+    """While it is locked, or would prompt a person, the present token and all that needs no request work as ever."""
     del os.environ["KIS_APP_SECRET"]
     with (store := Key.load(Settings.load())[0].store).lock(wait=5):
         store.save(make_token(life=86_000))
-    for line, code in (("get us", 0), ("check", 0), ("plan", 0), ("history", 0), ("metrics", 0), ("tick", 0)):
-        assert command(*line.split()).code == code
+    for line in ("get us", "check", "plan", "history", "metrics", "tick", "export us --to kis-auth there"):
+        assert command(*line.split()).code == 0
+    assert command("refresh", "us").code == 4
+    Key.load(Settings.load())[0].sync_exports()
+    assert command("delete", "us").out == "Deleted.\n"
     assert kept.mock_calls == []
 
 

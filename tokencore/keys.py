@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokencore import limits, outlook, policy
 from tokencore.attempts import (
     BY_LENGTH,
-    CREDENTIALS,
     REASON_LENGTH,
     Attempt,
     Outcome,
     failure,
     issued_within,
-    latest,
     retry_delay,
 )
 from tokencore.calendars import sessions
@@ -373,10 +371,7 @@ class KeyState(Sensitive):
 
     @property
     def _standing(self) -> Standing:
-        # Only what KIS refused is compared: the secret may be in a keyring, which is locked or prompts a person.
-        last = latest(self.attempts)
-        own = self.key.renewer.credentials if last and last.outcome in CREDENTIALS else ""
-        return Standing(self.now, self.key.market, self.attempts, self.token, own)
+        return Standing(self.now, self.key.market, self.attempts, self.token)
 
 
 def _status(token: Token | None, problem: str, market: Market, now: datetime) -> str:

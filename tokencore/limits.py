@@ -41,7 +41,6 @@ class Standing(NamedTuple):
     market: Market
     attempts: Sequence[Attempt]
     token: Token | None
-    credentials: str
     waited_out: datetime | None = None
 
     @property
@@ -124,7 +123,7 @@ def what_serves(token: Token | None, now: datetime, buffer: float) -> str:
 def refusal(standing: Standing) -> CredentialsError | None:
     """Return the error to raise if KIS refused these very credentials at the last attempt; None otherwise."""
     last = record.latest(standing.attempts)
-    if last is None or last.outcome not in CREDENTIALS or last.credentials != standing.credentials:
+    if last is None or last.outcome not in CREDENTIALS or last.credentials != standing.market.credentials_digest:
         return None
     return CredentialsError(
         f"KIS refused these credentials at {format_time(last.at)} ({last.code}), so they are not tried again "

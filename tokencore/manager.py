@@ -7,7 +7,7 @@ validation of settings) are imported only when a renewal is due.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
@@ -223,7 +223,9 @@ class BaseTokenManager(Sensitive):
             with suppress(TokenError):  # another process was quicker, or the store takes nothing
                 self.adopt(theirs)
         self._serving(None)
-        with self._changing():
+        with ExitStack() as stack:
+            with suppress(TokenStoreError):  # mounted read-only; the copy only needs its own folder
+                stack.enter_context(self._changing())
             token = self._store.newest()
             if token is None or not token.serves(datetime.now(UTC), 0):  # a fleet's store has just been asked
                 raise TokenUnavailableError(

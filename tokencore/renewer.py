@@ -28,7 +28,7 @@ from tokencore.errors import (
     TokenUnavailableError,
 )
 from tokencore.limits import Intent, Standing
-from tokencore.sealing import Sensitive, digest
+from tokencore.sealing import Sensitive
 from tokencore.stores import lock
 from tokencore.tokens import Token, format_time
 
@@ -56,18 +56,16 @@ class Renewer(Sensitive):
     stays.
     """
 
-    __slots__ = ("__dict__", "_secrets")  # so that `vars` shows no secret
+    __slots__ = ("__dict__",)
 
     def __init__(self, markets: Sequence[Market], store: Store) -> None:
         """Serve the key of `store`, which `markets` share; the settings of the first one apply to the key.
 
         Raises:
-            ConfigurationError: the settings are malformed, or the secret is missing.
+            ConfigurationError: the settings are malformed.
         """
         self._market = markets[0]
         self._store = store
-        self._secrets = self._market.credentials()
-        self.credentials = digest(*self._secrets, length=8)
         self.copies = Exports(markets, store)
         self.lock_wait = lock.WAIT * self._market.settings.timeout  # seconds to wait for a holder that is asking KIS
         self.departing: Callable[[], object] = lambda: None  # called right before a request is sent
@@ -80,7 +78,7 @@ class Renewer(Sensitive):
         """KIS's gateway, made only when KIS is asked because its imports cost more than everything else here."""
         from tokencore.kis.gateway import Gateway
 
-        return Gateway(self._market.base_url, self._secrets, timeout=self._market.settings.timeout)
+        return Gateway(self._market.base_url, self._market.credentials(), timeout=self._market.settings.timeout)
 
     def obtain(self, serves: Serves, reason: str, *, strict: bool = False) -> tuple[Token, bool]:
         """Return a token that `serves`, renewed if necessary, and whether it is new and was issued here.
@@ -271,6 +269,8 @@ class Renewer(Sensitive):
         """
         wait = 0.0 if intent is Intent.AHEAD else self.lock_wait
         began = datetime.now(UTC)
+        if intent is not Intent.REFRESH:  # which is declined without the secret
+            self._market.credentials()  # before the lock, as a keyring may prompt a person
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves) or (self._adopted(serves) if held else None):
                 if held:
@@ -280,7 +280,7 @@ class Renewer(Sensitive):
                 raise TokenUnavailableError(self._busy(wait))
             now = datetime.now(UTC)
             attempts, token = self._store.attempts(), self._store.newest()
-            standing = Standing(now, self._market, attempts, token, self.credentials, waited_out)
+            standing = Standing(now, self._market, attempts, token, waited_out)
             limits.check(intent, standing)
             self._share_failure(standing, began)
             if unwanted():
@@ -321,7 +321,8 @@ class Renewer(Sensitive):
                 self._store.save(token)
 
     def _attempt(self, outcome: Outcome, reason: str, by: str = "", expires_at: datetime | None = None) -> Attempt:
-        return Attempt(datetime.now(UTC), outcome, None, expires_at, reason, self.credentials, os.getpid(), by)
+        credentials = self._market.credentials_digest if outcome is Outcome.SENT else ""
+        return Attempt(datetime.now(UTC), outcome, None, expires_at, reason, credentials, os.getpid(), by)
 
     def _issue(self, reason: str, by: str, standing: Standing, *, strict: bool) -> tuple[Token, Outcome] | None:
         """Make one request: record it before it is sent, add its outcome after it, and save its token.

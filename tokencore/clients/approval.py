@@ -95,7 +95,7 @@ class ApprovalKeys(Sensitive):
         """Check that the last request allows another one now, and raise otherwise."""
         asked = record.parse(str(self._document.read().get("attempt")))
         both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # KIS refuses both alike
-        standing = limits.Standing(now, self._market, both, self._store.newest(), self._renewer.credentials)
+        standing = limits.Standing(now, self._market, both, self._store.newest())
         if refused := limits.refusal(standing):
             raise refused
         if until := limits.cooldown_until(asked, now, self._market):
@@ -113,7 +113,7 @@ class ApprovalKeys(Sensitive):
     def _issued(self) -> Token:
         """Make one request, recorded before it is sent; an issued key reaches its caller even if it cannot be saved."""
         gateway, before = self._renewer.gateway, approval_key(self._store)
-        attempt = Attempt(datetime.now(UTC), Outcome.SENT, credentials=self._renewer.credentials, pid=os.getpid())
+        attempt = Attempt(datetime.now(UTC), Outcome.SENT, credentials=self._market.credentials_digest, pid=os.getpid())
         try:
             self._write(before, attempt)
         except OSError as error:

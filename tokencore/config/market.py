@@ -135,6 +135,16 @@ class Market(Sensitive):
             self._in_keyring = []
         return str(self.app_key), str(self._app_secret)
 
+    @property
+    def credentials_digest(self) -> str:
+        """8 hex digits that change with the app key or the app secret and reveal neither.
+
+        Raises:
+            ConfigurationError: one is not set, or cannot be read from the keyring.
+
+        """
+        return digest(*self.credentials(), length=8)
+
     def given(self, credentials: Callable[[], tuple[str, str]], base_url: str) -> Market:
         """Change this market to the program's own key and address, and return it.
 
