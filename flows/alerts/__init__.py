@@ -94,7 +94,7 @@ class Subject(NamedTuple):
         state = self.state if self.reached else None
         cause, last = causes.cause_of(error, state), state.attempts[-1] if state and state.attempts else None
         answer = (last.outcome.value, last.code) if last and cause in causes.BY_ANSWER else None
-        return cause, messages.happened(self.texts, cause, str(error), answer)
+        return cause, messages.happened(self.texts, cause, str(error), answer, getattr(error, "retry_at", None))
 
     def over(self, known: list[Incident]) -> list[Incident]:
         """Close its incidents, and return those whose end is to be reported."""

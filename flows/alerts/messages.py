@@ -121,16 +121,23 @@ class Message(NamedTuple):
         return found
 
 
-def happened(texts: Texts, cause: Cause, error: str, answer: tuple[str, str | None] | None = None) -> str:
+def happened(
+    texts: Texts,
+    cause: Cause,
+    error: str,
+    answer: tuple[str, str | None] | None = None,
+    retry_at: datetime | None = None,
+) -> str:
     """Say what happened in a sentence or two: in English the error's own, in other languages a text with the facts.
 
-    `answer` is the outcome and KIS's code of the last attempt, if the error is about that one. For a foreign token,
-    `error` is the time of its issue.
+    `answer` is the outcome and KIS's code of the last attempt, if the error is about that one; `retry_at` is when a
+    limit ends. For a foreign token, `error` is the time of its issue.
     """
     keys = [f"happened.{name}" for name in (answer[0] if answer else "", cause.name, "error")]
     key = next(key for key in keys if key in texts)
     names = ", ".join(dict.fromkeys(NAMES.findall(error)))
-    return texts(key, error=error.partition(". ")[0].rstrip("."), names=names, code=answer and answer[1]).strip()
+    first, code, until = error.partition(". ")[0].rstrip("."), answer and answer[1], retry_at and clock(retry_at)
+    return texts(key, error=first, names=names, code=code, until=until).strip()
 
 
 def trouble(
