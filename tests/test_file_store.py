@@ -89,6 +89,16 @@ def test_two_keys_of_one_market_have_each_its_own_token(folder: Path, others: di
     assert (len(list(folder.glob(f"*_{VIEW[3:]}"))), list(folder.glob("*.aside"))) == (2, [])
 
 
+def test_a_key_whose_token_only_0_1_has_saved_keeps_it_when_another_key_saves(folder: Path) -> None:
+    """What 0.1 left in a market's view becomes the file of its key before another key takes the view over."""
+    earlier, later = (open_files(folder, "us", "us", base_url=url) for url in (LOOPBACK, "http://127.0.0.1:2"))
+    ours = save(earlier, make_token()).access_token
+    (folder / f"key-{earlier.fingerprint}.json").unlink()  # 0.1 has no such file
+    theirs = save(later, make_token(life=90_000)).access_token
+    assert [text_of(store) for store in (earlier, later)] == [ours, theirs]
+    assert list(folder.glob("*.aside")) == []
+
+
 SERVES, COPY, MISS = [True, True], [False, True], [False, False]
 VIEWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, str], list[bool]]] = {
     # the key's own token, the view's token, its other fields, and whether it serves: a reader, the holder of the lock

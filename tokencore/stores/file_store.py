@@ -297,10 +297,14 @@ class FileStore(Sensitive):
             log().warning(" ".join(kept))
 
     def _kept_elsewhere(self, view: str) -> bool:
-        """Whether the other key of this folder that wrote `view` has its token in its own file."""
+        """Whether the other key that wrote `view` has a file of its own; 0.1 wrote none, so `view` becomes that."""
         seen, owner = _owners.get(view, (None, ("", "")))
         own_file = self._path(os.path.basename(f"key-{key_name(*owner)}.json"))
-        return seen is not None and seen == files.signature(view) and os.path.exists(own_file)
+        if seen is None or seen != files.signature(view):
+            return False
+        with contextlib.suppress(OSError):  # it is there already, or no file can have two names here
+            os.link(view, own_file)
+        return os.path.exists(own_file)
 
     def _marked(self) -> list[Attempt]:
         """Return the last issue as the `.dat` files give it; a file next to another key's view belongs to that key."""
