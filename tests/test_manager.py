@@ -349,6 +349,26 @@ def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
     assert (running.get_valid_token(), asked(gateway)) == (token, 1)
 
 
+@pytest.mark.parametrize("how", ["until the close", "rejected"])
+def test_thread_that_read_the_old_token_before_gives_nobody_else_that(
+    gateway: Sandbox, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A caller gets the token that was renewed for it, though a slower thread remembers the earlier one meanwhile."""
+    old, manager = cached(DAY / 2), USTokenManager()
+    later = datetime.now(UTC) + timedelta(hours=20)
+
+    def slower(_: object) -> bool:
+        manager._remember(old)  # noqa: SLF001 - as another thread does
+        return True
+
+    monkeypatch.setattr(manager._store, "saved", slower)  # noqa: SLF001 - called when the new token is remembered
+    if how == "rejected":
+        assert manager.report_rejected(old.access_token) != old.access_token
+    else:
+        assert manager.get_valid_token(valid_until=later) != old.access_token
+    assert asked(gateway) == 1
+
+
 def test_token_that_expires_while_the_machine_sleeps_is_not_served_when_it_wakes(nowhere: Sandbox) -> None:
     """The clock that runs on decides; after it is set back too, the next call looks at the file."""
     token = cached().access_token

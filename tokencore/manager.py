@@ -16,7 +16,7 @@ from tokencore.config.market import ISSUE_INTERVAL, named
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError, TokenUnavailableError
 from tokencore.sealing import Sensitive, sealed, sealed_class
 from tokencore.stores import open_store
-from tokencore.tokens import format_time
+from tokencore.tokens import format_time, longest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ class BaseTokenManager(Sensitive):
             self._renewer.sync_copies()
         if token.expires_at - timedelta(seconds=self.market.proactive_window) <= now:
             self._renew_beside(token)
-        return self._token or token
+            return longest([token, self._token]) or token
+        return token  # what is in memory by now may be an earlier one, read by another thread before this one came
 
     def _unchanged(self) -> bool:
         """Whether one `stat` shows that the remembered token is still current; if so, it is fresh for `FRESH` again."""
