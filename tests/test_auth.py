@@ -23,6 +23,7 @@ from running import asked, cached, folder, forked, limited, raised, until
 from servers import Scripted
 
 from tokencore import Key, KISAuth, KISHttpxAuth, KRTokenManager, Settings, TokenManager, USTokenManager, errors
+from tokencore.attempts import as_line, parse
 from tokencore.clients.auth import Signer
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 
@@ -302,6 +303,17 @@ def test_rejected_approval_key_is_served_to_nobody_though_the_next_comes_after_t
     assert limited(lambda: us.get_approval_key(key))[0] == "minute"
     assert limited(KRTokenManager().get_approval_key)[0] == "minute"
     assert (key in key_file().read_text(), gateway.stats()["approvals"]) == (False, 1)
+
+
+def test_after_the_clock_was_set_back_an_approval_key_is_asked_for_again(gateway: Sandbox) -> None:
+    """A request that seems to lie hours ahead does not forbid the next one until then."""
+    key = (us := USTokenManager()).get_approval_key()
+    content = json.loads(key_file().read_text())
+    content["attempt"] = as_line(parse(content["attempt"])[0]._replace(at=datetime.now(UTC) + timedelta(hours=5)))
+    key_file().write_text(json.dumps(content))
+    os.environ["KIS_ISSUE_INTERVAL"] = "60"
+    assert us.get_approval_key(key) != key
+    assert gateway.stats()["approvals"] == 2
 
 
 def test_credentials_that_kis_refused_are_not_tried_for_an_approval_key(gateway: Sandbox) -> None:

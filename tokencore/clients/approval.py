@@ -94,6 +94,7 @@ class ApprovalKeys(Sensitive):
     def _check(self, began: datetime, now: datetime) -> None:
         """Check that the last request allows another one now, and raise otherwise."""
         asked = record.parse(str(self._document.read().get("attempt")))
+        asked = [one for one in asked if one.at <= now + record.CLOCK_NOISE]  # else the clock was set back since
         both = sorted([*asked, *self._store.attempts()], key=lambda attempt: attempt.at)  # KIS refuses both alike
         standing = limits.Standing(now, self._market, both, self._store.newest())
         if refused := limits.refusal(standing):
