@@ -59,7 +59,7 @@ CAUSES = (
 )
 BY_NAME = {cause.name: cause for cause in CAUSES}
 NEEDS_PERSON = (CREDENTIALS, DENIED, SETTINGS, SILENT)  # nothing is tried until a person has acted
-BY_ANSWER = (LIMIT, FOREIGN_LIMIT, RESTRICTED, SAME, SAME_DEAD, CREDENTIALS, DENIED, DOWN)  # the last outcome says why
+BY_ANSWER = (LIMIT, FOREIGN_LIMIT, RESTRICTED, CREDENTIALS, DENIED, DOWN)  # the last outcome says why
 
 _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (CredentialsError, CREDENTIALS),
