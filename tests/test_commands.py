@@ -107,6 +107,17 @@ def test_delete_removes_one_markets_file_and_the_keys_with_the_last(gateway: San
     assert (ran.code, "no token file" in ran.out, gateway.stats()["revokes"]) == (0, True, 0)
 
 
+def test_delete_says_what_keeps_the_token_of_a_renamed_market(command: Command) -> None:
+    """A market without a file of its own has the key's token as long as another market's file has it."""
+    command("get", "us")
+    (folder() / "us_api_token.json").rename(folder() / "old_api_token.json")
+    assert command("delete", "kr").out == "Deleted.\n"
+    assert "Other markets' files keep its key's token" in command("delete", "us").out
+    assert "old_api_token.json" in command("doctor").out
+    (folder() / "old_api_token.json").unlink()
+    assert command("delete", "us").out == "Deleted.\n"
+
+
 def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Command) -> None:
     """The question names the key's other markets and when KIS issues a new token; without a yes, or KIS's, it stays."""
     assert "no token to revoke" in at_a_terminal("", "delete", "us", "--revoke").out

@@ -146,8 +146,11 @@ def _reject(options: argparse.Namespace) -> int:
 def _delete(options: argparse.Namespace) -> int:
     manager = TokenManager(options.market)
     revoked = options.revoke and _revoke(manager, asking=not options.yes)
-    removed = manager.delete_token() or revoked
-    print("Deleted." if removed else f"There was no token file for {manager.market.name!r}.")
+    if manager.delete_token() or revoked:
+        print("Deleted.")
+        return 0
+    kept = "Other markets' files keep its key's token; the doctor lists those of markets that are not configured."
+    print(f"There was no token file for {manager.market.name!r}. {kept if manager.load_token() else ''}".rstrip())
     return 0
 
 
