@@ -92,6 +92,15 @@ def test_settings_are_told_with_their_origin(command: Command) -> None:
     assert fixes == ["did you mean KIS_BUFFER?", "remove it, unless another program uses it", "chmod 600 .env"]
 
 
+@pytest.mark.usefixtures("gateway")
+def test_an_app_key_of_a_market_without_its_secret_is_warned_of(command: Command) -> None:
+    """KIS refuses one account's key with another's secret; the common key again is no reason to warn."""
+    name = "setting KIS_MARKETS__KR__APP_SECRET"
+    assert found(command, 3, KIS_MARKETS__KR__APP_KEY=KEY)[name]["state"] == "warn"
+    for harmless in ({"KIS_MARKETS__KR__APP_SECRET": "its"}, {"KIS_APP_KEY": KEY}):
+        assert found(command, 3, KIS_MARKETS__KR__APP_KEY=KEY, **harmless).get(name, {}).get("state") != "warn"
+
+
 def test_malformed_settings_are_exit_2_and_the_rest_is_still_looked_at(warm: Sandbox, command: Command) -> None:
     """A sentence names the variable, checks that need it are skipped, and the key's record is not called a leftover."""
     seen = found(command, 2, KIS_TIMEOUT="soon")

@@ -153,12 +153,20 @@ def _settings(it: Subject) -> Iterator[Finding]:
     for name, meant in unknown.items():
         fix = f"did you mean {meant}?" if meant else "remove it, unless another program uses it"
         yield (_warn if meant else _skipped)(f"setting {short(name)}", "is not a setting of tokencore", fix)
+    for name in sorted(_missing_secrets(it.found.values)):
+        yield _warn(f"setting {name}", "not set, so this market's app key is sent with the secret of others", "set it")
     for path in {path for name, path in origins.items() if name.endswith(CREDENTIAL)} & {DOTENV_FILE, CONFIG_FILE}:
         if _is_wide(os.path.expanduser(path)):
             yield _warn("settings file", f"{path} holds credentials, and other users may read it", f"chmod 600 {path}")
     if it.settings:
         kept = it.settings.origins.items() - origins.items()
         yield from (_ok(f"setting {name}", f"kept, in {origin}") for name, origin in sorted(kept))
+
+
+def _missing_secrets(values: Mapping[str, object]) -> set[str]:
+    """Return the variables of secrets that are missing beside a market's own app key; a keyring may have them."""
+    own = {name for name in values if name.endswith("__APP_KEY") and values[name] != values.get("KIS_APP_KEY")}
+    return {f"{name.removesuffix('KEY')}SECRET" for name in own if "KIS_KEYRING" not in values} - values.keys()
 
 
 def _setting(name: str, value: object, origin: str) -> Finding:
