@@ -29,7 +29,7 @@ def add(command: AddCommand) -> None:
     """Add these commands to the parser."""
     what = "renew now; declined with 4 while KIS would return the same token, or over the ceiling"
     force = "also within six hours and past the daily ceiling; asks before a second one in an hour"
-    flags = {"--force": force, "--yes": "force without the question; needed without a terminal"}
+    flags = {"--force": force, "--yes": "force without that question; needed for it without a terminal"}
     refresh = command("refresh", _refresh, what, market="one", flags=flags)
     refresh.add_argument("--reason", default="", help="kept in the issuance record")
     refresh.add_argument("--by", help="who asks, for the record (otherwise your login)")
