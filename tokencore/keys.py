@@ -49,8 +49,8 @@ class Key(Sensitive):
     """One app key in one environment: its `markets`, the `store` of its token, and how the token is renewed.
 
     `market` is the first market, whose settings (buffer, intervals, limits) apply to the key; `label` is the key's name
-    for people, such as `us+kr` or `hk (paper)`; `exchanges` are the order codes that its markets trade. `renewer`, and
-    whatever asks KIS, raises ConfigurationError if the secret is missing.
+    for people, such as `us+kr` or `hk (paper)`; `exchanges` are the order codes that its markets trade. Whatever
+    asks KIS raises ConfigurationError if the secret is missing.
     """
 
     __slots__ = ("__dict__", "__weakref__")

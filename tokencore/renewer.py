@@ -267,10 +267,7 @@ class Renewer(Sensitive):
 
         If `strict`, only a token that others can use too is worth a request.
         """
-        wait = 0.0 if intent is Intent.AHEAD else self.lock_wait
-        began = datetime.now(UTC)
-        if intent is not Intent.REFRESH:  # which is declined without the secret
-            self._market.credentials()  # before the lock, as a keyring may prompt a person
+        wait, store, began = 0.0 if intent is Intent.AHEAD else self.lock_wait, self._store, datetime.now(UTC)
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves) or (self._adopted(serves) if held else None):
                 if held:
@@ -278,27 +275,26 @@ class Renewer(Sensitive):
                 return token, None
             if not held:
                 raise TokenUnavailableError(self._busy(wait))
-            now = datetime.now(UTC)
-            attempts, token = self._store.attempts(), self._store.newest()
-            standing = Standing(now, self._market, attempts, token, waited_out)
+            standing = Standing(datetime.now(UTC), self._market, store.attempts(), store.newest(), waited_out)
             limits.check(intent, standing)
             self._share_failure(standing, began)
             if unwanted():
                 raise TokenUnavailableError(
                     "The present token serves to the end of the session and is not replaced in it."
                 )
-            issued = self._issue(reason, by, standing, strict=strict)
-            if issued is None:
-                if token := self._serving(serves):
-                    return token, None
-                text = "Another machine is asking KIS for this key's token, or the attempt could not be recorded"
-                raise IssuanceLimitError(f"{text}. Nothing was sent; try again.", cause="minute")
-        token, outcome = issued
+            token, outcome = self._issue(reason, by, standing, strict=strict) or self._others(serves)
         if token.rejected_at is not None:  # KIS returned the dead token, so raise for the six hours, which alone matter
             limits.check(Intent.REFRESH, standing._replace(token=token, attempts=()))
         if intent is Intent.REQUIRED and not serves(token):
             raise TokenUnavailableError(self._useless(token))
         return token, outcome
+
+    def _others(self, serves: Serves) -> tuple[Token, None]:
+        """Return the token of the machine that was quicker; raise if it has none yet."""
+        if token := self._serving(serves):
+            return token, None
+        text = "Another machine is asking KIS for this key's token, or the attempt could not be recorded"
+        raise IssuanceLimitError(f"{text}. Nothing was sent; try again.", cause="minute")
 
     def _serving(self, serves: Serves) -> Token | None:
         token = self._store.newest()
