@@ -496,7 +496,17 @@ def test_a_mistake_in_the_set_up_is_one_sentence_and_nothing_is_lost(
     before = field.sql("select version, sealed from tokencore_key")
     ran = command("get", "us")
     assert (ran.code, sign in one_line(ran), "Canary" in ran.err) == (code, True, False), ran.err
+    assert (command("refresh", "us").code, sign in one_line(command("refresh", "us"))) == (code, True)
     assert (asked(field.kis), field.sql("select version, sealed from tokencore_key")) == (0, before)
+
+
+def test_a_lost_connection_is_not_blamed_on_its_encryption(field: Field) -> None:
+    """A server or network that ends a TLS connection is named as the cause, so that another try is made."""
+    with Relay(field.fleet.server.port) as relay:
+        session = database.Database(field.fleet._replace(url=field.fleet.server.url()).behind(relay).url, "x")
+        relay.lose = b"\x17\x03\x03"  # the start of a TLS record with data
+        with pytest.raises(TokenStoreError, match="closed the connection"):
+            session.read(["x"])
 
 
 @pytest.mark.parametrize("package", ["psycopg", "cryptography"])
@@ -538,6 +548,7 @@ def test_the_printed_role_is_enough_and_may_no_more(field: Field, command: Comma
     assert command("fleet", "init", "--role", "x SUPERUSER; --").code == 2
     ran = [command("fleet", "init", "--role", role) for _ in range(2)][1]
     assert (ran.code, "KIS_STORE_KEYS=" in ran.out) == (0, True)
+    assert 'CREATE ROLE "user" LOGIN' in command("fleet", "init", "--role", "user").out  # a word of SQL
     field.sql(ran.out, f"alter role {role} password 'CanaryPassword'")
     lesser = field.fleet._replace(url=field.fleet.server.url(role=role))
     assert field.machine("one", lesser).get()

@@ -141,8 +141,8 @@ class Renewer(Sensitive):
         Raises:
             TokenError: a limit forbids it, the request failed, or the token could not be saved; the present one stays.
         """
-        self._store.attempts()  # this asks a fleet's store too, which may have the token that this machine lacks
-        before = self._store.newest() or self._store.read()[0]
+        with self._store.lock(wait=0):  # a fleet's store may have the token that this machine lacks
+            before = self._store.newest() or self._store.read()[0]
         intent = Intent.FORCE if force else Intent.REFRESH
         token, _ = self._renew(intent, lambda found: newer(found, before), reason, by)
         self.require_saved(token)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tokencore.commands import AddCommand
 
-ROLE = r"[a-z_][a-z0-9_]{0,62}"  # an SQL name that needs no quotes
+ROLE = r"[a-z_][a-z0-9_]{0,62}"
 GRANTS = """\
 -- As the tables' owner, who may create roles, or a superuser: the machines' role. Its password: \\password {role}
 CREATE ROLE {role} LOGIN;
@@ -40,15 +40,16 @@ def _init(settings: Settings, role: str) -> int:
         raise ConfigurationError("--role must be a name of small letters, digits and _; nothing was changed.")
     from tokencore.stores.database import make_tables  # needs the extra `fleet`
 
-    used = make_tables(settings.store.get_secret_value() if settings.store else "")
+    quoted, used = make_tables(settings.store.get_secret_value() if settings.store else "", role)
     print("-- The tables are there.")
-    print(GRANTS.format(role=role))
+    print(GRANTS.format(role=quoted))
     if used:
         print("-- They are in use: KIS_STORE_KEYS stays what the other machines have.")
     elif not settings.store_keys:
         from cryptography.fernet import Fernet
 
-        print(f"-- A new key, the same for all machines: KIS_STORE_KEYS={Fernet.generate_key().decode()}")
+        key = Fernet.generate_key().decode()
+        print(f"-- A new key, the same for all machines; if you have one already, keep that: KIS_STORE_KEYS={key}")
     return 0
 
 
@@ -68,9 +69,10 @@ def _follow(_: argparse.Namespace) -> int:
     settings = _shared()
     from tokencore.stores.shared_store import make_follower
 
+    follower = make_follower(settings)
     print(f"Following the fleet for {len(settings.able_markets())} markets.", file=sys.stderr)
     with until_stopped():
-        make_follower(settings).run()
+        follower.run()
     return 0
 
 

@@ -84,7 +84,7 @@ FAULTS = {  # by a pattern in `_signs`: what failed, what to do, and whether ano
     "password": ("it refuses the role or its password", "correct KIS_STORE or the password file", False),
     "certificate": ("its certificate cannot be verified", "correct sslrootcert or the host in KIS_STORE", False),
     r"pg_hba\.conf": ("it does not admit this role from this machine", "add it to the server's pg_hba.conf", False),
-    "closed|shutdown": ("it has closed the connection", "check its log", True),
+    "closed|shutdown|syscall|eof": ("it has closed the connection", "check its log", True),
     "ssl": ("it and this machine do not agree on encryption", "correct sslmode in KIS_STORE, or the server", False),
     "undefinedtable": ("it has no tables of tokencore", "run `tokencore fleet init` as the tables' owner", False),
     "undefinedcolumn": ("its tables are of another version", "run the same tokencore on all machines", False),
@@ -263,8 +263,10 @@ def _line(attempt: Attempt, ahead: timedelta) -> dict[str, object]:
     return {"at": attempt.at - ahead, "what": record.as_line(attempt)}
 
 
-def make_tables(address: str) -> bool:
-    """Create the missing tables, owned by the role in the address; return whether they have encrypted content.
+def make_tables(address: str, role: str = "tokencore") -> tuple[str, bool]:
+    """Create the missing tables, owned by the role in the address.
+
+    Return the name of another `role` as SQL needs it, and whether the tables have encrypted content.
 
     Raises:
         TokenError: they cannot be created.
@@ -272,7 +274,8 @@ def make_tables(address: str) -> bool:
     try:
         with _within(address, PATIENCE) as connection:
             connection.execute(TABLES)
-            return bool(connection.execute(_NAMES).fetchall())
+            quoted = connection.execute("select quote_ident(%s)", [role]).fetchall()[0][0]
+            return quoted, bool(connection.execute(_NAMES).fetchall())
     except psycopg.errors.InsufficientPrivilege:
         raise TokenStoreError(
             "The fleet's tables cannot be created: the role in KIS_STORE lacks the right. Nothing was changed. To do: "

@@ -59,14 +59,14 @@ class Seal(Sensitive):
         try:
             content: dict[str, Any] = json.loads(self._fernet.decrypt(sealed.encode()))
         except (InvalidToken, ValueError):
-            why = "cannot be decrypted with KIS_STORE_KEYS: compare them with another machine's"
+            why = "cannot be decrypted: compare KIS_STORE_KEYS with another machine's; if they agree, it is damaged"
         else:
             if content.items() >= about.items():
                 return content
             why = "belongs to another row: rows were swapped"
         raise SealError(
-            f"The fleet's entry of {' '.join(about.values())} {why}; if it is damaged, `tokencore delete MARKET` makes "
-            "room for a new one. Nothing was issued or overwritten; a valid token on this machine is served anyway."
+            f"The fleet's entry of {' '.join(about.values())} {why}, and `tokencore delete MARKET` makes room for a "
+            "new one. Nothing was issued or overwritten; a valid token on this machine is served anyway."
         )
 
     def opened_by(self, sealed: str) -> int | None:
