@@ -268,6 +268,8 @@ class Renewer(Sensitive):
         If `strict`, only a token that others can use too is worth a request.
         """
         wait, store, began = 0.0 if intent is Intent.AHEAD else self.lock_wait, self._store, datetime.now(UTC)
+        if intent is not Intent.REFRESH:  # which is declined without the secret
+            self._market.credentials()  # before the lock, as a keyring may prompt a person
         with self._locked(wait, lambda: self._serving(serves) is not None) as held:
             if token := self._serving(serves) or (self._adopted(serves) if held else None):
                 if held:
