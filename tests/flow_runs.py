@@ -23,9 +23,15 @@ from tokencore.attempts import Attempt, Outcome
 from tokencore.tokens import Token
 
 
-def run(flow: Flow[..., State], name: str | None = None, tags: Sequence[str] = (), **parameters: object) -> State:
-    """Run the flow as due now and return the run's final state."""
-    due: State[Any] = Scheduled(scheduled_time=datetime.now(UTC))
+def run(
+    flow: Flow[..., State],
+    name: str | None = None,
+    tags: Sequence[str] = (),
+    ago: timedelta = timedelta(0),
+    **parameters: object,
+) -> State:
+    """Run the flow, which was due some time `ago`, and return the run's final state."""
+    due: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) - ago)
     with get_client(sync_client=True) as client:
         made = client.create_flow_run(flow, name=name, tags=tags, parameters=parameters, state=due)
     return cast("State", run_flow(flow, flow_run=made, parameters=parameters, return_type="state"))

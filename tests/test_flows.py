@@ -416,6 +416,13 @@ class TestRuns:
             step(again_in=65)
         assert table() == dict.fromkeys(("us", "kr"), "NO_TOKEN")
 
+    def test_a_late_check_is_skipped_unless_a_person_retries_it(self, gateway: Sandbox, opens: Opens) -> None:
+        """A check that was due three hours ago leaves the work to a later one; with Retry on its page it checks now."""
+        opens(SOON)
+        assert run(check_tokens.check_tokens, ago=3 * HOUR).name == "SkippedLate"
+        os.environ["PREFECT__RUNTIME__FLOW_RUN__RUN_COUNT"] = "2"
+        assert (run(check_tokens.check_tokens, ago=3 * HOUR).name, asked(gateway)) == ("Renewed", 1)
+
     def test_one_keys_trouble_stops_no_other(self, gateway: Sandbox, slack: SlackEndpoint, opens: Opens) -> None:
         """A check of two keys fails for the refused one, but renews the other and schedules its next renewal."""
         opens(SOON)
