@@ -33,6 +33,7 @@ from tokencore.config.settings import MarketSettings, Settings
 from tokencore.config.sources import FILE_LIMIT, gather, trusted_dotenv
 from tokencore.errors import ConfigurationError
 from tokencore.keys import Key
+from tokencore.manager import TokenManager
 
 PAIR = {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
 EVIL = "http://127.0.0.1:1"
@@ -649,6 +650,19 @@ def test_the_keyring_is_asked_for_nothing_but_requests(kept: Mock, command: Comm
     Key.load(Settings.load())[0].sync_exports()
     assert command("delete", "us").out == "Deleted.\n"
     assert kept.mock_calls == []
+
+
+def test_whoever_unlocks_the_keyring_keeps_nobody_from_the_key(kept: Mock) -> None:
+    """The secret is asked for before the key's lock is taken, as a person may think about it for long."""
+    free: list[bool] = []
+
+    def prompt(*_: str) -> None:
+        with Key.load(Settings.load())[0].store.lock(wait=0) as held:
+            free.append(held)
+
+    kept.side_effect = prompt
+    assert "keyring set" in refusal(TokenManager("us").get_valid_token)
+    assert set(free) == {True}
 
 
 FAILING: dict[str, tuple[object, str]] = {
