@@ -275,7 +275,7 @@ def _key(key: Key) -> Iterator[Finding]:
     state = key.state(datetime.now(UTC))
     yield from (_token(state, market) for market in key.markets)
     for place, why in Exports(key.markets, key.store).failures().items():
-        fix = "fix or remove what is there; the next renewal or check copies again"
+        fix = "fix or remove what is there; the next renewal or hourly check copies again"
         yield _warn("exports", f"{place} is not up to date: {why}", fix)
     name, last, allowed = f"issuing {key.label}", latest(state.attempts), key.market.settings.max_issues_per_day
     counted = f"{state.issues_last_24h} of {allowed} issues in 24 hours"

@@ -72,10 +72,14 @@ class Record:
         except OSError as error:
             if strict:
                 raise
-            last, issued = attempts[-1], issued_within(self._unrecorded(), attempts[-1].at)
+            last, noted = attempts[-1], self._unrecorded()
+            issued = issued_within(noted, last.at)
             issues = len(issued) + (last.outcome is Outcome.ISSUED)
             os.utime(self._lock_path, (UNRECORDED + issues, last.at.timestamp()))
-            _log.warning("The issuance record cannot be written (%s); the lock file keeps the time.", error.strerror)
+            if not noted:  # said at the first step of a request, not at each
+                _log.warning(
+                    "The issuance record cannot be written (%s); the lock file keeps the time.", error.strerror
+                )
         else:
             if self._unrecorded():
                 os.utime(self._lock_path)
