@@ -99,11 +99,12 @@ def days(code: str, start: datetime, end: datetime, overrides: Mapping[str, Over
     return [one for one in found if one and one.need[0] < end and one.need[1] > start]
 
 
-def certain_until() -> date:
+def certain_until(_code: str = "") -> date:
     """Return the last day of the last year whose official notices are in the installed `holidays` package.
 
     After that day all of China's weekdays count as open, and other closures are computed from the law. A holiday
     declared at a few weeks' notice, as in Korea, costs one needless check until the package or your settings have it.
+    Version 0.1 asked for an exchange.
     """
     return date(_last_announced_year(), 12, 31)
 
