@@ -200,6 +200,18 @@ def test_what_only_one_machine_has_is_offered_and_the_later_expiry_wins(field: F
     assert not any(one.host for one in first.store.attempts())
 
 
+def test_an_outcome_that_could_not_be_published_is_recorded_also_after_anothers_attempt(field: Field) -> None:
+    """The fleet's record gets the outcome that only the machine knew, in its place before another machine's attempt."""
+    first, second = field.machines(2)
+    sent = SENT._replace(at=datetime.now(UTC))
+    for machine in (first, second):
+        with machine.store.lock(wait=0), patch.object(machine.store, "_in_flight", lambda _: False):
+            assert machine.store.begin(sent)
+    FileStore(first.market, tuple).record.complete(sent, sent._replace(outcome=Outcome.ISSUED))
+    first.look()
+    assert [one.outcome for one in second.store.attempts()] == ["issued", "sent"]
+
+
 @pytest.mark.parametrize("hours", [1, -1])
 def test_the_limits_go_by_the_servers_clock(field: Field, hours: int) -> None:
     """A machine whose clock is an hour off knows the age of others' attempts, and records its own at the right time."""
@@ -339,6 +351,11 @@ def test_trouble_that_began_or_ended_without_the_store_is_known_when_it_is_back(
         alerts.resolved(here, who, now)
     assert [": solved: " in one for one in slack.headlines] == [False, True, False, False, True]
     assert [one["subject"] for one in open_document(here, "incidents").read()["incidents"]] == ["NASD"]
+    os.environ |= field.machine("two").environment
+    soon, later, sent = now + timedelta(minutes=1), now + timedelta(hours=3), len(slack.messages)
+    for settings, at in ((Settings.load(), soon), (away, later), (here, later)):  # the reminder is sent once
+        alerts.report(settings, "NASD", trouble, at)
+    assert len(slack.messages) == sent + 1
 
 
 def test_trouble_belongs_to_its_key_whatever_machines_call_it(field: Field, slack: SlackEndpoint) -> None:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from tokencore import tokens
 from tokencore.config import sources
 from tokencore.errors import TokenError, TokenStoreError
-from tokencore.redaction import log
+from tokencore.redaction import is_followed, log
 from tokencore.sealing import Sensitive, digest, sealed_class
 from tokencore.stores.file_store import FileStore
 
@@ -327,7 +327,7 @@ class SharedStore(Sensitive):
             self._state = self._exchange(self._connected())
             if not self._in_flight(self._state) or give_up() or time.monotonic() >= end:
                 return
-            if time.monotonic() >= tell_at:
+            if time.monotonic() >= tell_at and is_followed():
                 tell_at = end
                 _warn("Another machine is asking KIS:", f"waiting for its answer, {self._patience():.0f} s at most.")
             time.sleep(POLL)
@@ -386,18 +386,23 @@ class SharedStore(Sensitive):
         That is an outcome that could not be published before; the record of the fleet's first machine; and the last
         attempts before a crash of the server, if its successor lacks them.
         """
-        mine, theirs = self._local.attempts(), state.attempts
-        fence, last = next(reversed(theirs.items()), (0, None))
-        if last and last.outcome == "sent" and not last.host:
-            done = bool(mine) and mine[-1].pid == last.pid and mine[-1].outcome != "sent"
-            if done := done and mine[-1].at > last.at - SLACK:
-                session.finish(self.name, fence, mine[-1], state.ahead)
-            return done
+        theirs, wait = state.attempts, timedelta(seconds=self._patience())
         known = {one[1:] for one in theirs.values()}
-        lost = [one for one in mine if one[1:] not in known and (last is None or one.at > last.at + SLACK)]
-        for attempt in lost:
+        mine = [one for one in self._local.attempts() if one[1:] not in known]
+        answers = [
+            (fence, one)
+            for fence, sent in theirs.items()
+            if sent.outcome == "sent" and not sent.host
+            for one in mine
+            if one.outcome != "sent" and one.pid == sent.pid and -SLACK < one.at - sent.at < wait
+        ]
+        for fence, attempt in answers:
+            session.finish(self.name, fence, attempt, state.ahead)
+        last = next(reversed(theirs.values()), None)
+        lost = [one for one in mine if last is None or one.at > last.at + SLACK]
+        for attempt in () if answers else lost:
             session.begin(self.name, None, attempt, state.ahead)
-        return bool(lost)
+        return bool(answers or lost)
 
     def _put(self, token: Token | None) -> bool:
         """Replace the fleet's token on a person's request, whatever it is by now; return whether there was anything."""
@@ -560,7 +565,10 @@ def _store_of(*markets: Market) -> SharedStore:
 
 
 def _joined(theirs: dict[str, Any], ours: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the store's object with the items that this machine added to its lists, or removed, since `before`."""
+    """Return the store's object with the items that this machine added to its lists, or removed, since `before`.
+
+    What it added comes first: where it is a newer state of an item of the store's, that is what readers meet.
+    """
     if before is None:
         return theirs
     joined = dict(theirs)
@@ -569,7 +577,7 @@ def _joined(theirs: dict[str, Any], ours: dict[str, Any], before: dict[str, Any]
             found if isinstance(found := one.get(name), list) else [] for one in (theirs, ours, before)
         )
         kept = [one for one in there if one in mine or one not in known]
-        joined[name] = kept + [one for one in mine if one not in known and one not in there]
+        joined[name] = [one for one in mine if one not in known and one not in there] + kept
     return joined
 
 
