@@ -331,19 +331,21 @@ def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> N
     assert asked(quick) == 1
 
 
+@pytest.mark.parametrize("gone", [False, True], ids=["a file is in its place", "its drive is not mounted"])
 def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
-    gateway: Sandbox, caplog: pytest.LogCaptureFixture
+    gateway: Sandbox, caplog: pytest.LogCaptureFixture, *, gone: bool
 ) -> None:
     """A running program goes on with one warning, until KIS rejects the token; a new program cannot start."""
     token = (running := USTokenManager()).get_valid_token()
     aside = folder().rename(folder().with_name("aside"))
-    folder().write_text("")
+    folder().symlink_to("nowhere") if gone else folder().write_text("")
     for _ in range(2):
         running._fresh_until = 0.0  # noqa: SLF001 - a second later
         assert running.get_valid_token() == token
     assert [message.partition(".")[0] for message in caplog.messages] == ["The token in memory still serves"]
     refused = (USTokenManager().get_valid_token, lambda: running.report_rejected(token), running.get_valid_token)
     assert [type(raised(work)) for work in refused] == [TokenStoreError] * 3
+    assert ("No such file or directory" in str(raised(refused[0]))) is gone
     folder().unlink()
     aside.rename(folder())
     assert (running.get_valid_token(), asked(gateway)) == (token, 1)

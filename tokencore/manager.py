@@ -267,23 +267,23 @@ class BaseTokenManager(Sensitive):
             now = datetime.now(UTC)
             return now if valid_until is None else max(now, valid_until)
 
-        now = datetime.now(UTC)
+        now, found = datetime.now(UTC), None
         try:
-            token = self.load_token()
-        except TokenStoreError as error:
-            token = self._token
+            found = token = self.load_token()
             if token is None or not token.serves(until(), self.market.buffer):
+                _refuse_hopeless(token, now, until(), self.market.buffer)
+                self._reload()
+                reason = f"get {self.market.name}"
+                token, _ = self._renewer.obtain(lambda one: one.serves(until(), self.market.buffer), reason)
+        except TokenStoreError as error:  # or the directory is gone, as with a drive that is no longer mounted
+            token = self._token
+            if found or token is None or not token.serves(until(), self.market.buffer):
                 raise
             self._remember(token)
             if time.monotonic() >= self._next_save:
                 self._next_save = time.monotonic() + ISSUE_INTERVAL
                 _warn("The token in memory still serves", error)
             return token
-        if token is None or not token.serves(until(), self.market.buffer):
-            _refuse_hopeless(token, now, until(), self.market.buffer)
-            self._reload()
-            reason = f"get {self.market.name}"
-            token, _ = self._renewer.obtain(lambda found: found.serves(until(), self.market.buffer), reason)
         self._remember(token)
         if not self._store.saved(token) and time.monotonic() >= self._next_save:  # the disk may have room again
             self._next_save = time.monotonic() + self.market.settings.issue_interval

@@ -162,4 +162,5 @@ def _make_folders(folder: str) -> None:
         os.mkdir(folder, PRIVATE_FOLDER)
     except FileExistsError:
         if not os.path.isdir(folder):  # else another process was quicker
+            os.stat(folder)  # the error says that a link leads nowhere, as to a drive that is not mounted
             raise
