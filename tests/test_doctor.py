@@ -180,6 +180,16 @@ def test_wide_modes_and_leftovers_are_warned_of(command: Command) -> None:
     assert [one.rpartition(": ")[2] for one in seen["leftover files"]["detail"].split("; ")] == names
 
 
+@pytest.mark.usefixtures("warm")
+def test_one_error_that_stops_several_checks_is_said_once(command: Command) -> None:
+    """A token directory that others can write fails its own check; the checks that need it only name that one."""
+    folder().chmod(0o777)
+    seen = found(command, 7)
+    assert "can be written by other users" in seen["token directory"]["detail"]
+    others = {seen[name]["detail"] for name in ("lock", "token us", ACCEPTED, "duplicates")}
+    assert others == {"token directory must be fixed first"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who holds a lock")
 @pytest.mark.usefixtures("warm")
 def test_who_holds_the_lock_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,7 @@ LEFTOVERS = {  # recognized by file name; the group in parentheses is the key or
     "of a market that is not configured": _OF_MARKET,
 }
 NETWORK = "check the address, the network and the firewall"
+FOLLOW = "follow this message"
 
 
 class Finding(NamedTuple):
@@ -122,7 +123,17 @@ def examine() -> list[Finding]:
     for name, (check, needed) in CHECKS.items():
         able = getattr(it, needed)
         findings += _tried(name, check(it)) if able else [_skipped(name, "the settings must be fixed first")]
-    return findings
+    return _without_repetitions(findings)
+
+
+def _without_repetitions(findings: list[Finding]) -> list[Finding]:
+    """Return the findings; where one error stops several checks, the later ones only name the first."""
+    first: dict[str, str] = {}
+    told = [first.setdefault(one.detail, one.name) if one.cure == FOLLOW else one.name for one in findings]
+    return [
+        one if name == one.name else _skipped(one.name, f"{name} must be fixed first")
+        for one, name in zip(findings, told, strict=True)
+    ]
 
 
 def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
@@ -130,7 +141,7 @@ def _tried(name: str, check: Iterable[Finding]) -> Iterator[Finding]:
     try:
         yield from check
     except TokenError as error:
-        yield _fail(name, str(error), "follow this message", error.exit_code)
+        yield _fail(name, str(error), FOLLOW, error.exit_code)
     except NoAnswer as error:
         yield _fail(name, str(error), NETWORK)
     except Exception as error:  # noqa: BLE001 - its text may hold anything
