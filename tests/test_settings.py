@@ -325,14 +325,18 @@ def test_config_file_that_others_can_write_is_refused() -> None:
 
 
 @as_root
-@pytest.mark.parametrize("planted", ["config.toml", ".tokencore", "folder of the link"])
+@pytest.mark.parametrize("planted", ["config.toml", ".tokencore", "folder of the link", "folder of the file"])
 def test_config_file_of_another_user_is_refused(planted: str, tmp_path: Path) -> None:
     """Where the home is a folder that everybody shares, such as /tmp, anybody may have put it there."""
     path = config(**PAIR, KIS_BASE_URL=EVIL)
-    (tmp_path / "elsewhere").mkdir()
-    target = path.rename(tmp_path / "elsewhere" / "config.toml")
-    path.symlink_to(target)
-    foreign = {"config.toml": target, ".tokencore": path.parent, "folder of the link": target.parent}[planted]
+    between, there = (tmp_path / "between", tmp_path / "there")
+    for folder in (between, there):
+        folder.mkdir()
+    target = path.rename(there / "config.toml")
+    (between / "link").symlink_to(target)
+    path.symlink_to(between / "link")
+    places = {".tokencore": path.parent, "folder of the link": between, "folder of the file": there}
+    foreign = places.get(planted, target)
     os.chown(foreign, NAMELESS, NAMELESS)
     assert refusal(us) == refusal()
     assert refusal().endswith(f"look whether it is still yours, then run `chown 0 {foreign}`.")
