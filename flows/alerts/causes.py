@@ -69,7 +69,6 @@ _BY_ERROR: tuple[tuple[type[Exception], Cause], ...] = (
     (TokenUnavailableError, UNSERVED),
     (SilenceError, SILENT),
 )
-_NEVER_SENT = ("unreachable", "imported", "revoked")  # outcomes without a request of ours that reached KIS
 _BY_OUTCOME = {  # what a pause after a failed attempt waits for
     **dict.fromkeys(("bad_key", "bad_secret", "denied"), CREDENTIALS),
     **dict.fromkeys(("server_error", "refused", "bad_answer", "no_answer", "unreachable"), DOWN),
@@ -124,5 +123,5 @@ def _is_ours(state: KeyState) -> bool:
     refused = len(attempts) - 1
     while refused and attempts[refused - 1].outcome == "limit":
         refused -= 1
-    seen = [attempt.at for attempt in attempts[:refused] if attempt.outcome not in _NEVER_SENT]
+    seen = [attempt.at for attempt in attempts[:refused] if attempt.counts]
     return bool(seen) and attempts[refused].at - seen[-1] <= timedelta(seconds=2 * interval)
