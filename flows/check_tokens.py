@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from tokencore import KeyState, Settings
 
-ALL_KEYS = "check_tokens"  # the subject of an incident in a run that reached no key
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 TRY_FOR = timedelta(minutes=45)  # how long a run retries while KIS is down; then the next hourly run takes over
 
@@ -60,7 +59,7 @@ def check_tokens() -> State:
     """
     # A person who retries a run that failed earlier wants a check now.
     due = flow_run.scheduled_start_time if flow_run.run_count <= 1 else datetime.now(UTC)
-    return alerts.guarded(ALL_KEYS, lambda settings, now: check(settings, due, now))
+    return alerts.guarded(alerts.ALL_KEYS, lambda settings, now: check(settings, due, now))
 
 
 def check(settings: Settings, due: datetime, now: datetime) -> State:
@@ -73,7 +72,7 @@ def check(settings: Settings, due: datetime, now: datetime) -> State:
         return Completed(name="SkippedLate", message="Started an hour late; a later check is due and does everything.")
     keys = Key.load(settings)
     results = runs.each_key(advance, keys, TRY_FOR)
-    alerts.resolved(settings, ALL_KEYS, now)
+    alerts.resolved(settings, alerts.ALL_KEYS, now)
     artifacts.update(keys, results)
     return ended(results)
 

@@ -235,7 +235,7 @@ def test_a_link_leads_a_person_through_the_login_to_the_run(up: Up) -> None:
 
 
 def test_a_killed_worker_comes_back_and_ends_what_died_or_was_missed(up: Up, refreshing: tuple[str, int]) -> None:
-    """Its run, which knew no cloud key, block key or proxy, is Crashed; of missed warm-ups only the last one runs."""
+    """Its run, which knew no cloud key, is Crashed, and one whose id is another's; of missed warm-ups one runs."""
     run, process = refreshing
     assert files_with_secrets(up) == ["password"]  # nor has a run's own environment been written anywhere
     worker = up.processes()["worker"]
@@ -246,10 +246,12 @@ def test_a_killed_worker_comes_back_and_ends_what_died_or_was_missed(up: Up, ref
     other = up.api("POST", "flow_runs/", {"flow_id": up.look(run)["flow_id"], "state": {"type": "RUNNING"}}).json()[
         "id"
     ]
+    reused = up.create(CHECK, state={"type": "RUNNING"})  # the machine restarted, and gave the id to another process
+    up.api("PATCH", f"flow_runs/{reused}", {"infrastructure_pid": str(os.getpid())})
     for number in (worker, process):
         os.kill(number, signal.SIGKILL)
     until(lambda: up.processes().get("worker", worker) != worker, SLOW)
-    until(lambda: up.state(run) == ("CRASHED", "Crashed"), SLOW)
+    until(lambda: up.state(run) == up.state(reused) == ("CRASHED", "Crashed"), SLOW)
     until(lambda: {up.state(one) for one in (*checks, warm_ups[0])} == {SKIPPED}, SLOW)
     assert up.state(other)[0] == "RUNNING"  # another program's run, in no work pool
     up.api("PATCH", "work_pools/tokens", {"is_paused": False})
@@ -299,9 +301,13 @@ def test_after_a_sleep_one_check_stands_for_what_was_missed(up: Up) -> None:
 
 
 def test_down_leaves_no_process(up: Up) -> None:
-    """After `down` there is no process left to stop; `status` says so, ends with 3 and asks no other program."""
-    assert up.place.run("down") == (0, "Stopped.\n")
+    """It needs no good settings if something runs; then no process is left, and `status` asks no other program."""
+    malformed = {"KIS_TIMEOUT": "soon", "PREFECT_SERVER_API_PORT": "none", "KIS_BASE_URL": "http://stranger.example"}
+    place = up.place._replace(environment=up.place.environment | malformed)
+    assert place.run("down") == (0, "Stopped.\n")
     assert up.place.living() == {}
+    code, output = place.run("down")
+    assert (code, output.count("\n"), " cannot be used: " in output) == (2, 1, True), output
     assert up.place.run("down") == (0, "Nothing was running.\n")
     with socket.create_server(("127.0.0.1", int(up.url.rpartition(":")[2]))) as neighbour:
         code, output = up.place.run("status")

@@ -1,5 +1,6 @@
 """The demo from start to end, starts that fail with one sentence and leave nothing, and the outside watchdog."""
 
+import json
 import os
 import re
 import signal
@@ -21,10 +22,11 @@ from servers import SlackEndpoint, Wire
 from stacks import KEYS, SLOW, Place, free_port, in_proc
 from test_settings import dotenv
 
+from flows import alerts
 from flows.stack import demo as play
 from flows.stack import supervisor, watchdog
 from flows.stack.api import Api
-from tokencore import sessions
+from tokencore import ConfigurationError, sessions
 
 pytestmark = in_proc
 MakePlace = Callable[..., Place]
@@ -142,8 +144,11 @@ def test_a_start_waits_until_a_killed_stack_has_left_the_port(make_place: MakePl
 REFUSED = {
     "no app key": ({"KIS_APP_KEY": ""}, 2, "No market has an app key; set KIS_APP_KEY"),
     "no app secret": ({"KIS_APP_SECRET": ""}, 2, "KIS_APP_SECRET is not set"),
-    "a port that is taken": ({"PREFECT_SERVER_API_PORT": "TAKEN"}, 2, "Cannot listen on 127.0.0.1, port "),
-    "a page that is none": ({"PREFECT_UI_URL": "http://[::1"}, 2, "PREFECT_UI_URL is not the address of a page"),
+    "a port that is taken": (
+        {"PREFECT_SERVER_API_PORT": "TAKEN"},
+        2,
+        r"Cannot listen on 127.0.0.1, port \d+: \D+\. Set",
+    ),
     "a port that is none": ({"PREFECT_SERVER_API_PORT": "70000"}, 2, "PREFECT_SERVER_API_PORT=70000 is not a port"),
     "another's address": ({"PREFECT_SERVER_API_HOST": "192.0.2.7"}, 2, "Cannot listen on 192.0.2.7, port "),
     "a password that is not ASCII": ({"PREFECT_SERVER_API_AUTH_STRING": "a:비밀"}, 2, "PREFECT_SERVER_API_AUTH_STRI"),
@@ -170,6 +175,34 @@ def test_a_start_that_cannot_be_is_one_sentence(
             assert (ended, said.count("\n")) == (code, 1), output
             assert re.match(sentence, said)
             assert "비밀" not in output
+
+
+@pytest.mark.parametrize("output", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_an_output_that_takes_nothing_is_one_line_and_1(output: str, buffered: str, make_place: MakePlace) -> None:
+    """A full or closed standard output is not blamed on the token directory, nor is it 120 or a success."""
+    place = make_place(PYTHONUNBUFFERED=buffered)
+    for command in ("down", "status"):
+        line = ["sh", "-c", f'exec "$0" -m flows.stack {command} {output}', sys.executable]
+        done = subprocess.run(line, env=place.environment, cwd=place.work, stderr=subprocess.PIPE, check=False)
+        assert (done.returncode, done.stderr.count(b"\n")) == (1, 1), done.stderr
+        assert done.stderr.startswith(b"Standard output cannot be written (")
+
+
+def test_a_stack_that_version_0_1_started_is_found_and_stopped(make_place: MakePlace) -> None:
+    """After an upgrade without `make down`, `up` says what to do and `down` does it; other processes are left alone."""
+    place = make_place()
+    home = place.home / ".tokencore" / "prefect"
+    home.mkdir(mode=0o700, parents=True)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as old:
+        started = Path(f"/proc/{old.pid}/stat").read_text().split()[21]
+        for born in ("1", started):
+            (home / "crew.json").write_text(json.dumps({"processes": {"supervisor": [old.pid, born]}}))
+            if born == started:
+                assert place.run("up") == (1, f"{supervisor.OUTDATED}\n")
+            ended = place.run("down")
+            assert ended == (0, "Stopped.\n" if born == started else "Nothing was running.\n")
+        assert old.wait(SLOW) == -signal.SIGTERM
 
 
 def test_once_is_for_the_demo_only(make_place: MakePlace) -> None:
@@ -268,6 +301,29 @@ def test_a_restart_is_no_death(prefect: Wire, slack: SlackEndpoint) -> None:
     threading.Timer(0.2, prefect.answer, checked(timedelta(minutes=5))).start()
     assert watchdog.watch(patience=60) == 0
     assert (len(prefect.requests) > 1, slack.asked) == (True, [])
+
+
+def test_settings_that_cannot_be_used_are_told_by_the_watchdog_too(prefect: Wire, slack: SlackEndpoint) -> None:
+    """As after a restart of the machine nothing else may run; a check that meets the same adds no message."""
+    dotenv(**KEYS, KIS_TIMEOUT="soon", PREFECT_SERVER_API_PORT=prefect.url.rpartition(":")[2])
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="KIS_TIMEOUT"):
+            watchdog.watch(patience=0)
+    assert alerts.guarded(alerts.ALL_KEYS, lambda *_: pytest.fail("The settings were used.")).name == "Failed"
+    assert slack.headlines == ["check_tokens: A setting is missing or wrong"]
+
+
+def test_a_broken_profile_of_the_users_own_prefect_holds_up_no_alert(
+    make_place: MakePlace, slack: SlackEndpoint
+) -> None:
+    """Alerts outside of the stack read nothing in the user's ~/.prefect, nor do they make it."""
+    place = make_place(SLACK_WEBHOOK_URL=f"{slack.url}/services/T", PREFECT_PROFILE="missing")
+    assert place.run("test-alert") == (0, "Slack accepted the test message, by the webhook: look at its channel.\n")
+    assert not (place.home / ".prefect").exists()
+    (place.home / ".prefect").mkdir()
+    (place.home / ".prefect" / "profiles.toml").write_text("active = ")
+    assert place.run("watch")[0] == 1
+    assert slack.headlines[1:] == [TITLE]
 
 
 def test_damaged_incidents_stop_no_watchdog(prefect: Wire, slack: SlackEndpoint) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     NextAttempt = tuple[str, datetime | None]  # the key of its text, and its time; None if a person has to act first
     Who = Key | KeyState | str  # a key, or the exchange (or another name) of a run that reached no key
 
+ALL_KEYS = "check_tokens"  # the subject of an incident of a check that reached no key
 WAIT = 3.0  # seconds that a run waits until Slack has a message
 QUEUE = 2.0  # of them, for other runs that are sending: Slack is not blamed for these
 FAILED = "An alert could not be made"

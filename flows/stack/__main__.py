@@ -42,20 +42,34 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     os.umask(0o077)
+    # Buffered whatever PYTHONUNBUFFERED says: what could not be written stays there, and shows whose fault it is.
+    descriptor = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_RDONLY)  # was closed: refuse writing
+    sys.stdout = open(descriptor, "w", errors="replace", closefd=False)  # noqa: SIM115 - open to the end
     try:
-        return demo.demo(once=options.once) if options.command == "demo" else COMMANDS[options.command]()
+        code = demo.demo(once=options.once) if options.command == "demo" else COMMANDS[options.command]()
+        sys.stdout.flush()
     except (TokenError, StackError) as error:
         return _failed(error)
-    except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
+        if why := _output_error():
+            return _failed(StackError(why))
         where = f"{error.filename}: " if error.filename else ""
         fix = "Fix its permissions or free space, or point KIS_TOKEN_DIR elsewhere."
         return _failed(TokenStoreError(f"The token directory cannot be used: {where}{error.strerror or error}. {fix}"))
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+    return code
+
+
+def _output_error() -> str:
+    """Say what is wrong with standard output, which is closed then; empty if it takes what was printed."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"Standard output cannot be written ({error.strerror}); free space, or write it elsewhere."
+    return ""
 
 
 def _failed(error: TokenError | StackError) -> int:

@@ -155,21 +155,21 @@ def hosts(environment: Mapping[str, str]) -> list[str]:
     return [urlsplit(one).hostname or "" for one in origins(environment)]
 
 
-def home() -> Path:
+def home(settings: Settings) -> Path:
     """Return the stack's folder; if it exists, it was checked to be private.
 
     Raises:
         TokenStoreError: another user may have put something into it.
     """
-    found = Path(Settings.load().token_dir).absolute() / "prefect"
+    found = Path(settings.token_dir).absolute() / "prefect"
     if found.exists():
         private_folder(str(found))
     return found
 
 
-def api(given: Mapping[str, str], timeout: float = 30) -> Api:
+def api(folder: Path, given: Mapping[str, str], timeout: float = 30) -> Api:
     """Return a client of the server that is `given`, with its password; `timeout` is in seconds for each answer."""
-    return Api(address(given), password(home(), given), timeout)
+    return Api(address(given), password(folder, given), timeout)
 
 
 def password(folder: Path, environment: Mapping[str, str]) -> str | None:

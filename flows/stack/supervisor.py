@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -41,8 +43,9 @@ MARGIN = 5.0  # seconds that the parts of a killed supervisord may take longer t
 ANSWER = 20.0  # seconds to wait for supervisord's answer
 FIRST_CHECK = 60.0  # seconds that a start waits for its check, which tries for most of an hour while KIS is down
 NO_ANSWER = (OSError, HTTPException, XmlRpcError)
-LOG_TAIL = 15  # lines of a log that are shown with a failure
+LOG_TAIL, LOG_WIDTH = 15, 500  # lines of a log that are shown with a failure, and characters of each
 SOCKET_LENGTH = 90  # bytes of its folder's path: some systems allow 103 in all, and supervisord adds its process id
+OUTDATED = "A stack that version 0.1 started runs: stop it with `make down`, then repeat `make up`."
 UNWELL = 3  # the exit code of `status`
 
 
@@ -53,7 +56,7 @@ def run() -> NoReturn:
         ConfigurationError: a setting is missing or malformed; nothing was started.
         StackError: the stack runs already.
     """
-    home, given = environment.home(), environment.with_dotenv()
+    home, given = environment.home(Settings.load()), environment.with_dotenv()
     private_folder(str(home))
     if running(home):
         raise StackError("It runs already; `make status` shows its status.")
@@ -75,10 +78,13 @@ def run() -> NoReturn:
 
 def up() -> int:
     """Start the stack in the background unless it runs, and show its status."""
-    Key.load(Settings.load())  # reports a missing key or secret now, not in a run at night
-    home = environment.home()
+    settings = Settings.load()
+    Key.load(settings)  # reports a missing key or secret now, not in a run at night
+    home = environment.home(settings)
     private_folder(str(home))
     with FileLock(home / "up.lock"):  # two at once: the second one waits for the first
+        if _of_first_version(home):
+            raise StackError(OUTDATED)
         if running(home):
             print("It runs already.")
         else:
@@ -89,15 +95,21 @@ def up() -> int:
 
 
 def down() -> int:
-    """Stop what `up` or `run` started, and only that."""
-    home = environment.home()
+    """Stop what `up` or `run` started, and only that, even if the settings cannot be used any more."""
+    try:
+        home = environment.home(Settings.load())
+    except ConfigurationError:
+        known = Settings.for_alerts()  # has the token directory
+        if not known or not running(home := environment.home(known)):
+            raise
     found = running(home)
     if not found:
         print("Nothing was running.")
         return 0
-    worker.drain(environment.api(as_started(home), timeout=5))
-    with contextlib.suppress(*NO_ANSWER):  # another `down` was quicker
-        _supervisord(home, "shutdown")
+    with contextlib.suppress(ConfigurationError):  # then nobody waits for runs
+        worker.drain(environment.api(home, as_started(home), timeout=5))
+    with contextlib.suppress(ProcessLookupError):  # another `down` was quicker
+        os.kill(found["supervisor"], signal.SIGTERM)
     while worker.is_alive(found["supervisor"]):  # it ends after all its parts, which get 30 seconds each
         time.sleep(0.1)
     print("Stopped.")
@@ -106,7 +118,7 @@ def down() -> int:
 
 def status() -> int:
     """Show what runs, and the tokens' status; return 0 if all is well, otherwise 3."""
-    home = environment.home()
+    home = environment.home(Settings.load())
     found = running(home)
     shown = {part: f"process {found[part]}" if part in found else "NOT RUNNING" for part in PARTS}
     if found:
@@ -147,12 +159,24 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def running(home: Path) -> dict[str, int]:
-    """Return the process ids of the parts that run; none if no supervisord answers."""
+    """Return the process ids of the parts that run; none if no supervisord answers, nor a stack of 0.1 is left."""
     try:
         parts = {one["name"]: one["pid"] for one in _supervisord(home, "getAllProcessInfo") if one["pid"]}
         return {"supervisor": _supervisord(home, "getPID"), **parts}
     except NO_ANSWER:
-        return {}
+        return _of_first_version(home)
+
+
+def _of_first_version(home: Path) -> dict[str, int]:
+    """Return the process ids of a stack that version 0.1 started and that still runs: its file has them."""
+    alive = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or no /proc
+        noted = json.loads((home / "crew.json").read_text("utf-8"))["processes"]
+        for name, (number, started) in noted.items():
+            stat = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            if stat[19] == started and stat[0] != "Z":
+                alive[name] = number
+    return alive if "supervisor" in alive else {}
 
 
 def as_started(home: Path) -> dict[str, str]:
@@ -175,9 +199,10 @@ def become_server() -> NoReturn:
 def deploy() -> int:
     """Bring deployments and automations up to date, then check the tokens once, which makes up for missed runs."""
     threading.Thread(target=worker.end_with_parent, daemon=True).start()
-    server = environment.api(environment.with_dotenv())
+    home = Path(os.environ["PREFECT_HOME"])
+    server = environment.api(home, environment.with_dotenv())
     server.wait()
-    deployments.apply(server, Path(os.environ["PREFECT_HOME"]))
+    deployments.apply(server, home)
     print(first_check(server))
     return 0
 
@@ -211,8 +236,9 @@ def _listen(home: Path, given: Mapping[str, str]) -> socket.socket:
             if error.errno == errno.EADDRINUSE and time.monotonic() < give_up:
                 time.sleep(worker.POLL)
                 continue
+            why = str(error.strerror).partition(" (while ")[0]  # Python repeats the address
             raise ConfigurationError(
-                f"Cannot listen on {place}, port {port}: {error.strerror}. Set PREFECT_SERVER_API_PORT to a free port, "
+                f"Cannot listen on {place}, port {port}: {why}. Set PREFECT_SERVER_API_PORT to a free port, "
                 "PREFECT_SERVER_API_HOST to an address of this machine."
             ) from None
 
@@ -250,13 +276,13 @@ def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
 def _failure(home: Path, part: str, what: str) -> str:
     log = home / f"{part}.log"
     lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL:] if log.exists() else []
-    return "\n".join([f"{part}: {what}. The end of its log:", *(f"  {line}" for line in lines)])
+    return "\n".join([f"{part}: {what}. The end of its log:", *(f"  {line[:LOG_WIDTH]}" for line in lines)])
 
 
 def _server_says(home: Path) -> dict[str, str]:
     """Say where the UI is and how the server is; all is well if there is a line on the last check."""
     known, password = as_started(home), environment.PASSWORD
-    page, server = environment.page(known), environment.api(known, timeout=5)
+    page, server = environment.page(known), environment.api(home, known, timeout=5)
     shown = {"page": page, "password": password if known.get(password) else f"in {environment.password_file(home)}"}
     shown |= {name: f"{page}/artifacts/key/{name} (click its newest entry)" for name in ("tokens", "plan")}
     try:

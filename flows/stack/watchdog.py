@@ -10,10 +10,14 @@ import platform
 import sys
 import time
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from flows.stack import environment, supervisor
 from flows.stack.api import CHECK, Api, StackError
 from tokencore import ConfigurationError, Settings, open_document
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 WHO = "Prefect"  # the subject of the incident; in a fleet, with the machine that looks
 PATIENCE = 45.0  # seconds: a restart must not raise an alert
@@ -25,14 +29,26 @@ def watch(patience: float = PATIENCE) -> int:
     """Look for a sign of life of the server and its newest check; alert Slack if there is none, and when it is back.
 
     The exit code is 1 while there is none, with a line on standard error, for cron's mail or the journal.
+
+    Raises:
+        ConfigurationError: the settings cannot be used; Slack was told as by a check, which may not run.
+
     """
-    settings, found = Settings.load(), silence(_server(), patience)
+    try:
+        settings = Settings.load()
+        found = silence(settings, patience)
+    except ConfigurationError as error:
+        if patience:  # a person may be writing them
+            time.sleep(patience)
+            return watch(patience=0)
+        if known := Settings.for_alerts():
+            alerts = _alerts()
+            alerts.report(known, alerts.ALL_KEYS, error, datetime.now(UTC))
+        raise
     who = f"{WHO} ({platform.node()})" if settings.store else WHO  # one that can reach the server ends no other's alert
     if found is None and who not in str(open_document(settings, "incidents").read()):  # surely nothing was reported
         return 0
-    from flows import alerts  # imports all of Prefect
-
-    now = datetime.now(UTC)
+    alerts, now = _alerts(), datetime.now(UTC)
     if found is None:
         alerts.resolved(settings, who, now)
         return 0
@@ -47,9 +63,8 @@ def test_alert() -> int:
     Raises:
         ConfigurationError: the settings for Slack are missing; nothing was sent.
     """
-    from flows.alerts import messages, slack  # imports all of Prefect
-
-    settings = Settings.load()
+    settings, alerts = Settings.load(), _alerts()
+    messages, slack = alerts.messages, alerts.slack
     if not slack.is_configured(settings):
         ways = "SLACK_WEBHOOK_URL, or SLACK_BOT_TOKEN and SLACK_CHANNEL"
         raise ConfigurationError(f"Nothing was sent: set {ways}, as .env.example shows.")
@@ -63,29 +78,25 @@ def test_alert() -> int:
     return 0
 
 
-def silence(api: Api, patience: float) -> str | None:
-    """Say what has been wrong with the server of `api` for `patience` seconds; None as soon as all is well."""
+def silence(settings: Settings, patience: float) -> str | None:
+    """Say what has been wrong with the server for `patience` seconds; None as soon as all is well."""
+    home, other = environment.home(settings), os.environ.get("PREFECT_API_URL")
+    own = (home / supervisor.CONFIG.name).exists()  # otherwise none was ever started here
+    if other and not own:
+        api = Api(other.removesuffix("/api"), os.environ.get("PREFECT_API_AUTH_STRING"))
+    else:
+        api = environment.api(home, supervisor.as_started(home))
     give_up = time.monotonic() + patience
-    while (found := _silence(api, datetime.now(UTC))) and time.monotonic() < give_up:
+    while True:
+        # Whoever listens in place of our own server must not get its password.
+        dead = own and not supervisor.running(home)
+        found = f"Prefect's server at {api.url} does not run." if dead else _silence(api, datetime.now(UTC))
+        if found is None or time.monotonic() >= give_up:
+            return found
         time.sleep(PAUSE)
-    return found
-
-
-def _server() -> Api:
-    """Return this machine's own server or, where none was ever started, the one that PREFECT_API_URL names."""
-    other = os.environ.get("PREFECT_API_URL")
-    if other and not _has_own():
-        return Api(other.removesuffix("/api"), os.environ.get("PREFECT_API_AUTH_STRING"))
-    return environment.api(supervisor.as_started(environment.home()))
-
-
-def _has_own() -> bool:
-    return (environment.home() / supervisor.CONFIG.name).exists()
 
 
 def _silence(api: Api, now: datetime) -> str | None:
-    if _has_own() and not supervisor.running(environment.home()):
-        return f"Prefect's server at {api.url} does not run."  # whoever listens there now must not get its password
     if not api.answers("health"):
         return f"Prefect's server at {api.url} does not answer."
     try:
@@ -97,3 +108,12 @@ def _silence(api: Api, now: datetime) -> str | None:
     if now - seen > SILENCE:
         return f"No check of the tokens has ended since {seen:%Y-%m-%d %H:%M} UTC."
     return None
+
+
+def _alerts() -> ModuleType:
+    """Import alerts, with all of Prefect, which reads no profile of the user's and makes no folder in the home."""
+    os.environ["PREFECT_HOME"] = os.devnull
+    os.environ.pop("PREFECT_PROFILE", None)
+    from flows import alerts
+
+    return alerts

@@ -72,11 +72,13 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def is_alive(process: int) -> bool:
-    """Whether a process with this id is alive; a zombie, which nobody may reap in a container, is not."""
+def is_alive(process: int, program: str = "") -> bool:
+    """Whether a process with this id, of that program, is alive; a zombie, which nobody may reap, is not."""
     try:
         os.kill(process, 0)
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        place = Path(f"/proc/{process}")
+        dead = place.joinpath("stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return not dead and program in place.joinpath("cmdline").read_text(errors="replace")
     except ProcessLookupError:
         return False
     except OSError:  # another user's process, or a system without /proc
@@ -140,6 +142,6 @@ def _orphans(api: Api) -> list[dict[str, Any]]:
 
 
 def _works(run: dict[str, Any]) -> bool:
-    """Whether the run's process, by the id that the worker noted, is alive."""
+    """Whether the run's process is alive; after a restart another one may have the id that the worker noted."""
     number = run["infrastructure_pid"] or ""
-    return number.isdecimal() and is_alive(int(number))
+    return number.isdecimal() and is_alive(int(number), "prefect.engine")
