@@ -119,6 +119,12 @@ def test_another_folder_than_the_settings_name_is_not_called_the_token_directory
     assert found(command, 2, KIS_TOKEN_DIR="relative")["token directory"]["state"] == "skipped"
 
 
+def unmount(_: Sandbox) -> None:
+    """Leave of the token directory a link to a place that is not there."""
+    folder().rename("aside")
+    folder().symlink_to("nowhere")
+
+
 REFUSED = Attempt(datetime(2026, 11, 27, tzinfo=UTC), Outcome.BAD_SECRET, code="EGW00105")
 NETWORK = "check the address, the network and the firewall"
 TROUBLES: dict[str, tuple[Callable[[Sandbox], object], int, str, str, str]] = {
@@ -126,6 +132,7 @@ TROUBLES: dict[str, tuple[Callable[[Sandbox], object], int, str, str, str]] = {
         lambda _: (folder().rename("aside"), folder().write_text("")),
         *(7, "token directory", "Not a directory", "KIS_TOKEN_DIR"),
     ),
+    "its drive is not mounted": (unmount, 7, "token us", "No such file or directory", "follow this message"),
     "rejected token": (lambda kis: kis.kill_tokens(), 3, ACCEPTED, "EGW00121", "tokencore reject"),
     "token known as rejected": (
         lambda _: TokenManager("us").save_token(make_token(age=60, rejected=True)),

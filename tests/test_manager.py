@@ -333,12 +333,13 @@ def test_token_that_could_not_be_saved_is_renewed_ahead_too(quick: Sandbox) -> N
 
 @pytest.mark.parametrize("gone", [False, True], ids=["a file is in its place", "its drive is not mounted"])
 def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
-    gateway: Sandbox, caplog: pytest.LogCaptureFixture, *, gone: bool
+    gateway: Sandbox, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, gone: bool
 ) -> None:
     """A running program goes on with one warning, until KIS rejects the token; a new program cannot start."""
+    os.environ["KIS_TOKEN_DIR"] = str(place := tmp_path / "drive" / "tokens")
     token = (running := USTokenManager()).get_valid_token()
-    aside = folder().rename(folder().with_name("aside"))
-    folder().symlink_to("nowhere") if gone else folder().write_text("")
+    aside = (broken := place.parent if gone else place).rename(tmp_path / "aside")
+    broken.symlink_to("nowhere") if gone else broken.write_text("")
     for _ in range(2):
         running._fresh_until = 0.0  # noqa: SLF001 - a second later
         assert running.get_valid_token() == token
@@ -346,8 +347,8 @@ def test_token_in_memory_is_served_while_the_directory_cannot_be_used(
     refused = (USTokenManager().get_valid_token, lambda: running.report_rejected(token), running.get_valid_token)
     assert [type(raised(work)) for work in refused] == [TokenStoreError] * 3
     assert ("No such file or directory" in str(raised(refused[0]))) is gone
-    folder().unlink()
-    aside.rename(folder())
+    broken.unlink()
+    aside.rename(broken)
     assert (running.get_valid_token(), asked(gateway)) == (token, 1)
 
 

@@ -206,8 +206,9 @@ def _directory(it: Subject) -> Iterator[Finding]:
         for key in it.keys:
             name = f"lock {key.fingerprint}" if len(it.keys) > 1 else "lock"
             yield from _tried(name, _lock(key, name))
-    free = shutil.disk_usage(above).free
-    yield _judged("disk", f"{free >> 20:,} MB free", "free space before it runs out" if free < LITTLE else "")
+    if os.path.exists(above):  # else it is a link that leads nowhere
+        free = shutil.disk_usage(above).free
+        yield _judged("disk", f"{free >> 20:,} MB free", "free space before it runs out" if free < LITTLE else "")
 
 
 def _usable(folder: str, above: str) -> Iterator[Finding]:

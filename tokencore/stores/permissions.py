@@ -42,10 +42,10 @@ def refuse_strangers(path: str, found: os.stat_result | None = None, *, reading:
     if found is None:
         try:
             os.stat(os.path.join(path, os.curdir))
-        except FileNotFoundError:
-            pass
         except OSError as error:
-            raise unusable(path, error) from None
+            missing = isinstance(error, FileNotFoundError) and not os.path.lexists(path)
+            if not missing:  # a link that leads nowhere, as to a drive that is not mounted, hides what is there
+                raise unusable(path, error) from None
     fault = stranger(path, found)
     if fault and reading and _is_unused(path):
         fault = stranger(os.path.join(path, os.pardir), lenient=True)
