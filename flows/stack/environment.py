@@ -61,17 +61,7 @@ def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ConfigurationError: the port, the password or the database's address cannot be used.
     """
-    if not given.get(PASSWORD, "").isascii():
-        raise ConfigurationError(
-            f"{PASSWORD} holds characters that Prefect's server cannot compare; "
-            "set user:password in English letters, digits and signs.",
-        )
-    url = given.get("PREFECT_SERVER_DATABASE_CONNECTION_URL")
-    if url and not url.startswith(DATABASES):  # Prefect would log it with its password
-        raise ConfigurationError(
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL names no database that Prefect can use; "
-            "set postgresql+asyncpg://user:password@host/database.",
-        )
+    _check(given)
     secret = given.get(PASSWORD) or _kept(password_file(home), f"{USER}:{secrets.token_urlsafe(24)}")
     fernet_key = base64.urlsafe_b64encode(os.urandom(32)).decode()
     own = {
@@ -90,12 +80,22 @@ def load(home: Path, given: Mapping[str, str]) -> dict[str, str]:
         "PREFECT_CLI_PROMPT": "false",
         "no_proxy": ",".join(filter(None, [given.get("no_proxy") or given.get("NO_PROXY"), LOOPBACK])),
     }
-    passed_on = {
-        name: value
-        for name, value in given.items()
-        if PASSED_ON.fullmatch(name) and not name.startswith(ANOTHER_PREFECT)
-    }
-    return DEFAULTS | passed_on | own
+    passed_on = {name for name in given if PASSED_ON.fullmatch(name) and not name.startswith(ANOTHER_PREFECT)}
+    return DEFAULTS | {name: given[name] for name in passed_on} | own
+
+
+def _check(given: Mapping[str, str]) -> None:
+    if not given.get(PASSWORD, "").isascii():
+        raise ConfigurationError(
+            f"{PASSWORD} holds characters that Prefect's server cannot compare; "
+            "set user:password in English letters, digits and signs.",
+        )
+    url = given.get("PREFECT_SERVER_DATABASE_CONNECTION_URL")
+    if url and not url.startswith(DATABASES):  # Prefect would log it with its password
+        raise ConfigurationError(
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL names no database that Prefect can use; "
+            "set postgresql+asyncpg://user:password@host/database.",
+        )
 
 
 def with_dotenv() -> dict[str, str]:
