@@ -246,13 +246,14 @@ def test_what_a_machine_had_before_its_fleet_is_offered_by_its_follower(field: F
 
 
 def test_a_machine_follows_what_the_others_do(field: Field) -> None:
-    """Changes reach a listener, a poller behind a pooler, and a bot; a row that cannot be decrypted is left alone."""
+    """Changes reach a listener, its copy for another client, a poller and a bot; a damaged row is left alone."""
     with Relay(field.fleet.server.port, notifies=False) as relay, contextlib.ExitStack() as running:
         first, listening, bot = field.machines(3)
         polling = field.machine("polling", field.fleet.behind(relay))
 
         def started(program: str, machine: Machine) -> subprocess.Popen[str]:
             more = {"KIS_MARKETS__HK__APP_KEY": OTHER, "KIS_MARKETS__HK__EXCHANGES": "SEHK"}
+            more["KIS_MARKETS__US__EXPORTS"] = f"kis-auth:{machine.folder}"
             process = start(program, **machine.environment, **more)
             running.callback(process.communicate)
             running.callback(process.kill)
@@ -265,9 +266,11 @@ def test_a_machine_follows_what_the_others_do(field: Field) -> None:
         all_have(first.get())
         successor = started(FOLLOW, listening)
         all_have(token := first.save(make_token(life=90_000)))
+        until(lambda: {token in one.read_text() for one in listening.folder.glob("KIS2*")} == {True})
         follower.kill()
         first.save(make_token(text=token, rejected=True))
         all_have("rejected")
+        until(lambda: not list(listening.folder.glob("KIS2*")))
         damaged = "update tokencore_key set sealed = 'x', version = version + 1 where key ="
         field.sql(f"{damaged} '{first.store.name}'", f"notify tokencore, '{first.store.name}'")
         other = field.machine("other", key=OTHER)

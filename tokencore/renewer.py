@@ -248,9 +248,7 @@ class Renewer(Sensitive):
                 yield held
             finally:
                 if held:
-                    token = self._store.newest()
-                    living = token and token.rejected_at is None and token.expires_at > datetime.now(UTC)
-                    self.copies.sync(token if living else None)
+                    self.copies.sync(self._store.newest())
 
     def _renew(
         self,

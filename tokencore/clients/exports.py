@@ -100,8 +100,10 @@ class Exports(Sensitive):
         return longest(theirs)
 
     def sync(self, token: Token | None) -> None:
-        """Write the copies that the settings ask for, or remove all if there is no living token; never raises."""
+        """Write the copies that the settings ask for, or remove all if the token is dead or None; never raises."""
         failed = {}
+        if token and (token.rejected_at is not None or token.expires_at <= datetime.now(UTC)):
+            token = None
         for target in self._targets():
             try:
                 if token:

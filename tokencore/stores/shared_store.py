@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from tokencore.attempts import Attempt
+    from tokencore.clients.exports import Exports
     from tokencore.config.market import Market
     from tokencore.config.settings import Settings
     from tokencore.stores.database import Database, State
@@ -62,6 +63,7 @@ class SharedStore(Sensitive):
         self._market, self._local = market, FileStore(market, siblings)
         self.place = self._local.place
         self._about = {"key_fingerprint": self.fingerprint, "environment": market.environment}
+        self.copies: Exports | None = None  # the files of other clients, which a follower keeps up to date too
         self._asked = False  # whether this process has had to ask the store: then it keeps asking
         # Under the lock: the connection, the row as it was read, and what is wrong with the store.
         self._locked = 0  # the thread that holds the lock: others read as if nobody did
@@ -242,13 +244,15 @@ class SharedStore(Sensitive):
         return self._local.document(name)
 
     def mirror(self, session: Database) -> bool:
-        """Bring the files and the row up to date with each other; False if the machine's lock is not free."""
+        """Bring the files, the row and other clients' files up to date; False if the machine's lock is not free."""
         from tokencore.stores.encryption import SealError
 
         with self._local.lock(wait=0) as locked:
             try:
                 if locked:
                     self._exchange(session)
+                    if self.copies:
+                        self.copies.sync(self._local.newest())
             except SealError as error:  # it concerns this key alone
                 alone(error)
             return locked
@@ -561,7 +565,11 @@ def make_follower(settings: Settings, *own: Market) -> Follower:
 
 
 def _store_of(*markets: Market) -> SharedStore:
-    return SharedStore(markets[0], lambda: [market.name for market in markets])
+    from tokencore.clients.exports import Exports
+
+    store = SharedStore(markets[0], lambda: [market.name for market in markets])
+    store.copies = Exports(markets, store)
+    return store
 
 
 def _joined(theirs: dict[str, Any], ours: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
