@@ -228,6 +228,10 @@ SERVERS: dict[str, tuple[dict[str, str], tuple[str, str], tuple[int, object], in
     "slack by both": ({"SLACK_WEBHOOK_URL": "URL/w", **BOT}, (AUTH, BEARER), (200, {"ok": True}), 0, "accepts the bot"),
     "slack by webhook": ({"SLACK_WEBHOOK_URL": "URL/services/Canary"}, ("/", ""), (404, {}), 0, "make test-alert"),
     "prefect": (PREFECT, (POOL, BASIC), (200, {"status": "READY"}), 0, "has a worker"),
+    "prefect with one word": (
+        {**PREFECT, "PREFECT_API_AUTH_STRING": "Canary"},
+        *((POOL, "Basic Q2FuYXJ5"), (200, {"status": "READY"}), 0, "has a worker"),
+    ),
     "prefect without a worker": (PREFECT, (POOL, BASIC), (200, {"status": "NOT_READY"}), 1, "is NOT_READY"),
     "prefect with another password": (PREFECT, (POOL, BASIC), (401, {}), 1, "HTTP 401"),
 }
