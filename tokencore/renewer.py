@@ -115,9 +115,8 @@ class Renewer(Sensitive):
             TokenError: the request failed, or KIS refused this process's last one; `present` goes on serving.
         """
         try:
-            return self._renew(Intent.AHEAD, lambda one: newer(one, present), reason, strict=False, unwanted=unwanted)[
-                0
-            ]
+            serves = functools.partial(newer, before=present)
+            return self._renew(Intent.AHEAD, serves, reason, strict=False, unwanted=unwanted)[0]
         except (TokenUnavailableError, IssuanceLimitError) as error:
             minute = isinstance(error, IssuanceLimitError) and error.cause == "minute"
             if minute and _is_own_refusal(latest(self._store.attempts())):
