@@ -30,7 +30,12 @@ help:
 demo: .venv/.flows
 	@$(RUN) flows.stack demo $(ARGS)
 
-up down status test-alert: .venv/.flows
+up status test-alert: .venv/.flows
+	@$(RUN) flows.stack $@
+
+# What runs must be stoppable even if what the new version needs cannot be installed.
+down:
+	@$(MAKE) --silent .venv/.flows || true
 	@$(RUN) flows.stack $@
 
 test: .venv/.dev

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -203,6 +204,19 @@ def test_a_stack_that_version_0_1_started_is_found_and_stopped(make_place: MakeP
             ended = place.run("down")
             assert ended == (0, "Stopped.\n" if born == started else "Nothing was running.\n")
         assert old.wait(SLOW) == -signal.SIGTERM
+
+
+def test_make_down_needs_no_installation(tmp_path: Path) -> None:
+    """After a `git pull` without a network, what runs is stopped with what is installed, and its exit code counts."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(Path(__file__).parents[1] / name, tmp_path)
+    program = tmp_path / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\n[ "$*" = "-m flows.stack down" ] && echo "Stopped."\n')
+    program.chmod(0o700)
+    command = ["make", "--silent", "PYTHON=false", "down"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "Stopped."), done.stderr
 
 
 def test_once_is_for_the_demo_only(make_place: MakePlace) -> None:
