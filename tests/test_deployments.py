@@ -113,6 +113,7 @@ def test_every_automation_reports_in_each_language_or_acts(language: str, do: st
     actions = [one.actions[0] for one in made.values()]
     assert [getattr(action, "block_document_id", block) for action in actions] == [block] * 5
     assert [do in action.body for action in actions if action.type == "send-notification"] == [True] * 4
+    assert "{{ flow.name }} {{ deployment.name }}" in made["A run is late"].actions[0].subject  # it has no name yet
     silent = deployments.automations(language, None).values()
     assert [deployments.UNHEARD in one.description for one in silent] == [
         one.actions[0].type == "do-nothing" for one in silent
