@@ -126,6 +126,15 @@ def test_what_another_user_can_change_is_refused_until_that_is_over(
     assert (command("get", "us").code, asked(gateway)) == (0, 1)
 
 
+@as_root
+@pytest.mark.usefixtures("gateway")
+def test_nothing_is_made_in_a_folder_of_another_user(public: Path, command: Command) -> None:
+    """A refused `sudo tokencore get us` leaves no folder of root's, which would lock out the user of that home."""
+    give_away(public)
+    ran = command("get", "us", KIS_TOKEN_DIR=str(public / "tokens"))
+    assert (ran.code, f"not {os.geteuid()})" in one_line(ran), list(public.iterdir())) == (7, True, [])
+
+
 @pytest.mark.parametrize("name", [".jsonl", ".lock", "-approval.json", "-exports.json", VIEW, "us_token_issued_at.dat"])
 @pytest.mark.parametrize("open_door", [pytest.param(give_away, marks=as_root), mode(0o666)], ids=["another's", "open"])
 def test_no_change_builds_on_a_file_of_another_user(

@@ -49,11 +49,14 @@ def refuse_strangers(path: str, found: os.stat_result | None = None, *, reading:
     fault = stranger(path, found)
     if fault and reading and _is_unused(path):
         fault = stranger(os.path.join(path, os.pardir), lenient=True)
+    _refuse(fault)
+
+
+def _refuse(fault: tuple[str, str] | None) -> None:
     if fault:
-        why, command = fault
         raise TokenStoreError(
-            f"{why}, so its content may have been planted: it is not used, and nothing was issued. Find out why, then "
-            f"run `{command}`, or point KIS_TOKEN_DIR to a folder of your own."
+            f"{fault[0]}, so its content may have been planted: it is not used, and nothing was issued. Find out why, "
+            f"then run `{fault[1]}`, or point KIS_TOKEN_DIR to a folder of your own."
         )
 
 
@@ -122,7 +125,11 @@ def _fault(path: str, found: os.stat_result, writers: int) -> tuple[str, str] | 
     import shlex  # only when something is wrong
 
     path, sudo = os.path.realpath(path), "sudo " if foreign and os.geteuid() else ""
-    why = f"belongs to another user (uid {found.st_uid})" if foreign else "can be written by other users"
+    why = (
+        f"belongs to another user (uid {found.st_uid}, not {os.geteuid()})"
+        if foreign
+        else "can be written by other users"
+    )
     command = f"chown {os.geteuid()}" if foreign else "chmod go-w"
     return f"{path} {why}", f"{sudo}{command} {shlex.quote(path)}"
 
@@ -158,6 +165,7 @@ def _make_folders(folder: str) -> None:
         return
     if (parent := os.path.dirname(folder)) != folder:
         _make_folders(parent)
+        _refuse(stranger(parent, lenient=True))  # `sudo tokencore` would lock the user out with a folder of root's
     try:
         os.mkdir(folder, PRIVATE_FOLDER)
     except FileExistsError:

@@ -1,0 +1,1 @@
+"""KIS's Open API: its codes, and the HTTP requests that tokens need."""
