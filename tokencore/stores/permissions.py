@@ -43,7 +43,7 @@ def refuse_strangers(path: str, found: os.stat_result | None = None, *, reading:
         try:
             os.stat(os.path.join(path, os.curdir))
         except OSError as error:
-            missing = isinstance(error, FileNotFoundError) and not os.path.lexists(path)
+            missing = isinstance(error, FileNotFoundError) and not os.path.islink(path)  # another may just make it
             if not missing:  # a link that leads nowhere, as to a drive that is not mounted, hides what is there
                 raise unusable(path, error) from None
     fault = stranger(path, found)
