@@ -251,12 +251,15 @@ def test_after_the_clock_was_set_back_a_pause_ends_once_it_has_passed(gateway: S
 
 @pytest.mark.usefixtures("gateway")
 def test_a_token_that_was_lost_is_fetched_at_once_while_kis_returns_it() -> None:
-    """The record still shows a token's issue an hour ago although its file is gone, so a renewal is due at once."""
-    now = datetime.now(UTC)
+    """With an issue an hour ago on record but no file, a renewal is due at once; the one after it counts from that."""
+    now = datetime.now(UTC).replace(microsecond=0)
     record(Attempt(now - timedelta(hours=20), Outcome.SAME), Attempt(now - timedelta(hours=1), Outcome.ISSUED))
-    planned = Key.load(Settings.load())[0].state(now).outlook.next
-    assert planned
+    state = Key.load(Settings.load())[0].state(now)
+    planned, following = state.plan().renewals[:2]
+    assert planned == state.outlook.next
     assert (planned.at, "the token is lost" in planned.reason) == (now, True)
+    TokenManager("us").save_token(make_token(age=3600, now=now))
+    assert Key.load(Settings.load())[0].state(now).plan().renewals[0].at == following.at
 
 
 def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: Sandbox) -> None:

@@ -356,9 +356,10 @@ class KeyState(Sensitive):
         until = start + timedelta(days=days)
         coming = [ahead.next] if ahead.next and ahead.next.at <= until else []
         if coming and key.exchanges:
-            at = coming[0].at
+            (first,) = coming
+            at = (first.reason == outlook.LOST and outlook.last_issue(self.attempts)) or first.at
             coming += policy.renewals(
-                at,
+                first.at,
                 sessions.needs(key.exchanges, self.now - outlook.RAN_BEFORE, until + outlook.AFTER, key.overrides),
                 until=until,
                 issued_at=at,

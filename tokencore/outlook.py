@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PAST, FUTURE = timedelta(days=2), timedelta(days=21)  # which needs are considered; the anchor requires two weeks
 PLAN_DAYS = 7  # the default length of a plan
 AFTER = FUTURE - timedelta(days=PLAN_DAYS)  # how far past a plan's end needs are considered, for its last renewals
+LOST = "the token is lost, and KIS still returns the same one"  # the reason of a renewal at once
 RAN_BEFORE = timedelta(hours=36)  # how far back: the running session, and the one that the token was issued for
 
 
@@ -118,12 +119,16 @@ def horizon(codes: Sequence[str], known: Mapping[str, Override], buffer: float, 
     return Outlook(needs, policy.quiet_time(needs), policy.daily_anchor(needs, buffer=buffer))
 
 
+def last_issue(attempts: Sequence[Attempt]) -> datetime | None:
+    """Return when the key's newest token was issued, if the record has it."""
+    return next((one.at for one in reversed(attempts) if one.outcome is Outcome.ISSUED), None)
+
+
 def look(
     token: Token | None, attempts: Sequence[Attempt], ahead: Outlook | None, market: Market, now: datetime
 ) -> Outlook:
     """Return what lies ahead of a key with this token and record; `ahead` is its horizon, None without exchanges."""
-    issued = (one.at for one in reversed(attempts) if one.outcome is Outcome.ISSUED)
-    issued_at = token.issued_at if token else next(issued, None)
+    issued_at = token.issued_at if token else last_issue(attempts)
     buffer = timedelta(seconds=market.buffer)
     expires_at = token.expires_at + CLOCK_SLACK if token and token.serves(now, market.buffer) else None
     if ahead is None:
@@ -135,7 +140,7 @@ def look(
     )
     revoked = attempts and attempts[-1].outcome is Outcome.REVOKED
     if planned and token is None and not revoked and issued_at and now < issued_at + SAME_TOKEN:
-        planned = Renewal(now, "the token is lost, and KIS still returns the same one", None)
+        planned = Renewal(now, LOST, None)
     needs = [need for need in ahead.needs if need[1] > now]
     if token and token.rejected_at:  # with a session near, renew as soon as KIS gives another token
         same = token.same_until()
