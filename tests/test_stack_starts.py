@@ -82,6 +82,7 @@ def test_the_demo_warms_an_exchange_that_is_not_over() -> None:
 
 EARLY = {
     "Ctrl-C": ("up", signal.SIGINT, "health"),
+    "down": ("supervisord", signal.SIGTERM, "health"),
     "kill": ("supervisord", signal.SIGKILL, "health"),
     "kill before the parts look around": ("supervisord", signal.SIGKILL, None),
 }
@@ -91,7 +92,7 @@ EARLY = {
 def test_a_start_that_ends_early_leaves_nothing(
     victim: str, number: signal.Signals, answered: str | None, make_place: MakePlace, prefect_database: Path
 ) -> None:
-    """Ctrl-C ends all processes before the command ends with 130; if supervisord is killed, they end by themselves."""
+    """Ctrl-C ends all processes before the command ends with 130; with supervisord they end too, and `up` with 1."""
     place = make_place()
     place.with_tables(prefect_database)
     running = place.start("up")
@@ -105,6 +106,7 @@ def test_a_start_that_ends_early_leaves_nothing(
     if victim == "up":
         assert (running.returncode, output.splitlines()[-1]) == (130, "Interrupted.")
     else:
+        assert (running.returncode, output.splitlines()[-1][:40]) == (1, "It was stopped before it was ready; its ")
         until(lambda: not place.living(), SLOW)
 
 

@@ -255,13 +255,15 @@ def _supervisord(home: Path, method: str) -> Any:  # noqa: ANN401 - whatever its
 def _wait_until_deployed(home: Path, process: subprocess.Popen[bytes]) -> None:
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
-        if process.poll() is not None:
+        if (code := process.poll()) is not None:
+            if code <= 0:  # by `down`, or a signal
+                raise StackError(f"It was stopped before it was ready; its logs are in {home}.")
             said = (home / "supervisor.log").read_text(errors="replace").strip()
             if not said:
                 raise TokenStoreError(
                     f"Nothing was started, nor could the reason be written into {home}. Free space there."
                 )
-            raise StackError(said, process.returncode)
+            raise StackError(said, code)
         with contextlib.suppress(*NO_ANSWER):  # it does not answer yet
             for part in _supervisord(home, "getAllProcessInfo"):
                 ended, name, code = part["statename"] == "EXITED", part["name"], part["exitstatus"]
