@@ -252,7 +252,7 @@ class SharedStore(Sensitive):
                 if locked:
                     self._exchange(session)
                     if self.copies:
-                        self.copies.sync(self._local.newest())
+                        self.copies.sync(self._local.read()[0])  # `newest` would look at every view
             except SealError as error:  # it concerns this key alone
                 alone(error)
             return locked
