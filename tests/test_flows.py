@@ -149,16 +149,19 @@ def test_a_run_that_has_nothing_to_do_says_why(gateway: Sandbox, opens: Opens) -
 
 
 def test_a_wrong_setting_fails(slack: SlackEndpoint, opens: Opens) -> None:
-    """With an untraded exchange, or with malformed settings, the run fails and Slack says what to do."""
+    """With an untraded exchange, or malformed settings, runs fail and Slack says what to do, of settings only once."""
     exchange = opens(SOON)
     os.environ |= {"KIS_MARKETS__US__EXCHANGES": "SEHK", "KIS_MARKETS__KR__EXCHANGES": "SEHK"}
     untraded = visited(exchange, now())
     os.environ["KIS_TIMEOUT"] = "soon"
-    malformed = visited("SEHK", now())
+    malformed = [visited(code, now()) for code in ("SHAA", "SZAA")]  # both open at the same time
     assert str(untraded.message).startswith(f"No market of your settings trades {exchange}; add it")
-    assert str(malformed.message).startswith("KIS_TIMEOUT cannot be used")
-    assert (end_of(untraded), end_of(malformed)) == (("FAILED", "Failed"), ("FAILED", "Failed"))
+    assert [str(one.message).partition(":")[0] for one in malformed] == ["KIS_TIMEOUT cannot be used"] * 2
+    assert [end_of(one) for one in (untraded, *malformed)] == [("FAILED", "Failed")] * 3
     assert ["Pause the deployment" in one["blocks"][2]["text"]["text"] for one in slack.messages] == [True, True]
+    del os.environ["KIS_TIMEOUT"]
+    alerts.resolved(Settings.load(), alerts.ALL_KEYS, now())
+    assert slack.headlines[2:] == ["check_tokens: solved: A setting is missing or wrong"]
 
 
 def test_a_token_that_kis_has_killed_is_renewed_or_an_alert(gateway: Sandbox, slack: SlackEndpoint) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     NextAttempt = tuple[str, datetime | None]  # the key of its text, and its time; None if a person has to act first
     Who = Key | KeyState | str  # a key, or the exchange (or another name) of a run that reached no key
 
-ALL_KEYS = "check_tokens"  # the subject of an incident of a check that reached no key
+ALL_KEYS = "check_tokens"  # the subject of an incident that concerns all runs, or a check that reached no key
 WAIT = 3.0  # seconds that a run waits until Slack has a message
 QUEUE = 2.0  # of them, for other runs that are sending: Slack is not blamed for these
 FAILED = "An alert could not be made"
@@ -123,21 +123,26 @@ def guarded(who: str, work: Callable[[Settings, datetime], State]) -> State:
             settings = Settings.load()
             return work(settings, now)
     except SAFE as error:
-        if settings := settings or Settings.for_alerts():
+        if settings:
             report(settings, who, error, now)
+        elif known := Settings.for_alerts():  # every run meets it: one incident, which the next check ends
+            report(known, who, error, now, name=ALL_KEYS)
         else:  # nobody knows where Slack is
             logger().error("%s: %s", who, error)
         return Failed(message=str(error))
 
 
-def report(settings: Settings, who: Who, error: Exception, now: datetime, again_in: float | None = None) -> Exception:
+def report(
+    settings: Settings, who: Who, error: Exception, now: datetime, again_in: float | None = None, *, name: str = ""
+) -> Exception:
     """Report trouble at `now` (aware) if a message is due; return the error for the run, usually `error` itself.
 
-    After `again_in` seconds, this run itself tries again.
+    After `again_in` seconds, this run itself tries again. `name` identifies the incident if `who` does not.
     """
     cause = causes.UNFORESEEN
     with harmless(FAILED):
         subject = Subject.of(settings, who, now)
+        subject = subject._replace(name=name or subject.name)
         cause, happened = subject.diagnosis(error)
         attempt = subject.attempt(cause, error, again_in)
         _deliver(settings, lambda known: _trouble(known, subject, cause, happened, attempt))
