@@ -1,1 +1,0 @@
-"""The exchanges that KIS trades, their sessions, and when a token is needed for them."""

@@ -1,1 +1,0 @@
-"""KIS's Open API: its codes, and the HTTP requests that tokens need."""
