@@ -151,6 +151,16 @@ def test_a_rejected_removed_or_imported_token_is_so_on_every_machine(field: Fiel
     assert (second.look(), folder.exists()) == ("", False)
 
 
+def test_a_rejection_that_comes_late_does_not_remove_the_new_token(field: Field) -> None:
+    """A token that another machine got after this one looked into the store is kept when this one reports the old."""
+    first, second = field.machines(2)
+    old = first.save(make_token(life=3600))
+    with second.store.lock(wait=5):
+        new = first.save(make_token())
+        second.store.save(make_token(text=old, life=3600, rejected=True))
+    assert first.look() == second.look() == new
+
+
 def test_a_token_revoked_while_the_store_is_away_is_dead_at_once_here_and_later_for_all(field: Field) -> None:
     """The command ends with 7 and says that KIS has revoked it; this machine stops serving it, then all others do."""
     with Relay(field.fleet.server.port) as relay:

@@ -177,12 +177,14 @@ class Renewer(Sensitive):
         """
         with self.changing():
             token = self._store.newest()
-            if token and token.access_token == access_token and token.rejected_at is None:
-                token.rejected_at = now
-                if not redaction.in_program:  # whoever gave the command knows
-                    _log.warning("KIS rejected the token. %s", limits.what_serves(token, now, self._market.buffer))
-            if token:
+            if token and token.access_token == access_token:
+                if token.rejected_at is None:
+                    token.rejected_at = now
+                    if not redaction.in_program:  # whoever gave the command knows
+                        _log.warning("KIS rejected the token. %s", limits.what_serves(token, now, self._market.buffer))
                 self._store.save(token)
+            elif token:
+                self._keep(token)
 
     def revoke(self, token: Token) -> None:
         """Have KIS revoke `token`, and remove it for every market; the record keeps that KIS may return a dead one.

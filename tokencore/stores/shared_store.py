@@ -105,7 +105,11 @@ class SharedStore(Sensitive):
         """Write the token to the files and to the store; if the store cannot be reached, the fleet gets it later."""
         self._local.save(token)
         try:
-            self._put(token)
+            if token.rejected_at is None:
+                self._put(token)
+            else:  # by now another machine may have a new one
+                self._offered(self._connected(), token)
+                self._changed()
         except TokenError as error:
             what = "get this token" if token.rejected_at is None else "learn of it"
             _warn(error, f"The other machines {what} when the store can be reached again.")
