@@ -447,9 +447,11 @@ def answer_lost(fleet: Fleet, folder: Path, statement: str, requests: int) -> No
 
 
 def test_a_machine_without_files_knows_what_its_fleet_has(field: Field, command: Command) -> None:
-    """`get --no-renew` prints the fleet's token, and `refresh` declines to renew one that is only seconds old."""
+    """`check` and `get --no-renew` have the fleet's token, and `refresh` declines to renew one of a few seconds ago."""
     token = field.machine("first").save(make_token())
     os.environ |= field.machine("second").environment
+    ran = command("check", "us")
+    assert (ran.code, "but the store has the token" in ran.out) == (0, True)
     assert command("get", "us", "--no-renew").out == f"{token}\n"
     ran = command("refresh", "us")
     assert (ran.code, "KIS returns the same token" in ran.err, asked(field.kis)) == (4, True, 0)

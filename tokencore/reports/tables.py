@@ -168,7 +168,8 @@ def _file(one: Seen) -> str:
     """Describe the market's file: its mode, when it was cached, the token's length; or why it gives no token."""
     status = one.status
     if not status["cache_exists"]:
-        return f"no token file at {status['file']}"
+        elsewhere = ", but the store has the token" if one.state.token else ""  # which other machines share
+        return f"no token file at {status['file']}{elsewhere}"
     readable = "" if status["permissions"] in PRIVATE else f" (others may use it: chmod 600 {status['file']})"
     cached = f", cached {moment(_parse(status['cached_at']), KST)} KST" if status["cached_at"] else ""
     length = f", {len(one.state.token.access_token)} characters" if one.state.token else ""
