@@ -202,11 +202,8 @@ class SharedStore(Sensitive):
         try:
             self._local.finish(fence[2], attempt, token)
         finally:
-            try:
+            with suppress(RuntimeError):  # the system has no thread left: the next exchange publishes both
                 publisher.start()
-            except RuntimeError:  # the system has no thread left
-                publisher.run()
-            else:
                 self._publishing = publisher
             if token is None:
                 self._settle()
