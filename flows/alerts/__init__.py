@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     NextAttempt = tuple[str, datetime | None]  # the key of its text, and its time; None if a person has to act first
     Who = Key | KeyState | str  # a key, or the exchange (or another name) of a run that reached no key
 
-ALL_KEYS = "check_tokens"  # the subject of an incident that concerns all runs, or a check that reached no key
+ALL_KEYS = "check_tokens"  # the subject of an incident of a check that reached no key
+SETTINGS = f"settings on {platform.node()}"  # that of settings that no run here can use; a run that can ends it
 WAIT = 3.0  # seconds that a run waits until Slack has a message
 QUEUE = 2.0  # of them, for other runs that are sending: Slack is not blamed for these
 FAILED = "An alert could not be made"
@@ -125,8 +126,8 @@ def guarded(who: str, work: Callable[[Settings, datetime], State]) -> State:
     except SAFE as error:
         if settings:
             report(settings, who, error, now)
-        elif known := Settings.for_alerts():  # every run meets it: one incident, which the next check ends
-            report(known, who, error, now, name=ALL_KEYS)
+        elif known := Settings.for_alerts():
+            report(known, who, error, now, name=SETTINGS)
         else:  # nobody knows where Slack is
             logger().error("%s: %s", who, error)
         return Failed(message=str(error))
@@ -142,7 +143,7 @@ def report(
     cause = causes.UNFORESEEN
     with harmless(FAILED):
         subject = Subject.of(settings, who, now)
-        subject = subject._replace(name=name or subject.name)
+        subject = subject._replace(name=name or subject.name, place=name or subject.place)
         cause, happened = subject.diagnosis(error)
         attempt = subject.attempt(cause, error, again_in)
         _deliver(settings, lambda known: _trouble(known, subject, cause, happened, attempt))
@@ -153,13 +154,13 @@ def resolved(settings: Settings, who: KeyState | str, now: datetime) -> None:
     """Report the end of trouble with a key or an exchange, if there was any, and a token that someone else issued."""
     with harmless(FAILED):
         foreign = who.foreign_issue if isinstance(who, KeyState) else None
-        names = _names(who.key) if isinstance(who, KeyState) else (who, "")
+        names = _names(who.key) if isinstance(who, KeyState) else (who, SETTINGS)
         reported = incidents.parse(open_document(settings, "incidents").read())
         if not foreign and not any(one.concerns(*names) for one in reported):
             return
 
         def work(known: list[Incident]) -> None:
-            subject = Subject.of(settings, who, now)
+            subject = Subject.of(settings, who, now)._replace(place=names[1])
             if over := subject.over(known):
                 _end(known, subject, over, messages.solved(subject.facts(at_risk=False), over))
             if foreign:

@@ -43,7 +43,7 @@ def watch(patience: float = PATIENCE) -> int:
             return watch(patience=0)
         if known := Settings.for_alerts():
             alerts = _alerts()
-            alerts.report(known, alerts.ALL_KEYS, error, datetime.now(UTC))
+            alerts.report(known, alerts.ALL_KEYS, error, datetime.now(UTC), name=alerts.SETTINGS)
         raise
     who = f"{WHO} ({platform.node()})" if settings.store else WHO  # one that can reach the server ends no other's alert
     if found is None and who not in str(open_document(settings, "incidents").read()):  # surely nothing was reported
