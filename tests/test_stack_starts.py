@@ -338,7 +338,8 @@ def test_a_broken_profile_of_the_users_own_prefect_holds_up_no_alert(
     assert not (place.home / ".prefect").exists()
     (place.home / ".prefect").mkdir()
     (place.home / ".prefect" / "profiles.toml").write_text("active = ")
-    assert place.run("watch")[0] == 1
+    look = [sys.executable, "-c", "from flows.stack import watchdog; raise SystemExit(watchdog.watch(patience=0))"]
+    assert subprocess.run(look, env=place.environment, cwd=place.work, timeout=SLOW, check=False).returncode == 1
     assert slack.headlines[1:] == [TITLE]
 
 

@@ -77,7 +77,12 @@ def run() -> NoReturn:
 
 
 def up() -> int:
-    """Start the stack in the background unless it runs, and show its status."""
+    """Start the stack in the background unless it runs, and show its status.
+
+    Raises:
+        ConfigurationError: the settings cannot be used; nothing was started.
+        StackError: a part could not be started, so that none runs; or a stack of version 0.1 is still running.
+    """
     settings = Settings.load()
     Key.load(settings)  # reports a missing key or secret now, not in a run at night
     home = environment.home(settings)
@@ -95,7 +100,11 @@ def up() -> int:
 
 
 def down() -> int:
-    """Stop what `up` or `run` started, and only that, even if the settings cannot be used any more."""
+    """Stop what `up` or `run` started, and only that, even if the settings cannot be used any more.
+
+    Raises:
+        ConfigurationError: the settings cannot be used, and nothing was running where they say.
+    """
     try:
         home = environment.home(Settings.load())
     except ConfigurationError:
