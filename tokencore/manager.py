@@ -43,9 +43,9 @@ BEGIN, LEAVE = 1.0, 0.2  # seconds that an exiting program waits for a renewal t
 class BaseTokenManager(Sensitive):
     """Serves one market's token; thread-safe, fork-safe, and coordinated with every other process on the machine.
 
-    A subclass defines `get_api_url`, `get_app_credentials` and `get_token_file_prefix`, which raise NotImplementedError
-    here; everything else comes from the settings. Every other method may raise ConfigurationError (the app key or
-    secret is missing) or TokenStoreError (the store cannot be used); what is stored stays.
+    A subclass defines `get_api_url`, `get_app_credentials` and `get_token_file_prefix`; everything else comes from the
+    settings. Every other method may raise ConfigurationError (the app key or secret is missing) or TokenStoreError
+    (the store cannot be used); what is stored stays.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_fresh_from", "_fresh_until", "_text", "_token")  # `vars` shows no secret
@@ -69,15 +69,27 @@ class BaseTokenManager(Sensitive):
         return f"{type(self).__name__}({market.name!r}, {market.environment!r})" if market else type(self).__name__
 
     def get_api_url(self) -> str:
-        """Return KIS's base URL, without a trailing slash."""
+        """Return KIS's base URL, without a trailing slash.
+
+        Raises:
+            NotImplementedError: the subclass does not define it.
+        """
         raise NotImplementedError(_WHAT_TO_GIVE)
 
     def get_app_credentials(self) -> tuple[str, str]:
-        """Return the app key and the app secret."""
+        """Return the app key and the app secret.
+
+        Raises:
+            NotImplementedError: the subclass does not define it.
+        """
         raise NotImplementedError(_WHAT_TO_GIVE)
 
     def get_token_file_prefix(self) -> str:
-        """Return the prefix of the names of the market's files, such as `us_`."""
+        """Return the prefix of the names of the market's files, such as `us_`.
+
+        Raises:
+            NotImplementedError: the subclass does not define it.
+        """
         raise NotImplementedError(_WHAT_TO_GIVE)
 
     def get_valid_token(self, valid_until: datetime | None = None) -> str:
