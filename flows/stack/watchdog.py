@@ -32,7 +32,6 @@ def watch(patience: float = PATIENCE) -> int:
 
     Raises:
         ConfigurationError: the settings cannot be used; Slack was told as by a check, which may not run.
-
     """
     try:
         settings = Settings.load()

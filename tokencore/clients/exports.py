@@ -17,8 +17,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha1, sha256
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokencore.config.settings import EXPORT_FOLDERS
-from tokencore.config.sources import FILE_LIMIT
+from tokencore.config.sources import EXPORT_FOLDERS, FILE_LIMIT
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError
 from tokencore.sealing import Sensitive, sealed_class
 from tokencore.stores import files, permissions

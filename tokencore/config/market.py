@@ -141,7 +141,6 @@ class Market(Sensitive):
 
         Raises:
             ConfigurationError: one is not set, or cannot be read from the keyring.
-
         """
         return digest(*self.credentials(), length=8)
 

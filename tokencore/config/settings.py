@@ -13,7 +13,16 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from tokencore.calendars.sessions import Override, exchange
 from tokencore.config import market as values
 from tokencore.config.market import ISSUES, SECONDS, TIMEOUTS, Market
-from tokencore.config.sources import CONFIG_FILE, SECRETS_DIR, Found, gather, gather_for_alerts, place_of, warn
+from tokencore.config.sources import (
+    CONFIG_FILE,
+    EXPORT_FOLDERS,
+    SECRETS_DIR,
+    Found,
+    gather,
+    gather_for_alerts,
+    place_of,
+    warn,
+)
 from tokencore.errors import ConfigurationError
 from tokencore.redaction import short
 from tokencore.sealing import Sensitive, sealed, sealed_class
@@ -24,8 +33,6 @@ if TYPE_CHECKING:
     from pydantic import ValidatorFunctionWrapHandler
     from pydantic_core import ErrorDetails
 
-EXPORT_FOLDERS = {"mojito2": "", "python-kis": "~/.pykis/cache", "kis-auth": "~/KIS/config"}
-"""The clients that can be exported to, and the folders where they look; mojito2's file is beside the tokens."""
 _REAL_WORDS = ("real", "live", "prod", "production", "false", "0", "no", "실전", "실전투자")
 PAPER_SIGNS = ("KIS_ENV", "KIS_MODE", "KIS_IS_PAPER", "KIS_ACCOUNT_TYPE")  # what other tools call KIS_ENVIRONMENT
 _OUTPUT = ("KIS_ACCESS_TOKEN", "KIS_TOKEN_EXPIRES_AT")  # set by `get --format env`, so not a mistake

@@ -27,6 +27,8 @@ ENVIRONMENT = "environment"
 TRUSTED = (ENVIRONMENT, CONFIG_FILE)  # may give an address for any secret
 SECRETS_DIR = "KIS_SECRETS_DIR"
 FILE_LIMIT = 65_536  # bytes; larger files of settings are refused
+EXPORT_FOLDERS = {"mojito2": "", "python-kis": "~/.pykis/cache", "kis-auth": "~/KIS/config"}
+"""The clients that can be exported to, and the folders where they look; mojito2's file is beside the tokens."""
 PAPER_WORDS = ("virtual", "demo", "vps", "mock", "모의", "모의투자")  # what other tools call the paper environment
 NOWHERE, NO_KEYS = "nowhere", "KIS_STORE_KEYS is not set in the same place"
 _DIR_FIX = f"point {SECRETS_DIR} at a folder with a file per variable"
