@@ -241,7 +241,7 @@ def first_token(fleet: Fleet, kis: Sandbox, name: str, place: Path) -> None:
     numbers = {"issue_interval": 60.0, "timeout": 10.0, **fleet.numbers(place)}
     market = make_market(name, **numbers).given(lambda: (f"{name}{KEY}"[:36], SECRET), kis.url)
     store = SharedStore(market, lambda: [name])
-    Renewer([market], store).obtain(lambda token: token.serves(datetime.now(UTC), 0), "bench")
+    Renewer(market, store, lambda: [market]).obtain(lambda token: token.serves(datetime.now(UTC), 0), "bench")
     store.attempts()  # waits until the outcome is in the store
 
 

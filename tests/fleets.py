@@ -72,7 +72,7 @@ class Machine:
         """Return the token that a program on this machine gets."""
         token = self.store.read()[0]
         if token is None or not token.serves(datetime.now(UTC), 0):
-            renewer = Renewer([self.market], self.store)
+            renewer = Renewer(self.market, self.store, lambda: [self.market])
             token = renewer.obtain(lambda found: found.serves(datetime.now(UTC), 0), "get us")[0]
         return token.access_token
 

@@ -272,6 +272,20 @@ def test_who_waited_while_kis_could_not_be_reached_shares_that_finding(gateway: 
     assert outcomes() == ["unreachable"]
 
 
+@pytest.mark.usefixtures("gateway")
+def test_who_waits_for_another_process_needs_nothing_but_its_token() -> None:
+    """A caller that waits for the lock's holder reads no setting that only a request needs, and takes its token."""
+    store, token = Key.load(Settings.load())[0].store, make_token()
+    os.environ["KIS_ISSUE_INTERVAL"] = "soon"
+    with store.lock(wait=5), ThreadPoolExecutor() as pool:
+        waiting = pool.submit(USTokenManager().get_valid_token)
+        time.sleep(0.3)
+        assert not waiting.done()
+        store.save(token)
+        assert waiting.result(5) == token.access_token
+    assert "KIS_ISSUE_INTERVAL" in str(raised(lambda: KRTokenManager().refresh(force=True)))
+
+
 def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newer_one_in_a_view(
     gateway: Sandbox,
 ) -> None:

@@ -106,7 +106,7 @@ class Key(Sensitive):
     def renewer(self) -> Renewer:
         """The object that renews the key's token, made on first use."""
         if self._renewer is None:
-            self._renewer = Renewer(self.markets, self.store)
+            self._renewer = Renewer(self.market, self.store, lambda: self.markets)
         return self._renewer
 
     def store_of(self, market: Market) -> Store:

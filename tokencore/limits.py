@@ -94,7 +94,7 @@ def cooldown_until(attempts: Sequence[Attempt], now: datetime, market: Market) -
         return None
     length = timedelta(seconds=market.settings.issue_interval)
     if last.outcome is Outcome.SENT:
-        length = retry_delay(1, market.settings.issue_interval) + timedelta(seconds=market.settings.timeout)
+        length = retry_delay(1, market.settings.issue_interval) + timedelta(seconds=market.timeout)
     until = min(last.at, now) + length
     return until if until > now else None
 

@@ -373,6 +373,7 @@ class BaseTokenManager(Sensitive):
             vars(self).pop("_store", None)
             self._forget()
         vars(self).pop("_key", None)
+        vars(self).pop("_renewer", None)
         self.market = market
 
     def _sharing(self) -> Sequence[Market]:
@@ -389,9 +390,11 @@ class BaseTokenManager(Sensitive):
             self.market.identified()  # reports a missing key or secret now, not during a renewal at night
         return open_store(self.market, lambda: [one.name for one in self._sharing()])
 
-    @property
+    @cached_property
     def _renewer(self) -> Renewer:
-        return self._key.renewer
+        from tokencore.renewer import Renewer  # not on the path of a cached token
+
+        return Renewer(self.market, self._store, self._sharing)
 
     @cached_property
     def _key(self) -> Key:

@@ -58,27 +58,36 @@ class Renewer(Sensitive):
 
     __slots__ = ("__dict__",)
 
-    def __init__(self, markets: Sequence[Market], store: Store) -> None:
-        """Serve the key of `store`, which `markets` share; the settings of the first one apply to the key.
+    def __init__(self, market: Market, store: Store, sharing: Callable[[], Sequence[Market]]) -> None:
+        """Serve the key of `store` by the settings of `market`; `sharing` returns all markets of the key when needed.
 
         Raises:
-            ConfigurationError: the settings are malformed.
+            ConfigurationError: KIS_TIMEOUT is malformed.
         """
-        self._market = markets[0]
+        self._market = market
         self._store = store
-        self.copies = Exports(markets, store)
-        self.lock_wait = lock.WAIT * self._market.settings.timeout  # seconds to wait for a holder that is asking KIS
+        self._sharing = sharing
+        self.lock_wait = lock.WAIT * market.timeout  # seconds to wait for a holder that is asking KIS
         self.departing: Callable[[], object] = lambda: None  # called right before a request is sent
 
     def __repr__(self) -> str:
         return f"Renewer({self._store.fingerprint!r})"
 
     @functools.cached_property
+    def copies(self) -> Exports:
+        """The copies in other clients' files, made only under the lock: who waits for a token needs no more settings.
+
+        Raises:
+            ConfigurationError: the settings are malformed.
+        """
+        return Exports(self._sharing(), self._store)
+
+    @functools.cached_property
     def gateway(self) -> Gateway:
         """KIS's gateway, made only when KIS is asked because its imports cost more than everything else here."""
         from tokencore.kis.gateway import Gateway
 
-        return Gateway(self._market.base_url, self._market.credentials(), timeout=self._market.settings.timeout)
+        return Gateway(self._market.base_url, self._market.credentials(), timeout=self._market.timeout)
 
     def obtain(self, serves: Serves, reason: str, *, strict: bool = False) -> tuple[Token, bool]:
         """Return a token that `serves`, renewed if necessary, and whether it is new and was issued here.
@@ -245,11 +254,12 @@ class Renewer(Sensitive):
     @contextlib.contextmanager
     def _locked(self, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         with self._store.lock(wait=wait, give_up=give_up) as held:
+            copies = self.copies if held else None  # before anything is changed, as the settings may be malformed
             try:
                 yield held
             finally:
-                if held:
-                    self.copies.sync(self._store.newest())
+                if copies:
+                    copies.sync(self._store.newest())
 
     def _renew(
         self,

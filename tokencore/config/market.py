@@ -41,7 +41,7 @@ class Market(Sensitive):
     """One market's settings. What a cached token needs is read at once, the rest when first needed."""
 
     __slots__ = (
-        "_app_secret", "_in_keyring", "_load", "_settings",
+        "_app_secret", "_in_keyring", "_load", "_settings", "_timeout",
         "app_key", "base_url", "buffer", "environment", "name", "proactive_window", "store", "token_dir",
     )  # fmt: skip
 
@@ -56,6 +56,7 @@ class Market(Sensitive):
         self.name = known(name, found)  # in lower case, such as `us`
         self._load = load
         self._settings: Settings | None = None
+        self._timeout: object = get("KIS_TIMEOUT", TIMEOUT)
         self.app_key = credential(get(found.variable(self.name, "APP_KEY")))  # None when not set
         self._app_secret = credential(get(found.variable(self.name, "APP_SECRET")))
         self._in_keyring = found.in_keyring(self.name)
@@ -85,6 +86,18 @@ class Market(Sensitive):
         """
         self._settings = self._settings or self._load()
         return self._settings
+
+    @property
+    def timeout(self) -> float:
+        """KIS_TIMEOUT in seconds, without the validated settings, which a caller that waits for another has no use for.
+
+        Raises:
+            ConfigurationError: it cannot be used; cached tokens stay usable.
+        """
+        try:
+            return number(self._timeout, *TIMEOUTS)
+        except ValueError:
+            return self.settings.timeout  # its error says what is wrong
 
     @property
     def fingerprint(self) -> str:

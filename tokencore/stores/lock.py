@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 WAIT = 8  # in time-outs (KIS_TIMEOUT): enough for a holder that tries to connect four times, then waits for an answer
-POLL = 0.02  # seconds between two tries for the lock
+POLL = 0.05  # seconds between two tries for the lock
 VIEW, MARK = "api_token.json", "token_issued_at.dat"  # how the names of files end on which every holder relies
 OURS = ("key-", VIEW, MARK, "incidents.", "_krs_token.dat", "config.toml", "prefect", ".gitignore")
 

@@ -349,8 +349,8 @@ class SharedStore(Sensitive):
     def _patience(self) -> float:
         from tokencore.attempts import retry_delay
 
-        settings = self._market.settings
-        return float(max(retry_delay(1, settings.issue_interval).total_seconds(), IN_FLIGHT * settings.timeout))
+        pause = retry_delay(1, self._market.settings.issue_interval).total_seconds()
+        return max(pause, IN_FLIGHT * self._market.timeout)
 
     def _exchange(self, session: Database) -> State:
         """Push what only this machine has, pull what the fleet has, and return the resulting row."""
