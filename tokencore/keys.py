@@ -274,7 +274,7 @@ class KeyState(Sensitive):
             return self.outlook.unserved != self.outlook.needs[0]
         return self.serves_until is not None
 
-    @property
+    @cached_property
     def approval_expires_at(self) -> datetime | None:
         """When the websocket's approval key expires (aware UTC); None if none was requested, or it cannot be read."""
         approval = approval_key(self.key.store)

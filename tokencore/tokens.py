@@ -239,9 +239,9 @@ def _only_jwt(text: str) -> str:
 
 def _expiries(content: Mapping[str, Any]) -> Iterator[datetime]:
     for names, zones in ((KST_NAMES, (KST,)), (LOCAL_NAMES, (None,)), (OTHER_NAMES, (KST, None))):
-        for name in names:
+        for name in content.keys() & names:
             for zone in zones:
-                yield from _time(content.get(name), zone)
+                yield from _time(content[name], zone)
     for issued_at in _time(content.get("issued_at", content.get("created_at"))):
         yield from _lifetime(content.get("expires_in"), issued_at)
 

@@ -143,12 +143,11 @@ class FileStore(Sensitive):
 
     def details(self) -> dict[str, Any]:
         """Return the path and mode of the market's view, or else of the key's file, and whether it exists."""
-        path = self.place if os.path.lexists(self.place) or not os.path.lexists(self._key_path) else self._key_path
-        try:
-            mode = f"{stat.S_IMODE(os.lstat(path).st_mode):04o}"
-        except OSError:  # there is no such file
-            mode = None
-        return {"file": path, "permissions": mode, "cache_exists": mode is not None}
+        for path in (self.place, self._key_path):
+            with contextlib.suppress(OSError):  # there is no such file
+                mode = stat.S_IMODE(os.lstat(path).st_mode)
+                return {"file": path, "permissions": f"{mode:04o}", "cache_exists": True}
+        return {"file": self.place, "permissions": None, "cache_exists": False}
 
     def attempts(self) -> list[Attempt]:
         """Return the record or, if it is lost, the last issue as the `.dat` files have it."""
