@@ -154,7 +154,7 @@ def to_cache(token: Token, *, now: datetime, environment: str, key_fingerprint: 
     }
     if token.rejected_at is not None:
         content["rejected_at"] = token.rejected_at.isoformat()
-    return json.dumps(content, indent=2) + "\n"
+    return json.dumps(content, separators=(",\n ", ": ")) + "\n"  # a field a line; `indent` takes five times as long
 
 
 def as_answer(token: Token, now: datetime) -> dict[str, object]:

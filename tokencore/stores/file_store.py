@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 FOREIGN = "of another key or environment"
 PROMPT = timedelta(seconds=1)  # if a request leaves later than this after it was recorded, its line gets the new time
-_owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # by path, whose file it is: other keys do not parse it
+_owners: dict[str, tuple[Signature | None, tuple[str, str]]] = {}  # by path, whose file it is, so as not to parse it
 _unsaved: dict[str, Token] = {}  # by the path of the key's file: what could not be saved, for this process only
 
 
@@ -116,6 +116,8 @@ class FileStore(Sensitive):
         _unsaved.pop(self._key_path, None)
         for path in views:
             self._copy(path, text.encode())
+        for path in (self._key_path, *views):
+            _owners[path] = files.signature(path), self._identity
 
     def delete(self) -> bool:
         """Remove this market's view, and the key's file with the last view.
@@ -288,6 +290,8 @@ class FileStore(Sensitive):
         """Set aside what is no token of this key, unless it is a view of another key that has its own file here."""
         kept = []
         for path in paths:
+            if _owners.get(path) == (files.signature(path), self._identity):
+                continue
             problem = self._on_file(path, trusted=True)[1]  # the lock has checked the folder
             if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
                 files.set_aside(path)

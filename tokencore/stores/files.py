@@ -146,7 +146,8 @@ def _write(path: str, flags: int, content: bytes, *, durable: bool) -> None:
     try:
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        os.ftruncate(descriptor, len(content))
+        if not flags:  # in place: what was there may have been longer
+            os.ftruncate(descriptor, len(content))
         if durable:
             os.fsync(descriptor)
     finally:
