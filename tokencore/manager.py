@@ -142,8 +142,8 @@ class BaseTokenManager(Sensitive):
         Raises:
             TokenStoreError: the file cannot be removed.
         """
-        with self._changing():
-            return self._store.delete()
+        self._forget()
+        return self._renewer.delete()
 
     def is_token_expired(self) -> bool:
         """Whether there is no token that counts as valid now."""
