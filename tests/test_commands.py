@@ -36,7 +36,7 @@ from running import (
     until,
 )
 
-from tokencore import TokenManager, USTokenManager
+from tokencore import Key, Settings, TokenManager, USTokenManager
 from tokencore.attempts import Attempt, Outcome
 from tokencore.clients.exports import CLIENTS
 from tokencore.commands import COMMANDS, parsers
@@ -521,6 +521,20 @@ def test_get_prints_the_token_and_nothing_else_and_imports_nothing_heavy_for_it(
     assert set(modules.split()).isdisjoint((*HEAVY, *SLOW))
     assert "tokencore.manager" in modules
     assert asked(gateway) == 1
+
+
+@pytest.mark.usefixtures("gateway")
+def test_a_get_that_waits_for_another_process_imports_little_for_it() -> None:
+    """Of many commands that start at once without a token, only the one that asks KIS loads HTTP and validation."""
+    store, token = Key.load(Settings.load())[0].store, make_token()
+    with store.lock(wait=5):
+        waiting = start(GET)
+        time.sleep(1)
+        assert waiting.poll() is None
+        store.save(token)
+        out, modules = waiting.communicate(timeout=30)
+    assert out == f"{token.access_token}\n"
+    assert set(modules.split()).isdisjoint(("requests", "pydantic", "holidays", "asyncio"))
 
 
 def test_warnings_of_get_begin_with_the_programs_name(gateway: Sandbox) -> None:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
+from tokencore import redaction
 from tokencore.config import market_of_program, read_market
 from tokencore.config.market import ISSUE_INTERVAL, named
 from tokencore.errors import ConfigurationError, TokenError, TokenStoreError, TokenUnavailableError
@@ -416,7 +417,7 @@ class TokenManager(BaseTokenManager):
         self._name = market
         super().__init__()
         with suppress(TokenError):  # the call that asks for the token raises it
-            if self.market.app_key and self.is_token_expired():
+            if self.market.app_key and not redaction.in_program and self.is_token_expired():
                 _import_ahead()
 
     def get_api_url(self) -> str:
@@ -472,7 +473,10 @@ _WHAT_TO_GIVE = (
 
 
 def _import_ahead() -> None:
-    """Import what a renewal needs, before anyone waits for the token."""
+    """Import what a renewal needs, before anyone waits for the token.
+
+    A command asks at once, and of a crowd of commands one renews: the others need a third of these.
+    """
     from importlib import import_module
 
     for name in ("filelock", "tokencore.kis.gateway", "tokencore.keys", "tokencore.config.settings"):
