@@ -32,7 +32,7 @@ class Outcome(StrEnum):
     ISSUED = "issued"
     SAME = "same"  # KIS returned the token it had issued before, as it does for six hours
     IMPORTED = "imported"  # issued elsewhere and adopted here, without a request of ours
-    REVOKED = "revoked"  # a person had KIS revoke the token, or deleted a rejected one; no request for one
+    REVOKED = "revoked"  # a person had KIS revoke the token; no request for one
     LIMIT = "limit"
     BAD_KEY = "bad_key"
     BAD_SECRET = "bad_secret"  # noqa: S105 - a word, no secret

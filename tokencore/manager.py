@@ -143,8 +143,8 @@ class BaseTokenManager(Sensitive):
         Raises:
             TokenStoreError: the file cannot be removed.
         """
-        self._forget()
-        return self._renewer.delete()
+        with self._changing():
+            return self._store.delete()
 
     def is_token_expired(self) -> bool:
         """Whether there is no token that counts as valid now."""

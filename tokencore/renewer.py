@@ -203,26 +203,14 @@ class Renewer(Sensitive):
             TokenStoreError: KIS has revoked it, but it could not be removed.
         """
         self.gateway.revoke(token.access_token)
+        reason = f"revoke {self._market.name}"
         try:
             with self.changing():
                 self._store.clear()
-                self._note_dead(token, "revoke")
+                with contextlib.suppress(OSError):
+                    self._store.note(self._attempt(Outcome.REVOKED, reason, expires_at=token.expires_at))
         except TokenError as error:
             raise TokenStoreError(f"KIS has revoked the token, but it could not be removed. {error}") from None
-
-    def delete(self) -> bool:
-        """Remove the market's token, and the key's with its last market; the record keeps that a rejected one is dead.
-
-        Return whether there was one.
-
-        Raises:
-            TokenStoreError: it could not be removed.
-        """
-        with self.changing():
-            token, found = self._store.newest(), self._store.delete()
-            if token and token.rejected_at and self._store.newest() is None:
-                self._note_dead(token, "delete rejected")
-            return found
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -342,12 +330,6 @@ class Renewer(Sensitive):
     def _attempt(self, outcome: Outcome, reason: str, by: str = "", expires_at: datetime | None = None) -> Attempt:
         credentials = self._market.credentials_digest if outcome is Outcome.SENT else ""
         return Attempt(datetime.now(UTC), outcome, None, expires_at, reason, credentials, os.getpid(), by)
-
-    def _note_dead(self, token: Token, why: str) -> None:
-        """Record that KIS, which returns a token for six hours, may return this dead one."""
-        with contextlib.suppress(OSError):
-            reason = f"{why} {self._market.name}"
-            self._store.note(self._attempt(Outcome.REVOKED, reason, expires_at=token.expires_at))
 
     def _issue(self, reason: str, by: str, standing: Standing, *, strict: bool) -> tuple[Token, Outcome] | None:
         """Make one request: record it before it is sent, add its outcome after it, and save its token.
