@@ -126,6 +126,9 @@ def test_delete_revoke_does_what_a_person_confirms(gateway: Sandbox, command: Co
         ran = at_a_terminal(answer, "delete", "us", "--revoke")
         assert (ran.code, ran.out, "Nothing was revoked or deleted." in ran.err) == (2, "", True)
     assert "add --yes" in one_line(command("delete", "us", "--revoke"))
+    assert command("delete", "us", "--revoke", "--yes", KIS_ISSUE_INTERVAL="soon").code == 2
+    assert command("get", "us", "--approval-key", KIS_ISSUE_INTERVAL="soon").code == 2
+    assert (gateway.stats()["revokes"], gateway.stats()["approvals"]) == (0, 0)
     gateway.answer("/oauth2/revokeP", {}, 500, 1)
     assert "stays valid" in one_line(command("delete", "us", "--revoke", "--yes"))
     assert command("get", "us", "--no-renew").out == token

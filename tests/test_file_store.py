@@ -160,6 +160,24 @@ def test_all_that_one_save_sets_aside_is_one_warning(folder: Path, caplog: pytes
     assert all(f"{name}.aside" in line for name in names)
 
 
+def test_a_file_that_comes_right_after_our_save_is_set_aside_by_the_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another tool writes just as a save ends is not taken for that save's own: it is kept, not overwritten."""
+    store, replace, foreign = open_files(folder), os.replace, make_token(text=make_jwt("PSother" + "x" * 29))
+
+    def replaced(draft: str, path: str) -> None:
+        replace(draft, path)
+        if path.endswith(VIEW):
+            put(Path(path), foreign)
+
+    with monkeypatch.context() as busy:
+        busy.setattr(os, "replace", replaced)
+        save(store, make_token())
+    save(store, make_token())
+    assert foreign.access_token in (folder / f"{VIEW}.aside").read_text("utf-8")
+
+
 def test_what_is_set_aside_again_and_again_is_kept_once(folder: Path) -> None:
     """A file that each try finds again, as on a full disk without a successor, is set aside only once."""
     put(folder / VIEW, b"damaged")

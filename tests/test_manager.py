@@ -36,6 +36,7 @@ from tokencore import (
 from tokencore.attempts import Attempt, Outcome
 from tokencore.sandbox import APP_KEY, APP_SECRET, Sandbox
 from tokencore.stores.file_store import FileStore
+from tokencore.tokens import jwt_claims
 
 HOUR = 3600.0
 LAST_MINUTES = 25 * 60.0  # seconds left: inside the proactive window, before the buffer
@@ -277,13 +278,32 @@ def test_who_waits_for_another_process_needs_nothing_but_its_token() -> None:
     """A caller that waits for the lock's holder reads no setting that only a request needs, and takes its token."""
     store, token = Key.load(Settings.load())[0].store, make_token()
     os.environ["KIS_ISSUE_INTERVAL"] = "soon"
-    with store.lock(wait=5), ThreadPoolExecutor() as pool:
-        waiting = pool.submit(USTokenManager().get_valid_token)
-        time.sleep(0.3)
-        assert not waiting.done()
-        store.save(token)
+    with ThreadPoolExecutor() as pool:
+        with store.lock(wait=5):
+            waiting = pool.submit(USTokenManager().get_valid_token)
+            time.sleep(0.3)
+            assert not waiting.done()
+            store.save(token)
         assert waiting.result(5) == token.access_token
     assert "KIS_ISSUE_INTERVAL" in str(raised(lambda: KRTokenManager().refresh(force=True)))
+
+
+def test_a_key_that_is_replaced_while_a_thread_waits_for_the_lock_gets_no_token_of_the_other(gateway: Sandbox) -> None:
+    """Each renewal stays with the key with which it began, and its copies for other clients too."""
+    os.environ["KIS_MARKETS__US__EXPORTS"] = "mojito2"
+    manager, store = USTokenManager(), Key.load(Settings.load())[0].store
+    with ThreadPoolExecutor() as pool, store.lock(wait=5):
+        waiting = pool.submit(manager.get_valid_token)
+        time.sleep(0.3)
+        os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
+        pool.submit(manager.get_valid_token).result(10)
+    waiting.result(10)
+    owners = {store.fingerprint: APP_KEY, Key.load(Settings.load())[0].fingerprint: KEY}
+    found = {
+        path.name[4:20]: json.loads(path.read_text("utf-8")) for path in folder().glob("key-????????????????.json")
+    }
+    assert {name: jwt_claims(content["access_token"])["jti"] for name, content in found.items()} == owners
+    assert asked(gateway) == 2
 
 
 def test_rejected_token_is_dead_in_every_file_of_its_key_and_gives_way_to_a_newer_one_in_a_view(

@@ -21,7 +21,6 @@ from tokencore.tokens import format_time, longest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from contextlib import AbstractContextManager
     from threading import Event
 
@@ -377,11 +376,6 @@ class BaseTokenManager(Sensitive):
         vars(self).pop("_renewer", None)
         self.market = market
 
-    def _sharing(self) -> Sequence[Market]:
-        """Return the configured markets with this key, this market first."""
-        known = self.market.settings.sharing(self.market)
-        return [self.market, *(one for one in known if one.name != self.market.name)]
-
     @cached_property
     def _store(self) -> Store:
         try:
@@ -389,19 +383,22 @@ class BaseTokenManager(Sensitive):
         except ConfigurationError:  # given since, perhaps
             self.market = self._read_market()
             self.market.identified()  # reports a missing key or secret now, not during a renewal at night
-        return open_store(self.market, lambda: [one.name for one in self._sharing()])
+        market = self.market  # another thread may meet another key in the settings, and this store stays with its own
+        return open_store(market, lambda: [one.name for one in _sharing(market)])
 
     @cached_property
     def _renewer(self) -> Renewer:
         from tokencore.renewer import Renewer  # not on the path of a cached token
 
-        return Renewer(self.market, self._store, self._sharing)
+        store, market = self._store, self.market  # in this order: the store may read the settings again
+        return Renewer(market, store, lambda: _sharing(market))
 
     @cached_property
     def _key(self) -> Key:
         from tokencore.keys import Key  # not on the path of a cached token
 
-        return Key(self._sharing(), self._store)
+        store, market = self._store, self.market
+        return Key(_sharing(market), store)
 
 
 @sealed_class()
@@ -470,6 +467,11 @@ _WHAT_TO_GIVE = (
     "A subclass of BaseTokenManager has to give get_api_url(), get_app_credentials() and get_token_file_prefix(); "
     "for a market of the settings use TokenManager(name)."
 )
+
+
+def _sharing(market: Market) -> list[Market]:
+    """Return the configured markets with the key of `market`, which comes first."""
+    return [market, *(one for one in market.settings.sharing(market) if one.name != market.name)]
 
 
 def _import_ahead() -> None:

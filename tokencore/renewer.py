@@ -87,7 +87,8 @@ class Renewer(Sensitive):
         """KIS's gateway, made only when KIS is asked because its imports cost more than everything else here."""
         from tokencore.kis.gateway import Gateway
 
-        return Gateway(self._market.base_url, self._market.credentials(), timeout=self._market.timeout)
+        timeout = self._market.settings.timeout  # validates all settings before anything is sent
+        return Gateway(self._market.base_url, self._market.credentials(), timeout=timeout)
 
     def obtain(self, serves: Serves, reason: str, *, strict: bool = False) -> tuple[Token, bool]:
         """Return a token that `serves`, renewed if necessary, and whether it is new and was issued here.
@@ -173,9 +174,7 @@ class Renewer(Sensitive):
             self._store.save(token)
             if present and present.access_token == token.access_token and present.rejected_at is None:
                 return False
-            self._store.note(
-                self._attempt(Outcome.IMPORTED, f"import {self._market.name}", expires_at=token.expires_at)
-            )
+            self._note(Outcome.IMPORTED, f"import {self._market.name}", token)
             return True
 
     def reject(self, access_token: str, now: datetime) -> None:
@@ -207,8 +206,7 @@ class Renewer(Sensitive):
         try:
             with self.changing():
                 self._store.clear()
-                with contextlib.suppress(OSError):
-                    self._store.note(self._attempt(Outcome.REVOKED, reason, expires_at=token.expires_at))
+                self._note(Outcome.REVOKED, reason, token)
         except TokenError as error:
             raise TokenStoreError(f"KIS has revoked the token, but it could not be removed. {error}") from None
 
@@ -254,7 +252,8 @@ class Renewer(Sensitive):
     @contextlib.contextmanager
     def _locked(self, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         with self._store.lock(wait=wait, give_up=give_up) as held:
-            copies = self.copies if held else None  # before anything is changed, as the settings may be malformed
+            # Before anything is changed, as the settings may be malformed; but not where another's token has come.
+            copies = self.copies if held and not give_up() else None
             try:
                 yield held
             finally:
@@ -317,9 +316,12 @@ class Renewer(Sensitive):
         if token is None or not serves(token):
             return None
         _log.warning("Another client has issued a token with this key; it is used, and nothing was issued.")
-        with contextlib.suppress(OSError):
-            self._store.note(self._attempt(Outcome.IMPORTED, ADOPTED, expires_at=token.expires_at))
+        self._note(Outcome.IMPORTED, ADOPTED, token)
         return token
+
+    def _note(self, outcome: Outcome, reason: str, token: Token) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the token itself is saved, or gone
+            self._store.note(self._attempt(outcome, reason, expires_at=token.expires_at))
 
     def _keep(self, token: Token) -> None:
         """Save in the key's file a token that only a market's view, another client's file or this process has."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 FOREIGN = "of another key or environment"
 PROMPT = timedelta(seconds=1)  # if a request leaves later than this after it was recorded, its line gets the new time
-_owners: dict[str, tuple[Signature | None, tuple[str, str]]] = {}  # by path, whose file it is, so as not to parse it
+_owners: dict[str, tuple[Signature, tuple[str, str]]] = {}  # by path, whose file it is, so as not to parse it
 _unsaved: dict[str, Token] = {}  # by the path of the key's file: what could not be saved, for this process only
 
 
@@ -109,15 +109,15 @@ class FileStore(Sensitive):
         views = self._own_views()
         try:
             self._set_aside([self._key_path, *views])
-            files.write_bytes(self._key_path, text.encode(), writer=self.fingerprint)
+            written = files.write_bytes(self._key_path, text.encode(), writer=self.fingerprint)
         except (OSError, TokenStoreError):
             _unsaved[self._key_path] = token
             raise
+        _owners[self._key_path] = written, self._identity
         _unsaved.pop(self._key_path, None)
         for path in views:
-            self._copy(path, text.encode())
-        for path in (self._key_path, *views):
-            _owners[path] = files.signature(path), self._identity
+            if seen := self._copy(path, text.encode()):
+                _owners[path] = seen, self._identity
 
     def delete(self) -> bool:
         """Remove this market's view, and the key's file with the last view.
@@ -186,8 +186,12 @@ class FileStore(Sensitive):
             self._copy(path.removesuffix(VIEW) + MARK, b"%d\n" % issued_at.timestamp())
 
     def note(self, attempt: Attempt) -> None:
-        """Append an attempt that needed no request."""
-        self.record.append(attempt)
+        """Append an attempt that needed no request; the lock file's time would stand for one.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self.record.append(attempt, strict=True)
 
     @contextlib.contextmanager
     def lock(self, *, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
@@ -278,13 +282,14 @@ class FileStore(Sensitive):
             return None, FOREIGN
         return token, ""
 
-    def _copy(self, path: str, content: bytes) -> None:
-        """Write a copy of what the key's file or the record has, and only log a failure."""
+    def _copy(self, path: str, content: bytes) -> Signature | None:
+        """Write a copy of what the key's file or the record has, and return its signature; only log a failure."""
         try:
-            files.write_bytes(path, content, writer=self.fingerprint, durable=False)
+            return files.write_bytes(path, content, writer=self.fingerprint, durable=False)
         except OSError as error:
             unaffected = "programs that use tokencore are not affected"
             log().warning(f"{path} could not be updated ({error.strerror}); {unaffected}.")
+            return None
 
     def _set_aside(self, paths: Sequence[str]) -> None:
         """Set aside what is no token of this key, unless it is a view of another key that has its own file here."""

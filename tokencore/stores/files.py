@@ -20,10 +20,9 @@ Signature = tuple[int, int, int]  # inode, size, mtime_ns: a difference means ot
 def signature(path: str) -> Signature | None:
     """Return what identifies the present content of `path`; None if there is no file."""
     try:
-        found = os.stat(path, follow_symlinks=False)
+        return _signature(os.stat(path, follow_symlinks=False))
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_text(path: str) -> str | None:
@@ -68,8 +67,8 @@ def read_bytes(path: str, limit: int = SIZE_LIMIT, *, tail: bool = False, truste
     return content
 
 
-def write_bytes(path: str, content: bytes, *, writer: str = "", durable: bool = True) -> None:
-    """Replace the content of `path`; a crash at any step leaves the old or the new one whole.
+def write_bytes(path: str, content: bytes, *, writer: str = "", durable: bool = True) -> Signature:
+    """Replace the content of `path`, and return its signature; a crash at any step leaves the old or the new one whole.
 
     `writer` tells apart writers that hold different locks; what a killed one left is removed. Only a mounted file,
     which cannot be replaced, is written in place. A write that is not `durable`, as of a copy, does not wait for the
@@ -84,16 +83,17 @@ def write_bytes(path: str, content: bytes, *, writer: str = "", durable: bool = 
     if os.path.lexists(draft):
         os.unlink(draft)
     try:
-        _write(draft, os.O_CREAT | os.O_EXCL, content, durable=durable)
+        written = _write(draft, os.O_CREAT | os.O_EXCL, content, durable=durable)
         os.replace(draft, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(draft)
         if not isinstance(error, OSError) or error.errno not in _IN_PLACE:
             raise
-        _write(path, 0, content, durable=True)
+        written = _write(path, 0, content, durable=True)
     if durable:
         sync_folder(folder)
+    return written
 
 
 def remove(path: str) -> bool:
@@ -141,7 +141,7 @@ def sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
-def _write(path: str, flags: int, content: bytes, *, durable: bool) -> None:
+def _write(path: str, flags: int, content: bytes, *, durable: bool) -> Signature:
     descriptor, rest = os.open(path, os.O_WRONLY | _FLAGS | flags, PRIVATE_FILE), content
     try:
         while rest:
@@ -150,5 +150,10 @@ def _write(path: str, flags: int, content: bytes, *, durable: bool) -> None:
             os.ftruncate(descriptor, len(content))
         if durable:
             os.fsync(descriptor)
+        return _signature(os.fstat(descriptor))
     finally:
         os.close(descriptor)
+
+
+def _signature(found: os.stat_result) -> Signature:
+    return found.st_ino, found.st_size, found.st_mtime_ns
