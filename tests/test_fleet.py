@@ -174,6 +174,15 @@ def test_a_token_revoked_while_the_store_is_away_is_dead_at_once_here_and_later_
         until(lambda: first.look() == second.look() == "rejected")
 
 
+def test_a_command_that_finds_the_fleets_token_brings_its_copies_up_to_date(field: Field) -> None:
+    """What another machine has issued is in other clients' files here once a command here has asked for it."""
+    first, second = field.machines(2)
+    token = first.get()
+    ran = tokencore("get", "us", KIS_MARKETS__US__EXPORTS="mojito2", **second.environment)
+    assert ran.out == f"{token}\n"
+    assert token.encode() in (second.folder / "us_krs_token.dat").read_bytes()
+
+
 def test_a_removal_that_others_keep_overtaking_is_an_error(field: Field) -> None:
     """If other machines change the row before each try to remove its token, the command does not claim success."""
     store = field.machine("one").store

@@ -252,13 +252,21 @@ class Renewer(Sensitive):
     @contextlib.contextmanager
     def _locked(self, wait: float, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         with self._store.lock(wait=wait, give_up=give_up) as held:
-            # Before anything is changed, as the settings may be malformed; but not where another's token has come.
-            copies = self.copies if held and not give_up() else None
+            copies = self._checked(give_up) if held else None
             try:
                 yield held
             finally:
                 if copies:
                     copies.sync(self._store.newest())
+
+    def _checked(self, give_up: Callable[[], bool]) -> Exports | None:
+        """Return the copies, before anything is changed, as the settings may be malformed; None if a token has come."""
+        try:
+            return self.copies
+        except ConfigurationError:
+            if not give_up():
+                raise
+            return None
 
     def _renew(
         self,
