@@ -522,7 +522,7 @@ def test_get_prints_the_token_and_nothing_else_and_imports_nothing_heavy_for_it(
 
 @pytest.mark.usefixtures("gateway")
 def test_a_get_that_waits_for_another_process_imports_little_for_it() -> None:
-    """Of many commands that start at once without a token, only the one that asks KIS loads HTTP and validation."""
+    """A command that finds the token while another process still holds the lock loads neither HTTP nor validation."""
     store, token = Key.load(Settings.load())[0].store, make_token()
     with store.lock(wait=5):
         waiting = start(GET)

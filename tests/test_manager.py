@@ -294,7 +294,7 @@ def test_a_key_that_is_replaced_while_a_thread_waits_for_the_lock_gets_no_token_
     manager, store = USTokenManager(), Key.load(Settings.load())[0].store
     with ThreadPoolExecutor() as pool, store.lock(wait=5):
         waiting = pool.submit(manager.get_valid_token)
-        time.sleep(0.3)
+        until(lambda: "_renewer" in vars(manager))
         os.environ |= {"KIS_APP_KEY": KEY, "KIS_APP_SECRET": SECRET}
         pool.submit(manager.get_valid_token).result(10)
     waiting.result(10)

@@ -477,7 +477,7 @@ def _sharing(market: Market) -> list[Market]:
 def _import_ahead() -> None:
     """Import what a renewal needs, before anyone waits for the token.
 
-    A command asks at once, and of a crowd of commands one renews: the others need a third of these.
+    A command asks at once, and of a crowd of commands one renews: most of the others need only the lock.
     """
     from importlib import import_module
 

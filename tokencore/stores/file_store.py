@@ -296,7 +296,7 @@ class FileStore(Sensitive):
         kept = []
         for path in paths:
             if _owners.get(path) == (files.signature(path), self._identity):
-                continue
+                continue  # unchanged since this process read or wrote it as this key's
             problem = self._on_file(path, trusted=True)[1]  # the lock has checked the folder
             if problem and not (problem == FOREIGN and self._kept_elsewhere(path)):
                 files.set_aside(path)
